@@ -1,0 +1,61 @@
+# Everything is set up on first use: `make demo` and `make test` work in a bare clone.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PYTHON ?= python3
+PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.visexpert-installed
+PY := $(BIN)/python
+
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help
+help: ## Show this list
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z][a-z0-9-]*:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  PYTHON=$(PYTHON) makes the environment, VENV=$(VENV) is where it lies, PYTEST_ARGS goes to pytest."
+
+.PHONY: install
+install: $(STAMP) ## Install the package and its tools into VENV (once; again when pyproject.toml changes)
+
+$(STAMP): pyproject.toml
+	@command -v "$(PYTHON)" > /dev/null || { echo "No '$(PYTHON)' on this machine: say which Python (3.10 or newer) with  make install PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 10) else "visexpert needs Python 3.10 or newer, and %s is %d.%d: name a newer one with  make install PYTHON=/path/to/python3" % (sys.executable, v[0], v[1]))'
+	@$(PY) -m pip --version > /dev/null 2>&1 || "$(PYTHON)" -m venv "$(VENV)" || { echo "'$(PYTHON) -m venv' failed: on Debian and Ubuntu it comes with  apt-get install python3-venv" >&2; exit 1; }
+	$(PY) -m pip install -e '.[dev]'
+	@touch $@
+
+.PHONY: demo
+demo: $(STAMP) ## Train CLIP-only and ToVE on rendered scenes, score both, write figures (minutes, CPU)
+	$(BIN)/visexpert demo
+
+.PHONY: test
+test: $(STAMP) ## Run the tests that need no GPU, no network and no patience
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+.PHONY: check
+check: $(STAMP) ## Lint, format, types, import law
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy --strict src tests
+	$(PY) -m pytest tests/test_imports.py
+
+.PHONY: format
+format: $(STAMP) ## Format the code and mend what the linter can mend
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+# The zoo: configs/zoo/NAME.yaml trains src/visexpert/zoo/weights/NAME.safetensors, which is shipped.
+ZOO_WEIGHTS := $(patsubst configs/zoo/%.yaml,src/visexpert/zoo/weights/%.safetensors,$(wildcard configs/zoo/*.yaml))
+
+.PHONY: zoo
+zoo: $(ZOO_WEIGHTS) ## Train the small experts again whose configs changed (about fifteen minutes of CPU in all)
+
+src/visexpert/zoo/weights/%.safetensors: configs/zoo/%.yaml | $(STAMP)
+	$(BIN)/visexpert fit --config $<
+
+include make/results.mk

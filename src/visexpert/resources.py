@@ -1,0 +1,82 @@
+"""Where files that ship with the package live, and how weights from outside are read: safetensors only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from visexpert.errors import ConfigError, WeightsError
+
+ZOO = Path(__file__).parent / "zoo" / "weights"
+"""Folder of the shipped weights."""
+
+ZOO_PREFIX = "zoo:"
+
+
+def resolve_source(source: str | Path) -> Path:
+    """Turn ``zoo:NAME`` or a path into a path (that need not exist yet).
+
+    Raises:
+        ConfigError: ``zoo:NAME`` with a name that holds a path separator.
+    """
+    text = str(source)
+    if not text.startswith(ZOO_PREFIX):
+        return Path(text).expanduser()
+    name = text.removeprefix(ZOO_PREFIX)
+    if not name or Path(name).name != name:
+        raise ConfigError(f"'{text}' is no zoo entry: after 'zoo:' comes a plain name, one of {zoo_names()}.")
+    return ZOO / name
+
+
+def zoo_names() -> list[str]:
+    """Names of the shipped entries, sorted."""
+    return sorted(
+        {entry.name.removesuffix(".safetensors") for entry in ZOO.glob("*") if not entry.name.startswith(".")}
+    )
+
+
+def load_safetensors(path: Path, *, owner: str) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Args:
+        path: The file.
+        owner: Who asks, for the message.
+
+    Raises:
+        WeightsError: The file is missing or is not valid safetensors.
+    """
+    if not path.is_file():
+        hint = f"shipped entries are {zoo_names()}" if path.parent == ZOO else "check the path, or train it first"
+        raise WeightsError(f"{owner}: no weights at {path}; {hint}.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{owner}: {path} is not a readable safetensors file ({error}); fetch it again.") from error
+
+
+def fill_module(module: nn.Module, state: dict[str, Tensor], *, owner: str, path: Path) -> None:
+    """Load ``state`` strictly into ``module``, casting to its dtype.
+
+    Raises:
+        WeightsError: A key is missing, unexpected or of another shape; the message names up to three of each.
+    """
+    expected = module.state_dict()
+    missing = sorted(expected.keys() - state.keys())
+    unexpected = sorted(state.keys() - expected.keys())
+    shared = expected.keys() & state.keys()
+    reshaped = sorted(
+        f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in shared
+        if state[key].shape != expected[key].shape
+    )
+    if missing or unexpected or reshaped:
+        raise WeightsError(
+            f"{owner}: the weights in {path} do not fit: missing {missing[:3]}, unexpected {unexpected[:3]}, "
+            f"of another shape {reshaped[:3]}; use the file that belongs to this configuration."
+        )
+    module.load_state_dict(
+        {key: value.to(expected[key].dtype) for key, value in state.items()}, strict=True, assign=False
+    )

@@ -1,0 +1,199 @@
+"""The seams between the rooms: what data, experts, vision, language and methods hand to each other.
+
+Shape legend, used in every name: B batch · T CLIP patch tokens · S expert tokens · D CLIP width · E expert width ·
+K experts · R LoRA rank · H heads (or image height beside W) · L text length · N packed text length · V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a token that takes no part in the language loss (the convention of torch and transformers)."""
+
+_Self = TypeVar("_Self", bound="_Movable")
+
+
+@dataclass(frozen=True)
+class _Movable:
+    """A frozen record of tensors that Lightning can move to a device (it calls ``.to``)."""
+
+    def to(self: _Self, device: torch.device | str, **kwargs: Any) -> _Self:
+        """Return a copy with each tensor, nested record and mapping of tensors on ``device``."""
+        moved = {f.name: _move(getattr(self, f.name), device, kwargs) for f in fields(self)}
+        return replace(self, **moved)
+
+
+def _move(value: Any, device: torch.device | str, kwargs: dict[str, Any]) -> Any:
+    if isinstance(value, Tensor | _Movable):
+        return value.to(device, **kwargs)
+    if isinstance(value, Mapping):
+        return {key: _move(item, device, kwargs) for key, item in value.items()}
+    return value
+
+
+@dataclass(frozen=True)
+class ObjectNode:
+    """One object of a scene graph.
+
+    Args:
+        shape: ``sphere``, ``cube`` or ``cylinder``.
+        colour: Colour word.
+        size: ``small``, ``medium`` or ``large`` (true 3-D size class, not apparent size).
+        material: ``matte`` or ``shiny``.
+        u: Horizontal centre in the image, -1 (left edge) to 1 (right edge).
+        v: Vertical centre in the image, -1 (top edge) to 1 (bottom edge).
+        depth: Distance of the centre along the optical axis, scene units.
+        height: Height of the centre above the table, scene units.
+        pixels: Visible pixels in the rendered image.
+    """
+
+    shape: str
+    colour: str
+    size: str
+    material: str
+    u: float
+    v: float
+    depth: float
+    height: float
+    pixels: int
+
+    @property
+    def phrase(self) -> str:
+        """The object's name in text: ``"red cube"``."""
+        return f"{self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class SceneGraph:
+    """The exact content of one image: its objects, in no particular order."""
+
+    objects: tuple[ObjectNode, ...]
+
+
+@dataclass(frozen=True)
+class TextItem:
+    """One text that goes with an image.
+
+    Args:
+        kind: Task: ``dense`` or ``relation`` (captions), ``vqa``, ``vsr``, ``pope``; other sources add their own.
+        prompt: What the model reads (a question, a statement, or the words that ask for a caption).
+        answer: What it must write.
+        family: Finer kind for reports (``colour``, ``distance``, ``left-right``, ``adversarial``, ...).
+        references: All accepted texts, for caption metrics; empty means ``(answer,)``.
+    """
+
+    kind: str
+    prompt: str
+    answer: str
+    family: str = ""
+    references: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TextBatch(_Movable):
+    """The text items of each image packed into one row, so that they share the image's keys and values.
+
+    Args:
+        ids_BN: int64 token ids; each item is ``<bos> prompt answer <eos>``, items follow one another.
+        labels_BN: int64, equal to ``ids_BN`` on answer tokens and their ``<eos>``, else :data:`IGNORE_INDEX`.
+            Not shifted: the language side predicts position i from the positions before it in the same item.
+        segments_BN: int64, 0 = padding, j = the image's j-th item (from 1). A token sees its own item only.
+        positions_BN: int64 position inside the item, from 0.
+    """
+
+    ids_BN: Tensor
+    labels_BN: Tensor
+    segments_BN: Tensor
+    positions_BN: Tensor
+
+
+@dataclass(frozen=True)
+class Batch(_Movable):
+    """What a DataModule yields.
+
+    Args:
+        images_BCHW: RGB, uint8 0-255 or float in [0, 1], at the data's own size; each encoder resizes on its own.
+        index_B: int64 row of each image in its split, the key of the feature store.
+        split: Name of the split that ``index_B`` counts in.
+        text: Packed text, or None for a batch of images alone.
+        items: The same text as strings, per image in segment order; filled for evaluation only.
+        targets: Dense ground truth by name (zoo training): e.g. ``depth_BHW``, ``normals_B3HW``.
+        graphs: Scene graphs, where the data has them; filled for evaluation only.
+    """
+
+    images_BCHW: Tensor
+    index_B: Tensor
+    split: str
+    text: TextBatch | None = None
+    items: tuple[tuple[TextItem, ...], ...] = ()
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
+    graphs: tuple[SceneGraph, ...] = ()
+
+    def __len__(self) -> int:
+        return self.images_BCHW.shape[0]
+
+
+@dataclass(frozen=True)
+class ExpertTokens(_Movable):
+    """Output of a frozen expert.
+
+    Args:
+        tokens_BSE: Tokens in row-major order of the grid, S = height x width.
+        grid_hw: The grid.
+    """
+
+    tokens_BSE: Tensor
+    grid_hw: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class VisionTokens(_Movable):
+    """Tokens that a language side reads.
+
+    Args:
+        tokens_BTD: Patch tokens, row-major; D is CLIP's width or, after a projector, the language width.
+        grid_hw: The grid, height x width = T.
+        cls_BD: The [CLS] token of the encoder, where there is one.
+        gates_BTK: Gate of every expert per token, softmax over attached experts; None without a gate.
+        balance: Scalar load-balancing loss of the gate, or None.
+    """
+
+    tokens_BTD: Tensor
+    grid_hw: tuple[int, int]
+    cls_BD: Tensor | None = None
+    gates_BTK: Tensor | None = None
+    balance: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a method's step returns; the base class logs it.
+
+    Args:
+        loss: Scalar to minimise.
+        parts: Named scalars to log beside it (detached or not).
+        batch_size: Number of images.
+    """
+
+    loss: Tensor
+    parts: Mapping[str, Tensor]
+    batch_size: int
+
+
+class ImageSource(Protocol):
+    """All images of one split in row order: what the feature store is filled from."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the pixels: changes whenever an image may have changed."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """Images (len(rows), 3, H, W), uint8."""

@@ -1,0 +1,122 @@
+"""The import law: which room may import which (README, "Design"), read from the source by ast."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "visexpert"
+ROOT = Path(__file__).parents[1] / "src" / PACKAGE
+
+EVERYWHERE = frozenset({"errors", "resources", "grids"})
+"""Modules without a room that any room may import; they import nothing but one another."""
+
+STAGES = frozenset({"types", "data", "experts", "vision", "transfer", "language", "losses"})
+
+LAW: dict[str, frozenset[str]] = {
+    "types": frozenset(),
+    "data": frozenset({"types"}),
+    "experts": frozenset({"types", "vision", "store"}),
+    "vision": frozenset({"types"}),
+    "transfer": frozenset({"types"}),
+    "language": frozenset({"types"}),
+    "losses": frozenset({"types"}),
+    "methods": STAGES | {"metrics", "store"},
+    "callbacks": frozenset({"types", "methods", "transfer", "losses", "report"}),
+    "metrics": frozenset({"types"}),
+    "store": frozenset({"types"}),
+    "export": frozenset({"types", "vision"}),
+    "report": frozenset({"types"}),
+    "zoo": frozenset({"types", "data", "experts", "vision", "losses", "metrics"}),
+}
+ROOMS = frozenset(LAW)
+LAW["training"] = ROOMS
+LAW["demo"] = ROOMS | {"training"}
+LAW["cli"] = ROOMS | {"training", "demo"}
+LAW["__main__"] = frozenset({"cli"})
+LAW["__init__"] = frozenset()
+LAW.update({name: EVERYWHERE for name in EVERYWHERE})
+
+
+def imported_rooms(source: str, module: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+    """Yield (line, room) for each import of the package in ``source``, wherever in the file it stands.
+
+    Args:
+        source: Python source.
+        module: Dotted name of the package that the file lies in, as parts, to resolve relative imports.
+    """
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(module[: len(module) - node.level + 1]) if node.level else ""
+            origin = ".".join(part for part in (base, node.module or "") if part)
+            names = [f"{origin}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            names = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == PACKAGE:
+                yield node.lineno, parts[1] if len(parts) > 1 else "__init__"
+
+
+def violations(source: str, path: Path) -> list[str]:
+    """Arrows of one file that the law does not have; ``path`` is relative to the package."""
+    room = path.parts[0].removesuffix(".py")
+    allowed = LAW[room] | EVERYWHERE | {room}
+    found = imported_rooms(source, (PACKAGE, *path.parts[:-1]))
+    return [f"{path}:{line}: {room} may not import {target}" for line, target in found if target not in allowed]
+
+
+def test_no_file_breaks_the_law() -> None:
+    files = sorted(ROOT.rglob("*.py"))
+    assert files
+    broken = [item for file in files for item in violations(file.read_text(encoding="utf-8"), file.relative_to(ROOT))]
+    assert not broken, "\n".join(broken)
+
+
+def test_every_room_is_in_the_law() -> None:
+    found = {path.parts[0].removesuffix(".py") for path in (p.relative_to(ROOT) for p in ROOT.rglob("*.py"))}
+    assert found <= set(LAW), f"not in the table: {sorted(found - set(LAW))}"
+
+
+def test_every_room_is_a_package() -> None:
+    folders = {path.parent for path in ROOT.rglob("*.py")}
+    assert not [str(folder) for folder in folders if not (folder / "__init__.py").is_file()]
+
+
+def test_the_law_has_no_cycle() -> None:
+    def reach(room: str) -> set[str]:
+        direct = set(LAW[room]) - EVERYWHERE
+        return direct.union(*(reach(other) for other in direct))
+
+    assert not [room for room in ROOMS if room in reach(room)]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import visexpert.methods",
+        "import visexpert.methods.tove as t",
+        "from visexpert.methods import ToVE",
+        "from visexpert import methods",
+        "from ..methods import ToVE",
+        "from .. import methods",
+        "def f():\n    from visexpert.methods.tove import ToVE",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from visexpert.methods import ToVE",
+        "import importlib\nimportlib.import_module('visexpert.methods.tove')",
+    ],
+)
+def test_the_law_catches_each_form_of_import(source: str) -> None:
+    assert len(violations(source, Path("losses/balance.py"))) == 1
+    assert violations(source, Path("callbacks/detach.py")) == []
+
+
+def test_the_law_lets_a_room_import_itself_and_the_errors() -> None:
+    source = "from visexpert.errors import ConfigError\nfrom .gate import TokenGate\nfrom visexpert.types import Batch"
+    assert violations(source, Path("transfer/residual.py")) == []

@@ -1,0 +1,91 @@
+"""The one interface of a frozen vision expert: ToVE's expert and MoVE-KD's teacher alike."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visexpert.errors import ConfigError
+from visexpert.types import ExpertTokens
+
+TokenKind = Literal["features", "prediction"]
+
+
+class VisionExpert(nn.Module, ABC):
+    """A frozen encoder that turns images into tokens.
+
+    A subclass builds its network in ``__init__`` without touching the network or the disk's big files, fills it in
+    :meth:`load_weights`, and implements :meth:`encode`. Resizing and normalising happen here, on the device, so that
+    the data never learns about an expert. Sizes are read from the expert by whoever needs them; no YAML repeats them.
+
+    Args:
+        image_size: Side in pixels that :meth:`encode` expects.
+        token_dim: Width E of a token.
+        grid_hw: Grid of the tokens, height x width = S.
+        licence: Licence of the weights (SPDX identifier, or the vendor's name for it).
+        mean: Channel means for normalisation, in [0, 1] units.
+        std: Channel standard deviations, likewise.
+        tokens: ``features`` - tokens of the encoder; ``prediction`` - the predicted map, one token per map cell,
+            E = its channels (Prismer's low-level experts; a conv stem in the adapter turns it into patch tokens).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        token_dim: int,
+        grid_hw: tuple[int, int],
+        licence: str,
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.5, 0.5, 0.5),
+        tokens: TokenKind = "features",
+    ) -> None:
+        super().__init__()
+        if tokens not in ("features", "prediction"):
+            raise ConfigError(f"{type(self).__name__}: tokens={tokens!r} is unknown; use 'features' or 'prediction'.")
+        self.image_size = image_size
+        self.token_dim = token_dim
+        self.grid_hw = grid_hw
+        self.licence = licence
+        self.tokens: TokenKind = tokens
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    @abstractmethod
+    def load_weights(self) -> None:
+        """Fill the network with its pretrained weights (safetensors or ``weights_only=True``).
+
+        Raises:
+            WeightsError: The weights are missing or do not fit; the message names file and next step.
+        """
+
+    @abstractmethod
+    def encode(self, pixels_BCHW: Tensor) -> Tensor:
+        """Map normalised pixels (B, 3, image_size, image_size) to tokens (B, S, E), row-major."""
+
+    def fingerprint(self) -> str:
+        """What the tokens depend on besides the image, for the feature store's provenance."""
+        return f"{type(self).__qualname__}/{self.image_size}/{self.tokens}"
+
+    def preprocess(self, images_BCHW: Tensor) -> Tensor:
+        """Resize (bilinear, antialiased) and normalise images (B, 3, H, W) in [0, 1]."""
+        if images_BCHW.shape[-2:] != (self.image_size, self.image_size):
+            images_BCHW = resize_images(images_BCHW, self.image_size)
+        return (images_BCHW - self.mean) / self.std
+
+    def forward(self, images_BCHW: Tensor) -> ExpertTokens:
+        """Encode images (B, 3, H, W), float in [0, 1], any size."""
+        return ExpertTokens(self.encode(self.preprocess(images_BCHW)), self.grid_hw)
+
+
+def resize_images(images_BCHW: Tensor, size: int) -> Tensor:
+    """Resize to a square of ``size`` px: bilinear, half-pixel centres, antialiased when shrinking."""
+    return F.interpolate(images_BCHW, size=(size, size), mode="bilinear", align_corners=False, antialias=True)

@@ -1,0 +1,84 @@
+"""Tokens of frozen encoders for a run: computed once per image set, then read from the feature store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from visexpert.store import FeatureFile, FeatureKey, StoreDtype, open_features, write_features
+from visexpert.types import ImageSource
+
+Encode = Callable[[Tensor], Tensor]
+
+
+class FeatureCache:
+    """Feature files of a run by encoder and split.
+
+    Args:
+        root: Folder of the store; shared by runs, a file's name says what it depends on.
+        dtype: ``float32`` gives the same loss as live encoders to the bit of the encoder's own batch-size noise;
+            ``float16`` halves the space.
+    """
+
+    def __init__(self, root: str | Path, *, dtype: StoreDtype = "float16") -> None:
+        self.root = Path(root).expanduser()
+        self.dtype: StoreDtype = dtype
+        self._files: dict[tuple[str, str], FeatureFile] = {}
+
+    def prepare(
+        self,
+        name: str,
+        split: str,
+        source: ImageSource,
+        *,
+        fingerprint: str,
+        encode: Encode,
+        grid_hw: tuple[int, int],
+        device: torch.device,
+        batch_size: int = 64,
+    ) -> None:
+        """Open the tokens of one encoder for one split, computing them where no run did before.
+
+        Args:
+            name: Encoder's name in this run.
+            split: Split's name.
+            source: Its images.
+            fingerprint: Of the encoder.
+            encode: Images (B, 3, H, W) float in [0, 1] to tokens (B, S, E).
+            grid_hw: Grid of those tokens.
+            device: Where ``encode`` runs.
+            batch_size: Images per call.
+        """
+        with torch.no_grad():
+            sample = encode(_images(source, [0], device))
+        key = FeatureKey(
+            data=source.fingerprint, encoder=fingerprint, rows=len(source), tokens=sample.shape[1],
+            width=sample.shape[2], grid_hw=grid_hw, dtype=self.dtype,
+        )  # fmt: skip
+        file = open_features(self.root, key)
+        if file is None:
+            batches = _encoded(source, encode, device, batch_size, label=f"{name} tokens of {split}")
+            file = write_features(self.root, key, batches)
+        self._files[name, split] = file
+
+    def read(self, name: str, split: str, index_B: Tensor) -> Tensor | None:
+        """Cached tokens (B, S, E), float32; None where this encoder and split are not cached."""
+        file = self._files.get((name, split))
+        return None if file is None else file.read(index_B)
+
+
+def _encoded(
+    source: ImageSource, encode: Encode, device: torch.device, batch_size: int, *, label: str
+) -> Iterator[Tensor]:
+    with torch.no_grad():
+        for start in tqdm(range(0, len(source), batch_size), desc=label, unit="batch", mininterval=1.0):
+            rows = range(start, min(start + batch_size, len(source)))
+            yield encode(_images(source, list(rows), device))
+
+
+def _images(source: ImageSource, rows: list[int], device: torch.device) -> Tensor:
+    return source.read(rows).to(device).float() / 255.0

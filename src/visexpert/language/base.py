@@ -1,0 +1,71 @@
+"""What a language side offers: logits of supervised tokens, and generation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from visexpert.errors import DataError
+from visexpert.types import IGNORE_INDEX, TextBatch, VisionTokens
+
+
+class LanguageSide(nn.Module, ABC):
+    """Reads vision tokens and text, predicts text. Implemented by the prefix LM and the cross-attention decoder.
+
+    Args:
+        width: Width of the vision tokens that it reads (the language width d_lang of ToVE's eq. 1).
+    """
+
+    def __init__(self, *, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    @abstractmethod
+    def load_weights(self) -> None:
+        """Fill pretrained weights, where a source was given."""
+
+    @abstractmethod
+    def forward(self, vision: VisionTokens, text: TextBatch) -> Tensor:
+        """Logits (M, V) of the M supervised tokens, in the order of ``text.labels_BN != IGNORE_INDEX``.
+
+        Row m holds the prediction *for* that token, made from the tokens before it in its own item and the image.
+        """
+
+    @abstractmethod
+    def generate(
+        self, vision: VisionTokens, prompts: Sequence[Sequence[int]], *, eos_id: int, max_new_tokens: int = 32
+    ) -> list[list[int]]:
+        """Continue one prompt per image greedily; token ids up to, without, ``eos_id``."""
+
+
+def supervised(text: TextBatch) -> tuple[Tensor, Tensor]:
+    """Targets (M,) of supervised tokens and the mask (B, N) of the positions that predict them.
+
+    Raises:
+        DataError: A supervised token stands first in its row, where nothing can predict it.
+    """
+    wanted_BN = text.labels_BN != IGNORE_INDEX
+    if bool(wanted_BN[:, 0].any()):
+        raise DataError(
+            "TextBatch: a label stands on the first token of a row; items begin with <bos>, which has none."
+        )
+    predicting_BN = torch.zeros_like(wanted_BN)
+    predicting_BN[:, :-1] = wanted_BN[:, 1:]
+    return text.labels_BN[wanted_BN], predicting_BN
+
+
+def item_mask(text: TextBatch) -> Tensor:
+    """Which text token may see which: its own item's, up to itself. bool (B, 1, N, N), true = visible.
+
+    Padding sees itself only, so that no row of the softmax is empty.
+    """
+    segments_BN = text.segments_BN
+    same_BNN = segments_BN.unsqueeze(2) == segments_BN.unsqueeze(1)
+    num_tokens = segments_BN.shape[1]
+    causal_NN = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=segments_BN.device).tril()
+    real_BNN = (segments_BN > 0).unsqueeze(1)
+    itself_NN = torch.eye(num_tokens, dtype=torch.bool, device=segments_BN.device)
+    return ((same_BNN & causal_NN & real_BNN) | itself_NN).unsqueeze(1)

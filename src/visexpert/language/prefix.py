@@ -1,0 +1,146 @@
+"""A causal language model that reads vision tokens as a prefix (LLaVA's kind of language side)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from visexpert.errors import ConfigError, WeightsError
+from visexpert.language.base import LanguageSide, item_mask, supervised
+from visexpert.language.position import sincos_2d
+from visexpert.resources import fill_module, load_safetensors, resolve_source
+from visexpert.types import TextBatch, VisionTokens
+
+
+class PrefixLM(LanguageSide):
+    """Any ``AutoModelForCausalLM`` with the image's tokens in front of the text.
+
+    All text items of an image are packed behind one prefix: an item sees the prefix and itself, and its positions
+    count on from the prefix, so that packing gives the same logits as one row per item.
+
+    Args:
+        config: Fields of a Hugging Face config with ``model_type``, for a random model (``vocab_size`` included).
+        source: Folder in ``save_pretrained`` form: its ``config.json`` builds, its ``model.safetensors`` fills.
+        position_scale: Scale of a 2-D sine-cosine code added to the prefix; 0 (LLaVA) for none.
+        weights: Start weights for a model built from ``config``: a safetensors file or ``zoo:NAME.safetensors``.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: dict[str, Any] | None = None,
+        source: str | None = None,
+        position_scale: float = 0.0,
+        weights: str | None = None,
+    ) -> None:
+        if (config is None) == (source is None):
+            raise ConfigError("PrefixLM takes either config (a random model) or source (a folder).")
+        settings = _build_config(config, source)
+        super().__init__(width=int(settings.hidden_size))
+        settings._attn_implementation = "sdpa"
+        self.model = AutoModelForCausalLM.from_config(settings)
+        self.position_scale = position_scale
+        self._weights = weights if source is None else str(resolve_source(source) / "model.safetensors")
+
+    def load_weights(self) -> None:
+        """Fill the model from ``source`` or ``weights``, if any."""
+        if self._weights is None:
+            return
+        path = resolve_source(self._weights)
+        state = load_safetensors(path, owner="PrefixLM")
+        expected = self.model.state_dict()
+        if "lm_head.weight" in expected:  # tied weights are stored once
+            state.setdefault("lm_head.weight", state.get("model.embed_tokens.weight", torch.empty(0)))
+        fill_module(self.model, state, owner="PrefixLM", path=path)
+
+    def forward(self, vision: VisionTokens, text: TextBatch) -> Tensor:
+        """See :meth:`LanguageSide.forward`."""
+        prefix_BTD = self._prefix(vision)
+        num_prefix = prefix_BTD.shape[1]
+        embeds = torch.cat([prefix_BTD, self._embed(text.ids_BN)], dim=1)
+        positions = torch.cat([_arange(prefix_BTD), text.positions_BN + num_prefix], dim=1)
+        mask = _additive(_prefix_mask(item_mask(text), num_prefix), embeds.dtype)
+        output = self.model.base_model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+        )
+        _, predicting_BN = supervised(text)
+        logits_MV: Tensor = self.model.get_output_embeddings()(output.last_hidden_state[:, num_prefix:][predicting_BN])
+        return logits_MV
+
+    @torch.no_grad()
+    def generate(
+        self, vision: VisionTokens, prompts: Sequence[Sequence[int]], *, eos_id: int, max_new_tokens: int = 32
+    ) -> list[list[int]]:
+        """See :meth:`LanguageSide.generate`; prompts are padded on the left, with a KV cache."""
+        prefix_BTD = self._prefix(vision)
+        length = max(map(len, prompts))
+        ids = torch.full((len(prompts), length), eos_id, dtype=torch.long)
+        real = torch.zeros_like(ids)
+        for index, prompt in enumerate(prompts):
+            ids[index, length - len(prompt) :] = torch.tensor(prompt)
+            real[index, length - len(prompt) :] = 1
+        ids, real = ids.to(prefix_BTD.device), real.to(prefix_BTD.device)
+        # Padding stands before the image: the image and its prompt stay neighbours, as in training.
+        rows = [
+            torch.cat([self._embed(ids[i, : length - n]), prefix_BTD[i], self._embed(ids[i, length - n :])])
+            for i, n in enumerate(map(len, prompts))
+        ]
+        pad = length - real.sum(1)
+        mask = (torch.arange(rows[0].shape[0], device=pad.device) >= pad[:, None]).long()
+        out = self.model.generate(
+            inputs_embeds=torch.stack(rows), attention_mask=mask, do_sample=False, num_beams=1,
+            max_new_tokens=max_new_tokens, eos_token_id=eos_id, pad_token_id=eos_id,
+        )  # fmt: skip
+        return [_until(row, eos_id) for row in out.tolist()]
+
+    def _prefix(self, vision: VisionTokens) -> Tensor:
+        tokens_BTD = vision.tokens_BTD
+        if self.position_scale:
+            tokens_BTD = tokens_BTD + self.position_scale * sincos_2d(vision.grid_hw, self.width).to(tokens_BTD)
+        return tokens_BTD
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        embedded: Tensor = self.model.get_input_embeddings()(ids)
+        return embedded
+
+
+def _build_config(config: dict[str, Any] | None, source: str | None) -> PretrainedConfig:
+    if config is not None:
+        settings = dict(config)
+        if "model_type" not in settings:
+            raise ConfigError("PrefixLM: config needs a model_type, for example 'llama'.")
+        built: PretrainedConfig = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        return built
+    folder = Path(resolve_source(str(source)))
+    if not (folder / "config.json").is_file():
+        raise WeightsError(f"PrefixLM: no config.json in {folder}; give a folder written by save_pretrained.")
+    loaded: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return loaded
+
+
+def _prefix_mask(text_mask: Tensor, num_prefix: int) -> Tensor:
+    """Causal mask over prefix and packed text, bool (B, 1, T + N, T + N)."""
+    batch, _, num_text, _ = text_mask.shape
+    total = num_prefix + num_text
+    mask = torch.zeros(batch, 1, total, total, dtype=torch.bool, device=text_mask.device)
+    mask[:, :, :num_prefix, :num_prefix] = torch.ones(num_prefix, num_prefix, device=mask.device).tril().bool()
+    mask[:, :, num_prefix:, :num_prefix] = True
+    mask[:, :, num_prefix:, num_prefix:] = text_mask
+    return mask
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _arange(prefix_BTD: Tensor) -> Tensor:
+    return torch.arange(prefix_BTD.shape[1], device=prefix_BTD.device).expand(prefix_BTD.shape[0], -1)
+
+
+def _until(row: list[int], eos_id: int) -> list[int]:
+    return row[: row.index(eos_id)] if eos_id in row else row

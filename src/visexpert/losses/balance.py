@@ -1,0 +1,54 @@
+"""Load-balancing losses: they keep a gate or a router from falling onto one expert."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from visexpert.errors import ConfigError
+
+GateBalanceForm = Literal["cv", "switch"]
+
+
+def gate_balance(
+    gates_BTK: Tensor,
+    attached_K: Tensor,
+    form: GateBalanceForm = "cv",
+    *,
+    load_K: Tensor | None = None,
+) -> Tensor:
+    """Auxiliary loss L_aux of ToVE's token-aware gate.
+
+    ``cv``: CV^2 of importance (sum of gates per expert) plus CV^2 of load (tokens whose largest gate is k), after
+    Shazeer et al. 2017, eqs. 6-11. The counted load has no gradient; give ``load_K`` (the smooth estimate of a noisy
+    gate) to have one. ``switch``: K * sum_k f_k P_k with f the share of tokens won and P the mean gate (Fedus et al.
+    2021, eq. 4). ToVE names the manner of Shazeer; weight and form are unconfirmed by the paper.
+
+    Args:
+        gates_BTK: Gates, float, summing to one over attached experts.
+        attached_K: bool; detached experts take no part.
+        form: ``cv`` or ``switch``.
+        load_K: Smooth load per expert, for ``cv``.
+
+    Returns:
+        Scalar; 0 at perfect balance for ``cv``, 1 for ``switch``. With one expert: 0 or 1 likewise, no gradient.
+    """
+    if form not in ("cv", "switch"):
+        raise ConfigError(f"gate_balance: form={form!r} is unknown; use 'cv' or 'switch'.")
+    gates_NK = gates_BTK.flatten(0, -2)[:, attached_K]
+    num_experts = gates_NK.shape[-1]
+    if num_experts == 0:
+        return gates_BTK.new_zeros(())
+    won_K = torch.bincount(gates_NK.argmax(-1), minlength=num_experts).to(gates_NK.dtype)
+    if form == "switch":
+        return num_experts * (won_K / len(gates_NK) * gates_NK.mean(0)).sum()
+    load = won_K if load_K is None else load_K[attached_K]
+    return _squared_variation(gates_NK.sum(0)) + _squared_variation(load)
+
+
+def _squared_variation(values_K: Tensor) -> Tensor:
+    """CV^2 = variance / mean^2 over experts (population variance)."""
+    mean = values_K.mean()
+    return (values_K - mean).square().mean() / mean.square().clamp_min(torch.finfo(values_K.dtype).tiny)

@@ -1,0 +1,5 @@
+"""The feature store: frozen tokens on disk, with provenance."""
+
+from visexpert.store.features import FeatureFile, FeatureKey, StoreDtype, open_features, write_features
+
+__all__ = ["FeatureFile", "FeatureKey", "StoreDtype", "open_features", "write_features"]

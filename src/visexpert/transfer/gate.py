@@ -1,0 +1,130 @@
+"""ToVE's token-aware gate: which experts each CLIP token listens to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from visexpert.errors import ConfigError
+
+GateKind = Literal["token", "uniform"]
+NoiseKind = Literal["none", "fixed", "learned"]
+
+
+@dataclass(frozen=True)
+class GateOutput:
+    """What the gate says.
+
+    Args:
+        gates_BTK: Softmax over attached experts, 0 for detached ones.
+        load_K: Smooth number of tokens each expert wins (Shazeer et al. 2017, eqs. 8-10); None without noise.
+    """
+
+    gates_BTK: Tensor
+    load_K: Tensor | None = None
+
+
+class TokenGate(nn.Module):
+    """Soft weights over experts for every CLIP token (ToVE, eq. 3: logits of unused experts are -inf).
+
+    Args:
+        dim: Width of the CLIP tokens.
+        num_experts: K.
+        kind: ``token`` - learned from the token; ``uniform`` - the average of attached experts (a control).
+        hidden_dim: None for a linear gate, else the hidden width of a two-layer one (unconfirmed by the paper).
+        noise: Noise on the logits in training: ``none``; ``fixed`` - Gaussian of ``noise_std``; ``learned`` -
+            Shazeer's, softplus(W x) + 1e-2 wide.
+        noise_std: Standard deviation of the fixed noise.
+        top_k: Keep the k largest gates per token and renormalise; None keeps all (the paper's soft gate).
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_experts: int,
+        kind: GateKind = "token",
+        hidden_dim: int | None = None,
+        noise: NoiseKind = "fixed",
+        noise_std: float = 0.5,
+        top_k: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check(kind=kind, noise=noise, noise_std=noise_std, top_k=top_k, num_experts=num_experts)
+        self.num_experts, self.kind, self.top_k = num_experts, kind, top_k
+        self.noise, self.noise_std = noise, noise_std
+        if kind == "uniform":
+            return
+        self.norm = nn.LayerNorm(dim)
+        self.logits: nn.Module = nn.Linear(dim, num_experts)
+        if hidden_dim is not None:
+            self.logits = nn.Sequential(nn.Linear(dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, num_experts))
+        self.noise_width = nn.Linear(dim, num_experts) if noise == "learned" else None
+
+    def forward(self, tokens_BTD: Tensor, attached_K: Tensor) -> GateOutput:
+        """Gate CLIP tokens.
+
+        Args:
+            tokens_BTD: CLIP tokens.
+            attached_K: bool, at least one true.
+
+        Raises:
+            ConfigError: No expert is attached (the caller then hands CLIP's tokens on untouched).
+        """
+        if not bool(attached_K.any()):
+            raise ConfigError("TokenGate: no expert is attached, there is nothing to weigh.")
+        if self.kind == "uniform":
+            share_K = attached_K.to(tokens_BTD.dtype) / attached_K.sum()
+            return GateOutput(share_K.expand(*tokens_BTD.shape[:2], self.num_experts))
+        normed_BTD = self.norm(tokens_BTD)
+        clean_BTK = self.logits(normed_BTD).masked_fill(~attached_K, -torch.inf)
+        if not self.training or self.noise == "none":
+            return GateOutput(self._softmax(clean_BTK))
+        std_BTK = self._noise_std(normed_BTD)
+        noisy_BTK = clean_BTK + torch.randn_like(clean_BTK) * std_BTK
+        return GateOutput(self._softmax(noisy_BTK), smooth_load(clean_BTK, noisy_BTK, std_BTK, attached_K))
+
+    def _noise_std(self, normed_BTD: Tensor) -> Tensor:
+        if self.noise_width is None:
+            return normed_BTD.new_full((*normed_BTD.shape[:2], self.num_experts), self.noise_std)
+        return nn.functional.softplus(self.noise_width(normed_BTD)) + 1e-2
+
+    def _softmax(self, logits_BTK: Tensor) -> Tensor:
+        if self.top_k is not None and self.top_k < self.num_experts:
+            kept = logits_BTK.topk(self.top_k, dim=-1).indices
+            outside = torch.ones_like(logits_BTK, dtype=torch.bool).scatter(-1, kept, value=False)
+            logits_BTK = logits_BTK.masked_fill(outside, -torch.inf)
+        return logits_BTK.softmax(-1)
+
+
+def smooth_load(clean_BTK: Tensor, noisy_BTK: Tensor, std_BTK: Tensor, attached_K: Tensor) -> Tensor:
+    """Expected number of tokens that each expert wins, were its own noise drawn anew.
+
+    P(x, k) = Phi((clean_k - max_{j != k} noisy_j) / std_k), summed over tokens (Shazeer et al. 2017, eqs. 8-10, k=1).
+    The only attached expert wins each token.
+
+    Returns:
+        (K,), zero for detached experts.
+    """
+    if int(attached_K.sum()) == 1:
+        return attached_K.to(clean_BTK.dtype) * clean_BTK[..., 0].numel()
+    top = noisy_BTK.topk(2, dim=-1)
+    is_first = torch.nn.functional.one_hot(top.indices[..., 0], noisy_BTK.shape[-1]).bool()
+    rival_BTK = torch.where(is_first, top.values[..., 1:2], top.values[..., 0:1])
+    clean_BTK = clean_BTK.masked_fill(~attached_K, 0.0)  # keeps -inf out of the gradient
+    wins_BTK: Tensor = torch.special.ndtr((clean_BTK - rival_BTK) / std_BTK)
+    return wins_BTK.masked_fill(~attached_K, 0.0).flatten(0, 1).sum(0)
+
+
+def _check(*, kind: str, noise: str, noise_std: float, top_k: int | None, num_experts: int) -> None:
+    if kind not in ("token", "uniform"):
+        raise ConfigError(f"TokenGate: kind={kind!r} is unknown; use 'token' or 'uniform'.")
+    if noise not in ("none", "fixed", "learned"):
+        raise ConfigError(f"TokenGate: noise={noise!r} is unknown; use 'none', 'fixed' or 'learned'.")
+    if noise == "fixed" and noise_std <= 0:
+        raise ConfigError(f"TokenGate: noise_std={noise_std} must be above 0; use noise: none for no noise.")
+    if top_k is not None and not 1 <= top_k <= max(num_experts, 1):
+        raise ConfigError(f"TokenGate: top_k={top_k} is outside 1..{num_experts}, the number of experts.")

@@ -1,0 +1,158 @@
+"""CLIP's vision encoder, the one that knowledge goes into."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from visexpert.errors import ConfigError, WeightsError
+from visexpert.resources import fill_module, load_safetensors, resolve_source
+from visexpert.types import VisionTokens
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ClipEncoder(nn.Module):
+    """Hugging Face's ``CLIPVisionModel`` behind named tokens, resizing and normalising on the device.
+
+    The network is built at once from ``config.json`` (or ``config``) with random weights; :meth:`load_weights` fills
+    it. Layers after the one that is read are not run.
+
+    Args:
+        source: Folder in ``save_pretrained`` form (``config.json``, ``model.safetensors``, optionally
+            ``preprocessor_config.json``), or ``zoo:NAME`` for a shipped one.
+        layer: Which hidden state to hand on: -1 the last, -2 the one before (LLaVA's and MoVE-KD's choice), ...
+            No final LayerNorm is applied, as in LLaVA.
+        config: Fields of ``CLIPVisionConfig`` for a random encoder without weights; excludes ``source``.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        *,
+        source: str | None = None,
+        layer: int = -2,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if (source is None) == (config is None):
+            raise ConfigError("ClipEncoder takes either source (a folder or zoo:NAME) or config (a random encoder).")
+        self.source = None if source is None else resolve_source(source)
+        settings = dict(config) if config is not None else read_json(self.source, "config.json")
+        clip_config = CLIPVisionConfig(**_vision_fields(settings))
+        clip_config._attn_implementation = "sdpa"
+        self.model = CLIPVisionModel(clip_config)
+        depth = clip_config.num_hidden_layers
+        if not -depth - 1 <= layer <= -1:
+            raise ConfigError(f"ClipEncoder: layer={layer} is outside -{depth + 1}..-1 of a CLIP with {depth} layers.")
+        self.layer = layer
+        mean, std = self._normalisation()
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def config(self) -> CLIPVisionConfig:
+        """The Hugging Face configuration."""
+        return self.model.config
+
+    @property
+    def image_size(self) -> int:
+        """Side of the input in pixels."""
+        return _side(self.config.image_size)
+
+    @property
+    def width(self) -> int:
+        """Token width D."""
+        return int(self.config.hidden_size)
+
+    @property
+    def grid_hw(self) -> tuple[int, int]:
+        """Grid of the patch tokens, height x width = T."""
+        side = self.image_size // _side(self.config.patch_size)
+        return side, side
+
+    def load_weights(self) -> None:
+        """Read ``model.safetensors`` of the source; a random encoder (``config=...``) keeps its weights.
+
+        Raises:
+            WeightsError: The file is missing or does not fit.
+        """
+        if self.source is None:
+            return
+        path = self.source / "model.safetensors"
+        state = load_safetensors(path, owner="ClipEncoder")
+        # Files written before transformers 5 carry a `vision_model.` prefix.
+        state = {key.removeprefix("vision_model."): value for key, value in state.items()}
+        fill_module(self.model, state, owner="ClipEncoder", path=path)
+
+    def fingerprint(self) -> str:
+        """Hash of weights, layer and input size: what the tokens depend on besides the image."""
+        digest = hashlib.sha256(f"{self.layer}/{self.image_size}".encode())
+        for key, value in self.model.state_dict().items():
+            digest.update(key.encode())
+            digest.update(value.detach().cpu().float().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def preprocess(self, images_BCHW: Tensor) -> Tensor:
+        """Resize (bicubic, antialiased, as CLIP's processor) and normalise images (B, 3, H, W) in [0, 1]."""
+        size = (self.image_size, self.image_size)
+        if images_BCHW.shape[-2:] != size:
+            images_BCHW = F.interpolate(images_BCHW, size=size, mode="bicubic", antialias=True, align_corners=False)
+            images_BCHW = images_BCHW.clamp(0.0, 1.0)
+        return (images_BCHW - self.mean) / self.std
+
+    def forward(self, images_BCHW: Tensor) -> VisionTokens:
+        """Encode images (B, 3, H, W), float in [0, 1], any size, into patch tokens (B, T, D) and [CLS] (B, D)."""
+        hidden_BND = self.model.pre_layrnorm(self.model.embeddings(self.preprocess(images_BCHW)))
+        layers = self.model.encoder.layers
+        for layer in layers[: len(layers) + 1 + self.layer]:
+            hidden_BND = layer(hidden_BND, None)
+        return VisionTokens(hidden_BND[:, 1:], self.grid_hw, cls_BD=hidden_BND[:, 0])
+
+    def _normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
+        if self.source is None or not (self.source / "preprocessor_config.json").is_file():
+            return OPENAI_MEAN, OPENAI_STD
+        settings = read_json(self.source, "preprocessor_config.json")
+        return settings["image_mean"], settings["image_std"]
+
+
+def read_json(folder: Path | None, name: str) -> dict[str, Any]:
+    """Read a JSON object from a model folder.
+
+    Raises:
+        WeightsError: The file is missing or no JSON object.
+    """
+    path = (folder or Path()) / name
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise WeightsError(
+            f"ClipEncoder: cannot read {path} ({error}); give a folder written by save_pretrained, or zoo:clip."
+        ) from error
+    if not isinstance(loaded, dict):
+        raise WeightsError(f"ClipEncoder: {path} holds a {type(loaded).__name__}, a JSON object is needed.")
+    return loaded
+
+
+def _side(size: object) -> int:
+    """A side that Hugging Face writes as a number, though its type admits pairs."""
+    if not isinstance(size, int):
+        raise ConfigError(f"ClipEncoder: a side of {size} is not supported; images and patches must be square.")
+    return size
+
+
+def _vision_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The vision part of a full CLIP config, or the config itself."""
+    nested = settings.get("vision_config")
+    return dict(nested) if isinstance(nested, Mapping) else dict(settings)

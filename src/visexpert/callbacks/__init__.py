@@ -1,0 +1,22 @@
+"""Callbacks: what a run shows while it goes on, and what it leaves in its folder."""
+
+from __future__ import annotations
+
+from visexpert.callbacks.cost import CostReport
+from visexpert.callbacks.figures import RunFigures
+from visexpert.callbacks.progress import TrainingProgress
+from visexpert.callbacks.run_folder import RunFolder, SaveRunConfig
+from visexpert.callbacks.run_logger import RunLogger
+from visexpert.callbacks.ship_language import ShipLanguage
+from visexpert.callbacks.throughput import ThroughputMonitor
+
+__all__ = [
+    "CostReport",
+    "RunFigures",
+    "RunFolder",
+    "RunLogger",
+    "SaveRunConfig",
+    "ShipLanguage",
+    "ThroughputMonitor",
+    "TrainingProgress",
+]

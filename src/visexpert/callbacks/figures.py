@@ -1,0 +1,129 @@
+"""The pictures of a run: loss curves, gate maps, gates by region, captions beside their images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from visexpert.callbacks.run_folder import folder_of
+from visexpert.methods.evaluation import Caption, EvalOutput
+from visexpert.report import gate_by_region, gate_maps, loss_curves, sample_captions
+from visexpert.types import Batch
+
+
+class RunFigures(Callback):
+    """Writes ``figures/`` into the run's folder: curves at the end of training, the rest at the end of a test.
+
+    Args:
+        num_maps: Images in the gate-map figure.
+        num_captions: Images in the caption figure.
+        num_regions: Images averaged in the figure of gates by region (needs instance masks in the data).
+    """
+
+    def __init__(self, *, num_maps: int = 8, num_captions: int = 16, num_regions: int = 500) -> None:
+        self.num_maps, self.num_captions, self.num_regions = num_maps, num_captions, num_regions
+        self._reset()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = folder_of(trainer) / "metrics.csv"
+        if trainer.is_global_zero and metrics.is_file():
+            loss_curves(metrics, self._path(trainer, "loss_curves"))
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._reset()
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Tensor | Mapping[str, Any] | None,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        output = outputs.get("output") if isinstance(outputs, Mapping) else None
+        if not isinstance(output, EvalOutput):
+            return
+        images_BHW3 = _pixels(batch.images_BCHW)
+        gates_BTK = output.vision.gates_BTK
+        if gates_BTK is not None:
+            self._images += list(images_BHW3[: max(0, self.num_maps - len(self._images))])
+            self._gates.append(gates_BTK.unflatten(1, output.vision.grid_hw).cpu().numpy())
+            if "instance_BHW" in batch.targets:
+                self._regions.append(token_regions(batch.targets["instance_BHW"], output.vision.grid_hw))
+        for caption in output.captions[: max(0, self.num_captions - len(self._captions))]:
+            self._captions.append((images_BHW3[caption.row], caption))
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        hub = getattr(pl_module, "hub", None)
+        if self._gates and hub is not None:
+            self._draw_gates(trainer, hub.names)
+        if self._captions:
+            images, captions = zip(*self._captions, strict=True)
+            sample_captions(
+                np.stack(images),
+                [caption.text for caption in captions],
+                [bool(caption.correct) for caption in captions],
+                [caption.item.answer for caption in captions],
+                self._path(trainer, "captions"),
+            )
+        self._reset()
+
+    def _draw_gates(self, trainer: Trainer, names: tuple[str, ...]) -> None:
+        gates_NHWK = np.concatenate(self._gates)
+        shown = len(self._images)
+        gate_maps(np.stack(self._images), gates_NHWK[:shown], names, self._path(trainer, "gate_maps"))
+        if self._regions:
+            regions = {
+                name: np.concatenate([part[name] for part in self._regions])[: self.num_regions]
+                for name in self._regions[0]
+            }
+            there = {name: mask for name, mask in regions.items() if mask.any()}
+            gate_by_region(gates_NHWK[: self.num_regions], there, names, self._path(trainer, "gate_by_region"))
+
+    def _path(self, trainer: Trainer, name: str) -> Path:
+        return folder_of(trainer) / "figures" / f"{name}.png"
+
+    def _reset(self) -> None:
+        self._images: list[NDArray[Any]] = []
+        self._gates: list[NDArray[Any]] = []
+        self._regions: list[dict[str, NDArray[Any]]] = []
+        self._captions: list[tuple[NDArray[Any], Caption]] = []
+
+
+def token_regions(instance_BHW: Tensor, grid_hw: tuple[int, int]) -> dict[str, NDArray[Any]]:
+    """Which tokens lie on an object, across a boundary, or on background.
+
+    Args:
+        instance_BHW: Object number per pixel, 0 = background.
+        grid_hw: Grid of the tokens.
+
+    Returns:
+        Boolean masks (B, H, W) on the grid: ``object`` - at least 90 % of one object; ``background`` - at most 10 %
+        object; ``boundary`` - the others.
+    """
+    classes_BCHW = F.one_hot(instance_BHW.long()).movedim(-1, 1).float()
+    shares_BCHW = F.adaptive_avg_pool2d(classes_BCHW, grid_hw)
+    whole = (
+        shares_BCHW[:, 1:].amax(1) >= 0.9 if shares_BCHW.shape[1] > 1 else torch.zeros_like(shares_BCHW[:, 0]).bool()
+    )
+    background = shares_BCHW[:, 0] >= 0.9
+    masks = {"object": whole, "boundary": ~whole & ~background, "background": background}
+    return {name: mask.cpu().numpy() for name, mask in masks.items()}
+
+
+def _pixels(images_BCHW: Tensor) -> NDArray[Any]:
+    """To (B, H, W, 3), uint8."""
+    if images_BCHW.dtype != torch.uint8:
+        images_BCHW = (images_BCHW * 255).round().to(torch.uint8)
+    return images_BCHW.permute(0, 2, 3, 1).cpu().numpy()

@@ -1,0 +1,220 @@
+"""The progress bar of a run: loss, images per second, waiting for data and the time left for the whole training."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from rich import get_console
+from rich.progress import ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+from visexpert.callbacks.throughput import StepClock, image_count
+
+_NAMES = {"train": "train", "validate": "validate", "sanity_check": "check", "test": "test", "predict": "predict"}
+
+
+class TrainingProgress(RichProgressBar):
+    """Live bars in a terminal; elsewhere (a log file, CI) one plain line every ``line_every_s`` seconds.
+
+    The time left is that of the whole training, validation included, not of the epoch. The loss is read from the
+    device only when something is about to be shown, so the bar costs a step next to nothing.
+
+    Args:
+        updates_per_s: How often the live bars are redrawn.
+        line_every_s: Seconds between two plain lines.
+        window: Steps that images per second and the share of waiting are averaged over.
+        interactive: Live bars (True) or plain lines (False); None asks the terminal.
+    """
+
+    def __init__(
+        self,
+        *,
+        updates_per_s: float = 4.0,
+        line_every_s: float = 10.0,
+        window: int = 50,
+        interactive: bool | None = None,
+    ) -> None:
+        super().__init__(refresh_rate=max(1, math.ceil(updates_per_s)))
+        console = get_console()
+        self._live = console.is_terminal or console.is_jupyter if interactive is None else interactive
+        self._pause_s = 1 / updates_per_s if self._live else line_every_s
+        self._clock = StepClock(window=window)
+        self._shown_at = 0.0
+        self._began_at = 0.0
+        self._began_step = 0
+        self._loss: float | None = None
+        self.status = ""
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether the live bars are on; plain lines depend on :meth:`disable` alone."""
+        return self._live and super().is_enabled
+
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        """Description, bar and count as Lightning has them, then the status of the run."""
+        described, bar, count, *_ = super().configure_columns(trainer)
+        assert isinstance(described, TextColumn)
+        return [described, bar, count, _StatusColumn(self)]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._clock.reset()
+        self._began_at = self._shown_at = time.perf_counter()
+        self._began_step = trainer.global_step
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        self._clock.wait_begins()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._clock.step_begins()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._clock.step_ends(image_count(batch) * trainer.world_size)
+        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if not self._due(last and self._live):
+            return
+        self._loss = _loss_of(outputs)
+        self.status = self._train_status(trainer)
+        if self._live:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        else:
+            self._line(trainer, batch_idx + 1, self.total_train_batches, self._loss_text() + self.status)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if not self._live and self._enabled:
+            took = _clock_time(time.perf_counter() - self._began_at)
+            print(f"train: {trainer.global_step - self._began_step} steps in {took}", flush=True)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        self._clock.interrupt()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._clock.interrupt()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
+        self._clock.interrupt()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        totals = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        self._evaluation_line(trainer, batch_idx, totals, dataloader_idx)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_test_start(trainer, pl_module)
+        self._shown_at = time.perf_counter()
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        self._evaluation_line(trainer, batch_idx, trainer.num_test_batches, dataloader_idx)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_predict_start(trainer, pl_module)
+        self._shown_at = time.perf_counter()
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        super().on_predict_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        self._evaluation_line(trainer, batch_idx, trainer.num_predict_batches, dataloader_idx)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """What the module put on the bar, without the version number; the loss where it put none."""
+        shown: dict[str, Any] = dict(super().get_metrics(trainer, pl_module))
+        shown.pop("v_num", None)
+        if self._loss is not None and not any("loss" in name for name in shown):
+            shown = {"loss": self._loss, **shown}
+        return shown
+
+    def _due(self, now_anyway: bool = False) -> bool:
+        """Whether it is time to show something; if so, the pause before the next time begins."""
+        now = time.perf_counter()
+        if not now_anyway and now - self._shown_at < self._pause_s:
+            return False
+        self._shown_at = now
+        return True
+
+    def _train_status(self, trainer: Trainer) -> str:
+        done = trainer.global_step - self._began_step
+        left = trainer.estimated_stepping_batches - trainer.global_step
+        seconds = (time.perf_counter() - self._began_at) / done * left if done else math.inf
+        return (
+            f"{self._clock.images_per_s:.0f} images/s · data wait {100 * self._clock.wait_share:.0f} %"
+            f" · {_clock_time(seconds)} left"
+        )
+
+    def _loss_text(self) -> str:
+        return "" if self._loss is None else f"loss {self._loss:.4f} · "
+
+    def _evaluation_line(
+        self, trainer: Trainer, batch_idx: int, totals: Sequence[int | float], dataloader_idx: int
+    ) -> None:
+        """A plain line of an evaluation loop, at most every ``line_every_s`` seconds."""
+        if not self._live and self._due():
+            self._line(trainer, batch_idx + 1, totals[dataloader_idx], "")
+
+    def _line(self, trainer: Trainer, done: int, total: float, text: str) -> None:
+        if not self._enabled:
+            return
+        name = _NAMES[trainer.state.stage.value] if trainer.state.stage else ""
+        where = f"epoch {trainer.current_epoch} · step {trainer.global_step} · " if trainer.training else ""
+        count = f"batch {done}/{int(total)}" if math.isfinite(total) else f"batch {done}"
+        print(" · ".join(part for part in (f"{name}: {where}{count}", text) if part), flush=True)
+
+
+class _StatusColumn(ProgressColumn):
+    """The run's status behind the training bar, the time left behind any other."""
+
+    def __init__(self, owner: TrainingProgress) -> None:
+        super().__init__()
+        self._owner = owner
+
+    def render(self, task: Task) -> Text:
+        if task.id == self._owner.train_progress_bar_id:
+            return Text(self._owner.status)
+        seconds = math.inf if task.time_remaining is None else task.time_remaining
+        return Text(f"{_clock_time(seconds)} left")
+
+
+def _clock_time(seconds: float) -> str:
+    return str(timedelta(seconds=round(max(0.0, seconds)))) if math.isfinite(seconds) else "-:--:--"
+
+
+def _loss_of(outputs: Any) -> float | None:
+    """The loss in what a training step returned: a tensor, or a mapping with one under ``loss``."""
+    loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+    return float(loss.detach()) if isinstance(loss, torch.Tensor) else None

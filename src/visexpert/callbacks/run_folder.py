@@ -1,0 +1,148 @@
+"""A run's folder: what was run, on what, and what came out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from rich.console import Console
+from rich.table import Table
+
+from visexpert.report.files import read_json, set_aside, write_json, write_text
+from visexpert.report.machine import machine_facts, package_versions
+
+
+class RunFolder(Callback):
+    """Writes ``environment.json`` and ``metrics.json`` into the run's folder and prints the final metrics.
+
+    The folder is the trainer's ``log_dir``, which :class:`RunLogger` sets. ``metrics.json`` holds flat keys
+    (``test/vqa/accuracy``): a fit writes it anew, since other weights have other scores, and a later ``validate`` or
+    ``test`` adds to it. A fit that starts afresh in a used folder keeps the earlier files as ``metrics.1.json`` and
+    ``metrics.1.csv``; one that continues (``--ckpt_path``) goes on in them.
+
+    Args:
+        table: Print a table of the metrics at the end.
+    """
+
+    def __init__(self, *, table: bool = True) -> None:
+        self._table = table
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = folder_of(trainer)
+        if not trainer.is_global_zero or stage == "predict":
+            return
+        path = folder / "environment.json"
+        known = read_json(path) if path.exists() else {}
+        write_json(path, {**known, stage: environment()})
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = folder_of(trainer)
+        if trainer.is_global_zero and trainer.ckpt_path is None:
+            set_aside(folder / "metrics.csv")
+            set_aside(folder / "metrics.json")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._record(trainer, earlier=False)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._record(trainer, earlier=True)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._record(trainer, earlier=True)
+
+    def _record(self, trainer: Trainer, *, earlier: bool) -> None:
+        """Write and print the metrics; ``earlier`` keeps those that the file has and this stage does not."""
+        path = folder_of(trainer) / "metrics.json"
+        if not trainer.is_global_zero:
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if earlier and path.exists():
+            metrics = {**read_json(path), **metrics}
+        write_json(path, dict(sorted(metrics.items())))
+        if self._table and metrics:
+            console = Console(width=None if sys.stdout.isatty() else 100)
+            console.print(metrics_table(metrics, title=str(path)))
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves the resolved configuration of LightningCLI into the run's folder without losing an earlier one.
+
+    A fit writes ``config.yaml``, another subcommand ``config.test.yaml`` and the like. A file that differs is kept as
+    ``config.1.yaml``, ``config.2.yaml``, ... Give it to LightningCLI as ``save_config_callback``.
+    """
+
+    def __init__(self, parser: Any, config: Any, **kwargs: Any) -> None:
+        super().__init__(parser, config, **{**kwargs, "save_to_log_dir": False})
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ask for the folder on every process, as the trainer demands, then save on the first."""
+        self._folder = folder_of(trainer)
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file (Lightning calls this on the first process only)."""
+        name = "config.yaml" if stage == "fit" else f"config.{stage}.yaml"
+        path = self._folder / name
+        text = self.parser.dump(self.config, skip_none=False)
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            set_aside(path)
+        write_text(path, text)
+
+
+def folder_of(trainer: Trainer) -> Path:
+    """The run's folder; every process must ask, since the first one tells the others."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, commit, seed and command line of this process, as JSON values."""
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "seed": int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
+        "versions": package_versions(),
+        "machine": machine_facts(),
+        "git_commit": git_commit(Path(__file__)),
+    }
+
+
+def git_commit(file: Path) -> str | None:
+    """Commit of the repository that tracks ``file``, with ``-dirty`` where files differ; None if there is none."""
+    folder = file.parent
+    if _git(folder, "ls-files", "--error-unmatch", file.name) is None:
+        return None
+    commit = _git(folder, "rev-parse", "HEAD")
+    return f"{commit}-dirty" if commit and _git(folder, "status", "--porcelain", "--untracked-files=no") else commit
+
+
+def metrics_table(metrics: Mapping[str, float | None], *, title: str) -> Table:
+    """A table of flat metrics: one section for each first part of the keys (``train``, ``val``, ``test``)."""
+    table = Table("metric", title=title, title_justify="left")
+    table.add_column("value", justify="right")
+    for stage, names in groupby(sorted(metrics), key=lambda name: name.partition("/")[0]):
+        table.add_section()
+        table.add_row(f"[bold]{stage}[/bold]", "")
+        for name in names:
+            value = metrics[name]
+            rest = name.partition("/")[2] or name
+            table.add_row(f"  {rest}", "not finite" if value is None else f"{value:.5g}")
+    return table
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,50 @@
+"""The command line: ``visexpert fit | validate | test | predict`` (LightningCLI) and the commands beside them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers do not fork threads under our workers
+
+from visexpert.errors import UserError
+
+USAGE_ERROR = 2
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command; a user's error ends with one sentence and exit code 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _quieten()
+    try:
+        _dispatch(arguments)
+    except UserError as error:
+        print(f"visexpert: {error}", file=sys.stderr)
+        sys.exit(USAGE_ERROR)
+
+
+def _dispatch(arguments: list[str]) -> None:
+    if arguments[:1] == ["demo"]:
+        from visexpert.demo import run_demo
+
+        run_demo(arguments[1:])
+        return
+    from visexpert.training import run_lightning
+
+    run_lightning(arguments)
+
+
+def _quieten() -> None:
+    """Hide what a user can do nothing about."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    for name in ("httpx", "matplotlib", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""LightningModules: the only room where the stages meet."""
+
+from visexpert.methods.base import Method
+from visexpert.methods.tove import ToVE
+
+__all__ = ["Method", "ToVE"]

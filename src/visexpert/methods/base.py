@@ -1,0 +1,201 @@
+"""What every method shares: the step's logging, optimiser groups, frozen parts and resumable randomness."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from visexpert.language import LanguageSide, supervised
+from visexpert.losses import text_loss, token_nll
+from visexpert.methods.evaluation import EvalOutput, Evaluator
+from visexpert.methods.optimiser import ParameterGroup, cosine_with_warmup, make_groups
+from visexpert.types import Batch, StepOutput, VisionTokens
+
+
+class Method(L.LightningModule):
+    """A method turns images into vision tokens; the language side reads them; the base trains, scores and saves.
+
+    Args:
+        language: Language side.
+        lr: Peak learning rate of AdamW, for everything but the language side.
+        language_lr: Peak learning rate of the language side; 0 freezes it.
+        language_frozen_steps: The language side trains from this step on only (fresh adapters settle first).
+        weight_decay: On matrices; never on biases, norms or embeddings.
+        warmup_steps: Linear warm-up, then cosine to zero at the end of training.
+        caption_images: Images of the test split that get a generated caption (greedy); 0 for none.
+    """
+
+    def __init__(
+        self,
+        *,
+        language: LanguageSide,
+        lr: float = 2e-3,
+        language_lr: float = 2e-3,
+        language_frozen_steps: int = 0,
+        weight_decay: float = 0.02,
+        warmup_steps: int = 100,
+        caption_images: int = 500,
+    ) -> None:
+        super().__init__()
+        self.language = language
+        self.lr, self.language_lr = lr, language_lr
+        self.language_frozen_steps = language_frozen_steps
+        self.weight_decay, self.warmup_steps = weight_decay, warmup_steps
+        self.caption_images = caption_images
+        self.evaluators: dict[str, Evaluator] = {}
+        self._loaded = False
+
+    @abstractmethod
+    def encode(self, batch: Batch) -> VisionTokens:
+        """Images to the tokens that the language side reads."""
+
+    @abstractmethod
+    def frozen_modules(self) -> Mapping[str, nn.Module]:
+        """Parts that never train, by attribute name: no gradient, eval mode, in no checkpoint."""
+
+    def unused_modules(self) -> Sequence[nn.Module]:
+        """Parts that a deployed model would not load, such as detached experts."""
+        return ()
+
+    @abstractmethod
+    def trained_groups(self) -> Sequence[ParameterGroup]:
+        """What trains, listed by module, with its learning rate."""
+
+    @abstractmethod
+    def load_weights(self) -> None:
+        """Fill pretrained parts; called once, before the first epoch or evaluation, after building."""
+
+    def step(self, batch: Batch) -> StepOutput:
+        """Loss of one batch: encode, read, compare."""
+        assert batch.text is not None
+        vision = self.encode(batch)
+        logits_MV = self.language(vision, batch.text)
+        targets_M, _ = supervised(batch.text)
+        text = text_loss(logits_MV, targets_M)
+        parts, loss = {"text_loss": text}, text
+        for name, (weight, value) in self.extra_losses(vision).items():
+            parts[name] = value
+            loss = loss + weight * value
+        return StepOutput(loss, parts, len(batch))
+
+    def extra_losses(self, vision: VisionTokens) -> Mapping[str, tuple[float, Tensor]]:
+        """Losses beside the text's: name to (weight, value)."""
+        return {}
+
+    # -- Lightning hooks ------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Load weights, freeze what is frozen, fill caches."""
+        if not self._loaded:
+            self.load_weights()
+            self._loaded = True
+        for module in self.frozen_modules().values():
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Method:
+        """Train mode for what trains; frozen parts stay in eval mode."""
+        super().train(mode)
+        for module in self.frozen_modules().values():
+            module.eval()
+        return self
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed noise and dropout by step, so that an interrupted run continues as if it had not been."""
+        seed = torch.initial_seed() if self.trainer is None else self._run_seed()
+        torch.manual_seed((seed * 1_000_003 + self.global_step * 1009 + self.global_rank) % 2**63)
+        thawed = self.language_lr > 0 and self.global_step >= self.language_frozen_steps
+        self.language.requires_grad_(thawed)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Compute by :meth:`step`, log here."""
+        output = self.step(batch)
+        self.log_dict({"train/loss": output.loss.detach()}, prog_bar=True, batch_size=output.batch_size)
+        parts = {f"train/{name}": value.detach() for name, value in output.parts.items()}
+        self.log_dict(parts, batch_size=output.batch_size)
+        return output.loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Fresh scores."""
+        self.evaluators["val"] = Evaluator(captions=0)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Mapping[str, EvalOutput]:
+        """Score one batch."""
+        return {"output": self.evaluate(batch, "val")}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log scores under ``val/``."""
+        self._log_scores("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Fresh scores."""
+        self.evaluators["test"] = Evaluator(captions=self.caption_images, probe=True)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Mapping[str, EvalOutput]:
+        """Score one batch, captions included."""
+        return {"output": self.evaluate(batch, "test")}
+
+    def on_test_epoch_end(self) -> None:
+        """Log scores under ``test/``."""
+        self._log_scores("test")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over :meth:`trained_groups`, warm-up and cosine by step."""
+        groups = make_groups(self.trained_groups(), weight_decay=self.weight_decay)
+        optimiser = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.98), fused=None)
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = cosine_with_warmup(optimiser, warmup_steps=self.warmup_steps, total_steps=total)
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave frozen parts out: they are read from their own files."""
+        state = checkpoint["state_dict"]
+        for key in [key for key in state if self._is_frozen_key(key)]:
+            del state[key]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put frozen parts back, so that loading stays strict about everything else."""
+        state = checkpoint["state_dict"]
+        for key, value in self.state_dict().items():
+            if self._is_frozen_key(key):
+                state.setdefault(key, value)
+
+    # -- Evaluation -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, split: str) -> EvalOutput:
+        """Score a batch by one packed forward; generate captions while the split's quota lasts."""
+        assert batch.text is not None
+        evaluator = self.evaluators[split]
+        vision = self.encode(batch)
+        logits_MV = self.language(vision, batch.text)
+        targets_M, _ = supervised(batch.text)
+        tokenizer = self.tokenizer
+        evaluator.update_text(
+            batch, predicted_M=logits_MV.argmax(-1), nll_M=token_nll(logits_MV, targets_M), tokenizer=tokenizer
+        )
+        captions = evaluator.generate_captions(batch, vision, self.language, tokenizer)
+        evaluator.collect_tokens(batch, vision)
+        return EvalOutput(vision=vision, captions=captions)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The data's tokenizer."""
+        return self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+
+    def _log_scores(self, split: str) -> None:
+        scores = self.evaluators[split].compute()
+        self.log_dict({f"{split}/{name}": value for name, value in scores.items()}, batch_size=1)
+
+    def _is_frozen_key(self, key: str) -> bool:
+        return key.split(".", 1)[0] in self.frozen_modules()
+
+    def _run_seed(self) -> int:
+        """The seed of the run: set by ``seed_everything``, kept in the environment by Lightning."""
+        return int(os.environ.get("PL_GLOBAL_SEED", "0"))

@@ -1,0 +1,69 @@
+"""Parameter groups from modules, and the schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from visexpert.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Modules that train at one rate.
+
+    Args:
+        name: Shown in logs.
+        modules: What trains.
+        lr: Peak learning rate.
+    """
+
+    name: str
+    modules: tuple[nn.Module, ...]
+    lr: float
+
+
+def make_groups(groups: Sequence[ParameterGroup], *, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices with decay; biases, norms and embeddings without.
+
+    Raises:
+        ConfigError: Nothing trains.
+    """
+    made: list[dict[str, Any]] = []
+    for group in groups:
+        plain: list[nn.Parameter] = []
+        decayed: list[nn.Parameter] = []
+        for module in group.modules:
+            for child in module.modules():
+                keep = isinstance(child, nn.Embedding | nn.LayerNorm)
+                for parameter in child.parameters(recurse=False):
+                    (plain if keep or parameter.ndim < 2 else decayed).append(parameter)
+        unique_plain = list(dict.fromkeys(plain))
+        unique_decayed = [p for p in dict.fromkeys(decayed) if p not in set(unique_plain)]
+        made += [
+            {"params": unique_decayed, "lr": group.lr, "weight_decay": weight_decay, "name": group.name},
+            {"params": unique_plain, "lr": group.lr, "weight_decay": 0.0, "name": f"{group.name} (no decay)"},
+        ]
+    made = [group for group in made if group["params"]]
+    if not made:
+        raise ConfigError("Nothing trains: every part is frozen; set language_lr above 0 or attach an expert.")
+    return made
+
+
+def cosine_with_warmup(optimiser: Optimizer, *, warmup_steps: int, total_steps: int) -> LambdaLR:
+    """Linear warm-up over ``warmup_steps``, then half a cosine down to zero at ``total_steps``."""
+    warmup = min(warmup_steps, max(1, total_steps // 2))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        done = (step - warmup) / max(1, total_steps - warmup)
+        return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+
+    return LambdaLR(optimiser, factor)

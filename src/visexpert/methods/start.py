@@ -1,0 +1,50 @@
+"""Start a run from an earlier run's weights."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from torch import Tensor, nn
+
+from visexpert.errors import WeightsError
+from visexpert.resources import load_safetensors, resolve_source
+
+log = logging.getLogger(__name__)
+
+
+def start_from(module: nn.Module, source: str) -> None:
+    """Copy every tensor that a checkpoint shares with ``module``; say what stays fresh.
+
+    Args:
+        module: The method, already built.
+        source: A Lightning checkpoint (read with ``weights_only=True``) or a safetensors file.
+
+    Raises:
+        WeightsError: The file is missing, may run code, shares no tensor, or shares one of another shape.
+    """
+    path = resolve_source(source)
+    state = _read(path)
+    own = module.state_dict()
+    shared = {key: value for key, value in state.items() if key in own}
+    reshaped = [key for key, value in shared.items() if value.shape != own[key].shape]
+    if not shared or reshaped:
+        raise WeightsError(f"init_from: {path} shares no tensor with the model, or of other shapes: {reshaped[:3]}.")
+    module.load_state_dict(shared, strict=False)
+    fresh = sorted({key.rsplit(".", 1)[0] for key in own.keys() - shared.keys()})
+    log.info("Started from %s: %d tensors; left as they were: %s", path, len(shared), fresh[:8] or "none")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return load_safetensors(path, owner="init_from")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise WeightsError(f"init_from: there is no checkpoint {path}; give the path of a run's .ckpt file.") from error
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        raise WeightsError(f"init_from: {path} is no plain checkpoint ({str(error)[:120]}).") from error
+    state: dict[str, Tensor] = checkpoint["state_dict"]
+    return state

@@ -1,0 +1,244 @@
+"""ToVE: transfer the knowledge of a hub of frozen experts into frozen CLIP tokens, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from visexpert.errors import ConfigError
+from visexpert.experts import ExpertHub, FeatureCache, VisionExpert
+from visexpert.language import LanguageSide, Projector
+from visexpert.language.projector import ProjectorKind
+from visexpert.losses import gate_balance
+from visexpert.losses.balance import GateBalanceForm
+from visexpert.methods.base import Method
+from visexpert.methods.optimiser import ParameterGroup
+from visexpert.methods.start import start_from
+from visexpert.store import StoreDtype
+from visexpert.transfer import ResidualTransfer, TokenAdapter, TokenGate
+from visexpert.transfer.gate import GateKind, NoiseKind
+from visexpert.transfer.residual import TransferMode
+from visexpert.types import Batch, ImageSource, VisionTokens
+from visexpert.vision import ClipEncoder
+
+FusionSpace = Literal["language", "clip"]
+
+
+class ToVE(Method):
+    """ToVE (arXiv 2504.00691, ICLR 2025): t_fuse = t_clip + sum_k g_k P_k(e_k), g = softmax of a gate on CLIP's token.
+
+    CLIP and experts are frozen. At step 0 the model equals its CLIP-only twin (adapters end in zeros). With no expert
+    attached it *is* CLIP-only. The paper's code was never released: options marked "unconfirmed" are our reading.
+
+    Args:
+        clip: The frozen CLIP.
+        experts: Frozen experts by name.
+        language: Language side.
+        use: Names of the experts to use, others are not built into the model; null for all, [] for CLIP only.
+        projector: CLIP tokens to the language width: ``linear``, ``mlp2x_gelu`` or ``identity`` (unconfirmed).
+        projector_norm: LayerNorm before the projector (unconfirmed).
+        adapter_hidden: Hidden width of each P_k; null for the width of the fused tokens (unconfirmed).
+        fusion_space: ``language`` - fuse after the projector (paper); ``clip`` - before it.
+        gate: ``token`` - the token-aware gate; ``uniform`` - plain average (control).
+        gate_hidden: Hidden width of a two-layer gate; null for a linear one (unconfirmed).
+        gate_noise: Noise on gate logits in training: ``none``, ``fixed`` or ``learned`` (Shazeer).
+        gate_noise_std: Width of the fixed noise.
+        top_k: Keep the k largest gates per token; null keeps all (paper).
+        transfer: ``residual`` (paper) or ``replacement`` (control: CLIP's own token is dropped).
+        balance_weight: Weight of the load-balancing loss (value unconfirmed).
+        balance_form: ``cv`` (Shazeer) or ``switch``.
+        blind: Control: every vision token is zero; what remains is what text alone tells.
+        feature_cache: Folder for tokens of frozen encoders, computed once for train and validation images and shared
+            by all runs; null runs the encoders live at each step.
+        feature_dtype: ``float16`` or ``float32`` (equal to live encoders up to rounding) for that cache.
+        init_from: Checkpoint of an earlier run to start from; experts it lacks start fresh.
+        kwargs: See :class:`~visexpert.methods.base.Method`.
+    """
+
+    def __init__(
+        self,
+        *,
+        clip: ClipEncoder,
+        experts: dict[str, VisionExpert],
+        language: LanguageSide,
+        use: list[str] | None = None,
+        projector: ProjectorKind = "linear",
+        projector_norm: bool = True,
+        adapter_hidden: int | None = None,
+        fusion_space: FusionSpace = "language",
+        gate: GateKind = "token",
+        gate_hidden: int | None = None,
+        gate_noise: NoiseKind = "fixed",
+        gate_noise_std: float = 0.5,
+        top_k: int | None = None,
+        transfer: TransferMode = "residual",
+        balance_weight: float = 0.01,
+        balance_form: GateBalanceForm = "cv",
+        blind: bool = False,
+        feature_cache: str | None = None,
+        feature_dtype: StoreDtype = "float16",
+        init_from: str | None = None,
+        lr: float = 2e-3,
+        language_lr: float = 2e-3,
+        language_frozen_steps: int = 0,
+        weight_decay: float = 0.02,
+        warmup_steps: int = 100,
+        caption_images: int = 500,
+    ) -> None:
+        super().__init__(
+            language=language, lr=lr, language_lr=language_lr, language_frozen_steps=language_frozen_steps,
+            weight_decay=weight_decay, warmup_steps=warmup_steps, caption_images=caption_images,
+        )  # fmt: skip
+        if fusion_space not in ("language", "clip"):
+            raise ConfigError(f"ToVE: fusion_space={fusion_space!r} is unknown; use 'language' or 'clip'.")
+        self.clip = clip
+        self.hub = ExpertHub(_chosen(experts, use))
+        fused_width = language.width if fusion_space == "language" else clip.width
+        self.projector = Projector(in_dim=clip.width, out_dim=language.width, kind=projector, norm=projector_norm)
+        self.adapters = nn.ModuleDict(
+            {name: self._adapter(self.hub[name], fused_width, adapter_hidden, transfer) for name in self.hub.names}
+        )
+        self.gate = TokenGate(
+            dim=clip.width, num_experts=len(self.hub.names), kind=gate, hidden_dim=gate_hidden, noise=gate_noise,
+            noise_std=gate_noise_std, top_k=top_k,
+        ) if self.hub.names else None  # fmt: skip
+        self.transfer = ResidualTransfer(mode=transfer)
+        self.fusion_space: FusionSpace = fusion_space
+        self.balance_weight, self.balance_form = balance_weight, balance_form
+        self.blind = blind
+        self.init_from = init_from
+        self._cache = None if feature_cache is None else FeatureCache(feature_cache, dtype=feature_dtype)
+
+    def encode(self, batch: Batch) -> VisionTokens:
+        """CLIP and experts to fused tokens (B, T, d_lang)."""
+        images_BCHW = _unit_range(batch.images_BCHW)
+        if not self._needs_clip:
+            return self._read(self._experts_alone(images_BCHW, batch))
+        clip = self._clip_tokens(images_BCHW, batch)
+        if not self.hub.attached:
+            return self._read(VisionTokens(self.projector(clip.tokens_BTD), clip.grid_hw))
+        assert self.gate is not None
+        adapted = self._adapted(images_BCHW, batch)
+        gate = self.gate(clip.tokens_BTD, self.hub.attached_K)
+        fused_BTD = self._fuse(clip.tokens_BTD, adapted, gate.gates_BTK)
+        balance = gate_balance(gate.gates_BTK, self.hub.attached_K, self.balance_form, load_K=gate.load_K)
+        return self._read(VisionTokens(fused_BTD, clip.grid_hw, gates_BTK=gate.gates_BTK, balance=balance))
+
+    def extra_losses(self, vision: VisionTokens) -> Mapping[str, tuple[float, Tensor]]:
+        """L_aux, where a gate chose."""
+        return {} if vision.balance is None else {"balance_loss": (self.balance_weight, vision.balance)}
+
+    def frozen_modules(self) -> Mapping[str, nn.Module]:
+        """CLIP and the hub."""
+        return {"clip": self.clip, "hub": self.hub}
+
+    def unused_modules(self) -> Sequence[nn.Module]:
+        """Detached experts with their adapters, and CLIP where nothing reads it."""
+        gone = [name for name in self.hub.names if name not in self.hub.attached]
+        unused: list[nn.Module] = [self.hub[name] for name in gone] + [self.adapters[name] for name in gone]
+        if not self._needs_clip:
+            unused += [self.clip] if self.fusion_space == "clip" else [self.clip, self.projector]
+        return unused
+
+    @property
+    def _needs_clip(self) -> bool:
+        """Whether anything depends on CLIP's tokens: the residual, or a gate with something to choose."""
+        alone = len(self.hub.attached) == 1 or (self.gate is not None and self.gate.kind == "uniform")
+        return self.transfer.mode == "residual" or not alone or not self.hub.attached
+
+    def trained_groups(self) -> Sequence[ParameterGroup]:
+        """Gate, adapters and projector; the language side unless its rate is 0."""
+        unused = {id(module) for module in self.unused_modules()}
+        candidates = (self.projector, *self.adapters.values(), self.gate if self._needs_clip else None)
+        fusion = [module for module in candidates if module is not None and id(module) not in unused]
+        groups = [ParameterGroup("fusion", tuple(fusion), self.lr)]
+        if self.language_lr > 0:
+            groups.append(ParameterGroup("language", (self.language,), self.language_lr))
+        return groups
+
+    def load_weights(self) -> None:
+        """CLIP, attached experts, language side; then ``init_from``."""
+        self.clip.load_weights()
+        self.hub.load_weights()
+        self.language.load_weights()
+        if self.init_from is not None:
+            start_from(self, self.init_from)
+
+    def on_fit_start(self) -> None:
+        """Fill or open the feature cache."""
+        self._open_cache(("train", "val"))
+
+    def on_test_start(self) -> None:
+        """Fill or open the feature cache of the test images."""
+        self._open_cache(("test",))
+
+    def _open_cache(self, splits: Sequence[str]) -> None:
+        sources: Mapping[str, ImageSource] = getattr(self.trainer.datamodule, "image_sources", dict)()  # type: ignore[attr-defined]
+        sources = {split: source for split, source in sources.items() if split in splits}
+        if self._cache is None or not sources:
+            return
+        for split, source in sources.items():
+            self._cache.prepare(
+                "clip", split, source, fingerprint=self.clip.fingerprint(),
+                encode=lambda images: self.clip(images).tokens_BTD, grid_hw=self.clip.grid_hw, device=self.device,
+            )  # fmt: skip
+        encoders = {name: self.clip.grid_hw for name in self.hub.attached if self.hub[name].tokens == "features"}
+        self.hub.use_cache(self._cache, sources, resample=encoders)
+
+    def _adapted(self, images_BCHW: Tensor, batch: Batch) -> dict[str, Tensor]:
+        experts = self.hub(images_BCHW, index_B=batch.index_B, split=batch.split)
+        return {name: self.adapters[name](tokens) for name, tokens in experts.items()}
+
+    def _experts_alone(self, images_BCHW: Tensor, batch: Batch) -> VisionTokens:
+        """The average of attached experts where CLIP has no say; CLIP is not run."""
+        adapted = self._adapted(images_BCHW, batch)
+        fused_BTD = torch.stack(list(adapted.values())).mean(0)
+        if self.fusion_space == "clip":
+            fused_BTD = self.projector(fused_BTD)
+        gates_K = self.hub.attached_K.to(fused_BTD.dtype) / len(adapted)
+        return VisionTokens(
+            fused_BTD, self.clip.grid_hw, gates_BTK=gates_K.expand(*fused_BTD.shape[:2], len(self.hub.names))
+        )
+
+    def _clip_tokens(self, images_BCHW: Tensor, batch: Batch) -> VisionTokens:
+        cached = None if self._cache is None else self._cache.read("clip", batch.split, batch.index_B)
+        if cached is not None:
+            return VisionTokens(cached, self.clip.grid_hw)
+        with torch.no_grad():
+            tokens: VisionTokens = self.clip(images_BCHW)
+        return tokens
+
+    def _fuse(self, clip_BTD: Tensor, adapted: Mapping[str, Tensor], gates_BTK: Tensor) -> Tensor:
+        names = self.hub.names
+        if self.fusion_space == "clip":
+            fused: Tensor = self.projector(self.transfer(clip_BTD, adapted, gates_BTK, names))
+        else:
+            fused = self.transfer(self.projector(clip_BTD), adapted, gates_BTK, names)
+        return fused
+
+    def _read(self, vision: VisionTokens) -> VisionTokens:
+        if not self.blind:
+            return vision
+        return VisionTokens(torch.zeros_like(vision.tokens_BTD), vision.grid_hw)
+
+    def _adapter(self, expert: VisionExpert, width: int, hidden: int | None, transfer: TransferMode) -> TokenAdapter:
+        return TokenAdapter(
+            in_dim=expert.token_dim, out_dim=width, out_grid=self.clip.grid_hw, hidden_dim=hidden,
+            map_grid=expert.grid_hw if expert.tokens == "prediction" else None, zero_init=transfer == "residual",
+        )  # fmt: skip
+
+
+def _chosen(experts: Mapping[str, VisionExpert], use: Sequence[str] | None) -> dict[str, VisionExpert]:
+    if use is None:
+        return dict(experts)
+    unknown = [name for name in use if name not in experts]
+    if unknown:
+        raise ConfigError(f"ToVE: use names {unknown}, which are not among the experts {sorted(experts)}.")
+    return {name: expert for name, expert in experts.items() if name in use}
+
+
+def _unit_range(images_BCHW: Tensor) -> Tensor:
+    return images_BCHW.float() / 255.0 if images_BCHW.dtype == torch.uint8 else images_BCHW

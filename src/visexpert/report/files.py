@@ -1,0 +1,72 @@
+"""Files of a run, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from visexpert.errors import DataError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to a file beside ``path`` and move it there, so that readers never see half of it.
+
+    Raises:
+        DataError: The folder or file cannot be written (rights, full disk).
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise DataError(f"Cannot write {path} ({error.strerror}): free the disk, or name another folder.") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON that any reader accepts: figures that are not finite become null.
+
+    Raises:
+        DataError: As :func:`write_text`.
+    """
+    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        DataError: The file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"There is no {path}: the run that writes it has not finished, or lies elsewhere.") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not readable JSON ({error}): remove it and let the run write it again.") from error
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename ``name.ext`` to the first free ``name.1.ext``, ``name.2.ext``, ...; None if there is nothing to rename."""
+    if not path.exists():
+        return None
+    number = 1
+    while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(kept)
+    return kept
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {str(key): _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    return content

@@ -1,0 +1,69 @@
+"""Colours and look of the figures: one palette that colour-blind readers can tell apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating[Any]]
+
+OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#7F7F7F")
+"""Okabe and Ito's colours (https://jfly.uni-koeln.de/color/), black replaced by grey."""
+
+DPI = 150
+
+INK = "#222222"
+GREY = "#666666"
+RIGHT = "#00794F"
+WRONG = "#C63A00"
+
+
+def colours(count: int) -> list[str]:
+    """One hex colour for each of ``count`` things; beyond eight they come from an even, less distinct scale."""
+    if count <= len(OKABE_ITO):
+        return list(OKABE_ITO[:count])
+    return [to_hex(colormaps["turbo"](i / (count - 1))) for i in range(count)]
+
+
+def rgb(names: list[str]) -> Floats:
+    """Colours as rows of RGB in [0, 1]."""
+    return np.array([to_rgb(name) for name in names])
+
+
+def blend(below_HW3: Floats, above_HW3: Floats, share: float | Floats) -> Floats:
+    """Lay ``above`` over ``below``; ``share`` (0 to 1, scalar or (H, W, 1)) is how opaque it is."""
+    return below_HW3 * (1 - share) + above_HW3 * share
+
+
+def styled(axes: Axes, *, title: str = "", xlabel: str = "", ylabel: str = "") -> Axes:
+    """Give axes the common look: light horizontal grid, no box, quiet text."""
+    axes.set_title(title, fontsize=10, color=INK, loc="left")
+    axes.set_xlabel(xlabel, fontsize=9, color=GREY)
+    axes.set_ylabel(ylabel, fontsize=9, color=GREY)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#BBBBBB")
+    axes.tick_params(labelsize=8, colors=GREY, length=3)
+    axes.grid(color="#E6E6E6", linewidth=0.7)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def canvas(width: float, height: float, *, pad: float = 0.04) -> Figure:
+    """A white figure of so many inches that draws without a screen, whatever backend the process uses."""
+    layout = ConstrainedLayoutEngine(h_pad=pad, w_pad=pad)
+    return Figure(figsize=(width, height), dpi=DPI, layout=layout, facecolor="white")
+
+
+def save(figure: Figure, out: Path) -> Path:
+    """Write the figure as PNG and return its path; the folder is made where it is missing."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, format="png")
+    return out

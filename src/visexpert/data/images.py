@@ -1,0 +1,82 @@
+"""Reads image files of any kind into RGB, or says in one sentence why not."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from visexpert.errors import DataError
+
+MAX_PIXELS = 64_000_000
+"""Largest image that is decoded by default (192 MB as RGB); a small file can claim any size."""
+
+_SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+_UNSCALED_MODES = ("I", "F")
+
+
+def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Read an image file.
+
+    Grey, palette, CMYK and 16-bit images are converted, transparent ones are laid over white, and the rotation that a
+    camera noted (EXIF) is applied. Of an animation the first frame is read.
+
+    Args:
+        path: The file.
+        max_pixels: Largest width x height that is decoded.
+
+    Returns:
+        uint8 RGB (3, H, W).
+
+    Raises:
+        DataError: If the file is missing, no image, damaged, truncated, too large, or of a kind (32-bit, floating
+            point) whose values have no agreed range.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow's warning about large images: the size is checked below, before anything is decoded.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
+        with image:
+            _check(image, path, max_pixels)
+            rgb = _to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as error:
+        raise DataError(_too_large(path, "more pixels than Pillow opens", max_pixels)) from error
+    except FileNotFoundError as error:
+        raise DataError(f"The image {path} does not exist; correct the path.") from error
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's decoders raise all sorts on damaged files: OSError, SyntaxError, struct.error
+        raise DataError(
+            f"The image {path} cannot be read ({type(error).__name__}: {error}); replace the file or leave it out."
+        ) from error
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+
+
+def _check(image: Image.Image, path: str | Path, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise DataError(_too_large(path, f"{image.width} x {image.height} pixels", max_pixels))
+    if image.mode in _UNSCALED_MODES:
+        raise DataError(
+            f"The image {path} has 32-bit values (Pillow's mode {image.mode}), whose range is not known; "
+            "save it with 8 or 16 bits."
+        )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _SIXTEEN_BIT_MODES:
+        # Pillow would clip 16-bit values at 255; round(value / 257) maps 65535 to 255.
+        grey = (np.asarray(image).astype(np.uint32) + 128) // 257
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _too_large(path: str | Path, size: str, max_pixels: int) -> str:
+    return f"The image {path} has {size}, but at most {max_pixels} are decoded; shrink it or raise max_pixels."

@@ -1,0 +1,240 @@
+"""A loader of whole batches whose order depends on seed and epoch only, and that continues in mid-epoch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import DataLoader, Dataset
+
+from visexpert.errors import ConfigError
+from visexpert.types import Batch
+
+
+class BatchKey(NamedTuple):
+    """All that a batch depends on.
+
+    Args:
+        epoch: Epoch, from 0.
+        rows: int64 rows of the split, in batch order.
+    """
+
+    epoch: int
+    rows: npt.NDArray[np.int64]
+
+
+class BatchSource(Protocol):
+    """What a :class:`BatchLoader` reads: a data set that builds whole batches, without state."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    def __getitem__(self, key: BatchKey, /) -> Batch:
+        """Build one batch."""
+
+
+class BatchLoader:
+    """Iterates over the batches of an epoch, shuffled by (seed, epoch), whatever the number of workers.
+
+    It is no torch ``DataLoader``, so Lightning leaves it alone (no sampler injection, no worker advice).
+
+    Batches form one endless sequence, epoch after epoch, and a run that is interrupted and continued goes on in it
+    where it was. Under Lightning ``position`` says where that is, from the trainer's restored progress, at the moment
+    when the first batch is due. That is exact where a count kept here would not be: after a run that died between
+    fetching a batch and finishing it, and after one that ``max_steps`` stopped, whose epoch Lightning then takes for
+    finished.
+
+    Args:
+        source: Builds a batch from a :class:`BatchKey`.
+        batch_size: Images per batch and process.
+        shuffle: New order each epoch; else rows in order.
+        drop_last: Leave out the last batch if it is short (never the only one).
+        seed: Seed of the order.
+        rank: This process, from 0; processes take whole batches in turn.
+        world_size: Number of processes.
+        num_workers: Worker processes that build batches ahead; 0 builds them in this process.
+        position: Tells how many batches of the sequence are done; an iteration then gives as many batches as an epoch
+            has from there on. None gives the rest of an epoch, by :meth:`set_epoch` and :meth:`load_state_dict`.
+    """
+
+    def __init__(
+        self,
+        source: BatchSource,
+        *,
+        batch_size: int,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        position: Callable[[], int] | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}, but a batch holds at least one image; raise it.")
+        self.source = source
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.num_workers = num_workers
+        self.position = position
+        self.epoch = 0
+        self._next = 0
+        self._restored: int | None = None
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    def __getitem__(self, key: BatchKey, /) -> Batch:
+        """Build one batch."""
+
+
+class BatchLoader:
+    """Iterates over the batches of an epoch, shuffled by (seed, epoch), whatever the number of workers.
+
+    It is no torch ``DataLoader``, so Lightning leaves it alone (no sampler injection, no worker advice).
+
+    Batches form one endless sequence, epoch after epoch, and a run that is interrupted and continued goes on in it
+    where it was. Under Lightning ``position`` says where that is, from the trainer's restored progress, at the moment
+    when the first batch is due. That is exact where a count kept here would not be: after a run that died between
+    fetching a batch and finishing it, and after one that ``max_steps`` stopped, whose epoch Lightning then takes for
+    finished.
+
+    Args:
+        source: Builds a batch from a :class:`BatchKey`.
+        batch_size: Images per batch and process.
+        shuffle: New order each epoch; else rows in order.
+        drop_last: Leave out the last batch if it is short (never the only one).
+        seed: Seed of the order.
+        rank: This process, from 0; processes take whole batches in turn.
+        world_size: Number of processes.
+        num_workers: Worker processes that build batches ahead; 0 builds them in this process.
+        position: Tells how many batches of the sequence are done; an iteration then gives as many batches as an epoch
+            has from there on. None gives the rest of an epoch, by :meth:`set_epoch` and :meth:`load_state_dict`.
+    """
+
+    def __init__(
+        self,
+        source: BatchSource,
+        *,
+        batch_size: int,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        position: Callable[[], int] | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}, but a batch holds at least one image; raise it.")
+        self.source = source
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.num_workers = num_workers
+        self.position = position
+        self.epoch = 0
+        self._given = 0
+        self._restored: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows_of_batches(np.arange(len(self.source))))
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator: nothing is read before the first batch is due, because Lightning makes the iterator before it
+        # restores its progress.
+        length = len(self)
+        first = self._first_batch()
+        last = first + length if self.position is not None else (self.epoch + 1) * length
+        epochs = range(first // length, -(-last // length))
+        keys = [key for epoch in epochs for key in self.keys(epoch)][first % length :][: last - first]
+        self._next = first
+        for batch in self._batches(keys):
+            self._next += 1
+            yield batch
+
+    def keys(self, epoch: int) -> list[BatchKey]:
+        """Return this process's batches of an epoch, in order."""
+        order = np.arange(len(self.source))
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, epoch]).permutation(order)
+        return [BatchKey(epoch, rows) for rows in self._rows_of_batches(order)]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration, where no ``position`` tells it."""
+        self.epoch = epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many batches of the sequence were given, and what their order depends on."""
+        return {"batch": self._next, "order": self._order()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`; warns where the order of batches is not the one that was interrupted."""
+        if state["order"] != self._order():
+            warnings.warn(
+                f"The interrupted run read its batches with {state['order']}, this one with {self._order()}: "
+                "it goes on, but not with the batches that it would have seen.",
+                stacklevel=2,
+            )
+        self._restored = state["batch"]
+
+    def _first_batch(self) -> int:
+        restored, self._restored = self._restored, None
+        if self.position is not None:
+            return self.position()
+        if restored is not None and restored // len(self) == self.epoch:
+            return restored
+        return self.epoch * len(self)
+
+    def _rows_of_batches(self, order: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+        step = self.batch_size * self.world_size
+        if self.drop_last and len(order) >= step:
+            order = order[: len(order) // step * step]
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        return batches[self.rank :: self.world_size]
+
+    def _batches(self, keys: list[BatchKey]) -> Iterator[Batch]:
+        if self.num_workers == 0:
+            for key in keys:
+                yield self.source[key]
+            return
+        inner: DataLoader[Batch] = DataLoader(
+            _Keyed(self.source, keys), batch_size=None, num_workers=self.num_workers, collate_fn=_unchanged
+        )
+        yield from inner
+
+    def _order(self) -> dict[str, int]:
+        return {
+            "rows": len(self.source),
+            "batch_size": self.batch_size,
+            "world_size": self.world_size,
+            "seed": self.seed,
+        }
+
+
+class _Keyed(Dataset[Batch]):
+    """The batches of some keys as a map-style data set."""
+
+    def __init__(self, source: BatchSource, keys: list[BatchKey]) -> None:
+        self.source = source
+        self.batch_keys = keys
+
+    def __len__(self) -> int:
+        return len(self.batch_keys)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.source[self.batch_keys[index]]
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

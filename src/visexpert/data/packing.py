@@ -1,0 +1,155 @@
+"""Text items to token ids, and the items of several images to one packed batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from visexpert.errors import ConfigError, DataError
+from visexpert.types import IGNORE_INDEX, TextBatch, TextItem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IntArray: TypeAlias = npt.NDArray[np.int64]
+
+_CHUNK = 4096
+
+
+class TextPacker:
+    """Turns text items into token ids: ``<bos> prompt answer <eos>``.
+
+    Prompt and answer are tokenised as one text with a space between them, so that sub-word tokenizers see what they
+    see at generation; the offsets tell where the answer begins.
+
+    Args:
+        tokenizer: A fast Hugging Face tokenizer. Where it has no ``<bos>``, its ``<eos>`` opens the item.
+        max_tokens: Longest item; a longer answer is cut and then has no ``<eos>``. None for no limit.
+
+    Raises:
+        ConfigError: If the tokenizer is not a fast one or has no ``<eos>``.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None = None) -> None:
+        if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+            raise ConfigError(
+                f"{type(tokenizer).__name__} cannot pack texts: that takes a fast tokenizer (with character offsets) "
+                "that has an end-of-sequence token; load another or set its eos_token."
+            )
+        if max_tokens is not None and max_tokens < 3:
+            raise ConfigError(f"max_tokens is {max_tokens}, but an item takes at least 3 tokens; raise it or use null.")
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.eos_id: int = tokenizer.eos_token_id
+        self.bos_id: int = self.eos_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def tokenise(self, item: TextItem) -> tuple[IntArray, int]:
+        """Tokenise one item.
+
+        Args:
+            item: The text.
+
+        Returns:
+            int64 ids (L,), and how many of the first ones are ``<bos>`` and prompt, hence not predicted.
+
+        Raises:
+            DataError: If the answer is empty, or the prompt leaves no room for it.
+        """
+        return self.tokenise_all([item])[0]
+
+    def tokenise_all(self, items: Sequence[TextItem]) -> list[tuple[IntArray, int]]:
+        """Tokenise many items as :meth:`tokenise` does; equal texts are tokenised once and share their array."""
+        known: dict[tuple[str, str], tuple[IntArray, int]] = {}
+        todo = list({(item.prompt, item.answer): item for item in items}.values())
+        for start in range(0, len(todo), _CHUNK):
+            chunk = todo[start : start + _CHUNK]
+            texts = [_joined(item) for item in chunk]
+            encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+            for item, ids, offsets in zip(chunk, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+                known[item.prompt, item.answer] = self._finish(item, ids, offsets)
+        return [known[item.prompt, item.answer] for item in items]
+
+    def _finish(self, item: TextItem, ids: list[int], offsets: list[tuple[int, int]]) -> tuple[IntArray, int]:
+        prompt_end = len(item.prompt.strip())
+        num_prompt = 1 + sum(end <= prompt_end for _, end in offsets) if prompt_end else 1
+        full = [self.bos_id, *ids, self.eos_id]
+        if num_prompt == len(full) - 1:
+            raise DataError(f"The answer of {item} has no tokens; correct the annotation or leave the item out.")
+        if self.max_tokens is not None and len(full) > self.max_tokens:
+            if num_prompt >= self.max_tokens:
+                raise DataError(
+                    f"The prompt of {item} takes {num_prompt} of max_tokens={self.max_tokens} and leaves no room for "
+                    "the answer; raise max_tokens or shorten the prompt."
+                )
+            full = full[: self.max_tokens]
+        return np.asarray(full, dtype=np.int64), num_prompt
+
+
+def pack(rows: Sequence[Sequence[tuple[npt.ArrayLike, int]]], pad_id: int) -> TextBatch:
+    """Pack the tokenised items of each image into one row.
+
+    Args:
+        rows: Per image its items as (ids, number of ids that are not predicted).
+        pad_id: Id that fills short rows.
+
+    Returns:
+        The batch as :class:`~visexpert.types.TextBatch` describes it, N = the longest row (at least 1).
+    """
+    ids = [np.asarray(ids, dtype=np.int64) for row in rows for ids, _ in row]
+    return pack_flat(
+        flat_ids=np.concatenate(ids) if ids else np.zeros(0, dtype=np.int64),
+        lengths=np.array([len(item) for item in ids], dtype=np.int64),
+        prompts=np.array([prompt for row in rows for _, prompt in row], dtype=np.int64),
+        rows=np.repeat(np.arange(len(rows)), [len(row) for row in rows]),
+        num_rows=len(rows),
+        pad_id=pad_id,
+    )
+
+
+def pack_flat(
+    *, flat_ids: IntArray, lengths: IntArray, prompts: IntArray, rows: IntArray, num_rows: int, pad_id: int
+) -> TextBatch:
+    """Pack items that lie end to end in one array, without a Python loop.
+
+    Args:
+        flat_ids: int64 ids of all items, one after another.
+        lengths: int64 (I,) length of each item.
+        prompts: int64 (I,) number of first ids of each item that are not predicted.
+        rows: int64 (I,) image of each item, ascending.
+        num_rows: Number of images.
+        pad_id: Id that fills short rows.
+    """
+    starts = np.cumsum(lengths) - lengths
+    item = np.repeat(np.arange(len(lengths)), lengths)
+    position = np.arange(len(flat_ids)) - starts[item]
+    row = rows[item]
+    row_lengths = np.bincount(row, minlength=num_rows)
+    row_starts = np.cumsum(row_lengths) - row_lengths
+    column = np.arange(len(flat_ids)) - row_starts[row]
+    first_item = np.searchsorted(rows, np.arange(num_rows))
+    N = max(int(row_lengths.max(initial=0)), 1)
+
+    def filled(values: Any, padding: int) -> torch.Tensor:
+        array_BN = np.full((num_rows, N), padding, dtype=np.int64)
+        array_BN[row, column] = values
+        return torch.from_numpy(array_BN)
+
+    return TextBatch(
+        ids_BN=filled(flat_ids, pad_id),
+        labels_BN=filled(np.where(position >= prompts[item], flat_ids, IGNORE_INDEX), IGNORE_INDEX),
+        segments_BN=filled(item - first_item[row] + 1, 0),
+        positions_BN=filled(position, 0),
+    )
+
+
+def _joined(item: TextItem) -> str:
+    answer = item.answer.strip()
+    if not answer:
+        raise DataError(f"The answer of {item} is empty; correct the annotation or leave the item out.")
+    prompt = item.prompt.strip()
+    return f"{prompt} {answer}" if prompt else answer

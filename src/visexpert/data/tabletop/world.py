@@ -1,0 +1,119 @@
+"""The embedded world's vocabulary and settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from visexpert.errors import ConfigError
+
+SHAPES = ("sphere", "cube", "cylinder")
+COLOURS = ("red", "blue", "green", "yellow", "purple", "cyan", "orange", "white")
+SIZES = ("small", "medium", "large")
+MATERIALS = ("matte", "shiny")
+
+COLOUR_RGB: Mapping[str, tuple[float, float, float]] = {
+    "red": (0.85, 0.10, 0.10),
+    "blue": (0.10, 0.22, 0.85),
+    "green": (0.10, 0.58, 0.14),
+    "yellow": (0.93, 0.84, 0.10),
+    "purple": (0.52, 0.14, 0.68),
+    "cyan": (0.10, 0.78, 0.82),
+    "orange": (0.96, 0.48, 0.06),
+    "white": (0.96, 0.96, 0.94),
+}
+"""Albedo of each colour word, linear 0-1."""
+
+SIZE_RADIUS: Mapping[str, float] = {"small": 0.34, "medium": 0.50, "large": 0.72}
+"""Radius of the sphere of each size class, scene units; cubes and cylinders of a class have the same volume."""
+
+SHAPE_HALF_EXTENT: Mapping[str, tuple[float, float, float]] = {
+    "sphere": (1.0, 1.0, 1.0),
+    "cube": (0.806, 0.806, 0.806),
+    "cylinder": (0.78, 0.78, 1.096),
+}
+"""Half extent (x, y, height) of each shape relative to the radius of its size class: equal volume, 4/3 pi r^3."""
+
+TAN_HALF_FOV = 0.364
+"""Tangent of half the camera's field of view (20 degrees), the same horizontally and vertically."""
+
+RENDERER_VERSION = 1
+"""Raise it whenever the same settings and seed would give other pixels or scenes, so that no stale cache is used."""
+
+
+@dataclass(frozen=True)
+class TabletopWorld:
+    """What kind of scenes there are and how they are photographed.
+
+    Args:
+        image_size: Height and width of the cached renders, pixels.
+        min_objects: Fewest objects in a scene (at least 1).
+        max_objects: Most objects in a scene (at most 6); the number is uniform between the two.
+        unique_colours: No two objects of a scene share a colour; if false, only (colour, shape) pairs are unique.
+        colour_skew: Prior of a colour word relative to the word before it in ``COLOURS`` (1 = uniform).
+        shape_skew: The same for ``SHAPES``.
+        shiny_probability: Chance that an object is shiny.
+        float_probability: Chance that an object hovers above the table instead of standing on it. Hovering breaks
+            "lower in the picture is nearer", so that front and behind need real depth.
+        camera_jitter: Scale of the random camera pose, 0 (fixed) to 1.
+        light_jitter: Scale of the random light direction and strength, 0 (fixed) to 1.
+        fog: Density of the fog per scene unit (0 = clear).
+        noise: Standard deviation of the pixel noise, 0-1 scale.
+    """
+
+    image_size: int = 96
+    min_objects: int = 2
+    max_objects: int = 5
+    unique_colours: bool = True
+    colour_skew: float = 0.8
+    shape_skew: float = 0.75
+    shiny_probability: float = 0.5
+    float_probability: float = 0.5
+    camera_jitter: float = 1.0
+    light_jitter: float = 1.0
+    fog: float = 0.035
+    noise: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_objects <= self.max_objects <= 6:
+            raise ConfigError(
+                f"TabletopWorld needs 1 <= min_objects <= max_objects <= 6, but got min_objects={self.min_objects} "
+                f"and max_objects={self.max_objects}; change one of them."
+            )
+        limits = {
+            "image_size": (16, 1024),
+            "colour_skew": (0.1, 1.0),
+            "shape_skew": (0.1, 1.0),
+            "shiny_probability": (0.0, 1.0),
+            "float_probability": (0.0, 1.0),
+            "camera_jitter": (0.0, 1.0),
+            "light_jitter": (0.0, 1.0),
+            "fog": (0.0, 1.0),
+            "noise": (0.0, 0.5),
+        }
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ConfigError(f"TabletopWorld.{name} is {value}, but must lie in [{low}, {high}]; change it.")
+
+    @property
+    def colour_prior(self) -> tuple[float, ...]:
+        """Probability of each colour word for a scene's first object, in the order of ``COLOURS``."""
+        return _geometric(self.colour_skew, len(COLOURS))
+
+    @property
+    def shape_prior(self) -> tuple[float, ...]:
+        """Probability of each shape for a scene's first object, in the order of ``SHAPES``."""
+        return _geometric(self.shape_skew, len(SHAPES))
+
+    def fingerprint(self) -> str:
+        """Return 12 hex digits that change with any setting and with the renderer's version."""
+        content = json.dumps({"renderer": RENDERER_VERSION, **asdict(self)}, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def _geometric(ratio: float, count: int) -> tuple[float, ...]:
+    weights = [ratio**k for k in range(count)]
+    return tuple(weight / sum(weights) for weight in weights)

@@ -1,0 +1,114 @@
+"""Caption scores: BLEU, ROUGE-L, CIDEr, METEOR, SPICE, by pycocoevalcap's implementations."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
+
+from visexpert.errors import ConfigError, DataError
+from visexpert.metrics import java, ptb
+from visexpert.metrics.records import RecordMetric, Row, check_lengths
+
+Tokenizer: TypeAlias = Literal["python", "java", "auto"]
+
+
+class CaptionScores(RecordMetric):
+    """BLEU-1..4, ROUGE-L, CIDEr, and where possible METEOR and SPICE, over a corpus of captions.
+
+    ``compute()``: ``bleu-1`` .. ``bleu-4``, ``rouge-l``, ``cider``, and where wanted ``meteor`` and ``spice``; all in
+    [0, 1] but CIDEr, which is in [0, 10]. Papers print these times 100. Note that CIDEr takes its n-gram statistics
+    from the references seen since the last reset, and is 0 for a single image.
+
+    Args:
+        tokenizer: ``python`` (:func:`visexpert.metrics.ptb.tokenize`, equal to the official one on captions),
+            ``java`` (the official one), or ``auto`` (``java`` where there is Java).
+        meteor: True, False, or None: where there is Java.
+        spice: True or False. Needs Java and 500 MB of models, which are never downloaded from here.
+
+    Raises:
+        ConfigError: Something needs Java, and there is none; or ``tokenizer`` is unknown.
+        WeightsError: SPICE's models are missing.
+    """
+
+    higher_is_better = True
+
+    def __init__(
+        self, *, tokenizer: Tokenizer = "python", meteor: bool | None = None, spice: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        if tokenizer not in ("python", "java", "auto"):
+            raise ConfigError(f"the caption tokenizer {tokenizer!r} is unknown: use python, java or auto")
+        self.meteor = java.has_java() if meteor is None else meteor
+        self.java_tokenizer = java.has_java() if tokenizer == "auto" else tokenizer == "java"
+        self.spice = spice
+        # Say now what would otherwise fail at the end of a long evaluation.
+        if self.java_tokenizer:
+            java.require_java("the official PTB tokenizer")
+        if self.meteor:
+            java.require_java("METEOR")
+        if self.spice:
+            java.require_spice()
+
+    def update(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+        """Add a batch.
+
+        Args:
+            predictions: One caption per image.
+            references: All true captions of each image, at least one.
+        """
+        check_lengths(predictions=predictions, references=references)
+        for texts in references:
+            if isinstance(texts, str) or not texts:
+                raise ValueError(f"each image needs a list of at least one reference caption, got {texts!r}")
+        self.add_rows([said, list(true)] for said, true in zip(predictions, references, strict=True))
+
+    def score(self, rows: list[Row]) -> dict[str, float]:
+        """Tokenise everything, then score the corpus.
+
+        Raises:
+            DataError: No reference has a single word.
+        """
+        predictions, references = self._tokenized(rows)
+        if not any(text for texts in references.values() for text in texts):
+            raise DataError(f"none of the reference captions of {len(rows)} images has a word: check the annotations")
+        with contextlib.redirect_stdout(io.StringIO()):  # the scorers print ratios and sums
+            bleu, _ = Bleu(4).compute_score(references, predictions, verbose=0)
+            rouge, _ = Rouge().compute_score(references, predictions)
+            cider, _ = Cider().compute_score(references, predictions)
+        scores = {f"bleu-{order}": float(value) for order, value in enumerate(bleu, start=1)}
+        scores |= {"rouge-l": float(rouge), "cider": float(cider)}
+        if self.meteor:
+            scores["meteor"] = java.meteor_score(references, predictions)
+        if self.spice:
+            scores["spice"] = java.spice_score(references, predictions)
+        return scores
+
+    def _tokenized(self, rows: list[Row]) -> tuple[java.References, java.References]:
+        texts = [text for said, true in rows for text in (said, *true)]
+        tokenized = iter(tokenize(texts, use_java=self.java_tokenizer))
+        predictions: java.References = {}
+        references: java.References = {}
+        for image, (_, true) in enumerate(rows):
+            predictions[image] = [next(tokenized)]
+            references[image] = [next(tokenized) for _ in true]
+        return predictions, references
+
+
+def tokenize(texts: Sequence[str], *, use_java: bool = False) -> list[str]:
+    """Tokenise captions as pycocoevalcap does: PTB tokens in lower case, joined by spaces, punctuation removed.
+
+    Line breaks of all kinds count as spaces (pycocoevalcap replaces ``\\n`` only and loses its place at the others).
+
+    Args:
+        texts: Captions.
+        use_java: Take the official tokenizer.
+    """
+    lines = [" ".join(text.splitlines()) for text in texts]
+    tokens = java.tokenize_with_java(lines) if use_java else [" ".join(ptb.tokenize(line)) for line in lines]
+    return [" ".join(word for word in line.rstrip().split(" ") if word not in ptb.PUNCTUATION) for line in tokens]

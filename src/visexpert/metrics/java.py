@@ -1,0 +1,119 @@
+"""What needs Java: the official PTB tokenizer, METEOR and SPICE. Nothing here downloads anything."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from visexpert.errors import ConfigError, WeightsError
+
+References = dict[int, list[str]]
+"""Tokenised texts by image, as pycocoevalcap wants them."""
+
+
+def has_java() -> bool:
+    """Tell whether a ``java`` program is on the path."""
+    return shutil.which("java") is not None
+
+
+def require_java(purpose: str) -> str:
+    """Return the path of ``java``.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    java = shutil.which("java")
+    if java is None:
+        raise ConfigError(
+            f"{purpose} needs Java, and no java program is on the PATH: install one (8 or later) or leave it out"
+        )
+    return java
+
+
+def tokenize_with_java(lines: Sequence[str]) -> list[str]:
+    """Tokenise texts with the Stanford tokenizer that pycocoevalcap ships, options as there.
+
+    Args:
+        lines: Texts without line breaks.
+
+    Returns:
+        The tokens of each text, joined by spaces; punctuation is still there.
+
+    Raises:
+        ConfigError: There is no Java, or the tokenizer failed.
+    """
+    from pycocoevalcap.tokenizer import ptbtokenizer
+
+    java = require_java("the official PTB tokenizer")
+    jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "captions.txt"
+        file.write_text("\n".join(lines), encoding="utf-8", newline="\n")
+        # pycocoevalcap leaves the encoding to the locale; under LANG=C it would lose every accent.
+        command = [java, "-Dfile.encoding=UTF-8", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+        done = subprocess.run([*command, "-preserveLines", "-lowerCase", str(file)], capture_output=True, check=False)
+    tokens = done.stdout.decode("utf-8").split("\n")
+    if done.returncode or len(tokens) < len(lines):
+        reason = done.stderr.decode("utf-8", "replace").strip()
+        raise ConfigError(f"the Java PTB tokenizer failed ({java}): {reason or 'no message'}; use tokenizer: python")
+    return tokens[: len(lines)]
+
+
+def meteor_score(references: References, predictions: References) -> float:
+    """METEOR 1.5 of tokenised texts, in [0, 1].
+
+    Raises:
+        ConfigError: There is no Java, or METEOR failed.
+    """
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    require_java("METEOR")
+    # "|||" separates fields in METEOR's protocol.
+    clean = {image: [text.replace("|||", "") for text in texts] for image, texts in references.items()}
+    scorer = Meteor()
+    try:
+        score, _ = scorer.compute_score(clean, predictions)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"METEOR failed ({error}): leave it out with meteor: false") from error
+    return float(score)
+
+
+def require_spice() -> None:
+    """Check what SPICE needs, because pycocoevalcap would start a download of 500 MB where its models are missing.
+
+    Raises:
+        ConfigError: There is no Java.
+        WeightsError: A model file is missing.
+    """
+    from pycocoevalcap.spice import get_stanford_models as stanford
+
+    require_java("SPICE")
+    folder = Path(stanford.__file__).parent / stanford.SPICELIB
+    missing = [name for name in (f"{stanford.JAR}.jar", f"{stanford.JAR}-models.jar") if not (folder / name).is_file()]
+    if missing:
+        raise WeightsError(
+            f"SPICE needs {' and '.join(missing)} in {folder}: take them from {stanford.CORENLP}.zip at "
+            "https://nlp.stanford.edu/software, or leave SPICE out"
+        )
+
+
+def spice_score(references: References, predictions: References) -> float:
+    """SPICE of tokenised texts, in [0, 1]; see :func:`require_spice`.
+
+    Raises:
+        ConfigError: SPICE failed.
+    """
+    from pycocoevalcap.spice.spice import Spice
+
+    require_spice()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            score, _ = Spice().compute_score(references, predictions)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ConfigError(f"SPICE failed ({error}); it was made for Java 8, try that or leave SPICE out") from error
+    return float(score)

@@ -1,0 +1,217 @@
+"""The rules of the PTB tokenizer, in their order (see :func:`visexpert.metrics.ptb.tokenize`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from visexpert.metrics.ptb_characters import DIGIT, LETTER, MARK, SYMBOL
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kind of token.
+
+    Args:
+        pattern: Group 1 is the token; what is matched after it must follow and counts for the length.
+        starts: Characters that it can start with (may be too generous).
+        emit: What becomes of the token.
+    """
+
+    pattern: re.Pattern[str]
+    starts: re.Pattern[str]
+    emit: Callable[[str], str]
+
+
+def _rule(starts: str, token: str, ahead: str = "", emit: str | Callable[[str], str] | None = None) -> Rule:
+    return Rule(re.compile(f"({token}){ahead}"), re.compile(starts), _emitter(emit))
+
+
+def _emitter(emit: str | Callable[[str], str] | None) -> Callable[[str], str]:
+    if emit is None:
+        return str
+    return (lambda token: emit) if isinstance(emit, str) else emit
+
+
+def drop(token: str) -> str:
+    """Emit nothing."""
+    return ""
+
+
+def _without_soft_hyphens(token: str) -> str:
+    return token.replace("\u00ad", "") or "-"
+
+
+def _unbroken(token: str) -> str:
+    return _bracketed(token.replace(" ", "\u00a0"))
+
+
+def _bracketed(token: str) -> str:
+    return token.replace("(", "-lrb-").replace(")", "-rrb-")
+
+
+def _straight(token: str) -> str:
+    return re.sub(_APOSTROPHE, "'", token)
+
+
+# --- classes of characters -------------------------------------------------------------------------------------------
+_LETTER = rf"(?:[A-Za-z{LETTER}{MARK}\u00ad]|&[aeiouAEIOU](?:acute|grave|uml);)"
+_DIGIT = f"[0-9{DIGIT}]"
+_ALNUM = f"[A-Za-z{LETTER}0-9{DIGIT}]"
+_APOSTROPHE = "(?:['\u0092\u2019]|&apos;)"
+_ANY_APOSTROPHE = "(?:['`\u0091\u0092\u2018\u2019\u201b]|&apos;)"
+_HYPHEN = "[-_\u058a\u2010\u2011]"
+_URL = r'[^ \t\n"<>|()]'
+_URL_END = r'[^ \t\n"<>|.!?(){},\-]'
+_MAIL = r'[^ \t\n"<>|().\u00a0{}]'
+
+# Where a rule may start: a word, a number, an apostrophe, anything.
+_W = f"[A-Za-z{LETTER}{MARK}0-9{DIGIT}\u00ad&]"
+_N = f"[0-9{DIGIT}+\\-.:,\u00ad\u066b\u066c(]"
+_A = "['`\u0091-\u0094\u2018\u2019\u201b-\u201d&]"
+_S = "[^A-Za-z0-9]"
+
+# --- words -----------------------------------------------------------------------------------------------------------
+_WORD = f"{_LETTER}(?:{_LETTER}|{_DIGIT})*(?:[.!?]{_LETTER}(?:{_LETTER}|{_DIGIT})*)*"
+_ELIDED = f"(?:[dDoOlL]{_ANY_APOSTROPHE}{_ALNUM})?{_ALNUM}+"
+_HYPHENATED = f"{_ELIDED}(?:{_HYPHEN}{_ELIDED})*"
+_ACRONYM = r"(?:(?:Canada|Sino|Korean|EU|Japan|non)-U\.S|U\.S\.-(?:U\.K|U\.S\.S\.R)|[A-Za-z](?:\.[A-Za-z])+)"
+_DASHED = rf"[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:{_ACRONYM}\.|[A-Za-z0-9\u00ad]+))+"
+_SUFFIX = f"{_APOSTROPHE}(?:[msdMSD]|re|ve|ll|RE|VE|LL)"
+_NOT = f"[nN]{_APOSTROPHE}[tT]"
+_NUMBER = rf"(?:{_DIGIT}*(?:[.:,\u00ad\u066b\u066c]{_DIGIT}+)+|{_DIGIT}+)"
+_FRACTION = rf"(?:{_DIGIT}{{1,4}}[- \u00a0])?{_DIGIT}{{1,4}}(?:\\?/|\u2044){_DIGIT}{{1,4}}"
+_TAG_NAME = r"[A-Za-z][A-Za-z0-9_:.\-]*"
+_TAG = (
+    rf"<(?:[!?][A-Za-z\-][^>\r]*|{_TAG_NAME}(?: +(?:{_TAG_NAME} *= *(?:'[^']*'|\"[^\"]*\"|{_TAG_NAME})|{_TAG_NAME}))*"
+    rf" */?|/{_TAG_NAME}) *>"
+)
+_PHONE = (
+    r"(?:\([0-9]{2,3}\)[ \u00a0]?|(?:\+\+?)?(?:[0-9]{2,4}[- \u00a0])?[0-9]{2,4}[- \u00a0])"
+    r"[0-9]{3,4}[- \u00a0]?[0-9]{3,5}"
+)
+_HOST = r'www\.(?:[^ \t\n"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}|(?:[^ \t\n"`\'<>|.!?(){},\-_$]+\.)+(?:com|net|org|edu)'
+_FILE_TYPES = (
+    "docx?|html?|jpe?g|java|class|cpp|xml|bat|bmp|cgi|dll|exe|gif|gz|jar|mov|mp3|pdf|php|pl|png|ppt|ps|py|sql|tar|txt"
+    "|wav|zip|c|h|x"
+)
+
+# --- abbreviations, which keep their full stop -----------------------------------------------------------------------
+_TITLES = """
+    adj adm adv alex assoc asst atty attys ave brig capt cf cie cmdr col cpl dept det dr drs elec ens ft gen gov govs
+    hon insp invt jos lieut lt maj messrs mlle mme mr mrs ms msgr mt natl pfc ph pres prof profs pvt rep reps rev sen
+    sens sfc sgt spc st ste supt treas vs wm
+""".split()
+_ENDINGS = """
+    al ala apr ariz assn aug bancorp bhd bldg blvd bros calif co colo conn corp cos ct dak dec esq est etc ext feb fla
+    fri ga inc ind intl jan jr jul jun kan kans ky ltd mar md mich minn mo mon mont neb nev nov oct okla penn plc rd rt
+    sep sept seq sq sr sys tel tenn thu thurs tue tues univ va vt wed wis wisc wyo
+""".split()
+_ENDINGS_NOT_LOWER = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash".split()
+_TITLE = rf"(?:(?i:ph\.d|ed\.d|{'|'.join(_TITLES)})|[mM](?:fg|tg)|[A-Za-z])\."
+_ENDING = (
+    rf"(?:(?i:{'|'.join(_ENDINGS)})|[pP](?:pte|pty|tes?|tys?)"
+    rf"|{'|'.join(f'{word}|{word.upper()}' for word in _ENDINGS_NOT_LOWER)})\."
+)
+_BEFORE_NUMBER = r"(?i:art|ca|figs?|nos?|op|pp|prop)\."
+
+# --- words with an apostrophe that stay whole ------------------------------------------------------------------------
+_WITH_APOSTROPHE = "|".join(
+    (
+        f"{_APOSTROPHE}[nN]{_APOSTROPHE}?",
+        f"[lLdDjJ]{_APOSTROPHE}",
+        f"Dunkin{_APOSTROPHE}|somethin{_APOSTROPHE}|ol{_APOSTROPHE}",
+        f"{_APOSTROPHE}(?:em|till?|cause|[2-9]0s)",
+        f"[A-HJ-XZn]{_ANY_APOSTROPHE}[A-Za-z{LETTER}]{{2,}}",
+        f"[oO]{_APOSTROPHE}[oO]|cap{_APOSTROPHE}n|[cC]{_APOSTROPHE}(?:mon|est)|[eE]{_APOSTROPHE}er|[sS]{_APOSTROPHE}mores",
+        f"[A-Za-z{LETTER}]+[aeiouyAEIOUY]{_APOSTROPHE}[aeiouA-Z][A-Za-z{LETTER}]*",
+    )
+)
+
+RULES: tuple[Rule, ...] = (
+    # Words that are two.
+    _rule(_W, "(?i:can)", "(?i:not)"),
+    _rule(_W, "(?i:gon|wan)", "(?i:na)"),
+    _rule(_W, "(?i:got)", "(?i:ta)"),
+    _rule(_W, "(?i:lem|gim)", "(?i:me)"),
+    _rule(_A, f"{_APOSTROPHE}[tT]", "(?i:is|was)", _straight),
+    _rule(_W, f"[yY]{_APOSTROPHE}", f"[A-Za-z{LETTER}]"),
+    # Mark-up and entities.
+    _rule("<", _TAG, emit=_unbroken),
+    _rule("&", "&(?:MD|mdash|ndash);", emit="--"),
+    _rule("&", "&(?i:amp);", emit="&"),
+    _rule("&", "&(?:HT|TL|UR|LR|QC|QL|QR|odq|cdq|#[0-9]+);"),
+    _rule("&", "&nbsp;", emit=""),
+    _rule("&", "&lt;", emit="<"),
+    _rule("&", "&gt;", emit=">"),
+    # Words.
+    _rule(_W, _WORD, _SUFFIX, _without_soft_hyphens),
+    _rule(_W, _WORD, emit=_without_soft_hyphens),
+    _rule(_W, "[A-Za-z]*[A-MO-Za-z]", _NOT),
+    _rule(f"{_W}|{_A}", _WITH_APOSTROPHE),
+    _rule(_W, f"https?://{_URL}+{_URL_END}"),
+    _rule(r"[^ \t\n]", f"(?:{_HOST})(?:/{_URL}+{_URL_END})?"),
+    _rule("[<&]|[a-zA-Z0-9]", rf"(?:&lt;|<)?[a-zA-Z0-9][^ \t\n\"<>|()\u00a0{{}}]*@(?:{_MAIL}+\.)*{_MAIL}+(?:&gt;|>)?"),
+    _rule("@", "@[A-Za-z_][A-Za-z_0-9]*"),
+    _rule("#", f"#{_LETTER}+"),
+    _rule(_A, _SUFFIX, "[^A-Za-z]", _straight),
+    _rule(_W, _NOT, emit=_straight),
+    # Numbers.
+    _rule(_N, rf"{_DIGIT}{{1,2}}[-/]{_DIGIT}{{1,2}}[-/]{_DIGIT}{{2,4}}"),
+    _rule(_N, rf"[-+]?{_NUMBER}", emit=_without_soft_hyphens),
+    _rule(_S, "[\u207a\u207b\u208a\u208b]?(?:[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+|[\u2080-\u2089]+)"),
+    _rule(_N, _FRACTION, emit=_unbroken),
+    *(
+        _rule(sign, sign, emit=text)
+        for sign, text in zip("\u00bc\u00bd\u00be\u2153\u2154", ("1/4", "1/2", "3/4", "1/3", "2/3"), strict=True)
+    ),
+    _rule("[-a-zA-Z]", r"-(?i:[lr][rcs]b)-|(?i:pro|anti)-|S&P-500|S&Ls|C\.D\.s"),
+    _rule(_A, f"{_APOSTROPHE}{_DIGIT}{{2}}", r"\s"),
+    # Compounds.
+    _rule(_W, _HYPHENATED),
+    _rule(_W, rf"{_HYPHENATED}\.", "[,;:\u3001]"),
+    _rule("[A-Z]", "[A-Z]+(?:(?:[+&]|&amp;)[A-Z]+)+", emit=lambda token: token.replace("&amp;", "&")),
+    _rule("[A-Za-z0-9]", r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:\\?/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}"),
+    _rule("[A-Z$#]", r"[A-Z]*\$|#+"),
+    _rule("\u00a2", "\u00a2", emit="cents"),
+    _rule("\u00a3", "\u00a3", emit="#"),
+    _rule("[\u0080\u00a4\u20a0\u20ac]", "[\u0080\u00a4\u20a0\u20ac]", emit="$"),
+    # Abbreviations.
+    _rule("[A-Za-z]", _ENDING, r"[\s\S]{2}"),
+    _rule("[A-Za-z]", _TITLE),
+    _rule("[A-Za-z]", _BEFORE_NUMBER, f"[ \u00a0]?{_DIGIT}"),
+    _rule("[A-Za-z]", rf"{_ACRONYM}\."),
+    _rule("[A-Za-z]", _ACRONYM),
+    _rule(r"[0-9(+]", _PHONE, emit=_unbroken),
+    _rule(r"[0-9+]", r"(?:(?:\+\+?)?[0-9]{2,4}\.)?[0-9]{2,4}\.[0-9]{3,4}\.[0-9]{3,5}"),
+    _rule(_W, rf"{_WORD}\.", "[,;:\u3001]", _without_soft_hyphens),
+    _rule(_W, rf"(?:{_LETTER}|{_DIGIT})+(?:\.(?:{_LETTER}|{_DIGIT})+)*\.(?:{_FILE_TYPES})", r"[\s.?!,]"),
+    _rule("[A-Za-z0-9]", _DASHED, emit=_without_soft_hyphens),
+    _rule("[A-Za-z0-9]", rf"{_DASHED}\.", "[,;:\u3001]", _without_soft_hyphens),
+    # Faces.
+    _rule("[<>:;=]", r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]](?![A-Za-z0-9])", emit=_bracketed),
+    _rule(r"[-\^x=~<>'(]", r"[\^x=~<>]\.[\^x=~<>]|[-\^x=~<>']_[-\^x=~<>']", emit=_bracketed),
+    _rule(r"\(", r"\([-\^x=~<>'][_.]?[-\^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)", emit=_bracketed),
+    # Punctuation and symbols.
+    _rule("[cCfF]", r"[cC]\+\+|[cCfF]#"),
+    _rule("[<>]", "<<|>>|[<>]"),
+    *(
+        _rule(re.escape(sign), re.escape(sign), emit=text)
+        for sign, text in zip("()[]{}", ("-lrb-", "-rrb-", "-lsb-", "-rsb-", "-lcb-", "-rcb-"), strict=True)
+    ),
+    _rule(r"[.\u2026]", "\\.{3,5}|(?:\\.[ \u00a0]){2,4}\\.|\u2026", emit="..."),
+    _rule("[?!]", "[?!]+"),
+    _rule("[.,:;]", "[.,:;]"),
+    _rule("[-\u0096\u0097\u2013-\u2015]", "-{1,4}|[\u0096\u0097\u2013-\u2015]", emit="--"),
+    _rule("-", "-{5,}"),
+    _rule("_", "_+"),
+    _rule("@", "@+"),
+    _rule(r"[*\\]", r"(?:\\\*){1,3}|\*+"),
+    _rule("'", "'", r"[A-Za-z][^ \t\n]"),
+    _rule(
+        f'{_A}|[\u00ab\u00bb\u2039\u203a"]', f"&quot;|''|``|&apos;|[\u00ab\u00bb\u2039\u203a\"]|{_A[:-2]}]", emit="'"
+    ),
+    _rule(_S, rf"[%&+=~^|\\/{SYMBOL}\u2044\u207a\u207b\u208a\u208b\u3001]"),
+    _rule(_W, f"[{MARK}\u00ad]", emit=_without_soft_hyphens),
+)

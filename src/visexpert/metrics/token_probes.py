@@ -1,0 +1,96 @@
+"""What tokens hold, read by linear probes against dense ground truth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from visexpert.metrics.probes import ridge_accuracy, ridge_r2
+
+OBJECT_SHARE = 0.5
+"""A token counts as an object's where this share of its pixels is one object's or more."""
+
+CLASS_TARGETS = ("colour", "shape", "size", "material")
+
+
+class TokenProbes:
+    """Ridge probes on tokens of one split: fitted on the first half of its images, scored on the second.
+
+    Scores, R2 or accuracy in [0, 1]: ``depth`` and ``normals`` over all tokens, ``object_depth``, ``colour``,
+    ``shape``, ``size``, ``material`` over tokens that lie on an object.
+
+    Args:
+        max_images: Images kept; later ones are ignored.
+    """
+
+    def __init__(self, *, max_images: int = 600) -> None:
+        self.max_images = max_images
+        self._tokens: list[Tensor] = []
+        self._targets: list[dict[str, Tensor]] = []
+        self._images = 0
+
+    def update(self, tokens_BTD: Tensor, grid_hw: tuple[int, int], targets: Mapping[str, Tensor]) -> None:
+        """Add images.
+
+        Args:
+            tokens_BTD: Their tokens, row-major.
+            grid_hw: Their grid.
+            targets: ``depth_BHW``, ``normals_B3HW`` and class maps ``<name>_BHW`` (-1 = background).
+        """
+        keep = min(len(tokens_BTD), self.max_images - self._images)
+        if keep <= 0:
+            return
+        self._images += keep
+        self._tokens.append(tokens_BTD[:keep].detach().float().cpu())
+        self._targets.append(cell_targets({name: t[:keep] for name, t in targets.items()}, grid_hw))
+
+    def compute(self) -> dict[str, float]:
+        """Scores by name; empty before four images were seen."""
+        if self._images < 4:
+            return {}
+        tokens_BTD = torch.cat(self._tokens)
+        targets = {name: torch.cat([part[name] for part in self._targets]).flatten(0, 1) for name in self._targets[0]}
+        image_N = torch.arange(self._images).repeat_interleave(tokens_BTD.shape[1])
+        first_N, features_NE = image_N < self._images // 2, tokens_BTD.flatten(0, 1)
+        object_N = targets["object"]
+        scores = {
+            "depth": _r2(features_NE, targets["depth"], first_N, torch.ones_like(first_N)),
+            "normals": _r2(features_NE, targets["normals"], first_N, torch.ones_like(first_N)),
+            "object_depth": _r2(features_NE, targets["depth"], first_N, object_N),
+        }
+        for name in CLASS_TARGETS:
+            fit, evaluate = first_N & object_N, ~first_N & object_N
+            if bool(fit.any()) and bool(evaluate.any()):
+                scores[name] = ridge_accuracy(features_NE, targets[name], fit_N=fit, evaluate_N=evaluate)
+        return scores
+
+
+def cell_targets(targets: Mapping[str, Tensor], grid_hw: tuple[int, int]) -> dict[str, Tensor]:
+    """Dense truth per token.
+
+    Returns:
+        ``depth`` (B, T, 1) mean log distance, ``normals`` (B, T, 3) mean normal, ``object`` (B, T) bool, and each
+        class (B, T) int64: the most frequent class among the cell's object pixels.
+    """
+    cells = {
+        "depth": _pooled(targets["depth_BHW"].float().log().unsqueeze(1), grid_hw),
+        "normals": _pooled(targets["normals_B3HW"].float(), grid_hw),
+    }
+    for name in CLASS_TARGETS:
+        labels_BHW = targets[f"{name}_BHW"].long()
+        classes = max(2, int(labels_BHW.max()) + 2)  # an empty scene has a class, too: one nobody votes for
+        votes_BTC = _pooled(F.one_hot(labels_BHW + 1, classes).movedim(-1, 1).float(), grid_hw)[..., 1:]
+        cells[name] = votes_BTC.argmax(-1)
+        cells["object"] = votes_BTC.sum(-1) >= OBJECT_SHARE
+    return cells
+
+
+def _pooled(maps_BCHW: Tensor, grid_hw: tuple[int, int]) -> Tensor:
+    return F.adaptive_avg_pool2d(maps_BCHW, grid_hw).flatten(2).transpose(1, 2).cpu()
+
+
+def _r2(features_NE: Tensor, targets_NM: Tensor, first_N: Tensor, where_N: Tensor) -> float:
+    return ridge_r2(features_NE, targets_NM, fit_N=first_N & where_N, evaluate_N=~first_N & where_N)

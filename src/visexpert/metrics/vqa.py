@@ -1,0 +1,115 @@
+"""VQA accuracy with the official answer normalisation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from visexpert.metrics.records import RecordMetric, Row, check_lengths, families_or_blank, mean_by_family
+
+
+class VQAAccuracy(RecordMetric):
+    """Accuracy of short answers, as the VQA v2 evaluation defines it.
+
+    With several references (ten human answers) an answer scores the mean over all subsets that leave one human out
+    of ``min(matches / 3, 1)``; with a single reference it scores 1 for a match, else 0. Normalisation follows
+    https://github.com/GT-Vision-Lab/VQA at commit a013f00 (see :func:`normalise_answer`).
+
+    ``compute()``: ``accuracy``, and ``family/<name>`` per family; all in [0, 1].
+
+    Args:
+        unanimous: What happens where all of several references are the same string. The official code then compares
+            the raw strings, so that ``Yes.`` scores 0 against ten times ``yes``: ``raw`` does that, and is what a
+            server would report. ``normalise`` treats such questions like all others.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, *, unanimous: Literal["raw", "normalise"] = "raw", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.unanimous = unanimous
+
+    def update(
+        self,
+        predictions: Sequence[str],
+        references: Sequence[str | Sequence[str]],
+        families: Sequence[str] | None = None,
+    ) -> None:
+        """Score a batch.
+
+        Args:
+            predictions: One answer per question.
+            references: Per question the answer, or all human answers.
+            families: Finer kind per question, for the report.
+        """
+        families = families_or_blank(families, len(predictions))
+        check_lengths(predictions=predictions, references=references, families=families)
+        rows = zip(predictions, references, families, strict=True)
+        self.add_rows([family, self._accuracy(answer, truth)] for answer, truth, family in rows)
+
+    def score(self, rows: list[Row]) -> dict[str, float]:
+        """Average over questions."""
+        return mean_by_family((family, value) for family, value in rows)
+
+    def _accuracy(self, answer: str, references: str | Sequence[str]) -> float:
+        truths = [references] if isinstance(references, str) else list(references)
+        if not truths:
+            raise ValueError(f"the question answered with {answer!r} has no reference")
+        answer, truths = _one_line(answer), [_one_line(truth) for truth in truths]
+        if len(truths) == 1:
+            return float(normalise_answer(answer) == normalise_answer(truths[0]))
+        if len(set(truths)) > 1 or self.unanimous == "normalise":
+            answer, truths = normalise_answer(answer), [normalise_answer(truth) for truth in truths]
+        matches = [truth == answer for truth in truths]
+        return sum(min((sum(matches) - left_out) / 3, 1.0) for left_out in matches) / len(truths)
+
+
+def normalise_answer(text: str) -> str:
+    """Normalise an answer by the official rules.
+
+    In this order: punctuation other than ``.`` ``:`` ``'`` ``&`` ``$`` ``%`` is deleted where it touches a space
+    anywhere in the answer or the answer has a number with a comma, else it becomes a space; full stops not followed
+    by a digit are deleted; the rest is lower-cased; number words to ten (and ``none``) become digits; articles go;
+    contractions without their apostrophe get it back.
+    """
+    has_comma_number = _COMMA_NUMBER.search(text) is not None
+    cleaned = text
+    for mark in _PUNCTUATION:
+        touches_space = f"{mark} " in text or f" {mark}" in text
+        cleaned = cleaned.replace(mark, "" if touches_space or has_comma_number else " ")
+    cleaned = _STOP.sub("", cleaned)
+    words = [_NUMBERS.get(word, word) for word in cleaned.lower().split()]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+_COMMA_NUMBER = re.compile(r"\d,\d")
+_STOP = re.compile(r"\.(?!\d)")
+_PUNCTUATION = tuple(r""";/[]"{}()=+\_-><@`,?!""")
+_ARTICLES = frozenset({"a", "an", "the"})
+_NUMBERS = {"none": "0"} | {
+    word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
+}
+
+# The official table maps each of these, written with any one apostrophe missing, to the right form.
+_WORDS_WITH_APOSTROPHES = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+    he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
+    o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+    someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
+    there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
+    what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+    wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+""".split()
+_CONTRACTIONS = {
+    word[:place] + word[place + 1 :]: word
+    for word in _WORDS_WITH_APOSTROPHES
+    for place, letter in enumerate(word)
+    if letter == "'"
+}
+# The one entry of the official table that goes the other way; kept, because scores must be comparable.
+_CONTRACTIONS["somebody'd"] = "somebodyd"

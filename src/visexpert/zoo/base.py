@@ -1,0 +1,76 @@
+"""What every training module of the zoo shares: optimiser, image scaling, and how its result is shipped."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from safetensors.torch import save_file
+from torch import Tensor
+
+from visexpert.types import Batch
+
+
+class ZooModule(LightningModule, ABC):
+    """Base of the zoo's LightningModules: AdamW with warm-up and cosine decay to zero over the run's steps.
+
+    Args:
+        lr: Highest learning rate.
+        weight_decay: AdamW weight decay; vectors (norms, biases) have none.
+        warmup: Share of the steps in which the rate rises linearly.
+    """
+
+    headline: str = ""
+    """Name of the held-out score that stands for the entry (a key of ``validation`` metrics, without ``val/``)."""
+    score_definition: str = ""
+    """One sentence: what the headline measures, in which unit, and which direction is better."""
+
+    def __init__(self, *, lr: float = 1.5e-3, weight_decay: float = 0.05, warmup: float = 0.05) -> None:
+        super().__init__()
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.warmup = warmup
+
+    @abstractmethod
+    def ship(self, folder: Path, name: str) -> list[Path]:
+        """Write the trained weights under ``folder`` as fp16 safetensors and return the files."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What a card says about the model: kind, input, tokens, parameters, licence."""
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over everything that trains, stepped per batch."""
+        trained = [value for value in self.parameters() if value.requires_grad]
+        groups = [
+            {"params": [value for value in trained if value.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [value for value in trained if value.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.98))
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=self.lr, total_steps=max(steps, 2), pct_start=self.warmup, cycle_momentum=False
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def write_weights(state: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file that every user of an installed package can read (safetensors makes it private)."""
+    save_file(dict(state), path, metadata={"format": "pt", **(metadata or {})})
+    path.chmod(0o644)
+
+
+def images_of(batch: Batch) -> Tensor:
+    """The batch's images as float in [0, 1], whatever they are stored as."""
+    images_BCHW = batch.images_BCHW
+    return images_BCHW.float() / 255 if images_BCHW.dtype == torch.uint8 else images_BCHW
+
+
+def parameter_count(module: torch.nn.Module) -> int:
+    """Number of parameters."""
+    return sum(value.numel() for value in module.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,6 +15,11 @@ ZOO = Path(__file__).parent / "zoo" / "weights"
 """Folder of the shipped weights."""
 
 ZOO_PREFIX = "zoo:"
+
+
+def cache_root(root: str | None = None) -> Path:
+    """Folder of everything that can be computed again: ``root``, else ``$VISEXPERT_CACHE``, else ``~/.cache/visexpert``."""
+    return Path(root or os.environ.get("VISEXPERT_CACHE") or "~/.cache/visexpert").expanduser()
 
 
 def resolve_source(source: str | Path) -> Path:

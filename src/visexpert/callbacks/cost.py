@@ -35,6 +35,7 @@ class CostReport(Callback):
         loader = trainer.datamodule.test_dataloader()  # type: ignore[attr-defined]
         batch = first_images(next(iter(loader)), self.images).to(pl_module.device)
         costs = measure_cost(pl_module, batch)
+        costs["steps"] = float(pl_module.trained_steps)
         if self._train_seconds is not None:
             costs["train_seconds"] = self._train_seconds
         pl_module.log_dict({f"cost/{name}": value for name, value in costs.items()}, batch_size=1)

@@ -92,6 +92,7 @@ class TrainingProgress(RichProgressBar):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
+        self._stop_progress()  # Lightning leaves it running, and what is printed next would break it
         if not self._live and self._enabled:
             took = _clock_time(time.perf_counter() - self._began_at)
             print(f"train: {trainer.global_step - self._began_step} steps in {took}", flush=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
-from rich.console import Console
+from rich import get_console
 from rich.table import Table
 
 from visexpert.report.files import read_json, set_aside, write_json, write_text
@@ -22,6 +22,8 @@ from visexpert.report.machine import machine_facts, package_versions
 
 class RunFolder(Callback):
     """Writes ``environment.json`` and ``metrics.json`` into the run's folder and prints the final metrics.
+
+    ``environment.json`` has one entry for each stage that was run: ``fit``, ``validate``, ``test``, ``predict``.
 
     The folder is the trainer's ``log_dir``, which :class:`RunLogger` sets. ``metrics.json`` holds flat keys
     (``test/vqa/accuracy``): a fit writes it anew, since other weights have other scores, and a later ``validate`` or
@@ -36,18 +38,21 @@ class RunFolder(Callback):
         self._table = table
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        folder = folder_of(trainer)
-        if not trainer.is_global_zero or stage == "predict":
-            return
-        path = folder / "environment.json"
-        known = read_json(path) if path.exists() else {}
-        write_json(path, {**known, stage: environment()})
+        path = folder_of(trainer) / "environment.json"
+        if trainer.is_global_zero:
+            known = read_json(path) if path.exists() else {}
+            write_json(path, {**known, _stage_name(trainer): environment()})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = folder_of(trainer)
         if trainer.is_global_zero and trainer.ckpt_path is None:
             set_aside(folder / "metrics.csv")
             set_aside(folder / "metrics.json")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Flush the loggers, which Lightning does only after ``on_fit_end``, where figures read their files."""
+        for logger in trainer.loggers:
+            logger.save()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record(trainer, earlier=False)
@@ -69,8 +74,9 @@ class RunFolder(Callback):
             metrics = {**read_json(path), **metrics}
         write_json(path, dict(sorted(metrics.items())))
         if self._table and metrics:
-            console = Console(width=None if sys.stdout.isatty() else 100)
-            console.print(metrics_table(metrics, title=str(path)))
+            console = get_console()  # that of the live bars, which then stay below
+            console.print(metrics_table(metrics))
+            console.print(f"These figures are in {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -90,7 +96,7 @@ class SaveRunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file (Lightning calls this on the first process only)."""
-        name = "config.yaml" if stage == "fit" else f"config.{stage}.yaml"
+        name = "config.yaml" if stage == "fit" else f"config.{_stage_name(trainer)}.yaml"
         path = self._folder / name
         text = self.parser.dump(self.config, skip_none=False)
         if path.exists() and path.read_text(encoding="utf-8") != text:
@@ -124,9 +130,9 @@ def git_commit(file: Path) -> str | None:
     return f"{commit}-dirty" if commit and _git(folder, "status", "--porcelain", "--untracked-files=no") else commit
 
 
-def metrics_table(metrics: Mapping[str, float | None], *, title: str) -> Table:
+def metrics_table(metrics: Mapping[str, float | None]) -> Table:
     """A table of flat metrics: one section for each first part of the keys (``train``, ``val``, ``test``)."""
-    table = Table("metric", title=title, title_justify="left")
+    table = Table("metric")
     table.add_column("value", justify="right")
     for stage, names in groupby(sorted(metrics), key=lambda name: name.partition("/")[0]):
         table.add_section()
@@ -136,6 +142,12 @@ def metrics_table(metrics: Mapping[str, float | None], *, title: str) -> Table:
             rest = name.partition("/")[2] or name
             table.add_row(f"  {rest}", "not finite" if value is None else f"{value:.5g}")
     return table
+
+
+def _stage_name(trainer: Trainer) -> str:
+    """``fit``, ``validate``, ``test`` or ``predict`` (hooks are given an enum that prints otherwise)."""
+    assert trainer.state.fn is not None
+    return trainer.state.fn.value
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -12,7 +12,7 @@ from visexpert.errors import ConfigError, DataError
 from visexpert.language.base import LanguageSide, item_mask, supervised
 from visexpert.language.position import sincos_2d
 from visexpert.resources import fill_module, load_safetensors, resolve_source
-from visexpert.types import TextBatch, VisionTokens
+from visexpert.types import IGNORE_INDEX, TextBatch, VisionTokens
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -25,6 +25,7 @@ class CrossAttentionDecoder(LanguageSide):
         width: Width of decoder and vision tokens.
         depth: Blocks of self-attention, cross-attention and MLP.
         heads: Attention heads.
+        mlp_ratio: Hidden width of the MLPs over ``width``.
         max_tokens: Longest text item in tokens.
         position_scale: Scale of the 2-D sine-cosine code added to the vision tokens; 0 for none. The decoder sees the
             tokens as a set, so it needs one unless the encoder's own is strong.
@@ -39,6 +40,7 @@ class CrossAttentionDecoder(LanguageSide):
         width: int = 96,
         depth: int = 2,
         heads: int = 4,
+        mlp_ratio: float = 4.0,
         max_tokens: int = 48,
         position_scale: float = 0.7,
         dropout: float = 0.0,
@@ -53,7 +55,9 @@ class CrossAttentionDecoder(LanguageSide):
         self.embed_tokens = nn.Embedding(vocab_size, width)
         self.embed_positions = nn.Embedding(max_tokens, width)
         self.memory_norm = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(DecoderBlock(width, heads=heads, dropout=dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            DecoderBlock(width, heads=heads, mlp_width=int(mlp_ratio * width), dropout=dropout) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocab_size, bias=False)
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
@@ -82,9 +86,10 @@ class CrossAttentionDecoder(LanguageSide):
         """See :meth:`LanguageSide.generate`. Keys and values of the image are computed once."""
         memory = self._memory(vision)
         rows = [list(prompt) for prompt in prompts]
-        done = [False] * len(rows)
+        self._check_length(max(map(len, rows)))
+        done = [len(row) >= self.max_tokens for row in rows]
         for _ in range(max_new_tokens):
-            if max(map(len, rows)) >= self.max_tokens or all(done):
+            if all(done):
                 break
             text = _right_padded(rows, device=vision.tokens_BTD.device)
             last = torch.tensor([len(row) - 1 for row in rows], device=vision.tokens_BTD.device)
@@ -94,6 +99,7 @@ class CrossAttentionDecoder(LanguageSide):
                 done[index] = done[index] or token == eos_id
                 if not done[index]:
                     rows[index].append(token)
+                    done[index] = len(rows[index]) >= self.max_tokens
         return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
 
     def _memory(self, vision: VisionTokens) -> list[KeysValues]:
@@ -103,15 +109,19 @@ class CrossAttentionDecoder(LanguageSide):
             memory_BTD = memory_BTD + self.position_scale * code_TD
         return [block.cross.keys_values(memory_BTD) for block in self._layers()]
 
+    def _check_length(self, num_tokens: int) -> None:
+        if num_tokens > self.max_tokens:
+            raise DataError(
+                f"CrossAttentionDecoder: a text item of {num_tokens} tokens is longer than "
+                f"max_tokens={self.max_tokens}; shorten it or raise max_tokens."
+            )
+
     def _layers(self) -> list[DecoderBlock]:
         return [block for block in self.blocks if isinstance(block, DecoderBlock)]
 
     def _decode(self, memory: list[KeysValues], text: TextBatch) -> Tensor:
-        if text.ids_BN.numel() and int(text.positions_BN.max()) >= self.max_tokens:
-            raise DataError(
-                f"CrossAttentionDecoder: a text item of {int(text.positions_BN.max()) + 1} tokens is longer than "
-                f"max_tokens={self.max_tokens}; shorten it or raise max_tokens."
-            )
+        if text.ids_BN.numel():
+            self._check_length(int(text.positions_BN.max()) + 1)
         hidden_BND: Tensor = self.embed_tokens(text.ids_BN) + self.embed_positions(text.positions_BN)
         mask = item_mask(text)
         for block, keys_values in zip(self._layers(), memory, strict=True):
@@ -122,12 +132,12 @@ class CrossAttentionDecoder(LanguageSide):
 class DecoderBlock(nn.Module):
     """Self-attention, cross-attention, MLP, each pre-normed with a residual."""
 
-    def __init__(self, width: int, *, heads: int, dropout: float) -> None:
+    def __init__(self, width: int, *, heads: int, mlp_width: int, dropout: float) -> None:
         super().__init__()
         self.self_norm, self.cross_norm, self.mlp_norm = (nn.LayerNorm(width) for _ in range(3))
         self.attention = Attention(width, heads=heads)
         self.cross = Attention(width, heads=heads)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, mlp_width), nn.GELU(), nn.Linear(mlp_width, width))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden_BND: Tensor, memory: KeysValues, mask: Tensor) -> Tensor:
@@ -175,4 +185,4 @@ def _right_padded(rows: Sequence[Sequence[int]], *, device: torch.device) -> Tex
         ids[index, : len(row)] = torch.tensor(row)
         segments[index, : len(row)] = 1
     positions = torch.arange(length).expand_as(ids) * segments
-    return TextBatch(ids, torch.full_like(ids, -100), segments, positions).to(device)
+    return TextBatch(ids, torch.full_like(ids, IGNORE_INDEX), segments, positions).to(device)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from visexpert.errors import ConfigError, WeightsError
+from visexpert.errors import ConfigError, DataError, WeightsError
 from visexpert.language.base import LanguageSide, item_mask, supervised
 from visexpert.language.position import sincos_2d
 from visexpert.resources import fill_module, load_safetensors, resolve_source
@@ -62,6 +63,7 @@ class PrefixLM(LanguageSide):
         """See :meth:`LanguageSide.forward`."""
         prefix_BTD = self._prefix(vision)
         num_prefix = prefix_BTD.shape[1]
+        self._check_length(text, num_prefix)
         embeds = torch.cat([prefix_BTD, self._embed(text.ids_BN)], dim=1)
         positions = torch.cat([_arange(prefix_BTD), text.positions_BN + num_prefix], dim=1)
         mask = _additive(_prefix_mask(item_mask(text), num_prefix), embeds.dtype)
@@ -98,6 +100,15 @@ class PrefixLM(LanguageSide):
         )  # fmt: skip
         return [_until(row, eos_id) for row in out.tolist()]
 
+    def _check_length(self, text: TextBatch, num_prefix: int) -> None:
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        longest = int(text.positions_BN.max()) + 1 if text.positions_BN.numel() else 0
+        if limit is not None and num_prefix + longest > limit:
+            raise DataError(
+                f"PrefixLM: a text item of {longest} tokens behind {num_prefix} image tokens is longer than the "
+                f"{limit} positions of the language model; shorten it or take a model with more."
+            )
+
     def _prefix(self, vision: VisionTokens) -> Tensor:
         tokens_BTD = vision.tokens_BTD
         if self.position_scale:
@@ -114,7 +125,12 @@ def _build_config(config: dict[str, Any] | None, source: str | None) -> Pretrain
         settings = dict(config)
         if "model_type" not in settings:
             raise ConfigError("PrefixLM: config needs a model_type, for example 'llama'.")
-        built: PretrainedConfig = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        kind = str(settings.pop("model_type"))
+        if kind not in CONFIG_MAPPING:
+            near = get_close_matches(kind, CONFIG_MAPPING, n=3)
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "take one that transformers knows."
+            raise ConfigError(f"PrefixLM: model_type={kind!r} is unknown; {hint}")
+        built: PretrainedConfig = AutoConfig.for_model(kind, **settings)
         return built
     folder = Path(resolve_source(str(source)))
     if not (folder / "config.json").is_file():

@@ -30,6 +30,7 @@ class Method(L.LightningModule):
         weight_decay: On matrices; never on biases, norms or embeddings.
         warmup_steps: Linear warm-up, then cosine to zero at the end of training.
         caption_images: Images of the test split that get a generated caption (greedy); 0 for none.
+        meteor: Score captions by METEOR, too (Java, about 25 s for 500 captions); null where Java is installed.
     """
 
     def __init__(
@@ -42,15 +43,17 @@ class Method(L.LightningModule):
         weight_decay: float = 0.02,
         warmup_steps: int = 100,
         caption_images: int = 500,
+        meteor: bool | None = None,
     ) -> None:
         super().__init__()
         self.language = language
         self.lr, self.language_lr = lr, language_lr
         self.language_frozen_steps = language_frozen_steps
         self.weight_decay, self.warmup_steps = weight_decay, warmup_steps
-        self.caption_images = caption_images
+        self.caption_images, self.meteor = caption_images, meteor
         self.evaluators: dict[str, Evaluator] = {}
         self._loaded = False
+        self._loaded_steps = 0
 
     @abstractmethod
     def encode(self, batch: Batch) -> VisionTokens:
@@ -89,6 +92,11 @@ class Method(L.LightningModule):
         """Losses beside the text's: name to (weight, value)."""
         return {}
 
+    @property
+    def trained_steps(self) -> int:
+        """Optimiser steps behind the present weights, those of a loaded checkpoint included."""
+        return max(self._loaded_steps, int(self.trainer.global_step))
+
     # -- Lightning hooks ------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
@@ -108,8 +116,7 @@ class Method(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed noise and dropout by step, so that an interrupted run continues as if it had not been."""
-        seed = torch.initial_seed() if self.trainer is None else self._run_seed()
-        torch.manual_seed((seed * 1_000_003 + self.global_step * 1009 + self.global_rank) % 2**63)
+        torch.manual_seed((self._run_seed() * 1_000_003 + self.global_step * 1009 + self.global_rank) % 2**63)
         thawed = self.language_lr > 0 and self.global_step >= self.language_frozen_steps
         self.language.requires_grad_(thawed)
 
@@ -135,7 +142,7 @@ class Method(L.LightningModule):
 
     def on_test_epoch_start(self) -> None:
         """Fresh scores."""
-        self.evaluators["test"] = Evaluator(captions=self.caption_images, probe=True)
+        self.evaluators["test"] = Evaluator(captions=self.caption_images, probe=True, meteor=self.meteor)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Mapping[str, EvalOutput]:
         """Score one batch, captions included."""
@@ -148,7 +155,7 @@ class Method(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over :meth:`trained_groups`, warm-up and cosine by step."""
         groups = make_groups(self.trained_groups(), weight_decay=self.weight_decay)
-        optimiser = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.98), fused=None)
+        optimiser = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.98), fused=True)
         total = int(self.trainer.estimated_stepping_batches)
         schedule = cosine_with_warmup(optimiser, warmup_steps=self.warmup_steps, total_steps=total)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -161,6 +168,7 @@ class Method(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put frozen parts back, so that loading stays strict about everything else."""
+        self._loaded_steps = int(checkpoint["global_step"])
         state = checkpoint["state_dict"]
         for key, value in self.state_dict().items():
             if self._is_frozen_key(key):

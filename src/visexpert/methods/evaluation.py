@@ -74,13 +74,14 @@ class Evaluator:
     Args:
         captions: Number of images to caption.
         probe: Collect tokens for linear probes where a batch has dense targets.
+        meteor: Score captions by METEOR, too; None where Java is installed.
     """
 
-    def __init__(self, *, captions: int, probe: bool = False) -> None:
+    def __init__(self, *, captions: int, probe: bool = False, meteor: bool | None = None) -> None:
         self._quota = captions
         self._nll = TokenNLL()
         self._vqa, self._vsr, self._pope, self._slots = VQAAccuracy(), VSRAccuracy(), POPEScores(), SlotAccuracy()
-        self._caption_scores, self._scene = CaptionScores(), SceneCaptionAccuracy()
+        self._caption_scores, self._scene = CaptionScores(meteor=meteor), SceneCaptionAccuracy()
         self._probes = TokenProbes() if probe else None
         self._by_kind: dict[str, Callable[[list[Answer]], None]] = {
             "vqa": self._update_vqa,

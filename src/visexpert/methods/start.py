@@ -42,9 +42,11 @@ def _read(path: Path) -> dict[str, Tensor]:
         return load_safetensors(path, owner="init_from")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise WeightsError(f"init_from: there is no checkpoint {path}; give the path of a run's .ckpt file.") from error
     except (UnpicklingError, RuntimeError, EOFError) as error:
         raise WeightsError(f"init_from: {path} is no plain checkpoint ({str(error)[:120]}).") from error
-    state: dict[str, Tensor] = checkpoint["state_dict"]
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict):
+        raise WeightsError(f"init_from: {path} holds no state_dict; give a .ckpt file of a run, or a safetensors file.")
     return state

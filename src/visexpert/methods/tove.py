@@ -17,6 +17,7 @@ from visexpert.losses.balance import GateBalanceForm
 from visexpert.methods.base import Method
 from visexpert.methods.optimiser import ParameterGroup
 from visexpert.methods.start import start_from
+from visexpert.resources import cache_root
 from visexpert.store import StoreDtype
 from visexpert.transfer import ResidualTransfer, TokenAdapter, TokenGate
 from visexpert.transfer.gate import GateKind, NoiseKind
@@ -38,6 +39,7 @@ class ToVE(Method):
         experts: Frozen experts by name.
         language: Language side.
         use: Names of the experts to use, others are not built into the model; null for all, [] for CLIP only.
+        detached: Names of used experts that start detached: built, but not loaded or run, and -inf in the gate.
         projector: CLIP tokens to the language width: ``linear``, ``mlp2x_gelu`` or ``identity`` (unconfirmed).
         projector_norm: LayerNorm before the projector (unconfirmed).
         adapter_hidden: Hidden width of each P_k; null for the width of the fused tokens (unconfirmed).
@@ -52,7 +54,8 @@ class ToVE(Method):
         balance_form: ``cv`` (Shazeer) or ``switch``.
         blind: Control: every vision token is zero; what remains is what text alone tells.
         feature_cache: Folder for tokens of frozen encoders, computed once for train and validation images and shared
-            by all runs; null runs the encoders live at each step.
+            by all runs; ``auto`` is ``features`` in the cache ($VISEXPERT_CACHE, else ~/.cache/visexpert); null runs
+            the encoders live at each step.
         feature_dtype: ``float16`` or ``float32`` (equal to live encoders up to rounding) for that cache.
         init_from: Checkpoint of an earlier run to start from; experts it lacks start fresh.
         kwargs: See :class:`~visexpert.methods.base.Method`.
@@ -65,6 +68,7 @@ class ToVE(Method):
         experts: dict[str, VisionExpert],
         language: LanguageSide,
         use: list[str] | None = None,
+        detached: list[str] | None = None,
         projector: ProjectorKind = "linear",
         projector_norm: bool = True,
         adapter_hidden: int | None = None,
@@ -87,15 +91,16 @@ class ToVE(Method):
         weight_decay: float = 0.02,
         warmup_steps: int = 100,
         caption_images: int = 500,
+        meteor: bool | None = None,
     ) -> None:
         super().__init__(
             language=language, lr=lr, language_lr=language_lr, language_frozen_steps=language_frozen_steps,
-            weight_decay=weight_decay, warmup_steps=warmup_steps, caption_images=caption_images,
+            weight_decay=weight_decay, warmup_steps=warmup_steps, caption_images=caption_images, meteor=meteor,
         )  # fmt: skip
         if fusion_space not in ("language", "clip"):
             raise ConfigError(f"ToVE: fusion_space={fusion_space!r} is unknown; use 'language' or 'clip'.")
         self.clip = clip
-        self.hub = ExpertHub(_chosen(experts, use))
+        self.hub = ExpertHub(_chosen(experts, use), detached=detached or ())
         fused_width = language.width if fusion_space == "language" else clip.width
         self.projector = Projector(in_dim=clip.width, out_dim=language.width, kind=projector, norm=projector_norm)
         self.adapters = nn.ModuleDict(
@@ -110,7 +115,8 @@ class ToVE(Method):
         self.balance_weight, self.balance_form = balance_weight, balance_form
         self.blind = blind
         self.init_from = init_from
-        self._cache = None if feature_cache is None else FeatureCache(feature_cache, dtype=feature_dtype)
+        folder = cache_root() / "features" if feature_cache == "auto" else feature_cache
+        self._cache = None if folder is None else FeatureCache(folder, dtype=feature_dtype)
 
     def encode(self, batch: Batch) -> VisionTokens:
         """CLIP and experts to fused tokens (B, T, d_lang)."""
@@ -168,18 +174,23 @@ class ToVE(Method):
             start_from(self, self.init_from)
 
     def on_fit_start(self) -> None:
-        """Fill or open the feature cache."""
-        self._open_cache(("train", "val"))
+        """Fill or open the feature cache of the training and validation images."""
+        self._open_cache()
 
     def on_test_start(self) -> None:
         """Fill or open the feature cache of the test images."""
-        self._open_cache(("test",))
+        self._open_cache()
 
-    def _open_cache(self, splits: Sequence[str]) -> None:
-        sources: Mapping[str, ImageSource] = getattr(self.trainer.datamodule, "image_sources", dict)()  # type: ignore[attr-defined]
-        sources = {split: source for split, source in sources.items() if split in splits}
-        if self._cache is None or not sources:
+    def _open_cache(self) -> None:
+        if self._cache is None:
             return
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(datamodule, "image_sources"):
+            raise ConfigError(
+                f"ToVE: feature_cache is set, but {type(datamodule).__name__} hands out no images by row "
+                "(image_sources); set feature_cache to null to run the encoders live."
+            )
+        sources: Mapping[str, ImageSource] = datamodule.image_sources()
         for split, source in sources.items():
             self._cache.prepare(
                 "clip", split, source, fingerprint=self.clip.fingerprint(),

@@ -81,7 +81,7 @@ def open_features(root: Path, key: FeatureKey) -> FeatureFile | None:
         return None
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise DataError(f"The feature file {path} is damaged ({error}); delete it, it is computed again.") from error
     if values.shape != (key.rows, key.tokens, key.width) or values.dtype != np.dtype(key.dtype):
         raise DataError(
@@ -102,8 +102,11 @@ def write_features(root: Path, key: FeatureKey, batches: Iterable[Tensor]) -> Fe
     Raises:
         DataError: The disk is too full, or the batches do not add up to ``key.rows``.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(root).free
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(root).free
+    except OSError as error:
+        raise DataError(f"The feature store cannot use {root} ({error}); set feature_cache to another folder.") from error
     if free < key.num_bytes:
         raise DataError(
             f"The feature store in {root} needs {key.num_bytes / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; "
@@ -126,7 +129,8 @@ def _fill(path: Path, key: FeatureKey, batches: Iterable[Tensor]) -> None:
     values = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(key.dtype), shape=shape)
     done = 0
     for batch in batches:
-        values[done : done + len(batch)] = batch.detach().cpu().numpy().astype(key.dtype)
+        if done + len(batch) <= key.rows:
+            values[done : done + len(batch)] = batch.detach().cpu().numpy().astype(key.dtype)
         done += len(batch)
     if done != key.rows:
         raise DataError(f"The feature store got tokens of {done} images, the split has {key.rows}.")

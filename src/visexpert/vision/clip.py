@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,10 @@ class ClipEncoder(nn.Module):
         if (source is None) == (config is None):
             raise ConfigError("ClipEncoder takes either source (a folder or zoo:NAME) or config (a random encoder).")
         self.source = None if source is None else resolve_source(source)
-        settings = dict(config) if config is not None else read_json(self.source, "config.json")
+        settings = _known_fields(config) if config is not None else read_json(self.source, "config.json")
         clip_config = CLIPVisionConfig(**_vision_fields(settings))
+        for side in (clip_config.image_size, clip_config.patch_size):
+            _side(side)
         clip_config._attn_implementation = "sdpa"
         self.model = CLIPVisionModel(clip_config)
         depth = clip_config.num_hidden_layers
@@ -97,8 +100,11 @@ class ClipEncoder(nn.Module):
         fill_module(self.model, state, owner="ClipEncoder", path=path)
 
     def fingerprint(self) -> str:
-        """Hash of weights, layer and input size: what the tokens depend on besides the image."""
-        digest = hashlib.sha256(f"{self.layer}/{self.image_size}".encode())
+        """Hash of weights, layer, heads, activation and input: what the tokens depend on besides the image."""
+        config = self.config
+        facts = [self.layer, self.image_size, config.num_attention_heads, config.hidden_act, config.layer_norm_eps]
+        facts += [self.mean.flatten().tolist(), self.std.flatten().tolist()]
+        digest = hashlib.sha256(json.dumps(facts).encode())
         for key, value in self.model.state_dict().items():
             digest.update(key.encode())
             digest.update(value.detach().cpu().float().numpy().tobytes())
@@ -124,6 +130,12 @@ class ClipEncoder(nn.Module):
         if self.source is None or not (self.source / "preprocessor_config.json").is_file():
             return OPENAI_MEAN, OPENAI_STD
         settings = read_json(self.source, "preprocessor_config.json")
+        absent = [name for name in ("image_mean", "image_std") if name not in settings]
+        if absent:
+            raise WeightsError(
+                f"ClipEncoder: {self.source / 'preprocessor_config.json'} lacks {absent}; give a folder written by "
+                "save_pretrained, or delete that file for OpenAI's normalisation."
+            )
         return settings["image_mean"], settings["image_std"]
 
 
@@ -150,6 +162,17 @@ def _side(size: object) -> int:
     if not isinstance(size, int):
         raise ConfigError(f"ClipEncoder: a side of {size} is not supported; images and patches must be square.")
     return size
+
+
+def _known_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that a user wrote, refused where ``CLIPVisionConfig`` would take them and then not read them."""
+    known = CLIPVisionConfig().to_dict()
+    for name in config:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"use fields of CLIPVisionConfig: {sorted(known)}."
+            raise ConfigError(f"ClipEncoder: config has no field {name!r}; {hint}")
+    return dict(config)
 
 
 def _vision_fields(settings: Mapping[str, Any]) -> dict[str, Any]:

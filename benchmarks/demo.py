@@ -1,0 +1,39 @@
+"""Time and peak memory of `visexpert demo` from an empty cache: `python benchmarks/demo.py`.
+
+The budget is 8 minutes and 4 GB on two cores, rendering and encoding included, installation not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from visexpert.report import describe_machine
+
+
+def main() -> None:
+    """Run the demo in a fresh cache and print what it took."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--keep-cache", action="store_true", help="use the present cache instead of an empty one")
+    options = parser.parse_args()
+    print(describe_machine(), flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        environment = dict(os.environ)
+        arguments = ["demo", "--run", str(Path(scratch) / "demo")]
+        if not options.keep_cache:
+            environment |= {"VISEXPERT_CACHE": str(Path(scratch) / "cache"), "HOME": scratch}
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "visexpert.cli", *arguments], check=True, env=environment)
+        seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    print(f"demo: {seconds:.0f} s, peak memory of one process {peak:.2f} GB (budget: 480 s, 4 GB)")
+
+
+if __name__ == "__main__":
+    main()

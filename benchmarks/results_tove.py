@@ -1,0 +1,201 @@
+"""ToVE on Tabletop, measured: `make results-tove` runs this and writes docs/results/tove-tabletop.{md,json}.
+
+Two starts, never in one table: from scratch, and from the shipped language side. Every run is resumable and a finished
+one is not run again; interrupt at will.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.runs import Run, add_arguments, execute
+from visexpert.report import Column, ResultRow, describe_machine, markdown_table, write_rows
+
+BASE = "configs/tove/tabletop.yaml"
+OVERLAYS = Path("configs/tove/tabletop")
+OUT = Path("docs/results")
+ALL = "all five experts"
+
+GROUNDED = {
+    "text only": "text-only",
+    "CLIP only": "clip-only",
+    "CLIP + semantic": "semantic",
+    "CLIP + depth": "depth",
+    "CLIP + normals": "normals",
+    "CLIP + edges": "edges",
+    "CLIP + segmentation": "segmentation",
+    "CLIP + semantic at 64 px": "semantic64",
+    "semantic alone, no CLIP": "semantic-alone",
+    "CLIP + semantic + depth": "semantic-depth",
+    ALL: None,
+    "all, no balance loss": "no-balance",
+    "all, uniform average": "uniform",
+    "all, replacement": "replacement",
+    "all, top-1 gate": "top1",
+}
+SCRATCH = {"CLIP only": "clip-only", "CLIP + semantic": "semantic", ALL: None}
+CONTROL = "CLIP only under ToVE's decoder, continued"
+
+COLUMNS = [
+    Column("test/nll/kind/dense", "dense NLL", better="min"),
+    Column("test/vqa/accuracy", "VQA", digits=1, scale=100, better="max"),
+    Column("test/vqa/family/distance", "distance", digits=1, scale=100, better="max"),
+    Column("test/vqa/family/size", "size", digits=1, scale=100, better="max"),
+    Column("test/vsr/accuracy", "VSR", digits=1, scale=100, better="max"),
+    Column("test/vsr/family/depth", "VSR depth", digits=1, scale=100, better="max"),
+    Column("test/pope/adversarial/accuracy", "POPE adv.", digits=1, scale=100, better="max"),
+    Column("test/caption/relation", "caption relation", digits=1, scale=100, better="max"),
+    Column("test/caption/cider", "CIDEr", digits=2, better="max"),
+    Column("test/probe/object_depth", "probe object depth", digits=1, scale=100, better="max"),
+    Column("test/probe/shape", "probe shape", digits=1, scale=100, better="max"),
+]
+COST = [
+    Column("steps", digits=0),
+    Column("parameters", "trained params (k)", digits=0, scale=1e-3),
+    Column("cost/parameters_inference", "params at inference (k)", digits=0, scale=1e-3),
+    Column("gflop", "vision GFLOP/image", digits=3),
+    Column("images_per_s", "images/s (vision)", digits=0),
+    Column("cost/train_seconds", "training s", digits=0),
+]
+
+
+def main() -> None:
+    """Run what is missing, then write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    parser.add_argument("--runs", type=Path, default=Path("runs/results-tove"), help="folder of the runs")
+    parser.add_argument("--report-only", action="store_true", help="write the page from the runs that are finished")
+    options = parser.parse_args()
+    runs = grounded_runs(options.runs, options.seeds) + scratch_runs(options.runs, options.seeds)
+    if not options.report_only:
+        execute(runs, jobs=options.jobs)
+        runs += control_runs(options.runs, options.seeds) + detached_runs(options.runs, options.seeds)
+        execute(runs, jobs=options.jobs)
+    else:
+        runs += control_runs(options.runs, options.seeds) + detached_runs(options.runs, options.seeds)
+    report([run for run in runs if run.done])
+
+
+def grounded_runs(root: Path, seeds: Sequence[int]) -> list[Run]:
+    """All variants from the shipped language side, seed by seed, so that a cut leaves whole comparisons."""
+    start = ["--config", str(OVERLAYS / "from-grounded.yaml")]
+    return [
+        _fit(root, "grounded", variant, overlay, seed, start) for seed in seeds for variant, overlay in GROUNDED.items()
+    ]
+
+
+def scratch_runs(root: Path, seeds: Sequence[int]) -> list[Run]:
+    """The main rows from scratch."""
+    return [_fit(root, "scratch", variant, overlay, seed, []) for seed in seeds for variant, overlay in SCRATCH.items()]
+
+
+def control_runs(root: Path, seeds: Sequence[int]) -> list[Run]:
+    """Frozen CLIP under the decoder that ToVE grounded from scratch, trained on: is the gap "when", not "whether"?"""
+    runs = []
+    for seed in seeds:
+        teacher = root / "scratch" / _slug(ALL) / f"seed{seed}" / "checkpoints" / "last.ckpt"
+        if teacher.is_file():
+            extra = ["--model.init_args.init_from", str(teacher), "--trainer.max_steps", "500", "--trainer.val_check_interval", "500"]
+            runs.append(_fit(root, "scratch", CONTROL, "clip-only", seed, extra))
+    return runs
+
+
+def detached_runs(root: Path, seeds: Sequence[int]) -> list[Run]:
+    """The finished model with one expert detached, not trained on: the one of least and of most worth.
+
+    Worth is the rise of the validation loss without the expert, so each expert's detachment is scored on the
+    validation scenes first; the test scenes are seen by the two chosen ones only.
+    """
+    runs = []
+    for seed in seeds:
+        trained = root / "grounded" / _slug(ALL) / f"seed{seed}"
+        if not (trained / "done").is_file():
+            continue
+        worth = _worth(trained)
+        for which, name in (
+            ("lowest", min(worth, key=worth.__getitem__)),
+            ("highest", max(worth, key=worth.__getitem__)),
+        ):
+            variant = f"all, {which} worth detached"
+            folder = root / "grounded" / _slug(variant) / f"seed{seed}"
+            arguments = (
+                "test", "--config", str(trained / "config.yaml"), "--ckpt_path", str(trained / "checkpoints" / "last.ckpt"),
+                f"--model.init_args.detached=[{name}]",
+            )  # fmt: skip
+            runs.append(Run(folder, arguments, seed, f"grounded/{variant}"))
+    return runs
+
+
+def _worth(trained: Path) -> dict[str, float]:
+    """Rise of the validation loss per detached expert; kept in the run's folder."""
+    path = trained / "worth.json"
+    names = ("semantic", "depth", "normals", "edges", "segmentation")
+    if not path.is_file():
+        checks = [_validation(trained, name) for name in (None, *names)]
+        execute(checks, jobs=2)
+        losses = [check.metrics()["val/nll/nll"] for check in checks]
+        path.write_text(json.dumps(dict(zip(names, (loss - losses[0] for loss in losses[1:]), strict=True)), indent=2))
+    loaded: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+    return loaded
+
+
+def _validation(trained: Path, name: str | None) -> Run:
+    detached = [] if name is None else [f"--model.init_args.detached=[{name}]"]
+    arguments = (
+        "validate", "--config", str(trained / "config.yaml"), "--ckpt_path", str(trained / "checkpoints" / "last.ckpt"),
+        *detached,
+    )  # fmt: skip
+    return Run(trained / "without" / (name or "nothing"), arguments, 0, f"without {name or 'nothing'}")
+
+
+def _fit(root: Path, start: str, variant: str, overlay: str | None, seed: int, extra: Sequence[str]) -> Run:
+    configs = ["--config", BASE]
+    if extra[:1] == ["--config"]:
+        configs, extra = [*configs, *extra[:2]], extra[2:]
+    if overlay is not None:
+        configs += ["--config", str(OVERLAYS / f"{overlay}.yaml")]
+    arguments = ("fit", *configs, "--seed_everything", str(seed), "--data.init_args.seed", "0", "--model.init_args.meteor=false", *extra)
+    return Run(root / start / _slug(variant) / f"seed{seed}", arguments, seed, f"{start}/{variant}")
+
+
+def _slug(variant: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in variant.lower()).replace("--", "-")
+
+
+def row_of(run: Run) -> ResultRow:
+    """A finished run as a row of the page."""
+    metrics = run.metrics()
+    return ResultRow(
+        variant=run.variant,
+        seed=run.seed,
+        steps=int(metrics["cost/steps"]),
+        parameters=int(metrics["cost/parameters_trained"]),
+        gflop=metrics["cost/gflop_vision"],
+        images_per_s=metrics["cost/images_per_s"],
+        scores={key: value for key, value in metrics.items() if key.startswith(("test/", "cost/"))},
+    )
+
+
+def report(runs: Sequence[Run]) -> None:
+    """Write the page and its rows."""
+    rows = [row_of(run) for run in runs]
+    OUT.mkdir(parents=True, exist_ok=True)
+    write_rows(OUT / "tove-tabletop.json", rows)
+    parts = [(OUT / "tove-tabletop.intro.md").read_text(encoding="utf-8"), f"Machine: {describe_machine()}\n"]
+    for start, title in (("grounded", "From the shipped language side"), ("scratch", "From scratch")):
+        part = [_renamed(row) for row in rows if row.variant.startswith(f"{start}/")]
+        if part:
+            parts += [f"## {title}\n", markdown_table(part, COLUMNS), "Cost:\n", markdown_table(part, COST)]
+    (OUT / "tove-tabletop.md").write_text("\n".join(parts), encoding="utf-8")
+    print(f"wrote {OUT / 'tove-tabletop.md'} from {len(rows)} runs")
+
+
+def _renamed(row: ResultRow) -> ResultRow:
+    return ResultRow(**{**row.__dict__, "variant": row.variant.split("/", 1)[1]})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Many runs of the command line, each resumable, side by side in processes that share the cost of importing torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+PRELOAD = ["visexpert.training", "visexpert.methods", "visexpert.data", "visexpert.experts", "visexpert.language"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One `visexpert` command that ends with ``metrics.json`` in its folder.
+
+    Args:
+        folder: The run's folder.
+        arguments: The command's arguments, without ``--run`` and ``--ckpt_path``.
+        seed: Seed.
+        variant: Name in the table.
+    """
+
+    folder: Path
+    arguments: tuple[str, ...]
+    seed: int
+    variant: str
+
+    @property
+    def done(self) -> bool:
+        """Whether the run was scored."""
+        return (self.folder / DONE).is_file()
+
+    def metrics(self) -> dict[str, float]:
+        """Its final figures."""
+        loaded: dict[str, float] = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
+        return loaded
+
+
+DONE = "done"
+"""File that marks a finished run."""
+
+
+def execute(runs: Sequence[Run], *, jobs: int) -> list[Run]:
+    """Do what is not done yet, ``jobs`` at a time; a failed run does not stop the others.
+
+    Returns:
+        Failed runs; their output is in ``log.txt`` of their folders.
+    """
+    todo = [run for run in runs if not run.done]
+    os.environ["OMP_NUM_THREADS"] = "1"  # two one-thread processes beat one with two threads
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished, {len(todo)} to do, {jobs} at a time.", flush=True)
+
+    def one(run: Run) -> Run | None:
+        process = context.Process(target=_execute, args=(run,))
+        process.start()
+        process.join()
+        return None if process.exitcode == 0 else run
+
+    with ThreadPoolExecutor(jobs) as pool:
+        failed = [run for run in tqdm(pool.map(one, todo), total=len(todo), unit="run") if run is not None]
+    for run in failed:
+        print(f"failed: {run.variant} seed {run.seed}, see {run.folder / 'log.txt'}", file=sys.stderr)
+    return failed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that every results page has."""
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: 2)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
+
+
+def _execute(run: Run) -> None:
+    """In the child: redirect the output, run, mark as done."""
+    import torch
+
+    from visexpert.cli import main
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with (run.folder / "log.txt").open("a", encoding="utf-8") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        started = time.time()
+        last = run.folder / "checkpoints" / "last.ckpt"
+        resume = ["--ckpt_path", str(last)] if run.arguments[0] == "fit" and last.is_file() else []
+        main([*run.arguments, "--run", str(run.folder), *resume])
+        (run.folder / DONE).write_text(f"{time.time() - started:.0f} s\n", encoding="utf-8")

@@ -1,0 +1,113 @@
+"""The progress bar: what it says, when it says it, and that validation is no waiting."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import pytest
+import rich
+import torch
+from rich.console import Console
+
+from tests.callbacks.tiny import TinyModule, loader, trainer
+from visexpert.callbacks import TrainingProgress
+from visexpert.callbacks.progress import _clock_time, _loss_of
+
+STATUS = re.compile(r"\d+ images/s · data wait \d+ % · \d+:\d\d:\d\d left")
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Console:
+    """Rich's console as a wide terminal that writes into memory; Lightning reconfigures it without harm."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    monkeypatch.setattr(rich, "_console", console)
+    monkeypatch.setattr("lightning.pytorch.callbacks.progress.rich_progress.reconfigure", lambda **_: None)
+    return console
+
+
+def _fit(bar: TrainingProgress, **kwargs: Any) -> None:
+    trainer(callbacks=[bar], enable_progress_bar=True, **kwargs).fit(TinyModule(), loader(), loader(batches=2))
+
+
+def test_plain_lines_carry_step_loss_speed_wait_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    _fit(TrainingProgress(line_every_s=0, interactive=False))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train: epoch")]
+    assert len(lines) == 8
+    assert lines[2].startswith("train: epoch 0 · step 3 · batch 3/4 · loss 0.")
+    assert all(STATUS.search(line) for line in lines)
+    assert lines[-1].endswith("0:00:00 left")
+
+
+def test_plain_lines_are_rate_limited_and_the_end_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    _fit(TrainingProgress(line_every_s=1000, interactive=False))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "train" in line]
+    assert lines == ["train: 8 steps in 0:00:00"]
+
+
+def test_evaluation_has_its_own_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = TrainingProgress(line_every_s=0, interactive=False)
+    trainer(callbacks=[bar], enable_progress_bar=True).test(TinyModule(), [loader(batches=2), loader(batches=1)])
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.startswith("test:")] == [
+        "test: batch 1/2",
+        "test: batch 2/2",
+        "test: batch 1/1",
+    ]
+
+
+def test_a_disabled_bar_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = TrainingProgress(line_every_s=0, interactive=False)
+    bar.disable()
+    _fit(bar)
+    assert "train:" not in capsys.readouterr().out
+
+
+def test_the_live_bar_shows_loss_and_status(terminal: Console) -> None:
+    bar = TrainingProgress(updates_per_s=100, interactive=True)
+    _fit(bar)
+    assert isinstance(terminal.file, io.StringIO)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.file.getvalue())
+    assert STATUS.search(shown)
+    assert re.search(r"loss: 0\.\d+", shown)
+    assert "v_num" not in shown
+
+
+def test_the_terminal_decides_when_nothing_is_said(terminal: Console) -> None:
+    assert TrainingProgress().is_enabled
+    terminal._force_terminal = False
+    assert not TrainingProgress().is_enabled
+
+
+def test_time_left_is_of_the_whole_training(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One second a step by a hand-moved clock: after step n of 8, 8 - n seconds are left, across the epochs."""
+    bar = TrainingProgress(line_every_s=0, interactive=False)
+    seconds = iter(range(10**6))
+    monkeypatch.setattr(bar, "_due", lambda now_anyway=False: True)
+    fitted = trainer(callbacks=[bar], enable_progress_bar=True)
+    module = TinyModule()
+    step = module.training_step
+
+    def second_long_step(batch: Any, batch_idx: int) -> torch.Tensor:
+        at = float(next(seconds)) + 1
+        monkeypatch.setattr("visexpert.callbacks.progress.time.perf_counter", lambda: bar._began_at + at)
+        return step(batch, batch_idx)
+
+    monkeypatch.setattr(module, "training_step", second_long_step)
+    fitted.fit(module, loader())
+    left = re.findall(r"0:00:0(\d) left", capsys.readouterr().out)
+    assert left == ["7", "6", "5", "4", "3", "2", "1", "0"]
+
+
+def test_endless_training_has_no_time_left() -> None:
+    assert _clock_time(float("inf")) == "-:--:--"
+    assert _clock_time(3725.4) == "1:02:05"
+
+
+def test_the_loss_is_found_in_each_form_of_step_output() -> None:
+    assert _loss_of(torch.tensor(2.5)) == 2.5
+    assert _loss_of({"loss": torch.tensor(1.5, requires_grad=True)}) == 1.5
+    assert _loss_of(None) is None

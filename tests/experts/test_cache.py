@@ -1,0 +1,136 @@
+"""Cached tokens equal live ones, are computed once, and are never mistaken for another encoder's or other images'."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.experts.helpers import MemoryImages, NoisyExpert
+from visexpert.errors import DataError
+from visexpert.experts import ExpertHub, FeatureCache
+from visexpert.grids import resample_tokens
+from visexpert.store import StoreDtype
+
+TRAIN, VAL = MemoryImages(7, seed=1), MemoryImages(3, seed=2)
+
+
+def hub() -> ExpertHub:
+    torch.manual_seed(4)
+    return ExpertHub({"a": NoisyExpert(grid=4), "b": NoisyExpert(grid=2, width=3)})
+
+
+def calls(experts: ExpertHub) -> list[int]:
+    return [int(getattr(experts[name], "calls", -1)) for name in experts.names]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 2e-3)])
+def test_cached_tokens_equal_live_ones(tmp_path: Path, dtype: StoreDtype, tolerance: float) -> None:
+    """float16 keeps eleven bits: a token of size 4 is off by at most 2e-3."""
+    experts, rows = hub(), [5, 0, 6]
+    index_B, images_BCHW = torch.tensor(rows), TRAIN.read(rows).float() / 255
+    live = experts(images_BCHW)
+    experts.use_cache(FeatureCache(tmp_path, dtype=dtype), {"train": TRAIN, "val": VAL}, resample={}, batch_size=2)
+    before = calls(experts)
+    cached = experts(images_BCHW, index_B=index_B, split="train")
+    assert calls(experts) == before
+    for name in experts.names:
+        assert cached[name].grid_hw == live[name].grid_hw
+        assert live[name].tokens_BSE.abs().max() < 4
+        torch.testing.assert_close(cached[name].tokens_BSE, live[name].tokens_BSE, atol=tolerance, rtol=0)
+    other = experts(VAL.read([0]).float() / 255, index_B=torch.tensor([0]), split="val")
+    assert not torch.allclose(other["a"].tokens_BSE, cached["a"].tokens_BSE[1:2], atol=0.01)
+
+
+def test_tokens_are_stored_on_the_grid_that_was_asked_for(tmp_path: Path) -> None:
+    experts = hub()
+    live = experts(TRAIN.read([3]).float() / 255)
+    cache = FeatureCache(tmp_path, dtype="float32")
+    experts.use_cache(cache, {"train": TRAIN}, resample={"a": (3, 3)})
+    cached = experts(torch.zeros(1, 3, 20, 20), index_B=torch.tensor([3]), split="train")
+    assert cached["a"].grid_hw == (3, 3) and cached["b"].grid_hw == (2, 2)
+    expected = resample_tokens(live["a"].tokens_BSE, (4, 4), (3, 3))
+    torch.testing.assert_close(cached["a"].tokens_BSE, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(cached["b"].tokens_BSE, live["b"].tokens_BSE, atol=1e-6, rtol=0)
+
+
+def test_what_is_not_cached_runs_live(tmp_path: Path) -> None:
+    experts = hub()
+    images_BCHW = VAL.read([1]).float() / 255
+    live = experts(images_BCHW)
+    experts.use_cache(FeatureCache(tmp_path, dtype="float32"), {"train": TRAIN}, resample={"a": (3, 3)})
+    other_split = experts(images_BCHW, index_B=torch.tensor([1]), split="val")
+    no_index = experts(images_BCHW)
+    for name in experts.names:
+        for tokens in (other_split[name], no_index[name]):
+            assert tokens.grid_hw == live[name].grid_hw
+            assert torch.equal(tokens.tokens_BSE, live[name].tokens_BSE)
+
+
+def test_a_second_run_reads_what_the_first_one_wrote(tmp_path: Path) -> None:
+    first = hub()
+    first.use_cache(FeatureCache(tmp_path), {"train": TRAIN}, resample={}, batch_size=2)
+    assert calls(first) == [5, 5]  # one image for the shape, then four batches of two
+    second = hub()
+    second.use_cache(FeatureCache(tmp_path), {"train": TRAIN}, resample={}, batch_size=2)
+    assert calls(second) == [1, 1]
+    index_B = torch.arange(7)
+    images_BCHW = torch.zeros(7, 3, 20, 20)
+    for name in first.names:
+        one = first(images_BCHW, index_B=index_B, split="train")[name].tokens_BSE
+        assert torch.equal(one, second(images_BCHW, index_B=index_B, split="train")[name].tokens_BSE)
+
+
+def test_other_weights_images_or_precision_are_computed_anew(tmp_path: Path) -> None:
+    hub().use_cache(FeatureCache(tmp_path), {"train": TRAIN}, resample={})
+    files = len(list(tmp_path.glob("*.npy")))
+    assert files == 2
+    changed = hub()
+    with torch.no_grad():
+        next(changed["a"].parameters()).add_(1.0)
+    changed.use_cache(FeatureCache(tmp_path), {"train": TRAIN}, resample={})
+    assert len(list(tmp_path.glob("*.npy"))) == 3  # b is as it was
+    hub().use_cache(FeatureCache(tmp_path), {"train": VAL}, resample={})
+    assert len(list(tmp_path.glob("*.npy"))) == 5
+    hub().use_cache(FeatureCache(tmp_path, dtype="float32"), {"train": TRAIN}, resample={})
+    assert len(list(tmp_path.glob("*.npy"))) == 7
+
+
+def test_a_detached_expert_is_not_encoded(tmp_path: Path) -> None:
+    experts = hub()
+    experts.detach("b")
+    experts.use_cache(FeatureCache(tmp_path), {"train": TRAIN}, resample={})
+    assert calls(experts)[1] == 0 and len(list(tmp_path.glob("*.npy"))) == 1
+
+
+def test_an_expert_that_fails_while_filling_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = hub()
+    encode = experts["a"].encode
+
+    def failing(pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        if calls(experts)[0] == 3:
+            raise RuntimeError("out of memory")
+        return encode(pixels_BCHW)
+
+    monkeypatch.setattr(experts["a"], "encode", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        experts.use_cache(FeatureCache(tmp_path), {"train": TRAIN}, resample={}, batch_size=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    hub().use_cache(FeatureCache(tmp_path), {"train": TRAIN}, resample={})
+    for path in tmp_path.glob("*.npy"):
+        path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(DataError, match="is damaged .*; delete it, it is computed again"):
+        hub().use_cache(FeatureCache(tmp_path), {"train": TRAIN}, resample={})
+
+
+def test_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, 0))
+    with pytest.raises(DataError, match="0 MB are free; free some space, or set feature_cache to null"):
+        hub().use_cache(FeatureCache(tmp_path), {"train": TRAIN}, resample={})

@@ -1,0 +1,95 @@
+"""The hub: frozen means frozen, and attached or detached by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.experts.helpers import NoisyExpert
+from visexpert.errors import ConfigError
+from visexpert.experts import ExpertHub, VisionExpert
+from visexpert.transfer import TokenAdapter
+
+
+def hub(**options: object) -> ExpertHub:
+    experts: dict[str, VisionExpert] = {"a": NoisyExpert(grid=4), "b": NoisyExpert(grid=2, width=3), "c": NoisyExpert()}
+    return ExpertHub(experts, **options)  # type: ignore[arg-type]
+
+
+def images() -> torch.Tensor:
+    return torch.rand(2, 3, 20, 20)
+
+
+def test_no_parameter_requires_a_gradient() -> None:
+    experts = hub()
+    assert list(experts.parameters())
+    assert not any(parameter.requires_grad for parameter in experts.parameters())
+
+
+def test_eval_mode_survives_train_of_any_module_around() -> None:
+    """BatchNorm and dropout would change the tokens, and BatchNorm's statistics the expert itself."""
+    experts = hub()
+    around = torch.nn.ModuleDict({"hub": experts}).train()
+    assert around.training and not any(module.training for module in experts.modules())
+    state = {key: value.clone() for key, value in experts.state_dict().items()}
+    first, second = experts(images_BCHW := images()), experts(images_BCHW)
+    assert all(torch.equal(first[name].tokens_BSE, second[name].tokens_BSE) for name in "abc")
+    assert all(torch.equal(value, experts.state_dict()[key]) for key, value in state.items())
+
+
+def test_tokens_carry_no_graph_though_a_loss_is_built_on_them() -> None:
+    experts = hub()
+    for parameter in experts.parameters():
+        parameter.requires_grad_(True)  # even if somebody thaws them by mistake
+    images_BCHW = images().requires_grad_()
+    tokens = experts(images_BCHW)["a"]
+    assert not tokens.tokens_BSE.requires_grad
+    adapter = TokenAdapter(in_dim=5, out_dim=2, out_grid=(4, 4), zero_init=False)
+    adapter(tokens).square().sum().backward()
+    assert all(parameter.grad is None for parameter in experts.parameters())
+    assert images_BCHW.grad is None and adapter.hidden.weight.grad is not None
+
+
+def test_names_grids_and_shapes() -> None:
+    experts = hub()
+    out = experts(images())
+    assert experts.names == experts.attached == tuple(out) == ("a", "b", "c")
+    assert {name: (tuple(tokens.tokens_BSE.shape), tokens.grid_hw) for name, tokens in out.items()} == {
+        "a": ((2, 16, 5), (4, 4)),
+        "b": ((2, 4, 3), (2, 2)),
+        "c": ((2, 16, 5), (4, 4)),
+    }
+
+
+def test_detach_and_attach() -> None:
+    experts = hub(detached=["c"])
+    assert experts.attached == ("a", "b") and experts.names == ("a", "b", "c")
+    experts.detach("a")
+    assert experts.attached_K.tolist() == [False, True, False]
+    assert list(experts(images())) == ["b"]
+    experts.attach("c")
+    experts.attach("c")
+    assert experts.attached == ("b", "c")
+    calls = {name: getattr(experts[name], "calls", None) for name in experts.names}
+    assert calls == {"a": 0, "b": 1, "c": 0}  # a detached expert is not run
+
+
+def test_a_detached_expert_costs_no_weights() -> None:
+    experts = hub(detached=["b"])
+    experts.load_weights()
+    assert [getattr(experts[name], "loads", None) for name in experts.names] == [1, 0, 1]
+
+
+@pytest.mark.parametrize("act", ["attach", "detach", "__getitem__"])
+def test_an_unknown_name_is_refused(act: str) -> None:
+    with pytest.raises(ConfigError, match=r"no expert 'depth' in the hub; it holds \['a', 'b', 'c'\]"):
+        getattr(hub(), act)("depth")
+
+
+def test_an_empty_hub_is_no_expert() -> None:
+    experts = ExpertHub({})
+    assert experts.names == () and experts(images()) == {}
+
+
+def test_the_mask_is_no_weight() -> None:
+    assert not any("attached" in key for key in hub().state_dict())

@@ -1,0 +1,197 @@
+"""Training under Lightning: resuming to the bit, the frozen start of the language side, cached features."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from tests.methods.helpers import bare_trainer, shake, tiny_tove
+from visexpert.data import TabletopData
+from visexpert.errors import ConfigError
+from visexpert.methods import ToVE
+
+MakeData = Callable[..., TabletopData]
+
+
+class Recorder(L.Callback):
+    """Keeps each step's loss and the trained weights after it."""
+
+    def __init__(self, *, die_after: int | None = None) -> None:
+        self.losses: list[float] = []
+        self.weights: list[dict[str, Tensor]] = []
+        self._die_after = die_after
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.losses.append(float(outputs["loss"]))
+        self.weights.append(weights(pl_module))
+        if trainer.global_step == self._die_after:
+            raise Killed
+
+
+class Killed(Exception):
+    """The run dies here."""
+
+
+def weights(module: L.LightningModule) -> dict[str, Tensor]:
+    return {
+        key: value.clone() for key, value in module.state_dict().items() if not key.startswith(("clip.", "hub."))
+    }
+
+
+def noisy_tove(**options: Any) -> ToVE:
+    return tiny_tove(gate_noise="learned", dropout=0.1, **options)
+
+
+@pytest.mark.parametrize("die_after", [3, 5])
+def test_an_interrupted_run_ends_with_the_weights_of_one_never_interrupted(
+    tmp_path: Path, data: MakeData, die_after: int
+) -> None:
+    """Checkpoints lie at steps 2 and 4 of 6, the second at the end of the first epoch (16 scenes, 4 a batch).
+
+    Noise on the gate, dropout, the choice of texts and the order of scenes must all go on as they would have.
+    """
+    whole = Recorder()
+    bare_trainer(tmp_path, steps=6, callbacks=[whole]).fit(noisy_tove(), datamodule=data())
+
+    def saving() -> ModelCheckpoint:
+        return ModelCheckpoint(dirpath=tmp_path / "checkpoints", save_last=True, every_n_train_steps=2)
+
+    first = Recorder(die_after=die_after)
+    with pytest.raises(Killed):
+        bare_trainer(tmp_path, steps=6, callbacks=[saving(), first]).fit(noisy_tove(), datamodule=data())
+    second = Recorder()
+    model = shake(noisy_tove())  # other weights, all of which the checkpoint must replace
+    bare_trainer(tmp_path, steps=6, callbacks=[saving(), second]).fit(
+        model, datamodule=data(), ckpt_path="last", weights_only=True
+    )
+    resumed_at = die_after - 1
+    assert whole.losses[:die_after] == first.losses
+    assert whole.losses[resumed_at:] == second.losses
+    assert whole.weights[-1].keys() == second.weights[-1].keys()
+    for key, value in whole.weights[-1].items():
+        assert torch.equal(value, second.weights[-1][key]), key
+    assert any(not torch.equal(value, whole.weights[0][key]) for key, value in whole.weights[-1].items())
+
+
+def test_the_seed_of_the_run_decides_the_noise(
+    tmp_path: Path, data: MakeData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = []
+    for seed in ("3", "3", "4"):
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        recorder = Recorder()
+        torch.manual_seed(len(losses))  # what was drawn before the run does not matter
+        bare_trainer(tmp_path, steps=1, callbacks=[recorder]).fit(shake(noisy_tove()), datamodule=data())
+        losses.append(recorder.losses)
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize(("frozen_steps", "language_lr"), [(2, 2e-3), (0, 0.0)])
+def test_the_language_side_joins_in_when_it_is_told_to(
+    tmp_path: Path, data: MakeData, frozen_steps: int, language_lr: float
+) -> None:
+    model = shake(tiny_tove(language_frozen_steps=frozen_steps, language_lr=language_lr, warmup_steps=1))
+    start = weights(model)
+    recorder = Recorder()
+    bare_trainer(tmp_path, steps=4, callbacks=[recorder]).fit(model, datamodule=data())
+
+    def moved(step: int, prefix: str) -> bool:
+        before = start if step == 0 else recorder.weights[step - 1]
+        after = recorder.weights[step]
+        return any(not torch.equal(value, before[key]) for key, value in after.items() if key.startswith(prefix))
+
+    joins = [language_lr > 0 and step >= frozen_steps for step in range(4)]
+    assert [moved(step, "language.") for step in range(3)] == joins[:3]
+    assert all(moved(step, "adapters.") for step in range(3))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 2e-3)])
+def test_cached_features_give_the_loss_of_live_ones(
+    tmp_path: Path, data: MakeData, dtype: str, tolerance: float
+) -> None:
+    live, cached = Recorder(), Recorder()
+    bare_trainer(tmp_path, steps=3, callbacks=[live]).fit(shake(tiny_tove()), datamodule=data())
+    model = shake(tiny_tove(feature_cache=str(tmp_path / "store"), feature_dtype=dtype))
+    calls = {"clip": 0, "semantic": 0, "depth": 0, "edges": 0}
+
+    def counted(name: str) -> Callable[..., None]:
+        def count(*_: Any) -> None:
+            calls[name] += 1
+
+        return count
+
+    model.clip.register_forward_hook(counted("clip"))
+    for name in model.hub.names:
+        model.hub[name].register_forward_hook(counted(name))
+    bare_trainer(tmp_path, steps=3, callbacks=[cached]).fit(model, datamodule=data())
+    assert cached.losses == pytest.approx(live.losses, abs=tolerance)
+    # Train and validation images: each one image for the shape and one batch of all; no step runs an encoder.
+    assert set(calls.values()) == {4}
+    assert len(list((tmp_path / "store").glob("*.npy"))) == 8
+
+
+def test_training_images_of_another_name_are_cached_too(tmp_path: Path, data: MakeData) -> None:
+    model = tiny_tove(use=["edges"], feature_cache=str(tmp_path))
+    ran: list[int] = []
+    model.clip.register_forward_hook(lambda module, inputs, output: ran.append(len(inputs[0])))
+    source = data(train_split="ground", num_train=5, num_val=2, batch_size=5)
+    bare_trainer(tmp_path, steps=2).fit(model, datamodule=source)
+    assert ran == [1, 5, 1, 2]
+
+
+def test_data_without_images_by_row_cannot_be_cached(tmp_path: Path, data: MakeData) -> None:
+    model = tiny_tove(feature_cache=str(tmp_path))
+    source = data()
+    source.prepare_data()
+    source.setup("fit")
+
+    class Plain(L.LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return source.train_dataloader()
+
+    with pytest.raises(ConfigError, match="Plain hands out no images by row .*; set feature_cache to null"):
+        bare_trainer(tmp_path, steps=1).fit(model, datamodule=Plain())
+
+
+def test_a_run_is_scored_with_captions_probes_and_flat_names(tmp_path: Path, data: MakeData) -> None:
+    model = shake(tiny_tove(caption_images=3))
+    mixture = {"dense": 1, "relation": 1, "vsr": 1, "vqa": 1, "pope": 1}
+    (scores,) = bare_trainer(tmp_path, steps=1).test(
+        model, datamodule=data(eval_mixture=mixture, with_targets=True), verbose=False
+    )
+    groups = {name.split("/")[1] for name in scores}
+    assert {"nll", "vqa", "vsr", "pope", "slots", "caption", "probe"} <= groups
+    assert all(name.startswith("test/") for name in scores)
+    assert torch.tensor(list(scores.values())).isfinite().all()
+    # Random weights spread their bets over the vocabulary: the mean cost is that of a guess, in nats.
+    assert scores["test/nll/nll"] > 3.0
+
+
+def test_a_start_from_an_earlier_run(tmp_path: Path, data: MakeData, caplog: pytest.LogCaptureFixture) -> None:
+    donor = shake(tiny_tove(use=["semantic"]))
+    trainer = bare_trainer(tmp_path, steps=1)
+    trainer.fit(donor, datamodule=data())
+    trainer.save_checkpoint(tmp_path / "donor.ckpt")
+    model = tiny_tove(seed=5, init_from=str(tmp_path / "donor.ckpt"), use=["semantic", "edges"])
+    fresh = model.adapters["edges"].get_parameter("hidden.weight").clone()
+    with caplog.at_level(logging.INFO), pytest.raises(Exception, match="another shape|other shapes"):
+        model.setup("fit")  # the gate of one expert is not the gate of two
+    model = tiny_tove(seed=5, init_from=str(tmp_path / "donor.ckpt"), use=["semantic", "edges"], gate="uniform")
+    fresh = model.adapters["edges"].get_parameter("hidden.weight").clone()
+    with caplog.at_level(logging.INFO):
+        model.setup("fit")
+    assert torch.equal(model.projector.get_parameter("layers.weight"), donor.projector.get_parameter("layers.weight"))
+    shared = "out.weight"
+    assert torch.equal(model.adapters["semantic"].get_parameter(shared), donor.adapters["semantic"].get_parameter(shared))
+    assert torch.equal(model.adapters["edges"].get_parameter("hidden.weight"), fresh)
+    assert "adapters.edges" in caplog.text and "Started from" in caplog.text

@@ -1,0 +1,101 @@
+"""Figures, checked by the pixels that are drawn and by numbers worked out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from visexpert.errors import DataError
+from visexpert.report import gate_by_region, gate_maps, sample_captions
+from visexpert.report.figures import region_means
+from visexpert.report.palette import OKABE_ITO, RIGHT, WRONG, Floats, colours
+
+NAMES = ["depth", "edges"]
+
+
+def _pixels(path: Path) -> Floats:
+    return np.asarray(Image.open(path).convert("RGB")) / 255.0
+
+
+def _count(pixels: Floats, colour: str | Floats) -> int:
+    wanted = np.array(to_rgb(colour)) if isinstance(colour, str) else colour
+    return int((np.abs(pixels - wanted).max(axis=2) < 0.012).sum())
+
+
+def test_a_token_is_coloured_by_its_strongest_expert(tmp_path: Path) -> None:
+    """Left half listens to depth, right half to edges, over a grey image: both halves have known colours."""
+    images = np.full((1, 16, 16, 3), 0.5)
+    gates = np.zeros((1, 4, 4, 2))
+    gates[:, :, :2, 0] = gates[:, :, 2:, 1] = 1.0
+    pixels = _pixels(gate_maps(images, gates, NAMES, tmp_path / "gates.png"))
+    for colour in OKABE_ITO[:2]:
+        blended = 0.15 * 0.5 + 0.85 * np.array(to_rgb(colour))
+        columns = np.nonzero((np.abs(pixels - blended).max(axis=2) < 0.012).any(axis=0))[0]
+        assert _count(pixels, blended) > 10_000  # half of two panels of about 240 x 240
+        assert len(columns) > 200
+        assert _count(pixels, colour) > 100  # the legend's patch
+
+
+def test_uniform_gates_show_no_expert_above_its_mean(tmp_path: Path) -> None:
+    images = np.full((1, 16, 16, 3), 128, dtype=np.uint8)
+    pixels = _pixels(gate_maps(images, np.full((1, 4, 4, 2), 0.5), NAMES, tmp_path / "gates.png"))
+    grey = np.full(3, 128 / 255)
+    blended = (1 - 0.85 * 0.5) * grey + 0.85 * 0.5 * np.array(to_rgb(OKABE_ITO[0]))
+    assert _count(pixels, grey) > 1.9 * _count(pixels, blended) > 0
+
+
+def test_mean_gate_by_region_is_the_mean_over_images() -> None:
+    """Image 1 has gates .2 and .4 in the region (mean .3), image 2 has .5; image 3 has no such token."""
+    depth = np.array([[[0.2, 0.4]], [[0.5, 0.9]], [[0.9, 0.9]]])
+    gates = np.stack([depth, 1 - depth], axis=-1)
+    mask = np.array([[[1, 1]], [[1, 0]], [[0, 0]]])
+    mean, interval = region_means(gates, mask, "object")
+    assert mean == pytest.approx([0.4, 0.6])
+    sd = np.sqrt(2 * 0.1**2)
+    assert interval == pytest.approx([1.96 * sd / np.sqrt(2)] * 2)
+
+
+def test_bars_stand_as_high_as_the_gates(tmp_path: Path) -> None:
+    """One expert at .75 and one at .25: the first bar is three times as high as the second."""
+    gates = np.zeros((2, 2, 2, 2))
+    gates[..., 0], gates[..., 1] = 0.75, 0.25
+    everywhere = np.ones((2, 2, 2), dtype=bool)
+    pixels = _pixels(gate_by_region(gates, {"object": everywhere}, NAMES, tmp_path / "bars.png"))
+    pixels = pixels[:, : int(pixels.shape[1] * 0.6)]  # without the legend
+    rows = [
+        np.nonzero((np.abs(pixels - np.array(to_rgb(c))).max(axis=2) < 0.012).any(axis=1))[0] for c in OKABE_ITO[:2]
+    ]
+    high, low = (np.ptp(found) for found in rows)
+    assert high / low == pytest.approx(3, rel=0.03)
+
+
+def test_a_region_without_tokens_is_named(tmp_path: Path) -> None:
+    nowhere = np.zeros((2, 2, 2), dtype=bool)
+    with pytest.raises(DataError, match="'boundary' has no token in any of 2 images"):
+        gate_by_region(np.full((2, 2, 2, 2), 0.5), {"boundary": nowhere}, NAMES, tmp_path / "bars.png")
+
+
+def test_right_captions_are_green_and_wrong_ones_red(tmp_path: Path) -> None:
+    images = np.zeros((2, 8, 8, 3))
+    texts = ["a red cube left of a blue sphere"] * 2
+    path = sample_captions(images, texts, [True, True], texts, tmp_path / "right.png")
+    assert _count(_pixels(path), RIGHT) > 1000
+    assert _count(_pixels(path), WRONG) == 0
+    path = sample_captions(images, texts, [True, False], texts, tmp_path / "both.png")
+    assert _count(_pixels(path), WRONG) > 500
+    assert _count(_pixels(path), RIGHT) > 500
+
+
+def test_figures_have_150_dots_an_inch_and_make_their_folder(tmp_path: Path) -> None:
+    path = sample_captions(np.zeros((1, 8, 8, 3)), ["a"], [True], ["a"], tmp_path / "new" / "figure.png")
+    with Image.open(path) as image:
+        assert image.size == (round(2.6 * 150), round(3.6 * 150))
+
+
+@pytest.mark.parametrize("count", [1, 8, 9, 20])
+def test_no_two_experts_share_a_colour(count: int) -> None:
+    assert len(set(colours(count))) == count

@@ -1,0 +1,168 @@
+"""The token-aware gate: a softmax over what is attached, and Shazeer's load against a simulation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from visexpert.errors import ConfigError
+from visexpert.transfer import TokenGate, smooth_load
+from visexpert.transfer.gate import NoiseKind
+
+ATTACHED = torch.tensor([True, False, True, True])
+ALL = torch.ones(4, dtype=torch.bool)
+
+
+def clip_tokens(num_tokens: int = 6) -> Tensor:
+    return torch.randn(2, num_tokens, 8)
+
+
+def gate_with_wide_logits(**options: object) -> TokenGate:
+    gate = TokenGate(dim=8, num_experts=4, **options)  # type: ignore[arg-type]
+    for parameter in gate.parameters():
+        torch.nn.init.normal_(parameter)
+    return gate
+
+
+@pytest.mark.parametrize("hidden_dim", [None, 5])
+@pytest.mark.parametrize("noise", ["none", "fixed", "learned"])
+@pytest.mark.parametrize("training", [False, True])
+def test_rows_sum_to_one_over_what_is_attached(hidden_dim: int | None, noise: NoiseKind, training: bool) -> None:
+    gate = gate_with_wide_logits(hidden_dim=hidden_dim, noise=noise).train(training)
+    gates_BTK = gate(clip_tokens(), ATTACHED).gates_BTK
+    assert gates_BTK.shape == (2, 6, 4)
+    assert torch.count_nonzero(gates_BTK[..., 1]) == 0
+    assert (gates_BTK[..., ATTACHED] > 0).all()
+    torch.testing.assert_close(gates_BTK.sum(-1), torch.ones(2, 6))
+
+
+def test_detaching_renormalises_the_rest() -> None:
+    gate = gate_with_wide_logits().eval()
+    tokens_BTD = clip_tokens()
+    everything = gate(tokens_BTD, ALL).gates_BTK
+    without = gate(tokens_BTD, ATTACHED).gates_BTK
+    kept = everything * ATTACHED
+    torch.testing.assert_close(without, kept / kept.sum(-1, keepdim=True))
+
+
+def test_each_token_has_its_own_gate() -> None:
+    gate = gate_with_wide_logits().eval()
+    tokens_BTD = clip_tokens()
+    gates_BTK = gate(tokens_BTD, ALL).gates_BTK
+    shuffled = gate(tokens_BTD.flip(1), ALL).gates_BTK
+    torch.testing.assert_close(shuffled, gates_BTK.flip(1))
+    assert gates_BTK.std(dim=1).max() > 0.05
+
+
+def test_top_k_keeps_the_largest_and_renormalises() -> None:
+    gate = gate_with_wide_logits(top_k=2).eval()
+    tokens_BTD = clip_tokens()
+    gates_BTK = gate(tokens_BTD, ATTACHED).gates_BTK
+    gate.top_k = None
+    soft_BTK = gate(tokens_BTD, ATTACHED).gates_BTK
+    for row, soft in zip(gates_BTK.flatten(0, 1), soft_BTK.flatten(0, 1), strict=True):
+        best = soft.argsort(descending=True)[:2]
+        expected = torch.zeros(4)
+        expected[best] = soft[best] / soft[best].sum()
+        torch.testing.assert_close(row, expected)
+
+
+def test_top_1_is_one_hot_and_top_k_beyond_what_is_attached_keeps_all() -> None:
+    tokens_BTD = clip_tokens()
+    one_hot = gate_with_wide_logits(top_k=1).eval()(tokens_BTD, ATTACHED).gates_BTK
+    assert sorted(one_hot.unique().tolist()) == [0.0, 1.0]
+    gate = gate_with_wide_logits(top_k=3).eval()
+    two = torch.tensor([True, False, True, False])
+    wide = gate(tokens_BTD, two).gates_BTK
+    gate.top_k = None
+    torch.testing.assert_close(wide, gate(tokens_BTD, two).gates_BTK)
+
+
+def test_uniform_is_the_average_of_what_is_attached() -> None:
+    gate = TokenGate(dim=8, num_experts=4, kind="uniform").train()
+    output = gate(clip_tokens(), ATTACHED)
+    torch.testing.assert_close(output.gates_BTK, torch.tensor([1 / 3, 0, 1 / 3, 1 / 3]).expand(2, 6, 4))
+    assert output.load_K is None
+    assert not list(gate.parameters())
+
+
+@pytest.mark.parametrize("noise", ["fixed", "learned"])
+def test_noise_in_training_only(noise: NoiseKind) -> None:
+    gate = gate_with_wide_logits(noise=noise)
+    tokens_BTD = clip_tokens()
+    gate.eval()
+    first, second = gate(tokens_BTD, ALL), gate(tokens_BTD, ALL)
+    assert torch.equal(first.gates_BTK, second.gates_BTK)
+    assert first.load_K is None
+    gate.train()
+    first, second = gate(tokens_BTD, ALL), gate(tokens_BTD, ALL)
+    assert not torch.equal(first.gates_BTK, second.gates_BTK)
+    assert first.load_K is not None
+
+
+def test_fixed_noise_has_the_width_that_was_asked_for() -> None:
+    """log(g_j / g_k) is the difference of two noisy logits; its variance is twice that of the noise."""
+    gate = TokenGate(dim=8, num_experts=2, noise_std=0.7).train()
+    gates_BTK = gate(torch.zeros(1, 20_000, 8), torch.ones(2, dtype=torch.bool)).gates_BTK
+    spread = (gates_BTK[..., 0].log() - gates_BTK[..., 1].log()).std().item()
+    assert spread == pytest.approx(0.7 * 2**0.5, rel=0.03)
+
+
+def test_smooth_load_equals_a_simulation() -> None:
+    """P(x, k) is the share of fresh draws of k's own noise that beat the others' noisy logits as they are."""
+    clean_BTK = torch.randn(1, 3, 4).masked_fill(~ATTACHED, -torch.inf)
+    std_BTK = torch.rand(1, 3, 4) + 0.5
+    noisy_BTK = clean_BTK + torch.randn(1, 3, 4) * std_BTK
+    wins_K = torch.zeros(4)
+    for expert in range(4):
+        others = noisy_BTK.clone()
+        others[..., expert] = -torch.inf
+        redrawn = clean_BTK[..., expert] + torch.randn(40_000, 1, 3) * std_BTK[..., expert]
+        wins_K[expert] = (redrawn > others.amax(-1)).float().mean(0).sum()
+    load_K = smooth_load(clean_BTK, noisy_BTK, std_BTK, ATTACHED)
+    assert load_K[1] == 0
+    torch.testing.assert_close(load_K, wins_K, atol=0.02, rtol=0)  # three standard errors of 40,000 draws, thrice
+
+
+def test_smooth_loads_sum_to_the_number_of_tokens_on_average() -> None:
+    """Over all noise the chances of winning add up to one per token."""
+    clean_BTK = torch.randn(1, 1, 4).masked_fill(~ATTACHED, -torch.inf).expand(1, 40_000, 4)
+    std_BTK = torch.full_like(clean_BTK, 0.8)
+    noisy_BTK = clean_BTK + torch.randn(1, 40_000, 4) * std_BTK
+    load_K = smooth_load(clean_BTK, noisy_BTK, std_BTK, ATTACHED)
+    assert load_K.sum().item() == pytest.approx(40_000, rel=0.01)
+
+
+def test_smooth_load_counts_the_winners_when_noise_vanishes() -> None:
+    clean_BTK = torch.tensor([[[0.0, 1.0, 2.0], [3.0, 0.0, 1.0], [0.0, 0.5, 2.0]]])
+    std_BTK = torch.full_like(clean_BTK, 1e-4)
+    load_K = smooth_load(clean_BTK, clean_BTK, std_BTK, torch.ones(3, dtype=torch.bool))
+    assert load_K.tolist() == [1.0, 0.0, 2.0]
+
+
+def test_the_only_expert_wins_every_token() -> None:
+    only = torch.tensor([False, False, True, False])
+    output = gate_with_wide_logits().train()(clip_tokens(), only)
+    assert output.load_K is not None and output.load_K.tolist() == [0.0, 0.0, 12.0, 0.0]
+    assert torch.equal(output.gates_BTK, only.float().expand(2, 6, 4))
+
+
+def test_no_expert_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no expert is attached"):
+        TokenGate(dim=8, num_experts=4)(clip_tokens(), torch.zeros(4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "hard"}, "kind='hard' is unknown; use 'token' or 'uniform'"),
+        ({"noise": "pink"}, "noise='pink' is unknown"),
+        ({"noise_std": 0.0}, "noise_std=0.0 must be above 0; use noise: none"),
+        ({"top_k": 0}, r"top_k=0 is outside 1..4"),
+        ({"top_k": 5}, r"top_k=5 is outside 1..4"),
+    ],
+)
+def test_impossible_settings_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TokenGate(dim=8, num_experts=4, **options)  # type: ignore[arg-type]

@@ -1,2 +1,8 @@
 # Results pages: one target per page, `results-NAME`, that writes docs/results/ from runs/.
-# Each run is a target of its own (a file in its run folder), so that a finished run is not run again.
+# A finished run is not run again; an interrupted one goes on from its last checkpoint.
+
+JOBS ?= 2
+
+.PHONY: results-tove
+results-tove: $(STAMP) ## Measure ToVE on Tabletop: every variant, three seeds (about two hours on two cores, resumable)
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.results_tove --jobs $(JOBS)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -57,7 +60,7 @@ def test_bilinear_equals_two_passes_of_linear_interpolation(from_hw: tuple[int, 
         old, new = from_hw[axis - 1], to_hw[axis - 1]
         places = (np.arange(new) + 0.5) * old / new - 0.5
 
-        def line(values: np.ndarray, places: np.ndarray = places, old: int = old) -> np.ndarray:
+        def line(values: NDArray[np.floating], places: NDArray[np.floating] = places, old: int = old) -> Any:
             return np.interp(places, np.arange(old), values)
 
         maps = np.apply_along_axis(line, axis, maps)

@@ -41,6 +41,7 @@ def _quieten() -> None:
     """Hide what a user can do nothing about."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message="The ``compute`` method of metric .* was called before the ``update``.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")  # we complete them, see training.py
     warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start of training.*")  # frozen parts

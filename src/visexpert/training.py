@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from importlib import import_module
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -18,9 +23,11 @@ from visexpert.callbacks import (
     ThroughputMonitor,
     TrainingProgress,
 )
-from visexpert.errors import ConfigError
+from visexpert.errors import ConfigError, UserError
 
 SCORING = ("validate", "test", "predict")
+CHECKPOINT_WORDS = ("last", "best", "hpc", "registry")
+"""What Lightning takes for ``--ckpt_path`` beside a file."""
 
 
 class VisexpertCLI(LightningCLI):
@@ -39,19 +46,42 @@ class VisexpertCLI(LightningCLI):
             "--test_after_fit", type=bool, default=True, help="Score the test split when training is done."
         )
 
+    def before_instantiate_classes(self) -> None:
+        """Never load a checkpoint that could run code, wherever it comes from."""
+        if self.subcommand and self._value("weights_only") is None:
+            self.config[self.subcommand]["weights_only"] = True
+
+    def instantiate_classes(self) -> None:
+        """Build trainer, model and data; a user's error comes out as itself, not inside the parser's."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, UserError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise cause from None
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """A trainer that writes into the run's folder."""
         run = str(self._value("run"))
         kwargs["default_root_dir"] = run
         kwargs["logger"] = RunLogger(run)
-        self.trainer_defaults["callbacks"] = default_callbacks(Path(run), every_n_steps=self._value("checkpoint_every"))
+        callbacks = default_callbacks()
+        if self._value("trainer.enable_checkpointing") is not False:
+            callbacks.append(last_checkpoint(Path(run), every_n_steps=self._value("checkpoint_every")))
+        self.trainer_defaults["callbacks"] = callbacks
         trainer = super().instantiate_trainer(**kwargs)
         assert isinstance(trainer, L.Trainer)
         return trainer
 
     def after_fit(self) -> None:
         """Score the final weights."""
-        has_test = type(self.datamodule).test_dataloader is not L.LightningDataModule.test_dataloader
+        has_test = (
+            type(self.datamodule).test_dataloader is not L.LightningDataModule.test_dataloader
+            and type(self.model).test_step is not L.LightningModule.test_step
+        )
         if self._value("test_after_fit") and has_test and not self.trainer.interrupted:
             self.trainer.test(self.model, datamodule=self.datamodule)
 
@@ -65,7 +95,16 @@ def run_lightning(arguments: list[str]) -> None:
 
     ``visexpert test --run RUN`` alone scores a finished run: its own configuration and last checkpoint are filled in.
     """
-    VisexpertCLI(
+    build_cli(complete_from_run(arguments))
+
+
+def build_cli(arguments: list[str], *, run: bool = True) -> VisexpertCLI:
+    """Parse, build and, with ``run``, carry out the subcommand that ``arguments`` begin with.
+
+    Raises:
+        ConfigError: An argument or a key of a configuration file that does not fit.
+    """
+    return VisexpertCLI(
         L.LightningModule,
         L.LightningDataModule,
         subclass_mode_model=True,
@@ -73,18 +112,90 @@ def run_lightning(arguments: list[str]) -> None:
         seed_everything_default=0,
         save_config_callback=SaveRunConfig,
         trainer_defaults={"enable_model_summary": False},
+        parser_class=RunParser,
         parser_kwargs={"parser_mode": "omegaconf", "description": "Turn frozen vision experts into one better CLIP."},
         auto_configure_optimizers=False,
-        args=complete_from_run(arguments),
+        args=arguments,
+        run=run,
     )
+
+
+class RunParser(LightningArgumentParser):
+    """Lightning's parser, whose errors are one sentence instead of the whole usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise a ConfigError; parsers of nested classes report to this one, as they always do."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        raise ConfigError(explain(message, [action.dest for action in parser._actions])) from ex
+
+
+def explain(message: str, known: Iterable[str]) -> str:
+    """Turn jsonargparse's report into one sentence: which key or class is wrong, and what was probably meant.
+
+    Args:
+        message: The report; nested classes and each member of a union add lines of their own.
+        known: Keys that the parser knows.
+    """
+    classes = re.findall(r"Problem with given class_path '([^']+)'", message)
+    unknown = re.search(
+        r"[Oo]ption '([^']+)' is not accepted|not accept option '([^']+)'|unrecognized arguments: --([\w.]+)", message
+    )
+    if unknown is not None:
+        name = next(group for group in unknown.groups() if group)
+        if not classes:
+            return f"There is no setting '{name}'; {_hint(name, known)}"
+        name = name.split(".")[0]
+        return f"{classes[-1]} has no setting '{name}'; {_hint(name, _parameters(classes[-1]))}"
+    if classes and _load(classes[-1]) is None:
+        module, _, name = classes[-1].rpartition(".")
+        return f"There is no class '{classes[-1]}'; {_hint(name, getattr(_load(module), '__all__', ()))}"
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    kept = " ".join(line for line in lines if not line.startswith(_NOISE))
+    kept = re.sub(r"Parser key \"([^\"]+)\"", r"\1", re.sub(r"Problem with given class_path '([^']+)'", r"\1", kept))
+    given = re.findall(r"Given value: (.{1,80})$", message, flags=re.MULTILINE)
+    kept += f". Got value: {given[0]}" if given and "Got value" not in kept else ""
+    return f"{kept[:400].rstrip('.')}; see --help for what is allowed."
+
+
+_NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
+"""How lines of a report begin that tell a user nothing."""
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    names = sorted({key for key in known if key not in ("help", "==SUPPRESS==")})
+    near = get_close_matches(name, names, n=2, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    return f"known are {', '.join(names)}." if 0 < len(names) <= 40 else "see --help for what is allowed."
+
+
+def _parameters(class_path: str) -> list[str]:
+    target = _load(class_path)
+    parameters = {} if target is None else signature(target).parameters
+    catch_all = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    return [key for key, value in parameters.items() if value.kind not in catch_all]
+
+
+def _load(path: str) -> Any:
+    """Whatever lies at a dotted path, or None."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name, None) if module else import_module(name)
+    except ImportError:
+        return None
 
 
 def complete_from_run(arguments: list[str]) -> list[str]:
     """Fill in ``--config`` and ``--ckpt_path`` from the folder given by ``--run``, for commands that score.
 
     Raises:
-        ConfigError: The folder is no run.
+        ConfigError: The folder is no run, or the checkpoint is not there.
     """
+    checkpoint = _option(arguments, "--ckpt_path")
+    if checkpoint is not None and not _is_checkpoint(checkpoint):
+        raise ConfigError(f"There is no checkpoint '{checkpoint}'; give a .ckpt file, or 'last' to continue a run.")
     if not arguments or arguments[0] not in SCORING or _option(arguments, "--config") or _option(arguments, "-c"):
         return arguments
     run = _option(arguments, "--run")
@@ -96,7 +207,7 @@ def complete_from_run(arguments: list[str]) -> list[str]:
             f"'{run}' is no run: it has no config.yaml; give the folder that `visexpert fit --run` wrote."
         )
     completed = [arguments[0], "--config", str(config), *arguments[1:]]
-    if _option(arguments, "--ckpt_path") is None:
+    if checkpoint is None:
         last = Path(run) / "checkpoints" / "last.ckpt"
         if not last.is_file():
             raise ConfigError(
@@ -104,6 +215,10 @@ def complete_from_run(arguments: list[str]) -> list[str]:
             )
         completed += ["--ckpt_path", str(last)]
     return completed
+
+
+def _is_checkpoint(value: str) -> bool:
+    return value in CHECKPOINT_WORDS or "://" in value or Path(value).is_file()
 
 
 def _option(arguments: list[str], name: str) -> str | None:
@@ -115,15 +230,13 @@ def _option(arguments: list[str], name: str) -> str | None:
     return None
 
 
-def default_callbacks(run: Path, *, every_n_steps: int) -> list[L.Callback]:
-    """What every run carries: progress, throughput, run folder, figures, the last checkpoint."""
-    return [
-        TrainingProgress(),
-        ThroughputMonitor(),
-        RunFolder(),
-        CostReport(),
-        RunFigures(),
-        ModelCheckpoint(
-            dirpath=run / "checkpoints", filename="{step}", save_last=True, every_n_train_steps=every_n_steps
-        ),
-    ]
+def default_callbacks() -> list[L.Callback]:
+    """What every run carries: progress, throughput, run folder, cost, figures."""
+    return [TrainingProgress(), ThroughputMonitor(), RunFolder(), CostReport(), RunFigures()]
+
+
+def last_checkpoint(run: Path, *, every_n_steps: int) -> ModelCheckpoint:
+    """Keeps ``checkpoints/last.ckpt``, from which ``--ckpt_path last`` continues."""
+    return ModelCheckpoint(
+        dirpath=run / "checkpoints", filename="{step}", save_last=True, every_n_train_steps=every_n_steps
+    )

@@ -12,6 +12,9 @@ import torch
 from benchmarks.lightning_overhead import Overhead, compare, make_batches, time_bare, time_trainer
 from tests.callbacks.tiny import TinyModule, loader
 
+# The bare loop has no trainer to log to, and Lightning says so.
+pytestmark = pytest.mark.filterwarnings("ignore:.*reference is not registered on the model yet.*")
+
 
 def test_both_loops_end_with_the_same_weights() -> None:
     torch.manual_seed(0)

@@ -189,7 +189,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Recorder:
 
 
 def every_step(folder: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(dirpath=folder, filename="step", every_n_train_steps=1, save_top_k=1, enable_version_counter=False)
+    return ModelCheckpoint(dirpath=folder, filename="step", every_n_train_steps=1, enable_version_counter=False)
 
 
 @pytest.mark.parametrize(("stop", "num_workers"), [(1, 0), (7, 0), (10, 0), (13, 0), (13, 2)])
@@ -207,6 +207,7 @@ def test_a_stopped_run_goes_on_with_the_same_batches(
     assert torch.equal(second.weight, uninterrupted.weight)
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("fail_at", [3, 5, 9])
 def test_a_run_that_died_goes_on_from_its_last_checkpoint(
     tmp_path: Path, uninterrupted: Recorder, fail_at: int
@@ -220,6 +221,7 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(
     assert torch.equal(second.weight, uninterrupted.weight)
 
 
+@pytest.mark.filterwarnings("ignore:.*ckpt_path=")
 @pytest.mark.parametrize("fail_at", [3, 5, 9])
 def test_a_batch_that_was_fetched_but_not_finished_is_shown_again(
     tmp_path: Path, uninterrupted: Recorder, fail_at: int

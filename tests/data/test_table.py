@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def test_without_a_choice_the_first_items_of_each_kind_are_packed(pools: Pools, 
 def test_a_choice_depends_on_seed_epoch_and_row_alone(table: TextTable) -> None:
     def chosen(rows: list[int], key: tuple[int, int], row: int) -> list[int]:
         item, place = table.select(np.array(rows), key)
-        return item[place == rows.index(row)].tolist()
+        return [int(index) for index in item[place == rows.index(row)]]
 
     assert chosen([1, 2, 3], (0, 0), 2) == chosen([2, 40], (0, 0), 2)
     assert any(chosen([row], (0, 0), row) != chosen([row], (0, 1), row) for row in range(5))
@@ -82,9 +83,9 @@ def test_only_the_kinds_of_the_mixture_are_kept(pools: Pools) -> None:
     assert table.num_tokens == sum(len(PACKER.tokenise(item)[0]) for row in table.items for item in row)
 
 
-def of_kind(pools: Pools, row: int, kind: str) -> list[object]:
+def of_kind(pools: Pools, row: int | np.integer[Any], kind: str) -> list[object]:
     return [item for item in pools[row] if item.kind == kind]
 
 
 def table_kind(table: TextTable, index: int) -> str:
-    return list(MIXTURE)[table.codes[index]]
+    return tuple(MIXTURE)[int(table.codes[index])]

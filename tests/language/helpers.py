@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -34,7 +36,7 @@ def language_side(kind: str) -> LanguageSide:
     return side.eval()
 
 
-def llama() -> dict[str, object]:
+def llama() -> dict[str, Any]:
     """Fields of a tiny Llama."""
     return {
         "model_type": "llama",

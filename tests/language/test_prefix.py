@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from visexpert.errors import ConfigError, WeightsError
 from visexpert.language import PrefixLM, sincos_2d
 
 
-def huggingface(**changes: object) -> LlamaForCausalLM:
+def huggingface(**changes: Any) -> LlamaForCausalLM:
     fields = {name: value for name, value in {**llama(), **changes}.items() if name != "model_type"}
-    return LlamaForCausalLM(LlamaConfig(**fields)).eval()
+    model = LlamaForCausalLM(LlamaConfig(**fields))
+    model.eval()
+    return model
 
 
 def test_logits_equal_a_plain_forward_with_embeddings() -> None:

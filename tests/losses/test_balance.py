@@ -83,8 +83,10 @@ def test_gradient_flows_through_the_smooth_load() -> None:
     """With balanced importance only the load can push: expert 0 wins more tokens though its gates sum to the same."""
     gates_BTK = torch.full((1, 6, 2), 0.5)
     clean_K = torch.zeros(2, requires_grad=True)
-    load_K = torch.stack([torch.special.ndtr(clean_K[0] - clean_K[1] + 0.5), torch.special.ndtr(clean_K[1] - clean_K[0])])
-    gate_balance(gates_BTK, torch.ones(2, dtype=torch.bool), "cv", load_K=6 * load_K).backward()  # type: ignore[no-untyped-call]
+    load_K = torch.stack(
+        [torch.special.ndtr(clean_K[0] - clean_K[1] + 0.5), torch.special.ndtr(clean_K[1] - clean_K[0])]
+    )
+    gate_balance(gates_BTK, torch.ones(2, dtype=torch.bool), "cv", load_K=6 * load_K).backward()
     assert clean_K.grad is not None and clean_K.grad[0] > 0 > clean_K.grad[1]
 
 
@@ -94,7 +96,7 @@ def test_gradient_of_the_whole_loss_reaches_the_noise_width() -> None:
     attached_K = torch.tensor([True, False, True])
     output = gate(torch.randn(2, 5, 8), attached_K)
     assert output.load_K is not None
-    gate_balance(output.gates_BTK, attached_K, load_K=output.load_K).backward()  # type: ignore[no-untyped-call]
+    gate_balance(output.gates_BTK, attached_K, load_K=output.load_K).backward()
     assert gate.noise_width is not None and gate.noise_width.weight.grad is not None
     widths_KD = gate.noise_width.weight.grad
     assert widths_KD.isfinite().all() and widths_KD[0].abs().sum() > 0 and widths_KD[2].abs().sum() > 0

@@ -31,9 +31,7 @@ class Net(nn.Module):
 
 def test_decay_is_for_matrices_only_and_each_parameter_comes_once() -> None:
     net, other = Net(), nn.Linear(2, 2)
-    groups = make_groups(
-        [ParameterGroup("net", (net,), 0.1), ParameterGroup("other", (other,), 0.2)], weight_decay=0.5
-    )
+    groups = make_groups([ParameterGroup("net", (net,), 0.1), ParameterGroup("other", (other,), 0.2)], weight_decay=0.5)
     members = {group["name"]: {id(parameter) for parameter in group["params"]} for group in groups}
     plain = [net.embed.weight, net.norm.weight, net.norm.bias, net.conv.bias, net.linear.bias, net.scale]
     assert members == {
@@ -42,7 +40,12 @@ def test_decay_is_for_matrices_only_and_each_parameter_comes_once() -> None:
         "other": {id(other.weight)},
         "other (no decay)": {id(other.bias)},
     }
-    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.1, 0.5), (0.1, 0.0), (0.2, 0.5), (0.2, 0.0)]
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [
+        (0.1, 0.5),
+        (0.1, 0.0),
+        (0.2, 0.5),
+        (0.2, 0.0),
+    ]
     assert sum(len(group["params"]) for group in groups) == len(list(net.parameters())) + 2
     torch.optim.AdamW(groups)  # which refuses a parameter that comes twice
 
@@ -101,7 +104,9 @@ class Malicious:
 
 def test_files_that_cannot_be_a_start_are_refused(tmp_path: Path) -> None:
     net = Net()
-    with pytest.raises(WeightsError, match=r"there is no checkpoint .*absent.ckpt; give the path of a run's .ckpt file"):
+    with pytest.raises(
+        WeightsError, match=r"there is no checkpoint .*absent.ckpt; give the path of a run's .ckpt file"
+    ):
         start_from(net, str(tmp_path / "absent.ckpt"))
     with pytest.raises(WeightsError, match="there is no checkpoint"):
         start_from(net, str(tmp_path))

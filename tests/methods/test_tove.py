@@ -28,7 +28,11 @@ LANGUAGE = {"language.embed_tokens.weight", "language.embed_positions.weight"} |
         "memory_norm",
         "norm",
         *(f"blocks.0.{norm}" for norm in ("self_norm", "cross_norm", "mlp_norm")),
-        *(f"blocks.0.{attention}.{layer}" for attention in ("attention", "cross") for layer in ("query", "key_value", "out")),
+        *(
+            f"blocks.0.{attention}.{layer}"
+            for attention in ("attention", "cross")
+            for layer in ("query", "key_value", "out")
+        ),
         "blocks.0.mlp.0",
         "blocks.0.mlp.2",
     )
@@ -51,11 +55,11 @@ def twin(model: ToVE, **options: Any) -> ToVE:
 @pytest.mark.parametrize("space", ["language", "clip"])
 @pytest.mark.parametrize("training", [True, False])
 def test_at_step_0_it_equals_its_clip_only_twin_to_the_bit(space: Space, training: bool) -> None:
-    model = tiny_tove(fusion_space=space, gate_noise="learned").train(training)
-    clip_only = twin(model, fusion_space=space).train(training)
-    batch = noise_batch()
+    model = tiny_tove(fusion_space=space, gate_noise="learned")
+    clip_only, batch = twin(model, fusion_space=space), noise_batch()
+    model.train(training), clip_only.train(training)
     assert torch.equal(logits_of(model, batch), logits_of(clip_only, batch))
-    torch.nn.init.ones_(model.adapters["depth"].get_parameter("out.bias"))  # which is not so for just any adapter
+    torch.nn.init.ones_(model.get_parameter("adapters.depth.out.bias"))  # which is not so for just any adapter
     assert not torch.allclose(logits_of(model, batch), logits_of(clip_only, batch))
 
 
@@ -127,9 +131,10 @@ def test_what_trains_is_exactly_this() -> None:
 @pytest.mark.parametrize("space", ["language", "clip"])
 @pytest.mark.parametrize("noise", ["none", "learned"])
 def test_a_gradient_reaches_all_that_trains_and_nothing_else(space: Space, noise: Any) -> None:
-    model = shake(tiny_tove(fusion_space=space, gate_noise=noise)).train()
+    model = shake(tiny_tove(fusion_space=space, gate_noise=noise))
     model.setup("fit")
-    model.step(noise_batch()).loss.backward()  # type: ignore[no-untyped-call]
+    model.train()
+    model.step(noise_batch()).loss.backward()
     reached = {
         name for name, value in model.named_parameters() if value.grad is not None and value.grad.abs().max() > 0
     }
@@ -205,9 +210,7 @@ def test_use_keeps_the_order_of_the_experts() -> None:
     assert tiny_tove(use=["edges", "semantic"]).hub.names == ("semantic", "edges")
 
 
-def test_a_checkpoint_holds_what_trains_and_loads_strictly(
-    tmp_path: Path, data: Callable[..., TabletopData]
-) -> None:
+def test_a_checkpoint_holds_what_trains_and_loads_strictly(tmp_path: Path, data: Callable[..., TabletopData]) -> None:
     model = shake(tiny_tove())
     trainer = bare_trainer(tmp_path, steps=1)
     trainer.fit(model, datamodule=data())

@@ -35,17 +35,15 @@ class Recorder(L.Callback):
         self.losses.append(float(outputs["loss"]))
         self.weights.append(weights(pl_module))
         if trainer.global_step == self._die_after:
-            raise Killed
+            raise KilledError
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """The run dies here."""
 
 
 def weights(module: L.LightningModule) -> dict[str, Tensor]:
-    return {
-        key: value.clone() for key, value in module.state_dict().items() if not key.startswith(("clip.", "hub."))
-    }
+    return {key: value.clone() for key, value in module.state_dict().items() if not key.startswith(("clip.", "hub."))}
 
 
 def noisy_tove(**options: Any) -> ToVE:
@@ -67,7 +65,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_one_never_interrupted(
         return ModelCheckpoint(dirpath=tmp_path / "checkpoints", save_last=True, every_n_train_steps=2)
 
     first = Recorder(die_after=die_after)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         bare_trainer(tmp_path, steps=6, callbacks=[saving(), first]).fit(noisy_tove(), datamodule=data())
     second = Recorder()
     model = shake(noisy_tove())  # other weights, all of which the checkpoint must replace
@@ -83,10 +81,8 @@ def test_an_interrupted_run_ends_with_the_weights_of_one_never_interrupted(
     assert any(not torch.equal(value, whole.weights[0][key]) for key, value in whole.weights[-1].items())
 
 
-def test_the_seed_of_the_run_decides_the_noise(
-    tmp_path: Path, data: MakeData, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    losses = []
+def test_the_seed_of_the_run_decides_the_noise(tmp_path: Path, data: MakeData, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses: list[list[float]] = []
     for seed in ("3", "3", "4"):
         monkeypatch.setenv("PL_GLOBAL_SEED", seed)
         recorder = Recorder()
@@ -191,7 +187,7 @@ def test_a_start_from_an_earlier_run(tmp_path: Path, data: MakeData, caplog: pyt
     with caplog.at_level(logging.INFO):
         model.setup("fit")
     assert torch.equal(model.projector.get_parameter("layers.weight"), donor.projector.get_parameter("layers.weight"))
-    shared = "out.weight"
-    assert torch.equal(model.adapters["semantic"].get_parameter(shared), donor.adapters["semantic"].get_parameter(shared))
+    copies = [part.adapters["semantic"].get_parameter("out.weight") for part in (model, donor)]
+    assert torch.equal(*copies)
     assert torch.equal(model.adapters["edges"].get_parameter("hidden.weight"), fresh)
     assert "adapters.edges" in caplog.text and "Started from" in caplog.text

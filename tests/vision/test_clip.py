@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionConfig, CLIPV
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.vision import ClipEncoder
 
-FIELDS = {
+FIELDS: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 32,
     "num_hidden_layers": 3,
@@ -27,7 +28,8 @@ FIELDS = {
 @pytest.fixture
 def reference() -> CLIPVisionModel:
     """A tiny CLIP whose weights, biases and norms included, are far from their start."""
-    model = CLIPVisionModel(CLIPVisionConfig(**FIELDS)).eval()
+    model = CLIPVisionModel(CLIPVisionConfig(**FIELDS))
+    model.eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -51,9 +53,7 @@ def loaded(folder: Path, layer: int = -2) -> ClipEncoder:
 
 
 @pytest.mark.parametrize("layer", [-1, -2, -3, -4])
-def test_tokens_equal_the_hidden_states_of_hugging_face(
-    reference: CLIPVisionModel, folder: Path, layer: int
-) -> None:
+def test_tokens_equal_the_hidden_states_of_hugging_face(reference: CLIPVisionModel, folder: Path, layer: int) -> None:
     encoder = loaded(folder, layer)
     pixels_BCHW = images()
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
@@ -183,7 +183,7 @@ def test_the_activation_of_the_config_is_kept(act: str) -> None:
     x = torch.linspace(-3, 3, 7)
     quick = x * torch.sigmoid(1.702 * x)
     exact = 0.5 * x * (1 + torch.erf(x / 2**0.5))
-    measured = encoder.model.encoder.layers[0].mlp.activation_fn(x)
+    measured = encoder.model.get_submodule("encoder.layers.0.mlp.activation_fn")(x)
     torch.testing.assert_close(measured, quick if act == "quick_gelu" else exact)
     assert (quick - exact).abs().max() > 0.01
 

@@ -23,7 +23,7 @@ from visexpert.zoo.selfsup import MaskedExpert
 from visexpert.zoo.ship import ShipWeights
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "zoo"
-STEPS = 12
+STEPS = 10
 
 
 class LossRecorder(L.Callback):
@@ -45,7 +45,7 @@ def model_arguments(name: str) -> dict[str, Any]:
 
 def shipped_name(config: dict[str, Any]) -> str | None:
     """Name under which a config's ShipWeights writes, None for configs that ship otherwise."""
-    for callback in config["trainer"]["callbacks"]:
+    for callback in config.get("trainer", {}).get("callbacks", []):
         if callback["class_path"] == "visexpert.zoo.ship.ShipWeights":
             return str(callback["init_args"]["name"])
     return None

@@ -89,71 +89,14 @@ class BatchLoader:
         self._restored: int | None = None
 
     def __len__(self) -> int:
-        """Return the number of rows."""
-
-    def __getitem__(self, key: BatchKey, /) -> Batch:
-        """Build one batch."""
-
-
-class BatchLoader:
-    """Iterates over the batches of an epoch, shuffled by (seed, epoch), whatever the number of workers.
-
-    It is no torch ``DataLoader``, so Lightning leaves it alone (no sampler injection, no worker advice).
-
-    Batches form one endless sequence, epoch after epoch, and a run that is interrupted and continued goes on in it
-    where it was. Under Lightning ``position`` says where that is, from the trainer's restored progress, at the moment
-    when the first batch is due. That is exact where a count kept here would not be: after a run that died between
-    fetching a batch and finishing it, and after one that ``max_steps`` stopped, whose epoch Lightning then takes for
-    finished.
-
-    Args:
-        source: Builds a batch from a :class:`BatchKey`.
-        batch_size: Images per batch and process.
-        shuffle: New order each epoch; else rows in order.
-        drop_last: Leave out the last batch if it is short (never the only one).
-        seed: Seed of the order.
-        rank: This process, from 0; processes take whole batches in turn.
-        world_size: Number of processes.
-        num_workers: Worker processes that build batches ahead; 0 builds them in this process.
-        position: Tells how many batches of the sequence are done; an iteration then gives as many batches as an epoch
-            has from there on. None gives the rest of an epoch, by :meth:`set_epoch` and :meth:`load_state_dict`.
-    """
-
-    def __init__(
-        self,
-        source: BatchSource,
-        *,
-        batch_size: int,
-        shuffle: bool = False,
-        drop_last: bool = False,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        position: Callable[[], int] | None = None,
-    ) -> None:
-        if batch_size < 1:
-            raise ConfigError(f"batch_size is {batch_size}, but a batch holds at least one image; raise it.")
-        self.source = source
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.drop_last = drop_last
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.num_workers = num_workers
-        self.position = position
-        self.epoch = 0
-        self._given = 0
-        self._restored: tuple[int, int] | None = None
-
-    def __len__(self) -> int:
         return len(self._rows_of_batches(np.arange(len(self.source))))
 
     def __iter__(self) -> Iterator[Batch]:
         # A generator: nothing is read before the first batch is due, because Lightning makes the iterator before it
         # restores its progress.
         length = len(self)
+        if not length:  # fewer batches than processes
+            return
         first = self._first_batch()
         last = first + length if self.position is not None else (self.epoch + 1) * length
         epochs = range(first // length, -(-last // length))

@@ -69,8 +69,23 @@ _MAIL = r'[^ \t\n"<>|().\u00a0{}]'
 # Where a rule may start: a word, a number, an apostrophe, anything.
 _W = f"[A-Za-z{LETTER}{MARK}0-9{DIGIT}\u00ad&]"
 _N = f"[0-9{DIGIT}+\\-.:,\u00ad\u066b\u066c(]"
-_A = "['`\u0091-\u0094\u2018\u2019\u201b-\u201d&]"
+_A = "['`\u0091\u0092\u2018\u2019\u201b&]"
 _S = "[^A-Za-z0-9]"
+
+_CURLY = "[\u0091-\u0094`\u2018-\u201f\u2039\u203a\u00ab\u00bb]"
+_STRAIGHT_QUOTES = {
+    sign: text
+    for text, signs in {
+        "`": "`\u0091\u2018\u201b\u2039",
+        "'": "\u0092\u2019\u203a",
+        "``": "\u0093\u201c\u00ab",
+        "''": "\u0094\u201d\u00bb",
+        "\u201a": "\u201a",
+        "\u201e": "\u201e",
+        "\u201f": "\u201f",
+    }.items()
+    for sign in signs
+}
 
 # --- words -----------------------------------------------------------------------------------------------------------
 _WORD = f"{_LETTER}(?:{_LETTER}|{_DIGIT})*(?:[.!?]{_LETTER}(?:{_LETTER}|{_DIGIT})*)*"
@@ -116,6 +131,13 @@ _ENDING = (
 )
 _BEFORE_NUMBER = r"(?i:art|ca|figs?|nos?|op|pp|prop)\."
 
+# A lone letter before ". The" ends a sentence; before any other word it is an initial.
+_OPENERS = """
+    A About After An As At But He Her Here If In It Last Many More Now Once One Other Our She Since So Some Such That
+    The Then There These They This We What When While Yet You
+""".split()
+_OPENER = f"(?:{'|'.join(f'{word}|{word.upper()}' for word in _OPENERS)})"
+
 # --- words with an apostrophe that stay whole ------------------------------------------------------------------------
 _WITH_APOSTROPHE = "|".join(
     (
@@ -124,8 +146,8 @@ _WITH_APOSTROPHE = "|".join(
         f"Dunkin{_APOSTROPHE}|somethin{_APOSTROPHE}|ol{_APOSTROPHE}",
         f"{_APOSTROPHE}(?:em|till?|cause|[2-9]0s)",
         f"[A-HJ-XZn]{_ANY_APOSTROPHE}[A-Za-z{LETTER}]{{2,}}",
-        f"[oO]{_APOSTROPHE}[oO]|cap{_APOSTROPHE}n|[cC]{_APOSTROPHE}(?:mon|est)|[eE]{_APOSTROPHE}er|[sS]{_APOSTROPHE}mores",
-        f"[A-Za-z{LETTER}]+[aeiouyAEIOUY]{_APOSTROPHE}[aeiouA-Z][A-Za-z{LETTER}]*",
+        f"[oO]{_ANY_APOSTROPHE}[oO]|cap{_APOSTROPHE}n|[cC]{_APOSTROPHE}(?:mon|est)|[eE]{_APOSTROPHE}er|[sS]{_APOSTROPHE}mores",
+        f"[A-Za-z{LETTER}]+[aeiouyAEIOUY]{_ANY_APOSTROPHE}[aeiouA-Z][A-Za-z{LETTER}]*",
     )
 )
 
@@ -148,7 +170,7 @@ RULES: tuple[Rule, ...] = (
     # Words.
     _rule(_W, _WORD, _SUFFIX, _without_soft_hyphens),
     _rule(_W, _WORD, emit=_without_soft_hyphens),
-    _rule(_W, "[A-Za-z]*[A-MO-Za-z]", _NOT),
+    _rule(_W, "[A-Za-z]*[A-MO-Za-mo-z]", _NOT),
     _rule(f"{_W}|{_A}", _WITH_APOSTROPHE),
     _rule(_W, f"https?://{_URL}+{_URL_END}"),
     _rule(r"[^ \t\n]", f"(?:{_HOST})(?:/{_URL}+{_URL_END})?"),
@@ -156,6 +178,8 @@ RULES: tuple[Rule, ...] = (
     _rule("@", "@[A-Za-z_][A-Za-z_0-9]*"),
     _rule("#", f"#{_LETTER}+"),
     _rule(_A, _SUFFIX, "[^A-Za-z]", _straight),
+    _rule("'", "'", r"[A-Za-z][^ \t\n]"),
+    _rule(_A, _SUFFIX, emit=_straight),
     _rule(_W, _NOT, emit=_straight),
     # Numbers.
     _rule(_N, rf"{_DIGIT}{{1,2}}[-/]{_DIGIT}{{1,2}}[-/]{_DIGIT}{{2,4}}"),
@@ -179,6 +203,7 @@ RULES: tuple[Rule, ...] = (
     _rule("[\u0080\u00a4\u20a0\u20ac]", "[\u0080\u00a4\u20a0\u20ac]", emit="$"),
     # Abbreviations.
     _rule("[A-Za-z]", _ENDING, r"[\s\S]{2}"),
+    _rule("[A-Za-z]", "[A-Za-z]", rf"\.[ \t\u00a0]+{_OPENER}[ \t\n\u00a0]"),
     _rule("[A-Za-z]", _TITLE),
     _rule("[A-Za-z]", _BEFORE_NUMBER, f"[ \u00a0]?{_DIGIT}"),
     _rule("[A-Za-z]", rf"{_ACRONYM}\."),
@@ -191,7 +216,7 @@ RULES: tuple[Rule, ...] = (
     _rule("[A-Za-z0-9]", rf"{_DASHED}\.", "[,;:\u3001]", _without_soft_hyphens),
     # Faces.
     _rule("[<>:;=]", r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]](?![A-Za-z0-9])", emit=_bracketed),
-    _rule(r"[-\^x=~<>'(]", r"[\^x=~<>]\.[\^x=~<>]|[-\^x=~<>']_[-\^x=~<>']", emit=_bracketed),
+    _rule(r"[-\^x=~<>'(]", r"[-\^x=~<>']_[-\^x=~<>']", emit=_bracketed),
     _rule(r"\(", r"\([-\^x=~<>'][_.]?[-\^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)", emit=_bracketed),
     # Punctuation and symbols.
     _rule("[cCfF]", r"[cC]\+\+|[cCfF]#"),
@@ -208,10 +233,8 @@ RULES: tuple[Rule, ...] = (
     _rule("_", "_+"),
     _rule("@", "@+"),
     _rule(r"[*\\]", r"(?:\\\*){1,3}|\*+"),
-    _rule("'", "'", r"[A-Za-z][^ \t\n]"),
-    _rule(
-        f'{_A}|[\u00ab\u00bb\u2039\u203a"]', f"&quot;|''|``|&apos;|[\u00ab\u00bb\u2039\u203a\"]|{_A[:-2]}]", emit="'"
-    ),
+    _rule("['`\"&]", "&quot;|''|``|&apos;|['`\"]", emit="'"),
+    _rule(_CURLY, f"{_CURLY}{{1,2}}", emit=lambda token: "".join(_STRAIGHT_QUOTES[sign] for sign in token)),
     _rule(_S, rf"[%&+=~^|\\/{SYMBOL}\u2044\u207a\u207b\u208a\u208b\u3001]"),
     _rule(_W, f"[{MARK}\u00ad]", emit=_without_soft_hyphens),
 )

@@ -106,7 +106,9 @@ def write_features(root: Path, key: FeatureKey, batches: Iterable[Tensor]) -> Fe
         root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(root).free
     except OSError as error:
-        raise DataError(f"The feature store cannot use {root} ({error}); set feature_cache to another folder.") from error
+        raise DataError(
+            f"The feature store cannot use {root} ({error}); set feature_cache to another folder."
+        ) from error
     if free < key.num_bytes:
         raise DataError(
             f"The feature store in {root} needs {key.num_bytes / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,10 +54,29 @@ class ZooModule(LightningModule, ABC):
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.98))
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=self.lr, total_steps=max(steps, 2), pct_start=self.warmup, cycle_momentum=False
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: one_cycle(step, total=steps, warmup=self.warmup)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def one_cycle(step: int, *, total: int, warmup: float, low: float = 0.04, final: float = 4e-6) -> float:
+    """Factor on the learning rate: a cosine up from ``low`` to 1, then a cosine down to ``final``.
+
+    The same numbers as torch's ``OneCycleLR``, which divides by zero where warm-up is a single step.
+
+    Args:
+        step: Steps done.
+        total: Steps of the run.
+        warmup: Share of them that rises.
+        low: Factor at the first step.
+        final: Factor at the last step.
+    """
+    top = max(warmup * total - 1, 0.0)
+    if step < top:
+        return low + (1 - low) * (1 - math.cos(math.pi * step / top)) / 2
+    fallen = min((step - top) / max(total - 1 - top, 1.0), 1.0)
+    return final + (1 - final) * (1 + math.cos(math.pi * fallen)) / 2
 
 
 def write_weights(state: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:

@@ -38,5 +38,6 @@ def random_graphs(num: int, seed: int, *, unique_colours: bool = True) -> list[S
 def node(phrase: str = "red cube", **changes: float | str) -> ObjectNode:
     """Make one object; the phrase gives colour and shape."""
     colour, shape = phrase.split()
-    settings: dict[str, object] = {"size": "medium", "material": "matte", "u": 0.0, "v": 0.0, "depth": 8.0, "height": 0.5}
-    return ObjectNode(shape=shape, colour=colour, pixels=60, **(settings | changes))  # type: ignore[arg-type]
+    numbers: dict[str, object] = {"u": 0.0, "v": 0.0, "depth": 8.0, "height": 0.5, "pixels": 60}
+    settings = {"size": "medium", "material": "matte"} | numbers | changes
+    return ObjectNode(shape=shape, colour=colour, **settings)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing(
     if broken == "replace":
         monkeypatch.setattr(os, "replace", full)
     else:
-        monkeypatch.setattr(pool.json, "dumps", _after_first(pool.json.dumps, full))
+        monkeypatch.setattr(json, "dumps", _after_first(json.dumps, full))
     with pytest.raises(DataError, match="No space left on device.*free some space"):
         ensure(tmp_path / "train-1")
     assert list(tmp_path.iterdir()) == []

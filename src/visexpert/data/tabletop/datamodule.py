@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -49,7 +48,7 @@ class TabletopData(LightningDataModule):
             :class:`~visexpert.data.tabletop.dataset.TabletopDataset`); batches of the test split always have it.
         train_fraction: Share of the training scenes that is used, in (0, 1]; smaller shares lie inside larger ones.
         train_split: Name of the training scenes; another name gives other scenes (the zoo trains on ``zoo``).
-        num_workers: Worker processes that build batches; 0 is best on CPU, where a batch takes about 2 ms.
+        num_workers: Worker processes that build batches; 0 is best on CPU, where a batch takes about 1 ms.
         render_workers: Processes that render, on first use; 0 renders in this one.
         image_size: Height and width of the images, pixels; null takes the world's.
         world: Settings of the world; null takes its defaults.
@@ -254,9 +253,11 @@ class TabletopData(LightningDataModule):
 
     def _batches_done(self) -> int:
         """Return how many training batches the trainer counts as finished, over all epochs."""
-        if self.trainer is None or not self.trainer.training or self.trainer.overfit_batches:
+        trainer = self.trainer
+        # With overfit_batches each epoch has to begin anew, with the same few batches.
+        if trainer is None or not trainer.training or getattr(trainer, "overfit_batches", False):
             return 0
-        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.completed)
+        return int(trainer.fit_loop.epoch_loop.batch_progress.total.completed)
 
 
 def _checked_mixture(name: str, mixture: Mapping[str, int]) -> dict[str, int]:

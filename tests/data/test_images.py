@@ -1,0 +1,142 @@
+"""Image files of every awkward kind: read rightly, or one clear error."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from visexpert.data.images import MAX_PIXELS, read_image
+from visexpert.errors import DataError
+
+RNG = np.random.default_rng(0)
+COLOURS = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+
+
+def saved(path: Path, image: Image.Image, **options: object) -> Path:
+    image.save(path, **options)  # type: ignore[arg-type]
+    return path
+
+
+def test_rgb_is_read_as_it_is(tmp_path: Path) -> None:
+    image = read_image(saved(tmp_path / "a.png", Image.fromarray(COLOURS)))
+    assert image.dtype == torch.uint8 and image.is_contiguous()
+    assert torch.equal(image, torch.from_numpy(COLOURS).permute(2, 0, 1))
+
+
+def test_grey_is_repeated(tmp_path: Path) -> None:
+    image = read_image(saved(tmp_path / "a.png", Image.fromarray(COLOURS[..., 0])))
+    assert torch.equal(image, torch.from_numpy(COLOURS[..., 0]).expand(3, 5, 7))
+
+
+def test_one_bit_is_black_and_white(tmp_path: Path) -> None:
+    bits = COLOURS[..., 0] > 127
+    image = read_image(saved(tmp_path / "a.png", Image.fromarray(bits)))
+    assert torch.equal(image, torch.from_numpy(bits * np.uint8(255)).expand(3, 5, 7))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path, suffix: str) -> None:
+    values = np.array([[0, 128, 129], [32896, 65406, 65535]], dtype=np.uint16)
+    image = read_image(saved(tmp_path / f"a.{suffix}", Image.fromarray(values)))
+    assert image[0].tolist() == [[0, 0, 1], [128, 254, 255]]  # round(value / 257)
+    assert torch.equal(image[0], image[2])
+
+
+def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
+    ink = Image.new("CMYK", (4, 4), (0, 255, 255, 0))  # magenta and yellow
+    image = read_image(saved(tmp_path / "a.jpg", ink, quality=95))
+    assert image[0].min() > 230 and image[1:].max() < 60
+
+
+def test_transparency_is_laid_over_white(tmp_path: Path) -> None:
+    layer = np.zeros((1, 3, 4), dtype=np.uint8)
+    layer[0, :, 3] = (0, 128, 255)
+    image = read_image(saved(tmp_path / "a.png", Image.fromarray(layer)))
+    assert image[:, 0].tolist() == [[255, 127, 0]] * 3
+
+
+def test_a_transparent_palette_is_laid_over_white(tmp_path: Path) -> None:
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.putpixel((1, 0), 1)
+    image = read_image(saved(tmp_path / "a.png", palette, transparency=0))
+    assert image[:, 0].tolist() == [[255, 0], [255, 0], [255, 255]]
+
+
+def test_the_rotation_of_the_camera_is_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to show
+    image = read_image(saved(tmp_path / "a.png", Image.fromarray(COLOURS), exif=exif))
+    assert torch.equal(image, torch.from_numpy(np.rot90(COLOURS, k=-1).copy()).permute(2, 0, 1))
+
+
+def test_a_single_pixel_is_an_image(tmp_path: Path) -> None:
+    image = read_image(saved(tmp_path / "a.png", Image.new("RGB", (1, 1), (1, 2, 3))))
+    assert image.flatten().tolist() == [1, 2, 3] and image.shape == (3, 1, 1)
+
+
+def test_thirty_thousand_pixels_wide_is_fine_while_it_is_low(tmp_path: Path) -> None:
+    assert read_image(saved(tmp_path / "a.png", Image.new("L", (30_000, 2)))).shape == (3, 2, 30_000)
+
+
+@pytest.mark.parametrize("height", [3000, 30_000])
+def test_a_small_file_that_claims_a_huge_image_is_refused(tmp_path: Path, height: int) -> None:
+    path = saved(tmp_path / "bomb.png", Image.new("L", (1, 1)))
+    content = bytearray(path.read_bytes())
+    content[16:24] = struct.pack(">II", 30_000, height)  # width and height in the header, then its checksum
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"bomb.png has .*pixels.*at most {MAX_PIXELS} are decoded"):
+        read_image(path)
+
+
+def test_the_limit_is_the_callers(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.png", Image.fromarray(COLOURS))
+    assert read_image(path, max_pixels=35).shape == (3, 5, 7)
+    with pytest.raises(DataError, match="7 x 5 pixels, but at most 34 "):
+        read_image(path, max_pixels=34)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_values_without_a_range_are_refused(tmp_path: Path, mode: str) -> None:
+    with pytest.raises(DataError, match="32-bit values"):
+        read_image(saved(tmp_path / "a.tiff", Image.new(mode, (3, 3))))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_a_truncated_file_is_refused(tmp_path: Path, suffix: str) -> None:
+    noise = RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path = saved(tmp_path / f"cut.{suffix}", Image.fromarray(noise))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DataError, match="cut.* cannot be read"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n" + bytes(40)])
+def test_what_is_no_image_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "odd.png"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="odd.png cannot be read"):
+        read_image(path)
+
+
+def test_a_damaged_image_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.png", Image.fromarray(COLOURS))
+    content = bytearray(path.read_bytes())
+    content[content.index(b"IDAT") + 8] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_image(path)
+
+
+def test_a_missing_file_and_a_folder_are_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        read_image(tmp_path / "none.png")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_image(tmp_path)

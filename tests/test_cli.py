@@ -1,0 +1,177 @@
+"""The command line: a run's folder, scoring it again, and errors of one sentence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from visexpert.cli import main
+from visexpert.report import read_metrics
+from visexpert.training import explain
+
+SMOKE = Path(__file__).parents[1] / "configs" / "tove" / "smoke.yaml"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache and a run seed of this file's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VISEXPERT_CACHE", str(folder))
+        patch.setenv("PL_GLOBAL_SEED", "0")
+        patch.setattr("sys.argv", ["visexpert"])
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished smoke run."""
+    folder = tmp_path_factory.mktemp("runs") / "smoke"
+    main(["fit", "--config", str(SMOKE), "--run", str(folder)])
+    return folder
+
+
+def metrics_of(run: Path) -> dict[str, float]:
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    assert isinstance(metrics, dict)
+    return metrics
+
+
+def test_a_run_leaves_its_whole_folder(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert {"config.yaml", "metrics.csv", "metrics.json", "environment.json", "figures", "checkpoints"} <= names
+    assert {"loss_curves.png", "gate_maps.png"} <= {path.name for path in (run / "figures").iterdir()}
+    metrics = metrics_of(run)
+    assert all(isinstance(value, float) for value in metrics.values())
+    assert {"train/loss", "val/nll/nll", "test/nll/nll", "test/vqa/accuracy"} <= metrics.keys()
+    environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    assert environment["fit"]["seed"] == 0 and "torch" in environment["fit"]["versions"]
+
+
+def test_the_log_holds_every_step(run: Path) -> None:
+    logged = read_metrics(run / "metrics.csv")
+    assert "train/loss" in logged and "train/balance_loss" in logged
+    assert len(logged["train/loss"][0]) == 8
+
+
+def test_the_checkpoint_is_plain_and_holds_no_frozen_part(run: Path) -> None:
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 8
+    assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"projector", "adapters", "gate", "language"}
+
+
+def test_scoring_the_run_again_gives_its_scores(run: Path) -> None:
+    first = metrics_of(run)
+    (run / "metrics.json").unlink()
+    main(["test", "--run", str(run)])
+    again = metrics_of(run)
+    scores = {key: value for key, value in first.items() if key.startswith("test/") and "/" in key[5:]}
+    assert len(scores) > 20
+    assert {key: again[key] for key in scores if "_per_s" not in key} == pytest.approx(
+        {key: value for key, value in scores.items() if "_per_s" not in key}, rel=1e-5
+    )
+    assert {path.name for path in (run / "figures").iterdir()} >= {"gate_maps.png"}
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr that ends a command with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("visexpert: ")
+    return lines[0].removeprefix("visexpert: ")
+
+
+def edited(tmp_path: Path, old: str, new: str) -> list[str]:
+    """``fit`` with a smoke configuration in which one thing is wrong."""
+    text = SMOKE.read_text(encoding="utf-8")
+    assert text.count(old) == 1, old
+    path = tmp_path / "edited.yaml"
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    return ["fit", "--config", str(path), "--run", str(tmp_path / "run")]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("warmup_steps:", "warmup_step:",
+         "visexpert.methods.ToVE has no setting 'warmup_step'; did you mean 'warmup_steps'"),
+        ("depth: 1, heads: 2}", "dept: 1, heads: 2}",
+         "visexpert.language.CrossAttentionDecoder has no setting 'dept'; did you mean 'depth'"),
+        ("max_steps:", "max_stepps:", "There is no setting 'trainer.max_stepps'; did you mean 'trainer.max_steps'"),
+        ("arch: {kind: vit,", "archi: {kind: vit,",
+         "visexpert.experts.TinyExpert has no setting 'archi'; did you mean 'arch'"),
+        ("visexpert.data.TabletopData", "visexpert.data.TableTopData",
+         "There is no class 'visexpert.data.TableTopData'; did you mean 'TabletopData'"),
+        ("tokens: prediction", "tokens: predictions", "predictions"),
+        ("num_train: 32", "num_train: many", "num_train: Expected a <class 'int'>. Got value: many"),
+        ("num_train: 32", "num_train: 0", "TabletopData.num_train is 0, but must be at least 1"),
+        ("layer: -2", "layer: -9", "ClipEncoder: layer=-9 is outside -3..-1 of a CLIP with 2 layers"),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_is_one_sentence(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, sentence: str
+) -> None:
+    assert sentence in refused(edited(tmp_path, old, new), capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_expert_or_one_without_weights(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    depth = "experts.depth.class_path"
+    message = refused(
+        ["fit", "--config", str(SMOKE), f"--model.init_args.{depth}", "visexpert.experts.TinyExprt"], capsys
+    )
+    assert message == "There is no class 'visexpert.experts.TinyExprt'; did you mean 'TinyExpert'?"
+    semantic = "arch: {kind: vit, image_size: 48, network: {patch_size: 12, token_dim: 24, depth: 1, num_heads: 2}}"
+    message = refused(edited(tmp_path, semantic, 'source: "zoo:smell"'), capsys)
+    assert message.startswith("TinyExpert: no weights at") and "smell" in message and "'semantic'" in message
+
+
+def test_a_wrong_command_line_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(["test", "--run", str(tmp_path)], capsys)
+    assert message.startswith(f"'{tmp_path}' is no run: it has no config.yaml; give the folder that")
+    (tmp_path / "config.yaml").write_text("", encoding="utf-8")
+    assert "has no checkpoint" in refused(["test", "--run", str(tmp_path)], capsys)
+    message = refused(["fit", "--config", str(SMOKE), "--ckpt_path", str(tmp_path / "a.ckpt")], capsys)
+    assert message.startswith("There is no checkpoint") and "'last' to continue a run" in message
+    message = refused(["fit", "--config", str(tmp_path / "absent.yaml")], capsys)
+    assert "absent.yaml" in message and "does not exist" in message
+    assert "did you mean 'trainer.max_steps'" in refused(["fit", "--trainer.max_stepz", "3"], capsys)
+
+
+def test_a_report_with_every_kind_of_noise_becomes_one_sentence() -> None:
+    report = """Parser key "model":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'lightning.pytorch.core.module.LightningModule'>, <class 'NoneType'>]
+  Errors:
+    - Problem with given class_path 'visexpert.methods.ToVE':
+        Parser key "top_k":
+          Does not validate against any of the Union subtypes
+          Subtypes: [<class 'int'>, <class 'NoneType'>]
+          Errors:
+            - Expected a <class 'int'>
+            - Expected a <class 'NoneType'>
+          Given value type: <class 'str'>
+          Given value: two
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'dict'>
+  Given value: {'class_path': 'visexpert.methods.ToVE', 'init_args': {'clip': {'class_path': 'ClipEncoder'}}}
+"""
+    assert explain(report, []) == (
+        "model: visexpert.methods.ToVE: top_k: Expected a <class 'int'>. Got value: two; "
+        "see --help for what is allowed."
+    )
+
+
+def test_a_name_like_no_other_lists_what_there_is() -> None:
+    message = "Problem with given class_path 'visexpert.transfer.ResidualTransfer':\n  Option 'zzz' is not accepted"
+    assert explain(message, []) == "visexpert.transfer.ResidualTransfer has no setting 'zzz'; known are mode."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visexpert.callbacks.run_folder import folder_of
+from visexpert.errors import DataError
 from visexpert.methods.evaluation import Caption, EvalOutput
 from visexpert.report import gate_by_region, gate_maps, loss_curves, sample_captions
 from visexpert.types import Batch
+
+log = logging.getLogger(__name__)
 
 
 class RunFigures(Callback):
@@ -34,8 +38,12 @@ class RunFigures(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = folder_of(trainer) / "metrics.csv"
-        if trainer.is_global_zero and metrics.is_file():
+        if not trainer.is_global_zero or not metrics.is_file():
+            return
+        try:
             loss_curves(metrics, self._path(trainer, "loss_curves"))
+        except DataError as error:  # a run shorter than log_every_n_steps has no curve
+            log.info("No loss curves: %s", error)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._reset()

@@ -38,6 +38,7 @@ class ShipLanguage(Callback):
         weights = {key: value.half().contiguous() for key, value in state.items() if key not in tied}
         self.out.parent.mkdir(parents=True, exist_ok=True)
         save_file(weights, self.out)
+        self.out.chmod(0o644)  # safetensors writes files that only their owner may read
         scores = {
             k: float(v) for k, v in trainer.callback_metrics.items() if torch.is_tensor(v) and k.startswith("val/")
         }

@@ -1,4 +1,4 @@
-"""What does Lightning's trainer cost a step? Its fit loop against a bare loop over the same module and batches.
+"""What does Lightning's trainer cost a step? Its fit loop against a bare loop over the same ToVE and batches.
 
 Run: ``python benchmarks/lightning_overhead.py``, about a minute; with ``--clock cpu`` where others use the machine.
 Both sides call the module's own ``training_step`` and optimiser; the trainer has the logger and the callbacks of a
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import logging
 import statistics
 import tempfile
@@ -20,44 +21,44 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from visexpert.callbacks import RunLogger, ThroughputMonitor, TrainingProgress
+from visexpert.data import TabletopData
+from visexpert.experts import FeatureCache, TinyExpert, VisionExpert
+from visexpert.language import CrossAttentionDecoder
+from visexpert.methods import ToVE
+from visexpert.methods.optimiser import make_groups
 from visexpert.report.machine import describe_machine
+from visexpert.resources import cache_root
+from visexpert.vision import ClipEncoder
 
 Clock = Callable[[], float]
+EXPERTS = ("semantic", "depth", "normals", "edges", "segmentation")
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-class _Reference(LightningModule):
-    """A transformer encoder sized to about 100 ms a step on one CPU core."""
+class _TimedToVE(ToVE):
+    """ToVE with an optimiser that a bare loop can step: no schedule, which would need a trainer."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(96, 4, 384, dropout=0.0, batch_first=True)
-        self.network = nn.Sequential(nn.Linear(32, 96), nn.TransformerEncoder(layer, 3), nn.Linear(96, 32))
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = F.mse_loss(self.network(batch), batch)
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
+    def on_fit_start(self) -> None:
+        """The features are there already: both loops read the same ones."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+        return torch.optim.AdamW(make_groups(self.trained_groups(), weight_decay=0.02), lr=1e-3, fused=True)
 
 
-def make_module() -> LightningModule:
-    """The module whose steps are timed; ``configure_optimizers`` must return one optimiser."""
+def make_module_and_batches(count: int) -> tuple[LightningModule, list[Any]]:
+    """ToVE of configs/tove/tabletop.yaml on cached features, and ``count`` of its training batches."""
+    data = TabletopData(num_train=24 * count, num_val=8, num_test=8, batch_size=24)
+    data.setup("fit")
     torch.manual_seed(0)
-    return _Reference()
-
-
-def make_batches(count: int) -> list[Any]:
-    """``count`` batches that :func:`make_module`'s module can step on."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(32, 65, 32, generator=generator) for _ in range(count)]
+    experts: dict[str, VisionExpert] = {name: TinyExpert(source=f"zoo:{name}") for name in EXPERTS}
+    language = CrossAttentionDecoder(vocab_size=96, width=64, depth=2, heads=4, mlp_ratio=2)
+    module = _TimedToVE(clip=ClipEncoder(source="zoo:clip"), experts=experts, language=language)
+    module.setup("fit")
+    module.read_features(FeatureCache(cache_root() / "features"), data.image_sources())
+    return module, list(itertools.islice(data.train_dataloader(), count))
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")  # a bare loop has no trainer to log to, and Lightning says so
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     clock = CLOCKS[arguments.clock]
-    result = compare(make_module(), make_batches(arguments.steps), repeats=arguments.repeats, clock=clock)
+    module, batches = make_module_and_batches(arguments.steps)
+    result = compare(module, batches, repeats=arguments.repeats, clock=clock)
     difference = statistics.median(result.trainer) - statistics.median(result.bare)
     print(f"{describe_machine()}; {arguments.clock} clock, {arguments.repeats} x {arguments.steps} steps")
     print(f"bare loop  {1e3 * statistics.median(result.bare):7.2f} ms a step {_range(result.bare)}")

@@ -98,7 +98,14 @@ def control_runs(root: Path, seeds: Sequence[int]) -> list[Run]:
     for seed in seeds:
         teacher = root / "scratch" / _slug(ALL) / f"seed{seed}" / "checkpoints" / "last.ckpt"
         if teacher.is_file():
-            extra = ["--model.init_args.init_from", str(teacher), "--trainer.max_steps", "500", "--trainer.val_check_interval", "500"]
+            extra = [
+                "--model.init_args.init_from",
+                str(teacher),
+                "--trainer.max_steps",
+                "500",
+                "--trainer.val_check_interval",
+                "500",
+            ]
             runs.append(_fit(root, "scratch", CONTROL, "clip-only", seed, extra))
     return runs
 
@@ -121,10 +128,7 @@ def detached_runs(root: Path, seeds: Sequence[int]) -> list[Run]:
         ):
             variant = f"all, {which} worth detached"
             folder = root / "grounded" / _slug(variant) / f"seed{seed}"
-            arguments = (
-                "test", "--config", str(trained / "config.yaml"), "--ckpt_path", str(trained / "checkpoints" / "last.ckpt"),
-                f"--model.init_args.detached=[{name}]",
-            )  # fmt: skip
+            arguments = ("test", *_trained(trained), f"--model.init_args.detached=[{name}]")
             runs.append(Run(folder, arguments, seed, f"grounded/{variant}"))
     return runs
 
@@ -144,11 +148,13 @@ def _worth(trained: Path) -> dict[str, float]:
 
 def _validation(trained: Path, name: str | None) -> Run:
     detached = [] if name is None else [f"--model.init_args.detached=[{name}]"]
-    arguments = (
-        "validate", "--config", str(trained / "config.yaml"), "--ckpt_path", str(trained / "checkpoints" / "last.ckpt"),
-        *detached,
-    )  # fmt: skip
+    arguments = ("validate", *_trained(trained), *detached)
     return Run(trained / "without" / (name or "nothing"), arguments, 0, f"without {name or 'nothing'}")
+
+
+def _trained(folder: Path) -> tuple[str, ...]:
+    """Arguments that load a finished run."""
+    return "--config", str(folder / "config.yaml"), "--ckpt_path", str(folder / "checkpoints" / "last.ckpt")
 
 
 def _fit(root: Path, start: str, variant: str, overlay: str | None, seed: int, extra: Sequence[str]) -> Run:
@@ -157,7 +163,16 @@ def _fit(root: Path, start: str, variant: str, overlay: str | None, seed: int, e
         configs, extra = [*configs, *extra[:2]], extra[2:]
     if overlay is not None:
         configs += ["--config", str(OVERLAYS / f"{overlay}.yaml")]
-    arguments = ("fit", *configs, "--seed_everything", str(seed), "--data.init_args.seed", "0", "--model.init_args.meteor=false", *extra)
+    arguments = (
+        "fit",
+        *configs,
+        "--seed_everything",
+        str(seed),
+        "--data.init_args.seed",
+        "0",
+        "--model.init_args.meteor=false",
+        *extra,
+    )
     return Run(root / start / _slug(variant) / f"seed{seed}", arguments, seed, f"{start}/{variant}")
 
 

@@ -24,6 +24,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("VISEXPERT_CACHE", str(folder))
         patch.setenv("PL_GLOBAL_SEED", "0")
         patch.setattr("sys.argv", ["visexpert"])
+        patch.setattr("visexpert.metrics.java.has_java", lambda: False)  # METEOR alone takes longer than all the rest
         yield folder
 
 
@@ -130,7 +131,7 @@ def test_an_unknown_expert_or_one_without_weights(
     message = refused(
         ["fit", "--config", str(SMOKE), f"--model.init_args.{depth}", "visexpert.experts.TinyExprt"], capsys
     )
-    assert message == "There is no class 'visexpert.experts.TinyExprt'; did you mean 'TinyExpert'?"
+    assert message.startswith("There is no class 'visexpert.experts.TinyExprt'; did you mean 'TinyExpert'")
     semantic = "arch: {kind: vit, image_size: 48, network: {patch_size: 12, token_dim: 24, depth: 1, num_heads: 2}}"
     message = refused(edited(tmp_path, semantic, 'source: "zoo:smell"'), capsys)
     assert message.startswith("TinyExpert: no weights at") and "smell" in message and "'semantic'" in message

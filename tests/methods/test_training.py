@@ -159,7 +159,10 @@ def test_data_without_images_by_row_cannot_be_cached(tmp_path: Path, data: MakeD
         bare_trainer(tmp_path, steps=1).fit(model, datamodule=Plain())
 
 
-def test_a_run_is_scored_with_captions_probes_and_flat_names(tmp_path: Path, data: MakeData) -> None:
+def test_a_run_is_scored_with_captions_probes_and_flat_names(
+    tmp_path: Path, data: MakeData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("visexpert.metrics.java.has_java", lambda: False)  # METEOR takes long, and has its own test
     model = shake(tiny_tove(caption_images=3))
     mixture = {"dense": 1, "relation": 1, "vsr": 1, "vqa": 1, "pope": 1}
     (scores,) = bare_trainer(tmp_path, steps=1).test(

@@ -190,14 +190,23 @@ class ToVE(Method):
                 f"ToVE: feature_cache is set, but {type(datamodule).__name__} hands out no images by row "
                 "(image_sources); set feature_cache to null to run the encoders live."
             )
-        sources: Mapping[str, ImageSource] = datamodule.image_sources()
+        self.read_features(self._cache, datamodule.image_sources())
+
+    def read_features(self, cache: FeatureCache, sources: Mapping[str, ImageSource]) -> None:
+        """Read frozen tokens of these images from the store from now on, computing them where it lacks them.
+
+        Args:
+            cache: The run's cache.
+            sources: Images by split; batches of other splits run the encoders live.
+        """
+        self._cache = cache
         for split, source in sources.items():
-            self._cache.prepare(
+            cache.prepare(
                 "clip", split, source, fingerprint=self.clip.fingerprint(),
                 encode=lambda images: self.clip(images).tokens_BTD, grid_hw=self.clip.grid_hw, device=self.device,
             )  # fmt: skip
         encoders = {name: self.clip.grid_hw for name in self.hub.attached if self.hub[name].tokens == "features"}
-        self.hub.use_cache(self._cache, sources, resample=encoders)
+        self.hub.use_cache(cache, sources, resample=encoders)
 
     def _adapted(self, images_BCHW: Tensor, batch: Batch) -> dict[str, Tensor]:
         experts = self.hub(images_BCHW, index_B=batch.index_B, split=batch.split)

@@ -106,7 +106,7 @@ _PHONE = (
     r"(?:\([0-9]{2,3}\)[ \u00a0]?|(?:\+\+?)?(?:[0-9]{2,4}[- \u00a0])?[0-9]{2,4}[- \u00a0])"
     r"[0-9]{3,4}[- \u00a0]?[0-9]{3,5}"
 )
-_HOST = r'www\.(?:[^ \t\n"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}|(?:[^ \t\n"`\'<>|.!?(){},\-_$]+\.)+(?:com|net|org|edu)'
+_HOST = r'www\.(?:[^ \t\n"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}|(?:[^ \t\n"`\'<>|.!?(){},-_$]+\.)+(?:com|net|org|edu)'
 _FILE_TYPES = (
     "docx?|html?|jpe?g|java|class|cpp|xml|bat|bmp|cgi|dll|exe|gif|gz|jar|mov|mp3|pdf|php|pl|png|ppt|ps|py|sql|tar|txt"
     "|wav|zip|c|h|x"
@@ -146,7 +146,7 @@ _WITH_APOSTROPHE = "|".join(
         f"Dunkin{_APOSTROPHE}|somethin{_APOSTROPHE}|ol{_APOSTROPHE}",
         f"{_APOSTROPHE}(?:em|till?|cause|[2-9]0s)",
         f"[A-HJ-XZn]{_ANY_APOSTROPHE}[A-Za-z{LETTER}]{{2,}}",
-        f"[oO]{_ANY_APOSTROPHE}[oO]|cap{_APOSTROPHE}n|[cC]{_APOSTROPHE}(?:mon|est)|[eE]{_APOSTROPHE}er|[sS]{_APOSTROPHE}mores",
+        f"[oO]{_ANY_APOSTROPHE}[oO]|cap{_APOSTROPHE}n|[cC]{_APOSTROPHE}(?:mon|est)|[eE]'er|[sS]{_APOSTROPHE}mores",
         f"[A-Za-z{LETTER}]+[aeiouyAEIOUY]{_ANY_APOSTROPHE}[aeiouA-Z][A-Za-z{LETTER}]*",
     )
 )
@@ -157,7 +157,7 @@ RULES: tuple[Rule, ...] = (
     _rule(_W, "(?i:gon|wan)", "(?i:na)"),
     _rule(_W, "(?i:got)", "(?i:ta)"),
     _rule(_W, "(?i:lem|gim)", "(?i:me)"),
-    _rule(_A, f"{_APOSTROPHE}[tT]", "(?i:is|was)", _straight),
+    _rule("'", "'[tT]", "(?i:is|was)"),
     _rule(_W, f"[yY]{_APOSTROPHE}", f"[A-Za-z{LETTER}]"),
     # Mark-up and entities.
     _rule("<", _TAG, emit=_unbroken),

@@ -18,7 +18,7 @@ ZOO_PREFIX = "zoo:"
 
 
 def cache_root(root: str | None = None) -> Path:
-    """Folder of everything that can be computed again: ``root``, else ``$VISEXPERT_CACHE``, else ``~/.cache/visexpert``."""
+    """Folder of what can be computed again: ``root``, else ``$VISEXPERT_CACHE``, else ``~/.cache/visexpert``."""
     return Path(root or os.environ.get("VISEXPERT_CACHE") or "~/.cache/visexpert").expanduser()
 
 

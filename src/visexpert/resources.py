@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -86,3 +87,17 @@ def fill_module(module: nn.Module, state: dict[str, Tensor], *, owner: str, path
     module.load_state_dict(
         {key: value.to(expected[key].dtype) for key, value in state.items()}, strict=True, assign=False
     )
+
+
+def weights_digest(module: nn.Module, *, facts: str) -> str:
+    """Hash of all weights and of ``facts``: the identity of what a frozen encoder computes.
+
+    Args:
+        module: The network, weights loaded.
+        facts: What else its output depends on: input size, layer, normalisation.
+    """
+    digest = hashlib.sha256(facts.encode())
+    for key, value in module.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visexpert.errors import ConfigError
+from visexpert.resources import weights_digest
 from visexpert.types import ExpertTokens
 
 TokenKind = Literal["features", "prediction"]
@@ -72,8 +73,9 @@ class VisionExpert(nn.Module, ABC):
         """Map normalised pixels (B, 3, image_size, image_size) to tokens (B, S, E), row-major."""
 
     def fingerprint(self) -> str:
-        """What the tokens depend on besides the image, for the feature store's provenance."""
-        return f"{type(self).__qualname__}/{self.image_size}/{self.tokens}"
+        """Hash of what the tokens depend on besides the image, weights included: the feature store's provenance."""
+        facts = [type(self).__qualname__, self.image_size, self.tokens, self.mean.tolist(), self.std.tolist()]
+        return weights_digest(self, facts=repr(facts))
 
     def preprocess(self, images_BCHW: Tensor) -> Tensor:
         """Resize (bilinear, antialiased) and normalise images (B, 3, H, W) in [0, 1]."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts.base import TokenKind, VisionExpert
 from visexpert.experts.tiny_networks import NETWORKS, TinyNetwork
-from visexpert.resources import ZOO_PREFIX, fill_module, load_safetensors, resolve_source, zoo_names
+from visexpert.resources import ZOO_PREFIX, fill_module, load_safetensors, resolve_source, weights_digest, zoo_names
 
 HEADER_KEY = "visexpert"
 """Key of the safetensors metadata that holds the architecture as JSON."""
@@ -87,11 +86,7 @@ class TinyExpert(VisionExpert):
     def fingerprint(self) -> str:
         """Hash of weights, input size, normalisation and kind of token."""
         facts = [self.image_size, self.tokens, self.mean.flatten().tolist(), self.std.flatten().tolist()]
-        digest = hashlib.sha256(json.dumps(facts).encode())
-        for key, value in self.network.state_dict().items():
-            digest.update(key.encode())
-            digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return weights_digest(self.network, facts=json.dumps(facts))
 
 
 def weights_path(source: str | Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from visexpert.errors import ConfigError, WeightsError
-from visexpert.resources import fill_module, load_safetensors, resolve_source
+from visexpert.resources import fill_module, load_safetensors, resolve_source, weights_digest
 from visexpert.types import VisionTokens
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -104,11 +103,7 @@ class ClipEncoder(nn.Module):
         config = self.config
         facts = [self.layer, self.image_size, config.num_attention_heads, config.hidden_act, config.layer_norm_eps]
         facts += [self.mean.flatten().tolist(), self.std.flatten().tolist()]
-        digest = hashlib.sha256(json.dumps(facts).encode())
-        for key, value in self.model.state_dict().items():
-            digest.update(key.encode())
-            digest.update(value.detach().cpu().float().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return weights_digest(self.model, facts=json.dumps(facts))
 
     def preprocess(self, images_BCHW: Tensor) -> Tensor:
         """Resize (bicubic, antialiased, as CLIP's processor) and normalise images (B, 3, H, W) in [0, 1]."""

@@ -32,6 +32,7 @@ GROUNDED = {
     "CLIP + semantic + depth": "semantic-depth",
     ALL: None,
     "all, no balance loss": "no-balance",
+    "all, noisy gate": "noisy-gate",
     "all, uniform average": "uniform",
     "all, replacement": "replacement",
     "all, top-1 gate": "top1",

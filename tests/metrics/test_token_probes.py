@@ -63,3 +63,13 @@ def test_images_past_the_limit_are_ignored() -> None:
 
 def test_nothing_seen_gives_nothing() -> None:
     assert TokenProbes().compute() == {}
+
+
+def test_scores_that_too_few_tokens_stand_for_are_left_out() -> None:
+    targets = scenes(8)
+    for name in CLASSES:
+        targets[f"{name}_BHW"] = torch.full((8, 16, 16), -1)
+        targets[f"{name}_BHW"][:, :4, :4] = 1  # eight tokens on objects
+    probes = TokenProbes()
+    probes.update(torch.randn(8, 16, 3), (4, 4), targets)
+    assert set(probes.compute()) == {"depth", "normals"}

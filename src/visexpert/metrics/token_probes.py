@@ -13,6 +13,9 @@ from visexpert.metrics.probes import ridge_accuracy, ridge_r2
 OBJECT_SHARE = 0.5
 """A token counts as an object's where this share of its pixels is one object's or more."""
 
+FEWEST_TOKENS = 20
+"""A probe is fitted and scored on this many tokens at least; with fewer its score says nothing and is left out."""
+
 CLASS_TARGETS = ("colour", "shape", "size", "material")
 
 
@@ -48,23 +51,27 @@ class TokenProbes:
         self._targets.append(cell_targets({name: t[:keep] for name, t in targets.items()}, grid_hw))
 
     def compute(self) -> dict[str, float]:
-        """Scores by name; empty before four images were seen."""
+        """Scores by name, without those that too few tokens stand for; empty before four images were seen."""
         if self._images < 4:
             return {}
         tokens_BTD = torch.cat(self._tokens)
         targets = {name: torch.cat([part[name] for part in self._targets]).flatten(0, 1) for name in self._targets[0]}
         image_N = torch.arange(self._images).repeat_interleave(tokens_BTD.shape[1])
         first_N, features_NE = image_N < self._images // 2, tokens_BTD.flatten(0, 1)
-        object_N = targets["object"]
-        scores = {
-            "depth": _r2(features_NE, targets["depth"], first_N, torch.ones_like(first_N)),
-            "normals": _r2(features_NE, targets["normals"], first_N, torch.ones_like(first_N)),
-            "object_depth": _r2(features_NE, targets["depth"], first_N, object_N),
-        }
+        everywhere_N, object_N = torch.ones_like(first_N), targets["object"]
+        scores: dict[str, float] = {}
+        for name, target, where_N in (
+            ("depth", "depth", everywhere_N),
+            ("normals", "normals", everywhere_N),
+            ("object_depth", "depth", object_N),
+        ):
+            fit_N, evaluate_N = first_N & where_N, ~first_N & where_N
+            if _enough(fit_N, evaluate_N):
+                scores[name] = ridge_r2(features_NE, targets[target], fit_N=fit_N, evaluate_N=evaluate_N)
+        fit_N, evaluate_N = first_N & object_N, ~first_N & object_N
         for name in CLASS_TARGETS:
-            fit, evaluate = first_N & object_N, ~first_N & object_N
-            if bool(fit.any()) and bool(evaluate.any()):
-                scores[name] = ridge_accuracy(features_NE, targets[name], fit_N=fit, evaluate_N=evaluate)
+            if _enough(fit_N, evaluate_N):
+                scores[name] = ridge_accuracy(features_NE, targets[name], fit_N=fit_N, evaluate_N=evaluate_N)
         return scores
 
 
@@ -92,5 +99,6 @@ def _pooled(maps_BCHW: Tensor, grid_hw: tuple[int, int]) -> Tensor:
     return F.adaptive_avg_pool2d(maps_BCHW, grid_hw).flatten(2).transpose(1, 2).cpu()
 
 
-def _r2(features_NE: Tensor, targets_NM: Tensor, first_N: Tensor, where_N: Tensor) -> float:
-    return ridge_r2(features_NE, targets_NM, fit_N=first_N & where_N, evaluate_N=~first_N & where_N)
+def _enough(fit_N: Tensor, evaluate_N: Tensor) -> bool:
+    """Whether both halves have tokens enough."""
+    return min(int(fit_N.sum()), int(evaluate_N.sum())) >= FEWEST_TOKENS

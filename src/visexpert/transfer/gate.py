@@ -48,7 +48,7 @@ class TokenGate(nn.Module):
         num_experts: int,
         kind: GateKind = "token",
         hidden_dim: int | None = None,
-        noise: NoiseKind = "fixed",
+        noise: NoiseKind = "none",
         noise_std: float = 0.5,
         top_k: int | None = None,
     ) -> None:

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 
+from visexpert import training
 from visexpert.cli import main
 from visexpert.report import read_metrics
 from visexpert.training import explain
+from visexpert.types import Batch
 
 SMOKE = Path(__file__).parents[1] / "configs" / "tove" / "smoke.yaml"
 
@@ -63,6 +66,31 @@ def test_the_checkpoint_is_plain_and_holds_no_frozen_part(run: Path) -> None:
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 8
     assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"projector", "adapters", "gate", "language"}
+
+
+class Interrupt(Callback):
+    """Stops the run in mid-epoch, as Ctrl-C does."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        if trainer.global_step == 6:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_continues_to_the_same_weights(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run.parent / "interrupted"
+    fit = ["fit", "--config", str(SMOKE), "--run", str(folder), "--test_after_fit", "false"]
+    callbacks = training.default_callbacks
+    monkeypatch.setattr(training, "default_callbacks", lambda: [*callbacks(), Interrupt()])
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        main(fit)
+    monkeypatch.setattr(training, "default_callbacks", callbacks)
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+    main([*fit, "--ckpt_path", "last"])
+    whole, continued = (
+        torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for path in (run, folder)
+    )
+    assert whole.keys() == continued.keys()
+    assert all(torch.equal(whole[key], continued[key]) for key in whole)
 
 
 def test_scoring_the_run_again_gives_its_scores(run: Path) -> None:

@@ -24,9 +24,6 @@ class NoisyExpert(VisionExpert):
     def load_weights(self) -> None:
         self.loads += 1
 
-    def fingerprint(self) -> str:
-        return f"noisy-{self.patches.weight.sum().item()}"
-
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
         self.calls += 1
         map_BEHW: Tensor = self.dropout(self.norm(self.patches(pixels_BCHW)))

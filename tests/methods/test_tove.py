@@ -230,3 +230,11 @@ def test_a_checkpoint_holds_what_trains_and_loads_strictly(tmp_path: Path, data:
         other.on_load_checkpoint({**checkpoint, "state_dict": partial})
         with pytest.raises(RuntimeError, match=next(iter(damage), "adapters.edges.extra")):
             other.load_state_dict(partial, strict=True)
+
+
+def test_the_gate_has_its_own_rate() -> None:
+    groups = {group.name: group for group in tiny_tove(lr=0.3, gate_lr=0.1).trained_groups()}
+    assert (groups["fusion"].lr, groups["gate"].lr) == (0.3, 0.1)
+    model = tiny_tove(lr=0.3)
+    groups = {group.name: group for group in model.trained_groups()}
+    assert groups["gate"].lr == 0.3 and groups["gate"].modules == (model.gate,)

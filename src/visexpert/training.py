@@ -83,7 +83,7 @@ class VisexpertCLI(LightningCLI):
             and type(self.model).test_step is not L.LightningModule.test_step
         )
         if self._value("test_after_fit") and has_test and not self.trainer.interrupted:
-            self.trainer.test(self.model, datamodule=self.datamodule)
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)  # RunFolder prints the table
 
     def _value(self, key: str) -> Any:
         config = self.config.get(self.subcommand) if self.subcommand else self.config
@@ -196,7 +196,11 @@ def complete_from_run(arguments: list[str]) -> list[str]:
     checkpoint = _option(arguments, "--ckpt_path")
     if checkpoint is not None and not _is_checkpoint(checkpoint):
         raise ConfigError(f"There is no checkpoint '{checkpoint}'; give a .ckpt file, or 'last' to continue a run.")
-    if not arguments or arguments[0] not in SCORING or _option(arguments, "--config") or _option(arguments, "-c"):
+    if not arguments or arguments[0] not in SCORING:
+        return arguments
+    if arguments[0] != "predict" and _option(arguments, "--verbose") is None:
+        arguments = [*arguments, "--verbose", "false"]  # Lightning's own table beside RunFolder's
+    if _option(arguments, "--config") or _option(arguments, "-c"):
         return arguments
     run = _option(arguments, "--run")
     if run is None:

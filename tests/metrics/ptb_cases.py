@@ -21,7 +21,8 @@ EDGE_CASES = (
     "It's a dog's life; they're dogs' tails, isn't it? DON'T",
     "don't can't won't shan't ain't cannot Cannot gonna wanna gotta gimme lemme 'tis 'twas",
     "y'all ma'am o'clock O'Brien rock'n'roll rock 'n' roll fish 'n chips 'em 'til ol' cap'n l'eau d'Arc",
-    "He said \"hi\", 'hello' ``there'' \u201ccurly\u201d \u2018single\u2019 \u00abguillemets\u00bb don\u2019t it\u2019s",
+    "He said \"hi\", 'hello' ``there'' \u201ccurly\u201d \u2018single\u2019 "
+    "\u00abguillemets\u00bb don\u2019t it\u2019s",
     "Mr. Smith and Mrs. Jones of St. Louis, U.S., met Dr. No at 5 p.m. on Jan. 5.",
     "a Ph.D. from the U.S.A. (i.e., a Dr.) vs. J. K. Rowling, Inc. or Co. Ltd. etc.",
     "vitamin b. The dog. plan B. Then it ran. I saw J. Then. he left",
@@ -30,7 +31,8 @@ EDGE_CASES = (
     "\u00a35 \u20ac6 \u00a57 8\u00a2 \u00bd cup 1\u00bd \u00bc 25\u00b0 m\u00b2 \u00ae \u2122 5\u00d77",
     "call 555-1234 or (555) 555-1234 or 1-800-555-5555 on 12/25/2010 or 2010-11-12",
     "black-and-white T-shirt, 2-year-old, e-mail, mid-air, two-year- old, well -known, dog--cat dog -- cat - bird",
-    "caf\u00e9 na\u00efve Z\u00fcrich se\u00f1or \u65e5\u672c \u043f\u0440\u0438\u0432\u0435\u0442 \u03b1\u03b2\u03b3 e\u0301",
+    "caf\u00e9 na\u00efve Z\u00fcrich se\u00f1or \u65e5\u672c "
+    "\u043f\u0440\u0438\u0432\u0435\u0442 \u03b1\u03b2\u03b3 e\u0301",
     "smile \U0001f600 dog\U0001f436cat \u2600 \u2764\ufe0f zero\u200bwidth soft\u00adhyphen \u00a0nbsp",
     "dog \u2013 cat \u2014 bird\u2014fish \u2015 a\u2010b \u2212 5",
     "(red) [blue] {green} <b>bold</b> <br /> a<b ( ) -LRB- :) :-( ;) :D :P <3 ^_^ (:",
@@ -40,24 +42,59 @@ EDGE_CASES = (
     "* ** a*b + = ~ ^ | \\ _ __ a_b a=b a+b 5+5 % & @ # $ ! ? ?! !!! ???",
 )
 
-_SUBJECTS = """
-    A man|Two dogs|the woman's dog|The dogs' owners|St. Bernard dogs|Mr. Smith|Dr. Jones, Jr.,|a 3-year-old boy|An
-    8-week-old kitten|The U.S. Army|a TV|the "big" cat|a 'small' cat|O'Neil|a black-and-white cow|1,000 people|5 girls|A
-    half-eaten (red) apple|J.P. Morgan|Someone|The man/woman|AT&T employees|the #1 player|caf\u00e9 guests|a T-shirt-clad
-    man|They|James's bike|the 1990's car|an x-ray|50% of cows|Ms. Lee|A.J.|A bearded man's
-""".replace("\n    ", " ").strip().split("|")
-_VERBS = """
+_SUBJECTS = (
+    """
+    A man|Two dogs|the woman's dog|The dogs' owners|St. Bernard dogs|Mr. Smith|Dr. Jones, Jr.,|a 3-year-old
+    boy|An 8-week-old kitten|The U.S. Army|a TV|the "big" cat|a 'small' cat|O'Neil|a black-and-white cow|1,000
+    people|5 girls|A half-eaten (red) apple|J.P. Morgan|Someone|The man/woman|AT&T employees|the #1
+    player|caf\u00e9 guests|a T-shirt-clad man|They|James's bike|the 1990's car|an x-ray|50% of cows|Ms.
+    Lee|A.J.|A bearded man's
+""".replace("\n    ", " ")
+    .strip()
+    .split("|")
+)
+_VERBS = (
+    """
     sits|isn't sitting|is standing|can't stand|cannot see|don't eat|they're eating|won't look|'s looking|is
-    "playing"|plays frisbee|rides -- slowly --|gonna jump|wanna play|is half-asleep|(maybe) runs|runs/walks|gotta
-    go|doesn't care|is rock'n'rolling|ain't moving|\u2014 it\u2019s late \u2014 sleeps|has $5|ate 1/2 of it|should've won
-""".replace("\n    ", " ").strip().split("|")
-_PLACES = """
-    on a bench|in St. Louis, Mo.|at 5:30 p.m.|near 5th Ave. and Main St.|on the U.S. coast|at No. 5|in the 1980s|by the
-    'Stop' sign|under a 10' x 12' tent|on http://www.flickr.com/photos/1|with a 4x4|for $3.50|in Washington, D.C.|next
-    to a red/blue bus|at an angle of 45\u00b0|off-road|on a sunny day :)|with friends & family|in Paris, Fr. The
-    end|between 10 and 12|in 'the' \u201ccity\u201d|on top of it...|vs. another|on page fig. 2|in the back-yard|of pic1.jpg
-""".replace("\n    ", " ").strip().split("|")
-_ENDS = (".", "", " .", "!", "...", "?", "!!", " ", ". ", ".\"", "\".", ")", ";", ", etc.", " -", "\u2026", ".)", "?!", "'")
+    "playing"|plays frisbee|rides -- slowly --|gonna jump|wanna play|is half-asleep|(maybe)
+    runs|runs/walks|gotta go|doesn't care|is rock'n'rolling|ain't moving|\u2014 it\u2019s late \u2014 sleeps|has
+    $5|ate 1/2 of it|should've won
+""".replace("\n    ", " ")
+    .strip()
+    .split("|")
+)
+_PLACES = (
+    """
+    on a bench|in St. Louis, Mo.|at 5:30 p.m.|near 5th Ave. and Main St.|on the U.S. coast|at No. 5|in the
+    1980s|by the 'Stop' sign|under a 10' x 12' tent|on http://www.flickr.com/photos/1|with a 4x4|for $3.50|in
+    Washington, D.C.|next to a red/blue bus|at an angle of 45\u00b0|off-road|on a sunny day :)|with friends &
+    family|in Paris, Fr. The end|between 10 and 12|in 'the' \u201ccity\u201d|on top of it...|vs. another|on page
+    fig. 2|in the back-yard|of pic1.jpg
+""".replace("\n    ", " ")
+    .strip()
+    .split("|")
+)
+_ENDS = (
+    ".",
+    "",
+    " .",
+    "!",
+    "...",
+    "?",
+    "!!",
+    " ",
+    ". ",
+    '."',
+    '".',
+    ")",
+    ";",
+    ", etc.",
+    " -",
+    "\u2026",
+    ".)",
+    "?!",
+    "'",
+)
 _JOINS = (" ", ", ", " and ", "; ", ". ", " - ", " -- ", "... ", ": ", "/", "  ", ", but ", " & ", "-")
 
 

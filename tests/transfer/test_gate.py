@@ -103,7 +103,7 @@ def test_noise_in_training_only(noise: NoiseKind) -> None:
 
 def test_fixed_noise_has_the_width_that_was_asked_for() -> None:
     """log(g_j / g_k) is the difference of two noisy logits; its variance is twice that of the noise."""
-    gate = TokenGate(dim=8, num_experts=2, noise_std=0.7).train()
+    gate = TokenGate(dim=8, num_experts=2, noise="fixed", noise_std=0.7).train()
     gates_BTK = gate(torch.zeros(1, 20_000, 8), torch.ones(2, dtype=torch.bool)).gates_BTK
     spread = (gates_BTK[..., 0].log() - gates_BTK[..., 1].log()).std().item()
     assert spread == pytest.approx(0.7 * 2**0.5, rel=0.03)
@@ -143,7 +143,7 @@ def test_smooth_load_counts_the_winners_when_noise_vanishes() -> None:
 
 def test_the_only_expert_wins_every_token() -> None:
     only = torch.tensor([False, False, True, False])
-    output = gate_with_wide_logits().train()(clip_tokens(), only)
+    output = gate_with_wide_logits(noise="fixed").train()(clip_tokens(), only)
     assert output.load_K is not None and output.load_K.tolist() == [0.0, 0.0, 12.0, 0.0]
     assert torch.equal(output.gates_BTK, only.float().expand(2, 6, 4))
 
@@ -158,7 +158,7 @@ def test_no_expert_is_refused() -> None:
     [
         ({"kind": "hard"}, "kind='hard' is unknown; use 'token' or 'uniform'"),
         ({"noise": "pink"}, "noise='pink' is unknown"),
-        ({"noise_std": 0.0}, "noise_std=0.0 must be above 0; use noise: none"),
+        ({"noise": "fixed", "noise_std": 0.0}, "noise_std=0.0 must be above 0; use noise: none"),
         ({"top_k": 0}, r"top_k=0 is outside 1..4"),
         ({"top_k": 5}, r"top_k=5 is outside 1..4"),
     ],

@@ -103,12 +103,9 @@ class CaptionScores(RecordMetric):
 def tokenize(texts: Sequence[str], *, use_java: bool = False) -> list[str]:
     """Tokenise captions as pycocoevalcap does: PTB tokens in lower case, joined by spaces, punctuation removed.
 
-    Line breaks of all kinds count as spaces (pycocoevalcap replaces ``\\n`` only and loses its place at the others).
-
     Args:
         texts: Captions.
         use_java: Take the official tokenizer.
     """
-    lines = [" ".join(text.splitlines()) for text in texts]
-    tokens = java.tokenize_with_java(lines) if use_java else [" ".join(ptb.tokenize(line)) for line in lines]
-    return [" ".join(word for word in line.rstrip().split(" ") if word not in ptb.PUNCTUATION) for line in tokens]
+    tokens = java.tokenize_with_java(texts) if use_java else [ptb.tokenize(text) for text in texts]
+    return [" ".join(words) for words in tokens]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visexpert.errors import ConfigError, WeightsError
+from visexpert.metrics.ptb import PUNCTUATION, one_line
 
 References = dict[int, list[str]]
 """Tokenised texts by image, as pycocoevalcap wants them."""
@@ -35,14 +36,18 @@ def require_java(purpose: str) -> str:
     return java
 
 
-def tokenize_with_java(lines: Sequence[str]) -> list[str]:
-    """Tokenise texts with the Stanford tokenizer that pycocoevalcap ships, options as there.
+def tokenize_with_java(texts: Sequence[str]) -> list[list[str]]:
+    """Tokenise captions with the Stanford tokenizer that pycocoevalcap ships, with the options that it uses.
+
+    Three things differ from pycocoevalcap's own call: the encoding is UTF-8 whatever the locale; line breaks of all
+    kinds count as spaces; and a line between any two captions keeps the lexer, which looks past a line's end, from
+    letting one caption change the tokens of the one before ("vitamin b." before a caption that starts with "The").
 
     Args:
-        lines: Texts without line breaks.
+        texts: Captions.
 
     Returns:
-        The tokens of each text, joined by spaces; punctuation is still there.
+        The tokens of each caption, in lower case, without punctuation.
 
     Raises:
         ConfigError: There is no Java, or the tokenizer failed.
@@ -53,15 +58,15 @@ def tokenize_with_java(lines: Sequence[str]) -> list[str]:
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "captions.txt"
-        file.write_text("\n".join(lines), encoding="utf-8", newline="\n")
-        # pycocoevalcap leaves the encoding to the locale; under LANG=C it would lose every accent.
+        file.write_text("".join(f"{one_line(text)}\n{_NEUTRAL}\n" for text in texts), encoding="utf-8", newline="\n")
         command = [java, "-Dfile.encoding=UTF-8", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
         done = subprocess.run([*command, "-preserveLines", "-lowerCase", str(file)], capture_output=True, check=False)
-    tokens = done.stdout.decode("utf-8").split("\n")
-    if done.returncode or len(tokens) < len(lines):
-        reason = done.stderr.decode("utf-8", "replace").strip()
-        raise ConfigError(f"the Java PTB tokenizer failed ({java}): {reason or 'no message'}; use tokenizer: python")
-    return tokens[: len(lines)]
+    lines = done.stdout.decode("utf-8").split("\n")
+    if done.returncode or lines[1 : 2 * len(texts) : 2] != [_NEUTRAL] * len(texts):
+        reason = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        raise ConfigError(f"the Java PTB tokenizer failed ({java}: {reason or 'no message'}): use tokenizer: python")
+    # Tokens may contain no-break spaces, so split at spaces alone.
+    return [[token for token in line.split(" ") if token and token not in PUNCTUATION] for line in lines[:-1:2]]
 
 
 def meteor_score(references: References, predictions: References) -> float:
@@ -117,3 +122,6 @@ def spice_score(references: References, predictions: References) -> float:
     except (OSError, subprocess.CalledProcessError) as error:
         raise ConfigError(f"SPICE failed ({error}); it was made for Java 8, try that or leave SPICE out") from error
     return float(score)
+
+
+_NEUTRAL = "x"  # a line that no rule of the lexer looks ahead for

@@ -21,7 +21,7 @@ def tokenize(text: str) -> list[str]:
     the longest match wins, counting the text that a rule only looks ahead at; of equally long ones, the first.
     Characters that no rule knows (emoji, most control characters) separate tokens and disappear.
 
-    Known differences: letters that entered Unicode after 6.0 are letters here and deleted there.
+    Known differences: letters and digits that entered Unicode after 6.0 are kept here and deleted there.
 
     Args:
         text: A caption; line breaks count as spaces.
@@ -50,7 +50,8 @@ def one_line(text: str) -> str:
 
 def _next_token(seen: str, place: int) -> tuple[Callable[[str], str], int]:
     """Return what to do with the token at ``place``, and the place after it."""
-    longest, emit, end = place, drop, place + 1
+    emit: Callable[[str], str] = drop
+    longest, end = place, place + 1
     for rule in _rules_for(seen[place]):
         found = rule.pattern.match(seen, place)
         if found and found.end() > longest:

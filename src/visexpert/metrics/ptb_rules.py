@@ -52,15 +52,19 @@ def _bracketed(token: str) -> str:
 
 
 def _straight(token: str) -> str:
-    return re.sub(_APOSTROPHE, "'", token)
+    return re.sub("[\u0092\u2019]|&apos;", "'", token)
+
+
+def _plain_ampersand(token: str) -> str:
+    return re.sub("&amp;", "&", token, flags=re.IGNORECASE)
 
 
 # --- classes of characters -------------------------------------------------------------------------------------------
-_LETTER = rf"(?:[A-Za-z{LETTER}{MARK}\u00ad]|&[aeiouAEIOU](?:acute|grave|uml);)"
+_LETTER = rf"(?:[A-Za-z{LETTER}{MARK}\u00ad]|&[aeiouAEIOU](?i:acute|grave|uml);)"
 _DIGIT = f"[0-9{DIGIT}]"
 _ALNUM = f"[A-Za-z{LETTER}0-9{DIGIT}]"
-_APOSTROPHE = "(?:['\u0092\u2019]|&apos;)"
-_ANY_APOSTROPHE = "(?:['`\u0091\u0092\u2018\u2019\u201b]|&apos;)"
+_APOSTROPHE = "(?:['\u0092\u2019]|(?i:&apos;))"
+_ANY_APOSTROPHE = "(?:['`\u0091\u0092\u2018\u2019\u201b]|(?i:&apos;))"
 _HYPHEN = "[-_\u058a\u2010\u2011]"
 _URL = r'[^ \t\n"<>|()]'
 _URL_END = r'[^ \t\n"<>|.!?(){},\-]'
@@ -91,9 +95,11 @@ _STRAIGHT_QUOTES = {
 _WORD = f"{_LETTER}(?:{_LETTER}|{_DIGIT})*(?:[.!?]{_LETTER}(?:{_LETTER}|{_DIGIT})*)*"
 _ELIDED = f"(?:[dDoOlL]{_ANY_APOSTROPHE}{_ALNUM})?{_ALNUM}+"
 _HYPHENATED = f"{_ELIDED}(?:{_HYPHEN}{_ELIDED})*"
-_ACRONYM = r"(?:(?:Canada|Sino|Korean|EU|Japan|non)-U\.S|U\.S\.-(?:U\.K|U\.S\.S\.R)|[A-Za-z](?:\.[A-Za-z])+)"
-_DASHED = rf"[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:{_ACRONYM}\.|[A-Za-z0-9\u00ad]+))+"
-_SUFFIX = f"{_APOSTROPHE}(?:[msdMSD]|re|ve|ll|RE|VE|LL)"
+_LETTERS_AND_STOPS = r"[A-Za-z](?:\.[A-Za-z])+"
+_ACRONYM = rf"(?:(?i:(?:Canada|Sino|Korean|EU|Japan|non)-U\.S|U\.S\.-(?:U\.K|U\.S\.S\.R))|{_LETTERS_AND_STOPS})"
+_INITIALS = "[A-Z]+(?:(?:(?i:&amp;)|[+&])[A-Z]+)+"
+_DASHED = rf"[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:{_LETTERS_AND_STOPS}\.|[A-Za-z0-9\u00ad]+))+"
+_SUFFIX = f"{_APOSTROPHE}(?i:[msd]|re|ve|ll)"
 _NOT = f"[nN]{_APOSTROPHE}[tT]"
 _NUMBER = rf"(?:{_DIGIT}*(?:[.:,\u00ad\u066b\u066c]{_DIGIT}+)+|{_DIGIT}+)"
 _FRACTION = rf"(?:{_DIGIT}{{1,4}}[- \u00a0])?{_DIGIT}{{1,4}}(?:\\?/|\u2044){_DIGIT}{{1,4}}"
@@ -106,7 +112,8 @@ _PHONE = (
     r"(?:\([0-9]{2,3}\)[ \u00a0]?|(?:\+\+?)?(?:[0-9]{2,4}[- \u00a0])?[0-9]{2,4}[- \u00a0])"
     r"[0-9]{3,4}[- \u00a0]?[0-9]{3,5}"
 )
-_HOST = r'www\.(?:[^ \t\n"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}|(?:[^ \t\n"`\'<>|.!?(){},-_$]+\.)+(?:com|net|org|edu)'
+_HOST = r'(?i:www)\.(?:[^ \t\n"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}|(?:[^ \t\n"`\'<>|.!?(){},-_$]+\.)+(?i:com|net|org|edu)'
+_HOST_START = "[^ \t\n\"'`<>|.!?(){}]"
 _FILE_TYPES = (
     "docx?|html?|jpe?g|java|class|cpp|xml|bat|bmp|cgi|dll|exe|gif|gz|jar|mov|mp3|pdf|php|pl|png|ppt|ps|py|sql|tar|txt"
     "|wav|zip|c|h|x"
@@ -124,9 +131,9 @@ _ENDINGS = """
     sep sept seq sq sr sys tel tenn thu thurs tue tues univ va vt wed wis wisc wyo
 """.split()
 _ENDINGS_NOT_LOWER = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash".split()
-_TITLE = rf"(?:(?i:ph\.d|ed\.d|{'|'.join(_TITLES)})|[mM](?:fg|tg)|[A-Za-z])\."
+_TITLE = rf"(?:(?i:{'|'.join(_TITLES)})|[mM](?:fg|tg)|[A-Za-z])\."
 _ENDING = (
-    rf"(?:(?i:{'|'.join(_ENDINGS)})|[pP](?:pte|pty|tes?|tys?)"
+    rf"(?:(?i:ph\.d|ed\.d|{'|'.join(_ENDINGS)})|[pP](?:pte|pty|tes?|tys?)"
     rf"|{'|'.join(f'{word}|{word.upper()}' for word in _ENDINGS_NOT_LOWER)})\."
 )
 _BEFORE_NUMBER = r"(?i:art|ca|figs?|nos?|op|pp|prop)\."
@@ -136,17 +143,17 @@ _OPENERS = """
     A About After An As At But He Her Here If In It Last Many More Now Once One Other Our She Since So Some Such That
     The Then There These They This We What When While Yet You
 """.split()
-_OPENER = f"(?:{'|'.join(f'{word}|{word.upper()}' for word in _OPENERS)})"
+_OPENER = rf"(?:{'|'.join(f'{word}|{word.upper()}' for word in _OPENERS)}|M[rRsS]\.|{_TAG})"
 
 # --- words with an apostrophe that stay whole ------------------------------------------------------------------------
 _WITH_APOSTROPHE = "|".join(
     (
         f"{_APOSTROPHE}[nN]{_APOSTROPHE}?",
         f"[lLdDjJ]{_APOSTROPHE}",
-        f"Dunkin{_APOSTROPHE}|somethin{_APOSTROPHE}|ol{_APOSTROPHE}",
-        f"{_APOSTROPHE}(?:em|till?|cause|[2-9]0s)",
+        f"(?i:dunkin|somethin|ol){_APOSTROPHE}",
+        f"{_APOSTROPHE}(?i:em|till?|cause|[2-9]0s)",
         f"[A-HJ-XZn]{_ANY_APOSTROPHE}[A-Za-z{LETTER}]{{2,}}",
-        f"[oO]{_ANY_APOSTROPHE}[oO]|cap{_APOSTROPHE}n|[cC]{_APOSTROPHE}(?:mon|est)|[eE]'er|[sS]{_APOSTROPHE}mores",
+        f"[oO]{_ANY_APOSTROPHE}[oO]|(?i:cap){_APOSTROPHE}[nN]|[cC]'(?i:mon)|[cC]{_APOSTROPHE}(?i:est)|[eE]'[eE][rR]|[sS]'(?i:mores)",
         f"[A-Za-z{LETTER}]+[aeiouyAEIOUY]{_ANY_APOSTROPHE}[aeiouA-Z][A-Za-z{LETTER}]*",
     )
 )
@@ -158,23 +165,26 @@ RULES: tuple[Rule, ...] = (
     _rule(_W, "(?i:got)", "(?i:ta)"),
     _rule(_W, "(?i:lem|gim)", "(?i:me)"),
     _rule("'", "'[tT]", "(?i:is|was)"),
-    _rule(_W, f"[yY]{_APOSTROPHE}", f"[A-Za-z{LETTER}]"),
     # Mark-up and entities.
     _rule("<", _TAG, emit=_unbroken),
-    _rule("&", "&(?:MD|mdash|ndash);", emit="--"),
+    _rule("&", "&(?i:MD|mdash|ndash);", emit="--"),
     _rule("&", "&(?i:amp);", emit="&"),
-    _rule("&", "&(?:HT|TL|UR|LR|QC|QL|QR|odq|cdq|#[0-9]+);"),
-    _rule("&", "&nbsp;", emit=""),
-    _rule("&", "&lt;", emit="<"),
-    _rule("&", "&gt;", emit=">"),
+    _rule("&", "&(?i:HT|TL|UR|LR|QC|QL|QR|odq|cdq|#[0-9]+);"),
+    _rule("&", "(?i:&nbsp;)", emit=""),
+    _rule("&", "(?i:&lt;)", emit="<"),
+    _rule("&", "(?i:&gt;)", emit=">"),
     # Words.
     _rule(_W, _WORD, _SUFFIX, _without_soft_hyphens),
+    _rule(_W, f"[yY]{_APOSTROPHE}", f"[A-Za-z{LETTER}]"),
     _rule(_W, _WORD, emit=_without_soft_hyphens),
     _rule(_W, "[A-Za-z]*[A-MO-Za-mo-z]", _NOT),
     _rule(f"{_W}|{_A}", _WITH_APOSTROPHE),
-    _rule(_W, f"https?://{_URL}+{_URL_END}"),
-    _rule(r"[^ \t\n]", f"(?:{_HOST})(?:/{_URL}+{_URL_END})?"),
-    _rule("[<&]|[a-zA-Z0-9]", rf"(?:&lt;|<)?[a-zA-Z0-9][^ \t\n\"<>|()\u00a0{{}}]*@(?:{_MAIL}+\.)*{_MAIL}+(?:&gt;|>)?"),
+    _rule(_W, f"(?i:https?)://{_URL}+{_URL_END}"),
+    _rule(_HOST_START, f"(?:{_HOST})/{_URL}+{_URL_END}"),
+    _rule(_HOST_START, _HOST),
+    _rule(
+        "[<&]|[a-zA-Z0-9]", rf"(?i:&lt;|<)?[a-zA-Z0-9][^ \t\n\"<>|()\u00a0{{}}]*@(?:{_MAIL}+\.)*{_MAIL}+(?i:&gt;|>)?"
+    ),
     _rule("@", "@[A-Za-z_][A-Za-z_0-9]*"),
     _rule("#", f"#{_LETTER}+"),
     _rule(_A, _SUFFIX, "[^A-Za-z]", _straight),
@@ -190,12 +200,13 @@ RULES: tuple[Rule, ...] = (
         _rule(sign, sign, emit=text)
         for sign, text in zip("\u00bc\u00bd\u00be\u2153\u2154", ("1/4", "1/2", "3/4", "1/3", "2/3"), strict=True)
     ),
-    _rule("[-a-zA-Z]", r"-(?i:[lr][rcs]b)-|(?i:pro|anti)-|S&P-500|S&Ls|C\.D\.s"),
+    _rule("[-a-zA-Z]", r"-(?i:[lr][rcs]b)-|(?i:pro-|anti-|S&P-500|S&Ls|C\.D\.s)"),
     _rule(_A, f"{_APOSTROPHE}{_DIGIT}{{2}}", r"\s"),
     # Compounds.
     _rule(_W, _HYPHENATED),
     _rule(_W, rf"{_HYPHENATED}\.", "[,;:\u3001]"),
-    _rule("[A-Z]", "[A-Z]+(?:(?:[+&]|&amp;)[A-Z]+)+", emit=lambda token: token.replace("&amp;", "&")),
+    _rule("[A-Z]", _INITIALS, emit=_plain_ampersand),
+    _rule("[A-Z]", rf"{_INITIALS}\.", "[,;:\u3001]", _plain_ampersand),
     _rule("[A-Za-z0-9]", r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:\\?/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}"),
     _rule("[A-Z$#]", r"[A-Z]*\$|#+"),
     _rule("\u00a2", "\u00a2", emit="cents"),
@@ -207,11 +218,11 @@ RULES: tuple[Rule, ...] = (
     _rule("[A-Za-z]", _TITLE),
     _rule("[A-Za-z]", _BEFORE_NUMBER, f"[ \u00a0]?{_DIGIT}"),
     _rule("[A-Za-z]", rf"{_ACRONYM}\."),
-    _rule("[A-Za-z]", _ACRONYM),
+    _rule("[A-Za-z]", _ACRONYM, r"\s"),
     _rule(r"[0-9(+]", _PHONE, emit=_unbroken),
     _rule(r"[0-9+]", r"(?:(?:\+\+?)?[0-9]{2,4}\.)?[0-9]{2,4}\.[0-9]{3,4}\.[0-9]{3,5}"),
     _rule(_W, rf"{_WORD}\.", "[,;:\u3001]", _without_soft_hyphens),
-    _rule(_W, rf"(?:{_LETTER}|{_DIGIT})+(?:\.(?:{_LETTER}|{_DIGIT})+)*\.(?:{_FILE_TYPES})", r"[\s.?!,]"),
+    _rule(_W, rf"(?:{_LETTER}|{_DIGIT})+(?:\.(?:{_LETTER}|{_DIGIT})+)*\.(?i:{_FILE_TYPES})", r"[\s.?!,]"),
     _rule("[A-Za-z0-9]", _DASHED, emit=_without_soft_hyphens),
     _rule("[A-Za-z0-9]", rf"{_DASHED}\.", "[,;:\u3001]", _without_soft_hyphens),
     # Faces.
@@ -233,7 +244,8 @@ RULES: tuple[Rule, ...] = (
     _rule("_", "_+"),
     _rule("@", "@+"),
     _rule(r"[*\\]", r"(?:\\\*){1,3}|\*+"),
-    _rule("['`\"&]", "&quot;|''|``|&apos;|['`\"]", emit="'"),
+    _rule("['`\"]", "''|``|['`\"]", emit="'"),
+    _rule("&", "(?i:&quot;|&apos;)", emit=lambda token: "'" if token.islower() else token),
     _rule(_CURLY, f"{_CURLY}{{1,2}}", emit=lambda token: "".join(_STRAIGHT_QUOTES[sign] for sign in token)),
     _rule(_S, rf"[%&+=~^|\\/{SYMBOL}\u2044\u207a\u207b\u208a\u208b\u3001]"),
     _rule(_W, f"[{MARK}\u00ad]", emit=_without_soft_hyphens),

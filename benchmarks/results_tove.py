@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.runs import Run, add_arguments, execute
-from visexpert.report import Column, ResultRow, describe_machine, markdown_table, write_rows
+from benchmarks.runs import DONE, Run, add_arguments, execute
+from visexpert.report import Column, ResultRow, describe_machine, markdown_table, read_rows, write_rows
 
 BASE = "configs/tove/tabletop.yaml"
 OVERLAYS = Path("configs/tove/tabletop")
@@ -68,16 +68,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--runs", type=Path, default=Path("runs/results-tove"), help="folder of the runs")
-    parser.add_argument("--report-only", action="store_true", help="write the page from the runs that are finished")
+    parser.add_argument("--report-only", action="store_true", help="write the page from what is finished")
+    parser.add_argument("--fresh", action="store_true", help="run again what the page has from an earlier machine")
     options = parser.parse_args()
-    runs = grounded_runs(options.runs, options.seeds) + scratch_runs(options.runs, options.seeds)
-    if not options.report_only:
-        execute(runs, jobs=options.jobs)
-        runs += control_runs(options.runs, options.seeds) + detached_runs(options.runs, options.seeds)
-        execute(runs, jobs=options.jobs)
-    else:
-        runs += control_runs(options.runs, options.seeds) + detached_runs(options.runs, options.seeds)
-    report([run for run in runs if run.done])
+    kept = [] if options.fresh else committed_rows(options.runs)
+    known = {(row.variant, row.seed) for row in kept}
+    stages: list[Callable[[], list[Run]]] = [
+        lambda: grounded_runs(options.runs, options.seeds) + scratch_runs(options.runs, options.seeds),
+        lambda: control_runs(options.runs, options.seeds) + detached_runs(options.runs, options.seeds),
+    ]
+    runs: list[Run] = []
+    for stage in stages:
+        wanted = [run for run in stage() if (run.variant, run.seed) not in known]
+        if not options.report_only:
+            execute(wanted, jobs=options.jobs)
+        runs += [run for run in wanted if run.done]
+    report([*kept, *map(row_of, runs)])
+
+
+def committed_rows(root: Path) -> list[ResultRow]:
+    """Rows of the present page whose runs are not on this machine: they are kept, not run again."""
+    path = OUT / "tove-tabletop.json"
+    if not path.is_file():
+        return []
+    return [
+        row
+        for row in read_rows(path)
+        if not (
+            root / row.variant.split("/")[0] / _slug(row.variant.split("/", 1)[1]) / f"seed{row.seed}" / DONE
+        ).is_file()
+    ]
 
 
 def grounded_runs(root: Path, seeds: Sequence[int]) -> list[Run]:
@@ -195,9 +215,10 @@ def row_of(run: Run) -> ResultRow:
     )
 
 
-def report(runs: Sequence[Run]) -> None:
+def report(rows: Sequence[ResultRow]) -> None:
     """Write the page and its rows."""
-    rows = [row_of(run) for run in runs]
+    order = [f"grounded/{name}" for name in GROUNDED] + [f"scratch/{name}" for name in SCRATCH]
+    rows = sorted(rows, key=lambda row: (order.index(row.variant) if row.variant in order else len(order), row.seed))
     OUT.mkdir(parents=True, exist_ok=True)
     write_rows(OUT / "tove-tabletop.json", rows)
     parts = [(OUT / "tove-tabletop.intro.md").read_text(encoding="utf-8"), f"Machine: {describe_machine()}\n"]
@@ -205,6 +226,9 @@ def report(runs: Sequence[Run]) -> None:
         part = [_renamed(row) for row in rows if row.variant.startswith(f"{start}/")]
         if part:
             parts += [f"## {title}\n", markdown_table(part, COLUMNS), "Cost:\n", markdown_table(part, COST)]
+    notes = OUT / "tove-tabletop.notes.md"
+    if notes.is_file():
+        parts.append(notes.read_text(encoding="utf-8"))
     (OUT / "tove-tabletop.md").write_text("\n".join(parts), encoding="utf-8")
     print(f"wrote {OUT / 'tove-tabletop.md'} from {len(rows)} runs")
 

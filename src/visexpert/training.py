@@ -70,7 +70,7 @@ class VisexpertCLI(LightningCLI):
         kwargs["logger"] = RunLogger(run)
         callbacks = default_callbacks()
         if self._value("trainer.enable_checkpointing") is not False:
-            callbacks.append(last_checkpoint(Path(run), every_n_steps=self._value("checkpoint_every")))
+            callbacks.append(LastCheckpoint(run=Path(run), every_n_steps=self._value("checkpoint_every")))
         self.trainer_defaults["callbacks"] = callbacks
         trainer = super().instantiate_trainer(**kwargs)
         assert isinstance(trainer, L.Trainer)
@@ -239,8 +239,20 @@ def default_callbacks() -> list[L.Callback]:
     return [TrainingProgress(), ThroughputMonitor(), RunFolder(), CostReport(), RunFigures()]
 
 
-def last_checkpoint(run: Path, *, every_n_steps: int) -> ModelCheckpoint:
-    """Keeps ``checkpoints/last.ckpt``, from which ``--ckpt_path last`` continues."""
-    return ModelCheckpoint(
-        dirpath=run / "checkpoints", filename="{step}", save_last=True, every_n_train_steps=every_n_steps
-    )
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps ``checkpoints/last.ckpt``: every so many steps, and at the end of training whatever the number of steps.
+
+    Args:
+        run: The run's folder.
+        every_n_steps: Steps between two checkpoints.
+    """
+
+    def __init__(self, *, run: Path, every_n_steps: int) -> None:
+        super().__init__(
+            dirpath=run / "checkpoints", filename="{step}", save_last=True, every_n_train_steps=every_n_steps
+        )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the final weights; Lightning saves at multiples of ``every_n_steps`` only."""
+        super().on_train_end(trainer, pl_module)
+        trainer.save_checkpoint(f"{self.dirpath}/last.ckpt")

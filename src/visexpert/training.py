@@ -25,6 +25,10 @@ from visexpert.callbacks import (
 )
 from visexpert.errors import ConfigError, UserError
 
+DESCRIPTION = (
+    "Turn frozen vision experts into one better CLIP. First time here? `visexpert demo` trains and scores CLIP alone "
+    "against CLIP with experts in minutes (`visexpert demo --help`)."
+)
 SCORING = ("validate", "test", "predict")
 CHECKPOINT_WORDS = ("last", "best", "hpc", "registry")
 """What Lightning takes for ``--ckpt_path`` beside a file."""
@@ -113,7 +117,7 @@ def build_cli(arguments: list[str], *, run: bool = True) -> VisexpertCLI:
         save_config_callback=SaveRunConfig,
         trainer_defaults={"enable_model_summary": False},
         parser_class=RunParser,
-        parser_kwargs={"parser_mode": "omegaconf", "description": "Turn frozen vision experts into one better CLIP."},
+        parser_kwargs={"parser_mode": "omegaconf", "description": DESCRIPTION},
         auto_configure_optimizers=False,
         args=arguments,
         run=run,

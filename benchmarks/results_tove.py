@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.runs import DONE, Run, add_arguments, execute
+from benchmarks.runs import DONE, Run, add_arguments, execute, slug
 from visexpert.report import Column, ResultRow, describe_machine, markdown_table, read_rows, write_rows
 
 BASE = "configs/tove/tabletop.yaml"
@@ -95,7 +95,7 @@ def committed_rows(root: Path) -> list[ResultRow]:
         row
         for row in read_rows(path)
         if not (
-            root / row.variant.split("/")[0] / _slug(row.variant.split("/", 1)[1]) / f"seed{row.seed}" / DONE
+            root / row.variant.split("/")[0] / slug(row.variant.split("/", 1)[1]) / f"seed{row.seed}" / DONE
         ).is_file()
     ]
 
@@ -117,7 +117,7 @@ def control_runs(root: Path, seeds: Sequence[int]) -> list[Run]:
     """Frozen CLIP under the decoder that ToVE grounded from scratch, trained on: is the gap "when", not "whether"?"""
     runs = []
     for seed in seeds:
-        teacher = root / "scratch" / _slug(ALL) / f"seed{seed}" / "checkpoints" / "last.ckpt"
+        teacher = root / "scratch" / slug(ALL) / f"seed{seed}" / "checkpoints" / "last.ckpt"
         if teacher.is_file():
             extra = [
                 "--model.init_args.init_from",
@@ -139,7 +139,7 @@ def detached_runs(root: Path, seeds: Sequence[int]) -> list[Run]:
     """
     runs = []
     for seed in seeds:
-        trained = root / "grounded" / _slug(ALL) / f"seed{seed}"
+        trained = root / "grounded" / slug(ALL) / f"seed{seed}"
         if not (trained / "done").is_file():
             continue
         worth = _worth(trained)
@@ -148,7 +148,7 @@ def detached_runs(root: Path, seeds: Sequence[int]) -> list[Run]:
             ("highest", max(worth, key=worth.__getitem__)),
         ):
             variant = f"all, {which} worth detached"
-            folder = root / "grounded" / _slug(variant) / f"seed{seed}"
+            folder = root / "grounded" / slug(variant) / f"seed{seed}"
             arguments = ("test", *_trained(trained), f"--model.init_args.detached=[{name}]")
             runs.append(Run(folder, arguments, seed, f"grounded/{variant}"))
     return runs
@@ -194,11 +194,7 @@ def _fit(root: Path, start: str, variant: str, overlay: str | None, seed: int, e
         "--model.init_args.meteor=false",
         *extra,
     )
-    return Run(root / start / _slug(variant) / f"seed{seed}", arguments, seed, f"{start}/{variant}")
-
-
-def _slug(variant: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in variant.lower()).replace("--", "-")
+    return Run(root / start / slug(variant) / f"seed{seed}", arguments, seed, f"{start}/{variant}")
 
 
 def row_of(run: Run) -> ResultRow:

@@ -24,7 +24,7 @@ class Run:
 
     Args:
         folder: The run's folder.
-        arguments: The command's arguments, without ``--run`` and ``--ckpt_path``.
+        arguments: The command's arguments, without ``--run`` and ``--ckpt_path`` where it takes them.
         seed: Seed.
         variant: Name in the table.
     """
@@ -44,6 +44,9 @@ class Run:
         loaded: dict[str, float] = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
         return loaded
 
+
+LIGHTNING = ("fit", "validate", "test")
+"""Commands whose folder is given by ``--run``."""
 
 DONE = "done"
 """File that marks a finished run."""
@@ -80,6 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
 
 
+def slug(variant: str) -> str:
+    """A variant's name as a folder's."""
+    return "".join(letter if letter.isalnum() else "-" for letter in variant.lower()).replace("--", "-")
+
+
 def _execute(run: Run) -> None:
     """In the child: redirect the output, run, mark as done."""
     import torch
@@ -94,5 +102,6 @@ def _execute(run: Run) -> None:
         started = time.time()
         last = run.folder / "checkpoints" / "last.ckpt"
         resume = ["--ckpt_path", str(last)] if run.arguments[0] == "fit" and last.is_file() else []
-        main([*run.arguments, "--run", str(run.folder), *resume])
+        own = ["--run", str(run.folder), *resume] if run.arguments[0] in LIGHTNING else []
+        main([*run.arguments, *own])
         (run.folder / DONE).write_text(f"{time.time() - started:.0f} s\n", encoding="utf-8")

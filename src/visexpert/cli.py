@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from importlib import import_module
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers do not fork threads under our workers
 
@@ -26,11 +27,20 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(USAGE_ERROR)
 
 
-def _dispatch(arguments: list[str]) -> None:
-    if arguments[:1] == ["demo"]:
-        from visexpert.demo import run_demo
+COMMANDS = {
+    "demo": "visexpert.demo",
+    "detach": "visexpert.commands.detach",
+    "merge": "visexpert.commands.merge",
+    "export": "visexpert.commands.export",
+    "caption": "visexpert.commands.caption",
+    "serve": "visexpert.commands.serve",
+}
+"""Commands of our own: name to module, whose ``run`` takes the remaining arguments."""
 
-        run_demo(arguments[1:])
+
+def _dispatch(arguments: list[str]) -> None:
+    if arguments and arguments[0] in COMMANDS:
+        import_module(COMMANDS[arguments[0]]).run(arguments[1:])
         return
     from visexpert.training import run_lightning
 

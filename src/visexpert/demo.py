@@ -29,7 +29,7 @@ SCORES = {
 }
 
 
-def run_demo(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> None:
     """Train and score both models, then say what came out.
 
     Raises:

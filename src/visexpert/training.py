@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from visexpert.callbacks import (
     CostReport,
+    Phase,
     RunFigures,
     RunFolder,
     RunLogger,
@@ -27,7 +28,10 @@ from visexpert.errors import ConfigError, UserError
 
 DESCRIPTION = (
     "Turn frozen vision experts into one better CLIP. First time here? `visexpert demo` trains and scores CLIP alone "
-    "against CLIP with experts in minutes (`visexpert demo --help`)."
+    "against CLIP with experts in minutes (`visexpert demo --help`). After training, each with its own --help: "
+    "`visexpert detach RUN` (drop experts that are not worth their cost), `merge RUN` (one plain CLIP out of CLIP and "
+    "experts), `export RUN` (for transformers, open_clip, ONNX, torch.export, LLaVA), `caption IMAGE... --run RUN`, "
+    "`serve --run RUN` (a page in the browser)."
 )
 SCORING = ("validate", "test", "predict")
 CHECKPOINT_WORDS = ("last", "best", "hpc", "registry")
@@ -80,13 +84,22 @@ class VisexpertCLI(LightningCLI):
         assert isinstance(trainer, L.Trainer)
         return trainer
 
-    def after_fit(self) -> None:
-        """Score the final weights."""
-        has_test = (
+    def before_fit(self) -> None:
+        """Let phases (detachment, merging) wait for the scores of the whole model."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Phase):
+                callback.test_follows = self._test_follows
+
+    @property
+    def _test_follows(self) -> bool:
+        return bool(self._value("test_after_fit")) and (
             type(self.datamodule).test_dataloader is not L.LightningDataModule.test_dataloader
             and type(self.model).test_step is not L.LightningModule.test_step
         )
-        if self._value("test_after_fit") and has_test and not self.trainer.interrupted:
+
+    def after_fit(self) -> None:
+        """Score the final weights."""
+        if self._test_follows and not self.trainer.interrupted:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)  # RunFolder prints the table
 
     def _value(self, key: str) -> Any:
@@ -98,6 +111,7 @@ def run_lightning(arguments: list[str]) -> None:
     """Run ``fit``, ``validate``, ``test`` or ``predict``.
 
     ``visexpert test --run RUN`` alone scores a finished run: its own configuration and last checkpoint are filled in.
+    A ``--config`` beside it changes that configuration (for example by a phase to carry out).
     """
     build_cli(complete_from_run(arguments))
 
@@ -204,25 +218,40 @@ def complete_from_run(arguments: list[str]) -> list[str]:
         return arguments
     if arguments[0] != "predict" and _option(arguments, "--verbose") is None:
         arguments = [*arguments, "--verbose", "false"]  # Lightning's own table beside RunFolder's
-    if _option(arguments, "--config") or _option(arguments, "-c"):
-        return arguments
     run = _option(arguments, "--run")
-    if run is None:
+    overlays = _option(arguments, "--config") or _option(arguments, "-c")
+    if run is None or (overlays and (checkpoint is not None or not (Path(run) / "config.yaml").is_file())):
         return arguments
-    config = Path(run) / "config.yaml"
+    completed = [arguments[0], "--config", str(config_of(Path(run))), *arguments[1:]]
+    if checkpoint is None:
+        completed += ["--ckpt_path", str(checkpoint_of(Path(run)))]
+    return completed
+
+
+def config_of(run: Path) -> Path:
+    """The configuration of a run's folder.
+
+    Raises:
+        ConfigError: The folder is no run.
+    """
+    config = run / "config.yaml"
     if not config.is_file():
         raise ConfigError(
             f"'{run}' is no run: it has no config.yaml; give the folder that `visexpert fit --run` wrote."
         )
-    completed = [arguments[0], "--config", str(config), *arguments[1:]]
-    if checkpoint is None:
-        last = Path(run) / "checkpoints" / "last.ckpt"
-        if not last.is_file():
-            raise ConfigError(
-                f"The run '{run}' has no checkpoint {last}; let `visexpert fit --run {run}` finish first."
-            )
-        completed += ["--ckpt_path", str(last)]
-    return completed
+    return config
+
+
+def checkpoint_of(run: Path) -> Path:
+    """The last checkpoint of a run's folder.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    last = run / "checkpoints" / "last.ckpt"
+    if not last.is_file():
+        raise ConfigError(f"The run '{run}' has no checkpoint {last}; let `visexpert fit --run {run}` finish first.")
+    return last
 
 
 def _is_checkpoint(value: str) -> bool:

@@ -166,3 +166,22 @@ def test_no_expert_is_refused() -> None:
 def test_impossible_settings_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TokenGate(dim=8, num_experts=4, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{}, {"hidden_dim": 5}, {"kind": "uniform"}, {"noise": "learned"}, {"top_k": 3}])
+def test_keeping_columns_equals_detaching_the_others(options: dict[str, object]) -> None:
+    tokens_BTD = clip_tokens()
+    gate = gate_with_wide_logits(**options).eval()
+    whole = gate(tokens_BTD, ATTACHED).gates_BTK[..., ATTACHED]
+    parameters = sum(p.numel() for p in gate.parameters())
+    gate.keep([0, 2, 3])
+    assert torch.allclose(gate(tokens_BTD, torch.ones(3, dtype=torch.bool)).gates_BTK, whole, atol=1e-6)
+    assert sum(p.numel() for p in gate.parameters()) < parameters or options.get("kind") == "uniform"
+    gate.keep([1])
+    assert gate.num_experts == 1 and gate.top_k in (None, 1)
+
+
+@pytest.mark.parametrize("columns", [[], [4], [-1]])
+def test_columns_that_are_not_there_cannot_be_kept(columns: list[int]) -> None:
+    with pytest.raises(ConfigError, match=r"give columns within 0\.\.3"):
+        gate_with_wide_logits().keep(columns)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from visexpert.callbacks.cost import CostReport
+from visexpert.callbacks.detach import ExpertDetachment
 from visexpert.callbacks.figures import RunFigures
+from visexpert.callbacks.merge import KnowledgeMerging
+from visexpert.callbacks.phase import Phase, PhaseSettings
 from visexpert.callbacks.progress import TrainingProgress
 from visexpert.callbacks.run_folder import RunFolder, SaveRunConfig
 from visexpert.callbacks.run_logger import RunLogger
@@ -12,6 +15,10 @@ from visexpert.callbacks.throughput import ThroughputMonitor
 
 __all__ = [
     "CostReport",
+    "ExpertDetachment",
+    "KnowledgeMerging",
+    "Phase",
+    "PhaseSettings",
     "RunFigures",
     "RunFolder",
     "RunLogger",

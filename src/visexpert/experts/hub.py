@@ -58,6 +58,13 @@ class ExpertHub(nn.Module):
         """Take an expert out of use: it is not run and its gate logit is -inf."""
         self.attached_K[self.names.index(self._known(name))] = False
 
+    def drop(self, name: str) -> None:
+        """Remove an expert for good: its weights are freed and its column disappears."""
+        index = self.names.index(self._known(name))
+        del self.experts[name]
+        self.attached_K = torch.cat([self.attached_K[:index], self.attached_K[index + 1 :]])
+        self._cache_grids.pop(name, None)
+
     def load_weights(self) -> None:
         """Load the weights of attached experts; a detached one costs no download."""
         for name in self.attached:

@@ -1,6 +1,26 @@
 """Pure functions: tensors in, scalar out."""
 
-from visexpert.losses.balance import gate_balance
+from visexpert.losses.balance import gate_balance, router_balance
+from visexpert.losses.distill import (
+    across_image_variance,
+    cls_token_weights,
+    feature_kd,
+    teacher_weights,
+    uniform_teacher_weights,
+)
 from visexpert.losses.language import text_loss, token_nll
+from visexpert.losses.merge import normalised_mse, token_distance
 
-__all__ = ["gate_balance", "text_loss", "token_nll"]
+__all__ = [
+    "across_image_variance",
+    "cls_token_weights",
+    "feature_kd",
+    "gate_balance",
+    "normalised_mse",
+    "router_balance",
+    "teacher_weights",
+    "text_loss",
+    "token_distance",
+    "token_nll",
+    "uniform_teacher_weights",
+]

@@ -1,6 +1,7 @@
 """LightningModules: the only room where the stages meet."""
 
 from visexpert.methods.base import Method
+from visexpert.methods.merging import Merging
 from visexpert.methods.tove import ToVE
 
-__all__ = ["Method", "ToVE"]
+__all__ = ["Merging", "Method", "ToVE"]

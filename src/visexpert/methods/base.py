@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from visexpert.language import LanguageSide, supervised
+from visexpert.language import LanguageSide, NoLanguage, supervised
 from visexpert.losses import text_loss, token_nll
 from visexpert.methods.evaluation import EvalOutput, Evaluator
 from visexpert.methods.optimiser import ParameterGroup, cosine_with_warmup, make_groups
@@ -93,9 +93,22 @@ class Method(L.LightningModule):
         return {}
 
     @property
+    def reads_text(self) -> bool:
+        """Whether there is a language side at all."""
+        return not isinstance(self.language, NoLanguage)
+
+    @property
     def trained_steps(self) -> int:
         """Optimiser steps behind the present weights, those of a loaded checkpoint included."""
-        return max(self._loaded_steps, int(self.trainer.global_step))
+        return max(self._loaded_steps, 0 if self._trainer is None else int(self.trainer.global_step))
+
+    def count_steps(self, steps: int) -> None:
+        """Say how many optimiser steps are behind the weights, where no checkpoint does."""
+        self._loaded_steps = steps
+
+    def mark_loaded(self) -> None:
+        """Say that the weights are in place, so that no later stage reads the sources again."""
+        self._loaded = True
 
     # -- Lightning hooks ------------------------------------------------------------------------------------------
 
@@ -179,9 +192,12 @@ class Method(L.LightningModule):
     @torch.no_grad()
     def evaluate(self, batch: Batch, split: str) -> EvalOutput:
         """Score a batch by one packed forward; generate captions while the split's quota lasts."""
-        assert batch.text is not None
         evaluator = self.evaluators[split]
         vision = self.encode(batch)
+        if not self.reads_text:
+            evaluator.collect_tokens(batch, vision)
+            return EvalOutput(vision=vision)
+        assert batch.text is not None
         logits_MV = self.language(vision, batch.text)
         targets_M, _ = supervised(batch.text)
         tokenizer = self.tokenizer

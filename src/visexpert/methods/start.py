@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -15,25 +16,39 @@ from visexpert.resources import load_safetensors, resolve_source
 log = logging.getLogger(__name__)
 
 
-def start_from(module: nn.Module, source: str) -> None:
+def start_from(module: nn.Module, source: str, *, complete: bool = False, ignore: Sequence[str] = ()) -> None:
     """Copy every tensor that a checkpoint shares with ``module``; say what stays fresh.
 
     Args:
         module: The method, already built.
         source: A Lightning checkpoint (read with ``weights_only=True``) or a safetensors file.
+        complete: Refuse a checkpoint that lacks a part of the module or has parts of another one.
+        ignore: Parts, by first name, that checkpoints leave out.
 
     Raises:
-        WeightsError: The file is missing, may run code, shares no tensor, or shares one of another shape.
+        WeightsError: The file is missing, may run code, shares no tensor, or shares one of another shape; with
+            ``complete``, also any missing or unexpected key, each named.
     """
     path = resolve_source(source)
     state = _read(path)
     own = module.state_dict()
     shared = {key: value for key, value in state.items() if key in own}
-    reshaped = [key for key, value in shared.items() if value.shape != own[key].shape]
+    reshaped = [
+        f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
+        for key, value in shared.items()
+        if value.shape != own[key].shape
+    ]
     if not shared or reshaped:
         raise WeightsError(f"init_from: {path} shares no tensor with the model, or of other shapes: {reshaped[:3]}.")
+    expected = {key for key in own if key.split(".", 1)[0] not in ignore}
+    missing, unexpected = sorted(expected - shared.keys()), sorted(state.keys() - own.keys())
+    if complete and (missing or unexpected):
+        raise WeightsError(
+            f"init_from: {path} is not of this model: missing {missing or 'none'}, unexpected {unexpected or 'none'}; "
+            "start from the stage that goes before, or allow it by init_complete=false."
+        )
     module.load_state_dict(shared, strict=False)
-    fresh = sorted({key.rsplit(".", 1)[0] for key in own.keys() - shared.keys()})
+    fresh = sorted({key.rsplit(".", 1)[0] for key in missing})
     log.info("Started from %s: %d tensors; left as they were: %s", path, len(shared), fresh[:8] or "none")
 
 

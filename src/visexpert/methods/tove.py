@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,8 @@ class ToVE(Method):
         gate_noise_std: Width of the fixed noise.
         top_k: Keep the k largest gates per token; null keeps all (paper).
         gate_lr: Peak learning rate of the gate; null is ``lr``.
+        clip_lr: Peak learning rate of CLIP; 0 keeps it frozen (paper). Above 0 it is the fine-tuned control, and what a
+            merged run's configuration says, since then CLIP's weights are in the checkpoint.
         transfer: ``residual`` (paper) or ``replacement`` (control: CLIP's own token is dropped).
         balance_weight: Weight of the load-balancing loss (value unconfirmed).
         balance_form: ``cv`` (Shazeer) or ``switch``.
@@ -81,6 +84,7 @@ class ToVE(Method):
         gate_noise_std: float = 0.5,
         top_k: int | None = None,
         gate_lr: float | None = None,
+        clip_lr: float = 0.0,
         transfer: TransferMode = "residual",
         balance_weight: float = 0.01,
         balance_form: GateBalanceForm = "cv",
@@ -117,33 +121,82 @@ class ToVE(Method):
         self.fusion_space: FusionSpace = fusion_space
         self.balance_weight, self.balance_form = balance_weight, balance_form
         self.gate_lr = lr if gate_lr is None else gate_lr
+        self.clip_lr = clip_lr
         self.blind = blind
         self.init_from = init_from
+        self._plain: dict[str, Any] = {
+            "projector": projector, "projector_norm": projector_norm, "fusion_space": fusion_space,
+            "caption_images": caption_images, "meteor": meteor,
+        }  # fmt: skip
         folder = cache_root() / "features" if feature_cache == "auto" else feature_cache
         self._cache = None if folder is None else FeatureCache(folder, dtype=feature_dtype)
 
     def encode(self, batch: Batch) -> VisionTokens:
         """CLIP and experts to fused tokens (B, T, d_lang)."""
+        vision = self.transferred(batch)
+        if self.fusion_space == "clip":
+            vision = replace(vision, tokens_BTD=self.projector(vision.tokens_BTD))
+        if not self.blind:
+            return vision
+        return VisionTokens(torch.zeros_like(vision.tokens_BTD), vision.grid_hw)
+
+    def transferred(self, batch: Batch) -> VisionTokens:
+        """Tokens after the transfer, in the fusion space: what knowledge merging teaches a CLIP to produce.
+
+        (B, T, d_lang) where ``fusion_space`` is ``language``; else (B, T, D), which the projector has yet to read.
+        """
         images_BCHW = _unit_range(batch.images_BCHW)
         if not self._needs_clip:
-            return self._read(self._experts_alone(images_BCHW, batch))
+            return self._experts_alone(images_BCHW, batch)
         clip = self._clip_tokens(images_BCHW, batch)
+        base_BTD = clip.tokens_BTD if self.fusion_space == "clip" else self.projector(clip.tokens_BTD)
         if not self.hub.attached:
-            return self._read(VisionTokens(self.projector(clip.tokens_BTD), clip.grid_hw))
+            return VisionTokens(base_BTD, clip.grid_hw)
         assert self.gate is not None
         adapted = self._adapted(images_BCHW, batch)
         gate = self.gate(clip.tokens_BTD, self.hub.attached_K)
-        fused_BTD = self._fuse(clip.tokens_BTD, adapted, gate.gates_BTK)
+        fused_BTD = self.transfer(base_BTD, adapted, gate.gates_BTK, self.hub.names)
         balance = gate_balance(gate.gates_BTK, self.hub.attached_K, self.balance_form, load_K=gate.load_K)
-        return self._read(VisionTokens(fused_BTD, clip.grid_hw, gates_BTK=gate.gates_BTK, balance=balance))
+        return VisionTokens(fused_BTD, clip.grid_hw, gates_BTK=gate.gates_BTK, balance=balance)
 
     def extra_losses(self, vision: VisionTokens) -> Mapping[str, tuple[float, Tensor]]:
         """L_aux, where a gate chose."""
         return {} if vision.balance is None else {"balance_loss": (self.balance_weight, vision.balance)}
 
     def frozen_modules(self) -> Mapping[str, nn.Module]:
-        """CLIP and the hub."""
-        return {"clip": self.clip, "hub": self.hub}
+        """The hub, and CLIP unless it has a learning rate."""
+        return {"hub": self.hub} if self.clip_lr > 0 else {"clip": self.clip, "hub": self.hub}
+
+    def drop_experts(self, names: Iterable[str]) -> None:
+        """Remove experts for good, with their adapters and gate rows: what stays equals running with them detached.
+
+        Raises:
+            ConfigError: A name that is not in the hub.
+        """
+        gone = list(dict.fromkeys(names))
+        for name in gone:
+            self.hub[name]  # refuses an unknown name before anything is gone
+        kept = [index for index, name in enumerate(self.hub.names) if name not in gone]
+        for name in gone:
+            self.hub.drop(name)
+            del self.adapters[name]
+        if self.gate is not None and kept:
+            self.gate.keep(kept)
+        elif not kept:
+            self.gate = None
+
+    def plain(self, clip: ClipEncoder, projector: Projector, language: LanguageSide) -> ToVE:
+        """A model without experts, of parts that were trained to do without: what knowledge merging ends in.
+
+        Args:
+            clip: The merged encoder.
+            projector: Its projector, of this model's kind.
+            language: Language side.
+        """
+        model = ToVE(clip=clip, experts={}, language=language, clip_lr=self.clip_lr or self.lr, **self._plain)
+        model.projector = projector
+        model.mark_loaded()
+        return model
 
     def unused_modules(self) -> Sequence[nn.Module]:
         """Detached experts with their adapters, and CLIP where nothing reads it."""
@@ -166,6 +219,8 @@ class ToVE(Method):
         groups = [ParameterGroup("fusion", tuple(fusion), self.lr)]
         if self.gate is not None and self._needs_clip:
             groups.append(ParameterGroup("gate", (self.gate,), self.gate_lr))
+        if self.clip_lr > 0:
+            groups.append(ParameterGroup("clip", self.clip.read_modules(), self.clip_lr))
         if self.language_lr > 0:
             groups.append(ParameterGroup("language", (self.language,), self.language_lr))
         return groups
@@ -197,6 +252,11 @@ class ToVE(Method):
             )
         self.read_features(self._cache, datamodule.image_sources())
 
+    @property
+    def feature_cache(self) -> FeatureCache | None:
+        """Where tokens of frozen encoders are kept, if anywhere."""
+        return self._cache
+
     def read_features(self, cache: FeatureCache, sources: Mapping[str, ImageSource]) -> None:
         """Read frozen tokens of these images from the store from now on, computing them where it lacks them.
 
@@ -205,7 +265,8 @@ class ToVE(Method):
             sources: Images by split; batches of other splits run the encoders live.
         """
         self._cache = cache
-        for split, source in sources.items() if self._needs_clip else ():
+        cached = self._needs_clip and self.clip_lr == 0
+        for split, source in sources.items() if cached else ():
             cache.prepare(
                 "clip", split, source, fingerprint=self.clip.fingerprint(),
                 encode=lambda images: self.clip(images).tokens_BTD, grid_hw=self.clip.grid_hw, device=self.device,
@@ -221,8 +282,6 @@ class ToVE(Method):
         """The average of attached experts where CLIP has no say; CLIP is not run."""
         adapted = self._adapted(images_BCHW, batch)
         fused_BTD = torch.stack(list(adapted.values())).mean(0)
-        if self.fusion_space == "clip":
-            fused_BTD = self.projector(fused_BTD)
         gates_K = self.hub.attached_K.to(fused_BTD.dtype) / len(adapted)
         return VisionTokens(
             fused_BTD, self.clip.grid_hw, gates_BTK=gates_K.expand(*fused_BTD.shape[:2], len(self.hub.names))
@@ -232,22 +291,9 @@ class ToVE(Method):
         cached = None if self._cache is None else self._cache.read("clip", batch.split, batch.index_B)
         if cached is not None:
             return VisionTokens(cached, self.clip.grid_hw)
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.clip_lr > 0 and torch.is_grad_enabled()):
             tokens: VisionTokens = self.clip(images_BCHW)
         return tokens
-
-    def _fuse(self, clip_BTD: Tensor, adapted: Mapping[str, Tensor], gates_BTK: Tensor) -> Tensor:
-        names = self.hub.names
-        if self.fusion_space == "clip":
-            fused: Tensor = self.projector(self.transfer(clip_BTD, adapted, gates_BTK, names))
-        else:
-            fused = self.transfer(self.projector(clip_BTD), adapted, gates_BTK, names)
-        return fused
-
-    def _read(self, vision: VisionTokens) -> VisionTokens:
-        if not self.blind:
-            return vision
-        return VisionTokens(torch.zeros_like(vision.tokens_BTD), vision.grid_hw)
 
     def _adapter(self, expert: VisionExpert, width: int, hidden: int | None, transfer: TransferMode) -> TokenAdapter:
         return TokenAdapter(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,6 +88,28 @@ class TokenGate(nn.Module):
         noisy_BTK = clean_BTK + torch.randn_like(clean_BTK) * std_BTK
         return GateOutput(self._softmax(noisy_BTK), smooth_load(clean_BTK, noisy_BTK, std_BTK, attached_K))
 
+    @torch.no_grad()
+    def keep(self, experts: Sequence[int]) -> None:
+        """Drop the rows of all other experts for good.
+
+        Args:
+            experts: Columns to keep, in their new order; at least one.
+
+        Raises:
+            ConfigError: No column, or one that is not there.
+        """
+        if not experts or not all(0 <= index < self.num_experts for index in experts):
+            raise ConfigError(f"TokenGate: cannot keep {list(experts)}; give columns within 0..{self.num_experts - 1}.")
+        self.num_experts = len(experts)
+        self.top_k = None if self.top_k is None else min(self.top_k, self.num_experts)
+        if self.kind == "uniform":
+            return
+        if isinstance(self.logits, nn.Sequential):
+            self.logits[-1] = _rows(self.logits[-1], experts)
+        else:
+            self.logits = _rows(self.logits, experts)
+        self.noise_width = None if self.noise_width is None else _rows(self.noise_width, experts)
+
     def _noise_std(self, normed_BTD: Tensor) -> Tensor:
         if self.noise_width is None:
             return normed_BTD.new_full((*normed_BTD.shape[:2], self.num_experts), self.noise_std)
@@ -117,6 +140,15 @@ def smooth_load(clean_BTK: Tensor, noisy_BTK: Tensor, std_BTK: Tensor, attached_
     clean_BTK = clean_BTK.masked_fill(~attached_K, 0.0)  # keeps -inf out of the gradient
     wins_BTK: Tensor = torch.special.ndtr((clean_BTK - rival_BTK) / std_BTK)
     return wins_BTK.masked_fill(~attached_K, 0.0).flatten(0, 1).sum(0)
+
+
+def _rows(linear: nn.Module, rows: Sequence[int]) -> nn.Linear:
+    """A linear layer of some outputs of another."""
+    assert isinstance(linear, nn.Linear)
+    kept = nn.Linear(linear.in_features, len(rows), device=linear.weight.device, dtype=linear.weight.dtype)
+    kept.weight.copy_(linear.weight[list(rows)])
+    kept.bias.copy_(linear.bias[list(rows)])
+    return kept
 
 
 def _check(*, kind: str, noise: str, noise_std: float, top_k: int | None, num_experts: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,8 +15,12 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from visexpert.errors import ConfigError, WeightsError
-from visexpert.resources import fill_module, load_safetensors, resolve_source, weights_digest
+from visexpert.resources import ZOO_PREFIX, fill_module, load_safetensors, resolve_source, weights_digest
 from visexpert.types import VisionTokens
+from visexpert.vision.mole_settings import MoLESettings
+
+MOLE_KEY = re.compile(r"\.mlp\.(router|fc1_experts|fc2_experts)\.")
+"""Keys of a state dict that :func:`visexpert.vision.add_mole` adds to those of CLIP."""
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -33,6 +38,8 @@ class ClipEncoder(nn.Module):
         layer: Which hidden state to hand on: -1 the last, -2 the one before (LLaVA's and MoVE-KD's choice), ...
             No final LayerNorm is applied, as in LLaVA.
         config: Fields of ``CLIPVisionConfig`` for a random encoder without weights; excludes ``source``.
+        licence: Licence of the weights, for the reports of exports; null is that of the package for ``zoo:`` sources.
+        mole: Put a mixture of low-rank experts into its MLPs (MoVE-KD's student); null for a plain CLIP.
     """
 
     mean: Tensor
@@ -44,8 +51,13 @@ class ClipEncoder(nn.Module):
         source: str | None = None,
         layer: int = -2,
         config: dict[str, Any] | None = None,
+        licence: str | None = None,
+        mole: MoLESettings | None = None,
     ) -> None:
         super().__init__()
+        self._given = {"source": source, "layer": layer, "config": config, "licence": licence}
+        shipped = source is not None and source.startswith(ZOO_PREFIX)
+        self.licence = licence or ("Apache-2.0" if shipped else "not stated")
         if (source is None) == (config is None):
             raise ConfigError("ClipEncoder takes either source (a folder or zoo:NAME) or config (a random encoder).")
         self.source = None if source is None else resolve_source(source)
@@ -59,6 +71,10 @@ class ClipEncoder(nn.Module):
         if not -depth - 1 <= layer <= -1:
             raise ConfigError(f"ClipEncoder: layer={layer} is outside -{depth + 1}..-1 of a CLIP with {depth} layers.")
         self.layer = layer
+        if mole is not None:
+            from visexpert.vision.mole import add_mole  # which knows CLIP
+
+            add_mole(self, **vars(mole))
         mean, std = self._normalisation()
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -96,7 +112,33 @@ class ClipEncoder(nn.Module):
         state = load_safetensors(path, owner="ClipEncoder")
         # Files written before transformers 5 carry a `vision_model.` prefix.
         state = {key.removeprefix("vision_model."): value for key, value in state.items()}
+        # What MoLE has added keeps its start: no file of CLIP's own has it.
+        state = {key: value for key, value in self.model.state_dict().items() if MOLE_KEY.search(key)} | state
         fill_module(self.model, state, owner="ClipEncoder", path=path)
+
+    def read_modules(self) -> tuple[nn.Module, ...]:
+        """Parts that the tokens depend on; those behind the layer that is read get no gradient from them."""
+        layers = self.model.encoder.layers
+        return self.model.embeddings, self.model.pre_layrnorm, *layers[: len(layers) + 1 + self.layer]
+
+    def mole_layers(self) -> tuple[nn.Module, ...]:
+        """The MLPs that have MoLE, in the order of the blocks."""
+        return tuple(block.mlp for block in self.model.encoder.layers if hasattr(block.mlp, "added_modules"))
+
+    def plain_modules(self) -> tuple[nn.Module, ...]:
+        """Parts of CLIP itself that the tokens depend on, without what MoLE has added."""
+        embeddings, norm, *blocks = self.read_modules()
+        inner = [child for block in blocks for name, child in block.named_children() if name != "mlp"]
+        for block in blocks:
+            inner += [block.mlp.fc1, block.mlp.fc2]  # type: ignore[union-attr, list-item]
+        return embeddings, norm, *inner
+
+    def plain_copy(self) -> ClipEncoder:
+        """The same CLIP without MoLE, with the same weights."""
+        copy = ClipEncoder(**self._given)  # type: ignore[arg-type]
+        own = self.model.state_dict()
+        copy.model.load_state_dict({key: value for key, value in own.items() if not MOLE_KEY.search(key)}, strict=True)
+        return copy
 
     def fingerprint(self) -> str:
         """Hash of weights, layer, heads, activation and input: what the tokens depend on besides the image."""
@@ -116,8 +158,7 @@ class ClipEncoder(nn.Module):
     def forward(self, images_BCHW: Tensor) -> VisionTokens:
         """Encode images (B, 3, H, W), float in [0, 1], any size, into patch tokens (B, T, D) and [CLS] (B, D)."""
         hidden_BND = self.model.pre_layrnorm(self.model.embeddings(self.preprocess(images_BCHW)))
-        layers = self.model.encoder.layers
-        for layer in layers[: len(layers) + 1 + self.layer]:
+        for layer in self.read_modules()[2:]:
             hidden_BND = layer(hidden_BND, None)
         return VisionTokens(hidden_BND[:, 1:], self.grid_hw, cls_BD=hidden_BND[:, 0])
 

@@ -1,0 +1,309 @@
+"""Expert detachment as a phase of a run: RUN/detached, the model without the experts that are not worth their cost."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch import LightningDataModule
+from torch import nn
+
+from visexpert.callbacks.cost import CostReport
+from visexpert.callbacks.phase import TRAINING, Phase, PhaseSettings, write_checkpoint, write_derived_config
+from visexpert.callbacks.progress import TrainingProgress
+from visexpert.callbacks.subsets import SubsetScoring, SubsetTiming, attach_only
+from visexpert.errors import ConfigError
+from visexpert.methods import ToVE
+from visexpert.methods.start import start_from
+from visexpert.report.files import read_json, set_aside, write_json, write_text
+from visexpert.report.pareto import pareto_figure, subset_label, subset_table, worth_figure, worth_table
+from visexpert.resources import weights_digest
+from visexpert.transfer.detach import (
+    Choice,
+    Criterion,
+    Measure,
+    Search,
+    Subset,
+    SubsetScore,
+    check,
+    choose,
+    interpolated_cost,
+    pareto_front,
+)
+
+log = logging.getLogger(__name__)
+
+FACTS = "detachment.json"
+
+
+class ExpertDetachment(Phase):
+    """Detach the experts that are not worth their cost, after training or on a finished run.
+
+    Subsets of experts are scored on validation images and timed on this machine; the best one by exactly one
+    criterion (``min_worth``, ``keep`` or ``latency_budget``) stays. The others are gone for good, with their adapters
+    and gate rows. Writes RUN/detached, a run of its own: configuration, scores, a smaller checkpoint, and every
+    subset's score and cost (``detachment.json``, ``detachment.md``, ``figures/pareto.png``, ``figures/worth.png``).
+    An interrupted detachment goes on when the same command is given again; a finished one is not done again.
+
+    Args:
+        min_worth: Detach experts whose removal raises the validation loss by less than this.
+        keep: Number of experts to keep.
+        latency_budget: Greatest cost of the vision side as a multiple of plain CLIP's, at least 1.
+        budget_measure: What the budget counts: ``ms`` as measured here and now, or ``gflop``, equal on every machine.
+        search: ``exhaustive`` tries all 2^K subsets; ``greedy`` takes out one expert after another; ``auto`` is
+            exhaustive for up to 6 experts.
+        loss: Validation figure that decides, lower is better.
+        score: Validation figure of the table and the Pareto front, higher is better.
+        images: Validation images to score each subset on; null takes all.
+        timing_images: Images per call while measuring milliseconds.
+        timing_seconds: Least time to spend on measuring them, twice.
+        retune_steps: Optimiser steps of what is left after detachment; 0 for none.
+        retune_lr: Their peak learning rate, for all that trains; null takes the run's own rates.
+        eval_every: Steps between scores on the validation images while re-tuning.
+        checkpoint_every: Steps between checkpoints while re-tuning.
+        name: Folder inside the run's.
+    """
+
+    def __init__(
+        self,
+        *,
+        min_worth: float | None = None,
+        keep: int | None = None,
+        latency_budget: float | None = None,
+        budget_measure: Measure = "ms",
+        search: Search = "auto",
+        loss: str = "nll/nll",
+        score: str = "vqa/accuracy",
+        images: int | None = None,
+        timing_images: int = 16,
+        timing_seconds: float = 2.0,
+        retune_steps: int = 0,
+        retune_lr: float | None = None,
+        eval_every: int = 500,
+        checkpoint_every: int = 250,
+        name: str = "detached",
+    ) -> None:
+        super().__init__(name=name)
+        least = {"images": (images, 1), "timing_images": (timing_images, 1), "retune_steps": (retune_steps, 0)}
+        least |= {"eval_every": (eval_every, 1), "checkpoint_every": (checkpoint_every, 1)}
+        for key, (number, lowest) in least.items():
+            if number is not None and number < lowest:
+                raise ConfigError(f"ExpertDetachment: {key}={number} must be at least {lowest}.")
+        if retune_lr is not None and not (retune_lr > 0 and retune_steps > 0):
+            raise ConfigError(
+                f"ExpertDetachment: retune_lr={retune_lr} with retune_steps={retune_steps} trains nothing; give both "
+                "above 0, or leave retune_lr out."
+            )
+        self.criterion = Criterion(min_worth, keep, latency_budget, budget_measure)
+        self.search: Search = search
+        self.loss, self.score = loss, score
+        self.images = images
+        self.timing_images, self.timing_seconds = timing_images, timing_seconds
+        self.retune_steps, self.retune_lr = retune_steps, retune_lr
+        self.eval_every, self.checkpoint_every = eval_every, checkpoint_every
+
+    def apply(self, model: ToVE, data: LightningDataModule, folder: Path, settings: PhaseSettings) -> Path:
+        """Search, detach, train on, score, save. See :meth:`Phase.apply`."""
+        out = folder / self.name
+        steps = model.trained_steps + self.retune_steps
+        kept = self._begun(model, out)
+        if kept is None:
+            kept = self._find(model, data, folder, settings)
+        model.drop_experts([name for name in model.hub.names if name not in kept])
+        finished = out / "checkpoints" / "last.ckpt"
+        if finished.is_file():
+            log.info("%s is detached already; delete it, or give another name, to detach again.", out)
+            start_from(model, str(finished))
+            model.count_steps(steps)
+            return out
+        cost = CostReport()
+        if not self._retune(model, data, out, settings, cost):
+            return out
+        model.count_steps(steps)
+        top_k = None if model.gate is None else model.gate.top_k
+        write_derived_config(folder, out, experts=kept, top_k=top_k)
+        settings.trainer(out, cost=cost).test(model, datamodule=data, verbose=False)
+        write_checkpoint(model, out, steps=steps)
+        return out
+
+    def _begun(self, model: ToVE, out: Path) -> Subset | None:
+        """What an earlier start kept, refusing one with other settings and setting aside one of other weights."""
+        if not (out / FACTS).is_file():
+            return None
+        before = read_json(out / FACTS)
+        other = [
+            f"{key}={before['settings'].get(key)!r}, now {value!r}"
+            for key, value in self._settings().items()
+            if before["settings"].get(key) != value
+        ]
+        if other:
+            raise ConfigError(
+                f"ExpertDetachment: '{out}' was begun with {'; '.join(other)}; give another name, or delete it."
+            )
+        if before["weights"] != _identity(model):
+            log.info("%s was made from other weights; it is kept as %s.", out, set_aside(out))
+            return None
+        return tuple(before["kept"])
+
+    def _find(self, model: ToVE, data: LightningDataModule, folder: Path, settings: PhaseSettings) -> Subset:
+        """Search the subsets and write down all that was found."""
+        everything, weights = model.hub.attached, _identity(model)
+        check(everything, self.criterion, self.search)
+        scoring = SubsetScoring(model, images=self.images)
+        timing = SubsetTiming(model, images=self.timing_images, seconds=self.timing_seconds)
+
+        def measure(subsets: Sequence[Subset]) -> Mapping[Subset, float]:
+            timing.subsets = tuple(dict.fromkeys(subsets))
+            _validate(timing, data, settings, folder, limit_val_batches=1)
+            return timing.milliseconds
+
+        def evaluate(subsets: Sequence[Subset]) -> list[SubsetScore]:
+            scoring.subsets = tuple(subsets)
+            _validate(scoring, data, settings, folder)
+            return [self._score(subset, scoring, milliseconds) for subset in subsets]
+
+        try:
+            milliseconds = measure([(), *((name,) for name in everything), everything])
+            choice = choose(everything, self.criterion, evaluate, search=self.search)
+            again = measure([(), choice.kept])
+        finally:
+            attach_only(model, everything)
+        found = Findings(choice, self.criterion, scoring.gate_mass, scoring.seen, again[()], again[choice.kept])
+        found.write(folder / self.name, score_name=self.score, settings=self._settings(), weights=weights)
+        return choice.kept
+
+    def _score(self, subset: Subset, scoring: SubsetScoring, milliseconds: Mapping[Subset, float]) -> SubsetScore:
+        figures = scoring.figures[subset]
+        for name in (self.loss, self.score):
+            if name not in figures:
+                raise ConfigError(
+                    f"ExpertDetachment: the validation data gives no {name!r}; it gives {', '.join(sorted(figures))}."
+                )
+        cost = interpolated_cost(subset, milliseconds)
+        return SubsetScore(subset, figures[self.loss], figures[self.score], cost, scoring.gflop[subset])
+
+    def _retune(
+        self, model: ToVE, data: LightningDataModule, out: Path, settings: PhaseSettings, cost: CostReport
+    ) -> bool:
+        """Train what is left; whether it came to its end."""
+        if not self.retune_steps:
+            return True
+        trainer = settings.trainer(
+            out, steps=self.retune_steps, checkpoint_every=self.checkpoint_every, cost=cost,
+            val_check_interval=min(self.eval_every, self.retune_steps), check_val_every_n_epoch=None,
+        )  # fmt: skip
+        unfinished = out / "checkpoints" / TRAINING
+        start = str(unfinished) if unfinished.is_file() else None
+        with _retuning(model, self.retune_lr, self.retune_steps):
+            trainer.fit(model, datamodule=data, ckpt_path=start, weights_only=True)
+        return not trainer.interrupted
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            **asdict(self.criterion), "search": self.search, "loss": self.loss, "score": self.score,
+            "images": self.images, "retune_steps": self.retune_steps, "retune_lr": self.retune_lr,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that a search found.
+
+    Args:
+        choice: Scores, worths and what is kept.
+        criterion: By what.
+        gate_mass: Mean gate of each expert over validation tokens, all experts attached; empty without a gate.
+        images: Validation images that subsets were scored on.
+        clip_ms: Time per image of plain CLIP, measured beside that of what is kept.
+        kept_ms: Time per image of what is kept.
+    """
+
+    choice: Choice
+    criterion: Criterion
+    gate_mass: Mapping[str, float]
+    images: int
+    clip_ms: float
+    kept_ms: float
+
+    def write(self, out: Path, *, score_name: str, settings: Mapping[str, Any], weights: str) -> None:
+        """Write figures, ``detachment.md`` and, last, ``detachment.json``.
+
+        Args:
+            out: The phase's folder.
+            score_name: What the score is.
+            settings: Of the phase.
+            weights: Identity of the model that was searched.
+        """
+        choice, measure, budget = self.choice, self.criterion.measure, self.criterion.latency_budget
+        experts = tuple(worth.expert for worth in choice.worths)
+        front = [score.experts for score in pareto_front(choice.scores, measure=measure)]
+        limit = None if budget is None else budget * choice.scores[0].cost(measure)
+        pareto_figure(
+            choice.scores, out / "figures" / "pareto.png", front=front, kept=choice.kept, experts=experts,
+            measure=measure, budget=limit, score_name=score_name,
+        )  # fmt: skip
+        worth_figure(choice.worths, self.gate_mass, out / "figures" / "worth.png")
+        tables = worth_table(choice.worths, self.gate_mass, kept=choice.kept)
+        tables += "\n" + subset_table(choice.scores, front=front, kept=choice.kept, experts=experts)
+        write_text(out / "detachment.md", f"{self._summary(experts, settings)}\n{tables}")
+        facts = {
+            "settings": settings, "weights": weights, "experts": experts, "kept": choice.kept,
+            "detached": choice.detached, "search": choice.search, "images": self.images,
+            "worths": [asdict(worth) for worth in choice.worths], "gate_mass": self.gate_mass,
+            "scores": [{**asdict(score), "front": score.experts in front} for score in choice.scores],
+            "measured": {"clip_ms": self.clip_ms, "kept_ms": self.kept_ms, "ratio": self.kept_ms / self.clip_ms},
+        }  # fmt: skip
+        write_json(out / FACTS, facts)
+
+    def _summary(self, experts: Subset, settings: Mapping[str, Any]) -> str:
+        given = ("min_worth", "keep", "latency_budget")
+        by = next(f"{name} = {settings[name]}" for name in given if settings[name] is not None)
+        unit = f" ({self.criterion.measure})" if self.criterion.latency_budget is not None else ""
+        return (
+            f"# Expert detachment\n\nKept: {subset_label(self.choice.kept, experts)}, by {by}{unit}, "
+            f"{self.choice.search} search; {settings['loss']} and {settings['score']} on {self.images} validation "
+            f"images. Measured once more, side by side, what is kept takes {self.kept_ms:.3f} ms per image, "
+            f"{self.kept_ms / self.clip_ms:.2f} x plain CLIP.\n\nCosts are those of the vision side, encoders live. "
+            "GFLOP is counted for each subset. Milliseconds are measured for CLIP alone, CLIP with each expert and "
+            "with all of them in turn; subsets between them get the sum of their parts.\n"
+        )
+
+
+def _validate(
+    module: L.LightningModule, data: LightningDataModule, settings: PhaseSettings, folder: Path, **options: Any
+) -> None:
+    """Pass validation batches through a module as ``visexpert validate`` would; write nothing."""
+    own: dict[str, Any] = {
+        "accelerator": settings.accelerator, "devices": 1, "precision": settings.precision, "logger": False,
+        "enable_checkpointing": False, "enable_model_summary": False, "default_root_dir": folder,
+        "callbacks": [TrainingProgress()],
+    }  # fmt: skip
+    trainer = L.Trainer(**own, **options)
+    trainer.validate(module, datamodule=data, verbose=False)
+
+
+@contextmanager
+def _retuning(model: ToVE, lr: float | None, steps: int) -> Iterator[None]:
+    """Rates and schedule of re-tuning: what is frozen stays so, nothing waits, a tenth of the steps warms up."""
+    rates = ("lr", "gate_lr", "language_lr", "clip_lr")
+    before = {name: getattr(model, name) for name in (*rates, "warmup_steps", "language_frozen_steps")}
+    for name in rates:
+        if lr is not None and before[name] > 0:
+            setattr(model, name, lr)
+    model.warmup_steps, model.language_frozen_steps = min(model.warmup_steps, steps // 10), 0
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(model, name, value)
+
+
+def _identity(model: ToVE) -> str:
+    """Hash of the weights that were trained and of the experts that are attached."""
+    trained = [module for group in model.trained_groups() for module in group.modules]
+    return weights_digest(nn.ModuleList(trained), facts=",".join(model.hub.attached))

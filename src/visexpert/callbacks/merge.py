@@ -1,0 +1,154 @@
+"""Knowledge merging as a phase of a run: RUN/merged, a CLIP that needs no expert."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+
+from visexpert.callbacks.cost import CostReport
+from visexpert.callbacks.phase import TRAINING, Phase, PhaseSettings, write_checkpoint, write_derived_config
+from visexpert.errors import ConfigError
+from visexpert.losses.merge import TokenDistance
+from visexpert.methods import Merging, ToVE
+from visexpert.methods.merging import Adaptation, Targets
+from visexpert.report.files import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+FACTS = "merge.json"
+
+
+class KnowledgeMerging(Phase):
+    """Merge CLIP and its experts into one plain CLIP (ToVE's knowledge merging), after training or on a finished run.
+
+    Writes RUN/merged, a run of its own: configuration, scores, checkpoint and ``merge.json`` (how it came about, and
+    the licence of each expert that contributed). An interrupted merge goes on from its last checkpoint when the same
+    command is given again; a finished one is not done again.
+
+    Args:
+        steps: Optimiser steps.
+        adaptation: ``full`` trains every weight of CLIP that is read; ``lora`` low-rank updates, folded in at the end.
+        lora_rank: Rank of the updates.
+        lora_alpha: Their scale times the rank.
+        distance: Distance of the student's tokens to t_fuse: ``mse``, ``cosine`` or ``smooth_l1``.
+        normalise: LayerNorm on the tokens of both sides before the distance.
+        token_weight: Weight of the distance; 0 fine-tunes CLIP by text alone (the control).
+        text_weight: Weight of the text's loss, read by the same language side; 0 needs no text.
+        targets: ``live`` runs the teacher at each step (frozen encoders from its feature cache, where it has one);
+            ``store`` computes t_fuse of every training image once and keeps it on disk.
+        lr: Peak learning rate of CLIP and of the projector.
+        language_lr: Peak learning rate of the language side; 0 keeps the teacher's, so that both can share it.
+        weight_decay: On matrices.
+        warmup_steps: Linear warm-up, then cosine to zero.
+        data: Other images to merge on, with or without text (the token distance needs none); null takes the run's.
+        eval_every: Steps between scores on the validation scenes.
+        checkpoint_every: Steps between checkpoints.
+        caption_images: Test images that get a generated caption; null takes the run's number.
+        name: Folder inside the run's.
+    """
+
+    def __init__(
+        self,
+        *,
+        steps: int = 2000,
+        adaptation: Adaptation = "full",
+        lora_rank: int = 16,
+        lora_alpha: float = 32.0,
+        distance: TokenDistance = "mse",
+        normalise: bool = False,
+        token_weight: float = 1.0,
+        text_weight: float = 0.0,
+        targets: Targets = "live",
+        lr: float = 1e-3,
+        language_lr: float = 0.0,
+        weight_decay: float = 0.02,
+        warmup_steps: int = 100,
+        data: LightningDataModule | None = None,
+        eval_every: int = 500,
+        checkpoint_every: int = 250,
+        caption_images: int | None = None,
+        name: str = "merged",
+    ) -> None:
+        super().__init__(name=name)
+        for key, number in (("steps", steps), ("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
+            if number < 1:
+                raise ConfigError(f"KnowledgeMerging: {key}={number} must be at least 1.")
+        self.steps, self.eval_every, self.checkpoint_every = steps, eval_every, checkpoint_every
+        self.data = data
+        self.caption_images = caption_images
+        self.options: dict[str, Any] = {
+            "adaptation": adaptation, "lora_rank": lora_rank, "lora_alpha": lora_alpha, "distance": distance,
+            "normalise": normalise, "token_weight": token_weight, "text_weight": text_weight, "targets": targets,
+            "lr": lr, "language_lr": language_lr, "weight_decay": weight_decay, "warmup_steps": warmup_steps,
+        }  # fmt: skip
+
+    def apply(self, model: ToVE, data: LightningDataModule, folder: Path, settings: PhaseSettings) -> Path:
+        """Train the student, score it, save it. See :meth:`Phase.apply`."""
+        out = folder / self.name
+        if self._is_done(out):
+            log.info("%s is merged already; delete it, or give another name, to merge again.", out)
+            return out
+        if not model.hub.attached:
+            raise ConfigError(f"KnowledgeMerging: '{folder}' uses no expert, so there is nothing to merge.")
+        write_json(out / FACTS, self._facts(model, folder))
+        captions = model.caption_images if self.caption_images is None else self.caption_images
+        with torch.random.fork_rng():
+            torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")))  # low-rank updates start at random
+            student = Merging(teacher=model, caption_images=captions, meteor=model.meteor, **self.options)
+        teacher_steps = model.trained_steps
+        cost = CostReport()
+        if not self._train(student, data if self.data is None else self.data, out, settings, cost):
+            return out
+        merged = student.merged()
+        merged.count_steps(teacher_steps + self.steps)
+        write_derived_config(folder, out, experts=(), clip_lr=self.options["lr"])
+        settings.trainer(out, cost=cost).test(merged, datamodule=data, verbose=False)
+        write_checkpoint(merged, out, steps=teacher_steps + self.steps)
+        return out
+
+    def _train(
+        self, student: Merging, data: LightningDataModule, out: Path, settings: PhaseSettings, cost: CostReport
+    ) -> bool:
+        """Whether it came to its end."""
+        trainer = settings.trainer(
+            out, steps=self.steps, checkpoint_every=self.checkpoint_every, cost=cost,
+            val_check_interval=min(self.eval_every, self.steps), check_val_every_n_epoch=None,
+        )  # fmt: skip
+        unfinished = out / "checkpoints" / TRAINING
+        start = str(unfinished) if unfinished.is_file() else None
+        if start is not None:
+            log.info("Going on from %s.", start)
+        trainer.fit(student, datamodule=data, ckpt_path=start, weights_only=True)
+        return not trainer.interrupted
+
+    def _facts(self, model: ToVE, folder: Path) -> dict[str, Any]:
+        return {
+            "run": str(folder),
+            "steps": self.steps,
+            **self.options,
+            "data": None if self.data is None else type(self.data).__name__,
+            "teacher_steps": model.trained_steps,
+            "layer": model.clip.layer,
+            "fusion_space": model.fusion_space,
+            "clip_licence": model.clip.licence,
+            "experts": {name: model.hub[name].licence for name in model.hub.attached},
+        }
+
+    def _is_done(self, out: Path) -> bool:
+        """Whether the folder holds a finished merge, refusing one that was made in another way."""
+        if (out / FACTS).is_file():
+            before = read_json(out / FACTS)
+            now = {"steps": self.steps, **self.options}
+            other = [
+                f"{key}={before.get(key)!r}, now {value!r}" for key, value in now.items() if before.get(key) != value
+            ]
+            if other:
+                raise ConfigError(
+                    f"KnowledgeMerging: '{out}' was begun with {'; '.join(other)}; give another name, or delete it."
+                )
+        return (out / "checkpoints" / "last.ckpt").is_file()

@@ -1,0 +1,226 @@
+"""What detachment and merging share: work on a trained model that ends in a run folder of its own."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from visexpert.callbacks.cost import CostReport
+from visexpert.callbacks.figures import RunFigures
+from visexpert.callbacks.progress import TrainingProgress
+from visexpert.callbacks.run_folder import RunFolder, folder_of
+from visexpert.callbacks.run_logger import RunLogger
+from visexpert.callbacks.throughput import ThroughputMonitor
+from visexpert.errors import ConfigError, DataError
+from visexpert.methods import Method, ToVE
+from visexpert.report.files import write_text
+
+log = logging.getLogger(__name__)
+
+TRAINING = "training.ckpt"
+"""Checkpoint of an unfinished phase; ``last.ckpt`` stands for the finished model alone."""
+
+
+@dataclass(frozen=True)
+class PhaseSettings:
+    """How a phase trains and scores: the run's own ways.
+
+    Args:
+        accelerator: As the run's.
+        devices: Number of devices.
+        precision: Lightning's name of the precision.
+        log_every_n_steps: Steps between two rows of ``metrics.csv``.
+    """
+
+    accelerator: str = "auto"
+    devices: int = 1
+    precision: Any = "32-true"
+    log_every_n_steps: int = 20
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> PhaseSettings:
+        """Those of a trainer."""
+        name = getattr(type(trainer.accelerator), "name", None)
+        accelerator = str(name()) if name is not None else "auto"
+        rows = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        return cls(accelerator, trainer.num_devices, str(trainer.precision), rows)
+
+    def trainer(
+        self,
+        folder: Path,
+        *,
+        steps: int = 0,
+        checkpoint_every: int | None = None,
+        cost: CostReport | None = None,
+        **options: Any,
+    ) -> Trainer:
+        """A trainer that writes into ``folder``.
+
+        Args:
+            folder: Folder of the phase.
+            steps: Optimiser steps; 0 for a trainer that only scores.
+            checkpoint_every: Steps between checkpoints to continue from; None for none.
+            cost: The report that saw the training, so that the test's says how long it took.
+            options: More of Lightning's own.
+        """
+        callbacks: list[Callback] = [TrainingProgress(), ThroughputMonitor(), RunFolder(), RunFigures()]
+        callbacks.append(cost or CostReport())
+        if checkpoint_every is not None:
+            callbacks.append(
+                ModelCheckpoint(
+                    dirpath=folder / "checkpoints", filename=Path(TRAINING).stem, enable_version_counter=False,
+                    every_n_train_steps=checkpoint_every,
+                )
+            )  # fmt: skip
+        return L.Trainer(
+            accelerator=self.accelerator, devices=self.devices, precision=self.precision, max_steps=max(steps, 1),
+            logger=RunLogger(str(folder)), default_root_dir=folder, callbacks=callbacks,
+            enable_checkpointing=checkpoint_every is not None, enable_model_summary=False, num_sanity_val_steps=0,
+            log_every_n_steps=self.log_every_n_steps, **options,
+        )  # fmt: skip
+
+
+class Phase(Callback):
+    """Work on a trained model that leaves a run folder of its own inside the run's: detachment, merging.
+
+    It begins when training has ended, or at the end of a test where one follows (`visexpert fit` tests by itself), so
+    that the run's own scores are those of the whole model; with `visexpert test` it works on a finished run. Phases
+    run in the order in which they are listed; each sees the model as the one before left it.
+
+    Args:
+        name: Folder inside the run's.
+    """
+
+    def __init__(self, *, name: str) -> None:
+        if not name or Path(name).name != name:
+            raise ConfigError(f"{type(self).__name__}: name={name!r} must be a plain folder name, such as 'merged'.")
+        self.name = name
+        self.test_follows = False
+
+    @abstractmethod
+    def apply(self, model: ToVE, data: LightningDataModule, folder: Path, settings: PhaseSettings) -> Path:
+        """Do the work.
+
+        Args:
+            model: Trained, weights in place.
+            data: Its data.
+            folder: The run's folder.
+            settings: How to train and score.
+
+        Returns:
+            The phase's own folder.
+        """
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Work now, unless a test follows."""
+        if not self.test_follows:
+            self._run(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Work after the test, when the trainer has let go of the model."""
+        if stage == "test":
+            self._run(trainer, pl_module)
+
+    def _run(self, trainer: Trainer, model: LightningModule) -> None:
+        if trainer.interrupted:
+            return
+        if trainer.world_size > 1:
+            raise ConfigError(
+                f"{type(self).__name__} runs in one process, but this run has {trainer.world_size}; take it out, and "
+                "give the finished run to `visexpert detach` or `visexpert merge`."
+            )
+        if not isinstance(model, ToVE):
+            raise ConfigError(f"{type(self).__name__} works on ToVE, not on {type(model).__name__}; remove it.")
+        data: LightningDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        with kept_trainer(model, data):
+            self.apply(model, data, folder_of(trainer), PhaseSettings.of(trainer))
+
+
+@contextmanager
+def kept_trainer(model: Method, data: LightningDataModule) -> Iterator[None]:
+    """Give model and data their own trainer back after another one has used them."""
+    before = model._trainer, data.trainer
+    try:
+        yield
+    finally:
+        model._trainer, data.trainer = before
+
+
+def write_checkpoint(model: Method, folder: Path, *, steps: int) -> None:
+    """Write ``checkpoints/last.ckpt`` whole or not at all: the sign that a phase is finished.
+
+    Raises:
+        DataError: The disk is full or the folder cannot be written.
+    """
+    checkpoint: dict[str, Any] = {
+        "state_dict": {key: value.detach().cpu() for key, value in model.state_dict().items()},
+        "global_step": steps,
+        "epoch": 0,
+        "pytorch-lightning_version": L.__version__,
+    }
+    model.on_save_checkpoint(checkpoint)
+    path = folder / "checkpoints" / "last.ckpt"
+    part = path.with_name(".last.ckpt.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, part)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        part.unlink(missing_ok=True)
+        raise DataError(f"Cannot write {path} ({str(error)[:120]}): free the disk, then run the same again.") from error
+    (path.parent / TRAINING).unlink(missing_ok=True)
+
+
+def write_derived_config(run: Path, folder: Path, *, experts: Sequence[str], **init_args: Any) -> None:
+    """Write the phase's ``config.yaml``: the run's, with the experts that are left and other settings.
+
+    Args:
+        run: The run's folder; without a ``config.yaml`` (runs made in Python) there is nothing to derive.
+        folder: The phase's folder.
+        experts: Names of the experts that are left.
+        init_args: Arguments of the method that change.
+    """
+    source = run / "config.yaml"
+    if not source.is_file():
+        log.warning("%s has no config.yaml, so %s gets none: it can be loaded by your own code only.", run, folder)
+        return
+    config: dict[str, Any] = yaml.safe_load(source.read_text(encoding="utf-8"))
+    model = config["model"]["init_args"]
+    model["experts"] = {name: model["experts"][name] for name in experts}
+    model.update(use=None, detached=None, init_from=None, **init_args)
+    config["run"] = str(folder)
+    callbacks = config.get("trainer", {}).get("callbacks")
+    if isinstance(callbacks, list):
+        config["trainer"]["callbacks"] = [entry for entry in callbacks if not _is_phase(entry)]
+    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+
+
+def saved_settings(run: Path) -> PhaseSettings:
+    """How a finished run trained, from its ``config.yaml``."""
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    trainer = copy.copy(config.get("trainer") or {})
+    devices = trainer.get("devices")
+    return PhaseSettings(
+        accelerator=trainer.get("accelerator") or "auto",
+        devices=devices if isinstance(devices, int) else 1,
+        precision=trainer.get("precision") or "32-true",
+        log_every_n_steps=trainer.get("log_every_n_steps") or 20,
+    )
+
+
+def _is_phase(entry: Mapping[str, Any]) -> bool:
+    phases = {f"visexpert.callbacks.{phase.__name__}" for phase in Phase.__subclasses__()}
+    phases |= {f"{phase.__module__}.{phase.__name__}" for phase in Phase.__subclasses__()}
+    return entry.get("class_path") in phases

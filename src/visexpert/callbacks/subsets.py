@@ -1,0 +1,160 @@
+"""Scores and times of many subsets of experts in one pass over the validation images."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from visexpert.errors import ConfigError
+from visexpert.methods import ToVE
+from visexpert.methods.cost import first_images, measure_cost
+from visexpert.methods.evaluation import Evaluator
+from visexpert.transfer.detach import Subset
+from visexpert.types import Batch
+
+
+class SubsetScoring(L.LightningModule):
+    """Scores subsets of experts in one pass over validation batches; each encoder runs once a batch for all of them.
+
+    Args:
+        model: The trained model; all experts that count are attached.
+        images: Images to score on; None takes all.
+    """
+
+    def __init__(self, model: ToVE, *, images: int | None) -> None:
+        super().__init__()
+        self.model, self.images = model, images
+        self.everything = model.hub.attached
+        self.subsets: tuple[Subset, ...] = ()
+        self.figures: dict[Subset, dict[str, float]] = {}
+        self.gflop: dict[Subset, float] = {}
+        self.gate_mass: dict[str, float] = {}
+        self.seen = 0
+
+    def on_validation_epoch_start(self) -> None:
+        """Fresh scores; frozen tokens from the model's cache, where it has one."""
+        self._evaluators = {subset: Evaluator(captions=0) for subset in self.subsets}
+        self._gates: list[Tensor] = []
+        self.seen = 0
+        attach_only(self.model, self.everything)
+        data, cache = self.trainer.datamodule, self.model.feature_cache  # type: ignore[attr-defined]
+        if cache is not None and hasattr(data, "image_sources"):
+            self.model.read_features(cache, data.image_sources())
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score one batch with each subset."""
+        if batch_idx == 0:
+            self.gflop |= {subset: self._gflop(subset, batch) for subset in self.subsets}
+        if self.images is not None:
+            left = max(0, self.images - self.seen)
+            batch = replace(first_images(batch, left), items=batch.items[:left])
+        if not len(batch):
+            return
+        self.seen += len(batch)
+        hub = self.model.hub
+        with run_once([self.model.clip, *(hub[name] for name in self.everything), *self.model.adapters.values()]):
+            for subset in self.subsets:
+                attach_only(self.model, subset)
+                self.model.evaluators["val"] = self._evaluators[subset]
+                gates_BTK = self.model.evaluate(batch, "val").vision.gates_BTK
+                if subset == self.everything and gates_BTK is not None:
+                    self._gates.append(gates_BTK.mean(1))
+
+    def on_validation_epoch_end(self) -> None:
+        """Compute the scores and, where all experts were attached, each one's share of the gate."""
+        self.figures = {subset: evaluator.compute() for subset, evaluator in self._evaluators.items()}
+        if self._gates:
+            mass_K = torch.cat(self._gates).mean(0).tolist()
+            mass = dict(zip(self.model.hub.names, mass_K, strict=True))
+            self.gate_mass = {name: mass[name] for name in self.everything}
+
+    def _gflop(self, subset: Subset, batch: Batch) -> float:
+        if batch.text is None:
+            raise ConfigError("ExpertDetachment: the validation data has no text, so experts have no worth there.")
+        attach_only(self.model, subset)
+        return measure_cost(self.model, first_images(batch, 1), seconds=0.0)["gflop_vision"]
+
+
+class SubsetTiming(L.LightningModule):
+    """Measures the time per image of the vision side with subsets of experts, encoders live, on the first batch.
+
+    The subsets take turns, so that all see the same moods of the machine; a subset's time is the median of its ratio
+    to plain CLIP's in the same turn, times plain CLIP's median.
+
+    Args:
+        model: The trained model.
+        images: Images per call.
+        turns: Least number of turns, beside one to warm up.
+        seconds: Least time to spend.
+    """
+
+    def __init__(self, model: ToVE, *, images: int, turns: int = 7, seconds: float = 2.0) -> None:
+        super().__init__()
+        self.model, self.images, self.turns, self.seconds = model, images, turns, seconds
+        self.subsets: tuple[Subset, ...] = ((),)
+        self.milliseconds: Mapping[Subset, float] = {}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Measure; the empty subset must be among them."""
+        live = replace(first_images(batch, self.images), split="")  # no cache knows this split
+        turns: list[dict[Subset, float]] = []
+        started = time.perf_counter()
+        while len(turns) < 1 + self.turns or time.perf_counter() - started < self.seconds:
+            turns.append({subset: self._seconds(subset, live) for subset in self.subsets})
+        clip_ms = 1000 * statistics.median(turn[()] for turn in turns[1:]) / len(live)
+        self.milliseconds = {
+            subset: clip_ms * statistics.median(turn[subset] / turn[()] for turn in turns[1:])
+            for subset in self.subsets
+        }
+
+    def _seconds(self, subset: Subset, batch: Batch) -> float:
+        attach_only(self.model, subset)
+        self._wait()
+        started = time.perf_counter()
+        self.model.encode(batch)
+        self._wait()
+        return time.perf_counter() - started
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def attach_only(model: ToVE, subset: Subset) -> None:
+    """Attach these experts and detach all others."""
+    for name in model.hub.names:
+        (model.hub.attach if name in subset else model.hub.detach)(name)
+
+
+@contextmanager
+def run_once(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let each module run at most once and answer every later call with the same: for one batch, gradients off."""
+    patched = list(modules)
+    for module in patched:
+        module.forward = _remembered(module.forward)
+    try:
+        yield
+    finally:
+        for module in patched:
+            del module.forward  # uncovers the class's own
+
+
+def _remembered(forward: Callable[..., Any]) -> Callable[..., Any]:
+    answers: list[Any] = []
+
+    @functools.wraps(forward)
+    def once(*inputs: Any, **named: Any) -> Any:
+        if not answers:
+            answers.append(forward(*inputs, **named))
+        return answers[0]
+
+    return once

@@ -1,0 +1,1 @@
+"""The commands beside LightningCLI, one file each: parse, call the rooms, print."""

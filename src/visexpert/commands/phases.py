@@ -1,0 +1,53 @@
+"""What ``visexpert merge`` and ``visexpert detach`` share: a phase's own settings as options, on a finished run."""
+
+from __future__ import annotations
+
+from inspect import signature
+from pathlib import Path
+
+import lightning as L
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from visexpert.callbacks.phase import Phase, kept_trainer, saved_settings
+from visexpert.errors import ConfigError
+from visexpert.methods import ToVE
+from visexpert.runs import open_run
+from visexpert.training import RunParser
+
+
+def run_phase(command: str, phase: type[Phase], arguments: list[str]) -> None:
+    """Parse a phase's settings and carry it out on a finished run.
+
+    Args:
+        command: Name of the command.
+        phase: The phase; its constructor's arguments are the options.
+        arguments: Without the command's name.
+
+    Raises:
+        ConfigError: A setting that does not exist or cannot be, or a folder that is no run of ToVE.
+    """
+    parser = _parser(command, phase)
+    built = parser.instantiate_classes(parser.parse_args(arguments))
+    work = phase(**{name: built[name] for name in signature(phase).parameters})
+    run = Path(built.folder)
+    saved = open_run(run)
+    if not isinstance(saved.model, ToVE):
+        raise ConfigError(f"visexpert {command}: '{run}' is no run of ToVE but of {type(saved.model).__name__}.")
+    L.seed_everything(
+        int(saved.config.get("seed_everything") or 0) if built.seed is None else built.seed, verbose=False
+    )
+    saved.model.count_steps(saved.steps)
+    with kept_trainer(saved.model, saved.data):
+        out = work.apply(saved.model, saved.data, run, saved_settings(run))
+    Console().print(f"Done: {out}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _parser(command: str, phase: type[Phase]) -> ArgumentParser:
+    summary = (phase.__doc__ or "").strip().splitlines()[0]
+    parser = RunParser(prog=f"visexpert {command}", description=summary, parser_mode="omegaconf")
+    parser.add_argument("folder", type=str, metavar="RUN", help="Folder of a finished run.")
+    parser.add_argument("--config", action="config", help="Settings from a YAML file.")
+    parser.add_argument("--seed", type=int, default=None, help="Seed of order and noise; the run's own by default.")
+    parser.add_class_arguments(phase)
+    return parser

@@ -1,0 +1,49 @@
+"""Distances of a student's tokens to the tokens that it is to produce (knowledge merging)."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from visexpert.errors import ConfigError
+
+TokenDistance = Literal["mse", "cosine", "smooth_l1"]
+
+
+def token_distance(
+    student_BTD: Tensor, target_BTD: Tensor, kind: TokenDistance = "mse", *, normalise: bool = False
+) -> Tensor:
+    """Mean distance of tokens to their targets (ToVE's knowledge merging; its form is unconfirmed by the paper).
+
+    Args:
+        student_BTD: Tokens of the student.
+        target_BTD: Fused tokens, not differentiated.
+        kind: ``mse`` - squared error, mean over all entries; ``smooth_l1`` - Huber's with beta 1; ``cosine`` - one
+            minus the cosine of each token pair.
+        normalise: LayerNorm (no affine) on every token of both sides first.
+
+    Returns:
+        Scalar, float32; 0 where both agree.
+
+    Raises:
+        ConfigError: An unknown kind.
+    """
+    student, target = student_BTD.float(), target_BTD.detach().float()
+    if normalise:
+        student, target = (F.layer_norm(tokens, tokens.shape[-1:]) for tokens in (student, target))
+    if kind == "mse":
+        return F.mse_loss(student, target)
+    if kind == "smooth_l1":
+        return F.smooth_l1_loss(student, target)
+    if kind == "cosine":
+        return (1 - F.cosine_similarity(student, target, dim=-1)).mean()
+    raise ConfigError(f"token_distance: kind={kind!r} is unknown; use one of {', '.join(get_args(TokenDistance))}.")
+
+
+def normalised_mse(student_BTD: Tensor, target_BTD: Tensor) -> Tensor:
+    """Squared error over the targets' own variance about their mean token: 0 is exact, 1 what a constant reaches."""
+    student, target = student_BTD.float(), target_BTD.float()
+    centred = target - target.mean(dim=(0, 1), keepdim=True)
+    return (student - target).square().sum() / centred.square().sum().clamp_min(1e-12)

@@ -1,0 +1,226 @@
+"""Knowledge merging: teach one plain CLIP to produce the tokens that CLIP and experts gave together."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from visexpert.errors import ConfigError
+from visexpert.experts import FeatureCache
+from visexpert.language import supervised
+from visexpert.losses import normalised_mse, text_loss, token_distance
+from visexpert.losses.merge import TokenDistance
+from visexpert.methods.base import Method
+from visexpert.methods.evaluation import EvalOutput
+from visexpert.methods.optimiser import ParameterGroup
+from visexpert.methods.tove import ToVE
+from visexpert.resources import cache_root, weights_digest
+from visexpert.types import Batch, StepOutput, VisionTokens
+from visexpert.vision.lora import ClipLora
+
+Adaptation = Literal["full", "lora"]
+Targets = Literal["live", "store"]
+
+
+class Merging(Method):
+    """ToVE's second half (arXiv 2504.00691, "knowledge merging"): student = a copy of CLIP, targets = t_fuse.
+
+    Loss = token_weight * distance(student's tokens, t_fuse) + text_weight * L_text, the latter through the same
+    language model. Experts run only as targets. The paper gives no form of the loss; the defaults are what measures
+    best on Tabletop (docs/results/merge.md).
+
+    Args:
+        teacher: A trained ToVE, weights in place.
+        adaptation: ``full`` trains every weight of CLIP that is read; ``lora`` low-rank updates, folded in at the end.
+        lora_rank: Rank of the updates.
+        lora_alpha: Their scale times the rank.
+        distance: ``mse``, ``cosine`` or ``smooth_l1``.
+        normalise: LayerNorm on the tokens of both sides before the distance.
+        token_weight: Weight of the distance; 0 trains by text alone.
+        text_weight: Weight of L_text; 0 needs no text at all.
+        targets: ``live`` runs the teacher at each step (its frozen encoders read from its own feature cache, where it
+            has one); ``store`` computes t_fuse of every image once and keeps it on disk.
+        lr: Peak learning rate of CLIP and, where the fusion space is the language's, of the projector.
+        language_lr: Peak learning rate of the language side; 0 keeps it as the teacher's.
+        weight_decay: See :class:`~visexpert.methods.base.Method`.
+        warmup_steps: Likewise.
+        caption_images: Likewise.
+        meteor: Likewise.
+    """
+
+    def __init__(
+        self,
+        *,
+        teacher: ToVE,
+        adaptation: Adaptation = "full",
+        lora_rank: int = 16,
+        lora_alpha: float = 32.0,
+        distance: TokenDistance = "mse",
+        normalise: bool = False,
+        token_weight: float = 1.0,
+        text_weight: float = 0.0,
+        targets: Targets = "live",
+        lr: float = 1e-3,
+        language_lr: float = 0.0,
+        weight_decay: float = 0.02,
+        warmup_steps: int = 100,
+        caption_images: int = 500,
+        meteor: bool | None = None,
+    ) -> None:
+        _check(adaptation, distance, targets, token_weight, text_weight)
+        super().__init__(
+            language=teacher.language if language_lr == 0 else copy.deepcopy(teacher.language), lr=lr,
+            language_lr=language_lr, weight_decay=weight_decay, warmup_steps=warmup_steps,
+            caption_images=caption_images, meteor=meteor,
+        )  # fmt: skip
+        self.teacher = teacher
+        self.clip = copy.deepcopy(teacher.clip).requires_grad_(False)
+        self.projector = copy.deepcopy(teacher.projector)
+        self.lora = ClipLora(self.clip, rank=lora_rank, alpha=lora_alpha) if adaptation == "lora" else None
+        self.distance: TokenDistance = distance
+        self.normalise = normalise
+        self.token_weight, self.text_weight = token_weight, text_weight
+        self.targets: Targets = targets
+        self._stored: FeatureCache | None = None
+        for group in self.trained_groups():
+            for module in group.modules:
+                module.requires_grad_(True)
+
+    def encode(self, batch: Batch) -> VisionTokens:
+        """What the merged CLIP gives the language side: (B, T, d_lang), no expert involved."""
+        return self._to_language(self._student(batch))
+
+    def step(self, batch: Batch) -> StepOutput:
+        """Distance to the teacher's tokens, and the text's loss where it has a weight."""
+        student = self._student(batch)
+        parts: dict[str, Tensor] = {}
+        loss = student.tokens_BTD.new_zeros(())
+        if self.token_weight > 0:
+            target_BTD = self._target(batch)
+            parts["token_loss"] = token_distance(
+                student.tokens_BTD, target_BTD, self.distance, normalise=self.normalise
+            )
+            parts["nmse"] = normalised_mse(student.tokens_BTD.detach(), target_BTD)
+            loss = loss + self.token_weight * parts["token_loss"]
+        if self.text_weight > 0:
+            parts["text_loss"] = self._text_loss(student, batch)
+            loss = loss + self.text_weight * parts["text_loss"]
+        return StepOutput(loss, parts, len(batch))
+
+    def frozen_modules(self) -> Mapping[str, nn.Module]:
+        """The teacher, experts included."""
+        return {"teacher": self.teacher}
+
+    def unused_modules(self) -> Sequence[nn.Module]:
+        """The teacher but for the language side, which both share."""
+        return [part for name, part in self.teacher.named_children() if name != "language"]
+
+    def trained_groups(self) -> Sequence[ParameterGroup]:
+        """CLIP (or its low-rank updates); the projector where it is part of what is compared; the language side."""
+        modules = self.clip.read_modules() if self.lora is None else self.lora.modules()
+        if self.teacher.fusion_space == "language":
+            modules = (*modules, self.projector)
+        groups = [ParameterGroup("student", modules, self.lr)]
+        if self.language_lr > 0:
+            groups.append(ParameterGroup("language", (self.language,), self.language_lr))
+        return groups
+
+    def load_weights(self) -> None:
+        """Nothing: the teacher came with its weights."""
+
+    def merged(self) -> ToVE:
+        """Fold low-rank updates in and hand on a model without experts, ready to score and save."""
+        if self.lora is not None:
+            self.lora.merge()
+            self.lora = None
+        self.clip.requires_grad_(True)
+        model = self.teacher.plain(self.clip, self.projector, self.language)
+        model.clip_lr = self.lr
+        return model
+
+    def on_fit_start(self) -> None:
+        """Open the teacher's feature cache, or compute its tokens for the whole training set."""
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(datamodule, "image_sources"):
+            if self.targets == "store":
+                raise ConfigError(
+                    f"Merging: targets=store needs images by row, which {type(datamodule).__name__} does not hand out; "
+                    "use targets=live."
+                )
+            return
+        sources = datamodule.image_sources()
+        if self.targets == "store":
+            self._store_targets(sources)
+        elif (cache := self.teacher.feature_cache) is not None:
+            self.teacher.read_features(cache, sources)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Mapping[str, EvalOutput]:
+        """Score the student, and how far its tokens are from the teacher's."""
+        error = normalised_mse(self._student(batch).tokens_BTD, self._target(batch))
+        self.log("val/nmse", error, on_step=False, on_epoch=True, batch_size=len(batch))
+        return super().validation_step(batch, batch_idx)
+
+    def _student(self, batch: Batch) -> VisionTokens:
+        images_BCHW = batch.images_BCHW
+        images_BCHW = images_BCHW.float() / 255.0 if images_BCHW.dtype == torch.uint8 else images_BCHW
+        tokens: VisionTokens = self.clip(images_BCHW)
+        if self.teacher.fusion_space == "clip":
+            return VisionTokens(tokens.tokens_BTD, tokens.grid_hw)
+        return VisionTokens(self.projector(tokens.tokens_BTD), tokens.grid_hw)
+
+    def _to_language(self, tokens: VisionTokens) -> VisionTokens:
+        if self.teacher.fusion_space == "language":
+            return tokens
+        return VisionTokens(self.projector(tokens.tokens_BTD), tokens.grid_hw)
+
+    @torch.no_grad()
+    def _target(self, batch: Batch) -> Tensor:
+        if self._stored is not None:
+            stored = self._stored.read("fused", batch.split, batch.index_B)
+            if stored is not None:
+                return stored
+        return self.teacher.transferred(batch).tokens_BTD
+
+    def _text_loss(self, student: VisionTokens, batch: Batch) -> Tensor:
+        if batch.text is None:
+            raise ConfigError("Merging: text_weight is above 0, but the data has no text; set it to 0 or add texts.")
+        targets_M, _ = supervised(batch.text)
+        return text_loss(self.language(self._to_language(student), batch.text), targets_M)
+
+    def _store_targets(self, sources: Mapping[str, object]) -> None:
+        teacher, cache = self.teacher, FeatureCache(cache_root() / "features")
+        parts = [teacher.clip.fingerprint(), teacher.fusion_space, teacher.transfer.mode]
+        parts += [f"{name}:{teacher.hub[name].fingerprint()}" for name in teacher.hub.attached]
+        trained = nn.ModuleDict({"projector": teacher.projector, "adapters": teacher.adapters})
+        if teacher.gate is not None:
+            trained["gate"] = teacher.gate
+
+        def encode(images_BCHW: Tensor) -> Tensor:
+            rows = torch.arange(len(images_BCHW))
+            return teacher.transferred(Batch(images_BCHW, rows, split="")).tokens_BTD
+
+        for split, source in sources.items():
+            cache.prepare(
+                "fused", split, source, fingerprint=weights_digest(trained, facts=repr(parts)),  # type: ignore[arg-type]
+                encode=encode, grid_hw=teacher.clip.grid_hw, device=self.device,
+            )  # fmt: skip
+        self._stored = cache
+
+
+def _check(adaptation: str, distance: str, targets: str, token_weight: float, text_weight: float) -> None:
+    for name, value, allowed in (
+        ("adaptation", adaptation, Adaptation),
+        ("distance", distance, TokenDistance),
+        ("targets", targets, Targets),
+    ):
+        if value not in get_args(allowed):
+            raise ConfigError(f"Merging: {name}={value!r} is unknown; use one of {', '.join(get_args(allowed))}.")
+    if min(token_weight, text_weight) < 0 or token_weight + text_weight == 0:
+        raise ConfigError(
+            f"Merging: token_weight={token_weight} and text_weight={text_weight} must not be negative, and one must be "
+            "above 0."
+        )

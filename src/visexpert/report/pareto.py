@@ -1,0 +1,178 @@
+"""What experts are worth and cost: the front of score against cost, worth beside gate mass, and their tables."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from visexpert.report.palette import GREY, INK, OKABE_ITO, canvas, save, styled
+
+Subset = tuple[str, ...]
+
+FRONT, KEPT = OKABE_ITO[0], OKABE_ITO[4]
+
+
+class Scored(Protocol):
+    """A subset of experts with its validation loss and score, and its cost per image."""
+
+    @property
+    def experts(self) -> Subset: ...
+    @property
+    def loss(self) -> float: ...
+    @property
+    def score(self) -> float: ...
+    @property
+    def milliseconds(self) -> float: ...
+    @property
+    def gflop(self) -> float: ...
+
+
+class Valued(Protocol):
+    """An expert with what goes and what is saved without it: loss and score, time and work per image."""
+
+    @property
+    def expert(self) -> str: ...
+    @property
+    def loss(self) -> float: ...
+    @property
+    def score(self) -> float: ...
+    @property
+    def milliseconds(self) -> float: ...
+    @property
+    def gflop(self) -> float: ...
+
+
+def pareto_figure(
+    scores: Sequence[Scored],
+    out: Path,
+    *,
+    front: Sequence[Subset],
+    kept: Subset,
+    experts: Subset,
+    measure: str = "ms",
+    budget: float | None = None,
+    score_name: str = "score",
+) -> Path:
+    """Draw the score of every subset against its cost; the front is a numbered line whose legend names the subsets.
+
+    Args:
+        scores: All evaluated subsets.
+        out: The PNG to write.
+        front: Subsets on the front, by rising cost.
+        kept: The chosen subset, ringed.
+        experts: All experts, to name subsets by what they lack where that is shorter.
+        measure: Cost on the axis, ``ms`` or ``gflop``.
+        budget: Greatest allowed cost, in the same unit; drawn as a dashed line.
+        score_name: What the score is.
+    """
+    place = {score.experts: (_cost(score, measure), score.score) for score in scores}
+    figure = canvas(8.2, max(3.8, 1.4 + 0.22 * len(front)))
+    unit = "ms" if measure == "ms" else "GFLOP"
+    axes = styled(
+        figure.add_subplot(), title="Score against cost, by experts attached", xlabel=f"vision side, {unit} per image",
+        ylabel=f"validation {score_name}",
+    )  # fmt: skip
+    costs, values = zip(*place.values(), strict=True)
+    axes.scatter(costs, values, s=22, color="#B5B5B5")
+    handles = [_numbered(axes, number, place[one], subset_label(one, experts)) for number, one in enumerate(front, 1)]
+    axes.plot(*zip(*(place[one] for one in front), strict=True), color=FRONT, linewidth=1.4, drawstyle="steps-post")
+    ring = axes.scatter(
+        *place[kept], s=260, facecolors="none", edgecolors=KEPT, linewidths=2, zorder=4,
+        label=f"kept: {subset_label(kept, experts)}",
+    )  # fmt: skip
+    lines = [] if budget is None else [axes.axvline(budget, color=GREY, linewidth=1, linestyle="--", label="budget")]
+    figure.legend(handles=[*handles, ring, *lines], loc="outside right upper", frameon=False, fontsize=8)
+    return save(figure, out)
+
+
+def worth_figure(worths: Sequence[Valued], gate_mass: Mapping[str, float], out: Path) -> Path:
+    """Draw each expert's worth and, beside it, its share of the gate: the two need not agree.
+
+    Args:
+        worths: Worth of each expert.
+        gate_mass: Mean gate per expert; empty for a model without a gate.
+        out: The PNG to write.
+    """
+    names = [worth.expert for worth in worths][::-1]
+    figure = canvas(7.2, 1.2 + 0.36 * len(names))
+    left, right = figure.subplots(1, 2, sharey=True)
+    styled(left, title="Worth", xlabel="rise of the validation loss without it")
+    left.barh(names, [worth.loss for worth in worths][::-1], color=FRONT)
+    left.axvline(0, color=INK, linewidth=0.8)
+    styled(right, title="Gate mass", xlabel="mean gate over validation tokens")
+    right.barh(names, [gate_mass.get(name, 0.0) for name in names], color=OKABE_ITO[1])
+    right.axvline(1 / len(names), color=GREY, linewidth=0.9, linestyle="--")
+    return save(figure, out)
+
+
+def subset_table(scores: Sequence[Scored], *, front: Collection[Subset], kept: Subset, experts: Subset) -> str:
+    """Make a Markdown table of all evaluated subsets: quality, cost, cost as a multiple of CLIP's, front, choice.
+
+    Args:
+        scores: With the empty subset (CLIP alone) among them.
+        front: Subsets on the front.
+        kept: The chosen subset.
+        experts: All experts.
+    """
+    clip = next(score for score in scores if not score.experts)
+    rows = [
+        [
+            subset_label(score.experts, experts), f"{score.loss:.4f}", f"{score.score:.4f}",
+            f"{score.milliseconds:.3f}", f"{score.milliseconds / clip.milliseconds:.2f}", f"{score.gflop:.4f}",
+            f"{score.gflop / clip.gflop:.2f}", "yes" if score.experts in front else "",
+            "**kept**" if score.experts == kept else "",
+        ]
+        for score in scores
+    ]  # fmt: skip
+    heading = ["experts", "loss", "score", "ms/image", "x CLIP", "GFLOP/image", "x CLIP", "on the front", "choice"]
+    return _table(heading, rows)
+
+
+def worth_table(worths: Sequence[Valued], gate_mass: Mapping[str, float], *, kept: Subset) -> str:
+    """Make a Markdown table of the experts: worth, gate mass, cost and fate.
+
+    Args:
+        worths: Worth of each expert.
+        gate_mass: Mean gate per expert; a dash where there is none.
+        kept: The experts that stay.
+    """
+    rows = [
+        [
+            worth.expert, f"{worth.loss:+.4f}", f"{0 - worth.score:+.4f}",
+            f"{gate_mass[worth.expert]:.3f}" if worth.expert in gate_mass else "–", f"{worth.milliseconds:.3f}",
+            f"{worth.gflop:.4f}", "kept" if worth.expert in kept else "detached",
+        ]
+        for worth in worths
+    ]  # fmt: skip
+    heading = ["expert", "loss without it", "score without it", "gate mass", "ms/image", "GFLOP/image", "choice"]
+    return _table(heading, rows)
+
+
+def subset_label(subset: Subset, experts: Subset) -> str:
+    """Name a subset briefly: ``CLIP alone``, ``depth, edges``, ``all but edges``, ``all``."""
+    missing = [name for name in experts if name not in subset]
+    if not subset:
+        return "CLIP alone"
+    if not missing:
+        return "all"
+    return f"all but {', '.join(missing)}" if len(missing) < len(subset) else ", ".join(subset)
+
+
+def _numbered(axes: Axes, number: int, at: tuple[float, float], label: str) -> Line2D:
+    """Put a number on a point of the front; return its entry in the legend."""
+    axes.scatter(*at, s=90, color=FRONT, zorder=3)
+    axes.annotate(str(number), at, color="white", fontsize=7, fontweight="bold", ha="center", va="center", zorder=5)
+    return Line2D([], [], linestyle="none", marker="o", color=FRONT, markersize=6, label=f"{number}  {label}")
+
+
+def _cost(score: Scored, measure: str) -> float:
+    return score.milliseconds if measure == "ms" else score.gflop
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(heading) - 1)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (heading, rule, *rows))

@@ -1,0 +1,134 @@
+"""A finished run, read back: its model with trained weights, its data and what it was made of."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch import LightningDataModule
+
+from visexpert.errors import ConfigError, WeightsError
+from visexpert.methods import Method
+from visexpert.training import checkpoint_of, config_of, explain
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run's folder, opened.
+
+    Args:
+        folder: The folder.
+        config: Its ``config.yaml``.
+        model: The method with the run's weights, on the CPU, in eval mode.
+        data: The data module, built but not prepared: nothing is rendered or downloaded.
+        steps: Optimiser steps behind the weights.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    model: Method
+    data: LightningDataModule
+    steps: int
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the run's data."""
+        return self.data.tokenizer  # type: ignore[attr-defined]
+
+
+def open_run(folder: str | Path) -> SavedRun:
+    """Build what a run's ``config.yaml`` names and fill it from ``checkpoints/last.ckpt``.
+
+    Args:
+        folder: Folder that ``visexpert fit --run`` (or ``merge``, ``detach``) wrote.
+
+    Raises:
+        ConfigError: The folder is no run, is unfinished, or its configuration no longer builds.
+        WeightsError: The checkpoint is damaged, could run code, or does not fit the configuration.
+    """
+    folder = Path(folder)
+    path, checkpoint_path = config_of(folder), checkpoint_of(folder)
+    config = read_config(path)
+    with torch.random.fork_rng():
+        torch.manual_seed(int(config.get("seed_everything") or 0))  # encoders without weights are random, but the same
+        model, data = build(config, path)
+    if not isinstance(model, Method):
+        raise ConfigError(f"'{folder}' trained a {type(model).__name__}, which is no vision-language model.")
+    checkpoint = read_checkpoint(checkpoint_path)
+    model.load_weights()
+    model.on_load_checkpoint(checkpoint)
+    try:
+        model.load_state_dict(checkpoint["state_dict"], strict=True)
+    except RuntimeError as error:
+        raise WeightsError(
+            f"{checkpoint_path} does not fit {path} ({str(error).splitlines()[-1].strip()[:160]}); "
+            "was one of them replaced?"
+        ) from error
+    model.mark_loaded()
+    return SavedRun(folder, config, model.eval(), data, int(checkpoint["global_step"]))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a run's configuration.
+
+    Raises:
+        ConfigError: It is no YAML mapping with a model and data.
+    """
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read ({str(error).splitlines()[0]}); train the run again.") from error
+    if not isinstance(config, dict) or not {"model", "data"} <= config.keys():
+        raise ConfigError(f"{path} is no configuration of a run: it needs the keys model and data.")
+    return config
+
+
+def build(config: Mapping[str, Any], path: Path) -> tuple[L.LightningModule, LightningDataModule]:
+    """Build model and data of a configuration, without weights.
+
+    Raises:
+        ConfigError: A class or a setting is not known (any more).
+    """
+    parser = ArgumentParser(exit_on_error=False)  # a saved configuration has its interpolations resolved
+    parser.add_subclass_arguments(L.LightningModule, "model")
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    wanted = {"model": _without_start(config["model"]), "data": config["data"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            built = parser.instantiate_classes(parser.parse_object(wanted))
+        except ArgumentError as error:
+            raise ConfigError(f"{path}: {explain(str(error), [])}") from error
+    return built.model, built.data
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a Lightning checkpoint without running code from it.
+
+    Raises:
+        WeightsError: It is damaged, holds code, or has no weights.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise WeightsError(f"{path} is no readable checkpoint ({str(error)[:120]}); train the run again.") from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "global_step"} <= checkpoint.keys():
+        raise WeightsError(f"{path} holds no weights of a run; give the folder that `visexpert fit --run` wrote.")
+    return checkpoint
+
+
+def _without_start(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's configuration without the run that it once started from, which may be gone."""
+    settings = copy.deepcopy(dict(model))
+    if isinstance(settings.get("init_args"), dict) and "init_from" in settings["init_args"]:
+        settings["init_args"]["init_from"] = None
+    return settings

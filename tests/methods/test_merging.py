@@ -1,0 +1,190 @@
+"""Knowledge merging: what trains, what it is drawn to, and that a plain CLIP is what comes out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.methods.helpers import bare_trainer, logits_of, noise_batch, shake, tiny_tove
+from visexpert.data import TabletopData
+from visexpert.errors import ConfigError
+from visexpert.losses import token_distance
+from visexpert.methods import Merging, ToVE
+
+MakeData = Callable[..., TabletopData]
+
+
+def teacher(**options: Any) -> ToVE:
+    return shake(tiny_tove(**options)).eval()
+
+
+@pytest.mark.parametrize("space", ["language", "clip"])
+@pytest.mark.parametrize("adaptation", ["full", "lora"])
+def test_the_student_starts_as_clip_only(space: Any, adaptation: Any) -> None:
+    model, batch = teacher(fusion_space=space), noise_batch()
+    student = Merging(teacher=model, adaptation=adaptation).eval()
+    alone = teacher(fusion_space=space)
+    for name in alone.hub.names:
+        alone.hub.detach(name)
+    assert torch.allclose(student.encode(batch).tokens_BTD, alone.encode(batch).tokens_BTD, atol=1e-6)
+
+
+@pytest.mark.parametrize("space", ["language", "clip"])
+def test_the_loss_is_the_distance_to_the_fused_tokens(space: Any) -> None:
+    model, batch = teacher(fusion_space=space), noise_batch()
+    student = Merging(teacher=model, distance="smooth_l1", token_weight=2.0).eval()
+    clip_BTD = model.clip(batch.images_BCHW.float() / 255).tokens_BTD
+    own_BTD = clip_BTD if space == "clip" else model.projector(clip_BTD)
+    expected = 2 * token_distance(own_BTD, model.transferred(batch).tokens_BTD, "smooth_l1")
+    output = student.step(batch)
+    assert float(output.loss) == pytest.approx(float(expected), rel=1e-5)
+    assert "text_loss" not in output.parts
+
+
+def test_text_alone_is_the_language_loss_of_the_students_tokens() -> None:
+    model, batch = teacher(), noise_batch()
+    student = Merging(teacher=model, token_weight=0.0, text_weight=1.0).eval()
+    twin = teacher()
+    for name in twin.hub.names:
+        twin.hub.detach(name)
+    assert float(student.step(batch).loss) == pytest.approx(float(twin.step(batch).parts["text_loss"]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {"clip", "projector"}),
+        ({"adaptation": "lora"}, {"clip", "projector"}),
+        ({"language_lr": 1e-3, "text_weight": 1.0}, {"clip", "projector", "language"}),
+    ],
+)
+def test_the_trained_set_is_exact_and_all_of_it_moves(
+    tmp_path: Path, data: MakeData, options: dict[str, Any], expected: set[str]
+) -> None:
+    model = teacher()
+    before_teacher = copy.deepcopy(model.state_dict())
+    student = Merging(teacher=model, warmup_steps=1, **options)
+    chosen = {id(p) for group in student.trained_groups() for m in group.modules for p in m.parameters()}
+    names = {name for name, p in student.named_parameters() if id(p) in chosen}
+    assert {name.split(".")[0] for name in names} == expected
+    if options.get("adaptation") == "lora":
+        assert all("lora" in name for name in names if name.startswith("clip."))
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    bare_trainer(tmp_path, steps=3).fit(student, datamodule=data())
+    moved = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
+    assert moved <= names
+    assert {n for n in names if "k_proj.bias" not in n} - moved <= {n for n in names if "lora_A" in n}
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before_teacher[key]), key
+
+
+@pytest.mark.parametrize("adaptation", ["full", "lora"])
+def test_what_comes_out_is_a_plain_clip(tmp_path: Path, data: MakeData, adaptation: Any) -> None:
+    model, batch = teacher(), noise_batch()
+    shapes = {key: value.shape for key, value in model.clip.state_dict().items()}
+    student = Merging(teacher=model, adaptation=adaptation, warmup_steps=1, lr=1e-2)
+    bare_trainer(tmp_path, steps=3).fit(student, datamodule=data())
+    tokens_BTD = student.eval().encode(batch).tokens_BTD
+    merged = student.merged().eval()
+    assert merged.hub.names == () and merged.gate is None
+    assert {key: value.shape for key, value in merged.clip.state_dict().items()} == shapes
+    assert torch.allclose(merged.encode(batch).tokens_BTD, tokens_BTD, atol=1e-5)
+    assert not torch.allclose(tokens_BTD, model.projector(model.clip(batch.images_BCHW.float() / 255).tokens_BTD))
+    assert set(merged.frozen_modules()) == {"hub"}  # so that CLIP's weights are saved
+
+
+def test_tokens_from_disk_give_the_loss_of_live_ones(
+    tmp_path: Path, data: MakeData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VISEXPERT_CACHE", str(tmp_path))
+    losses = {}
+    for targets in ("live", "store"):
+        student = Merging(teacher=teacher(), targets=targets, warmup_steps=1)
+        trainer = bare_trainer(tmp_path, steps=3, callbacks=[])
+        trainer.fit(student, datamodule=data())
+        losses[targets] = float(trainer.callback_metrics["train/token_loss"])
+    assert losses["store"] == pytest.approx(losses["live"], rel=2e-3)  # kept as float16
+    assert len(list((tmp_path / "features").glob("*.npy"))) == 2
+    other = Merging(teacher=shake(tiny_tove(), seed=9), targets="store", warmup_steps=1)
+    bare_trainer(tmp_path, steps=1).fit(other, datamodule=data())
+    assert len(list((tmp_path / "features").glob("*.npy"))) == 4  # another teacher, other tokens
+
+
+def test_no_expert_runs_when_the_targets_are_on_disk(
+    tmp_path: Path, data: MakeData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VISEXPERT_CACHE", str(tmp_path))
+    bare_trainer(tmp_path, steps=1).fit(Merging(teacher=teacher(), targets="store"), datamodule=data())
+    model = teacher()
+    sizes: list[int] = []
+    model.hub["edges"].register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    bare_trainer(tmp_path, steps=2).fit(Merging(teacher=model, targets="store"), datamodule=data())
+    assert sizes == [1, 1]  # only the shape is asked for, of training and validation images
+
+
+def test_merging_draws_the_student_to_its_teacher(tmp_path: Path, data: MakeData) -> None:
+    model = teacher()
+    source = data(num_train=4, batch_size=4)
+    source.prepare_data()
+    source.setup("fit")
+    student = Merging(teacher=model, warmup_steps=1, lr=1e-2)
+    batch = next(iter(source.train_dataloader()))
+    before = float(student.eval().step(batch).parts["nmse"])
+    bare_trainer(tmp_path, steps=120).fit(student, datamodule=source)
+    assert float(student.eval().step(batch).parts["nmse"]) < 0.7 * before
+
+
+def test_the_teacher_is_in_no_checkpoint(tmp_path: Path, data: MakeData) -> None:
+    student = Merging(teacher=teacher())
+    trainer = bare_trainer(tmp_path, steps=1)
+    trainer.fit(student, datamodule=data())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    state = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
+    assert {key.split(".")[0] for key in state} == {"clip", "projector", "language"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adaptation": "adapter"}, "adaptation='adapter' is unknown; use one of full, lora"),
+        ({"distance": "l1"}, "distance='l1' is unknown"),
+        ({"targets": "disk"}, "targets='disk' is unknown; use one of live, store"),
+        ({"token_weight": 0.0}, "one must be above 0"),
+        ({"text_weight": -1.0}, "must not be negative"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Merging(teacher=teacher(), **options)
+
+
+def test_dropping_experts_equals_detaching_them() -> None:
+    batch = noise_batch()
+    for gone in (["depth"], ["semantic", "edges"], ["semantic", "depth", "edges"]):
+        detached, dropped = teacher(gate_hidden=6, gate_noise="learned"), teacher(gate_hidden=6, gate_noise="learned")
+        for name in gone:
+            detached.hub.detach(name)
+        dropped.drop_experts(gone)
+        assert torch.allclose(logits_of(dropped, batch), logits_of(detached, batch), atol=1e-6)
+        assert not any(name in key for key in dropped.state_dict() for name in gone)
+        assert (dropped.gate is None) == (len(gone) == 3)
+        counts = [sum(p.numel() for p in model.parameters()) for model in (dropped, detached)]
+        assert counts[0] < counts[1]
+
+
+def test_an_unfrozen_clip_trains_and_is_saved(tmp_path: Path, data: MakeData) -> None:
+    model = tiny_tove(use=[], clip_lr=1e-2, warmup_steps=1)
+    before = {name: p.detach().clone() for name, p in model.clip.named_parameters()}
+    trainer = bare_trainer(tmp_path, steps=2)
+    trainer.fit(shake(model), datamodule=data())
+    moved = {name for name, p in model.clip.named_parameters() if not torch.equal(p, before[name])}
+    assert "model.embeddings.patch_embedding.weight" in moved
+    assert not any("layers.1" in name or "post_layernorm" in name for name in moved)  # nothing reads them
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    state = torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]
+    assert any(key.startswith("clip.") for key in state)

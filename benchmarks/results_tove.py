@@ -149,7 +149,7 @@ def detached_runs(root: Path, seeds: Sequence[int]) -> list[Run]:
         ):
             variant = f"all, {which} worth detached"
             folder = root / "grounded" / slug(variant) / f"seed{seed}"
-            arguments = ("test", *_trained(trained), f"--model.init_args.detached=[{name}]")
+            arguments = ("test", *trained_arguments(trained), f"--model.init_args.detached=[{name}]")
             runs.append(Run(folder, arguments, seed, f"grounded/{variant}"))
     return runs
 
@@ -169,11 +169,11 @@ def _worth(trained: Path) -> dict[str, float]:
 
 def _validation(trained: Path, name: str | None) -> Run:
     detached = [] if name is None else [f"--model.init_args.detached=[{name}]"]
-    arguments = ("validate", *_trained(trained), *detached)
+    arguments = ("validate", *trained_arguments(trained), *detached)
     return Run(trained / "without" / (name or "nothing"), arguments, 0, f"without {name or 'nothing'}")
 
 
-def _trained(folder: Path) -> tuple[str, ...]:
+def trained_arguments(folder: Path) -> tuple[str, ...]:
     """Arguments that load a finished run."""
     return "--config", str(folder / "config.yaml"), "--ckpt_path", str(folder / "checkpoints" / "last.ckpt")
 

@@ -6,3 +6,7 @@ JOBS ?= 2
 .PHONY: results-tove
 results-tove: $(STAMP) ## Measure ToVE on Tabletop: every variant, three seeds (about two hours on two cores, resumable)
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.results_tove --jobs $(JOBS)
+
+.PHONY: results-merge
+results-merge: $(STAMP) ## Measure detachment and merging against their controls, three seeds (about two hours on two cores, resumable)
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.results_merge --jobs $(JOBS)

@@ -1,0 +1,97 @@
+"""What a merging step costs by kind of loss, and what the merged CLIP costs beside the original.
+
+    python -m benchmarks.merge_step runs/tove
+
+Kinds take turns in one process, so that a busy machine slows all of them alike; the table gives medians and ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import lightning as L
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from visexpert.callbacks.phase import PhaseSettings
+from visexpert.methods import Merging, ToVE
+from visexpert.methods.cost import first_images, measure_cost
+from visexpert.runs import open_run
+
+KINDS = {
+    "tokens": {},
+    "tokens, LoRA": {"adaptation": "lora"},
+    "text, decoder frozen": {"token_weight": 0.0, "text_weight": 1.0},
+    "text, decoder trained": {"token_weight": 0.0, "text_weight": 1.0, "language_lr": 1e-3},
+    "tokens + text": {"text_weight": 0.33},
+}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a finished run of ToVE, with experts")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of each kind (default: 7)")
+    parser.add_argument("--steps", type=int, default=10, help="steps per round (default: 10)")
+    options = parser.parse_args()
+    saved = open_run(options.run)
+    assert isinstance(saved.model, ToVE)
+    students = {name: Merging(teacher=saved.model, **kind) for name, kind in KINDS.items()}  # type: ignore[arg-type]
+    seconds: dict[str, list[float]] = {name: [] for name in students}
+    for _ in range(options.rounds):
+        for name, student in students.items():
+            seconds[name].append(_time(student, saved.data, options.steps, Path("runs/merge-step")))
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    table = Table("loss", "ms/step", "against tokens", title=f"{torch.get_num_threads()} thread(s)")
+    for name, value in median.items():
+        table.add_row(name, f"{1000 * value:.0f}", f"{value / median['tokens']:.2f}")
+    Console().print(table)
+    _costs(saved.model, students["tokens"], saved.data)
+
+
+def _time(student: Merging, data: L.LightningDataModule, steps: int, folder: Path) -> float:
+    clock = _Clock()
+    trainer = L.Trainer(
+        accelerator=PhaseSettings().accelerator, max_steps=steps + 2, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, callbacks=[clock],
+        default_root_dir=folder,
+    )  # fmt: skip
+    trainer.fit(student, datamodule=data)
+    return (clock.times[-1] - clock.times[1]) / steps
+
+
+class _Clock(L.Callback):
+    """When each step ended; the first two warm up."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_train_batch_end(self, *args: object, **kwargs: object) -> None:
+        self.times.append(time.perf_counter())
+
+
+def _costs(teacher: ToVE, student: Merging, data: L.LightningDataModule) -> None:
+    data.setup("fit")
+    batch = first_images(next(iter(data.val_dataloader())), 32)
+    original = ToVE(clip=teacher.clip, experts={}, language=teacher.language)
+    original.projector = teacher.projector
+    merged = student.merged()
+    models = {"CLIP": original, "merged CLIP": merged, "ToVE": teacher}
+    costs = {name: measure_cost(model.eval(), batch) for name, model in models.items()}
+    same = {k: v.shape for k, v in merged.clip.state_dict().items()} == {
+        k: v.shape for k, v in teacher.clip.state_dict().items()
+    }
+    table = Table("vision side", "GFLOP/image", "images/s", "parameters at inference")
+    for name, cost in costs.items():
+        row = (f"{cost['gflop_vision']:.4f}", f"{cost['images_per_s']:.0f}", f"{cost['parameters_inference']:.0f}")
+        table.add_row(name, *row)
+    Console().print(table)
+    Console().print(f"State-dict keys and shapes of both CLIPs are {'the same' if same else 'NOT the same'}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""Detaching and merging on Tabletop, measured: `make results-merge` writes docs/results/merge.{md,json}.
+
+Base: ToVE with all five experts from `make results-tove` (400 steps from the shipped language side), one run per seed.
+From it: experts detached, CLIP merged, and the controls that get the same number of further steps. Every run is
+resumable and a finished one is not run again; interrupt at will.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.results_tove import ALL, BASE, GROUNDED, OVERLAYS, grounded_runs, row_of, trained_arguments
+from benchmarks.runs import Run, add_arguments, execute, slug
+from visexpert.report import Column, ResultRow, describe_machine, markdown_table, read_rows, write_rows
+
+OUT = Path("docs/results")
+STEPS = 2500
+LR = "5e-3"
+"""Of CLIP and projector, by tokens and by text alike; chosen on validation scenes of seed 0 among 1e-3 .. 8e-3."""
+
+EQUAL_TIME = 1560
+"""Steps of training by text that take as long as STEPS by tokens: see benchmarks/merge_step.py."""
+
+SEMANTIC = "CLIP + semantic"
+TEXT = ["--token_weight", "0", "--text_weight", "1"]
+EQUAL = f"text only, ToVE's decoder frozen, equal time ({EQUAL_TIME} steps)"
+MERGED = {
+    "merged: tokens, full": [],
+    EQUAL: [*TEXT, "--steps", str(EQUAL_TIME)],
+    "text only, ToVE's decoder trained along": [*TEXT, "--language_lr", "1e-3"],
+    "merged: tokens, LoRA": ["--adaptation", "lora"],
+    "text only, ToVE's decoder frozen": TEXT,
+    "merged: tokens + text": ["--text_weight", "0.33"],
+}
+"""What `visexpert merge` does from the base run; a later option replaces an earlier one."""
+
+CONTINUED = {
+    "ToVE, trained on": None,
+    "CLIP + semantic, trained on": "semantic",
+    "CLIP only, trained on": "clip-only",
+}
+FRESH = "text only, CLIP and a fresh decoder"
+BUDGETS = {"within 4x of CLIP's GFLOP": 4.0, "within 6x of CLIP's GFLOP": 6.0}
+ORDERS = {"lowest worth first": (1, 2, 3, 4), "highest worth first": (1, 2)}
+"""How many experts are detached, by leave-one-out worth; the first of each is in tove-tabletop.json."""
+
+COLUMNS = [
+    Column("test/nll/kind/dense", "dense NLL", better="min"),
+    Column("test/vqa/accuracy", "VQA", digits=1, scale=100, better="max"),
+    Column("kept", "gain kept, %", digits=0),
+    Column("test/vqa/family/distance", "distance", digits=1, scale=100, better="max"),
+    Column("test/vqa/family/size", "size", digits=1, scale=100, better="max"),
+    Column("test/vqa/family/material", "material", digits=1, scale=100, better="max"),
+    Column("test/vsr/accuracy", "VSR", digits=1, scale=100, better="max"),
+    Column("test/vsr/family/depth", "VSR depth", digits=1, scale=100, better="max"),
+    Column("test/pope/adversarial/accuracy", "POPE adv.", digits=1, scale=100, better="max"),
+    Column("test/caption/relation", "caption relation", digits=1, scale=100, better="max"),
+    Column("test/caption/cider", "CIDEr", digits=2, better="max"),
+    Column("test/probe/object_depth", "probe object depth", digits=1, scale=100, better="max"),
+    Column("test/probe/shape", "probe shape", digits=1, scale=100, better="max"),
+]
+COST = [
+    Column("steps", "steps in all", digits=0),
+    Column("gflop", "vision GFLOP/image", digits=4),
+    Column("ms", "ms/image (vision)", digits=2),
+    Column("cost/parameters_inference", "params at inference (k)", digits=0, scale=1e-3),
+    Column("cost/train_seconds", "seconds of the last phase", digits=0),
+]
+
+
+def main() -> None:
+    """Run what is missing, then write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    parser.add_argument("--base", type=Path, default=Path("runs/results-tove"), help="folder of ToVE's runs")
+    parser.add_argument("--runs", type=Path, default=Path("runs/results-merge"), help="folder of the other runs")
+    parser.add_argument("--report-only", action="store_true", help="write the page from what is finished")
+    parser.add_argument("--only", default="", help="run only variants whose name holds this")
+    options = parser.parse_args()
+    if not options.report_only:
+        execute(base_runs(options.base, options.seeds), jobs=options.jobs)
+    by_seed = [runs_of(options.base, options.runs, seed) for seed in options.seeds]
+    runs = [run for alike in zip(*by_seed, strict=True) for run in alike]  # a cut leaves whole comparisons
+    if not options.report_only:
+        execute([run for run in runs if options.only in run.variant], jobs=options.jobs)
+    ordered = [run for seed in options.seeds for run in ordered_runs(options.base, options.runs, seed)]
+    if not options.report_only:
+        execute([run for run in ordered if options.only in run.variant], jobs=options.jobs)
+    report([run for run in [*runs, *ordered] if run.done])
+
+
+def base_runs(base: Path, seeds: Sequence[int]) -> list[Run]:
+    """ToVE itself, without which there is nothing to merge."""
+    return [run for run in grounded_runs(base, seeds) if run.variant == f"grounded/{ALL}"]
+
+
+def runs_of(base: Path, runs: Path, seed: int) -> list[Run]:
+    """All that one seed needs, the main rows first."""
+    (trained,) = base_runs(base, [seed])
+    merges = [_merge(trained.folder, seed, variant, extra) for variant, extra in MERGED.items()]
+    main, more = merges[:4], merges[4:]
+    controls = [_continued(runs, trained.folder, base, seed, variant, CONTINUED[variant]) for variant in CONTINUED]
+    detached = [_detach(trained.folder, seed, variant, budget) for variant, budget in BUDGETS.items()]
+    return [*main, *controls, _fresh(runs, seed), *detached, *more]
+
+
+def ordered_runs(base: Path, runs: Path, seed: int) -> list[Run]:
+    """The base run with experts detached in the order of their worth, which the search for a budget has measured."""
+    (trained,) = base_runs(base, [seed])
+    found = trained.folder / slug(f"detached: {next(iter(BUDGETS))}") / "detachment.json"
+    if not found.is_file():
+        return []
+    worths = {worth["expert"]: worth["loss"] for worth in json.loads(found.read_text(encoding="utf-8"))["worths"]}
+    made = []
+    for order, numbers in ORDERS.items():
+        names = sorted(worths, key=worths.__getitem__, reverse=order.startswith("highest"))
+        for number in numbers[1:]:
+            variant = f"detached: {order}, {len(names) - number} left"
+            arguments = (
+                "test",
+                *trained_arguments(trained.folder),
+                f"--model.init_args.detached=[{','.join(names[:number])}]",
+            )
+            made.append(Run(runs / slug(variant) / f"seed{seed}", arguments, seed, variant))
+    return made
+
+
+def _merge(trained: Path, seed: int, variant: str, extra: Sequence[str]) -> Run:
+    arguments = [
+        "merge",
+        str(trained),
+        "--steps",
+        str(STEPS),
+        "--lr",
+        LR,
+        "--eval_every",
+        "500",
+        *extra,
+        "--name",
+        slug(variant),
+    ]
+    return Run(trained / slug(variant), tuple(arguments), seed, variant)
+
+
+def _detach(trained: Path, seed: int, variant: str, budget: float) -> Run:
+    variant = f"detached: {variant}"
+    extra = ("--latency_budget", str(budget), "--budget_measure", "gflop", "--images", "250")
+    return Run(trained / slug(variant), ("detach", str(trained), *extra, "--name", slug(variant)), seed, variant)
+
+
+def _continued(runs: Path, trained: Path, base: Path, seed: int, variant: str, overlay: str | None) -> Run:
+    """The same number of further steps, from the last weights of the model of the same kind."""
+    names = {None: ALL, "semantic": SEMANTIC, "clip-only": "CLIP only"}
+    start = base / "grounded" / slug(names[overlay]) / f"seed{seed}" / "checkpoints" / "last.ckpt"
+    extra = ["--config", str(OVERLAYS / f"{overlay}.yaml")] if overlay else []
+    extra += ["--model.init_args.init_from", str(start), "--model.init_args.lr", "2e-3"]
+    return _fit(runs, seed, variant, [*extra, *_steps(STEPS)])
+
+
+def _fresh(runs: Path, seed: int) -> Run:
+    """CLIP, its projector and a decoder of random weights, by text alone, for as many steps as all the others."""
+    extra = ["--config", str(OVERLAYS / "clip-only.yaml"), "--model.init_args.clip_lr", LR]
+    return _fit(runs, seed, FRESH, [*extra, *_steps(STEPS + 400)])
+
+
+def _steps(steps: int) -> list[str]:
+    return ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", "500"]
+
+
+def _fit(runs: Path, seed: int, variant: str, extra: Sequence[str]) -> Run:
+    arguments = (
+        "fit", "--config", BASE, *extra, "--seed_everything", str(seed), "--data.init_args.seed", "0",
+        "--model.init_args.meteor=false",
+    )  # fmt: skip
+    return Run(runs / slug(variant) / f"seed{seed}", arguments, seed, variant)
+
+
+def report(runs: Sequence[Run]) -> None:
+    """Write the page and its rows."""
+    known = read_rows(OUT / "merge.json") if (OUT / "merge.json").is_file() else []
+    fresh = [row_of(run) for run in runs]
+    done = {(row.variant, row.seed) for row in fresh}
+    rows = _references() + [row for row in known if (row.variant, row.seed) not in done and row.variant in order()]
+    rows = with_gain([*rows, *fresh])
+    rows = sorted(rows, key=lambda row: (order().index(row.variant), row.seed))
+    rows = list({(row.variant, row.seed): row for row in rows}.values())
+    OUT.mkdir(parents=True, exist_ok=True)
+    write_rows(OUT / "merge.json", rows)
+    parts = [(OUT / "merge.intro.md").read_text(encoding="utf-8"), f"Machine: {describe_machine()}\n"]
+    parts += ["## Scores\n", markdown_table(rows, COLUMNS), "## Cost\n", markdown_table(rows, COST)]
+    notes = OUT / "merge.notes.md"
+    if notes.is_file():
+        parts.append(notes.read_text(encoding="utf-8"))
+    (OUT / "merge.md").write_text("\n".join(parts), encoding="utf-8")
+    print(f"wrote {OUT / 'merge.md'} from {len(rows)} runs")
+
+
+REFERENCES = {
+    "CLIP only": "CLIP only", SEMANTIC: "CLIP + semantic (best single expert)", ALL: "ToVE, all five experts",
+    "all, lowest worth detached": "detached: lowest worth first, 4 left",
+    "all, highest worth detached": "detached: highest worth first, 4 left",
+}  # fmt: skip
+"""Rows that docs/results/tove-tabletop.json has already."""
+
+
+def order() -> list[str]:
+    """Variants as the page lists them."""
+    names = [REFERENCES[name] for name in ("CLIP only", SEMANTIC, ALL)]
+    names += [*CONTINUED, *MERGED, FRESH]
+    names += [f"detached: {order}, {5 - number} left" for order, numbers in ORDERS.items() for number in numbers]
+    return [*names, *(f"detached: {name}" for name in BUDGETS)]
+
+
+def _references() -> list[ResultRow]:
+    path = OUT / "tove-tabletop.json"
+    rows = read_rows(path) if path.is_file() else []
+    wanted = {f"grounded/{name}": title for name, title in REFERENCES.items()}
+    return [ResultRow(**{**row.__dict__, "variant": wanted[row.variant]}) for row in rows if row.variant in wanted]
+
+
+def with_gain(rows: Sequence[ResultRow]) -> list[ResultRow]:
+    """Add what part of ToVE's VQA gain over CLIP only a row keeps (same seed, same start), in per cent, and ms."""
+    key = "test/vqa/accuracy"
+    low = {row.seed: row.scores[key] for row in rows if row.variant == "CLIP only"}
+    high = {row.seed: row.scores[key] for row in rows if row.variant == REFERENCES[ALL]}
+    made = []
+    for row in rows:
+        scores = {**row.scores, "ms": 1000.0 / row.images_per_s}
+        if row.seed in low and row.seed in high:
+            scores["kept"] = 100 * (row.scores[key] - low[row.seed]) / (high[row.seed] - low[row.seed])
+        made.append(ResultRow(**{**row.__dict__, "scores": scores}))
+    return made
+
+
+assert SEMANTIC in GROUNDED and ALL in GROUNDED
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""A ``LlavaForConditionalGeneration`` folder: CLIP, projector, language model, tokenizer and processor."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+from visexpert.errors import ConfigError
+from visexpert.export.hf import PREFIX, image_processor, quiet
+from visexpert.export.source import ExportSource, LanguageParts
+
+IMAGE_TOKEN = "<image>"
+TOWER = "vision_tower."
+
+USAGE = """\
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+processor, model = AutoProcessor.from_pretrained(FOLDER), LlavaForConditionalGeneration.from_pretrained(FOLDER)
+inputs = processor(images=image, text="<image>{bos}QUESTION", add_special_tokens=False, return_tensors="pt")
+ids = model.generate(**inputs, max_new_tokens=32)  # the image stands before {bos}, as in training"""
+
+
+def write(source: ExportSource, folder: Path) -> None:
+    """Write model, tokenizer and processor.
+
+    Raises:
+        ConfigError: There is no language side that LLaVA has a place for.
+    """
+    if source.language is None:
+        raise ConfigError("A llava export needs a language side that is a prefix LM; this run has none.")
+    tokenizer, image_id = tokenizer_with_image(source.language.tokenizer)
+    model = _assemble(source, source.language, image_id)
+    _pad_vocabulary(model, known=source.language.model.get_input_embeddings().weight.shape[0], image_id=image_id)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.generation_config, name, getattr(tokenizer, name))
+    processor = LlavaProcessor(
+        image_processor=image_processor(source), tokenizer=tokenizer, patch_size=source.clip.config.patch_size,
+        vision_feature_select_strategy="default", image_token=IMAGE_TOKEN, num_additional_image_tokens=1,
+    )  # fmt: skip
+    with quiet():
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    _restore_prefix(folder)
+
+
+def _restore_prefix(folder: Path) -> None:
+    """Give the vision tower the keys that both ``transformers`` 4 and 5 read (see ``PREFIX``)."""
+
+    def renamed(key: str) -> str:
+        bare = key.removeprefix(TOWER)
+        return key if bare == key or bare.startswith(PREFIX) else TOWER + PREFIX + bare
+
+    for path in folder.glob("*.safetensors"):
+        state = {renamed(key): value for key, value in load_file(path).items()}
+        save_file(state, path, metadata={"format": "pt"})
+    for path in folder.glob("*.safetensors.index.json"):
+        index = json.loads(path.read_text(encoding="utf-8"))
+        index["weight_map"] = {renamed(key): file for key, file in index["weight_map"].items()}
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def tokenizer_with_image(tokenizer: Any) -> tuple[Any, int]:
+    """A copy of a tokenizer that has ``<image>``, and that token's id."""
+    tokenizer = copy.deepcopy(tokenizer)
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    return tokenizer, int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+
+
+@dataclass(frozen=True)
+class CheckText:
+    """A text of random words behind an image.
+
+    Args:
+        prompt: What a processor reads: ``<image>``, then the token that opens a text, then words.
+        image_id: Id of ``<image>``.
+        ids: Token ids of the rest, by the run's own tokenizer.
+    """
+
+    prompt: str
+    image_id: int
+    ids: tuple[int, ...]
+
+
+def check_text(tokenizer: Any) -> CheckText:
+    """The text that an export is run on; always the same one for a tokenizer."""
+    tokenizer, image_id = tokenizer_with_image(tokenizer)
+    special = {*tokenizer.all_special_ids, image_id}
+    words = [index for index in sorted(tokenizer.get_vocab().values()) if index not in special]
+    picks = torch.randint(len(words), (8,), generator=torch.Generator().manual_seed(0)).tolist()
+    text = opening_token(tokenizer) + tokenizer.decode([words[pick] for pick in picks])
+    return CheckText(IMAGE_TOKEN + text, image_id, tuple(tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+
+def opening_token(tokenizer: Any) -> str:
+    """The token that opens a text in training: ``<bos>``, or ``<eos>`` where there is none."""
+    return str(tokenizer.bos_token or tokenizer.eos_token)
+
+
+def _assemble(source: ExportSource, parts: LanguageParts, image_id: int) -> LlavaForConditionalGeneration:
+    head = parts.model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise ConfigError(
+            f"LLaVA has no place for the bias of {type(parts.model).__name__}'s output layer; train with another "
+            "language model, or export as hf."
+        )
+    config = LlavaConfig(
+        vision_config=copy.deepcopy(source.clip.config), text_config=copy.deepcopy(parts.model.config),
+        image_token_index=image_id, image_seq_length=source.clip.grid_hw[0] * source.clip.grid_hw[1],
+        projector_hidden_act="gelu", vision_feature_layer=source.clip.layer, vision_feature_select_strategy="default",
+        multimodal_projector_bias=True, tie_word_embeddings=bool(parts.model.config.tie_word_embeddings),
+    )  # fmt: skip
+    model: LlavaForConditionalGeneration = LlavaForConditionalGeneration(config).eval()
+    model.model.vision_tower.load_state_dict(source.clip.model.state_dict(), strict=True)
+    model.model.language_model.load_state_dict(parts.model.base_model.state_dict(), strict=True)
+    model.model.multi_modal_projector.linear_1.load_state_dict(parts.linear_1.state_dict(), strict=True)
+    model.model.multi_modal_projector.linear_2.load_state_dict(parts.linear_2.state_dict(), strict=True)
+    model.lm_head.load_state_dict(head.state_dict(), strict=True)
+    return model
+
+
+@torch.no_grad()
+def _pad_vocabulary(model: LlavaForConditionalGeneration, *, known: int, image_id: int) -> None:
+    """Make room for the image token. The mean of all rows never has the highest logit, so it is never written."""
+    if image_id < known:
+        return
+    model.resize_token_embeddings(image_id + 1, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        weight = layer.get_parameter("weight")
+        weight[known:] = weight[:known].mean(0)

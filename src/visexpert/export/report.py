@@ -1,0 +1,117 @@
+"""``fidelity.json``, ``fidelity.md`` and ``README.md`` of an export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from visexpert.export.llava import opening_token
+from visexpert.export.reload import BATCHES, FORBIDDEN
+from visexpert.export.source import ExportSource, Format, layer_name
+from visexpert.export.verify import Fidelity
+
+POOLED_TEXT = {
+    True: "The run trained the pooled output.",
+    False: "The run did not train the pooled output: the final LayerNorm, and every block behind the layer that is "
+    "read, are those of the CLIP it started from, on tokens that the run changed. Measure before you use it for "
+    "zero-shot classification or retrieval.",
+    None: "Whether the pooled output was ever trained is not known: no file holds the weights the run started from.",
+}
+
+
+def write_reports(source: ExportSource, name: str, form: Format, fidelity: Fidelity, folder: Path) -> None:
+    """Write all three; ``fidelity.json`` last."""
+    facts = report_facts(source, name, fidelity)
+    (folder / "README.md").write_text(card(source, name, form, facts), encoding="utf-8")
+    (folder / "fidelity.md").write_text(fidelity_text(facts), encoding="utf-8")
+    (folder / "fidelity.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def report_facts(source: ExportSource, name: str, fidelity: Fidelity) -> dict[str, Any]:
+    """What ``fidelity.json`` holds."""
+    act = str(source.clip.config.hidden_act)
+    layers = {str(layer): fidelity.outputs[layer_name(layer)] for layer in source.layers}
+    named = {layer_name(layer) for layer in source.layers}
+    return {
+        "format": name,
+        "layer_read": source.clip.layer,
+        "tolerance": fidelity.tolerance,
+        "layers": layers,
+        **{key: value for key, value in fidelity.outputs.items() if key not in named},
+        "pooled_trained": source.pooled_trained,
+        "activation": {"hidden_act": act, "quick_gelu": act == "quick_gelu"},
+        "preprocessing": {**source.preprocessing, "difference_in_levels_of_255": fidelity.levels},
+        "licences": dict(source.licences),
+        "origin": dict(source.origin),
+        "parameters": sum(parameter.numel() for parameter in source.clip.model.parameters()),
+        "reload": {
+            "batch_sizes": list(BATCHES), "not_importable": list(FORBIDDEN[name]), "versions": fidelity.versions
+        },
+    }  # fmt: skip
+
+
+def fidelity_text(facts: dict[str, Any]) -> str:
+    """The same for reading."""
+    rows = {f"hidden state {layer}": entry for layer, entry in facts["layers"].items()}
+    rows |= {key.replace("_", " "): value for key, value in facts.items() if _is_difference(value)}
+    lines = [
+        f"# Fidelity of the {facts['format']} export",
+        "",
+        f"Reloaded in a fresh process that cannot import {', '.join(facts['reload']['not_importable'])}, and run on "
+        f"the same {sum(BATCHES)} images (scenes, noise, one flat) in batches of {', '.join(map(str, BATCHES))}.",
+        "",
+        "| output | max error | mean error | max error / RMS | min cosine | mean cosine |",
+        "|---|---|---|---|---|---|",
+    ]
+    for title, entry in rows.items():
+        errors = " | ".join(f"{entry[key]:.2e}" for key in ("max_abs", "mean_abs", "relative"))
+        lines.append(f"| {title} | {errors} | {entry['min_cosine']:.8f} | {entry['mean_cosine']:.8f} |")
+    lines += ["", f"Allowed: max error / RMS of {facts['tolerance']:.0e}. {POOLED_TEXT[facts['pooled_trained']]}", ""]
+    lines += [*_facts_table(facts), ""]
+    return "\n".join(lines)
+
+
+def card(source: ExportSource, name: str, form: Format, facts: dict[str, Any]) -> str:
+    """What the folder is, how it loads, and whose licences bind it."""
+    clip = source.clip
+    bos = "" if source.language is None else opening_token(source.language.tokenizer)
+    index = clip.config.num_hidden_layers + clip.layer
+    usage = form.usage.format(layer=clip.layer, index=index, side=clip.image_size, bos=bos)
+    grid = "x".join(map(str, clip.grid_hw))
+    lines = [
+        f"# CLIP vision encoder, {name} export",
+        "",
+        f"{facts['parameters']:,} parameters, input {clip.image_size} px, {grid} patch tokens of width {clip.width}. "
+        f"Read hidden state {clip.layer} without [CLS] and without the final LayerNorm: those are the tokens that the "
+        f"run worked on. {POOLED_TEXT[source.pooled_trained]}",
+        "",
+        "```python",
+        usage,
+        "```",
+        "",
+        *_facts_table(facts),
+        "",
+        "How faithful the export is: fidelity.md, fidelity.json.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _facts_table(facts: dict[str, Any]) -> list[str]:
+    how, act = facts["preprocessing"], facts["activation"]
+    rows = {
+        "activation": f"{act['hidden_act']} ({'quick-GELU' if act['quick_gelu'] else 'not quick-GELU'})",
+        "preprocessing": f"{how['interpolation']} resize to {how['size'][0]}x{how['size'][1]} ({how['resize']}), "
+        f"mean {how['mean']}, std {how['std']}",
+    }
+    if how["difference_in_levels_of_255"]:
+        worst = ", ".join(f"{key} {value:.2f}" for key, value in how["difference_in_levels_of_255"].items())
+        rows["this folder's image processor"] = f"largest difference from training, in levels of 255: {worst}"
+    rows |= {f"licence of {key}": value for key, value in facts["licences"].items()}
+    rows |= facts["origin"]
+    return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+
+
+def _is_difference(value: Any) -> bool:
+    return isinstance(value, dict) and "max_abs" in value

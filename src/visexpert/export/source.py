@@ -1,0 +1,132 @@
+"""What an export is made of, and what a format does with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visexpert.vision import ClipEncoder
+
+PATCH_TOKENS = "patch_tokens"
+POOLED = "pooled"
+LOGITS = "logits"
+
+
+@dataclass(frozen=True)
+class LanguageParts:
+    """The prefix LM behind a CLIP, in the form that LLaVA has a place for.
+
+    Args:
+        model: A ``transformers`` causal language model.
+        linear_1: First layer of the projector, CLIP's width to the language width.
+        linear_2: Second layer, behind a GELU.
+        tokenizer: Its fast tokenizer.
+        logits: Images (B, 3, H, W) in [0, 1] and token ids (B, N) of one text per image to the logits (B, N - 1, V) of
+            its tokens from the second on, by visexpert's own forward: what the export is compared with.
+    """
+
+    model: Any
+    linear_1: nn.Linear
+    linear_2: nn.Linear
+    tokenizer: Any
+    logits: Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """What is exported.
+
+    Args:
+        clip: The merged or student CLIP, weights loaded, in eval mode.
+        layers: Hidden states to compare: -1 the last, -2 the one before, ...
+        pooled_trained: Whether the run trained the pooled output; None where that cannot be told.
+        licences: Licence of ``clip`` and of each expert whose knowledge went into it.
+        origin: How it came about, for the report: title to value.
+        language: The language side, where LLaVA has a place for it.
+    """
+
+    clip: ClipEncoder
+    layers: tuple[int, ...]
+    pooled_trained: bool | None
+    licences: Mapping[str, str]
+    origin: Mapping[str, str] = field(default_factory=dict)
+    language: LanguageParts | None = None
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How an image becomes pixel values."""
+        side = self.clip.image_size
+        # str() of a float32 is the shortest decimal that rounds to it.
+        mean, std = ([float(str(value)) for value in b.flatten().numpy()] for b in (self.clip.mean, self.clip.std))
+        return {
+            "resize": "square, aspect ratio not kept, no crop",
+            "size": [side, side],
+            "interpolation": "bicubic, antialiased",
+            "mean": mean,
+            "std": std,
+        }
+
+
+def layer_name(layer: int) -> str:
+    """Name of a hidden state in exports and reports: -2 is ``layer_minus_2`` (a name that ONNX allows)."""
+    return f"layer_minus_{-layer}"
+
+
+class NamedOutputs(nn.Module):
+    """A CLIP as one graph: normalised pixels to named tensors.
+
+    Args:
+        clip: The encoder.
+        layers: Hidden states to hand out.
+    """
+
+    def __init__(self, clip: ClipEncoder, layers: tuple[int, ...]) -> None:
+        super().__init__()
+        self.model = clip.model
+        self.layer, self.layers = clip.layer, layers
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """(B, 3, S, S) to hidden states (B, 1 + T, D), patch tokens (B, T, D) of the layer read, pooled (B, D)."""
+        states = [self.model.pre_layrnorm(self.model.embeddings(pixel_values))]
+        for layer in self.model.encoder.layers:
+            states.append(layer(states[-1], None))
+        return {
+            **{layer_name(layer): states[layer] for layer in self.layers},
+            PATCH_TOKENS: states[self.layer][:, 1:],
+            POOLED: self.model.post_layernorm(states[-1][:, 0]),
+        }
+
+
+@torch.no_grad()
+def reference_outputs(source: ExportSource, pixel_values: Tensor) -> dict[str, Tensor]:
+    """The same by ``CLIPVisionModel``'s own forward, which no exporter wrote."""
+    output = source.clip.model(pixel_values, output_hidden_states=True)
+    return {
+        **{layer_name(layer): output.hidden_states[layer] for layer in source.layers},
+        PATCH_TOKENS: output.hidden_states[source.clip.layer][:, 1:],
+        POOLED: output.pooler_output,
+    }
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format.
+
+    Args:
+        write: Writes the files into a folder that exists and is empty.
+        packages: Modules that writing and reloading need beyond visexpert's own requirements.
+        usage: Lines of Python that load it.
+        outputs: What the reload hands back beside hidden states and pooled output.
+        preprocesses: Whether the folder brings an image processor of the library's own.
+    """
+
+    write: Callable[[ExportSource, Path], None]
+    packages: tuple[str, ...]
+    usage: str
+    outputs: tuple[str, ...] = ()
+    preprocesses: bool = True

@@ -1,0 +1,143 @@
+"""Run an export in a fresh process and compare it with the model it was made of."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from visexpert.errors import WeightsError
+from visexpert.export import reload
+from visexpert.export.fidelity import check_levels, compare, equal_ids, levels
+from visexpert.export.inputs import CheckInputs, check_inputs
+from visexpert.export.llava import check_text
+from visexpert.export.source import LOGITS, ExportSource, Format, layer_name, reference_outputs
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT = 10.0
+"""Seconds between signs of life while the fresh process runs."""
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What the reload showed.
+
+    Args:
+        outputs: Differences by output name (see :class:`~visexpert.export.fidelity.Difference`).
+        levels: Largest difference of preprocessing in levels of 0-255 by image; empty where the format brings none.
+        tolerance: Limit that ``relative`` kept.
+        versions: Libraries of the fresh process.
+    """
+
+    outputs: dict[str, dict[str, float]]
+    levels: dict[str, float]
+    tolerance: float
+    versions: dict[str, str]
+
+
+def verify(source: ExportSource, name: str, form: Format, folder: Path, *, tolerance: float) -> Fidelity:
+    """Reload ``folder`` without visexpert and compare all outputs.
+
+    Args:
+        source: What was exported.
+        name: Name of the format.
+        form: The format.
+        folder: The export.
+        tolerance: Largest error allowed over the root mean square of the reference.
+
+    Raises:
+        WeightsError: It does not load, or differs.
+    """
+    clip, inputs = source.clip, check_inputs(source.clip.image_size)
+    check = _check(source, form, inputs)
+    results, versions = _fresh_process(name, folder, check.tensors, check.facts)
+    if LOGITS in results:  # rows of tokens that the export added come last
+        results[LOGITS] = results[LOGITS][..., : check.reference[LOGITS].shape[-1]]
+        equal_ids(results["input_ids"], check.tensors["input_ids"][:1], what=name)
+    found = {key: levels(results[key], _expected(source, photo), clip.std) for key, photo in _photos(form, inputs)}
+    check_levels(found, what=name)
+    return Fidelity(compare(results, check.reference, tolerance=tolerance, what=name), found, tolerance, versions)
+
+
+@dataclass(frozen=True)
+class _Check:
+    """What goes into the fresh process, and what must come out."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+    reference: dict[str, Tensor]
+
+
+@torch.no_grad()
+def _check(source: ExportSource, form: Format, inputs: CheckInputs) -> _Check:
+    pixels_BCHW = source.clip.preprocess(inputs.images_BCHW)
+    layers = {layer_name(layer): layer for layer in source.layers}
+    known = reference_outputs(source, pixels_BCHW)
+    reference = {key: known[key] for key in (*layers, *form.outputs) if key in known}
+    tensors, facts = {"pixel_values": pixels_BCHW} | dict(_photos(form, inputs)), {"layers": layers}
+    if LOGITS not in form.outputs:
+        return _Check(tensors, facts, reference)
+    assert source.language is not None
+    text = check_text(source.language.tokenizer)
+    num_image = source.clip.grid_hw[0] * source.clip.grid_hw[1]
+    batch = len(pixels_BCHW)
+    tensors["input_ids"] = torch.tensor([[text.image_id] * num_image + list(text.ids)]).repeat(batch, 1)
+    reference[LOGITS] = source.language.logits(inputs.images_BCHW, torch.tensor([text.ids]).repeat(batch, 1))
+    return _Check(tensors, {**facts, "text": text.prompt, "num_image_tokens": num_image}, reference)
+
+
+def _photos(form: Format, inputs: CheckInputs) -> list[tuple[str, Tensor]]:
+    return [*inputs.photos.items(), *inputs.noise.items()] if form.preprocesses else []
+
+
+def _expected(source: ExportSource, photo_HWC: Tensor) -> Tensor:
+    return source.clip.preprocess(photo_HWC.permute(2, 0, 1)[None].float() / 255.0)
+
+
+def _fresh_process(
+    name: str, folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with tempfile.TemporaryDirectory(prefix="visexpert-export-") as scratch:
+        inputs, outputs = Path(scratch) / "inputs.safetensors", Path(scratch) / "outputs.safetensors"
+        contiguous = {key: value.contiguous() for key, value in tensors.items()}
+        save_file(contiguous, inputs, metadata={"facts": json.dumps(facts)})
+        command = [sys.executable, "-I", str(reload.__file__), name, str(folder.resolve()), str(inputs), str(outputs)]
+        _wait(command, name, Path(scratch) / "log.txt", cwd=scratch)
+        with safe_open(outputs, "pt") as file:
+            versions = json.loads(file.metadata()["versions"])
+            return {key: file.get_tensor(key).clone() for key in file.keys()}, versions
+
+
+def _wait(command: list[str], name: str, errors: Path, *, cwd: str) -> None:
+    """Run to the end, with a sign of life now and then."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with errors.open("w", encoding="utf-8") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=cwd, env=environment)
+        seconds = 0.0
+        try:
+            while True:
+                try:
+                    code = process.wait(HEARTBEAT)
+                    break
+                except subprocess.TimeoutExpired:
+                    seconds += HEARTBEAT
+                    log.info("%s: still reloading in a fresh process, %.0f s so far", name, seconds)
+        finally:
+            process.kill()
+            process.wait()
+    if code != 0:
+        lines = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        last = lines[-1] if lines else f"exit code {code}"
+        raise WeightsError(f"The {name} export does not load in a fresh process ({last[:300]}); nothing was written.")

@@ -1,0 +1,170 @@
+"""``visexpert export``: which CLIP of a run it takes, what it says of it, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from visexpert.cli import main
+from visexpert.commands import export as command
+from visexpert.commands.export import run_with_clip, source_of
+from visexpert.errors import ConfigError
+from visexpert.export import FORMATS, TOLERANCE
+from visexpert.runs import build, open_run
+
+SMOKE = Path(__file__).parents[2] / "configs" / "tove" / "smoke.yaml"
+PREFIX: dict[str, Any] = {
+    "class_path": "visexpert.language.PrefixLM",
+    "init_args": {
+        "config": {
+            "model_type": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True,
+        }
+    },
+}  # fmt: skip
+LLAVA: dict[str, Any] = {"language": PREFIX, "projector": "mlp2x_gelu", "projector_norm": False}
+
+
+def write_run(folder: Path, *, trained: bool = True, clip: Mapping[str, Any] | None = None, **settings: Any) -> Path:
+    """A run's folder as training would leave it, with random weights.
+
+    Args:
+        folder: Where.
+        trained: Whether CLIP trained, so that the checkpoint holds it.
+        clip: Settings of CLIP in place of the smoke configuration's.
+        settings: Settings of ToVE.
+    """
+    config = yaml.safe_load(SMOKE.read_text(encoding="utf-8"))
+    arguments = config["model"]["init_args"]
+    arguments.update({"use": [], "clip_lr": 1e-3 if trained else 0.0} | settings)
+    if clip is not None:
+        arguments["clip"]["init_args"] = dict(clip)
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    model, _ = build(config, folder / "config.yaml")
+    if clip is not None:
+        model.get_submodule("clip").load_weights()  # type: ignore[operator]
+    kept = {key: value for key, value in model.state_dict().items() if trained or not key.startswith("clip.")}
+    checkpoint = {"state_dict": kept, "global_step": 7, "epoch": 0, "pytorch-lightning_version": "2.6.0"}
+    torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
+    return folder
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(["export", *arguments])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("visexpert: ") and said.count("\n") == 1
+    return said
+
+
+def test_a_merged_run_becomes_a_llava_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", trained=False)
+    merged = write_run(run / "merged", **LLAVA)
+    facts = {"experts": {"depth": "CC-BY-NC-4.0"}, "clip_licence": "MIT", "steps": 5, "distance": "mse"}
+    (merged / "merge.json").write_text(json.dumps(facts), encoding="utf-8")
+    main(["export", str(run), "--format", "llava", "--out", str(tmp_path / "out")])
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
+    said = capsys.readouterr().out
+    assert said.startswith(f"llava: {tmp_path / 'out'} (largest error after reloading ")
+    report = json.loads((tmp_path / "out" / "fidelity.json").read_text(encoding="utf-8"))
+    assert report["licences"] == {"clip": "MIT", "expert depth": "CC-BY-NC-4.0"}
+    assert report["origin"]["run"] == "run/merged" and report["origin"]["merge: distance"] == "mse"
+    assert report["layer_read"] == -2 and set(report["layers"]) == {"-2", "-1"}
+    assert report["logits"]["relative"] < 1e-5
+
+
+def test_a_run_without_a_trained_clip_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", trained=False)
+    out = ["--format", "hf", "--out", str(tmp_path / "out")]
+    assert f"run `visexpert merge {run}` first" in refusal([str(run), *out], capsys)
+    (run / "merged").mkdir()
+    assert f"'{run / 'merged'}' is not finished; run `visexpert merge {run}` again" in refusal([str(run), *out], capsys)
+    assert "is no run" in refusal([str(tmp_path), *out], capsys)
+    assert "is no run" in refusal([str(tmp_path / "absent"), *out], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_options_are_refused_before_anything_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine", encoding="utf-8")
+    absent, out = str(tmp_path / "absent"), ["--out", str(tmp_path / "out")]
+    assert "is not empty" in refusal([absent, "--format", "hf", "--out", str(tmp_path / "full")], capsys)
+    assert "--format coreml is unknown; use one of hf" in refusal([absent, "--format", "hf,coreml", *out], capsys)
+    assert "must be above 0" in refusal([absent, "--format", "hf", *out, "--tolerance", "0"], capsys)
+
+
+def test_the_folder_that_is_opened(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "tuned")
+    assert run_with_clip(run) == run
+    merged = write_run(run / "merged")
+    assert run_with_clip(run) == merged and run_with_clip(merged) == merged
+
+
+@pytest.mark.parametrize("layers", [[-4], [0], [-1, 3]])
+def test_layers_that_the_clip_lacks_are_refused(layers: list[int], tmp_path: Path) -> None:
+    saved = open_run(write_run(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"--layers .* is outside -3..-1 of a CLIP with 2 layers"):
+        source_of(saved, layers, with_language=False)
+
+
+def test_licences_without_a_merge_are_those_of_the_experts_in_use(tmp_path: Path) -> None:
+    source = source_of(open_run(write_run(tmp_path / "run", use=["depth"])), None, with_language=False)
+    assert source.licences == {"clip": "not stated", "expert depth": "Apache-2.0"}
+    assert source.layers == (-2, -1) and source.pooled_trained is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "trained"), [("encoder.layers.0.mlp.fc1.bias", False), ("post_layernorm.bias", True)]
+)
+def test_whether_the_pooled_output_was_trained_is_read_from_the_weights(
+    changed: str, trained: bool, tmp_path: Path
+) -> None:
+    fields: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    CLIPVisionModel(CLIPVisionConfig(**fields, image_size=32, patch_size=8)).save_pretrained(tmp_path / "clip")
+    run = write_run(tmp_path / "run", clip={"source": str(tmp_path / "clip"), "licence": "MIT"})
+    path = run / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["state_dict"][f"clip.model.{changed}"] += 0.1
+    torch.save(checkpoint, path)
+    source = source_of(open_run(run), None, with_language=False)
+    assert source.pooled_trained is trained and source.licences == {"clip": "MIT"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({}, "language: CrossAttentionDecoder"),
+        (
+            LLAVA | {"language": PREFIX | {"init_args": PREFIX["init_args"] | {"position_scale": 0.7}}},
+            "position_scale: 0.7",
+        ),
+        (LLAVA | {"projector": "linear"}, "a projector other than mlp2x_gelu"),
+        (LLAVA | {"projector_norm": True}, "projector_norm: true"),
+        (LLAVA | {"use": ["depth"]}, r"use: \['depth'\]"),
+        (LLAVA | {"blind": True}, "blind: true"),
+    ],
+)
+def test_what_llava_has_no_place_for_is_named(settings: dict[str, Any], named: str, tmp_path: Path) -> None:
+    saved = open_run(write_run(tmp_path / "run", **settings))
+    with pytest.raises(ConfigError, match=f"--format llava has no place for {named}"):
+        source_of(saved, None, with_language=True)
+
+
+def test_help_says_what_the_room_has(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.NAMES == tuple(FORMATS)
+    options = command._parser().parse_args(["run", "--format", "hf", "--out", "x", "--layers", "-2", "-1"])
+    assert options.tolerance == TOLERANCE and options.layers == [-2, -1]

@@ -1,0 +1,105 @@
+"""Each format, written, reloaded without visexpert in a process of its own, and compared with the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.export.helpers import WORDS, tiny_clip, tiny_llava, tiny_source
+from visexpert.errors import ConfigError
+from visexpert.export import FORMATS, ExportSource, export
+from visexpert.export.open_clip import write as write_open_clip
+
+FILES = {
+    "hf": {"config.json", "model.safetensors", "preprocessor_config.json"},
+    "open_clip": {"open_clip_config.json", "open_clip_model.safetensors"},
+    "onnx": {"model.onnx"},
+    "torch_export": {"model.pt2"},
+    "llava": {"config.json", "model.safetensors", "tokenizer.json", "processor_config.json"},
+}
+REPORTS = {"README.md", "fidelity.md", "fidelity.json"}
+
+
+def exported(source: ExportSource, name: str, out: Path) -> dict[str, Any]:
+    export(source, [name], out)
+    return checked(name, out)
+
+
+def checked(name: str, out: Path) -> dict[str, Any]:
+    names = {path.name for path in out.iterdir()}
+    assert FILES[name] | REPORTS <= names
+    facts = json.loads((out / "fidelity.json").read_text(encoding="utf-8"))
+    assert isinstance(facts, dict)
+    for entry in [*facts["layers"].values(), facts["pooled"]]:
+        assert entry["relative"] < 1e-5 and entry["mean_abs"] <= entry["max_abs"]
+        assert entry["min_cosine"] > 1 - 1e-9 and entry["mean_cosine"] <= 1 + 1e-9
+    assert set(facts["layers"]) == {"-2", "-1"}
+    assert facts["format"] == name and "visexpert" in facts["reload"]["not_importable"]
+    assert not set(facts["reload"]["not_importable"]) & set(facts["reload"]["versions"])
+    return facts
+
+
+@pytest.mark.parametrize("name", ["hf", "open_clip"])
+def test_a_library_loads_the_folder(name: str, tmp_path: Path) -> None:
+    source = tiny_source(hidden_act="gelu" if name == "open_clip" else "quick_gelu")
+    facts = exported(source, name, tmp_path / "out")
+    assert facts["activation"]["quick_gelu"] is (name == "hf")
+    assert set(facts["preprocessing"]["difference_in_levels_of_255"]) == {
+        "photo_larger", "photo_smaller", "photo_noise"
+    }  # fmt: skip
+    assert facts["licences"] == {"clip": "MIT", "expert depth": "CC-BY-NC-4.0"} and facts["pooled_trained"] is False
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "| licence of expert depth | CC-BY-NC-4.0 |" in card and "did not train the pooled output" in card
+    assert "| hidden state -2 |" in (tmp_path / "out" / "fidelity.md").read_text(encoding="utf-8")
+
+
+def test_keys_are_those_that_transformers_4_reads_too(tmp_path: Path) -> None:
+    source = tiny_source()
+    FORMATS["hf"].write(source, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    assert state.keys() == {f"vision_model.{key}" for key in source.clip.model.state_dict()}
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == ["CLIPVisionModel"] and config["dtype"] == "float32"
+
+
+def test_graphs_run_any_batch(tmp_path: Path) -> None:
+    names = ("onnx", "torch_export")
+    export(tiny_source(), names, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(names)
+    for name in names:
+        facts = checked(name, tmp_path / "out" / name)
+        assert facts["patch_tokens"]["relative"] < 1e-5
+        assert facts["reload"]["batch_sizes"] == [1, 2, 5] and "transformers" in facts["reload"]["not_importable"]
+        assert ("torch" in facts["reload"]["versions"]) is (name == "torch_export")
+
+
+def test_llava_answers_as_the_prefix_lm_does(tmp_path: Path) -> None:
+    facts = exported(tiny_llava(), "llava", tmp_path / "out")
+    assert facts["logits"]["relative"] < 1e-5 and facts["pooled_trained"] is None
+    # The tokenizer had no <image>: it got one, whose logit is the mean of the others and so never the highest.
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["image_token_index"] == len(WORDS) and config["vision_feature_layer"] == -2
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    vision = {key for key in state if key.startswith("vision_tower.")}
+    assert vision and all(key.startswith("vision_tower.vision_model.") for key in vision)
+    head = state["language_model.lm_head.weight"]
+    torch.testing.assert_close(head[-1], head[:-1].mean(0))
+
+
+def test_what_a_format_has_no_place_for_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="llava export needs a language side that is a prefix LM"):
+        export(tiny_source(), ["llava"], tmp_path / "out")
+    with pytest.raises(ConfigError, match="no vision tower with hidden_act='relu'"):
+        export(tiny_source(hidden_act="relu"), ["open_clip"], tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"no tokens before the first block \(layer -4\)"):
+        write_open_clip(ExportSource(tiny_clip(layer=-4), (-1,), None, {}), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_format_has_a_test() -> None:
+    assert FILES.keys() == FORMATS.keys()

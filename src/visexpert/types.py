@@ -125,6 +125,7 @@ class Batch(_Movable):
         items: The same text as strings, per image in segment order; filled for evaluation only.
         targets: Dense ground truth by name (zoo training): e.g. ``depth_BHW``, ``normals_B3HW``.
         graphs: Scene graphs, where the data has them; filled for evaluation only.
+        has_image_B: bool, False for samples of text alone, whose pixels mean nothing; None where all have an image.
     """
 
     images_BCHW: Tensor
@@ -134,6 +135,7 @@ class Batch(_Movable):
     items: tuple[tuple[TextItem, ...], ...] = ()
     targets: Mapping[str, Tensor] = field(default_factory=dict)
     graphs: tuple[SceneGraph, ...] = ()
+    has_image_B: Tensor | None = None
 
     def __len__(self) -> int:
         return self.images_BCHW.shape[0]

@@ -5,6 +5,7 @@ from visexpert.losses.distill import (
     across_image_variance,
     cls_token_weights,
     feature_kd,
+    gated_kd,
     teacher_weights,
     uniform_teacher_weights,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "cls_token_weights",
     "feature_kd",
     "gate_balance",
+    "gated_kd",
     "normalised_mse",
     "router_balance",
     "teacher_weights",

@@ -6,10 +6,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from visexpert.errors import ConfigError
 
 GateBalanceForm = Literal["cv", "switch"]
+RouterBalanceForm = Literal["pooled", "per_layer"]
 
 
 def gate_balance(
@@ -46,6 +48,46 @@ def gate_balance(
         return num_experts * (won_K / len(gates_NK) * gates_NK.mean(0)).sum()
     load = won_K if load_K is None else load_K[attached_K]
     return _squared_variation(gates_NK.sum(0)) + _squared_variation(load)
+
+
+def router_balance(
+    probs_LBNE: Tensor,
+    choice_LBN: Tensor,
+    form: RouterBalanceForm = "pooled",
+    *,
+    has_image_B: Tensor | None = None,
+) -> Tensor:
+    """Balance loss of MoVE-KD's routers: sum_e mean(p_e) mean(1[chosen = e]), mean over images.
+
+    ``pooled`` (the released code; the paper's total loss has no such term): both means run over the tokens of all
+    layers, so each layer may fall onto an expert of its own unpunished. ``per_layer``: they run over the tokens of one
+    layer, and the loss is the mean over layers. The share of chosen tokens has no gradient; the probabilities do, into
+    earlier layers, too.
+
+    Args:
+        probs_LBNE: Softmax of the router over E experts, per layer and token, [CLS] included.
+        choice_LBN: int64, the chosen expert.
+        form: ``pooled`` or ``per_layer``.
+        has_image_B: bool; samples without an image take no part. None: all have one.
+
+    Returns:
+        Scalar, float32 or better: 1 / E in balance, 1 where all tokens go to one expert with certainty; 0 (with a
+        graph) where no sample has an image.
+
+    Raises:
+        ConfigError: An unknown form.
+    """
+    if form not in ("pooled", "per_layer"):
+        raise ConfigError(f"router_balance: form={form!r} is unknown; use 'pooled' or 'per_layer'.")
+    probs_LBNE = probs_LBNE.to(torch.promote_types(probs_LBNE.dtype, torch.float32))
+    chosen_LBNE = F.one_hot(choice_LBN, probs_LBNE.shape[-1]).to(probs_LBNE.dtype)
+    share_LBE, mean_LBE = chosen_LBNE.mean(2), probs_LBNE.mean(2)
+    if form == "pooled":
+        share_LBE, mean_LBE = share_LBE.mean(0, keepdim=True), mean_LBE.mean(0, keepdim=True)
+    loss_B = (share_LBE * mean_LBE).sum(-1).mean(0)
+    if has_image_B is None:
+        return loss_B.mean()
+    return loss_B[has_image_B].sum() / has_image_B.sum().clamp_min(1)
 
 
 def _squared_variation(values_K: Tensor) -> Tensor:

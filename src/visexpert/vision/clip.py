@@ -123,7 +123,8 @@ class ClipEncoder(nn.Module):
 
     def mole_layers(self) -> tuple[nn.Module, ...]:
         """The MLPs that have MoLE, in the order of the blocks."""
-        return tuple(block.mlp for block in self.model.encoder.layers if hasattr(block.mlp, "added_modules"))
+        mlps = [block.get_submodule("mlp") for block in self.model.encoder.layers]
+        return tuple(mlp for mlp in mlps if hasattr(mlp, "added_modules"))
 
     def plain_modules(self) -> tuple[nn.Module, ...]:
         """Parts of CLIP itself that the tokens depend on, without what MoLE has added."""

@@ -1,0 +1,150 @@
+"""What does MoLE cost beside the plain MLP? One layer of CLIP's width, forward alone and with backward.
+
+    python benchmarks/mole_speed.py --width 1024 --hidden 4096 --tokens 577
+
+The base is frozen and the input has a gradient, as in MoVE-KD's first stage. Variants take turns in one process, so
+that a busy machine slows all alike; the ratio is the median over rounds of a variant's time to the plain MLP's in the
+same round. ``per expert`` is the plain way: each expert on its own, top-1 on the tokens that chose it, dense on all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig
+from transformers.models.clip.modeling_clip import CLIPMLP
+
+from visexpert.report.machine import describe_machine
+from visexpert.vision import MoLEFeedForward
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+PLAIN = "plain MLP"
+
+
+class PerExpert(nn.Module):
+    """The same function as a MoLE, without stacking.
+
+    Args:
+        mole: Whose weights are used.
+    """
+
+    def __init__(self, mole: MoLEFeedForward) -> None:
+        super().__init__()
+        self.mole = mole
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """Map tokens (B, N, D) to (B, N, D)."""
+        mole, x_ND = self.mole, x_BND.flatten(0, -2)
+        choice = mole.router(x_ND)
+        gates_NE = choice.probs_BNE if mole.routing == "dense" else None
+        hidden = mole.activation_fn(self._layer(mole.fc1, mole.fc1_experts, x_ND, choice.choice_BN, gates_NE))
+        return self._layer(mole.fc2, mole.fc2_experts, hidden, choice.choice_BN, gates_NE).view_as(x_BND)
+
+    def _layer(
+        self, linear: nn.Module, experts: Any, x_NI: Tensor, choice_N: Tensor, gates_NE: Tensor | None
+    ) -> Tensor:
+        base_NO: Tensor = linear(x_NI)
+        update_NO = torch.zeros_like(base_NO)
+        for e in range(experts.num_experts):
+            rows = torch.where(choice_N == e)[0] if gates_NE is None else None
+            value = experts.dropout(x_NI if rows is None else x_NI[rows])
+            down = F.linear(value, experts.A_weight[e], experts.A_bias.view(experts.num_experts, -1)[e])
+            bias = experts.B_bias.view(experts.num_experts, -1)[e]
+            up = experts.scale * torch.addmm(bias, down, experts.B_weight[e])
+            if rows is None:
+                assert gates_NE is not None
+                update_NO = update_NO + gates_NE[:, e : e + 1] * up
+            else:
+                update_NO[rows] = up
+        return base_NO + update_NO
+
+
+def make_variants(width: int, hidden: int, dropout: float) -> dict[str, nn.Module]:
+    """The plain MLP and MoLE in each form, on the same frozen base."""
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(hidden_size=width, intermediate_size=hidden, num_attention_heads=width // 64)
+    plain = CLIPMLP(config).requires_grad_(False)
+    top1 = MoLEFeedForward(plain, routing="top1", init="released", dropout=dropout)
+    dense = MoLEFeedForward(plain, routing="dense", init="released", dropout=dropout)
+    return {
+        PLAIN: plain,
+        "top-1, per expert": PerExpert(top1),
+        "top-1, stacked": top1,
+        "top-1, merged (inference)": top1.for_inference(),
+        "dense, per expert": PerExpert(dense),
+        "dense, stacked": dense,
+    }
+
+
+def measure(
+    variants: dict[str, nn.Module], x_BND: Tensor, *, rounds: int, clock: Callable[[], float], backward: bool
+) -> dict[str, list[float]]:
+    """Seconds of each variant in each round, after one untimed round."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(rounds + 1):
+        for name, module in variants.items():
+            taken = _once(module.train(backward), x_BND, clock, backward)
+            if turn:
+                seconds[name].append(taken)
+    return seconds
+
+
+def _once(module: nn.Module, x_BND: Tensor, clock: Callable[[], float], backward: bool) -> float:
+    x_BND = x_BND.detach().requires_grad_(backward)
+    start = clock()
+    with torch.set_grad_enabled(backward):
+        out = module(x_BND)
+        if backward:
+            out.sum().backward()
+    taken = clock() - start
+    module.zero_grad(set_to_none=True)
+    return taken
+
+
+def ratio(seconds: dict[str, list[float]], name: str) -> str:
+    """Median over rounds of the time to the plain MLP's."""
+    pairs = zip(seconds[name], seconds[PLAIN], strict=True)
+    return f"{statistics.median(own / plain for own, plain in pairs):.2f}"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=1024, help="token width (default: CLIP-L's 1024)")
+    parser.add_argument("--hidden", type=int, default=4096, help="hidden width of the MLP (default: 4096)")
+    parser.add_argument("--tokens", type=int, default=577, help="tokens, [CLS] included (default: 577)")
+    parser.add_argument("--batch", type=int, default=1, help="images (default: 1)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of each variant (default: 7)")
+    parser.add_argument("--dropout", type=float, default=0.05, help="dropout in training (default: 0.05)")
+    parser.add_argument("--threads", type=int, default=1, help="threads (default: 1)")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: where others use the machine")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    variants = make_variants(options.width, options.hidden, options.dropout)
+    x_BND = torch.randn(options.batch, options.tokens, options.width)
+    clock = CLOCKS[options.clock]
+    forward = measure(variants, x_BND, rounds=options.rounds, clock=clock, backward=False)
+    trained = {name: module for name, module in variants.items() if "inference" not in name}
+    both = measure(trained, x_BND, rounds=options.rounds, clock=clock, backward=True)
+    title = f"{options.batch} x {options.tokens} tokens, width {options.width}, fp32, {options.threads} thread(s)"
+    table = Table("variant", "forward, ms", "ratio", "forward + backward, ms", "ratio", title=title)
+    for name in variants:
+        row = [name, f"{1000 * statistics.median(forward[name]):.1f}", ratio(forward, name)]
+        if name in both:
+            row += [f"{1000 * statistics.median(both[name]):.1f}", ratio(both, name)]
+        table.add_row(*row)
+    Console().print(describe_machine())
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""Distillation of several teachers into one student, weighted by [CLS] attention (MoVE-KD, arXiv 2501.01709).
+
+``convention`` picks between the paper's formulas and those of the released code (hey-cjj/MoVE-KD at c822da0), which
+differ in all three functions. The default is the paper's, because the released second softmaxes leave both weights
+nearly constant; which of the two trains better is not settled here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from visexpert.errors import ConfigError
+
+Convention = Literal["released", "paper"]
+
+DOMINANT = 0.8
+"""Mean weight of one teacher over the batch above which the released code flattens all of them."""
+
+
+def cls_token_weights(cls_logits_BHN: Tensor, convention: Convention = "paper", *, detach: bool = True) -> Tensor:
+    """How much each patch token counts in distillation: attention of the [CLS] token, mean over heads.
+
+    ``paper``: one softmax over the patches. ``released``: softmax over [CLS] and patches, mean over heads, and a second
+    softmax over the patches, which leaves the largest weight at most e^p times the smallest for a largest probability
+    p: nearly uniform.
+
+    Args:
+        cls_logits_BHN: Scores q_cls . k / sqrt(head width) before the softmax, [CLS] itself first: N = 1 + T.
+        convention: ``paper`` or ``released``.
+        detach: Keep the loss from training the attention that they come from.
+
+    Returns:
+        (B, T), float32 or better, each row summing to 1.
+
+    Raises:
+        ConfigError: An unknown convention.
+    """
+    _check_convention("cls_token_weights", convention)
+    logits_BHN = _full(cls_logits_BHN.detach() if detach else cls_logits_BHN)
+    if convention == "paper":
+        return logits_BHN[..., 1:].softmax(-1).mean(1)
+    return logits_BHN.softmax(-1).mean(1)[:, 1:].softmax(-1)
+
+
+def teacher_weights(
+    cls_BD: Tensor,
+    targets: Mapping[str, Tensor],
+    *,
+    anchor: str | None = "clip",
+    anchor_share: float = 0.8,
+    convention: Convention = "paper",
+    has_image_B: Tensor | None = None,
+    detach: bool = True,
+) -> Tensor:
+    """How much each teacher counts for an image: how well its tokens agree with the [CLS] token of CLIP.
+
+    The anchor keeps ``anchor_share``; the others share the rest by the softmax of mean_m <cls, z_tm>, which ``paper``
+    divides by sqrt(D). ``released`` does not, and where one teacher's mean over the batch exceeds .8 it takes
+    softmax(u + .2) = softmax(u) of all weights u, so that one image changes the weights of the others. Without the
+    anchor among the targets the others share everything; alone, it has weight 1.
+
+    Args:
+        cls_BD: [CLS] token of CLIP, in the space of the targets.
+        targets: Tokens (B, T, D) by teacher, in any order.
+        anchor: Name of the teacher whose share is fixed (CLIP itself); None for none.
+        anchor_share: Its weight, 0 to 1.
+        convention: ``paper`` or ``released``.
+        has_image_B: bool; samples without an image take no part in the batch mean of ``released``. None: all have one.
+        detach: Keep the loss from training targets to shift weights. The released code does not detach.
+
+    Returns:
+        (B, K) in the order of ``targets``, float32 or better, each row summing to 1.
+
+    Raises:
+        ConfigError: An unknown convention, no target, a share outside 0 to 1, or a target of another width than D.
+    """
+    _check_convention("teacher_weights", convention)
+    for name, target_BTD in targets.items():
+        if target_BTD.shape[-1] != cls_BD.shape[-1]:
+            raise ConfigError(
+                f"teacher_weights: teacher {name!r} has targets of width {target_BTD.shape[-1]}, but [CLS] has "
+                f"{cls_BD.shape[-1]}; map it into CLIP's width (to_student, fixed), or weigh teachers uniformly."
+            )
+    others = [name for name in targets if name != anchor]
+    if not others:
+        return _beside_anchor(cls_BD.new_zeros(len(cls_BD), 0), targets, anchor, anchor_share)
+    cls_BD = _full(cls_BD)
+    scores_BU = torch.stack([(_full(targets[name]).mean(1) * cls_BD).sum(-1) for name in others], dim=1)
+    if detach:
+        scores_BU = scores_BU.detach()
+    if convention == "paper":
+        weights_BU = (scores_BU / cls_BD.shape[-1] ** 0.5).softmax(-1)
+    else:
+        weights_BU = scores_BU.softmax(-1)
+        dominant = _mean_over_images(weights_BU.detach(), has_image_B).amax() > DOMINANT
+        weights_BU = torch.where(dominant, (weights_BU + 0.2).softmax(-1), weights_BU)
+    return _beside_anchor(weights_BU, targets, anchor, anchor_share)
+
+
+def uniform_teacher_weights(
+    targets: Mapping[str, Tensor], *, anchor: str | None = "clip", anchor_share: float = 0.8
+) -> Tensor:
+    """Weights (B, K) that leave the anchor its share and divide the rest evenly: the control to ``teacher_weights``.
+
+    Args:
+        targets: Tokens (B, T, any width) by teacher; only names and the batch size are read.
+        anchor: As in :func:`teacher_weights`.
+        anchor_share: As in :func:`teacher_weights`.
+
+    Raises:
+        ConfigError: No target, or a share outside 0 to 1.
+    """
+    others = sum(name != anchor for name in targets)
+    first = next(iter(targets.values()), torch.zeros(0))
+    even_BU = torch.full((len(first), others), 1.0 / max(others, 1), device=first.device)
+    return _beside_anchor(even_BU, targets, anchor, anchor_share)
+
+
+def feature_kd(
+    student_BTD: Tensor | Mapping[str, Tensor],
+    targets: Mapping[str, Tensor],
+    teacher_weights_BK: Tensor,
+    token_weights_BT: Tensor | None = None,
+    convention: Convention = "paper",
+    *,
+    has_image_B: Tensor | None = None,
+) -> Tensor:
+    """Squared error of the student's tokens to each teacher's, weighted: mean_b sum_k W_bk l_bk.
+
+    With e_bm the mean over channels of (s - z_k)^2 at token m: l_bk = sum_m w_bm e_bm in ``paper``;
+    l_bk = mean_m e_bm + sum_m w_bm e_bm in ``released``. Both are mean_m e_bm without token weights.
+
+    Args:
+        student_BTD: Patch tokens of the student, or one prediction for each teacher by its name.
+        targets: Tokens (B, T, D) by teacher. They are differentiated; detach those that must not train.
+        teacher_weights_BK: Weights in the order of ``targets``.
+        token_weights_BT: Weights of the tokens, each row summing to 1; None for none.
+        convention: ``paper`` or ``released``.
+        has_image_B: bool; samples without an image take no part. None: all have one.
+
+    Returns:
+        Scalar, float32 or better; 0 (with a graph) where no sample has an image.
+
+    Raises:
+        ConfigError: An unknown convention, or shapes that do not fit.
+    """
+    _check_convention("feature_kd", convention)
+    if teacher_weights_BK.shape[-1] != len(targets) or not targets:
+        raise ConfigError(
+            f"feature_kd: {teacher_weights_BK.shape[-1]} teacher weights for the teachers {list(targets)}; give one "
+            "for each of at least one teacher."
+        )
+    terms = []
+    for name, target_BTD in targets.items():
+        own_BTD = student_BTD if isinstance(student_BTD, Tensor) else student_BTD[name]
+        if own_BTD.shape != target_BTD.shape:
+            raise ConfigError(
+                f"feature_kd: the student has tokens of shape {tuple(own_BTD.shape)}, but teacher {name!r} has "
+                f"{tuple(target_BTD.shape)}; bring them together with a KD head."
+            )
+        error_BT = (_full(own_BTD) - _full(target_BTD)).square().mean(-1)
+        terms.append(_over_tokens(error_BT, token_weights_BT, convention))
+    loss_B = (torch.stack(terms, dim=1) * teacher_weights_BK).sum(1)
+    return _mean_over_images(loss_B, has_image_B)
+
+
+def gated_kd(
+    student_BTD: Mapping[str, Tensor],
+    targets: Mapping[str, Tensor],
+    gates_BTK: Tensor,
+    token_weights_BT: Tensor | None = None,
+    *,
+    has_image_B: Tensor | None = None,
+) -> Tensor:
+    """Squared error weighed by a gate of its own at every token: mean_b sum_m w_bm sum_k g_bmk e_bmk.
+
+    A hybrid of both methods: ToVE's token-aware gate in place of MoVE-KD's one weight per image and teacher. Equal to
+    :func:`feature_kd` (``paper``) where a gate says the same at every token.
+
+    Args:
+        student_BTD: One prediction (B, T, X) for each teacher.
+        targets: Tokens of the same shapes.
+        gates_BTK: Weights in the order of ``targets``, each token's summing to 1.
+        token_weights_BT: Weights of the tokens, each row summing to 1; None for 1 / T.
+        has_image_B: bool; samples without an image take no part. None: all have one.
+
+    Returns:
+        Scalar, float32 or better.
+    """
+    errors = [(_full(student_BTD[name]) - _full(target)).square().mean(-1) for name, target in targets.items()]
+    error_BT = (torch.stack(errors, dim=-1) * gates_BTK).sum(-1)
+    return _mean_over_images(_over_tokens(error_BT, token_weights_BT, "paper"), has_image_B)
+
+
+def across_image_variance(tokens_BTD: Tensor) -> Tensor:
+    """Variance of tokens across the images of a batch, around the mean of each position and channel.
+
+    It falls to 0 when every image gets the same tokens, which neither the overall variance nor the distillation loss
+    shows. Unbiased, so that batches of unlike sizes compare.
+
+    Args:
+        tokens_BTD: Tokens of images only; leave out samples without one.
+
+    Returns:
+        Scalar without a graph, float32 or better; NaN for fewer than two images.
+    """
+    tokens_BTD = _full(tokens_BTD.detach())
+    if len(tokens_BTD) < 2:
+        return tokens_BTD.new_full((), torch.nan)
+    return tokens_BTD.var(0, correction=1).mean()
+
+
+def _over_tokens(error_BT: Tensor, token_weights_BT: Tensor | None, convention: Convention) -> Tensor:
+    mean_B = error_BT.mean(1)
+    if token_weights_BT is None:
+        return mean_B
+    weighted_B = (token_weights_BT * error_BT).sum(1)
+    return weighted_B if convention == "paper" else mean_B + weighted_B
+
+
+def _beside_anchor(shares_BU: Tensor, names: Mapping[str, Tensor], anchor: str | None, anchor_share: float) -> Tensor:
+    """Insert the anchor's share (B, K) among the weights (B, U) of the others, which are scaled to what remains."""
+    if not names or not 0 <= anchor_share <= 1:
+        raise ConfigError(
+            f"Teacher weights need at least one teacher and a share in [0, 1]; got {list(names)} and "
+            f"anchor_share={anchor_share}."
+        )
+    if anchor is None or anchor not in names:
+        return shares_BU
+    fixed_B1 = shares_BU.new_full((len(shares_BU), 1), anchor_share if shares_BU.shape[1] else 1.0)
+    columns: Sequence[Tensor] = ((1 - anchor_share) * shares_BU).split(1, dim=1)
+    place = list(names).index(anchor)
+    return torch.cat([*columns[:place], fixed_B1, *columns[place:]], dim=1)
+
+
+def _mean_over_images(values_B: Tensor, has_image_B: Tensor | None) -> Tensor:
+    """Mean over the samples with an image; 0 without any."""
+    if has_image_B is None:
+        return values_B.mean(0)
+    return values_B[has_image_B].sum(0) / has_image_B.sum().clamp_min(1)
+
+
+def _full(values: Tensor) -> Tensor:
+    """At least float32."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _check_convention(owner: str, convention: str) -> None:
+    if convention not in get_args(Convention):
+        raise ConfigError(f"{owner}: convention={convention!r} is unknown; use 'released' or 'paper'.")

@@ -1,0 +1,62 @@
+"""Attention of the [CLS] token in one layer, while attention itself stays fused in all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from visexpert.errors import ConfigError
+from visexpert.types import VisionTokens
+from visexpert.vision.clip import ClipEncoder
+
+
+@dataclass(frozen=True)
+class ClsAttention:
+    """What CLIP says about images, and where its [CLS] token looks.
+
+    Args:
+        tokens: The encoder's output.
+        cls_logits_BHN: Scores q_cls . k / sqrt(head width) before the softmax, per head, over [CLS] and then the
+            patches: N = 1 + T. Of the block that makes the hidden state that is read (``attentions[layer]`` of
+            transformers), which for MoVE-KD is the 23rd of 24.
+    """
+
+    tokens: VisionTokens
+    cls_logits_BHN: Tensor
+
+    @classmethod
+    def of(cls, clip: ClipEncoder, images_BCHW: Tensor) -> ClsAttention:
+        """Encode images (B, 3, H, W), float in [0, 1], in one forward pass.
+
+        Queries and keys are those that the block computes anyway; only one row of their product is computed again.
+
+        Raises:
+            ConfigError: The hidden state that is read comes from no block.
+        """
+        block = clip.read_modules()[-1]
+        attention = getattr(block, "self_attn", None)
+        if attention is None:
+            raise ConfigError(
+                f"[CLS] attention needs a block, but layer={clip.layer} reads the embeddings; use a layer from "
+                f"-{clip.config.num_hidden_layers} to -1."
+            )
+        seen: dict[str, Tensor] = {}
+        handles = [_watch(attention.q_proj, "queries", seen), _watch(attention.k_proj, "keys", seen)]
+        try:
+            tokens = clip(images_BCHW)
+        finally:
+            for handle in handles:
+                handle.remove()
+        heads = (attention.num_heads, -1)
+        queries_BHd = seen["queries"][:, 0].unflatten(-1, heads)
+        keys_BNHd = seen["keys"].unflatten(-1, heads)
+        return cls(tokens, torch.einsum("bhd,bnhd->bhn", queries_BHd, keys_BNHd) * attention.scale)
+
+
+def _watch(linear: nn.Module, name: str, seen: dict[str, Tensor]) -> torch.utils.hooks.RemovableHandle:
+    def keep(module: nn.Module, inputs: object, output: Tensor) -> None:
+        seen[name] = output
+
+    return linear.register_forward_hook(keep)

@@ -21,20 +21,22 @@ STEPS = 2500
 LR = "5e-3"
 """Of CLIP and projector, by tokens and by text alike; chosen on validation scenes of seed 0 among 1e-3 .. 8e-3."""
 
-EQUAL_TIME = 1560
+EQUAL_TIME, EQUAL_TIME_ALONG = 1560, 1270
 """Steps of training by text that take as long as STEPS by tokens: see benchmarks/merge_step.py."""
 
 SEMANTIC = "CLIP + semantic"
 TEXT = ["--token_weight", "0", "--text_weight", "1"]
-EQUAL = f"text only, ToVE's decoder frozen, equal time ({EQUAL_TIME} steps)"
+ALONG = ["--language_lr", "1e-3"]
 MERGED = {
     "merged: tokens, full": [],
-    EQUAL: [*TEXT, "--steps", str(EQUAL_TIME)],
-    "text only, ToVE's decoder trained along": [*TEXT, "--language_lr", "1e-3"],
+    f"text only, ToVE's decoder frozen, equal time ({EQUAL_TIME} steps)": [*TEXT, "--steps", str(EQUAL_TIME)],
+    "text only, ToVE's decoder trained along": [*TEXT, *ALONG],
+    f"text only, ToVE's decoder trained along, equal time ({EQUAL_TIME_ALONG} steps)": [
+        *TEXT, *ALONG, "--steps", str(EQUAL_TIME_ALONG),
+    ],
     "merged: tokens, LoRA": ["--adaptation", "lora"],
-    "text only, ToVE's decoder frozen": TEXT,
-    "merged: tokens + text": ["--text_weight", "0.33"],
-}
+    "merged: tokens + text, ToVE's decoder trained along": ["--text_weight", "0.33", *ALONG],
+}  # fmt: skip
 """What `visexpert merge` does from the base run; a later option replaces an earlier one."""
 
 CONTINUED = {
@@ -101,10 +103,11 @@ def runs_of(base: Path, runs: Path, seed: int) -> list[Run]:
     """All that one seed needs, the main rows first."""
     (trained,) = base_runs(base, [seed])
     merges = [_merge(trained.folder, seed, variant, extra) for variant, extra in MERGED.items()]
-    main, more = merges[:4], merges[4:]
-    controls = [_continued(runs, trained.folder, base, seed, variant, CONTINUED[variant]) for variant in CONTINUED]
+    tove, semantic, clip = (
+        _continued(runs, trained.folder, base, seed, variant, overlay) for variant, overlay in CONTINUED.items()
+    )
     detached = [_detach(trained.folder, seed, variant, budget) for variant, budget in BUDGETS.items()]
-    return [*main, *controls, _fresh(runs, seed), *detached, *more]
+    return [*merges[:4], *detached, merges[4], tove, merges[5], semantic, _fresh(runs, seed), clip]
 
 
 def ordered_runs(base: Path, runs: Path, seed: int) -> list[Run]:

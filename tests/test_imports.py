@@ -35,7 +35,11 @@ LAW: dict[str, frozenset[str]] = {
 ROOMS = frozenset(LAW)
 LAW["training"] = ROOMS
 LAW["demo"] = ROOMS | {"training"}
-LAW["cli"] = ROOMS | {"training", "demo"}
+LAW["runs"] = ROOMS | {"training"}
+LAW["captioning"] = ROOMS | {"training", "runs"}
+LAW["app"] = frozenset({"data", "report", "runs", "captioning"})
+LAW["commands"] = ROOMS | {"training", "runs", "captioning", "app"}
+LAW["cli"] = ROOMS | {"training", "demo", "runs", "captioning", "app", "commands"}
 LAW["__main__"] = frozenset({"cli"})
 LAW["__init__"] = frozenset()
 LAW.update({name: EVERYWHERE for name in EVERYWHERE})

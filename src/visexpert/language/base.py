@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from visexpert.errors import DataError
+from visexpert.language.generation import Decoding
 from visexpert.types import IGNORE_INDEX, TextBatch, VisionTokens
 
 
@@ -34,11 +36,38 @@ class LanguageSide(nn.Module, ABC):
         Row m holds the prediction *for* that token, made from the tokens before it in its own item and the image.
         """
 
-    @abstractmethod
+    @torch.no_grad()
     def generate(
-        self, vision: VisionTokens, prompts: Sequence[Sequence[int]], *, eos_id: int, max_new_tokens: int = 32
+        self,
+        vision: VisionTokens,
+        prompts: Sequence[Sequence[int]],
+        *,
+        eos_id: int,
+        max_new_tokens: int | None = None,
+        decoding: Decoding | None = None,
     ) -> list[list[int]]:
-        """Continue one prompt per image greedily; token ids up to, without, ``eos_id``."""
+        """Continue one prompt per image; token ids up to, without, ``eos_id``.
+
+        Args:
+            vision: Tokens of B images.
+            prompts: B prompts of any lengths, each with at least its first token (<bos>).
+            eos_id: Token that ends an answer.
+            max_new_tokens: Longest answer; None for ``decoding``'s.
+            decoding: How to choose tokens; None is greedy.
+
+        Raises:
+            DataError: A prompt is longer than the model can read.
+        """
+        decoding = Decoding() if decoding is None else decoding
+        if max_new_tokens is not None:
+            decoding = replace(decoding, max_new_tokens=max_new_tokens)
+        return self._generate(vision, prompts, eos_id=eos_id, decoding=decoding) if prompts else []
+
+    @abstractmethod
+    def _generate(
+        self, vision: VisionTokens, prompts: Sequence[Sequence[int]], *, eos_id: int, decoding: Decoding
+    ) -> list[list[int]]:
+        """What :meth:`generate` promises, without gradients."""
 
 
 def supervised(text: TextBatch) -> tuple[Tensor, Tensor]:

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from visexpert.errors import ConfigError, DataError
 from visexpert.language.base import LanguageSide, item_mask, supervised
+from visexpert.language.blocks import DecoderBlock, KeysValues, KeyValueCache
+from visexpert.language.generation import Decoding, write
 from visexpert.language.position import sincos_2d
 from visexpert.resources import fill_module, load_safetensors, resolve_source
 from visexpert.types import IGNORE_INDEX, TextBatch, VisionTokens
-
-KeysValues = tuple[Tensor, Tensor]
 
 
 class CrossAttentionDecoder(LanguageSide):
@@ -79,28 +78,12 @@ class CrossAttentionDecoder(LanguageSide):
         logits_MV: Tensor = self.head(self.norm(hidden_BND[predicting_BN]))
         return logits_MV
 
-    @torch.no_grad()
-    def generate(
-        self, vision: VisionTokens, prompts: Sequence[Sequence[int]], *, eos_id: int, max_new_tokens: int = 32
+    def _generate(
+        self, vision: VisionTokens, prompts: Sequence[Sequence[int]], *, eos_id: int, decoding: Decoding
     ) -> list[list[int]]:
-        """See :meth:`LanguageSide.generate`. Keys and values of the image are computed once."""
-        memory = self._memory(vision)
-        rows = [list(prompt) for prompt in prompts]
-        self._check_length(max(map(len, rows)))
-        done = [len(row) >= self.max_tokens for row in rows]
-        for _ in range(max_new_tokens):
-            if all(done):
-                break
-            text = _right_padded(rows, device=vision.tokens_BTD.device)
-            last = torch.tensor([len(row) - 1 for row in rows], device=vision.tokens_BTD.device)
-            hidden_BND = self._decode(memory, text)
-            hidden_BD = hidden_BND[torch.arange(len(rows), device=last.device), last]
-            for index, token in enumerate(self.head(self.norm(hidden_BD)).argmax(-1).tolist()):
-                done[index] = done[index] or token == eos_id
-                if not done[index]:
-                    rows[index].append(token)
-                    done[index] = len(rows[index]) >= self.max_tokens
-        return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+        self._check_length(max(map(len, prompts)))
+        room = [self.max_tokens - len(prompt) for prompt in prompts]
+        return write(_CachedWriting(self, vision, prompts), decoding, eos_id=eos_id, room=room)
 
     def _memory(self, vision: VisionTokens) -> list[KeysValues]:
         memory_BTD = self.memory_norm(vision.tokens_BTD)
@@ -119,61 +102,70 @@ class CrossAttentionDecoder(LanguageSide):
     def _layers(self) -> list[DecoderBlock]:
         return [block for block in self.blocks if isinstance(block, DecoderBlock)]
 
-    def _decode(self, memory: list[KeysValues], text: TextBatch) -> Tensor:
+    def _decode(
+        self, memory: Sequence[KeysValues], text: TextBatch, caches: Sequence[KeyValueCache] | None = None
+    ) -> Tensor:
         if text.ids_BN.numel():
             self._check_length(int(text.positions_BN.max()) + 1)
-        hidden_BND: Tensor = self.embed_tokens(text.ids_BN) + self.embed_positions(text.positions_BN)
-        mask = item_mask(text)
-        for block, keys_values in zip(self._layers(), memory, strict=True):
-            hidden_BND = block(hidden_BND, keys_values, mask)
+        return self._run(memory, text.ids_BN, text.positions_BN, item_mask(text), caches)
+
+    def _run(
+        self,
+        memory: Sequence[KeysValues],
+        ids_BN: Tensor,
+        positions_BN: Tensor,
+        mask: Tensor,
+        caches: Sequence[KeyValueCache] | None,
+    ) -> Tensor:
+        hidden_BND: Tensor = self.embed_tokens(ids_BN) + self.embed_positions(positions_BN)
+        for index, (block, keys_values) in enumerate(zip(self._layers(), memory, strict=True)):
+            hidden_BND = block(hidden_BND, keys_values, mask, None if caches is None else caches[index])
         return hidden_BND
 
 
-class DecoderBlock(nn.Module):
-    """Self-attention, cross-attention, MLP, each pre-normed with a residual."""
+class _CachedWriting:
+    """A decoder in the middle of writing: keys and values of image and text are computed once each.
 
-    def __init__(self, width: int, *, heads: int, mlp_width: int, dropout: float) -> None:
-        super().__init__()
-        self.self_norm, self.cross_norm, self.mlp_norm = (nn.LayerNorm(width) for _ in range(3))
-        self.attention = Attention(width, heads=heads)
-        self.cross = Attention(width, heads=heads)
-        self.mlp = nn.Sequential(nn.Linear(width, mlp_width), nn.GELU(), nn.Linear(mlp_width, width))
-        self.dropout = nn.Dropout(dropout)
+    Prompts are padded on the right: a new token stands in one place of the cache for all rows, but its position is
+    that of its own row, and a row never sees its padding.
+    """
 
-    def forward(self, hidden_BND: Tensor, memory: KeysValues, mask: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, D)."""
-        normed = self.self_norm(hidden_BND)
-        hidden_BND = hidden_BND + self.dropout(self.attention(normed, self.attention.keys_values(normed), mask))
-        hidden_BND = hidden_BND + self.dropout(self.cross(self.cross_norm(hidden_BND), memory, None))
-        out: Tensor = hidden_BND + self.dropout(self.mlp(self.mlp_norm(hidden_BND)))
-        return out
+    def __init__(self, decoder: CrossAttentionDecoder, vision: VisionTokens, prompts: Sequence[Sequence[int]]) -> None:
+        self._decoder = decoder
+        self._memory = decoder._memory(vision)
+        self._caches = [KeyValueCache() for _ in self._memory]
+        self._text = _right_padded(prompts, device=vision.tokens_BTD.device)
+        self._seen_RS = self._text.segments_BN > 0
+        self._length_R = self._seen_RS.sum(1)
 
+    def start(self) -> Tensor:
+        """See :class:`~visexpert.language.generation.Writing`."""
+        hidden_RND = self._decoder._decode(self._memory, self._text, self._caches)
+        rows_R = torch.arange(len(hidden_RND), device=hidden_RND.device)
+        return self._logits(hidden_RND[rows_R, self._length_R - 1])
 
-class Attention(nn.Module):
-    """Multi-head attention whose keys and values may come from elsewhere and be reused."""
+    def append(self, tokens_R: Tensor) -> Tensor:
+        """See :class:`~visexpert.language.generation.Writing`."""
+        self._seen_RS = torch.cat([self._seen_RS, torch.ones_like(self._seen_RS[:, :1])], dim=1)
+        # Rows that are full wait for the others; what they would say is not read.
+        positions_R = self._length_R.clamp(max=self._decoder.max_tokens - 1)
+        hidden_R1D = self._decoder._run(
+            self._memory, tokens_R[:, None], positions_R[:, None], self._seen_RS[:, None, None], self._caches
+        )
+        self._length_R = self._length_R + 1
+        return self._logits(hidden_R1D[:, 0])
 
-    def __init__(self, width: int, *, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, width)
+    def reorder(self, rows_R: Tensor) -> None:
+        """See :class:`~visexpert.language.generation.Writing`."""
+        if len(rows_R) != len(self._length_R):  # else rows change places within their image
+            self._memory = [(keys[rows_R], values[rows_R]) for keys, values in self._memory]
+        self._seen_RS, self._length_R = self._seen_RS[rows_R], self._length_R[rows_R]
+        for cache in self._caches:
+            cache.reorder(rows_R)
 
-    def keys_values(self, source_BSD: Tensor) -> KeysValues:
-        """Keys and values (B, H, S, D / H) of a source."""
-        keys, values = self.key_value(source_BSD).chunk(2, dim=-1)
-        return self._split(keys), self._split(values)
-
-    def forward(self, hidden_BND: Tensor, keys_values: KeysValues, mask: Tensor | None) -> Tensor:
-        """Attend; ``mask`` bool (B, 1, N, S), true = visible."""
-        query = self._split(self.query(hidden_BND))
-        attended = F.scaled_dot_product_attention(query, *keys_values, attn_mask=mask)
-        out: Tensor = self.out(attended.transpose(1, 2).flatten(2))
-        return out
-
-    def _split(self, tensor_BSD: Tensor) -> Tensor:
-        batch, num_tokens, width = tensor_BSD.shape
-        return tensor_BSD.view(batch, num_tokens, self.heads, width // self.heads).transpose(1, 2)
+    def _logits(self, hidden_RD: Tensor) -> Tensor:
+        logits_RV: Tensor = self._decoder.head(self._decoder.norm(hidden_RD))
+        return logits_RV
 
 
 def _right_padded(rows: Sequence[Sequence[int]], *, device: torch.device) -> TextBatch:

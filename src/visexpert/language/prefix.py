@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 
 from visexpert.errors import ConfigError, DataError, WeightsError
 from visexpert.language.base import LanguageSide, item_mask, supervised
+from visexpert.language.generation import Decoding
 from visexpert.language.position import sincos_2d
 from visexpert.resources import fill_module, load_safetensors, resolve_source
 from visexpert.types import TextBatch, VisionTokens
@@ -74,31 +77,43 @@ class PrefixLM(LanguageSide):
         logits_MV: Tensor = self.model.get_output_embeddings()(output.last_hidden_state[:, num_prefix:][predicting_BN])
         return logits_MV
 
-    @torch.no_grad()
-    def generate(
-        self, vision: VisionTokens, prompts: Sequence[Sequence[int]], *, eos_id: int, max_new_tokens: int = 32
+    def _generate(
+        self, vision: VisionTokens, prompts: Sequence[Sequence[int]], *, eos_id: int, decoding: Decoding
     ) -> list[list[int]]:
-        """See :meth:`LanguageSide.generate`; prompts are padded on the left, with a KV cache."""
+        """By transformers' ``generate``, with a KV cache; prompts are padded on the left.
+
+        Sampled rows share one stream of random numbers, so that a draw depends on the rows beside it.
+        """
         prefix_BTD = self._prefix(vision)
         length = max(map(len, prompts))
+        room = self._check_room(length, prefix_BTD.shape[1])
         ids = torch.full((len(prompts), length), eos_id, dtype=torch.long)
-        real = torch.zeros_like(ids)
         for index, prompt in enumerate(prompts):
             ids[index, length - len(prompt) :] = torch.tensor(prompt)
-            real[index, length - len(prompt) :] = 1
-        ids, real = ids.to(prefix_BTD.device), real.to(prefix_BTD.device)
+        ids = ids.to(prefix_BTD.device)
         # Padding stands before the image: the image and its prompt stay neighbours, as in training.
         rows = [
             torch.cat([self._embed(ids[i, : length - n]), prefix_BTD[i], self._embed(ids[i, length - n :])])
             for i, n in enumerate(map(len, prompts))
         ]
-        pad = length - real.sum(1)
+        pad = torch.tensor([length - len(prompt) for prompt in prompts], device=ids.device)
         mask = (torch.arange(rows[0].shape[0], device=pad.device) >= pad[:, None]).long()
-        out = self.model.generate(
-            inputs_embeds=torch.stack(rows), attention_mask=mask, do_sample=False, num_beams=1,
-            max_new_tokens=max_new_tokens, eos_token_id=eos_id, pad_token_id=eos_id,
-        )  # fmt: skip
+        with _seeded(decoding):
+            out = self.model.generate(
+                inputs_embeds=torch.stack(rows), attention_mask=mask, eos_token_id=eos_id, pad_token_id=eos_id,
+                max_new_tokens=min(decoding.max_new_tokens, room), **_strategy(decoding),
+            )  # fmt: skip
         return [_until(row, eos_id) for row in out.tolist()]
+
+    def _check_room(self, length: int, num_prefix: int) -> int:
+        """Tokens that still fit behind the image and a prompt."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and num_prefix + length >= limit:
+            raise DataError(
+                f"PrefixLM: a prompt of {length} tokens behind {num_prefix} image tokens leaves no room for an answer "
+                f"in the {limit} positions of the language model; shorten it or take a model with more."
+            )
+        return sys.maxsize if limit is None else int(limit) - num_prefix - length
 
     def _check_length(self, text: TextBatch, num_prefix: int) -> None:
         limit = getattr(self.model.config, "max_position_embeddings", None)
@@ -156,6 +171,34 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _arange(prefix_BTD: Tensor) -> Tensor:
     return torch.arange(prefix_BTD.shape[1], device=prefix_BTD.device).expand(prefix_BTD.shape[0], -1)
+
+
+def _strategy(decoding: Decoding) -> dict[str, Any]:
+    """The words of transformers' ``generate`` for it; what they do not name is off there."""
+    if decoding.strategy == "beam":
+        # "never" stops when nothing better can come, as our own search does; the default is a heuristic.
+        return {
+            "do_sample": False, "num_beams": decoding.num_beams, "length_penalty": decoding.length_penalty,
+            "early_stopping": "never",
+        }  # fmt: skip
+    if decoding.strategy == "sample":
+        top_k = 0 if decoding.top_k is None else decoding.top_k  # 0 is transformers' "all"
+        return {
+            "do_sample": True, "num_beams": 1, "temperature": decoding.temperature, "top_k": top_k,
+            "top_p": decoding.top_p,
+        }  # fmt: skip
+    return {"do_sample": False, "num_beams": 1}
+
+
+@contextmanager
+def _seeded(decoding: Decoding) -> Iterator[None]:
+    """Draw from the strategy's own seed, where it draws, and leave everyone else's numbers as they were."""
+    if decoding.strategy != "sample":
+        yield
+        return
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(decoding.seed)
+        yield
 
 
 def _until(row: list[int], eos_id: int) -> list[int]:

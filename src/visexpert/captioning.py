@@ -1,0 +1,208 @@
+"""Captions and answers for images from anywhere, by a finished run: what ``visexpert caption`` and the page share."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from visexpert.data import TabletopData, TextPacker, read_image
+from visexpert.data.tabletop.captions import RELATION_PROMPT
+from visexpert.errors import ConfigError, DataError
+from visexpert.experts import ExpertHub, VisionExpert
+from visexpert.language import Decoding
+from visexpert.runs import SavedRun
+from visexpert.types import Batch
+from visexpert.vision import ClipEncoder
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said about one image.
+
+    Args:
+        text: The caption or answer.
+        experts: Names of the experts that took part.
+        gates_HWK: Weight of each of them per token, float32 in [0, 1], on the token grid; None without a gate.
+        image_HW3: The square image that the encoders got, float32 in [0, 1].
+    """
+
+    text: str
+    experts: tuple[str, ...]
+    gates_HWK: NDArray[Any] | None
+    image_HW3: NDArray[Any]
+
+    @property
+    def shares(self) -> dict[str, float] | None:
+        """Mean gate of each expert."""
+        if self.gates_HWK is None:
+            return None
+        return dict(zip(self.experts, self.gates_HWK.mean(axis=(0, 1)).tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """One file of a list: its answer, or the sentence that says why it cannot be read."""
+
+    path: Path
+    answer: Answer | None
+    error: str | None = None
+
+
+class Captioner:
+    """Answers prompts about images by a finished run, whole, with detached experts, or merged; threads may share it.
+
+    Images of any size become one batch as squares of ``side`` px, the largest input among CLIP and the experts:
+    bicubic, antialiased, the whole image, its aspect ratio not kept, as the encoders themselves resize. Each of them
+    then resizes to its own input.
+
+    Args:
+        run: The opened run.
+        device: Where to compute, such as ``cpu`` or ``cuda:1``; None is the GPU where there is one.
+        batch_size: Images per forward.
+
+    Raises:
+        ConfigError: ``device`` or ``batch_size`` cannot be.
+    """
+
+    def __init__(self, run: SavedRun, *, device: str | None = None, batch_size: int = 16) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}, but must be at least 1.")
+        self.run, self.batch_size = run, batch_size
+        self._device = _device(device)
+        self._model = run.model.to(self._device).eval()
+        self._packer = TextPacker(run.tokenizer)
+        hub = getattr(self._model, "hub", None)
+        self._hub = hub if isinstance(hub, ExpertHub) else None
+        self.experts: tuple[str, ...] = () if self._hub is None else self._hub.attached
+        modules = self._model.modules()
+        self.side = max(part.image_size for part in modules if isinstance(part, ClipEncoder | VisionExpert))
+        self._lock = Lock()
+
+    @property
+    def default_prompt(self) -> str:
+        """The words that asked for a caption in training.
+
+        Raises:
+            ConfigError: The run's data has no such words that we know.
+        """
+        if isinstance(self.run.data, TabletopData):
+            return RELATION_PROMPT
+        raise ConfigError(
+            f"'{self.run.folder}' was trained on {type(self.run.data).__name__}, for which no caption prompt is known; "
+            "give the words that asked for captions there with --prompt."
+        )
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of a prompt that the vocabulary lacks: the model reads ``<unk>`` in their place."""
+        tokenizer = self.run.tokenizer
+        encoded = self._encoded(prompt)
+        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        unknown = [prompt[begin:end] for token, (begin, end) in pairs if token == tokenizer.unk_token_id]
+        return list(dict.fromkeys(unknown))
+
+    def square(self, image_CHW: Tensor) -> Tensor:
+        """A uint8 image (3, H, W) as the encoders' common square (3, side, side), float32 in [0, 1]."""
+        image_1CHW = image_CHW[None].float() / 255.0
+        size = (self.side, self.side)
+        if image_1CHW.shape[-2:] != size:
+            image_1CHW = F.interpolate(image_1CHW, size=size, mode="bicubic", antialias=True, align_corners=False)
+        return image_1CHW[0].clamp(0.0, 1.0)
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        squares: Sequence[Tensor],
+        prompts: str | Sequence[str],
+        *,
+        decoding: Decoding | None = None,
+        experts: Collection[str] | None = None,
+    ) -> list[Answer]:
+        """Answer one prompt per image in one forward.
+
+        Args:
+            squares: B images by :meth:`square`.
+            prompts: One for all, or B.
+            decoding: How to write; None is greedy.
+            experts: The only experts to listen to; None for all of :attr:`experts`.
+
+        Raises:
+            ConfigError: An expert that the run does not use.
+            DataError: A prompt that is too long for the model.
+        """
+        asked = [prompts] * len(squares) if isinstance(prompts, str) else list(prompts)
+        ids = [[self._packer.bos_id, *self._encoded(prompt)["input_ids"]] for prompt in asked]
+        images_BCHW = torch.stack(list(squares)).to(self._device)
+        with self._lock, self._listening_to(experts) as names:
+            vision = self._model.encode(Batch(images_BCHW, torch.arange(len(squares)), split=""))
+            written = self._model.language.generate(vision, ids, eos_id=self._packer.eos_id, decoding=decoding)
+        gates: Sequence[Any] = [None] * len(squares)
+        if vision.gates_BTK is not None and self._hub is not None:
+            columns = [self._hub.names.index(name) for name in names]
+            gates = list(vision.gates_BTK[..., columns].unflatten(1, vision.grid_hw).float().cpu().numpy())
+        pixels = images_BCHW.permute(0, 2, 3, 1).cpu().numpy()
+        texts = [str(self.run.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in written]
+        return [Answer(text, names, gate, image) for text, gate, image in zip(texts, gates, pixels, strict=True)]
+
+    def caption(self, paths: Sequence[Path], prompt: str, *, decoding: Decoding | None = None) -> Iterator[Captioned]:
+        """Answer one prompt about image files, in their order, batch by batch; a broken file stops no other.
+
+        An image's sampled text depends on the seed and on its place among the readable ones, not on ``batch_size``
+        (:class:`~visexpert.language.PrefixLM` excepted).
+        """
+        decoding = decoding or Decoding()
+        done = 0
+        for start in range(0, len(paths), self.batch_size):
+            read = [self._read(path) for path in paths[start : start + self.batch_size]]
+            squares = [image for image in read if isinstance(image, Tensor)]
+            seeded = replace(decoding, seed=decoding.seed + done)
+            answers = iter(self.answer(squares, prompt, decoding=seeded) if squares else [])
+            done += len(squares)
+            for path, image in zip(paths[start:], read, strict=False):
+                error = image if isinstance(image, str) else None
+                yield Captioned(path, next(answers) if error is None else None, error)
+
+    def _read(self, path: Path) -> Tensor | str:
+        try:
+            return self.square(read_image(path))
+        except DataError as error:
+            return str(error)
+
+    def _encoded(self, prompt: str) -> Any:
+        # Words such as "<eos>" in a user's prompt stay words.
+        return self.run.tokenizer(
+            prompt, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
+        )
+
+    @contextmanager
+    def _listening_to(self, experts: Collection[str] | None) -> Iterator[tuple[str, ...]]:
+        """Attach these experts alone, and put back what was attached before, whatever happens."""
+        absent = sorted(set(experts or ()) - set(self.experts))
+        if absent:
+            raise ConfigError(f"The run uses no expert {absent[0]!r}; it has {', '.join(self.experts) or 'none'}.")
+        names = self.experts if experts is None else tuple(name for name in self.experts if name in experts)
+        silent = [name for name in self.experts if name not in names]
+        try:
+            for name in silent:
+                self._hub.detach(name)  # type: ignore[union-attr]
+            yield names
+        finally:
+            for name in silent:
+                self._hub.attach(name)  # type: ignore[union-attr]
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"The device {name!r} cannot be used ({str(error).splitlines()[0]}); take cpu.") from error

@@ -1,0 +1,157 @@
+"""How text is chosen from next-token logits: greedily, by beam search or by sampling, whatever model gives them.
+
+Shapes, beside those of :mod:`visexpert.types`: R rows that are being written, G beams of one text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from visexpert.errors import ConfigError
+from visexpert.language.beam import BeamSearch
+
+Strategy = Literal["greedy", "beam", "sample"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How to choose the tokens of an answer.
+
+    Args:
+        strategy: ``greedy`` - the most likely token each time; ``beam`` - the likeliest of ``num_beams`` texts that
+            are followed at once; ``sample`` - drawn from the model's distribution.
+        num_beams: Texts followed at once (beam).
+        length_penalty: A finished text scores its log-likelihood divided by its length (<eos> included) to this power
+            (beam): 0 takes the likeliest text, which favours short ones; 1 the likeliest per token.
+        temperature: The logits are divided by it (sample): below 1 likely tokens become likelier still.
+        top_k: Draw from the k likeliest tokens only (sample); null for all.
+        top_p: Draw from the fewest likeliest tokens that hold this much probability only (sample; Holtzman et al.,
+            arXiv 1904.09751).
+        seed: Of the draws (sample).
+        max_new_tokens: Longest answer.
+
+    Raises:
+        ConfigError: A value cannot be.
+    """
+
+    strategy: Strategy = "greedy"
+    num_beams: int = 4
+    length_penalty: float = 1.0
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+    max_new_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        if self.strategy not in get_args(Strategy):
+            raise ConfigError(f"Decoding.strategy is {self.strategy!r}; take one of {', '.join(get_args(Strategy))}.")
+        limits: dict[str, tuple[float, float]] = {
+            "num_beams": (1, 1024),
+            "length_penalty": (-10, 10),
+            "temperature": (1e-3, 1e3),
+            "top_k": (1, math.inf),
+            "top_p": (1e-6, 1),
+            "seed": (0, 2**62),
+            "max_new_tokens": (1, math.inf),
+        }
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                hint = "; the limit 0 is strategy greedy" if name == "temperature" and value <= low else ""
+                raise ConfigError(f"Decoding.{name} is {value}, but must lie in [{low:g}, {high:g}]{hint}; change it.")
+
+
+class Writing(Protocol):
+    """A model in the middle of writing R rows: it remembers what they hold and tells what may come next."""
+
+    def start(self) -> Tensor:
+        """Logits (R, V) of the token after each prompt."""
+
+    def append(self, tokens_R: Tensor) -> Tensor:
+        """Add a token to each row; logits (R, V) of the one after it."""
+
+    def reorder(self, rows_R: Tensor) -> None:
+        """Let row i continue what row ``rows_R[i]`` holds; the number of rows may change."""
+
+
+def write(writing: Writing, decoding: Decoding, *, eos_id: int, room: Sequence[int]) -> list[list[int]]:
+    """Write one answer per row; token ids up to, without, ``eos_id``.
+
+    Args:
+        writing: The model with its prompts.
+        decoding: How to choose.
+        eos_id: Ends a row.
+        room: Most tokens of each row, besides ``decoding.max_new_tokens``.
+    """
+    limits = [min(places, decoding.max_new_tokens) for places in room]
+    if decoding.strategy == "beam":
+        return _search(writing, decoding, eos_id, limits)
+    chooser = _Sampler(decoding, len(limits)) if decoding.strategy == "sample" else _most_likely
+    rows: list[list[int]] = [[] for _ in limits]
+    done = [limit <= 0 for limit in limits]
+    logits_RV = None if all(done) else writing.start()
+    while logits_RV is not None:
+        tokens_R = chooser(logits_RV)
+        for index, token in enumerate(tokens_R.tolist()):
+            done[index] = done[index] or token == eos_id
+            if not done[index]:
+                rows[index].append(token)
+                done[index] = len(rows[index]) >= limits[index]
+        logits_RV = None if all(done) else writing.append(tokens_R)
+    return rows
+
+
+def likely_tokens(logits_RV: Tensor, decoding: Decoding) -> Tensor:
+    """Probabilities (R, V) after temperature, top-k and top-p, in this order; what they exclude gets 0."""
+    logits_RV = logits_RV.float()
+    # Relative to the largest, so that a low temperature does not overflow.
+    logits_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / decoding.temperature
+    ordered_RV, order_RV = logits_RV.sort(dim=-1, descending=True, stable=True)
+    if decoding.top_k is not None:
+        ordered_RV[:, decoding.top_k :] = -math.inf
+    probabilities_RV = ordered_RV.softmax(-1)
+    if decoding.top_p < 1:
+        before_RV = probabilities_RV.cumsum(-1) - probabilities_RV
+        before_RV[:, 0] = 0.0  # exactly, so that one is always left
+        probabilities_RV = ordered_RV.masked_fill(before_RV >= decoding.top_p, -math.inf).softmax(-1)
+    return torch.zeros_like(logits_RV).scatter(1, order_RV, probabilities_RV)
+
+
+class _Sampler:
+    """Draws a token per row, each row from a stream of its own, so that rows do not depend on their neighbours."""
+
+    def __init__(self, decoding: Decoding, num_rows: int) -> None:
+        self._decoding = decoding
+        self._streams = [torch.Generator().manual_seed(decoding.seed + row) for row in range(num_rows)]
+
+    def __call__(self, logits_RV: Tensor) -> Tensor:
+        probabilities_RV = likely_tokens(logits_RV, self._decoding).cpu()
+        drawn = [
+            torch.multinomial(row, 1, generator=stream)
+            for row, stream in zip(probabilities_RV, self._streams, strict=True)
+        ]
+        return torch.cat(drawn).to(logits_RV.device)
+
+
+def _most_likely(logits_RV: Tensor) -> Tensor:
+    return logits_RV.argmax(-1)
+
+
+def _search(writing: Writing, decoding: Decoding, eos_id: int, limits: Sequence[int]) -> list[list[int]]:
+    if max(limits, default=0) <= 0:
+        return [[] for _ in limits]
+    search = BeamSearch(limits, num_beams=decoding.num_beams, length_penalty=decoding.length_penalty, eos_id=eos_id)
+    logits_RV = writing.start()
+    writing.reorder(torch.arange(len(limits), device=logits_RV.device).repeat_interleave(decoding.num_beams))
+    step = search.advance(logits_RV.repeat_interleave(decoding.num_beams, dim=0))
+    while not search.finished:
+        writing.reorder(step.parents_R)
+        step = search.advance(writing.append(step.tokens_R))
+    return search.best()

@@ -1,0 +1,97 @@
+"""What the page shows for an image and a prompt, without the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.captioners import captioner
+from visexpert.app.examples import PROMPTS, example_prompts, write_examples
+from visexpert.app.overlay import gate_overlay
+from visexpert.app.session import Session, open_session
+from visexpert.data import read_image
+from visexpert.errors import ConfigError, DataError
+from visexpert.methods import ToVE
+
+ALL = ("semantic", "depth", "edges")
+PROMPT = "how many objects are there ?"
+
+
+def test_every_model_answers_as_it_does_alone(session: Session, picture: Path) -> None:
+    reply = session.ask(picture, PROMPT, ALL)
+    image = read_image(picture)
+    alone = [
+        model.captioner.answer([model.captioner.square(image)], PROMPT)[0].text
+        for model in (session.main, *session.others)
+    ]
+    assert reply.rows == (
+        ("ToVE: all of its 3 experts", alone[0], "0.500"),
+        ("detached: all of its 2 experts", alone[1], "0.250"),
+        ("merged: CLIP alone", alone[2], "not measured"),
+    )
+    assert reply.text == alone[0] and reply.note == ""
+    assert len(set(alone)) > 1
+
+
+def test_with_experts_off_the_whole_model_is_shown_beside(session: Session, picture: Path) -> None:
+    whole, fewer = session.ask(picture, PROMPT, ALL), session.ask(picture, PROMPT, ["depth"])
+    assert fewer.rows[0] == ("ToVE: depth", fewer.text, "below 0.500")
+    assert fewer.rows[1:] == whole.rows
+    nobody = session.ask(picture, PROMPT, [])
+    assert nobody.rows[0][0] == "ToVE: no expert" and nobody.overlay is None
+    assert session.ask(picture, PROMPT, ALL).rows == whole.rows
+    assert isinstance(session.main.captioner.run.model, ToVE)
+    assert session.main.captioner.run.model.hub.attached == ALL
+
+
+def test_unknown_words_are_named(session: Session, picture: Path) -> None:
+    note = session.ask(picture, "where is the zebra ?", ALL).note
+    assert note == "The vocabulary lacks: where, zebra. The model reads <unk> instead."
+
+
+def test_limits_and_broken_files_are_one_sentence_without_our_folders(
+    session: Session, picture: Path, tmp_path: Path
+) -> None:
+    small = Session([session.main], max_pixels=80 * 50 - 1)
+    with pytest.raises(DataError, match="picture.png has 80 x 50 pixels, but at most 3999 are decoded") as too_large:
+        small.ask(picture, PROMPT, ALL)
+    assert str(tmp_path) not in str(too_large.value)
+    picture.write_text("no image", encoding="utf-8")
+    with pytest.raises(DataError, match="The image picture.png cannot be read") as broken:
+        session.ask(picture, PROMPT, ALL)
+    assert str(tmp_path) not in str(broken.value)
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is no run: it has no config.yaml"):
+        open_session(tmp_path)
+
+
+def test_examples_are_scenes_of_the_world_and_prompts_that_it_knows(tmp_path: Path) -> None:
+    caption = captioner(tmp_path)
+    paths = write_examples(caption, tmp_path, count=3)
+    pixels = [np.asarray(Image.open(path)) for path in paths]
+    assert [image.shape for image in pixels] == [(96, 96, 3)] * 3
+    assert not np.array_equal(pixels[0], pixels[1]) and pixels[0].std() > 5
+    assert example_prompts(caption) == PROMPTS
+    assert all(not caption.unknown_words(prompt) for prompt in PROMPTS)
+
+
+def test_the_overlay_is_densest_where_the_gate_is_greatest() -> None:
+    image = np.full((32, 32, 3), 0.5)
+    gates = np.full((4, 4, 2), 0.5)
+    gates[1, 2] = (0.9, 0.1)  # the first expert speaks at one patch, the second is silent there
+    flat = np.full((4, 4, 2), 0.5)
+    pixels = gate_overlay(image, gates, {"one": "#0072B2", "two": "#E69F00"})
+    assert pixels.dtype == np.uint8 and pixels.shape[2] == 3
+    blue = pixels[..., 2].astype(int) - pixels[..., 0]  # how blue: the first expert's colour
+    height, width = pixels.shape[0], pixels.shape[1] // 3
+    panel = blue[height // 6 :, width : 2 * width]  # the second of three, below its title
+    rows, columns = np.nonzero(panel > 0.8 * panel.max())
+    assert 0.02 < rows.size / panel.size < 0.08  # about a sixteenth of a panel that has margins
+    row, column = (rows.mean() + height // 6) / height, columns.mean() / width
+    assert 0.25 < row < 0.5 and 0.55 < column < 0.75  # patch (1, 2) of 4 x 4
+    assert not np.array_equal(gate_overlay(image, flat, {"one": "#0072B2", "two": "#E69F00"}), pixels)

@@ -27,7 +27,8 @@ KINDS = {
     "tokens, LoRA": {"adaptation": "lora"},
     "text, decoder frozen": {"token_weight": 0.0, "text_weight": 1.0},
     "text, decoder trained": {"token_weight": 0.0, "text_weight": 1.0, "language_lr": 1e-3},
-    "tokens + text": {"text_weight": 0.33},
+    "tokens + text, decoder frozen": {"text_weight": 0.33},
+    "tokens + text, decoder trained": {"text_weight": 0.33, "language_lr": 1e-3},
 }
 
 

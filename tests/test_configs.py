@@ -10,13 +10,14 @@ import lightning as L
 import pytest
 import yaml
 
-from visexpert.methods import Method, ToVE
+from visexpert.methods import Method, MoVEKD, ToVE
 from visexpert.training import VisexpertCLI, build_cli
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 BASE = "tove/tabletop.yaml"
-"""What a file that names no method is laid over."""
+BASES = {"tove": BASE, "movekd": "movekd/tabletop-paper-stage1.yaml", "hybrid": "movekd/tabletop-stage2.yaml"}
+"""What a file that names no method is laid over, by its folder."""
 
 
 def loaded(name: str) -> dict[str, Any]:
@@ -27,6 +28,10 @@ def loaded(name: str) -> dict[str, Any]:
 
 def is_overlay(name: str) -> bool:
     return "class_path" not in loaded(name).get("model", {})
+
+
+def base_of(name: str) -> str:
+    return BASES.get(name.split("/")[0], BASE)
 
 
 @pytest.fixture(scope="module")
@@ -40,30 +45,33 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VisexpertCLI]:
 
 
 @pytest.fixture(scope="module")
-def base(cli: VisexpertCLI) -> dict[str, Any]:
-    """What the base says on its own."""
-    config = cli.parser.parse_args(["--config", str(CONFIGS / BASE)])
-    config.pop("config")
-    settings: dict[str, Any] = config.as_dict()
-    return settings
+def bases(cli: VisexpertCLI) -> dict[str, dict[str, Any]]:
+    """What each base says on its own."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in BASES.values():
+        config = cli.parser.parse_args(["--config", str(CONFIGS / name)])
+        config.pop("config")
+        found[name] = config.as_dict()
+    return found
 
 
 def test_there_are_files() -> None:
-    assert {BASE, "tove/smoke.yaml"} <= set(FILES)
-    assert not is_overlay(BASE)
+    assert {*BASES.values(), "tove/smoke.yaml", "movekd/smoke.yaml"} <= set(FILES)
+    assert not any(is_overlay(name) for name in BASES.values())
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_file_builds(name: str, cli: VisexpertCLI, base: dict[str, Any]) -> None:
-    files = [BASE, name] if is_overlay(name) else [name]
+def test_every_file_builds(name: str, cli: VisexpertCLI, bases: dict[str, dict[str, Any]]) -> None:
+    base = base_of(name)
+    files = [base, name] if is_overlay(name) else [name]
     config = cli.parser.parse_args([part for file in files for part in ("--config", str(CONFIGS / file))])
     built = cli.parser.instantiate_classes(config)
     assert isinstance(built.model, L.LightningModule) and isinstance(built.data, L.LightningDataModule)
     assert config.trainer.max_steps > 0
     config.pop("config")
-    assert name == BASE or config.as_dict() != base  # an overlay changes something
+    assert name == base or config.as_dict() != bases[base]  # an overlay changes something
     if isinstance(built.model, Method):
-        if isinstance(built.model, ToVE):
+        if isinstance(built.model, ToVE | MoVEKD):
             built.model.init_from = None  # another run's checkpoint, which nothing here has trained
         built.model.load_weights()
         assert built.model.trained_groups()

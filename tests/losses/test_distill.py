@@ -15,6 +15,7 @@ from visexpert.losses import (
     across_image_variance,
     cls_token_weights,
     feature_kd,
+    gated_kd,
     teacher_weights,
     uniform_teacher_weights,
 )
@@ -290,3 +291,41 @@ def test_variance_compares_between_batches_of_unlike_sizes() -> None:
 
 def test_variance_of_one_image_is_not_a_number() -> None:
     assert torch.isnan(across_image_variance(torch.randn(1, 4, 3)))
+
+
+def test_a_gate_weighs_each_token_of_each_teacher() -> None:
+    student = {"a": torch.zeros(1, 2, 1), "b": torch.zeros(1, 2, 3)}  # predictions of unlike widths
+    targets = {"a": torch.tensor([[[1.0], [2.0]]]), "b": torch.full((1, 2, 3), 3.0)}  # errors (1, 4) and (9, 9)
+    gates_BTK = torch.tensor([[[0.25, 0.75], [1.0, 0.0]]])
+    first, second = 0.25 * 1 + 0.75 * 9, 4.0
+    assert float(gated_kd(student, targets, gates_BTK)) == pytest.approx((first + second) / 2)
+    tokens_BT = torch.tensor([[0.9, 0.1]])
+    weighted = 0.9 * first + 0.1 * second
+    assert float(gated_kd(student, targets, gates_BTK, tokens_BT)) == pytest.approx(weighted)
+    released = gated_kd(student, targets, gates_BTK, tokens_BT, "released")
+    assert float(released) == pytest.approx((first + second) / 2 + weighted)
+
+
+@pytest.mark.parametrize("convention", BOTH)
+def test_a_gate_alike_at_every_token_is_a_weight_per_image(convention: Convention) -> None:
+    student = {"a": torch.randn(3, 4, 2), "b": torch.randn(3, 4, 5)}
+    targets = {name: torch.randn_like(value) for name, value in student.items()}
+    weights_BK, tokens_BT = torch.randn(3, 2).softmax(-1), torch.randn(3, 4).softmax(-1)
+    gates_BTK = weights_BK[:, None].expand(-1, 4, -1)
+    has_image_B = torch.tensor([True, False, True])
+    torch.testing.assert_close(
+        gated_kd(student, targets, gates_BTK, tokens_BT, convention, has_image_B=has_image_B),
+        feature_kd(student, targets, weights_BK, tokens_BT, convention, has_image_B=has_image_B),
+    )
+
+
+def test_gated_distillation_without_images_is_zero_and_refuses_what_does_not_fit() -> None:
+    student = {"a": torch.ones(2, 3, 1, requires_grad=True)}
+    targets = {"a": torch.zeros(2, 3, 1)}
+    loss = gated_kd(student, targets, torch.ones(2, 3, 1), has_image_B=torch.tensor([False, False]))
+    loss.backward()
+    assert float(loss.detach()) == 0 and student["a"].grad is not None and not student["a"].grad.any()
+    with pytest.raises(ConfigError, match=r"2 gates for the teachers \['a'\]; give one for each"):
+        gated_kd(student, targets, torch.ones(2, 3, 2))
+    with pytest.raises(ConfigError, match="convention='both' is unknown"):
+        gated_kd(student, targets, torch.ones(2, 3, 1), None, "both")  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from visexpert.data import pack
 from visexpert.experts import TinyExpert, VisionExpert
 from visexpert.language import CrossAttentionDecoder
-from visexpert.methods import ToVE
+from visexpert.methods import Method, ToVE
 from visexpert.types import Batch
 from visexpert.vision import ClipEncoder
 
@@ -76,7 +76,7 @@ def logits_of(model: ToVE, batch: Batch) -> Tensor:
     return logits_MV
 
 
-def trained_names(model: ToVE) -> set[str]:
+def trained_names(model: Method) -> set[str]:
     """Names of the parameters that the optimiser gets."""
     chosen = {id(p) for group in model.trained_groups() for module in group.modules for p in module.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in chosen}

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from visexpert.errors import ConfigError, WeightsError
-from visexpert.vision import ClipEncoder
+from visexpert.vision import ClipEncoder, MoLESettings
 
 FIELDS: dict[str, Any] = {
     "hidden_size": 16,
@@ -222,3 +222,54 @@ def test_the_fingerprint_follows_all_that_the_tokens_depend_on() -> None:
     darker.mean.add_(0.1)
     others.append(darker.fingerprint())
     assert len({first, *others}) == 6
+
+
+def test_mole_is_put_in_and_weights_of_plain_clip_fill_the_rest(reference: CLIPVisionModel, folder: Path) -> None:
+    encoder = ClipEncoder(source=str(folder), mole=MoLESettings(num_experts=2, rank=3)).eval()
+    assert len(encoder.mole_layers()) == 2  # of 3 blocks, the last of which is not read
+    before = {key: value.clone() for key, value in encoder.state_dict().items() if "_experts." in key}
+    encoder.load_weights()
+    pixels_BCHW = images()
+    assert torch.equal(encoder(pixels_BCHW).tokens_BTD, loaded(folder)(pixels_BCHW).tokens_BTD)
+    assert before and all(torch.equal(value, encoder.state_dict()[key]) for key, value in before.items())
+
+
+def test_the_shipped_clip_takes_mole_too() -> None:
+    student, plain = ClipEncoder(source="zoo:clip", mole=MoLESettings(rank=2)), ClipEncoder(source="zoo:clip")
+    for encoder in (student, plain):
+        encoder.load_weights()
+    pixels_BCHW = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(student.eval()(pixels_BCHW).tokens_BTD, plain.eval()(pixels_BCHW).tokens_BTD)
+
+
+def test_a_file_without_some_of_clip_is_refused_with_mole_too(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    rename(state := load_file(path))
+    save_file(state, path)
+    with pytest.raises(WeightsError, match=r"missing \['post_layernorm.bias'\]"):
+        ClipEncoder(source=str(folder), mole=MoLESettings()).load_weights()
+
+
+def test_a_plain_copy_has_the_weights_and_no_mole_and_shares_nothing() -> None:
+    encoder = ClipEncoder(config=FIELDS, layer=-1, mole=MoLESettings(rank=2)).eval()
+    for layer in encoder.mole_layers():
+        for part in layer.added_modules():  # type: ignore[operator]
+            for parameter in part.parameters():
+                torch.nn.init.normal_(parameter)
+    copy = encoder.plain_copy().eval()
+    assert not copy.mole_layers() and copy.layer == -1
+    assert all(torch.equal(value, encoder.state_dict()[key]) for key, value in copy.state_dict().items())
+    pixels_BCHW = images()
+    assert not torch.allclose(copy(pixels_BCHW).tokens_BTD, encoder(pixels_BCHW).tokens_BTD)
+    shared = {p.data_ptr() for p in copy.parameters()} & {p.data_ptr() for p in encoder.parameters()}
+    assert not shared
+
+
+@pytest.mark.parametrize("mole", [None, MoLESettings(rank=2)])
+def test_plain_modules_are_all_of_clip_that_is_read_and_nothing_of_mole(mole: MoLESettings | None) -> None:
+    encoder = ClipEncoder(config=FIELDS, mole=mole)
+    encoder(images()).tokens_BTD.square().sum().backward()
+    reached = {name for name, p in encoder.named_parameters() if p.grad is not None and ".mlp.router." not in name}
+    plain = {id(p) for module in encoder.plain_modules() for p in module.parameters()}
+    assert {n for n, p in encoder.named_parameters() if id(p) in plain} == {n for n in reached if "_experts." not in n}

@@ -173,27 +173,38 @@ def gated_kd(
     targets: Mapping[str, Tensor],
     gates_BTK: Tensor,
     token_weights_BT: Tensor | None = None,
+    convention: Convention = "paper",
     *,
     has_image_B: Tensor | None = None,
 ) -> Tensor:
     """Squared error weighed by a gate of its own at every token: mean_b sum_m w_bm sum_k g_bmk e_bmk.
 
     A hybrid of both methods: ToVE's token-aware gate in place of MoVE-KD's one weight per image and teacher. Equal to
-    :func:`feature_kd` (``paper``) where a gate says the same at every token.
+    :func:`feature_kd` where a gate says the same at every token.
 
     Args:
         student_BTD: One prediction (B, T, X) for each teacher.
         targets: Tokens of the same shapes.
         gates_BTK: Weights in the order of ``targets``, each token's summing to 1.
         token_weights_BT: Weights of the tokens, each row summing to 1; None for 1 / T.
+        convention: ``paper``, or ``released``, which adds the plain mean over tokens to the weighted one.
         has_image_B: bool; samples without an image take no part. None: all have one.
 
     Returns:
-        Scalar, float32 or better.
+        Scalar, float32 or better; 0 (with a graph) where no sample has an image.
+
+    Raises:
+        ConfigError: An unknown convention, or not one gate for each of at least one teacher.
     """
+    _check_convention("gated_kd", convention)
+    if gates_BTK.shape[-1] != len(targets) or not targets:
+        raise ConfigError(
+            f"gated_kd: {gates_BTK.shape[-1]} gates for the teachers {list(targets)}; give one for each of at least "
+            "one teacher."
+        )
     errors = [(_full(student_BTD[name]) - _full(target)).square().mean(-1) for name, target in targets.items()]
     error_BT = (torch.stack(errors, dim=-1) * gates_BTK).sum(-1)
-    return _mean_over_images(_over_tokens(error_BT, token_weights_BT, "paper"), has_image_B)
+    return _mean_over_images(_over_tokens(error_BT, token_weights_BT, convention), has_image_B)
 
 
 def across_image_variance(tokens_BTD: Tensor) -> Tensor:

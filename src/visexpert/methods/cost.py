@@ -14,11 +14,11 @@ from visexpert.types import Batch, TextBatch
 
 def parameter_counts(method: Method) -> dict[str, float]:
     """Parameters by role: ``trained``, ``inference`` (all that a deployed model loads: experts in use included)."""
-    frozen = {id(p) for module in method.frozen_modules().values() for p in module.parameters()}
+    trained = {id(p) for group in method.trained_groups() for module in group.modules for p in module.parameters()}
     unused = {id(p) for module in method.unused_modules() for p in module.parameters()}
     parameters = {id(p): p.numel() for p in method.parameters()}
     return {
-        "parameters_trained": float(sum(n for key, n in parameters.items() if key not in frozen)),
+        "parameters_trained": float(sum(n for key, n in parameters.items() if key in trained)),
         "parameters_inference": float(sum(n for key, n in parameters.items() if key not in unused)),
     }
 

@@ -1,0 +1,427 @@
+"""MoVE-KD: its loss by hand, what trains in each stage, what a checkpoint holds, the hybrids and bad input."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.methods.helpers import (
+    CLIP_FIELDS,
+    VOCAB,
+    WIDTH,
+    bare_trainer,
+    noise_batch,
+    shake,
+    tiny_experts,
+    tiny_tove,
+    trained_names,
+)
+from tests.methods.test_training import KilledError, Recorder
+from visexpert.data import TabletopData
+from visexpert.errors import ConfigError, DataError, WeightsError
+from visexpert.language import CrossAttentionDecoder, LanguageSide, NoLanguage
+from visexpert.methods import MoVEKD
+from visexpert.types import Batch
+from visexpert.vision import ClipEncoder, ClsAttention, MoLESettings, collect_routing
+
+MakeData = Callable[..., TabletopData]
+MOLE = re.compile(r"^clip\..*\.mlp\.(router|fc1_experts|fc2_experts)\.")
+UNREAD = re.compile(r"^clip\.model\.(encoder\.layers\.2|post_layernorm)\.")
+PAPER: dict[str, Any] = {
+    "anchor_share": 0.8,
+    "direction": "to_student",
+    "adapter": "released",
+    "teacher_weighting": "attention",
+    "token_weighting": "attention",
+}
+STAGE_1: dict[str, Any] = {"clip_lr": 0.0, "language_lr": 0.0}
+
+
+def tiny_movekd(
+    *, seed: int = 0, depth: int = 3, mole: Mapping[str, Any] | None = None, plain: bool = False, **options: Any
+) -> MoVEKD:
+    """The same CLIP and experts for the same seed; MoLE in blocks 0 and 1 of 3, unless ``plain``."""
+    torch.manual_seed(seed)
+    settings = None if plain else MoLESettings(**{"num_experts": 3, "rank": 2, "dropout": 0.0, **(mole or {})})
+    clip = ClipEncoder(config={**CLIP_FIELDS, "num_hidden_layers": depth}, mole=settings)
+    parts: dict[str, Any] = {"experts": tiny_experts(), "language": decoder(), "warmup_steps": 2}
+    return MoVEKD(clip=clip, **{**parts, **options})
+
+
+def decoder() -> LanguageSide:
+    return CrossAttentionDecoder(vocab_size=VOCAB, width=WIDTH, depth=1, heads=2, dropout=0.0)
+
+
+def shaken(model: MoVEKD, *, seed: int = 1, std: float = 0.2) -> MoVEKD:
+    """Random weights for all that is added to CLIP: MoLE no longer starts as the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    added = [part for layer in model.clip.mole_layers() for part in layer.added_modules()]  # type: ignore[operator]
+    for part in (*added, model.distillation, model.projector, model.language):
+        for parameter in part.parameters():
+            nn.init.normal_(parameter, std=std, generator=generator)
+    return model
+
+
+def unit(batch: Batch) -> Tensor:
+    return batch.images_BCHW.float() / 255
+
+
+def kd_by_hand(model: MoVEKD, batch: Batch, *, released: bool) -> Tensor:
+    """methods.md B1 and B2, one image and one teacher after the other."""
+    images_BCHW = unit(batch)
+    assert model.anchor is not None
+    seen = ClsAttention.of(model.anchor, images_BCHW)
+    student_BTD, experts = model.clip(images_BCHW).tokens_BTD, model.hub(images_BCHW)
+    total = torch.zeros(())
+    for row in range(len(batch)):
+        logits_HN = seen.cls_logits_BHN[row]
+        tokens_T = logits_HN.softmax(-1).mean(0)[1:].softmax(-1) if released else logits_HN[:, 1:].softmax(-1).mean(0)
+        assert seen.tokens.cls_BD is not None
+        cls_D = seen.tokens.cls_BD[row]
+        targets = [model.distillation.heads[name].adapter(experts[name].tokens_BSE)[row] for name in model.hub.names]  # type: ignore[operator]
+        scores = torch.stack([target_TD.mean(0) @ cls_D for target_TD in targets])
+        shares = (scores if released else scores / len(cls_D) ** 0.5).softmax(0)
+        targets.insert(0, seen.tokens.tokens_BTD[row])
+        for weight, target_TD in zip([0.8, *(0.2 * shares)], targets, strict=True):
+            error_T = (student_BTD[row] - target_TD).square().mean(-1)
+            total = total + weight * ((error_T.mean() if released else 0) + tokens_T @ error_T)
+    return total / len(batch)
+
+
+def balance_by_hand(model: MoVEKD, batch: Batch) -> Tensor:
+    with collect_routing(model.clip) as routing:
+        model.clip(unit(batch))
+    record = routing.record()
+    assert record is not None
+    losses = []
+    for row in range(len(batch)):
+        probs_NE, choice_N = record.probs_LBNE[:, row].flatten(0, 1), record.choice_LBN[:, row].flatten()
+        losses.append(sum(probs_NE[:, e].mean() * (choice_N == e).float().mean() for e in range(probs_NE.shape[1])))
+    return torch.stack(losses).mean()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("convention", ["paper", "released"])
+def test_the_loss_is_text_plus_distillation_plus_balance(convention: str) -> None:
+    weights: dict[str, Any] = {"text_weight": 0.7, "kd_weight": 0.5, "balance_weight": 0.3}
+    model = shaken(tiny_movekd(convention=convention, **PAPER, **weights), std=0.05)
+    model.setup("fit")
+    model.train()
+    batch = noise_batch()
+    output = model.step(batch)
+    assert batch.text is not None
+    wanted_BN = batch.text.labels_BN != -100
+    logits_MV = model.language(model.encode(batch), batch.text)
+    text = F.cross_entropy(logits_MV, batch.text.labels_BN[wanted_BN])
+    kd, balance = kd_by_hand(model, batch, released=convention == "released"), balance_by_hand(model, batch)
+    torch.testing.assert_close(output.parts["text_loss"], text)
+    torch.testing.assert_close(output.parts["kd_loss"], kd, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(output.parts["balance_loss"], balance)
+    torch.testing.assert_close(output.loss, 0.7 * text + 0.5 * kd + 0.3 * balance, rtol=1e-4, atol=1e-6)
+
+
+def test_the_student_starts_as_clip_to_the_bit() -> None:
+    model = tiny_movekd().eval()
+    assert model.anchor is not None and model.clip.mole_layers() and not model.anchor.mole_layers()
+    images_BCHW = unit(noise_batch())
+    student, clip = model.clip(images_BCHW), model.anchor(images_BCHW)
+    assert torch.equal(student.tokens_BTD, clip.tokens_BTD) and torch.equal(student.cls_BD, clip.cls_BD)
+    released = tiny_movekd(mole={"init": "released"}).eval()
+    assert not torch.equal(released.clip(images_BCHW).tokens_BTD, clip.tokens_BTD)
+
+
+def stage_names(model: MoVEKD, stage: int) -> set[str]:
+    """What the issue says: MoLE, adapters and projector; then all but the teachers (and what no gradient reaches)."""
+    names = {name for name, _ in model.named_parameters()}
+    if stage == 1:
+        return {name for name in names if MOLE.match(name) or name.startswith(("distillation.", "projector."))}
+    return {name for name in names if not name.startswith(("hub.", "anchor.")) and not UNREAD.match(name)}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("direction", ["to_student", "to_teacher", "fixed"])
+def test_what_trains_in_a_stage_is_exact_and_nothing_else_gets_a_gradient(stage: int, direction: str) -> None:
+    model = shaken(tiny_movekd(direction=direction, **(STAGE_1 if stage == 1 else {})))
+    model.setup("fit")
+    model.train()
+    model.on_train_batch_start(noise_batch(), 0) if stage == 2 else model.language.requires_grad_(False)
+    expected = stage_names(model, stage)
+    assert trained_names(model) == expected
+    assert any(MOLE.match(name) for name in expected)
+    model.step(noise_batch()).loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients.keys() == expected
+    # A bias of all keys shifts each row of scores alike, which the softmax does not see.
+    still = [name for name, grad in gradients.items() if not grad.abs().max() > 0 and not name.endswith("k_proj.bias")]
+    assert still == []
+
+
+def test_a_router_that_nothing_teaches_and_parts_that_no_loss_reaches_stay_out() -> None:
+    assert not any(".router." in name for name in trained_names(tiny_movekd(balance_weight=0.0)))
+    scaled = tiny_movekd(balance_weight=0.0, mole={"router": "scaled"})
+    assert any(".router." in name for name in trained_names(scaled))
+    textless = tiny_movekd(text_weight=0.0)
+    assert not any(name.startswith(("language.", "projector.")) for name in trained_names(textless))
+    textless.setup("fit")
+    textless.on_train_batch_start(noise_batch(), 0)
+    assert not any(p.requires_grad for part in (textless.language, textless.projector) for p in part.parameters())
+    alone = tiny_movekd(kd_weight=0.0)
+    assert not any(name.startswith("distillation.") for name in trained_names(alone))
+
+
+def test_rates_of_the_groups() -> None:
+    model = tiny_movekd(lr=1.0, clip_lr=2.0, mole_lr=3.0, language_lr=4.0)
+    assert {group.name: group.lr for group in model.trained_groups()} == {
+        "fusion": 1.0, "clip": 2.0, "mole": 3.0, "language": 4.0,
+    }  # fmt: skip
+    assert next(group.lr for group in tiny_movekd(lr=5.0).trained_groups() if group.name == "mole") == 5.0
+
+
+def test_the_variance_of_the_student_is_logged_without_distillation_too() -> None:
+    model, batch = tiny_movekd(kd_weight=0.0), noise_batch()
+    tokens_BTD = model.clip(unit(batch)).tokens_BTD
+    parts = model.step(batch).parts
+    torch.testing.assert_close(parts["variance/student"], tokens_BTD.var(0).mean().detach())
+    assert "kd_loss" not in parts
+
+
+def test_no_teacher_is_in_a_checkpoint_or_needed_at_inference(tmp_path: Path, data: MakeData) -> None:
+    model = tiny_movekd()
+    trainer = bare_trainer(tmp_path, steps=1)
+    trainer.fit(model, datamodule=data())
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    keys = set(torch.load(tmp_path / "run.ckpt", weights_only=True)["state_dict"])
+    assert keys == {key for key in model.state_dict() if not key.startswith(("hub.", "anchor."))}
+    assert any(MOLE.match(key) for key in keys)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a teacher ran")
+
+    for module in [model.anchor, *model.hub.experts.values()]:
+        assert module is not None
+        module.register_forward_hook(refuse)
+    assert model.eval().encode(noise_batch()).tokens_BTD.shape == (2, 16, WIDTH)
+    with pytest.raises(AssertionError, match="a teacher ran"):
+        model.step(noise_batch())
+    deployed = {id(p) for p in model.parameters()} - {id(p) for m in model.unused_modules() for p in m.parameters()}
+    kept = {name.split(".")[0] for name, p in model.named_parameters() if id(p) in deployed}
+    assert kept == {"clip", "projector", "language"}
+
+
+def test_an_interrupted_run_ends_with_the_weights_of_one_never_interrupted(tmp_path: Path, data: MakeData) -> None:
+    """MoLE's dropout, the targets' statistics and the start of the variances must go on as they would have."""
+
+    def make() -> MoVEKD:
+        return tiny_movekd(mole={"dropout": 0.2})
+
+    def saving() -> ModelCheckpoint:
+        return ModelCheckpoint(dirpath=tmp_path / "checkpoints", save_last=True, every_n_train_steps=2)
+
+    whole = make()
+    bare_trainer(tmp_path, steps=5).fit(whole, datamodule=data())
+    with pytest.raises(KilledError):
+        killed = [saving(), Recorder(die_after=3)]
+        bare_trainer(tmp_path, steps=5, callbacks=killed).fit(make(), datamodule=data())
+    second = shaken(make())
+    bare_trainer(tmp_path, steps=5, callbacks=[saving()]).fit(
+        second, datamodule=data(), ckpt_path="last", weights_only=True
+    )
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key]), key
+    assert not torch.equal(whole.clip.model.state_dict()["embeddings.class_embedding"],
+                           make().clip.model.state_dict()["embeddings.class_embedding"])  # fmt: skip
+
+
+@pytest.mark.parametrize("direction", ["to_student", "to_teacher"])
+def test_samples_without_an_image_take_no_part_in_distillation_and_balance(direction: str) -> None:
+    whole = noise_batch()
+    first = replace(whole, images_BCHW=whole.images_BCHW[:1], index_B=whole.index_B[:1], text=None)
+    mixed = replace(whole, has_image_B=torch.tensor([True, False]))
+    options: dict[str, Any] = {"direction": direction, "token_weighting": "attention", "text_weight": 0.0}
+
+    def parts(batch: Batch) -> Mapping[str, Tensor]:
+        model = shaken(tiny_movekd(**options))
+        model.setup("fit")
+        return model.train().step(batch).parts
+
+    alone, masked = parts(first), parts(mixed)
+    assert {"kd_loss", "balance_loss", "entropy/tokens"} <= masked.keys()
+    torch.testing.assert_close(masked["kd_loss"], alone["kd_loss"])
+    torch.testing.assert_close(masked["balance_loss"], alone["balance_loss"])
+    torch.testing.assert_close(masked["entropy/tokens"], alone["entropy/tokens"])
+    assert not torch.isclose(parts(whole)["kd_loss"], alone["kd_loss"])
+    none = parts(replace(whole, has_image_B=torch.tensor([False, False])))
+    assert none["kd_loss"] == 0 and none["balance_loss"] == 0
+
+
+def saved(tmp_path: Path, model: Any, data: MakeData, name: str = "start.ckpt") -> str:
+    """Train a step and save."""
+    trainer = bare_trainer(tmp_path, steps=1)
+    trainer.fit(model, datamodule=data())
+    trainer.save_checkpoint(tmp_path / name)
+    return str(tmp_path / name)
+
+
+def test_the_gate_of_a_tove_run_weighs_the_teachers_is_frozen_and_saved(tmp_path: Path, data: MakeData) -> None:
+    tove = shake(tiny_tove(gate_noise="learned"))
+    start = saved(tmp_path, tove, data)
+    model = tiny_movekd(depth=2, teacher_weighting="gate", init_from=start, anchor_share=0.3)
+    seen: list[Tensor] = []
+    model.distillation.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["gates_BTK"]), with_kwargs=True
+    )
+    model.setup("fit")
+    batch = noise_batch()
+    output = model.train().step(batch)
+    expected_BTK = tove.eval().encode(batch).gates_BTK
+    assert expected_BTK is not None and expected_BTK.std() > 0.01
+    torch.testing.assert_close(seen[0], expected_BTK)
+    share_BTK = torch.cat([torch.full_like(expected_BTK[..., :1], 0.3), 0.7 * expected_BTK], dim=-1)
+    assert model.anchor is not None
+    images_BCHW = unit(batch)
+    teachers = {"clip": _as_teacher(model.anchor, images_BCHW)} | model.hub(images_BCHW)
+    fresh = tiny_movekd(depth=2, teacher_weighting="gate", init_from=start)
+    fresh.setup("fit")
+    fresh.train()
+    errors = []
+    for name, head in fresh.distillation.heads.items():
+        pair = head(model.clip(images_BCHW).tokens_BTD, teachers[name])
+        errors.append((pair.prediction_BTX - pair.target_BTX).square().mean(-1))
+    kd = (torch.stack(errors, dim=-1) * share_BTK).sum(-1).mean()
+    torch.testing.assert_close(output.parts["kd_loss"], kd, rtol=1e-4, atol=1e-6)
+
+    trained = tiny_movekd(depth=2, teacher_weighting="gate", init_from=start)
+    path = saved(tmp_path, trained, data, "hybrid.ckpt")
+    state = torch.load(path, weights_only=True)["state_dict"]
+    for key, value in tove.state_dict().items():
+        if key.startswith("gate.") and not key.startswith("gate.noise_width."):
+            assert torch.equal(state[key], value), key
+    assert not any(name.startswith("gate.") for name in trained_names(trained))
+
+
+def _as_teacher(clip: ClipEncoder, images_BCHW: Tensor) -> Any:
+    from visexpert.types import ExpertTokens
+
+    tokens = clip(images_BCHW)
+    return ExpertTokens(tokens.tokens_BTD, tokens.grid_hw)
+
+
+def test_a_gate_that_does_not_fit_is_refused(tmp_path: Path, data: MakeData) -> None:
+    with pytest.raises(ConfigError, match="reads the gate of a ToVE run; name its checkpoint by init_from"):
+        tiny_movekd(teacher_weighting="gate").setup("fit")
+    tiny_movekd(teacher_weighting="gate").setup("test")  # a finished run has it in its own checkpoint
+    start = saved(tmp_path, tiny_tove(), data)
+    experts = dict(reversed(tiny_experts().items()))
+    with pytest.raises(ConfigError, match=r"weighs \['semantic', 'depth', 'edges'\], the teachers here are \['edges'"):
+        tiny_movekd(depth=2, experts=experts, teacher_weighting="gate", init_from=start).setup("fit")
+    others: dict[str, dict[str, Any]] = {"two": {"gate_hidden": 4}, "even": {"gate": "uniform"}}
+    for name, options in others.items():
+        start = saved(tmp_path, tiny_tove(**options), data, f"{name}.ckpt")
+        with pytest.raises(WeightsError, match=r"lacks .*'gate.logits.weight'.*, which must come from there"):
+            tiny_movekd(depth=2, teacher_weighting="gate", init_from=start).setup("fit")
+
+
+def test_the_second_stage_starts_from_all_of_the_first(tmp_path: Path, data: MakeData) -> None:
+    first = tiny_movekd(**STAGE_1)
+    start = saved(tmp_path, first, data)
+    second = tiny_movekd(seed=0, init_from=start, init_complete=True)
+    shaken(second, seed=9).setup("fit")
+    for key, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key]), key
+    assert not second.distillation.get_buffer("variance_start_student").isnan()
+    with pytest.raises(WeightsError, match="there is no checkpoint .*absent.ckpt"):
+        tiny_movekd(init_from=str(tmp_path / "absent.ckpt"), init_complete=True).setup("fit")
+    with pytest.raises(ConfigError, match="init_complete is set, but there is no start"):
+        tiny_movekd(init_complete=True).setup("fit")
+    with pytest.raises(WeightsError) as caught:
+        tiny_movekd(plain=True, init_from=start, init_complete=True).setup("fit")
+    extra = {key for key in first.state_dict() if MOLE.match(key)}
+    assert extra and all(f"'{key}'" in str(caught.value) for key in extra)
+
+
+def test_a_start_from_another_method_takes_its_own_variance_as_start(tmp_path: Path, data: MakeData) -> None:
+    start = saved(tmp_path, tiny_movekd(use=["semantic"], direction="to_student"), data)
+    model = tiny_movekd(init_from=start)  # other teachers, another direction
+    model.setup("fit")
+    assert all(value.isnan() for key, value in model.state_dict().items() if "variance_start" in key)
+
+
+def test_distillation_without_a_language_side_trains_and_is_probed(tmp_path: Path, data: MakeData) -> None:
+    model = tiny_movekd(language=NoLanguage(), text_weight=0.0)
+    before = model.clip.model.state_dict()["embeddings.class_embedding"].clone()
+    trainer = bare_trainer(tmp_path, steps=2, limit_val_batches=1, val_check_interval=2, check_val_every_n_epoch=None)
+    source = data(mixture={}, num_test=20)
+    trainer.fit(model, datamodule=source)
+    assert not torch.equal(before, model.clip.model.state_dict()["embeddings.class_embedding"])
+    batch = noise_batch()
+    assert torch.equal(model.eval().encode(batch).tokens_BTD, model.clip(unit(batch)).tokens_BTD)
+    (scores,) = trainer.test(model, datamodule=source, verbose=False)
+    assert scores and {name.split("/")[1] for name in scores} == {"probe"}
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    (
+        {"use": ["sematic"]},
+        r"use names \['sematic'\], which are not among the experts \['depth', 'edges', 'semantic'\]",
+    ),
+    ({"kd_weight": -0.1}, "must not be negative"),
+    ({"text_weight": 0.0, "kd_weight": 0.0}, "text or kd must have one above 0"),
+    ({"language": NoLanguage()}, "NoLanguage reads no text; set text_weight to 0"),
+    ({"use": [], "anchor_share": None}, "there must be at least one"),
+    ({"anchor_share": 1.5}, r"anchor_share=1.5"),
+    ({"teacher_weighting": "some"}, "teacher_weighting='some' is unknown; use one of attention, uniform, gate"),
+    ({"token_weighting": "gate"}, "token_weighting='gate' is unknown; use one of attention, uniform"),
+    ({"convention": "draft"}, "convention='draft' is unknown"),
+    ({"direction": "back"}, "direction='back' is unknown"),
+    ({"direction": "fixed", "adapter": "mlp"}, "has no adapter='mlp'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=[str(list(options)) for options, _ in BAD])
+def test_settings_that_cannot_work_are_refused_before_training(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny_movekd(**options)
+
+
+def test_names_of_our_own_are_no_names_of_experts() -> None:
+    for name in ("clip", "student"):
+        with pytest.raises(ConfigError, match="are names of our own; rename the expert"):
+            tiny_movekd(experts={name: tiny_experts()["edges"]})
+
+
+def test_weights_that_compare_spaces_of_unlike_widths_are_refused() -> None:
+    with pytest.raises(ConfigError, match="targets of width 12, but .CLS. has 16; map it into CLIP's width"):
+        tiny_movekd(teacher_weighting="attention").step(noise_batch())
+
+
+def test_text_without_texts_is_refused() -> None:
+    with pytest.raises(ConfigError, match="text_weight is above 0, but there is no text"):
+        tiny_movekd().step(replace(noise_batch(), text=None))
+
+
+def test_a_teacher_that_gives_nan_stops_training_with_its_name(tmp_path: Path, data: MakeData) -> None:
+    model = tiny_movekd()
+    for parameter in model.hub["semantic"].parameters():
+        nn.init.constant_(parameter, torch.nan)
+    with pytest.raises(DataError, match="Teacher 'semantic' gave tokens that are NaN or infinite"):
+        bare_trainer(tmp_path, steps=1).fit(model, datamodule=data())
+
+
+def test_cached_experts_give_the_loss_of_live_ones(tmp_path: Path, data: MakeData) -> None:
+    live, cached = Recorder(), Recorder()
+    bare_trainer(tmp_path, steps=2, callbacks=[live]).fit(tiny_movekd(), datamodule=data())
+    model = tiny_movekd(feature_cache=str(tmp_path / "store"), feature_dtype="float32")
+    calls: list[str] = []
+    for name in model.hub.names:
+        model.hub[name].register_forward_hook(lambda *_, name=name: calls.append(name))
+    bare_trainer(tmp_path, steps=2, callbacks=[cached]).fit(model, datamodule=data())
+    assert cached.losses == pytest.approx(live.losses, abs=1e-5)
+    assert len(calls) == 4 * len(model.hub.names)  # train and validation images: the shape, then one batch of all

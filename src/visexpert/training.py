@@ -55,9 +55,13 @@ class VisexpertCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Never load a checkpoint that could run code, wherever it comes from."""
+        """Never load a checkpoint that could run code; leave a start alone where a checkpoint replaces it."""
         if self.subcommand and self._value("weights_only") is None:
             self.config[self.subcommand]["weights_only"] = True
+        if self.subcommand in SCORING and self._value("ckpt_path"):
+            model = self._value("model.init_args")
+            if model is not None and model.get("init_from") is not None:
+                model["init_from"] = None  # the checkpoint has it all; where the run once started may be gone
 
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; a user's error comes out as itself, not inside the parser's."""

@@ -140,6 +140,11 @@ class Batch(_Movable):
     def __len__(self) -> int:
         return self.images_BCHW.shape[0]
 
+    def unit_images(self) -> Tensor:
+        """The images as encoders take them: (B, 3, H, W), float in [0, 1]."""
+        images = self.images_BCHW
+        return images.float() / 255.0 if images.dtype == torch.uint8 else images
+
 
 @dataclass(frozen=True)
 class ExpertTokens(_Movable):

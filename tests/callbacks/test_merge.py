@@ -194,3 +194,34 @@ def test_an_opened_run_has_the_random_encoders_of_its_seed(run: Path) -> None:
     state, again = first.model.state_dict(), second.model.state_dict()
     assert any(key.startswith("hub.") for key in state)
     assert all(torch.equal(state[key], again[key]) for key in state)
+
+
+def test_a_merge_of_other_weights_is_set_aside(run: Path) -> None:
+    main(["merge", str(run), *MERGE])
+    path = run / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["state_dict"] = {key: value + 0.1 for key, value in checkpoint["state_dict"].items()}
+    torch.save(checkpoint, path)  # as if the run had been trained anew
+    before = weights(run / "merged")
+    main(["merge", str(run), *MERGE])
+    assert (run / "merged.1" / "checkpoints" / "last.ckpt").is_file()
+    after = weights(run / "merged")
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+def test_tuning_need_not_see_the_test_images(run: Path) -> None:
+    main(["merge", str(run), *MERGE, "--test", "false"])
+    metrics = json.loads((run / "merged" / "metrics.json").read_text(encoding="utf-8"))
+    assert "val/nmse" in metrics and not any(key.startswith("test/") for key in metrics)
+
+
+def test_a_run_is_scored_though_the_run_that_it_started_from_is_gone(run: Path, tmp_path: Path) -> None:
+    donor, second = tmp_path / "donor.ckpt", tmp_path / "second"
+    shutil.copy(run / "checkpoints" / "last.ckpt", donor)
+    main(["fit", "--config", str(SMOKE), "--run", str(second), f"--model.init_args.init_from={donor}"])
+    before = json.loads((second / "metrics.json").read_text(encoding="utf-8"))
+    donor.unlink()
+    main(["test", "--run", str(second)])
+    after = json.loads((second / "metrics.json").read_text(encoding="utf-8"))
+    assert after["test/nll/nll"] == pytest.approx(before["test/nll/nll"], rel=1e-5)
+    assert open_run(second).steps == 8

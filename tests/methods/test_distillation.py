@@ -35,6 +35,7 @@ def distillation(*names: str, **options: Any) -> Distillation:
         "token_weighting": "uniform",
         "convention": "paper",
         "anchor_share": 0.8,
+        "alarm_every": 1,
     }
     return Distillation(heads, **{**settings, **options})
 
@@ -65,6 +66,15 @@ def test_variance_under_a_third_of_its_start_raises_one_alarm(
     found = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(found) == alarms
     assert all(message.startswith("Variance of student's tokens across images fell") for message in found)
+
+
+def test_alarms_wait_for_their_turn(caplog: pytest.LogCaptureFixture) -> None:
+    module, clip_BTD = distillation("clip", alarm_every=3).train(), tokens(seed=1)
+    counts = []
+    for scale in (1.0, 0.1, 0.1, 0.1):
+        run(module, scale * tokens(), {"clip": clip_BTD})
+        counts.append(len(caplog.records))
+    assert counts == [0, 0, 0, 1]
 
 
 def test_targets_are_watched_as_the_student_is_and_evaluation_is_not(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,10 +11,16 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch import LightningDataModule
-from torch import nn
 
 from visexpert.callbacks.cost import CostReport
-from visexpert.callbacks.phase import TRAINING, Phase, PhaseSettings, write_checkpoint, write_derived_config
+from visexpert.callbacks.phase import (
+    TRAINING,
+    Phase,
+    PhaseSettings,
+    weights_identity,
+    write_checkpoint,
+    write_derived_config,
+)
 from visexpert.callbacks.progress import TrainingProgress
 from visexpert.callbacks.subsets import SubsetScoring, SubsetTiming, attach_only
 from visexpert.errors import ConfigError
@@ -22,7 +28,6 @@ from visexpert.methods import ToVE
 from visexpert.methods.start import start_from
 from visexpert.report.files import read_json, set_aside, write_json, write_text
 from visexpert.report.pareto import pareto_figure, subset_label, subset_table, worth_figure, worth_table
-from visexpert.resources import weights_digest
 from visexpert.transfer.detach import (
     Choice,
     Criterion,
@@ -145,14 +150,14 @@ class ExpertDetachment(Phase):
             raise ConfigError(
                 f"ExpertDetachment: '{out}' was begun with {'; '.join(other)}; give another name, or delete it."
             )
-        if before["weights"] != _identity(model):
+        if before["weights"] != weights_identity(model):
             log.info("%s was made from other weights; it is kept as %s.", out, set_aside(out))
             return None
         return tuple(before["kept"])
 
     def _find(self, model: ToVE, data: LightningDataModule, folder: Path, settings: PhaseSettings) -> Subset:
         """Search the subsets and write down all that was found."""
-        everything, weights = model.hub.attached, _identity(model)
+        everything, weights = model.hub.attached, weights_identity(model)
         check(everything, self.criterion, self.search)
         scoring = SubsetScoring(model, images=self.images)
         timing = SubsetTiming(model, images=self.timing_images, seconds=self.timing_seconds)
@@ -301,9 +306,3 @@ def _retuning(model: ToVE, lr: float | None, steps: int) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(model, name, value)
-
-
-def _identity(model: ToVE) -> str:
-    """Hash of the weights that were trained and of the experts that are attached."""
-    trained = [module for group in model.trained_groups() for module in group.modules]
-    return weights_digest(nn.ModuleList(trained), facts=",".join(model.hub.attached))

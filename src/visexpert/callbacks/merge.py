@@ -11,12 +11,19 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from visexpert.callbacks.cost import CostReport
-from visexpert.callbacks.phase import TRAINING, Phase, PhaseSettings, write_checkpoint, write_derived_config
+from visexpert.callbacks.phase import (
+    TRAINING,
+    Phase,
+    PhaseSettings,
+    weights_identity,
+    write_checkpoint,
+    write_derived_config,
+)
 from visexpert.errors import ConfigError
 from visexpert.losses.merge import TokenDistance
 from visexpert.methods import Merging, ToVE
 from visexpert.methods.merging import Adaptation, Targets
-from visexpert.report.files import read_json, write_json
+from visexpert.report.files import read_json, set_aside, write_json
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +56,7 @@ class KnowledgeMerging(Phase):
         eval_every: Steps between scores on the validation scenes.
         checkpoint_every: Steps between checkpoints.
         caption_images: Test images that get a generated caption; null takes the run's number.
+        test: Score the merged CLIP on the test images; false for tuning, which must not see them.
         name: Folder inside the run's.
     """
 
@@ -72,6 +80,7 @@ class KnowledgeMerging(Phase):
         eval_every: int = 500,
         checkpoint_every: int = 250,
         caption_images: int | None = None,
+        test: bool = True,
         name: str = "merged",
     ) -> None:
         super().__init__(name=name)
@@ -80,7 +89,7 @@ class KnowledgeMerging(Phase):
                 raise ConfigError(f"KnowledgeMerging: {key}={number} must be at least 1.")
         self.steps, self.eval_every, self.checkpoint_every = steps, eval_every, checkpoint_every
         self.data = data
-        self.caption_images = caption_images
+        self.caption_images, self.test = caption_images, test
         self.options: dict[str, Any] = {
             "adaptation": adaptation, "lora_rank": lora_rank, "lora_alpha": lora_alpha, "distance": distance,
             "normalise": normalise, "token_weight": token_weight, "text_weight": text_weight, "targets": targets,
@@ -90,7 +99,7 @@ class KnowledgeMerging(Phase):
     def apply(self, model: ToVE, data: LightningDataModule, folder: Path, settings: PhaseSettings) -> Path:
         """Train the student, score it, save it. See :meth:`Phase.apply`."""
         out = folder / self.name
-        if self._is_done(out):
+        if self._is_done(model, out):
             log.info("%s is merged already; delete it, or give another name, to merge again.", out)
             return out
         if not model.hub.attached:
@@ -107,7 +116,8 @@ class KnowledgeMerging(Phase):
         merged = student.merged()
         merged.count_steps(teacher_steps + self.steps)
         write_derived_config(folder, out, experts=(), clip_lr=self.options["lr"])
-        settings.trainer(out, cost=cost).test(merged, datamodule=data, verbose=False)
+        if self.test:
+            settings.trainer(out, cost=cost).test(merged, datamodule=data, verbose=False)
         write_checkpoint(merged, out, steps=teacher_steps + self.steps)
         return out
 
@@ -129,6 +139,7 @@ class KnowledgeMerging(Phase):
     def _facts(self, model: ToVE, folder: Path) -> dict[str, Any]:
         return {
             "run": str(folder),
+            "weights": weights_identity(model),
             "steps": self.steps,
             **self.options,
             "data": None if self.data is None else type(self.data).__name__,
@@ -139,8 +150,8 @@ class KnowledgeMerging(Phase):
             "experts": {name: model.hub[name].licence for name in model.hub.attached},
         }
 
-    def _is_done(self, out: Path) -> bool:
-        """Whether the folder holds a finished merge, refusing one that was made in another way."""
+    def _is_done(self, model: ToVE, out: Path) -> bool:
+        """Whether the folder holds a finished merge, refusing other settings and setting aside one of other weights."""
         if (out / FACTS).is_file():
             before = read_json(out / FACTS)
             now = {"steps": self.steps, **self.options}
@@ -151,4 +162,6 @@ class KnowledgeMerging(Phase):
                 raise ConfigError(
                     f"KnowledgeMerging: '{out}' was begun with {'; '.join(other)}; give another name, or delete it."
                 )
+            if before.get("weights") not in (None, weights_identity(model)):
+                log.info("%s was merged from other weights; it is kept as %s.", out, set_aside(out))
         return (out / "checkpoints" / "last.ckpt").is_file()

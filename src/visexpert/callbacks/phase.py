@@ -16,6 +16,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
 from visexpert.callbacks.cost import CostReport
 from visexpert.callbacks.figures import RunFigures
@@ -26,6 +27,7 @@ from visexpert.callbacks.throughput import ThroughputMonitor
 from visexpert.errors import ConfigError, DataError
 from visexpert.methods import Method, ToVE
 from visexpert.report.files import write_text
+from visexpert.resources import weights_digest
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +158,12 @@ def kept_trainer(model: Method, data: LightningDataModule) -> Iterator[None]:
         yield
     finally:
         model._trainer, data.trainer = before
+
+
+def weights_identity(model: ToVE) -> str:
+    """Hash of the weights that were trained and of the experts that are attached: what a phase was made from."""
+    trained = [module for group in model.trained_groups() for module in group.modules]
+    return weights_digest(nn.ModuleList(trained), facts=",".join(model.hub.attached))
 
 
 def write_checkpoint(model: Method, folder: Path, *, steps: int) -> None:

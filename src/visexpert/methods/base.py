@@ -12,11 +12,12 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from visexpert.errors import ConfigError
 from visexpert.language import LanguageSide, NoLanguage, supervised
 from visexpert.losses import text_loss, token_nll
 from visexpert.methods.evaluation import EvalOutput, Evaluator
 from visexpert.methods.optimiser import ParameterGroup, cosine_with_warmup, make_groups
-from visexpert.types import Batch, StepOutput, VisionTokens
+from visexpert.types import Batch, ImageSource, StepOutput, VisionTokens
 
 
 class Method(L.LightningModule):
@@ -207,6 +208,24 @@ class Method(L.LightningModule):
         captions = evaluator.generate_captions(batch, vision, self.language, tokenizer)
         evaluator.collect_tokens(batch, vision)
         return EvalOutput(vision=vision, captions=captions)
+
+    def image_sources(self, *, wanted_by: str) -> Mapping[str, ImageSource]:
+        """Images by row of the data in use, for the feature store.
+
+        Args:
+            wanted_by: The setting that needs them, and what to do without, for the message.
+
+        Raises:
+            ConfigError: The data hands out no images by row.
+        """
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(datamodule, "image_sources"):
+            raise ConfigError(
+                f"{type(self).__name__}: {type(datamodule).__name__} hands out no images by row (image_sources), "
+                f"which {wanted_by}."
+            )
+        sources: Mapping[str, ImageSource] = datamodule.image_sources()
+        return sources
 
     @property
     def tokenizer(self) -> Any:

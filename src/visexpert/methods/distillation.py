@@ -55,6 +55,7 @@ class Distillation(nn.Module):
         token_weighting: ``attention`` - CLIP's [CLS] attention; ``uniform``.
         convention: ``paper`` or ``released``, see :mod:`visexpert.losses.distill`.
         anchor_share: Weight of CLIP among the teachers, where it is one.
+        alarm_every: Training steps between two looks at whether to raise an alarm.
 
     Raises:
         ConfigError: An unknown word, or a share outside 0 to 1.
@@ -68,6 +69,7 @@ class Distillation(nn.Module):
         token_weighting: TokenWeighting,
         convention: Convention,
         anchor_share: float,
+        alarm_every: int = 50,
     ) -> None:
         super().__init__()
         for name, value, allowed in (
@@ -87,6 +89,7 @@ class Distillation(nn.Module):
         self.anchor_share = anchor_share
         for name in (STUDENT, *heads):  # one each, so that a start from a run with other teachers keeps what is shared
             self.register_buffer(_start_of(name), torch.tensor(torch.nan))
+        self.alarm_every, self._steps = alarm_every, 0
         self._told: set[str] = set()
 
     def forward(
@@ -158,8 +161,11 @@ class Distillation(nn.Module):
             if share is not None and share.shape[-1] > 1:
                 watched[f"entropy/{name}"] = _entropy(share[kept])
         if self.training:
-            self._alarm(variances)
-            self._alarm_of_weights(watched)
+            self._start(variances)
+            if self._steps % self.alarm_every == 0:  # an alarm has to wait for the device, logging does not
+                self._alarm(variances)
+                self._alarm_of_weights(watched)
+            self._steps += 1
         return watched
 
     def _teacher_weights(
@@ -189,12 +195,16 @@ class Distillation(nn.Module):
         others = [index for index, name in enumerate(self.heads) if name != ANCHOR]
         return weights[..., others] / (1 - self.anchor_share) if self.anchor_share < 1 else None
 
+    def _start(self, variances: Mapping[str, Tensor]) -> None:
+        """Keep the first variance of each that is one."""
+        for name, now in variances.items():
+            start = self.get_buffer(_start_of(name))
+            start.copy_(torch.where(start.isnan(), now.to(start), start))
+
     def _alarm(self, variances: Mapping[str, Tensor]) -> None:
         """Warn, once each, when variance across images falls under a third of its start."""
-        starts = [self.get_buffer(_start_of(name)) for name in variances]
-        now, start = torch.stack(list(variances.values())).to(starts[0]), torch.stack(starts)
-        for buffer, first in zip(starts, torch.where(start.isnan(), now, start), strict=True):
-            buffer.copy_(first)
+        start = torch.stack([self.get_buffer(_start_of(name)) for name in variances])
+        now = torch.stack(list(variances.values())).to(start)
         for name, is_low in zip(variances, (now < start / 3).tolist(), strict=True):
             if is_low:
                 self._tell(

@@ -19,7 +19,7 @@ from visexpert.methods.evaluation import EvalOutput
 from visexpert.methods.optimiser import ParameterGroup
 from visexpert.methods.tove import ToVE
 from visexpert.resources import cache_root, weights_digest
-from visexpert.types import Batch, StepOutput, VisionTokens
+from visexpert.types import Batch, ImageSource, StepOutput, VisionTokens
 from visexpert.vision.lora import ClipLora
 
 Adaptation = Literal["full", "lora"]
@@ -144,19 +144,10 @@ class Merging(Method):
 
     def on_fit_start(self) -> None:
         """Open the teacher's feature cache, or compute its tokens for the whole training set."""
-        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not hasattr(datamodule, "image_sources"):
-            if self.targets == "store":
-                raise ConfigError(
-                    f"Merging: targets=store needs images by row, which {type(datamodule).__name__} does not hand out; "
-                    "use targets=live."
-                )
-            return
-        sources = datamodule.image_sources()
         if self.targets == "store":
-            self._store_targets(sources)
+            self._store_targets(self.image_sources(wanted_by="targets: store needs; use targets: live"))
         elif (cache := self.teacher.feature_cache) is not None:
-            self.teacher.read_features(cache, sources)
+            self.teacher.read_features(cache, self.image_sources(wanted_by="the teacher's feature_cache needs"))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Mapping[str, EvalOutput]:
         """Score the student, and how far its tokens are from the teacher's."""
@@ -165,9 +156,7 @@ class Merging(Method):
         return super().validation_step(batch, batch_idx)
 
     def _student(self, batch: Batch) -> VisionTokens:
-        images_BCHW = batch.images_BCHW
-        images_BCHW = images_BCHW.float() / 255.0 if images_BCHW.dtype == torch.uint8 else images_BCHW
-        tokens: VisionTokens = self.clip(images_BCHW)
+        tokens: VisionTokens = self.clip(batch.unit_images())
         if self.teacher.fusion_space == "clip":
             return VisionTokens(tokens.tokens_BTD, tokens.grid_hw)
         return VisionTokens(self.projector(tokens.tokens_BTD), tokens.grid_hw)
@@ -191,7 +180,7 @@ class Merging(Method):
         targets_M, _ = supervised(batch.text)
         return text_loss(self.language(self._to_language(student), batch.text), targets_M)
 
-    def _store_targets(self, sources: Mapping[str, object]) -> None:
+    def _store_targets(self, sources: Mapping[str, ImageSource]) -> None:
         teacher, cache = self.teacher, FeatureCache(cache_root() / "features")
         parts = [teacher.clip.fingerprint(), teacher.fusion_space, teacher.transfer.mode]
         parts += [f"{name}:{teacher.hub[name].fingerprint()}" for name in teacher.hub.attached]
@@ -205,7 +194,7 @@ class Merging(Method):
 
         for split, source in sources.items():
             cache.prepare(
-                "fused", split, source, fingerprint=weights_digest(trained, facts=repr(parts)),  # type: ignore[arg-type]
+                "fused", split, source, fingerprint=weights_digest(trained, facts=repr(parts)),
                 encode=encode, grid_hw=teacher.clip.grid_hw, device=self.device,
             )  # fmt: skip
         self._stored = cache

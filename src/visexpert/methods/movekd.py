@@ -140,12 +140,12 @@ class MoVEKD(Method):
 
     def encode(self, batch: Batch) -> VisionTokens:
         """What the student gives the language side: (B, T, d_lang), or (B, T, D) without one. No teacher is run."""
-        tokens: VisionTokens = self.clip(_unit_range(batch.images_BCHW))
+        tokens: VisionTokens = self.clip(batch.unit_images())
         return VisionTokens(self.projector(tokens.tokens_BTD), tokens.grid_hw, cls_BD=tokens.cls_BD)
 
     def step(self, batch: Batch) -> StepOutput:
         """Student -> text; teachers -> distillation; routers -> balance."""
-        images_BCHW = _unit_range(batch.images_BCHW)
+        images_BCHW = batch.unit_images()
         with collect_routing(self.clip) as routing:
             student: VisionTokens = self.clip(images_BCHW)
         loss, parts = student.tokens_BTD.new_zeros(()), {}
@@ -221,13 +221,9 @@ class MoVEKD(Method):
     def on_fit_start(self) -> None:
         """Fill or open the feature cache of the experts."""
         if self._cache is not None and self.kd_weight > 0:
-            datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-            if not hasattr(datamodule, "image_sources"):
-                raise ConfigError(
-                    f"MoVEKD: feature_cache is set, but {type(datamodule).__name__} hands out no images by row "
-                    "(image_sources); set feature_cache to null to run the experts live."
-                )
-            self.read_features(self._cache, datamodule.image_sources())
+            self.read_features(
+                self._cache, self.image_sources(wanted_by="feature_cache needs; set it to null to run encoders live")
+            )
 
     def read_features(self, cache: FeatureCache, sources: Mapping[str, ImageSource]) -> None:
         """Read the experts' tokens of these images from the store from now on."""
@@ -313,7 +309,3 @@ class ClipTeacher:
 
     token_dim: int
     grid_hw: tuple[int, int]
-
-
-def _unit_range(images_BCHW: Tensor) -> Tensor:
-    return images_BCHW.float() / 255.0 if images_BCHW.dtype == torch.uint8 else images_BCHW

@@ -145,7 +145,7 @@ class ToVE(Method):
 
         (B, T, d_lang) where ``fusion_space`` is ``language``; else (B, T, D), which the projector has yet to read.
         """
-        images_BCHW = _unit_range(batch.images_BCHW)
+        images_BCHW = batch.unit_images()
         if not self._needs_clip:
             return self._experts_alone(images_BCHW, batch)
         clip = self._clip_tokens(images_BCHW, batch)
@@ -242,15 +242,10 @@ class ToVE(Method):
         self._open_cache()
 
     def _open_cache(self) -> None:
-        if self._cache is None:
-            return
-        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not hasattr(datamodule, "image_sources"):
-            raise ConfigError(
-                f"ToVE: feature_cache is set, but {type(datamodule).__name__} hands out no images by row "
-                "(image_sources); set feature_cache to null to run the encoders live."
+        if self._cache is not None:
+            self.read_features(
+                self._cache, self.image_sources(wanted_by="feature_cache needs; set it to null to run encoders live")
             )
-        self.read_features(self._cache, datamodule.image_sources())
 
     @property
     def feature_cache(self) -> FeatureCache | None:
@@ -309,7 +304,3 @@ def _chosen(experts: Mapping[str, VisionExpert], use: Sequence[str] | None) -> d
     if unknown:
         raise ConfigError(f"ToVE: use names {unknown}, which are not among the experts {sorted(experts)}.")
     return {name: expert for name, expert in experts.items() if name in use}
-
-
-def _unit_range(images_BCHW: Tensor) -> Tensor:
-    return images_BCHW.float() / 255.0 if images_BCHW.dtype == torch.uint8 else images_BCHW

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -62,6 +65,29 @@ def load_safetensors(path: Path, *, owner: str) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{owner}: {path} is not a readable safetensors file ({error}); fetch it again.") from error
+
+
+def load_checkpoint(path: Path, *, owner: str) -> dict[str, Any]:
+    """Read a Lightning checkpoint without running code from it.
+
+    Args:
+        path: The file.
+        owner: Who asks, for the message.
+
+    Raises:
+        WeightsError: The file is missing, damaged, could run code, or holds no weights.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{owner}: there is no checkpoint {path}; give the path of a run's .ckpt file.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise WeightsError(
+            f"{owner}: {path} is no plain checkpoint ({str(error)[:120]}); give another, or train it again."
+        ) from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise WeightsError(f"{owner}: {path} holds no state_dict; give a .ckpt file of a run.")
+    return checkpoint
 
 
 def fill_module(module: nn.Module, state: dict[str, Tensor], *, owner: str, path: Path) -> None:

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
@@ -18,6 +17,7 @@ from lightning.pytorch import LightningDataModule
 
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.methods import Method
+from visexpert.resources import load_checkpoint
 from visexpert.training import checkpoint_of, config_of, explain
 
 
@@ -117,12 +117,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         WeightsError: It is damaged, holds code, or has no weights.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise WeightsError(f"{path} is no readable checkpoint ({str(error)[:120]}); train the run again.") from error
-    if not isinstance(checkpoint, dict) or not {"state_dict", "global_step"} <= checkpoint.keys():
-        raise WeightsError(f"{path} holds no weights of a run; give the folder that `visexpert fit --run` wrote.")
+    checkpoint = load_checkpoint(path, owner="The run")
+    if "global_step" not in checkpoint:
+        raise WeightsError(
+            f"{path} does not say after how many steps it was saved; give the folder that `visexpert fit --run` wrote."
+        )
     return checkpoint
 
 

@@ -165,7 +165,7 @@ def test_folders_that_are_no_runs(run: Path, tmp_path: Path) -> None:
         open_run(tmp_path)
     damaged = run / "checkpoints" / "last.ckpt"
     damaged.write_bytes(damaged.read_bytes()[:1000])
-    with pytest.raises(WeightsError, match="no readable checkpoint"):
+    with pytest.raises(WeightsError, match="is no plain checkpoint"):
         open_run(run)
     damaged.unlink()
     with pytest.raises(ConfigError, match="has no checkpoint"):

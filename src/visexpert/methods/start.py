@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 
-import torch
 from torch import Tensor, nn
 
 from visexpert.errors import WeightsError
-from visexpert.resources import load_safetensors, resolve_source
+from visexpert.resources import load_checkpoint, load_safetensors, resolve_source
 
 log = logging.getLogger(__name__)
 
@@ -69,13 +67,5 @@ def start_from(
 def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return load_safetensors(path, owner="init_from")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise WeightsError(f"init_from: there is no checkpoint {path}; give the path of a run's .ckpt file.") from error
-    except (UnpicklingError, RuntimeError, EOFError) as error:
-        raise WeightsError(f"init_from: {path} is no plain checkpoint ({str(error)[:120]}).") from error
-    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict):
-        raise WeightsError(f"init_from: {path} holds no state_dict; give a .ckpt file of a run, or a safetensors file.")
+    state: dict[str, Tensor] = load_checkpoint(path, owner="init_from")["state_dict"]
     return state

@@ -69,3 +69,4 @@ $(WEIGHTS)/language.safetensors: configs/zoo/language.yaml configs/zoo/language-
 	$(BIN)/visexpert fit $(TABLETOP) --config configs/zoo/language.yaml --config configs/zoo/language-2.yaml
 
 include make/results.mk
+include make/ablations.mk

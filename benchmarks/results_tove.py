@@ -15,7 +15,8 @@ from benchmarks.runs import DONE, Run, add_arguments, execute, slug
 from visexpert.report import Column, ResultRow, describe_machine, markdown_table, read_rows, write_rows
 
 BASE = "configs/tove/tabletop.yaml"
-OVERLAYS = Path("configs/tove/tabletop")
+OVERLAYS = Path("configs/tove/ablations")
+GROUNDED_START = "configs/tove/tabletop/from-grounded.yaml"
 OUT = Path("docs/results")
 ALL = "all five experts"
 
@@ -102,7 +103,7 @@ def committed_rows(root: Path) -> list[ResultRow]:
 
 def grounded_runs(root: Path, seeds: Sequence[int]) -> list[Run]:
     """All variants from the shipped language side, seed by seed, so that a cut leaves whole comparisons."""
-    start = ["--config", str(OVERLAYS / "from-grounded.yaml")]
+    start = ["--config", GROUNDED_START]
     return [
         _fit(root, "grounded", variant, overlay, seed, start) for seed in seeds for variant, overlay in GROUNDED.items()
     ]

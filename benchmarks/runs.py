@@ -88,6 +88,15 @@ def slug(variant: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in variant.lower()).replace("--", "-")
 
 
+def run_here(run: Run) -> bool:
+    """Do one run in a child process, whose output goes to ``log.txt``; whether it succeeded."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    process = multiprocessing.get_context("spawn").Process(target=_execute, args=(run,))
+    process.start()
+    process.join()
+    return process.exitcode == 0
+
+
 def _execute(run: Run) -> None:
     """In the child: redirect the output, run, mark as done."""
     import torch

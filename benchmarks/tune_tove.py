@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.results_tove import BASE, OVERLAYS
+from benchmarks.results_tove import BASE, GROUNDED_START
 from benchmarks.runs import Run, add_arguments, execute
 from visexpert.report import Column, ResultRow, describe_machine, markdown_table
 
@@ -54,7 +54,7 @@ def main() -> None:
 
 def _arguments(settings: dict[str, str], seed: int) -> tuple[str, ...]:
     overrides = [f"--model.init_args.{key}={value}" for key, value in settings.items()]
-    start = ("--config", BASE, "--config", str(OVERLAYS / "from-grounded.yaml"))
+    start = ("--config", BASE, "--config", GROUNDED_START)
     return ("fit", *start, "--seed_everything", str(seed), "--test_after_fit", "false", *overrides)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from visexpert.training import VisexpertCLI, build_cli
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 BASE = "tove/tabletop.yaml"
-BASES = {"tove": BASE, "movekd": "movekd/tabletop-paper-stage1.yaml", "hybrid": "movekd/tabletop-stage2.yaml"}
+STAGE_2 = "movekd/tabletop-stage2.yaml"
+BASES = {"tove": BASE, "movekd": "movekd/tabletop-paper-stage1.yaml", "movekd/ablations": STAGE_2, "hybrid": STAGE_2}
 """What a file that names no method is laid over, by its folder."""
+
+AFTER = re.compile(r"# After ([a-z0-9, -]+):")
+"""First words of an overlay that goes on others of its folder (make/ablation.sh reads them, too)."""
 
 
 def loaded(name: str) -> dict[str, Any]:
@@ -31,7 +36,13 @@ def is_overlay(name: str) -> bool:
 
 
 def base_of(name: str) -> str:
-    return BASES.get(name.split("/")[0], BASE)
+    return BASES.get(name.rsplit("/", 1)[0], BASES.get(name.split("/")[0], BASE))
+
+
+def before(name: str) -> list[str]:
+    """The overlays that a file is to be laid over, beside the base."""
+    found = AFTER.match((CONFIGS / name).read_text(encoding="utf-8"))
+    return [f"{name.rsplit('/', 1)[0]}/{other.strip()}.yaml" for other in found[1].split(",")] if found else []
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +74,7 @@ def test_there_are_files() -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_every_file_builds(name: str, cli: VisexpertCLI, bases: dict[str, dict[str, Any]]) -> None:
     base = base_of(name)
-    files = [base, name] if is_overlay(name) else [name]
+    files = [base, *before(name), name] if is_overlay(name) else [name]
     config = cli.parser.parse_args([part for file in files for part in ("--config", str(CONFIGS / file))])
     built = cli.parser.instantiate_classes(config)
     assert isinstance(built.model, L.LightningModule) and isinstance(built.data, L.LightningDataModule)

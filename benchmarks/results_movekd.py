@@ -27,9 +27,7 @@ MAIN: dict[str, tuple[str, ...]] = {
     KD_MOLE: ("base",),
     "KD, no MoLE": ("no-mole",),
     EQUAL_TIME: ("text-only", "--trainer.max_steps", str(round(STEPS * TIME_RATIO))),
-    "MoLE, no KD": ("no-kd",),
-    "KD + MoLE, published form, paper": ("paper-form",),
-    "KD + MoLE, published form, released": ("released-form",),
+    "KD + MoLE, published form": ("paper-form",),
 }
 """Rows by ablation (configs/movekd/ablations), at SCALE=full, with further arguments."""
 
@@ -37,6 +35,7 @@ ABLATIONS = {
     TEXT_ONLY: "text-only",
     KD_MOLE: "base",
     "KD, no MoLE": "no-mole",
+    "MoLE, no KD": "no-kd",
     "one LoRA of the same size": "one-lora",
     "router scaled": "mole-scaled",
     "router straight-through": "mole-straight-through",
@@ -48,6 +47,7 @@ ABLATIONS = {
     "CLIP no teacher": "no-anchor",
     "token weights by attention": "attention-tokens",
     "published form": "paper-form",
+    "published form, released convention": "released-form",
     "published form, uniform teachers": "uniform-teachers",
     "published form, uniform tokens": "uniform-tokens",
     "published form, both uniform": "uniform",
@@ -83,13 +83,13 @@ def main_runs(seeds: Sequence[int]) -> list[Run]:
 
 
 def ablation_runs(seeds: Sequence[int]) -> list[Run]:
-    """The runs of `make ablations-movekd` that the page shows."""
-    made = [
-        (title, run_of("movekd", name, seed=seed, scale="default"))
-        for seed in seeds
-        for title, name in ABLATIONS.items()
-    ]
-    return [Run(run.folder, run.arguments, run.seed, title) for title, run in made]
+    """The runs of `make ablations-movekd` that the page shows, row by row."""
+    runs = []
+    for title, name in ABLATIONS.items():
+        for seed in seeds:
+            run = run_of("movekd", name, seed=seed, scale="default")
+            runs.append(Run(run.folder, run.arguments, run.seed, title))
+    return runs
 
 
 if __name__ == "__main__":

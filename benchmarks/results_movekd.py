@@ -7,11 +7,18 @@ ablations 500, all rows of a table alike. Every run is resumable and a finished 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from tqdm.auto import tqdm
+
 from benchmarks.ablations import run_of
+from benchmarks.results_tove import COLUMNS as TOVE_COLUMNS
+from benchmarks.results_tove import row_of
 from benchmarks.runs import Run, add_arguments, execute, slug
+from benchmarks.student_probes import TEACHERS, ensure
+from visexpert.report import Column, ResultRow, describe_machine, markdown_table, read_rows, write_rows
 
 OUT = Path("docs/results")
 STEPS = 2000
@@ -60,15 +67,49 @@ ABLATIONS = {
 }
 """Rows by ablation, at SCALE=default: the runs of `make ablations-movekd`."""
 
+FRACTIONS = (0.05, 0.1, 0.25)
+SCARCE_STEPS = 600
+FIRST = "distilled first"
+"""Distillation of the encoder alone, on the images of all scenes; then text on few of them."""
+
+COLUMNS = [
+    *TOVE_COLUMNS[:9],
+    Column("student/probe/object_depth", "object depth", digits=1, scale=100, better="max"),
+    Column("student/probe/depth", "depth", digits=1, scale=100, better="max"),
+    Column("student/probe/normals", "normals", digits=1, scale=100, better="max"),
+    Column("student/probe/shape", "shape", digits=1, scale=100, better="max"),
+    Column("student/raw/object_depth", "object depth, raw", digits=1, scale=100, better="max"),
+    Column("student/variance", "variance across images", digits=2),
+]
+TEACHER_COLUMNS = [Column(f"student/teacher/{name}", name, digits=1, scale=100, better="max") for name in TEACHERS]
+COST = [
+    Column("steps", digits=0),
+    Column("parameters", "trained params (k)", digits=0, scale=1e-3),
+    Column("cost/parameters_inference", "params at inference (k)", digits=0, scale=1e-3),
+    Column("gflop", "vision GFLOP/image", digits=4),
+    Column("images_per_s", "images/s (vision)", digits=0),
+    Column("train/images_per_s", "images/s (training)", digits=0),
+]
+
 
 def main() -> None:
     """Run what is missing, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--only", default="", help="run only variants whose folder holds this")
+    parser.add_argument("--report-only", action="store_true", help="write the page from what is finished")
     options = parser.parse_args()
-    runs = main_runs(options.seeds) + ablation_runs(options.seeds)
-    execute([run for run in runs if options.only in str(run.folder)], jobs=options.jobs)
+    tables = {
+        "main": main_runs(options.seeds),
+        "first": first_runs(options.seeds),
+        "scarce": scarce_runs(options.seeds),
+        "ablation": ablation_runs(options.seeds),
+    }
+    if not options.report_only:
+        for runs in tables.values():
+            execute([run for run in runs if options.only in str(run.folder)], jobs=options.jobs)
+    del tables["first"]
+    report({name: [run for run in runs if run.done] for name, runs in tables.items()})
 
 
 def main_runs(seeds: Sequence[int]) -> list[Run]:
@@ -90,6 +131,87 @@ def ablation_runs(seeds: Sequence[int]) -> list[Run]:
             run = run_of("movekd", name, seed=seed, scale="default")
             runs.append(Run(run.folder, run.arguments, run.seed, title))
     return runs
+
+
+def first_runs(seeds: Sequence[int]) -> list[Run]:
+    """Encoders distilled on images alone."""
+    runs = [run_of("movekd", "encoder-only", seed=seed, scale="full") for seed in seeds]
+    return [Run(run.folder, run.arguments, run.seed, FIRST) for run in runs]
+
+
+def scarce_runs(seeds: Sequence[int]) -> list[Run]:
+    """Text on few scenes: from CLIP, and from an encoder that was distilled on the images of all."""
+    runs = []
+    for fraction in FRACTIONS:
+        extra = ("--data.init_args.train_fraction", str(fraction), *_steps(SCARCE_STEPS))
+        for seed in seeds:
+            (first,) = first_runs([seed])
+            start = ("--model.init_args.init_from", str(first.folder / "checkpoints" / "last.ckpt"))
+            for title, name, more in ((TEXT_ONLY, "text-only", ()), (FIRST, "no-kd", start)):
+                run = run_of("movekd", name, seed=seed, scale="full")
+                title = f"{100 * fraction:.0f} % of the scenes, {title}"
+                folder = run.folder.parents[1] / slug(title) / run.folder.name
+                runs.append(Run(folder, (*run.arguments, *extra, *more), seed, title))
+    return runs
+
+
+def _steps(steps: int) -> tuple[str, ...]:
+    return "--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps)
+
+
+def row_with_probes(run: Run) -> ResultRow:
+    """A finished run as a row, with the probes of its student's own tokens and the throughput of its training."""
+    row = row_of(run)
+    probes = {f"student/{name}": value for name, value in ensure(run.folder).items()}
+    speed = {"train/images_per_s": run.metrics()["train/images_per_s"]}
+    return replace(row, scores={**row.scores, **probes, **speed})
+
+
+def report(tables: Mapping[str, Sequence[Run]]) -> None:
+    """Write the page and its rows; rows of an earlier machine stay where no run replaces them."""
+    path = OUT / "movekd-tabletop.json"
+    rows = {(row.variant, row.seed): row for row in (read_rows(path) if path.is_file() else [])}
+    todo = [(name, run) for name, runs in tables.items() for run in runs]
+    for name, run in tqdm(todo, desc="probes", unit="run"):
+        row = row_with_probes(run)
+        rows[f"{name}/{run.variant}", run.seed] = replace(row, variant=f"{name}/{run.variant}")
+    order = [f"main/{title}" for title in MAIN] + [f"ablation/{title}" for title in ABLATIONS]
+    ranked = sorted(rows.values(), key=lambda row: (_rank(order, row.variant), row.variant, row.seed))
+    OUT.mkdir(parents=True, exist_ok=True)
+    write_rows(path, ranked)
+    parts = [(OUT / "movekd-tabletop.intro.md").read_text(encoding="utf-8"), f"Machine: {describe_machine()}\n"]
+    for name, title in TITLES.items():
+        part = [
+            replace(row, variant=row.variant.split("/", 1)[1]) for row in ranked if row.variant.startswith(f"{name}/")
+        ]
+        if part:
+            parts += [f"## {title}\n", markdown_table(part, _present(COLUMNS, part))]
+            parts += [
+                "R² of a ridge probe from the student's tokens to each teacher's:\n",
+                markdown_table(part, TEACHER_COLUMNS),
+            ]
+            parts += ["Cost:\n", markdown_table(part, COST)]
+    notes = OUT / "movekd-tabletop.notes.md"
+    if notes.is_file():
+        parts.append(notes.read_text(encoding="utf-8"))
+    (OUT / "movekd-tabletop.md").write_text("\n".join(parts), encoding="utf-8")
+    print(f"wrote {OUT / 'movekd-tabletop.md'} from {len(ranked)} runs")
+
+
+TITLES = {
+    "main": f"Main rows, {STEPS} steps",
+    "scarce": f"Little text: {SCARCE_STEPS} steps on a part of the scenes",
+    "ablation": "Ablations, 400 steps",
+}
+
+
+def _rank(order: Sequence[str], variant: str) -> int:
+    return order.index(variant) if variant in order else len(order)
+
+
+def _present(columns: Sequence[Column], rows: Sequence[ResultRow]) -> list[Column]:
+    """Columns that any row has: short runs write no captions."""
+    return [column for column in columns if any(row.value(column.key) is not None for row in rows)]
 
 
 if __name__ == "__main__":

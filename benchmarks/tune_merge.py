@@ -15,7 +15,6 @@ from benchmarks.results_tove import BASE, OVERLAYS
 from benchmarks.runs import Run, execute
 
 TRIALS: dict[str, list[str]] = {
-    "tokens, 2000 steps, rate 1e-3": ["--lr", "1e-3"],
     "tokens, 2000 steps, rate 2e-3": ["--lr", "2e-3"],
     "tokens, 2000 steps, rate 4e-3": ["--lr", "4e-3"],
     "tokens, 2000 steps, rate 8e-3": ["--lr", "8e-3"],

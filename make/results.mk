@@ -10,3 +10,8 @@ results-tove: $(STAMP) ## Measure ToVE on Tabletop: every variant, three seeds (
 .PHONY: results-merge
 results-merge: $(STAMP) ## Measure detachment and merging against their controls, three seeds (about two hours on two cores, resumable)
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.results_merge --jobs $(JOBS)
+
+.PHONY: results-movekd
+results-movekd: $(STAMP) ## Measure MoVE-KD on Tabletop: main rows, little text, ablations, three seeds (hours on two cores, resumable)
+	$(PY) -m benchmarks.tune_movekd --jobs $(JOBS)
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.results_movekd --jobs $(JOBS)

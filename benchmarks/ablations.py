@@ -2,8 +2,9 @@
 
     python -m benchmarks.ablations movekd fixed --seed 0 --scale default
 
-The configuration is the method's base, the scale, the overlays that the first line of NAME's file asks for
-("# After a, b: ..."), then NAME itself; `base` has no overlay. An interrupted run goes on from its last checkpoint.
+The configuration is the method's base, the overlays that the first line of NAME's file asks for ("# After a, b: ..."),
+NAME itself, then the scale; `base` has no overlay. A hybrid starts from ToVE's run of the same seed and scale. An
+interrupted run goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -19,7 +20,17 @@ CONFIGS = Path("configs")
 BASES = {
     "tove": ("tove/tabletop.yaml", "tove/tabletop/from-grounded.yaml"),
     "movekd": ("movekd/tabletop-stage2.yaml", "movekd/one-stage.yaml"),
+    "hybrid": ("movekd/tabletop-stage2.yaml", "movekd/one-stage.yaml"),
 }
+FOLDERS = {"tove": "tove/ablations", "movekd": "movekd/ablations", "hybrid": "hybrid"}
+"""Where the overlays of each method lie."""
+
+STARTS = {
+    "gate-weighted": ("base", "checkpoints/last.ckpt"),
+    "from-merged": ("merge", "merged/checkpoints/last.ckpt"),
+}
+"""Run of ToVE that a hybrid starts from, and the checkpoint in it (make/ablations.mk knows the order, too)."""
+
 SCALES = ("smoke", "default", "full")
 ROOT = Path("runs/ablations")
 AFTER = re.compile(r"# After ([a-z0-9, -]+):")
@@ -31,7 +42,7 @@ def main() -> None:
     """Run it; exit 1 where it fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=sorted(BASES))
-    parser.add_argument("name", help="base, or a file of configs/METHOD/ablations without .yaml")
+    parser.add_argument("name", help="base, or an overlay of configs/METHOD/ablations or configs/hybrid, without .yaml")
     parser.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
     parser.add_argument("--scale", choices=SCALES, default="default", help="length of the runs (default: default)")
     parser.add_argument("--root", type=Path, default=ROOT, help=f"folder of the runs (default: {ROOT})")
@@ -51,14 +62,15 @@ def main() -> None:
 
 def names(method: str) -> list[str]:
     """Ablations of a method, the base first."""
-    return ["base", *sorted(path.stem for path in (CONFIGS / method / "ablations").glob("*.yaml"))]
+    base = [] if method == "hybrid" else ["base"]
+    return [*base, *sorted(path.stem for path in (CONFIGS / FOLDERS[method]).glob("*.yaml"))]
 
 
 def overlays(method: str, name: str) -> list[Path]:
     """Files of an ablation in the order in which they are laid over the base."""
     if name == "base":
         return []
-    folder = CONFIGS / method / "ablations"
+    folder = CONFIGS / FOLDERS[method]
     found = AFTER.match((folder / f"{name}.yaml").read_text(encoding="utf-8"))
     before = [other.strip() for other in found[1].split(",")] if found else []
     return [folder / f"{other}.yaml" for other in (*before, name)]
@@ -66,11 +78,15 @@ def overlays(method: str, name: str) -> list[Path]:
 
 def run_of(method: str, name: str, *, seed: int, scale: str, root: Path = ROOT) -> Run:
     """The run of one ablation and seed."""
-    files = [CONFIGS / file for file in BASES[method]] + [CONFIGS / "scales" / f"{scale}.yaml"]
-    files += overlays(method, name)
+    files = [CONFIGS / file for file in BASES[method]] + overlays(method, name) + [CONFIGS / "scales" / f"{scale}.yaml"]
+    start: tuple[str, ...] = ()
+    if method == "hybrid" and name in STARTS:
+        run, checkpoint = STARTS[name]
+        start = ("--model.init_args.init_from", str(root / scale / "tove" / run / f"seed{seed}" / checkpoint))
     arguments = (
         "fit", *(part for file in files for part in ("--config", str(file))),
         "--seed_everything", str(seed), "--data.init_args.seed", "0", "--model.init_args.meteor=false",
+        *start,
     )  # fmt: skip
     return Run(root / scale / method / name / f"seed{seed}", arguments, seed, f"{method}/{name}")
 

@@ -20,7 +20,7 @@ from visexpert.report import Column, ResultRow, describe_machine, markdown_table
 OUT = Path("docs/results")
 STEPS = 2500
 LR = "5e-3"
-"""Of CLIP and projector, by tokens and by text alike; chosen on validation scenes of seed 0 among 2e-3 .. 8e-3 (docs/results/merge-tune.md)."""
+"""Of CLIP and projector, by tokens and by text alike; chosen on validation scenes of seed 0 among 2e-3 .. 8e-3."""
 
 EQUAL_TIME, EQUAL_TIME_ALONG = 1970, 1690
 """Steps of training by text that take as long as STEPS by tokens: see benchmarks/merge_step.py."""

@@ -6,15 +6,21 @@ K experts · R LoRA rank · H heads (or image height beside W) · L text length 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
 """Label of a token that takes no part in the language loss (the convention of torch and transformers)."""
+
+IMAGE_TOKEN = -200
+"""Id that stands in a text where its image goes (LLaVA's convention); it is in no vocabulary."""
 
 _Self = TypeVar("_Self", bound="_Movable")
 
@@ -85,7 +91,10 @@ class TextItem:
         prompt: What the model reads (a question, a statement, or the words that ask for a caption).
         answer: What it must write.
         family: Finer kind for reports (``colour``, ``distance``, ``left-right``, ``adversarial``, ...).
-        references: All accepted texts, for caption metrics; empty means ``(answer,)``.
+        references: All accepted texts, for caption metrics and human answers; empty means ``(answer,)``.
+        history: Earlier (prompt, answer) turns of a conversation; their answers are learned like the last one's.
+        generate: Score what the model writes by itself; else its choice at each token given the true ones before it,
+            which says the same where only one wording is right.
     """
 
     kind: str
@@ -93,6 +102,58 @@ class TextItem:
     answer: str
     family: str = ""
     references: tuple[str, ...] = ()
+    history: tuple[tuple[str, str], ...] = ()
+    generate: bool = False
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """A text item as tokens.
+
+    Args:
+        ids: int64 (L,), with :data:`IMAGE_TOKEN` where the image goes, unless it stands in front of all text.
+        supervised: bool (L,), True for tokens that the model must write.
+    """
+
+    ids: npt.NDArray[np.int64]
+    supervised: npt.NDArray[np.bool_]
+
+
+class TextEncoder(ABC):
+    """Turns text items into tokens; what frames prompts and answers for one kind of language model.
+
+    Attributes:
+        eos_id: Ends an answer.
+        pad_id: Fills short rows.
+    """
+
+    eos_id: int
+    pad_id: int
+
+    @abstractmethod
+    def encode(self, item: TextItem, *, has_image: bool = True) -> EncodedText:
+        """Tokenise one item.
+
+        Args:
+            item: The item, with all turns of its conversation.
+            has_image: Whether its sample has an image.
+
+        Raises:
+            DataError: The item leaves nothing to learn, or no room for it.
+        """
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A record that was left out.
+
+    Args:
+        key: What names it in its source: an image file, a line, a member of a shard.
+        reason: One sentence that says why.
+    """
+
+    key: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -100,9 +161,11 @@ class TextBatch(_Movable):
     """The text items of each image packed into one row, so that they share the image's keys and values.
 
     Args:
-        ids_BN: int64 token ids; each item is ``<bos> prompt answer <eos>``, items follow one another.
+        ids_BN: int64 token ids; each item is ``<bos> prompt answer <eos>``, or a whole conversation, items follow one
+            another. :data:`IMAGE_TOKEN` says where in an item its image goes; without, the image stands in front.
         labels_BN: int64, equal to ``ids_BN`` on answer tokens and their ``<eos>``, else :data:`IGNORE_INDEX`.
-            Not shifted: the language side predicts position i from the positions before it in the same item.
+            Not shifted: the language side predicts position i from the positions before it in the same item. In a
+            conversation every turn's answer is labelled, so labels may stand in several runs of one item.
         segments_BN: int64, 0 = padding, j = the image's j-th item (from 1). A token sees its own item only.
         positions_BN: int64 position inside the item, from 0.
     """
@@ -126,6 +189,9 @@ class Batch(_Movable):
         targets: Dense ground truth by name (zoo training): e.g. ``depth_BHW``, ``normals_B3HW``.
         graphs: Scene graphs, where the data has them; filled for evaluation only.
         has_image_B: bool, False for samples of text alone, whose pixels mean nothing; None where all have an image.
+        original_hw_B2: int64 height and width of each image before it was resized; None where all were of one size.
+        source: Name of the source, where a run reads several; its scores stand under this name.
+        skipped: Records that this batch would have had, but that cannot be read.
     """
 
     images_BCHW: Tensor
@@ -136,6 +202,9 @@ class Batch(_Movable):
     targets: Mapping[str, Tensor] = field(default_factory=dict)
     graphs: tuple[SceneGraph, ...] = ()
     has_image_B: Tensor | None = None
+    original_hw_B2: Tensor | None = None
+    source: str = ""
+    skipped: tuple[Skipped, ...] = ()
 
     def __len__(self) -> int:
         return self.images_BCHW.shape[0]
@@ -165,10 +234,13 @@ class VisionTokens(_Movable):
 
     Args:
         tokens_BTD: Patch tokens, row-major; D is CLIP's width or, after a projector, the language width.
-        grid_hw: The grid, height x width = T.
+        grid_hw: The grid, height x width = T; of images in tiles (``lengths_B`` set, T larger) that of the whole view.
         cls_BD: The [CLS] token of the encoder, where there is one.
         gates_BTK: Gate of every expert per token, softmax over attached experts; None without a gate.
         balance: Scalar load-balancing loss of the gate, or None.
+        lengths_B: int64 number of tokens of each image, the first ones of its row, the rest is padding; 0 for a sample
+            without an image. None where all T are tokens.
+        newline_BT: bool, tokens that end a row of tiles: the language side puts a vector of its own there.
     """
 
     tokens_BTD: Tensor
@@ -176,6 +248,15 @@ class VisionTokens(_Movable):
     cls_BD: Tensor | None = None
     gates_BTK: Tensor | None = None
     balance: Tensor | None = None
+    lengths_B: Tensor | None = None
+    newline_BT: Tensor | None = None
+
+    def rows(self, chosen: Sequence[int]) -> VisionTokens:
+        """The same tokens of some images, without what is not one per image (``balance``)."""
+        index = torch.as_tensor(list(chosen), dtype=torch.long, device=self.tokens_BTD.device)
+        picked = {f.name: getattr(self, f.name) for f in fields(self)}
+        picked = {name: value[index] for name, value in picked.items() if isinstance(value, Tensor) and value.ndim}
+        return VisionTokens(**picked, grid_hw=self.grid_hw)
 
 
 @dataclass(frozen=True)

@@ -261,7 +261,7 @@ def test_the_prefix_lm_stops_at_its_last_position() -> None:
     side, images = language_side("prefix"), vision(1)  # 64 positions, 6 of them the image's
     written = side.generate(images, [item(50, 50)[0]], eos_id=NEVER, max_new_tokens=32)
     assert len(written[0]) == 8
-    with pytest.raises(DataError, match="a prompt of 58 tokens behind 6 image tokens leaves no room"):
+    with pytest.raises(DataError, match="an image with its prompt takes 64 tokens and leaves no room"):
         side.generate(images, [item(58, 58)[0]], eos_id=NEVER)
 
 

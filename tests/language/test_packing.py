@@ -103,7 +103,7 @@ def test_too_long_an_item_is_refused_though_a_long_row_is_fine() -> None:
 def test_too_long_an_item_behind_a_prefix_is_refused() -> None:
     side, images = language_side("prefix"), vision(1)
     side(images, pack([[item(58, 1), item(58, 1)]], 0))  # 6 image tokens and 58 are the 64 positions
-    with pytest.raises(DataError, match=r"item of 59 tokens behind 6 image tokens .* 64 positions"):
+    with pytest.raises(DataError, match=r"text item with its image takes 65 tokens, more than the 64 positions"):
         side(images, pack([[item(59, 1)]], 0))
 
 

@@ -1,17 +1,23 @@
 """Vision tokens and text to logits, and generation."""
 
 from visexpert.language.base import LanguageSide, item_mask, supervised
+from visexpert.language.bert_decoder import BertDecoder
+from visexpert.language.chat import LlavaTemplate
 from visexpert.language.cross_attention import CrossAttentionDecoder
 from visexpert.language.generation import Decoding
+from visexpert.language.lora import LoRASettings
 from visexpert.language.none import NoLanguage
 from visexpert.language.position import sincos_2d
 from visexpert.language.prefix import PrefixLM
 from visexpert.language.projector import Projector
 
 __all__ = [
+    "BertDecoder",
     "CrossAttentionDecoder",
     "Decoding",
     "LanguageSide",
+    "LlavaTemplate",
+    "LoRASettings",
     "NoLanguage",
     "PrefixLM",
     "Projector",

@@ -36,6 +36,15 @@ class LanguageSide(nn.Module, ABC):
         Row m holds the prediction *for* that token, made from the tokens before it in its own item and the image.
         """
 
+    @property
+    def has_source(self) -> bool:
+        """Whether it has weights of its own to start from, so that an earlier stage need not bring them."""
+        return False
+
+    def trained_modules(self) -> tuple[nn.Module, ...]:
+        """Parts that an optimiser is to get; what is frozen for good (a model beside its LoRA) is not among them."""
+        return (self,)
+
     @torch.no_grad()
     def generate(
         self,
@@ -98,3 +107,41 @@ def item_mask(text: TextBatch) -> Tensor:
     real_BNN = (segments_BN > 0).unsqueeze(1)
     itself_NN = torch.eye(num_tokens, dtype=torch.bool, device=segments_BN.device)
     return ((same_BNN & causal_NN & real_BNN) | itself_NN).unsqueeze(1)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask, true = visible, as what attention of every kind adds to its logits."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def image_mask(vision: VisionTokens) -> Tensor | None:
+    """Which tokens of an image are its own. bool (B, 1, 1, T); None where all are."""
+    if vision.lengths_B is None:
+        return None
+    places_T = torch.arange(vision.tokens_BTD.shape[1], device=vision.lengths_B.device)
+    return (places_T < vision.lengths_B[:, None])[:, None, None]
+
+
+def refuse_markers(text: TextBatch, side: LanguageSide) -> None:
+    """For sides that read images beside their text, not in it.
+
+    Raises:
+        DataError: The text says where its image goes.
+    """
+    if text.ids_BN.numel() and int(text.ids_BN.min()) < 0:
+        raise DataError(
+            f"{type(side).__name__} reads images beside the text, but the text has image tokens (<image>); use no chat "
+            "template, or a PrefixLM."
+        )
+
+
+def right_padded(rows: Sequence[Sequence[int]], *, device: torch.device) -> TextBatch:
+    """One unsupervised item per row."""
+    length = max(map(len, rows))
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    segments = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+        segments[index, : len(row)] = 1
+    positions = torch.arange(length).expand_as(ids) * segments
+    return TextBatch(ids, torch.full_like(ids, IGNORE_INDEX), segments, positions).to(device)

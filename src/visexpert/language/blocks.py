@@ -40,7 +40,12 @@ class DecoderBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, hidden_BND: Tensor, memory: KeysValues, mask: Tensor, cache: KeyValueCache | None = None
+        self,
+        hidden_BND: Tensor,
+        memory: KeysValues,
+        mask: Tensor,
+        cache: KeyValueCache | None = None,
+        memory_mask: Tensor | None = None,
     ) -> Tensor:
         """(B, N, D) to (B, N, D).
 
@@ -49,12 +54,13 @@ class DecoderBlock(nn.Module):
             memory: Keys and values of the image.
             mask: bool (B, 1, N, S), true = visible; S counts the tokens in the cache, too.
             cache: Earlier tokens of the text, which these are added to.
+            memory_mask: bool (B, 1, 1, T), true = part of the image; None where all is.
         """
         normed = self.self_norm(hidden_BND)
         own = self.attention.keys_values(normed)
         own = own if cache is None else cache.extend(own)
         hidden_BND = hidden_BND + self.dropout(self.attention(normed, own, mask))
-        hidden_BND = hidden_BND + self.dropout(self.cross(self.cross_norm(hidden_BND), memory, None))
+        hidden_BND = hidden_BND + self.dropout(self.cross(self.cross_norm(hidden_BND), memory, memory_mask))
         out: Tensor = hidden_BND + self.dropout(self.mlp(self.mlp_norm(hidden_BND)))
         return out
 
@@ -75,9 +81,13 @@ class Attention(nn.Module):
         return self._split(keys), self._split(values)
 
     def forward(self, hidden_BND: Tensor, keys_values: KeysValues, mask: Tensor | None) -> Tensor:
-        """Attend; ``mask`` bool (B, 1, N, S), true = visible."""
+        """Attend; ``mask`` bool (B, 1, N, S), true = visible; who sees nothing gets zero."""
         query = self._split(self.query(hidden_BND))
-        attended = F.scaled_dot_product_attention(query, *keys_values, attn_mask=mask)
+        if mask is None:
+            attended = F.scaled_dot_product_attention(query, *keys_values)
+        else:
+            sees = mask.any(-1, keepdim=True)  # an empty softmax would be NaN
+            attended = F.scaled_dot_product_attention(query, *keys_values, attn_mask=mask | ~sees) * sees
         out: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return out
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from visexpert.errors import ConfigError, DataError
-from visexpert.language.base import LanguageSide, item_mask, supervised
+from visexpert.language.base import LanguageSide, image_mask, item_mask, refuse_markers, supervised
 from visexpert.language.blocks import DecoderBlock, KeysValues, KeyValueCache
 from visexpert.language.generation import Decoding, write
 from visexpert.language.position import sincos_2d
+from visexpert.language.writing import CachedWriting
 from visexpert.resources import fill_module, load_safetensors, resolve_source
-from visexpert.types import IGNORE_INDEX, TextBatch, VisionTokens
+from visexpert.types import TextBatch, VisionTokens
 
 
 class CrossAttentionDecoder(LanguageSide):
@@ -74,7 +76,10 @@ class CrossAttentionDecoder(LanguageSide):
     def forward(self, vision: VisionTokens, text: TextBatch) -> Tensor:
         """See :meth:`LanguageSide.forward`."""
         _, predicting_BN = supervised(text)
-        hidden_BND = self._decode(self._memory(vision), text)
+        refuse_markers(text, self)
+        if text.ids_BN.numel():
+            self._check_length(int(text.positions_BN.max()) + 1)
+        hidden_BND = self._run(self._memory(vision), text.ids_BN, text.positions_BN, item_mask(text), None)
         logits_MV: Tensor = self.head(self.norm(hidden_BND[predicting_BN]))
         return logits_MV
 
@@ -83,14 +88,14 @@ class CrossAttentionDecoder(LanguageSide):
     ) -> list[list[int]]:
         self._check_length(max(map(len, prompts)))
         room = [self.max_tokens - len(prompt) for prompt in prompts]
-        return write(_CachedWriting(self, vision, prompts), decoding, eos_id=eos_id, room=room)
+        return write(_DecoderWriting(self, vision, prompts), decoding, eos_id=eos_id, room=room)
 
-    def _memory(self, vision: VisionTokens) -> list[KeysValues]:
+    def _memory(self, vision: VisionTokens) -> Memory:
         memory_BTD = self.memory_norm(vision.tokens_BTD)
         if self.position_scale:
             code_TD = sincos_2d(vision.grid_hw, self.width).to(memory_BTD)
             memory_BTD = memory_BTD + self.position_scale * code_TD
-        return [block.cross.keys_values(memory_BTD) for block in self._layers()]
+        return Memory([block.cross.keys_values(memory_BTD) for block in self._layers()], image_mask(vision))
 
     def _check_length(self, num_tokens: int) -> None:
         if num_tokens > self.max_tokens:
@@ -102,79 +107,61 @@ class CrossAttentionDecoder(LanguageSide):
     def _layers(self) -> list[DecoderBlock]:
         return [block for block in self.blocks if isinstance(block, DecoderBlock)]
 
-    def _decode(
-        self, memory: Sequence[KeysValues], text: TextBatch, caches: Sequence[KeyValueCache] | None = None
-    ) -> Tensor:
-        if text.ids_BN.numel():
-            self._check_length(int(text.positions_BN.max()) + 1)
-        return self._run(memory, text.ids_BN, text.positions_BN, item_mask(text), caches)
-
     def _run(
         self,
-        memory: Sequence[KeysValues],
+        memory: Memory,
         ids_BN: Tensor,
         positions_BN: Tensor,
         mask: Tensor,
         caches: Sequence[KeyValueCache] | None,
     ) -> Tensor:
         hidden_BND: Tensor = self.embed_tokens(ids_BN) + self.embed_positions(positions_BN)
-        for index, (block, keys_values) in enumerate(zip(self._layers(), memory, strict=True)):
-            hidden_BND = block(hidden_BND, keys_values, mask, None if caches is None else caches[index])
+        for index, (block, keys_values) in enumerate(zip(self._layers(), memory.keys_values, strict=True)):
+            cache = None if caches is None else caches[index]
+            hidden_BND = block(hidden_BND, keys_values, mask, cache, memory.mask)
         return hidden_BND
 
 
-class _CachedWriting:
-    """A decoder in the middle of writing: keys and values of image and text are computed once each.
+@dataclass(frozen=True)
+class Memory:
+    """An image as the blocks read it.
 
-    Prompts are padded on the right: a new token stands in one place of the cache for all rows, but its position is
-    that of its own row, and a row never sees its padding.
+    Args:
+        keys_values: Of each block.
+        mask: bool (B, 1, 1, T), true = part of the image; None where all is.
     """
 
+    keys_values: list[KeysValues]
+    mask: Tensor | None
+
+    def rows(self, rows_R: Tensor) -> Memory:
+        """What rows ``rows_R`` hold."""
+        chosen = [(keys[rows_R], values[rows_R]) for keys, values in self.keys_values]
+        return Memory(chosen, None if self.mask is None else self.mask[rows_R])
+
+
+class _DecoderWriting(CachedWriting):
+    """The decoder with its caches."""
+
     def __init__(self, decoder: CrossAttentionDecoder, vision: VisionTokens, prompts: Sequence[Sequence[int]]) -> None:
+        super().__init__(prompts, max_tokens=decoder.max_tokens, device=vision.tokens_BTD.device)
+        refuse_markers(self._text, decoder)
         self._decoder = decoder
         self._memory = decoder._memory(vision)
-        self._caches = [KeyValueCache() for _ in self._memory]
-        self._text = _right_padded(prompts, device=vision.tokens_BTD.device)
-        self._seen_RS = self._text.segments_BN > 0
-        self._length_R = self._seen_RS.sum(1)
+        self._caches = [KeyValueCache() for _ in self._memory.keys_values]
 
-    def start(self) -> Tensor:
-        """See :class:`~visexpert.language.generation.Writing`."""
-        hidden_RND = self._decoder._decode(self._memory, self._text, self._caches)
-        rows_R = torch.arange(len(hidden_RND), device=hidden_RND.device)
-        return self._logits(hidden_RND[rows_R, self._length_R - 1])
+    def read(self, ids_RN: Tensor, positions_RN: Tensor, mask: Tensor) -> Tensor:
+        """See :class:`CachedWriting`."""
+        return self._decoder._run(self._memory, ids_RN, positions_RN, mask, self._caches)
 
-    def append(self, tokens_R: Tensor) -> Tensor:
-        """See :class:`~visexpert.language.generation.Writing`."""
-        self._seen_RS = torch.cat([self._seen_RS, torch.ones_like(self._seen_RS[:, :1])], dim=1)
-        # Rows that are full wait for the others; what they would say is not read.
-        positions_R = self._length_R.clamp(max=self._decoder.max_tokens - 1)
-        hidden_R1D = self._decoder._run(
-            self._memory, tokens_R[:, None], positions_R[:, None], self._seen_RS[:, None, None], self._caches
-        )
-        self._length_R = self._length_R + 1
-        return self._logits(hidden_R1D[:, 0])
-
-    def reorder(self, rows_R: Tensor) -> None:
-        """See :class:`~visexpert.language.generation.Writing`."""
-        if len(rows_R) != len(self._length_R):  # else rows change places within their image
-            self._memory = [(keys[rows_R], values[rows_R]) for keys, values in self._memory]
-        self._seen_RS, self._length_R = self._seen_RS[rows_R], self._length_R[rows_R]
-        for cache in self._caches:
-            cache.reorder(rows_R)
-
-    def _logits(self, hidden_RD: Tensor) -> Tensor:
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """See :class:`CachedWriting`."""
         logits_RV: Tensor = self._decoder.head(self._decoder.norm(hidden_RD))
         return logits_RV
 
-
-def _right_padded(rows: Sequence[Sequence[int]], *, device: torch.device) -> TextBatch:
-    """One unsupervised item per row."""
-    length = max(map(len, rows))
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    segments = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row)
-        segments[index, : len(row)] = 1
-    positions = torch.arange(length).expand_as(ids) * segments
-    return TextBatch(ids, torch.full_like(ids, IGNORE_INDEX), segments, positions).to(device)
+    def keep(self, rows_R: Tensor) -> None:
+        """See :class:`CachedWriting`."""
+        if len(rows_R) != len(self._length_R):  # else rows change places within their image
+            self._memory = self._memory.rows(rows_R)
+        for cache in self._caches:
+            cache.reorder(rows_R)

@@ -1,37 +1,50 @@
-"""A causal language model that reads vision tokens as a prefix (LLaVA's kind of language side)."""
+"""A causal language model that reads vision tokens among its text (LLaVA's kind of language side)."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from difflib import get_close_matches
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from torch import Tensor, nn
 
-from visexpert.errors import ConfigError, DataError, WeightsError
-from visexpert.language.base import LanguageSide, item_mask, supervised
+from visexpert.errors import ConfigError, DataError
+from visexpert.language.base import additive
+from visexpert.language.causal_lm import Dtype
+from visexpert.language.chat import ChatStyle
+from visexpert.language.framing import PromptFramer
 from visexpert.language.generation import Decoding
+from visexpert.language.hf_generation import seeded, strategy, until
+from visexpert.language.lora import LoRASettings, Quantisation
 from visexpert.language.position import sincos_2d
-from visexpert.resources import fill_module, load_safetensors, resolve_source
-from visexpert.types import TextBatch, VisionTokens
+from visexpert.language.pretrained import PretrainedSide
+from visexpert.language.splice import lay_out, token_counts
+from visexpert.types import IMAGE_TOKEN, TextBatch, VisionTokens
 
 
-class PrefixLM(LanguageSide):
-    """Any ``AutoModelForCausalLM`` with the image's tokens in front of the text.
+class PrefixLM(PretrainedSide):
+    """Any ``AutoModelForCausalLM`` with the image's tokens among its text, or in front of it.
 
-    All text items of an image are packed behind one prefix: an item sees the prefix and itself, and its positions
-    count on from the prefix, so that packing gives the same logits as one row per item.
+    Where the text says where the image goes (:data:`~visexpert.types.IMAGE_TOKEN`, as LLaVA's templates do), it stands
+    there; else in front, and all items of an image are packed behind one copy. An item sees the image and itself, and
+    its positions count on, so that packing gives the same logits as one row per item.
 
     Args:
         config: Fields of a Hugging Face config with ``model_type``, for a random model (``vocab_size`` included).
-        source: Folder in ``save_pretrained`` form: its ``config.json`` builds, its ``model.safetensors`` fills.
-        position_scale: Scale of a 2-D sine-cosine code added to the prefix; 0 (LLaVA) for none.
+        source: Folder in ``save_pretrained`` form (safetensors or .bin, sharded or not), or an id of the hub. Its
+            ``config.json`` builds the model, weights follow; a big one has no memory until then.
+        position_scale: Scale of a 2-D sine-cosine code added to the image; 0 (LLaVA) for none.
         weights: Start weights for a model built from ``config``: a safetensors file or ``zoo:NAME.safetensors``.
+        dtype: Of the weights: ``float32``, ``bfloat16`` or ``float16``; what LoRA adds stays float32.
+        frozen: The model's weights stay those of ``source``: no gradient, in no checkpoint. LoRA implies it.
+        lora: Train low-rank updates instead of the model itself; null for none.
+        quantisation: Hold the frozen model in 4 bits (``nf4``, QLoRA) or 8 (``int8``), by bitsandbytes; null for not.
+        gradient_checkpointing: Keep no activations inside the blocks: less memory, a third more time.
+        image_newline: A trained vector that ends each row of tiles (LLaVA-NeXT); for images in tiles.
+        chat: Frame prompts that name no place for the image as the user's turn of this template when text is
+            generated: ``vicuna_v1``, ``llama_2``, ``mistral`` or ``plain``; null takes prompts as they are.
+        tokenizer: Folder or hub id of the tokenizer that ``chat`` needs; null takes ``source``.
     """
 
     def __init__(
@@ -41,165 +54,124 @@ class PrefixLM(LanguageSide):
         source: str | None = None,
         position_scale: float = 0.0,
         weights: str | None = None,
+        dtype: Dtype = "float32",
+        frozen: bool = False,
+        lora: LoRASettings | None = None,
+        quantisation: Quantisation | None = None,
+        gradient_checkpointing: bool = False,
+        image_newline: bool = False,
+        chat: ChatStyle | None = None,
+        tokenizer: str | None = None,
     ) -> None:
-        if (config is None) == (source is None):
-            raise ConfigError("PrefixLM takes either config (a random model) or source (a folder).")
-        settings = _build_config(config, source)
-        super().__init__(width=int(settings.hidden_size))
-        settings._attn_implementation = "sdpa"
-        self.model = AutoModelForCausalLM.from_config(settings)
+        super().__init__(
+            config=config, source=source, weights=weights, dtype=dtype, frozen=frozen, lora=lora,
+            quantisation=quantisation, gradient_checkpointing=gradient_checkpointing,
+        )  # fmt: skip
+        if chat is not None and tokenizer is None and source is None:
+            raise ConfigError(f"PrefixLM: chat={chat!r} needs a tokenizer; name its folder or hub id.")
         self.position_scale = position_scale
-        self._weights = weights if source is None else str(resolve_source(source) / "model.safetensors")
+        self.image_newline = nn.Embedding(1, self.width, dtype=self._dtype) if image_newline else None
+        if self.image_newline is not None:
+            nn.init.normal_(self.image_newline.weight, std=self.width**-0.5)
+        self._framer = None if chat is None else PromptFramer(chat, tokenizer=str(tokenizer or source))
 
-    def load_weights(self) -> None:
-        """Fill the model from ``source`` or ``weights``, if any."""
-        if self._weights is None:
-            return
-        path = resolve_source(self._weights)
-        state = load_safetensors(path, owner="PrefixLM")
-        expected = self.model.state_dict()
-        if "lm_head.weight" in expected:  # tied weights are stored once
-            state.setdefault("lm_head.weight", state.get("model.embed_tokens.weight", torch.empty(0)))
-        fill_module(self.model, state, owner="PrefixLM", path=path)
+    def added_modules(self) -> tuple[nn.Module, ...]:
+        """The vector that ends rows of tiles."""
+        return () if self.image_newline is None else (self.image_newline,)
 
     def forward(self, vision: VisionTokens, text: TextBatch) -> Tensor:
-        """See :meth:`LanguageSide.forward`."""
-        prefix_BTD = self._prefix(vision)
-        num_prefix = prefix_BTD.shape[1]
-        self._check_length(text, num_prefix)
-        embeds = torch.cat([prefix_BTD, self._embed(text.ids_BN)], dim=1)
-        positions = torch.cat([_arange(prefix_BTD), text.positions_BN + num_prefix], dim=1)
-        mask = _additive(_prefix_mask(item_mask(text), num_prefix), embeds.dtype)
+        """See :meth:`LanguageSide.forward`.
+
+        Raises:
+            DataError: The text is too long, or says of samples with an image that there is none, or the reverse.
+        """
+        reading = lay_out(vision, text)
+        self._check_length(reading.positions_BL)
+        words_BND = self._embed(text.ids_BN.clamp(min=0))
+        both_BXD = torch.cat([words_BND, self._image(vision).to(words_BND.dtype)], dim=1)
+        embeds_BLD = both_BXD.gather(1, reading.source_BL[..., None].expand(-1, -1, self.width))
         output = self.model.base_model(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
-        )
-        _, predicting_BN = supervised(text)
-        logits_MV: Tensor = self.model.get_output_embeddings()(output.last_hidden_state[:, num_prefix:][predicting_BN])
-        return logits_MV
+            inputs_embeds=embeds_BLD, attention_mask=additive(reading.mask_BLL[:, None], embeds_BLD.dtype),
+            position_ids=reading.positions_BL, use_cache=False,
+        )  # fmt: skip
+        logits_MV: Tensor = self.model.get_output_embeddings()(output.last_hidden_state[reading.predicting_BL])
+        return logits_MV.float()
 
     def _generate(
         self, vision: VisionTokens, prompts: Sequence[Sequence[int]], *, eos_id: int, decoding: Decoding
     ) -> list[list[int]]:
-        """By transformers' ``generate``, with a KV cache; prompts are padded on the left.
+        """By transformers' ``generate``, with a KV cache; rows are padded on the left.
 
         Sampled rows share one stream of random numbers, so that a draw depends on the rows beside it.
         """
-        prefix_BTD = self._prefix(vision)
-        length = max(map(len, prompts))
-        room = self._check_room(length, prefix_BTD.shape[1])
-        ids = torch.full((len(prompts), length), eos_id, dtype=torch.long)
-        for index, prompt in enumerate(prompts):
-            ids[index, length - len(prompt) :] = torch.tensor(prompt)
-        ids = ids.to(prefix_BTD.device)
-        # Padding stands before the image: the image and its prompt stay neighbours, as in training.
-        rows = [
-            torch.cat([self._embed(ids[i, : length - n]), prefix_BTD[i], self._embed(ids[i, length - n :])])
-            for i, n in enumerate(map(len, prompts))
-        ]
-        pad = torch.tensor([length - len(prompt) for prompt in prompts], device=ids.device)
-        mask = (torch.arange(rows[0].shape[0], device=pad.device) >= pad[:, None]).long()
-        with _seeded(decoding):
+        lengths = token_counts(vision).tolist()
+        image_BTD = self._image(vision)
+        framed = [self._framed(prompt, length > 0) for prompt, length in zip(prompts, lengths, strict=True)]
+        rows = [self._row(ids, image_BTD[i, : lengths[i]]) for i, ids in enumerate(framed)]
+        longest = max(map(len, rows))
+        room = self._check_room(longest)
+        # Padding stands in front: image and prompt stay neighbours, as in training.
+        embeds = torch.stack([nn.functional.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
+        pad = torch.tensor([longest - len(row) for row in rows], device=embeds.device)
+        mask = (torch.arange(longest, device=pad.device) >= pad[:, None]).long()
+        with seeded(decoding):
             out = self.model.generate(
-                inputs_embeds=torch.stack(rows), attention_mask=mask, eos_token_id=eos_id, pad_token_id=eos_id,
-                max_new_tokens=min(decoding.max_new_tokens, room), **_strategy(decoding),
+                inputs_embeds=embeds, attention_mask=mask, eos_token_id=eos_id, pad_token_id=eos_id,
+                max_new_tokens=min(decoding.max_new_tokens, room), **strategy(decoding),
             )  # fmt: skip
-        return [_until(row, eos_id) for row in out.tolist()]
+        return [until(row, eos_id) for row in out.tolist()]
 
-    def _check_room(self, length: int, num_prefix: int) -> int:
-        """Tokens that still fit behind the image and a prompt."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and num_prefix + length >= limit:
+    def _row(self, ids: Sequence[int], image_TD: Tensor) -> Tensor:
+        """Embeddings (L, D) of a prompt with its image in it."""
+        place = ids.index(IMAGE_TOKEN) if IMAGE_TOKEN in ids else 0
+        rest = place + 1 if IMAGE_TOKEN in ids else 0
+        words_LD = self._embed(torch.tensor([*ids[:place], *ids[rest:]], device=image_TD.device))
+        return torch.cat([words_LD[:place], image_TD.to(words_LD.dtype), words_LD[place:]])
+
+    def _framed(self, prompt: Sequence[int], has_image: bool) -> list[int]:
+        """A prompt as the model was trained to be asked; one that names a place for the image is framed already."""
+        count = sum(token == IMAGE_TOKEN for token in prompt)
+        if count > int(has_image):
             raise DataError(
-                f"PrefixLM: a prompt of {length} tokens behind {num_prefix} image tokens leaves no room for an answer "
-                f"in the {limit} positions of the language model; shorten it or take a model with more."
+                f"A prompt has {count} image tokens (<image>), but its sample has {int(has_image)} image; write it "
+                "once where there is an image, and nowhere else."
             )
-        return sys.maxsize if limit is None else int(limit) - num_prefix - length
+        framer = None if count else self._framer
+        return list(prompt) if framer is None else framer(prompt, has_image=has_image)
 
-    def _check_length(self, text: TextBatch, num_prefix: int) -> None:
+    def _check_room(self, length: int) -> int:
+        """Tokens that still fit behind an image and its prompt."""
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        longest = int(text.positions_BN.max()) + 1 if text.positions_BN.numel() else 0
-        if limit is not None and num_prefix + longest > limit:
+        if limit is not None and length >= limit:
             raise DataError(
-                f"PrefixLM: a text item of {longest} tokens behind {num_prefix} image tokens is longer than the "
-                f"{limit} positions of the language model; shorten it or take a model with more."
+                f"PrefixLM: an image with its prompt takes {length} tokens and leaves no room for an answer in the "
+                f"{limit} positions of the language model; shorten the prompt or take a model with more."
+            )
+        return sys.maxsize if limit is None else int(limit) - length
+
+    def _check_length(self, positions_BL: Tensor) -> None:
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        longest = int(positions_BL.max()) + 1
+        if limit is not None and longest > limit:
+            raise DataError(
+                f"PrefixLM: a text item with its image takes {longest} tokens, more than the {limit} positions of the "
+                "language model; shorten the text or take a model with more."
             )
 
-    def _prefix(self, vision: VisionTokens) -> Tensor:
+    def _image(self, vision: VisionTokens) -> Tensor:
         tokens_BTD = vision.tokens_BTD
-        if self.position_scale:
-            tokens_BTD = tokens_BTD + self.position_scale * sincos_2d(vision.grid_hw, self.width).to(tokens_BTD)
-        return tokens_BTD
+        if vision.newline_BT is not None:
+            if self.image_newline is None:
+                raise ConfigError("PrefixLM: the images come in tiles, which takes image_newline: true.")
+            newline_D = self.image_newline.weight[0].to(tokens_BTD.dtype)
+            tokens_BTD = torch.where(vision.newline_BT[..., None], newline_D, tokens_BTD)
+        if not self.position_scale:
+            return tokens_BTD
+        code_TD = sincos_2d(vision.grid_hw, self.width).to(tokens_BTD)
+        if len(code_TD) != tokens_BTD.shape[1]:
+            raise ConfigError("PrefixLM: position_scale codes one grid, but the images come in tiles; set it to 0.")
+        return tokens_BTD + self.position_scale * code_TD
 
     def _embed(self, ids: Tensor) -> Tensor:
         embedded: Tensor = self.model.get_input_embeddings()(ids)
         return embedded
-
-
-def _build_config(config: dict[str, Any] | None, source: str | None) -> PretrainedConfig:
-    if config is not None:
-        settings = dict(config)
-        if "model_type" not in settings:
-            raise ConfigError("PrefixLM: config needs a model_type, for example 'llama'.")
-        kind = str(settings.pop("model_type"))
-        if kind not in CONFIG_MAPPING:
-            near = get_close_matches(kind, CONFIG_MAPPING, n=3)
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "take one that transformers knows."
-            raise ConfigError(f"PrefixLM: model_type={kind!r} is unknown; {hint}")
-        built: PretrainedConfig = AutoConfig.for_model(kind, **settings)
-        return built
-    folder = Path(resolve_source(str(source)))
-    if not (folder / "config.json").is_file():
-        raise WeightsError(f"PrefixLM: no config.json in {folder}; give a folder written by save_pretrained.")
-    loaded: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
-    return loaded
-
-
-def _prefix_mask(text_mask: Tensor, num_prefix: int) -> Tensor:
-    """Causal mask over prefix and packed text, bool (B, 1, T + N, T + N)."""
-    batch, _, num_text, _ = text_mask.shape
-    total = num_prefix + num_text
-    mask = torch.zeros(batch, 1, total, total, dtype=torch.bool, device=text_mask.device)
-    mask[:, :, :num_prefix, :num_prefix] = torch.ones(num_prefix, num_prefix, device=mask.device).tril().bool()
-    mask[:, :, num_prefix:, :num_prefix] = True
-    mask[:, :, num_prefix:, num_prefix:] = text_mask
-    return mask
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-
-
-def _arange(prefix_BTD: Tensor) -> Tensor:
-    return torch.arange(prefix_BTD.shape[1], device=prefix_BTD.device).expand(prefix_BTD.shape[0], -1)
-
-
-def _strategy(decoding: Decoding) -> dict[str, Any]:
-    """The words of transformers' ``generate`` for it; what they do not name is off there."""
-    if decoding.strategy == "beam":
-        # "never" stops when nothing better can come, as our own search does; the default is a heuristic.
-        return {
-            "do_sample": False, "num_beams": decoding.num_beams, "length_penalty": decoding.length_penalty,
-            "early_stopping": "never",
-        }  # fmt: skip
-    if decoding.strategy == "sample":
-        top_k = 0 if decoding.top_k is None else decoding.top_k  # 0 is transformers' "all"
-        return {
-            "do_sample": True, "num_beams": 1, "temperature": decoding.temperature, "top_k": top_k,
-            "top_p": decoding.top_p,
-        }  # fmt: skip
-    return {"do_sample": False, "num_beams": 1}
-
-
-@contextmanager
-def _seeded(decoding: Decoding) -> Iterator[None]:
-    """Draw from the strategy's own seed, where it draws, and leave everyone else's numbers as they were."""
-    if decoding.strategy != "sample":
-        yield
-        return
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(decoding.seed)
-        yield
-
-
-def _until(row: list[int], eos_id: int) -> list[int]:
-    return row[: row.index(eos_id)] if eos_id in row else row

@@ -1,0 +1,206 @@
+"""Causal language models of transformers: built without weights first, filled second."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from visexpert.errors import ConfigError, WeightsError
+from visexpert.language.hub import SMALL_FILES, is_here, model_folder
+from visexpert.language.lora import Quantisation, quantised
+
+log = logging.getLogger(__name__)
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+META_FROM = 50_000_000
+"""Parameters from which a model whose weights are yet to come is built on the meta device, without memory."""
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""How a folder in ``save_pretrained`` form names its weights, or the list of their parts; the first found is read."""
+
+
+def build_config(config: Mapping[str, Any] | None, source: str | None, *, owner: str) -> PretrainedConfig:
+    """The configuration from fields with ``model_type``, or of a folder or hub id.
+
+    Raises:
+        ConfigError: No or an unknown ``model_type``.
+        WeightsError: The source is not to be had, or its configuration cannot be read.
+    """
+    if config is not None:
+        return _from_fields(dict(config), owner)
+    folder = model_folder(str(source), owner=owner)
+    try:
+        loaded: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise WeightsError(
+            f"{owner}: {folder / 'config.json'} is of no model that transformers knows without running its code "
+            f"({str(error).splitlines()[0][:120]}); give another."
+        ) from error
+    return loaded
+
+
+def torch_dtype(name: Dtype, *, owner: str) -> torch.dtype:
+    """The dtype of a name.
+
+    Raises:
+        ConfigError: An unknown one.
+    """
+    if name not in get_args(Dtype):
+        raise ConfigError(f"{owner}: dtype={name!r} is unknown; use one of {', '.join(get_args(Dtype))}.")
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def build_model(settings: PretrainedConfig, *, dtype: torch.dtype, weights_follow: bool) -> nn.Module:
+    """A random model; a big one whose weights follow is on the meta device."""
+    settings._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        empty: nn.Module = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    if weights_follow and sum(parameter.numel() for parameter in empty.parameters()) >= META_FROM:
+        return empty
+    built: nn.Module = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    return built
+
+
+def read_model(
+    source: str,
+    settings: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    quantisation: Quantisation | None,
+    owner: str,
+    fresh: tuple[str, ...] = (),
+) -> nn.Module:
+    """A model with its weights, from safetensors or, without running code from them, from .bin files; sharded or not.
+
+    Args:
+        source: Folder or hub id.
+        settings: Its configuration, as :func:`build_config` gave it.
+        dtype: Of the weights.
+        quantisation: Bits to hold them in.
+        owner: Who asks, for messages.
+        fresh: Parts of names of weights that may be missing and then are random.
+
+    Raises:
+        WeightsError: The weights are missing, damaged, could run code, or do not fit the configuration.
+        ConfigError: ``quantisation`` cannot be.
+    """
+    folder = weights_folder(source, owner=owner)
+    options: dict[str, Any] = {} if quantisation is None else {"quantization_config": quantised(quantisation, dtype)}
+    log.info("%s: reading %s", owner, folder)
+    try:
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, config=settings, dtype=dtype, attn_implementation="sdpa", local_files_only=True,
+                trust_remote_code=False, weights_only=True, output_loading_info=True, **options,
+            )  # fmt: skip
+    except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError, SafetensorError) as error:
+        raise WeightsError(
+            f"{owner}: the weights in {folder} cannot be read ({str(error).splitlines()[0][:160]}); fetch them again."
+        ) from error
+    model, report = loaded
+    check_report(report, folder, owner=owner, fresh=fresh)
+    filled: nn.Module = model
+    return filled
+
+
+def check_report(report: Mapping[str, Any], folder: Path, *, owner: str, fresh: tuple[str, ...] = ()) -> None:
+    """Refuse what transformers would pass over with a warning.
+
+    Args:
+        report: What ``from_pretrained`` says of its loading.
+        folder: Where from.
+        owner: Who asks, for the message.
+        fresh: Parts of names of what may be missing.
+
+    Raises:
+        WeightsError: A weight is missing or has another shape.
+    """
+    missing = sorted(key for key in report["missing_keys"] if not any(part in key for part in fresh))
+    reshaped = sorted(str(entry[0]) for entry in report.get("mismatched_keys", ()))
+    if missing or reshaped:
+        raise WeightsError(
+            f"{owner}: the weights in {folder} do not fit its config.json: missing {missing[:3]}, of another shape "
+            f"{reshaped[:3]}; fetch them again."
+        )
+    if report["unexpected_keys"]:
+        log.info("%s: left out of %s: %s", owner, folder, sorted(report["unexpected_keys"])[:3])
+
+
+def weights_folder(source: str, *, owner: str) -> Path:
+    """The folder that holds a model's weights, fetched where need be.
+
+    Raises:
+        WeightsError: There are none, or a list of parts names one that is missing or lies elsewhere.
+    """
+    folder = model_folder(source, owner=owner)
+    if is_here(source):
+        if not _has_weights(folder):
+            raise WeightsError(f"{owner}: no weights in {folder}: none of {', '.join(WEIGHTS)} is there; copy them.")
+        return folder
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        if not _has_weights(folder):
+            folder = model_folder(source, owner=owner, patterns=(*SMALL_FILES, pattern))
+    if not _has_weights(folder):
+        raise WeightsError(
+            f"{owner}: the Hugging Face cache has the configuration of '{source}' in {folder}, but no weights; fetch "
+            f"them where there is a network with `hf download {source}`."
+        )
+    return folder
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bars and its table of missing weights, which :func:`check_report` reads."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether the weights are there, all parts of them.
+
+    Raises:
+        WeightsError: The list of parts cannot be read, or names a part that is no plain name.
+    """
+    found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if found is None or found.suffix != ".json":
+        return found is not None
+    try:
+        parts = {str(part) for part in json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise WeightsError(f"{found} is no list of weights ({error!r}); fetch it again.") from error
+    if elsewhere := sorted(part for part in parts if Path(part).name != part):
+        raise WeightsError(f"{found} names {elsewhere[0]!r}, which is not a file beside it; do not trust this model.")
+    return all((folder / part).is_file() for part in parts)
+
+
+def _from_fields(settings: dict[str, Any], owner: str) -> PretrainedConfig:
+    if "model_type" not in settings:
+        raise ConfigError(f"{owner}: config needs a model_type, for example 'llama'.")
+    kind = str(settings.pop("model_type"))
+    if kind not in CONFIG_MAPPING:
+        near = get_close_matches(kind, CONFIG_MAPPING, n=3)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "take one that transformers knows."
+        raise ConfigError(f"{owner}: model_type={kind!r} is unknown; {hint}")
+    built: PretrainedConfig = AutoConfig.for_model(kind, **settings)
+    return built

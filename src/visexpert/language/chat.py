@@ -1,0 +1,201 @@
+"""Conversations as the text that LLaVA-1.5 trains on: template, place of the image, labels on assistant turns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+
+import numpy as np
+
+from visexpert.errors import ConfigError, DataError
+from visexpert.types import IMAGE_TOKEN, EncodedText, TextEncoder, TextItem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ChatStyle = Literal["vicuna_v1", "llama_2", "mistral", "plain"]
+
+Turns: TypeAlias = Sequence[tuple[str, str | None]]
+"""What the user says and what the assistant answers, in turn; None where it is to be written."""
+
+MARKER = "<image>"
+
+SYSTEMS: dict[ChatStyle, str] = {
+    "vicuna_v1": "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    "llama_2": "You are a helpful language and vision assistant. You are able to understand the visual content that "
+    "the user provides, and assist the user with a variety of tasks using natural language.",
+    "mistral": "",
+    "plain": "",
+}
+"""What opens a conversation, word for word as in training: another wording is another model to it."""
+
+
+class LlavaTemplate(TextEncoder):
+    """Frames conversations by one of LLaVA-1.5's templates (haotian-liu/LLaVA, ``conversation.py``).
+
+    - ``vicuna_v1``: ``USER: question ASSISTANT: answer</s>``, the system text before the first turn;
+    - ``llama_2``: ``<s>[INST] question [/INST] answer </s>``, the system text inside the first question;
+    - ``mistral``: the same with one ``<s>`` and no system text;
+    - ``plain``: the answer and a line break, questions are left out (stage 1).
+
+    The image stands before its question on a line of its own, or in front of a plain answer.
+    Labels stand on every answer with what ends it. As in LLaVA each stretch between special tokens is tokenised on its
+    own, and words such as ``</s>`` in a text stay words.
+
+    Args:
+        tokenizer: A fast one. Where it has no ``<bos>``, its ``<eos>`` opens the text.
+        style: The template.
+        system: Another system text; null for the template's.
+        max_tokens: Longest item, the image counted as one; a longer one is cut at its end. Null for no limit.
+
+    Raises:
+        ConfigError: An unknown style, a tokenizer that cannot say where a token stands, or a system text that the
+            style has no place for.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        style: ChatStyle = "vicuna_v1",
+        system: str | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        if style not in get_args(ChatStyle):
+            raise ConfigError(f"The chat template {style!r} is unknown; use one of {', '.join(get_args(ChatStyle))}.")
+        if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+            raise ConfigError(
+                f"{type(tokenizer).__name__} cannot frame conversations: that takes a fast tokenizer (with character "
+                "offsets) that has an end-of-sequence token; load another or set its eos_token."
+            )
+        if system and not SYSTEMS[style]:
+            raise ConfigError(f"The chat template {style!r} has no place for a system text; leave system out.")
+        self.tokenizer, self.style = tokenizer, style
+        self.system = SYSTEMS[style] if system is None else system
+        self.max_tokens = max_tokens
+        self.eos_id: int = tokenizer.eos_token_id
+        self.bos_id: int = self.eos_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def encode(self, item: TextItem, *, has_image: bool = True) -> EncodedText:
+        """A whole conversation: the item's history, then its prompt and answer.
+
+        Raises:
+            DataError: ``<image>`` does not stand once in the texts of a sample with an image and in no other's, an
+                answer is empty, or no answer is left within ``max_tokens``.
+        """
+        turns = self._with_marker([*item.history, (item.prompt, item.answer)], has_image)
+        if any(not answer.strip() for _, answer in turns if answer is not None):
+            raise DataError(f"An answer of {item} is empty; correct the annotation or leave the item out.")
+        text = self._tokenise(self._parts(turns))
+        if self.max_tokens is not None:
+            text = EncodedText(text.ids[: self.max_tokens], text.supervised[: self.max_tokens])
+            if not text.supervised.any():
+                raise DataError(
+                    f"The first prompt of {item} takes all of max_tokens={self.max_tokens}; raise it or shorten that."
+                )
+        return text
+
+    def prompt(self, question: str, *, history: Sequence[tuple[str, str]] = (), has_image: bool = True) -> list[int]:
+        """Ids of a conversation up to where the next answer begins.
+
+        Raises:
+            DataError: As :meth:`encode`.
+        """
+        turns = self._with_marker([*history, (question, None)], has_image)
+        ids: list[int] = self._tokenise(self._parts(turns)).ids.tolist()
+        return ids
+
+    def _with_marker(self, turns: Turns, has_image: bool) -> Turns:
+        """The image's marker in the first question, unless a question has it."""
+        count = sum(question.count(MARKER) for question, _ in turns)
+        if has_image and not count:
+            (question, answer), *others = turns
+            return [(MARKER + question, answer), *others]
+        if count != int(has_image):
+            raise DataError(
+                f"The conversation that begins {turns[0][0][:60]!r} has {count} image tokens ({MARKER}), but its "
+                f"sample has {int(has_image)} image; write {MARKER} once where there is an image, and nowhere else."
+            )
+        return turns
+
+    def _parts(self, turns: Turns) -> Iterator[_Part]:
+        yield _Part(token=self.bos_id)
+        if self.style == "plain":
+            yield from self._plain(turns)
+            return
+        for number, (question, answer) in enumerate(turns):
+            frame = self._vicuna if self.style == "vicuna_v1" else self._bracketed
+            yield from frame(number, question, answer)
+            if answer is not None:
+                yield _Part(token=self.eos_id, learned=True)
+
+    def _vicuna(self, number: int, question: str, answer: str | None) -> Iterator[_Part]:
+        yield _Part(f"{self.system} USER: " if number == 0 and self.system else "USER: ")
+        yield from _question(question)
+        yield _Part(" ASSISTANT:")
+        if answer is not None:
+            yield from (_Part(" "), _Part(answer, learned=True))
+
+    def _bracketed(self, number: int, question: str, answer: str | None) -> Iterator[_Part]:
+        if number and self.style == "llama_2":
+            yield _Part(token=self.bos_id)
+        yield _Part(f"[INST] <<SYS>>\n{self.system}\n<</SYS>>\n\n" if number == 0 and self.system else "[INST] ")
+        yield from _question(question)
+        yield _Part(" [/INST]")
+        if answer is not None:
+            yield from (_Part(" "), _Part(f"{answer} ", learned=True))
+
+    def _plain(self, turns: Turns) -> Iterator[_Part]:
+        if len(turns) != 1:
+            raise DataError(f"The chat template 'plain' takes one answer per image, not {len(turns)} turns.")
+        ((question, answer),) = turns
+        if MARKER in question:
+            yield _Part(token=IMAGE_TOKEN)
+        if answer is not None:
+            yield _Part(f"{answer}\n", learned=True)
+
+    def _tokenise(self, parts: Iterator[_Part]) -> EncodedText:
+        """Stretches of text as one each, with the special tokens between them."""
+        ids: list[int] = []
+        supervised: list[bool] = []
+        for is_text, group in groupby(parts, key=lambda part: part.token is None):
+            stretch = list(group)
+            if is_text:
+                found = self._stretch(stretch)
+                ids += found.ids.tolist()
+                supervised += found.supervised.tolist()
+            else:
+                ids += [part.token for part in stretch if part.token is not None]
+                supervised += [part.learned for part in stretch]
+        return EncodedText(np.asarray(ids, dtype=np.int64), np.asarray(supervised, dtype=np.bool_))
+
+    def _stretch(self, parts: Sequence[_Part]) -> EncodedText:
+        text = "".join(part.text for part in parts)
+        learned = np.repeat([part.learned for part in parts], [len(part.text) for part in parts])
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
+        supervised = [bool(learned[begin:end].any()) for begin, end in encoded["offset_mapping"]]
+        return EncodedText(np.asarray(encoded["input_ids"], dtype=np.int64), np.asarray(supervised, dtype=np.bool_))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A stretch of text, or one special token; ``learned`` says that the model must write it."""
+
+    text: str = ""
+    token: int | None = None
+    learned: bool = False
+
+
+def _question(question: str) -> Iterator[_Part]:
+    """The user's words; the image stands before them on a line of its own, wherever the marker was."""
+    if MARKER not in question:
+        yield _Part(question)
+        return
+    yield _Part(token=IMAGE_TOKEN)
+    words = question.replace(MARKER, "").strip()
+    if words:
+        yield _Part(f"\n{words}")

@@ -1,0 +1,33 @@
+"""Weights that stay what their source says: in no checkpoint, and not missed when one is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from torch import nn
+
+
+def leave_out_of_checkpoints(module: nn.Module, names: Callable[[], Collection[str]]) -> None:
+    """Keep some of a module's weights out of its state dict, also where it is part of a larger module.
+
+    Args:
+        module: The module; whoever fills those weights does so before a checkpoint is read.
+        names: Says which, as the module's own state dict names them.
+    """
+    seen: dict[str, str] = {}
+
+    def drop(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
+        for name in names():
+            state.pop(prefix + name, None)
+
+    def note(_: nn.Module, __: Any, prefix: str, *___: Any) -> None:
+        seen["prefix"] = prefix
+
+    def forgive(_: nn.Module, incompatible: Any) -> None:
+        absent = {seen["prefix"] + name for name in names()}
+        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in absent]
+
+    module.register_state_dict_post_hook(drop)
+    module.register_load_state_dict_pre_hook(note)
+    module.register_load_state_dict_post_hook(forgive)

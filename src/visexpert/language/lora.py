@@ -1,0 +1,99 @@
+"""LoRA and QLoRA on a language model, through peft and bitsandbytes."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from visexpert.errors import ConfigError
+
+Quantisation = Literal["nf4", "int8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRASettings:
+    """Low-rank updates beside a frozen language model (LoRA, arXiv 2106.09685). Defaults are LLaVA-1.5's.
+
+    Args:
+        rank: Rank of each update.
+        alpha: Updates are scaled by alpha / rank.
+        dropout: On their input, in training.
+        targets: Names of the linear layers that get one, such as ``q_proj``; null for all but the output layer.
+    """
+
+    rank: int = 128
+    alpha: float = 256
+    dropout: float = 0.05
+    targets: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not 0 <= self.dropout < 1 or self.alpha <= 0:
+            raise ConfigError(
+                f"LoRA: rank={self.rank}, alpha={self.alpha} and dropout={self.dropout} cannot work; give a rank of at "
+                "least 1, an alpha above 0 and a dropout in [0, 1)."
+            )
+
+
+def add_lora(model: nn.Module, settings: LoRASettings) -> LoraModel:
+    """Put updates into a causal language model, which is changed in place; all else of it is frozen.
+
+    They are float32 whatever the model is, since bfloat16 has no room for small steps.
+
+    Raises:
+        ConfigError: A target names no linear layer.
+    """
+    model.requires_grad_(False)
+    config = LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout,  # type: ignore[arg-type]
+        target_modules=settings.targets or "all-linear", task_type="CAUSAL_LM",
+    )  # fmt: skip
+    place = next(model.parameters()).device
+    try:
+        with place if place.type == "meta" else nullcontext():  # else peft takes memory for what is not there yet
+            tuner = LoraModel(model, config, "default")
+    except ValueError as error:
+        linear = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+        raise ConfigError(
+            f"LoRA: targets {settings.targets} name no linear layer of the model; it has {sorted(linear)}."
+        ) from error
+    for part in lora_modules(model):
+        part.to(torch.float32)
+    return tuner
+
+
+def lora_modules(model: nn.Module) -> tuple[nn.Module, ...]:
+    """The low-rank factors inside a model, in its order."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    return tuple(part for layer in layers for part in (layer.lora_A, layer.lora_B))
+
+
+def quantised(kind: Quantisation, compute: torch.dtype) -> Any:
+    """The setting of transformers that loads a model in 4 or 8 bits.
+
+    Args:
+        kind: ``nf4`` - QLoRA's 4 bits (arXiv 2305.14314) with doubly quantised constants; ``int8``.
+        compute: What products are computed in.
+
+    Raises:
+        ConfigError: An unknown kind, or bitsandbytes is not installed.
+    """
+    if kind not in get_args(Quantisation):
+        raise ConfigError(f"quantisation={kind!r} is unknown; use one of {', '.join(get_args(Quantisation))}.")
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"quantisation={kind!r} needs bitsandbytes, which is not installed: pip install 'bitsandbytes>=0.46', or "
+            "set quantisation to null and dtype to bfloat16."
+        )
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )

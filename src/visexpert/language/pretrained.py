@@ -1,0 +1,146 @@
+"""What language sides share that wrap a model of transformers: building, filling, freezing, LoRA."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from visexpert.errors import ConfigError
+from visexpert.language.base import LanguageSide
+from visexpert.language.causal_lm import Dtype, build_config, build_model, read_model, torch_dtype
+from visexpert.language.frozen import leave_out_of_checkpoints
+from visexpert.language.lora import LoRASettings, Quantisation, add_lora, lora_modules, quantised
+from visexpert.resources import fill_module, load_safetensors, resolve_source
+
+
+class PretrainedSide(LanguageSide):
+    """Holds a causal language model of transformers as ``model``; the arguments are those of its subclasses."""
+
+    fresh: tuple[str, ...] = ()
+    """Parts of names of weights that a source may lack."""
+
+    def __init__(
+        self,
+        *,
+        config: dict[str, Any] | None,
+        source: str | None,
+        weights: str | None,
+        dtype: Dtype,
+        frozen: bool,
+        lora: LoRASettings | None,
+        quantisation: Quantisation | None,
+        gradient_checkpointing: bool,
+    ) -> None:
+        self.owner = type(self).__name__
+        if (config is None) == (source is None):
+            raise ConfigError(f"{self.owner} takes either config (a random model) or source (a folder or hub id).")
+        settings = self.adapt(build_config(config, source, owner=self.owner))
+        super().__init__(width=int(settings.hidden_size))
+        self.settings, self.source = settings, source
+        self._dtype = torch_dtype(dtype, owner=self.owner)
+        self._weights, self._lora, self._quantisation = weights, lora, quantisation
+        self._is_frozen, self._checkpointing = frozen or lora is not None, gradient_checkpointing
+        self._check()
+        self.model: Any = None
+        self._take(build_model(settings, dtype=self._dtype, weights_follow=source is not None))
+        if self._is_frozen:
+            leave_out_of_checkpoints(self, self._frozen_names)
+
+    def adapt(self, settings: Any) -> Any:
+        """The configuration as this side needs it."""
+        return settings
+
+    def read(self, source: str) -> nn.Module:
+        """The model with the weights of a source."""
+        return read_model(
+            source, self.settings, dtype=self._dtype, quantisation=self._quantisation, owner=self.owner,
+            fresh=self.fresh,
+        )  # fmt: skip
+
+    def added_modules(self) -> tuple[nn.Module, ...]:
+        """What a side trains beside its model, frozen or not."""
+        return ()
+
+    def load_weights(self) -> None:
+        """Fill the model from ``source`` or ``weights``, if any.
+
+        Raises:
+            WeightsError: They are missing or do not fit.
+        """
+        if self.source is not None:
+            self._take(self.read(self.source))
+        elif self._weights is not None:
+            path = resolve_source(self._weights)
+            state = load_safetensors(path, owner=self.owner)
+            for copied, original in self.model._tied_weights_keys.items():  # tied weights are stored once
+                state.setdefault(copied, state.get(original, torch.empty(0)))
+            fill_module(self.model, state, owner=self.owner, path=path)
+
+    @property
+    def has_source(self) -> bool:
+        """Whether ``source`` or ``weights`` fill it."""
+        return self.source is not None or self._weights is not None
+
+    def trained_modules(self) -> tuple[nn.Module, ...]:
+        """What trains: everything, or what was added to a frozen model."""
+        return (*lora_modules(self.model), *self.added_modules()) if self._is_frozen else (self,)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As of any module, except that a frozen model stays frozen."""
+        if not self._is_frozen:
+            return super().requires_grad_(requires_grad)
+        for module in self.trained_modules():
+            module.requires_grad_(requires_grad)
+        return self
+
+    def plain_model(self) -> Any:
+        """The language model alone, with LoRA's updates added to its weights if there are any; a copy then.
+
+        Raises:
+            ConfigError: Its weights are quantised.
+        """
+        if self._lora is None:
+            return self.model
+        if self._quantisation is not None:
+            raise ConfigError(
+                f"{self.owner}: updates cannot be added to weights in {self._quantisation}; open the run with "
+                "quantisation null (the checkpoint holds the updates alone)."
+            )
+        tuner: Any = copy.deepcopy(self)._tuner
+        return tuner.merge_and_unload()
+
+    def _check(self) -> None:
+        if self._quantisation is not None:
+            quantised(self._quantisation, self._dtype)
+            if self.source is None or self._lora is None:
+                raise ConfigError(
+                    f"{self.owner}: quantisation={self._quantisation!r} holds the weights of a source that stay as "
+                    "they are; give source, and lora for what trains."
+                )
+        if self._is_frozen and self.source is None and self._weights is None:
+            raise ConfigError(
+                f"{self.owner}: a frozen model (lora has one, too) is in no checkpoint, so its weights need a source; "
+                "give one instead of config, or beside it weights."
+            )
+
+    def _take(self, model: nn.Module) -> None:
+        """Make a model this side's own."""
+        if self._is_frozen:
+            model.requires_grad_(False)
+        if self._lora is not None:
+            self.__dict__["_tuner"] = add_lora(model, self._lora)  # no part of this module: it holds the same weights
+        if self._checkpointing:
+            # The newer name where there is one: transformers is about to drop the older.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})  # type: ignore[operator]
+        self.model = model
+
+    def _frozen_names(self) -> set[str]:
+        """Names of what ``source`` holds."""
+        kept = {id(parameter) for module in self.trained_modules() for parameter in module.parameters()}
+        state: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
+        return {f"model.{name}" for name, value in state.items() if id(value) not in kept}

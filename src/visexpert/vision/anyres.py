@@ -1,0 +1,179 @@
+"""Images in tiles: any resolution through a CLIP of one input size (LLaVA-NeXT's AnyRes).
+
+Letters beside those of types.py: V views (whole images and tiles of all images of a batch), M most tokens of an image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.image_processing_utils import select_best_resolution
+from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+from visexpert.errors import ConfigError
+from visexpert.types import Batch, VisionTokens
+from visexpert.vision.clip import ClipEncoder
+
+PINPOINTS = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]
+"""LLaVA-NeXT's grids of tiles, rows x columns."""
+
+NEWLINE = -1
+
+
+class TiledClipEncoder(ClipEncoder):
+    """A CLIP that sees an image whole and, enlarged, in tiles of its own input size; :func:`views_of` cuts them.
+
+    Everything else is :class:`ClipEncoder`; its copy among MoVE-KD's teachers sees whole images only.
+
+    Args:
+        pinpoints: Grids of tiles, rows and columns, of which an image takes the one that keeps most of its pixels and
+            wastes fewest; null for LLaVA-NeXT's five.
+        kwargs: See :class:`ClipEncoder`.
+    """
+
+    def __init__(self, *, pinpoints: list[list[int]] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.pinpoints = PINPOINTS if pinpoints is None else pinpoints
+        if not self.pinpoints or any(len(grid) != 2 or min(grid) < 1 for grid in self.pinpoints):
+            raise ConfigError(
+                f"TiledClipEncoder: pinpoints={pinpoints} must name at least one grid of tiles as [rows, columns], "
+                "both from 1."
+            )
+
+
+@dataclass(frozen=True)
+class Views:
+    """What the encoders see of a batch, and how to put together again what becomes of it.
+
+    Args:
+        batch: One image per view: all whole images, then the tiles of the first, of the second, ... Without tiles the
+            batch itself.
+        index_BM: int64, which token of all views' (V T) stands where; :data:`NEWLINE` ends a row of tiles. None
+            without tiles.
+        lengths_B: int64 number of tokens of each image; None where all have the same.
+    """
+
+    batch: Batch
+    index_BM: Tensor | None
+    lengths_B: Tensor | None
+
+    def whole(self, seen: VisionTokens) -> VisionTokens:
+        """Of tokens of all views those of the whole images, as without tiles."""
+        if self.index_BM is None:
+            return seen
+        count = len(self.index_BM)
+        gates, cls = seen.gates_BTK, seen.cls_BD
+        return replace(
+            seen, tokens_BTD=seen.tokens_BTD[:count], cls_BD=None if cls is None else cls[:count],
+            gates_BTK=None if gates is None else gates[:count],
+        )  # fmt: skip
+
+    def join(self, seen: VisionTokens) -> VisionTokens:
+        """Tokens of all views as one row per image: the whole image's, then the tiles' in reading order, unpadded.
+
+        What else there is (gates, [CLS]) stays that of the whole images.
+        """
+        whole = replace(self.whole(seen), lengths_B=self.lengths_B)
+        if self.index_BM is None:
+            return whole
+        tokens_XD = seen.tokens_BTD.flatten(0, 1)
+        joined_BMD = tokens_XD[self.index_BM.clamp(min=0)]
+        return replace(whole, tokens_BTD=joined_BMD, newline_BT=self.index_BM == NEWLINE)
+
+
+def views_of(clip: ClipEncoder, batch: Batch) -> Views:
+    """Cut images into what a CLIP sees; for a plain one the images as they are.
+
+    Images of unlike shape are to be stretched to one frame (``resize: stretch`` of the data), with their true height
+    and width in ``batch.original_hw_B2``. Samples without an image get no tokens.
+    """
+    there_B = batch.has_image_B
+    if not isinstance(clip, TiledClipEncoder):
+        if there_B is None:
+            return Views(batch, None, None)
+        return Views(batch, None, there_B.long() * math.prod(clip.grid_hw))
+    images_BCHW = batch.unit_images()
+    sizes = _true_sizes(batch)
+    grids = [_best_grid(size, clip) for size in sizes]
+    side = (clip.image_size, clip.image_size)
+    whole_BCSS = _resized(images_BCHW, side)
+    tiles = [cut(image, size, grid, clip) for image, size, grid in zip(images_BCHW, sizes, grids, strict=True)]
+    rows, first = [], len(tiles)
+    for number, (size, grid) in enumerate(zip(sizes, grids, strict=True)):
+        absent = there_B is not None and not bool(there_B[number])
+        rows.append(torch.zeros(0, dtype=torch.long) if absent else _order(number, first, size, grid, clip.grid_hw))
+        first += math.prod(grid)
+    views_VCSS = torch.cat([whole_BCSS, *tiles])
+    owner_V = torch.cat([torch.full((len(part),), number) for number, part in enumerate(tiles)])
+    index_V = torch.cat([batch.index_B, batch.index_B[owner_V.to(batch.index_B.device)]])
+    there_V = None if there_B is None else torch.cat([there_B, there_B[owner_V.to(there_B.device)]])
+    # No split: tokens of whole images that a store may hold are not these.
+    seen = Batch(views_VCSS, index_V, split="", has_image_B=there_V)
+    lengths_B = torch.tensor([len(row) for row in rows], device=images_BCHW.device)
+    index_BM = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(images_BCHW.device)
+    return Views(seen, index_BM, lengths_B)
+
+
+def cut(image_CHW: Tensor, size_hw: tuple[int, int], grid: tuple[int, int], clip: ClipEncoder) -> Tensor:
+    """Tiles (rows x columns, 3, S, S) in reading order of an image, enlarged to fill a grid and centred in it.
+
+    Args:
+        image_CHW: The image, float in [0, 1], in any frame.
+        size_hw: Its true height and width.
+        grid: Rows and columns.
+        clip: Says S.
+    """
+    side = clip.image_size
+    frame_hw = grid[0] * side, grid[1] * side
+    scale = min(frame_hw[0] / size_hw[0], frame_hw[1] / size_hw[1])
+    height, width = (min(math.ceil(length * scale), most) for length, most in zip(size_hw, frame_hw, strict=True))
+    resized = _resized(image_CHW[None], (height, width))[0]
+    top, left = (frame_hw[0] - height) // 2, (frame_hw[1] - width) // 2
+    padded: Tensor = F.pad(resized, (left, frame_hw[1] - width - left, top, frame_hw[0] - height - top))
+    apart_CRSKS: Tensor = padded.unflatten(2, (grid[1], side)).unflatten(1, (grid[0], side))
+    return apart_CRSKS.permute(1, 3, 0, 2, 4).flatten(0, 1)
+
+
+def _order(whole: int, first: int, size_hw: tuple[int, int], grid: tuple[int, int], tokens: tuple[int, int]) -> Tensor:
+    """Tokens of one image, int64: the whole view's, then each row of the tiles' without padding and a newline.
+
+    Args:
+        whole: Row of the whole image among the views.
+        first: Row of its first tile.
+        size_hw: True height and width of the image.
+        grid: Rows and columns of tiles.
+        tokens: Height and width of a view in tokens.
+    """
+    count = math.prod(tokens)
+    start = torch.arange(whole * count, (whole + 1) * count)
+    inner = torch.arange(count).view(tokens)
+    tile = (first + torch.arange(math.prod(grid)).view(grid)) * count
+    plane = (tile[:, None, :, None] + inner[None, :, None, :]).flatten(2).flatten(0, 1)
+    kept: Tensor = unpad_image(plane[None], size_hw)[0]
+    return torch.cat([start, F.pad(kept, (0, 1), value=NEWLINE).flatten()])
+
+
+def _best_grid(size_hw: tuple[int, int], clip: TiledClipEncoder) -> tuple[int, int]:
+    side = clip.image_size
+    height, width = select_best_resolution(size_hw, [(rows * side, columns * side) for rows, columns in clip.pinpoints])
+    return height // side, width // side
+
+
+def _true_sizes(batch: Batch) -> Sequence[tuple[int, int]]:
+    if batch.original_hw_B2 is None:
+        height, width = batch.images_BCHW.shape[-2:]
+        return [(height, width)] * len(batch)
+    return [(int(height), int(width)) for height, width in batch.original_hw_B2.tolist()]
+
+
+def _resized(images_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """As CLIP's processor resizes: bicubic, antialiased."""
+    if images_BCHW.shape[-2:] == size:
+        return images_BCHW
+    return F.interpolate(images_BCHW, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0.0, 1.0)

@@ -1,4 +1,4 @@
-"""Where files that ship with the package live, and how weights from outside are read: safetensors only."""
+"""Where files that ship with the package live, and how weights from outside are read: never by running code."""
 
 from __future__ import annotations
 
@@ -65,6 +65,37 @@ def load_safetensors(path: Path, *, owner: str) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{owner}: {path} is not a readable safetensors file ({error}); fetch it again.") from error
+
+
+def load_state(path: Path, *, owner: str) -> dict[str, Tensor]:
+    """Read the weights of a published model: safetensors, or a torch file without running code from it.
+
+    A training checkpoint (``{"state_dict": ...}``) is unwrapped, and the prefix that DistributedDataParallel puts
+    before every key is taken off.
+
+    Args:
+        path: ``.safetensors``, ``.pt``, ``.pth`` or ``.bin``.
+        owner: Who asks, for the message.
+
+    Raises:
+        WeightsError: The file is missing, damaged, could run code, or holds no tensors by name.
+    """
+    if path.suffix == ".safetensors":
+        return load_safetensors(path, owner=owner)
+    if not path.is_file():
+        raise WeightsError(f"{owner}: no weights at {path}; check the path, or fetch them first.")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise WeightsError(
+            f"{owner}: {path} cannot be read without running code from it ({str(error)[:120]}); convert it to "
+            "safetensors where you trust it."
+        ) from error
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{owner}: {path} holds no tensors by name; give a state dict.")
+    wrapped = bool(state) and all(key.startswith("module.") for key in state)
+    return {key.removeprefix("module.") if wrapped else key: value for key, value in state.items()}
 
 
 def load_checkpoint(path: Path, *, owner: str) -> dict[str, Any]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,30 +11,38 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from visexpert.errors import ConfigError, WeightsError
-from visexpert.resources import ZOO_PREFIX, fill_module, load_safetensors, resolve_source, weights_digest
+from visexpert.errors import ConfigError
+from visexpert.resources import ZOO_PREFIX, fill_module, weights_digest
 from visexpert.types import VisionTokens
 from visexpert.vision.mole_settings import MoLESettings
+from visexpert.vision.positions import resize_positions
+from visexpert.vision.published import OWNER, describe_clip
 
 MOLE_KEY = re.compile(r"\.mlp\.(router|fc1_experts|fc2_experts)\.")
 """Keys of a state dict that :func:`visexpert.vision.add_mole` adds to those of CLIP."""
 
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+POSITIONS = "embeddings.position_embedding.weight"
 
 
 class ClipEncoder(nn.Module):
     """Hugging Face's ``CLIPVisionModel`` behind named tokens, resizing and normalising on the device.
 
-    The network is built at once from ``config.json`` (or ``config``) with random weights; :meth:`load_weights` fills
-    it. Layers after the one that is read are not run.
+    The network is built at once with random weights, without a download; :meth:`load_weights` fills it, from
+    safetensors or from torch files that run no code. Weights of open_clip are converted exactly on the way in
+    (:mod:`visexpert.vision.convert`). Layers after the one that is read are not run.
 
     Args:
-        source: Folder in ``save_pretrained`` form (``config.json``, ``model.safetensors``, optionally
-            ``preprocessor_config.json``), or ``zoo:NAME`` for a shipped one.
+        source: ``zoo:NAME`` for a shipped one; a folder or hub id (``ORG/NAME``, ``hf:ORG/NAME@REVISION``) of
+            transformers or open_clip; ``open_clip:NAME/TAG`` from open_clip's list, such as
+            ``open_clip:ViT-L-14-336/openai``; or a file of weights of either library, beside ``architecture`` or
+            ``config``. Null for a random encoder.
         layer: Which hidden state to hand on: -1 the last, -2 the one before (LLaVA's and MoVE-KD's choice), ...
             No final LayerNorm is applied, as in LLaVA.
-        config: Fields of ``CLIPVisionConfig`` for a random encoder without weights; excludes ``source``.
+        config: Fields of ``CLIPVisionConfig``, for a random encoder or for a source whose own configuration is not on
+            this machine yet; where it is, they must agree.
+        architecture: Name of an open_clip model instead of ``config``, such as ``ViT-L-14-336-quickgelu``.
+        image_size: Side of the input in pixels; null for the source's own. For another size, position embeddings are
+            interpolated as transformers does.
         licence: Licence of the weights, for the reports of exports; null is that of the package for ``zoo:`` sources.
         mole: Put a mixture of low-rank experts into its MLPs (MoVE-KD's student); null for a plain CLIP.
     """
@@ -51,18 +56,21 @@ class ClipEncoder(nn.Module):
         source: str | None = None,
         layer: int = -2,
         config: dict[str, Any] | None = None,
+        architecture: str | None = None,
+        image_size: int | None = None,
         licence: str | None = None,
         mole: MoLESettings | None = None,
     ) -> None:
         super().__init__()
         self._given = {"source": source, "layer": layer, "config": config, "licence": licence}
+        self._given |= {"architecture": architecture, "image_size": image_size}
+        self.source = source
+        self.published = describe_clip(source, config=config, architecture=architecture)
         shipped = source is not None and source.startswith(ZOO_PREFIX)
-        self.licence = licence or ("Apache-2.0" if shipped else "not stated")
-        if (source is None) == (config is None):
-            raise ConfigError("ClipEncoder takes either source (a folder or zoo:NAME) or config (a random encoder).")
-        self.source = None if source is None else resolve_source(source)
-        settings = _known_fields(config) if config is not None else read_json(self.source, "config.json")
-        clip_config = CLIPVisionConfig(**_vision_fields(settings))
+        self.licence = licence or ("Apache-2.0" if shipped else self.published.licence()) or "not stated"
+        clip_config = CLIPVisionConfig(
+            **{**self.published.fields, **({"image_size": image_size} if image_size else {})}
+        )
         for side in (clip_config.image_size, clip_config.patch_size):
             _side(side)
         clip_config._attn_implementation = "sdpa"
@@ -75,9 +83,9 @@ class ClipEncoder(nn.Module):
             from visexpert.vision.mole import add_mole  # which knows CLIP
 
             add_mole(self, **vars(mole))
-        mean, std = self._normalisation()
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.resized = image_size is not None
+        self.register_buffer("mean", torch.tensor(self.published.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self.published.std).view(1, 3, 1, 1), persistent=False)
 
     @property
     def config(self) -> CLIPVisionConfig:
@@ -101,20 +109,23 @@ class ClipEncoder(nn.Module):
         return side, side
 
     def load_weights(self) -> None:
-        """Read ``model.safetensors`` of the source; a random encoder (``config=...``) keeps its weights.
+        """Read the weights of the source; a random encoder (no source) keeps its own.
 
         Raises:
-            WeightsError: The file is missing or does not fit.
+            WeightsError: They are nowhere, or do not fit; the message says what fetches them.
         """
         if self.source is None:
             return
-        path = self.source / "model.safetensors"
-        state = load_safetensors(path, owner="ClipEncoder")
-        # Files written before transformers 5 carry a `vision_model.` prefix.
-        state = {key.removeprefix("vision_model."): value for key, value in state.items()}
+        self.published = self.published.completed()
+        self.mean.copy_(torch.tensor(self.published.mean).view(1, 3, 1, 1))
+        self.std.copy_(torch.tensor(self.published.std).view(1, 3, 1, 1))
+        found = self.published.load()
+        state = dict(found.tensors)
+        if self.resized and POSITIONS in state:
+            state[POSITIONS] = resize_positions(state[POSITIONS], to_hw=self.grid_hw, prefix=1)
         # What MoLE has added keeps its start: no file of CLIP's own has it.
         state = {key: value for key, value in self.model.state_dict().items() if MOLE_KEY.search(key)} | state
-        fill_module(self.model, state, owner="ClipEncoder", path=path)
+        fill_module(self.model, state, owner=OWNER, path=found.path)
 
     def read_modules(self) -> tuple[nn.Module, ...]:
         """Parts that the tokens depend on; those behind the layer that is read get no gradient from them."""
@@ -163,56 +174,9 @@ class ClipEncoder(nn.Module):
             hidden_BND = layer(hidden_BND, None)
         return VisionTokens(hidden_BND[:, 1:], self.grid_hw, cls_BD=hidden_BND[:, 0])
 
-    def _normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
-        if self.source is None or not (self.source / "preprocessor_config.json").is_file():
-            return OPENAI_MEAN, OPENAI_STD
-        settings = read_json(self.source, "preprocessor_config.json")
-        absent = [name for name in ("image_mean", "image_std") if name not in settings]
-        if absent:
-            raise WeightsError(
-                f"ClipEncoder: {self.source / 'preprocessor_config.json'} lacks {absent}; give a folder written by "
-                "save_pretrained, or delete that file for OpenAI's normalisation."
-            )
-        return settings["image_mean"], settings["image_std"]
-
-
-def read_json(folder: Path | None, name: str) -> dict[str, Any]:
-    """Read a JSON object from a model folder.
-
-    Raises:
-        WeightsError: The file is missing or no JSON object.
-    """
-    path = (folder or Path()) / name
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise WeightsError(
-            f"ClipEncoder: cannot read {path} ({error}); give a folder written by save_pretrained, or zoo:clip."
-        ) from error
-    if not isinstance(loaded, dict):
-        raise WeightsError(f"ClipEncoder: {path} holds a {type(loaded).__name__}, a JSON object is needed.")
-    return loaded
-
 
 def _side(size: object) -> int:
     """A side that Hugging Face writes as a number, though its type admits pairs."""
     if not isinstance(size, int):
         raise ConfigError(f"ClipEncoder: a side of {size} is not supported; images and patches must be square.")
     return size
-
-
-def _known_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields that a user wrote, refused where ``CLIPVisionConfig`` would take them and then not read them."""
-    known = CLIPVisionConfig().to_dict()
-    for name in config:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"use fields of CLIPVisionConfig: {sorted(known)}."
-            raise ConfigError(f"ClipEncoder: config has no field {name!r}; {hint}")
-    return dict(config)
-
-
-def _vision_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The vision part of a full CLIP config, or the config itself."""
-    nested = settings.get("vision_config")
-    return dict(nested) if isinstance(nested, Mapping) else dict(settings)

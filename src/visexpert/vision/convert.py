@@ -33,6 +33,9 @@ _BLOCK = {
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 
+_PROJECTION = "visual_projection.weight"
+"""Hugging Face's name of the projection, transposed beside open_clip's ``proj``."""
+
 _TANH = {"gelu_new", "gelu_pytorch_tanh"}
 
 _PLAIN: Mapping[str, Any] = {
@@ -53,8 +56,8 @@ _PLAIN: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True)
-class OpenClipVision:
-    """A vision tower read from open_clip.
+class VisionTower:
+    """The vision side of a CLIP.
 
     Args:
         state: Weights under the names of ``CLIPVisionModel``.
@@ -85,7 +88,7 @@ def to_open_clip(state: Mapping[str, Tensor], *, projection_DP: Tensor | None = 
     return converted
 
 
-def from_open_clip(state: Mapping[str, Tensor]) -> OpenClipVision:
+def from_open_clip(state: Mapping[str, Tensor]) -> VisionTower:
     """The vision tower of an open_clip checkpoint under the names of ``CLIPVisionModel``.
 
     Args:
@@ -116,7 +119,36 @@ def from_open_clip(state: Mapping[str, Tensor]) -> OpenClipVision:
             f"open_clip weights hold {sorted(vision)[:3]}, for which CLIPVisionModel has no place; only plain ViT "
             "towers of CLIP can be read."
         )
-    return OpenClipVision(converted, projection_DP)
+    return VisionTower(converted, projection_DP)
+
+
+def from_hugging_face(state: Mapping[str, Tensor]) -> VisionTower:
+    """The vision tower of a checkpoint that transformers wrote, before or after its version 5.
+
+    Args:
+        state: State dict of a whole ``CLIPModel`` (its text tower is left out), of ``CLIPVisionModelWithProjection``
+            or of ``CLIPVisionModel``. Keys that are none of theirs stay, for the loader to refuse.
+    """
+    whole = any(key.startswith("text_model.") for key in state)
+    projection_PD = state.get(_PROJECTION)
+    vision = {
+        key.removeprefix("vision_model."): value
+        for key, value in state.items()
+        # Buffers of positions were written until transformers 4.31; they hold 0, 1, 2, ...
+        if key != _PROJECTION and not key.endswith("position_ids") and (not whole or key.startswith("vision_model."))
+    }
+    return VisionTower(vision, None if projection_PD is None else projection_PD.T.contiguous())
+
+
+def to_hugging_face(tower: VisionTower) -> dict[str, Tensor]:
+    """State dict of a ``CLIPVisionModelWithProjection``; of a ``CLIPVisionModel`` where there is no projection.
+
+    The names are those that both read in every version of transformers.
+    """
+    state = {f"vision_model.{key}": value for key, value in tower.state.items()}
+    if tower.projection_DP is None:
+        return state
+    return state | {_PROJECTION: tower.projection_DP.T.contiguous()}
 
 
 def open_clip_config(config: Any) -> dict[str, Any]:

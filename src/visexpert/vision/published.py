@@ -1,0 +1,212 @@
+"""Published CLIPs: architecture, normalisation and weights, whichever library wrote the files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any
+
+from torch import Tensor
+from transformers import CLIPVisionConfig
+
+from visexpert.errors import ConfigError, WeightsError
+from visexpert.vision.convert import clip_config, from_hugging_face, from_open_clip
+from visexpert.vision.sources import WEIGHT_FILES, LoadedState, ModelSource
+
+OWNER = "ClipEncoder"
+OPEN_CLIP_PREFIX = "open_clip:"
+OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class PublishedClip:
+    """What is known of a CLIP before its weights are read.
+
+    Args:
+        fields: Of ``CLIPVisionConfig``.
+        source: Its files; None for a random encoder.
+        own: Whether ``fields`` come from the files themselves; if not, they are compared once the files are there.
+        mean: Channel means for normalisation, in [0, 1] units.
+        std: Channel standard deviations, likewise.
+    """
+
+    fields: Mapping[str, Any]
+    source: ModelSource | None
+    own: bool
+    mean: Sequence[float] = OPENAI_MEAN
+    std: Sequence[float] = OPENAI_STD
+
+    def licence(self) -> str | None:
+        """As stated by the model card, where it is on this machine."""
+        return None if self.source is None else self.source.licence()
+
+    def completed(self) -> PublishedClip:
+        """The same with what the files say of themselves, fetched where that is not on this machine yet.
+
+        Raises:
+            ConfigError: It differs from what was given.
+        """
+        if self.own or self.source is None or self.source.repo is None:
+            return self
+        for name in (OPEN_CLIP_CONFIG, "config.json", "preprocessor_config.json"):
+            with suppress(WeightsError):  # a repository has one form, seldom both
+                self.source.fetch(name, owner=OWNER)
+        theirs = _own_config(self.source)
+        if theirs is None:
+            return self
+        _must_agree(self.fields, theirs.fields, self.source)
+        return theirs
+
+    def load(self) -> LoadedState:
+        """Weights under the names of ``CLIPVisionModel``.
+
+        Raises:
+            WeightsError: They are nowhere, or of no plain ViT.
+        """
+        assert self.source is not None
+        found = self.source.state(*WEIGHT_FILES, *OPEN_CLIP_FILES, owner=OWNER)
+        return replace(found, tensors=vision_state(found.tensors))
+
+
+def vision_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The vision tower of any CLIP's state dict under the names of ``CLIPVisionModel``, without its projection."""
+    if any(key.removeprefix("visual.") == "conv1.weight" for key in tensors):
+        return dict(from_open_clip(tensors).state)
+    return dict(from_hugging_face(tensors).state)
+
+
+def describe_clip(
+    source: str | None, *, config: Mapping[str, Any] | None = None, architecture: str | None = None
+) -> PublishedClip:
+    """Find out what a CLIP is, without its weights and without a download.
+
+    Args:
+        source: As :class:`~visexpert.vision.ClipEncoder` takes it.
+        config: Fields of ``CLIPVisionConfig``, for files that do not bring their own or are not here yet.
+        architecture: Name of an open_clip model, for the same.
+
+    Raises:
+        ConfigError: Nothing, or contradicting things, are said of the architecture.
+        WeightsError: The files' configuration is nowhere.
+    """
+    if config is not None and architecture is not None:
+        raise ConfigError(f"{OWNER}: config and architecture={architecture!r} say the same twice; give one of them.")
+    given = None if config is None else PublishedClip(known_fields(config), None, own=False)
+    if architecture is not None:
+        given = _named(architecture, None)
+    if source is None:
+        if given is None:
+            raise ConfigError(f"{OWNER} takes either source (a folder, file or id) or config (a random encoder).")
+        return given
+    if source.startswith(OPEN_CLIP_PREFIX):
+        if given is not None:
+            raise ConfigError(f"{OWNER}: source={source!r} names its architecture itself; leave the other out.")
+        return _named(*_name_and_tag(source))
+    files = ModelSource.parse(source)
+    own = _own_config(files)
+    if own is not None and given is not None:
+        _must_agree(given.fields, own.fields, files)
+    found = own or given
+    if found is None:
+        raise _unknown(files)
+    return replace(found, source=files)
+
+
+def known_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that a user wrote, refused where ``CLIPVisionConfig`` would take them and then not read them."""
+    known = CLIPVisionConfig().to_dict()
+    for name in config:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"use fields of CLIPVisionConfig: {sorted(known)}."
+            raise ConfigError(f"{OWNER}: config has no field {name!r}; {hint}")
+    return dict(config)
+
+
+def _own_config(files: ModelSource) -> PublishedClip | None:
+    """What the files say of themselves, in open_clip's form or in that of transformers."""
+    written = files.read_json(OPEN_CLIP_CONFIG, owner=OWNER)
+    if written is not None:
+        prepared = written.get("preprocess_cfg") or {}
+        return _from_open_clip(written.get("model_cfg") or {}, prepared, files)
+    settings = files.read_json("config.json", owner=OWNER)
+    if settings is None:
+        return None
+    nested = settings.get("vision_config")
+    fields = dict(nested) if isinstance(nested, Mapping) else settings
+    prepared = files.read_json("preprocessor_config.json", owner=OWNER)
+    if prepared is None:
+        return PublishedClip(fields, files, own=True)
+    absent = [name for name in ("image_mean", "image_std") if name not in prepared]
+    if absent:
+        raise WeightsError(
+            f"{OWNER}: {files.find('preprocessor_config.json')} lacks {absent}; give a folder written by "
+            "save_pretrained, or delete that file for OpenAI's normalisation."
+        )
+    return PublishedClip(fields, files, own=True, mean=prepared["image_mean"], std=prepared["image_std"])
+
+
+def _name_and_tag(source: str) -> tuple[str, str]:
+    name, _, tag = source.removeprefix(OPEN_CLIP_PREFIX).partition("/")
+    if not name or not tag:
+        raise ConfigError(
+            f"{OWNER}: source={source!r} lacks a part; write 'open_clip:NAME/TAG', or architecture: NAME."
+        )
+    return name, tag
+
+
+def _named(name: str, tag: str | None) -> PublishedClip:
+    """A model of open_clip's own list, with the weights of one of its tags."""
+    from open_clip import get_model_config, list_models, list_pretrained_tags_by_model
+    from open_clip.pretrained import get_pretrained_cfg
+
+    model_cfg = get_model_config(name)
+    if model_cfg is None:
+        near = get_close_matches(name, list_models(), n=3)
+        raise ConfigError(f"{OWNER}: open_clip has no model {name!r}; the nearest are {near}.")
+    tagged = {} if tag is None else get_pretrained_cfg(name, tag)
+    if tag is not None and not tagged.get("hf_hub"):
+        tags = list_pretrained_tags_by_model(name)
+        raise ConfigError(f"{OWNER}: open_clip has no weights {tag!r} of {name} on the hub; its tags are {tags}.")
+    files = ModelSource(f"{OPEN_CLIP_PREFIX}{name}/{tag}", repo=tagged["hf_hub"].rstrip("/")) if tag else None
+    # What the weights were trained with decides, whatever the name says (open_clip warns of the difference).
+    quick = tagged.get("quick_gelu", model_cfg.get("quick_gelu", False))
+    return replace(_from_open_clip({**model_cfg, "quick_gelu": quick}, tagged, files), own=tag is not None)
+
+
+def _from_open_clip(
+    model_cfg: Mapping[str, Any], prepared: Mapping[str, Any], files: ModelSource | None
+) -> PublishedClip:
+    mean, std = prepared.get("mean") or OPENAI_MEAN, prepared.get("std") or OPENAI_STD
+    return PublishedClip(clip_config(model_cfg), files, own=True, mean=mean, std=std)
+
+
+def _must_agree(given: Mapping[str, Any], own: Mapping[str, Any], files: ModelSource) -> None:
+    """Refuse a setting that differs from the files' own; activation and heads would load without a word."""
+    theirs = CLIPVisionConfig(**own).to_dict()
+    ours = CLIPVisionConfig(**given).to_dict()
+    differing = [name for name in given if name != "projection_dim" and ours.get(name) != theirs.get(name)]
+    if differing:
+        name = differing[0]
+        raise ConfigError(
+            f"{OWNER}: {name}={ours.get(name)!r} was given, but the weights of '{files.text}' were made with "
+            f"{theirs.get(name)!r}; correct it, or leave it out."
+        )
+
+
+def _unknown(files: ModelSource) -> Exception:
+    """The error for a CLIP of unknown architecture."""
+    if files.file is not None:
+        if not files.file.is_file():
+            return WeightsError(f"{OWNER}: no weights at {files.file}; check the path, or fetch them first.")
+        return ConfigError(
+            f"{OWNER}: {files.file} holds weights alone; name their model with architecture (of open_clip, such as "
+            "ViT-B-16 or ViT-L-14-336-quickgelu) or config (fields of CLIPVisionConfig)."
+        )
+    return files.absent("config.json", owner=OWNER)

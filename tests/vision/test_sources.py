@@ -1,0 +1,132 @@
+"""Where files of published models are looked for, and what is said when they are nowhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.vision.hub import put_in_cache
+from visexpert.errors import WeightsError
+from visexpert.vision.sources import WEIGHT_FILES, ModelSource
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (path := tmp_path / "model").mkdir()
+    save_file({"a": torch.ones(2)}, path / "model.safetensors")
+    (path / "config.json").write_text('{"model_type": "clip"}', encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "repo", "revision"),
+    [
+        ("openai/clip-vit-base-patch16", "openai/clip-vit-base-patch16", None),
+        ("hf:openai/clip-vit-base-patch16", "openai/clip-vit-base-patch16", None),
+        ("hf:timm/vit_x.lvd142m@v1.0", "timm/vit_x.lvd142m", "v1.0"),
+    ],
+)
+def test_ids_of_the_hub(text: str, repo: str, revision: str | None) -> None:
+    source = ModelSource.parse(text)
+    assert (source.path, source.repo, source.revision, source.file) == (None, repo, revision, None)
+
+
+@pytest.mark.parametrize("text", ["./org/name", "/a/b", "~/models/clip", "a/b/c", "zoo:clip", "weights/clip.pt"])
+def test_paths(text: str) -> None:
+    assert ModelSource.parse(text).repo is None
+
+
+def test_a_folder_that_is_here_is_no_id(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent.parent)
+    text = f"{folder.parent.name}/model"
+    assert ModelSource.parse(text).path == Path(text)
+    assert ModelSource.parse(f"hf:{text}").path is None
+
+
+@pytest.mark.parametrize("text", ["hf:", "hf:clip", "hf:../x/y", "hf:/etc/passwd"])
+def test_what_is_no_id_is_refused(text: str) -> None:
+    with pytest.raises(WeightsError, match=r"names no model of the hub; after 'hf:' comes ORG/NAME"):
+        ModelSource.parse(text)
+
+
+def test_files_of_the_cache_are_found_without_the_hub(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = put_in_cache(monkeypatch, tmp_path / "cache", "org/name", folder)
+    source = ModelSource.parse("org/name")
+    assert source.find("nothing.bin", "config.json") == snapshot / "config.json"
+    assert source.read_json("config.json", owner="Test") == {"model_type": "clip"}
+    assert source.state(*WEIGHT_FILES, owner="Test").tensors["a"].tolist() == [1, 1]
+
+
+def test_what_is_nowhere_ends_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    put_in_cache(monkeypatch, tmp_path / "cache", "org/name", tmp_path / "empty")
+    source = ModelSource.parse("hf:org/name@v2")
+    assert source.find("config.json") is None
+    with pytest.raises(WeightsError) as caught:
+        source.fetch(*WEIGHT_FILES, owner="TimmExpert")
+    message = str(caught.value)
+    for part in ("TimmExpert: model.safetensors of 'org/name'", str(tmp_path / "cache"), "HF_HUB_OFFLINE"):
+        assert part in message
+    assert "`hf download org/name --revision v2`" in message and message.count("\n") == 0
+    with pytest.raises(WeightsError, match=r"cannot read .*/nowhere/model.safetensors .*; give a folder"):
+        ModelSource.parse(str(tmp_path / "nowhere")).fetch(*WEIGHT_FILES, owner="Test")
+
+
+def test_split_weights_are_read_together(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    for part in ("a", "b"):
+        save_file({part: torch.ones(1)}, folder / f"{part}.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}), encoding="utf-8")
+    assert ModelSource.parse(str(folder)).state(*WEIGHT_FILES, owner="Test").tensors.keys() == {"a", "b"}
+    wrong: list[dict[str, Any]] = [{"weight_map": {"a": "../../secret.safetensors"}}, {"weight_map": {}}, {}]
+    for listed in wrong:
+        index.write_text(json.dumps(listed), encoding="utf-8")
+        with pytest.raises(WeightsError, match="names in its own folder are needed"):
+            ModelSource.parse(str(folder)).state(*WEIGHT_FILES, owner="Test")
+
+
+def test_torch_files_are_read_without_running_them(tmp_path: Path) -> None:
+    """As open_clip's training writes them: wrapped, and with DistributedDataParallel's prefix."""
+    path = tmp_path / "epoch_3.pt"
+    torch.save({"epoch": 3, "state_dict": {"module.x": torch.ones(1)}}, path)
+    assert ModelSource.parse(str(path)).state(owner="Test").tensors.keys() == {"x"}
+    torch.save({"x": torch.ones(1), "module.y": torch.ones(1)}, path)
+    assert ModelSource.parse(str(path)).state(owner="Test").tensors.keys() == {"x", "module.y"}
+    torch.save({"state_dict": {"x": 3}}, path)
+    with pytest.raises(WeightsError, match="holds no tensors by name"):
+        ModelSource.parse(str(path)).state(owner="Test")
+    torch.save({"x": Path("runs code when it is unpickled")}, path)
+    with pytest.raises(WeightsError, match="cannot be read without running code from it"):
+        ModelSource.parse(str(path)).state(owner="Test")
+    path.unlink()
+    with pytest.raises(WeightsError, match=r"Test: no weights at .*epoch_3.pt"):
+        ModelSource.parse(str(path)).state(owner="Test")
+
+
+@pytest.mark.parametrize(
+    ("header", "licence"),
+    [
+        ("license: apache-2.0", "apache-2.0"),
+        ("license: other\nlicense_name: dinov3-license", "dinov3-license"),
+        ("tags: [x]", None),
+    ],
+)
+def test_the_licence_is_that_of_the_card(folder: Path, header: str, licence: str | None) -> None:
+    assert ModelSource.parse(str(folder)).licence() is None
+    (folder / "README.md").write_text(f"---\n{header}\n---\n# A model\n", encoding="utf-8")
+    assert ModelSource.parse(str(folder)).licence() == licence
+
+
+@pytest.mark.parametrize("text", ["[1]", "not json"])
+def test_a_broken_config_is_refused(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(WeightsError, match=r"Test: .*config.json"):
+        ModelSource.parse(str(folder)).read_json("config.json", owner="Test")

@@ -1,0 +1,140 @@
+"""Edges by kornia: Sobel, Canny, or the learned detector DexiNed."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from visexpert.errors import ConfigError
+from visexpert.experts.maps import resize_map
+from visexpert.experts.pretrained import RANDOM, MapExpert
+from visexpert.experts.recipe import InputRecipe
+from visexpert.resources import fill_module
+from visexpert.vision.sources import ModelSource
+
+OWNER = "KorniaEdges"
+DEXINED_FILE = "DexiNed_BIPED_10.pth"
+
+EdgeMethod = Literal["sobel", "canny", "dexined"]
+
+
+class KorniaEdges(MapExpert):
+    """Strength of edges as a map, 0 to 1, one channel (``tokens: prediction``).
+
+    Prismer, whose low-level experts ToVE follows, uses DexiNed (arXiv 2303.02506); ToVE names "edges" alone.
+
+    Args:
+        method: ``sobel`` or ``canny``, without weights, or ``dexined``.
+        image_size: Side of the input in pixels.
+        map_size: Side of the map that is handed on, cells; null for ``image_size``.
+        low: Canny: weak edges have at least this gradient.
+        high: Canny: strong ones this.
+        weights: DexiNed: a file, or a hub id that holds ``DexiNed_BIPED_10.pth``; ``random`` for none.
+        licence: Licence of DexiNed's weights; null says "not stated". The operators have none.
+    """
+
+    def __init__(
+        self,
+        *,
+        method: EdgeMethod = "canny",
+        image_size: int = 336,
+        map_size: int | None = None,
+        low: float = 0.1,
+        high: float = 0.2,
+        weights: str = "kornia/dexined",
+        licence: str | None = None,
+    ) -> None:
+        if method not in get_args(EdgeMethod):
+            raise ConfigError(f"{OWNER}: method={method!r} is unknown; use one of {list(get_args(EdgeMethod))}.")
+        if method == "canny" and not 0 <= low <= high:
+            raise ConfigError(f"{OWNER}: low={low} and high={high} are no thresholds; 0 <= low <= high is needed.")
+        learned = method == "dexined"
+        network = DexinedMap(map_size) if learned else OperatorMap(method, low=low, high=high, map_size=map_size)
+        super().__init__(
+            network=network,
+            recipe=InputRecipe(image_size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
+            licence=licence or (None if learned else "none needed"),
+            facts={"method": method, "low": low, "high": high, "map_size": map_size},
+            tokens="prediction",
+        )
+        self.weights = weights if learned else RANDOM
+
+    def load_weights(self) -> None:
+        """Read DexiNed's weights; the operators have none.
+
+        Raises:
+            WeightsError: They are nowhere, or do not fit; the message says what fetches them.
+        """
+        if self.weights != RANDOM:
+            found = ModelSource.parse(self.weights).state(DEXINED_FILE, owner=OWNER)
+            model = self.network.get_submodule("model")
+            fill_module(model, dict(found.tensors), owner=OWNER, path=found.path)
+
+
+class OperatorMap(nn.Module):
+    """Sobel or Canny as (B, 3, H, W) in [0, 1] -> (B, 1, h, w).
+
+    Args:
+        method: ``sobel`` - magnitude of the gradient of brightness, at most 1; ``canny`` - thin edges, 0 or 1.
+        low: Canny's lower threshold.
+        high: Its upper one.
+        map_size: Side of the map, cells; None for that of the image.
+    """
+
+    def __init__(self, method: EdgeMethod, *, low: float, high: float, map_size: int | None) -> None:
+        super().__init__()
+        self.method = method
+        self.low, self.high = low, high
+        self.map_size = map_size
+        kornia()
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Edges of the grey image."""
+        filters, grey_B1HW = kornia().filters, kornia().color.rgb_to_grayscale(pixels_BCHW)
+        if self.method == "sobel":
+            edges_B1HW = filters.sobel(grey_B1HW).clamp(0.0, 1.0)
+        elif pixels_BCHW.is_meta:  # hysteresis loops until nothing changes, which needs numbers
+            edges_B1HW = grey_B1HW
+        else:
+            _, edges_B1HW = filters.canny(grey_B1HW, self.low, self.high)
+        return resize_map(edges_B1HW, self.map_size)
+
+
+class DexinedMap(nn.Module):
+    """DexiNed (arXiv 2112.02250) as (B, 3, H, W) in [0, 1] -> (B, 1, h, w), probabilities.
+
+    Args:
+        map_size: Side of the map, cells; None for that of the image.
+    """
+
+    mean_bgr: Tensor
+
+    def __init__(self, map_size: int | None) -> None:
+        super().__init__()
+        kornia()
+        from kornia.models.dexined import DexiNed
+
+        self.model = DexiNed(pretrained=False)
+        self.map_size = map_size
+        # The input that its weights were trained on, as kornia documents it.
+        self.register_buffer("mean_bgr", torch.tensor([103.939, 116.779, 123.68]).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """The fused map of all its scales."""
+        logits_B1HW = self.model(pixels_BCHW.flip(1) * 255.0 - self.mean_bgr)
+        return resize_map(logits_B1HW.sigmoid(), self.map_size)
+
+
+def kornia() -> Any:
+    """The library, imported when it is first needed.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    try:
+        import kornia
+    except ImportError as error:
+        raise ConfigError("Edges and normals need kornia; install it with: pip install 'kornia>=0.9'.") from error
+    return kornia

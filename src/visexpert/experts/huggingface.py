@@ -1,0 +1,200 @@
+"""Models of transformers before and after their weights arrive: configuration, image processor, loading."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.utils import logging
+
+from visexpert.errors import ConfigError, WeightsError
+from visexpert.experts.sam_attention import chunk_attention
+from visexpert.resources import fill_module
+from visexpert.vision.positions import fit_positions
+from visexpert.vision.sources import WEIGHT_FILES, ModelSource
+
+NATIVE_SIZE = ("image_size", "img_size")
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model of transformers, described without its weights and without a download.
+
+    Args:
+        owner: Expert that asks, for messages.
+        source: Its files; None for a random network.
+        config: Its configuration; of a model with a text tower, the vision part.
+        given: What a user wrote of it.
+        auto: Name of the ``AutoModel...`` class that builds it.
+    """
+
+    owner: str
+    source: ModelSource | None
+    config: PreTrainedConfig
+    given: Mapping[str, Any] | None
+    auto: str
+
+    @classmethod
+    def describe(cls, *, owner: str, auto: str, source: str | None, config: Mapping[str, Any] | None) -> HubModel:
+        """Read ``config.json`` where it is on this machine; else take what was given.
+
+        Raises:
+            ConfigError: Nothing, or contradicting things, are said of the model.
+            WeightsError: Its configuration is nowhere.
+        """
+        files = None if source is None else ModelSource.parse(source)
+        own = None if files is None else files.read_json("config.json", owner=owner)
+        if own is None and config is None:
+            if files is None:
+                raise ConfigError(f"{owner} takes a source (a folder or hub id), or config for a random network.")
+            raise files.absent("config.json", owner=owner)
+        given = None if config is None else config_of(config, owner=owner, strict=True)
+        found = given if own is None else config_of(own, owner=owner)
+        assert found is not None
+        if own is not None and config is not None:
+            _must_agree(config, given, found, f"{owner}: the weights of '{source}'")
+        return cls(owner, files, found, config, auto)
+
+    @property
+    def native_size(self) -> int | None:
+        """Side that the model's position embeddings are made for; None where it has none."""
+        for part in (self.config, getattr(self.config, "backbone_config", None)):
+            for name in NATIVE_SIZE:
+                side = getattr(part, name, None)
+                side = side[0] if isinstance(side, list | tuple) and len(set(side)) == 1 else side
+                if isinstance(side, int):
+                    return side
+        return None
+
+    @property
+    def _factory(self) -> Any:
+        return getattr(transformers, self.auto)
+
+    def build(self, image_size: int) -> nn.Module:
+        """The network for images of this size, with random weights and fused attention wherever it exists.
+
+        Raises:
+            ConfigError: transformers has no such network.
+        """
+        config = copy.deepcopy(self.config)
+        for part in (config, getattr(config, "backbone_config", None)):
+            for name in NATIVE_SIZE:
+                if isinstance(getattr(part, name, None), int | list | tuple):
+                    setattr(part, name, image_size)
+        try:
+            model: nn.Module = self._factory.from_config(config)
+        except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"{self.owner}: {self.auto} cannot build this model ({reason}).") from error
+        chunk_attention(model)
+        return model.eval()
+
+    def load(self, model: nn.Module) -> None:
+        """Fill a network that :meth:`build` made, through transformers' own loader (renamed keys, split files).
+
+        Position embeddings are interpolated where the network is for another size of image.
+
+        Raises:
+            WeightsError: The weights are nowhere, or do not fit.
+            ConfigError: Their configuration differs from the one that was given.
+        """
+        if self.source is None:
+            return
+        config_path = self.source.fetch("config.json", owner=self.owner)
+        with suppress(WeightsError):  # its processor, to compare; not every model has a file for it
+            self.source.fetch("preprocessor_config.json", owner=self.owner)
+        path = self.source.fetch(*WEIGHT_FILES, owner=self.owner)
+        if path.suffix == ".json":
+            for part in self.source.parts(path, owner=self.owner):
+                self.source.fetch(part, owner=self.owner)
+        own = config_of(self.source.read_json("config.json", owner=self.owner) or {}, owner=self.owner)
+        if self.given is not None:
+            given = config_of(self.given, owner=self.owner)
+            _must_agree(self.given, given, own, f"{self.owner}: the weights of '{self.source.text}'")
+        try:
+            with quiet():
+                loaded, report = self._factory.from_pretrained(
+                    str(config_path.parent), config=own, dtype=torch.float32, local_files_only=True,
+                    output_loading_info=True,
+                )  # fmt: skip
+        except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise WeightsError(f"{self.owner}: {path} cannot be read ({reason}); fetch it again.") from error
+        absent = sorted(key for key in report["missing_keys"] if not _unused(key))
+        if absent:
+            raise WeightsError(f"{self.owner}: {path} lacks {absent[:3]}; use the weights of this model.")
+        state = fit_positions(loaded.state_dict(), model.state_dict())
+        fill_module(model, state, owner=self.owner, path=path)
+
+
+def config_of(fields: Mapping[str, Any], *, owner: str, strict: bool = False) -> PreTrainedConfig:
+    """A configuration of transformers; the vision part of a model that has one.
+
+    Args:
+        fields: As in ``config.json``.
+        owner: Who asks, for messages.
+        strict: Refuse fields that the configuration does not have (a user's typing errors).
+
+    Raises:
+        ConfigError: The kind of model is unknown, or a field is.
+    """
+    kind = str(fields.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        near = get_close_matches(kind, CONFIG_MAPPING.keys(), n=3)
+        raise ConfigError(f"{owner}: transformers has no model_type {kind!r}; the nearest are {near}.")
+    config = CONFIG_MAPPING[kind](**{key: value for key, value in fields.items() if key != "model_type"})
+    if strict:
+        _known_fields(fields, config, owner)
+    vision = getattr(config, "vision_config", None)
+    return vision if isinstance(vision, PreTrainedConfig) else config
+
+
+def _known_fields(fields: Mapping[str, Any], config: PreTrainedConfig, owner: str) -> None:
+    known = {*type(config)().to_dict(), *config.attribute_map, "model_type", "num_labels", "architectures"}
+    for name, value in fields.items():
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            raise ConfigError(f"{owner}: {type(config).__name__} has no field {name!r}; the nearest are {near}.")
+        nested = getattr(config, name, None)
+        if isinstance(value, Mapping) and isinstance(nested, PreTrainedConfig):
+            _known_fields(value, nested, owner)
+
+
+def _must_agree(written: Mapping[str, Any], given: Any, own: Any, whose: str) -> None:
+    """Refuse a setting that differs from the model's own; heads and activations would load without a word."""
+    nested = written.get("vision_config")
+    for name in nested if isinstance(nested, Mapping) else written:
+        ours, theirs = getattr(given, name, None), getattr(own, name, None)
+        if isinstance(ours, PreTrainedConfig):
+            _must_agree(written[name], ours, theirs, whose)
+        elif ours != theirs:
+            raise ConfigError(f"{whose} were made with {name}={theirs!r}, not {ours!r}; correct it, or leave it out.")
+
+
+def _unused(key: str) -> bool:
+    """Keys behind the patch tokens, which checkpoints without a head lack."""
+    return key.startswith(("pooler.", "head."))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' report of the text tower that is left out."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,151 @@
+"""Experts from open_clip: the image tower of any of its models, plain ViTs and timm trunks alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from torch import Tensor, nn
+
+from visexpert.errors import ConfigError, WeightsError
+from visexpert.experts.pretrained import RANDOM, MapExpert
+from visexpert.experts.recipe import Framing, InputRecipe, Interpolation
+from visexpert.resources import fill_module
+from visexpert.vision.positions import fit_positions
+from visexpert.vision.published import OPEN_CLIP_FILES
+from visexpert.vision.sources import WEIGHT_FILES, ModelSource
+
+OWNER = "OpenClipExpert"
+STUB_TEXT = {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 1, "layers": 1}
+"""A text tower of no weight: open_clip builds image towers beside one, which is thrown away."""
+
+
+class OpenClipExpert(MapExpert):
+    """Patch tokens of an open_clip image tower.
+
+    Args:
+        model: Name in ``open_clip.list_models()``, such as ``convnext_xxlarge``.
+        weights: A tag of that model (``open_clip.list_pretrained_tags_by_model``), a ``.safetensors``, ``.bin`` or
+            ``.pt`` file, a folder or a hub id; ``random`` for none.
+        image_size: Side of the input in pixels; null for the model's own. Position embeddings are interpolated.
+        layer: Null for the last features with the final norm; else a block or stage by index, -1 for the last, without
+            a final norm. Later ones are not run.
+        framing: What becomes of an image that is no square: ``squash`` (as CLIP here), ``crop``, ``pad``, or ``own``
+            for the model's own.
+        interpolation: ``bilinear`` or ``bicubic``; null for the model's own.
+        licence: Licence of the weights; null for what the model card says.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        weights: str,
+        image_size: int | None = None,
+        layer: int | None = None,
+        framing: Framing = "squash",
+        interpolation: Interpolation | None = None,
+        licence: str | None = None,
+    ) -> None:
+        settings, tagged = named(model, weights)
+        vision = settings["vision_cfg"]
+        own = vision.get("image_size", 224)
+        recipe = InputRecipe(
+            image_size=own if isinstance(own, int) else own[0], framing=framing_of(tagged),
+            mean=tagged["mean"], std=tagged["std"], interpolation=tagged["interpolation"],
+        ).adapted(owner=OWNER, image_size=image_size, framing=framing, interpolation=interpolation)  # fmt: skip
+        quick = tagged.get("quick_gelu", settings.get("quick_gelu", False))
+        visual = build({**settings, "quick_gelu": quick}, recipe.image_size)
+        self_source = None if weights == RANDOM else ModelSource.parse(tagged.get("hf_hub", weights).rstrip("/"))
+        super().__init__(
+            network=OpenClipMap(visual, layer=layer),
+            recipe=recipe,
+            licence=licence or (self_source.licence() if self_source else None),
+            facts={"layer": layer, "model": model, "quick_gelu": quick},
+        )
+        self.source = self_source
+
+    def load_weights(self) -> None:
+        """Read the image tower of the weights; a random network keeps its own.
+
+        Raises:
+            WeightsError: They are nowhere, or do not fit; the message says what fetches them.
+        """
+        if self.source is None:
+            return
+        found = self.source.state(*OPEN_CLIP_FILES, *WEIGHT_FILES, owner=OWNER)
+        visual = self.network.get_submodule("visual")
+        tower = {k.removeprefix("visual."): v for k, v in found.tensors.items() if k.startswith("visual.")}
+        if not tower:
+            raise WeightsError(
+                f"{OWNER}: {found.path} holds no image tower of open_clip ('visual. ...'); give another."
+            )
+        fill_module(visual, fit_positions(tower, visual.state_dict(), antialias=True), owner=OWNER, path=found.path)
+
+
+class OpenClipMap(nn.Module):
+    """An image tower as (B, 3, H, W) -> (B, E, h, w).
+
+    Args:
+        visual: The tower.
+        layer: See :class:`OpenClipExpert`.
+    """
+
+    def __init__(self, visual: Any, *, layer: int | None) -> None:
+        super().__init__()
+        self.visual = visual
+        self.layer = layer
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Feature map of the last or the chosen layer."""
+        found = self.visual.forward_intermediates(
+            pixels_BCHW, indices=1 if self.layer is None else [self.layer], stop_early=True, intermediates_only=True,
+            normalize_intermediates=self.layer is None, output_fmt="NCHW",
+        )  # fmt: skip
+        (map_BEHW,) = found["image_intermediates"]
+        return map_BEHW  # type: ignore[no-any-return]
+
+
+def named(model: str, weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """open_clip's settings of a model, and of the weights of a tag; those it takes for granted where they are no tag.
+
+    Raises:
+        ConfigError: There is no such model.
+    """
+    from open_clip import get_model_config, list_models
+    from open_clip.pretrained import get_pretrained_cfg
+    from open_clip.transform import PreprocessCfg
+
+    settings = get_model_config(model)
+    if settings is None:
+        near = get_close_matches(model, list_models(), n=3)
+        raise ConfigError(f"{OWNER}: open_clip has no model {model!r}; the nearest are {near}.")
+    return dict(settings), {**vars(PreprocessCfg()), **get_pretrained_cfg(model, weights)}
+
+
+def framing_of(tagged: Mapping[str, Any]) -> Framing:
+    """Framing of open_clip's own transform."""
+    modes: dict[str, Framing] = {"shortest": "crop", "squash": "squash"}
+    return modes.get(tagged["resize_mode"], "own")
+
+
+def build(settings: Mapping[str, Any], image_size: int) -> nn.Module:
+    """An image tower for images of this size, with random weights, without a download.
+
+    Raises:
+        ConfigError: open_clip does not build it at this size.
+    """
+    from open_clip import CLIP
+
+    vision = {**settings["vision_cfg"], "timm_model_pretrained": False}
+    if "timm_model_name" not in vision:
+        vision = {**settings["vision_cfg"], "image_size": image_size}
+    try:
+        visual: Any = CLIP(settings["embed_dim"], vision, STUB_TEXT, quick_gelu=settings["quick_gelu"]).visual
+        if "timm_model_name" in vision and image_size != vision.get("image_size"):
+            visual.set_input_size(image_size)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"{OWNER}: open_clip cannot build this model at {image_size} px ({error}).") from error
+    tower: nn.Module = visual.eval()
+    return tower

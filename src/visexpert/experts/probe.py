@@ -1,0 +1,99 @@
+"""What a network makes of an image, found out on the ``meta`` device: nothing is computed, nothing is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from visexpert.errors import ConfigError
+
+LONG = 1024
+"""Sequence from which on attention logits count as large: 16 heads of 1024 x 1024 take 64 MB per image in float32."""
+
+
+def probe_map(network: nn.Module, image_size: int, *, owner: str) -> torch.Size:
+    """Shape (1, E, h, w) of what a network gives for one image, from its code alone, whatever device it is on.
+
+    Args:
+        network: Maps (B, 3, H, W) to (B, E, h, w).
+        image_size: Side of the image in pixels.
+        owner: Who asks, for the message.
+
+    Raises:
+        ConfigError: The network cannot read such an image, gives no map, or would hold the logits of attention
+            between S >= 1024 tokens in memory, S x S numbers per head.
+    """
+    meta = {name: torch.empty_like(value, device="meta") for name, value in _tensors(network).items()}
+    pixels_BCHW = torch.empty(1, 3, image_size, image_size, device="meta")
+    try:
+        with torch.no_grad(), torch.device("meta"), LogitsWatch(image_size) as watch:
+            found = functional_call(network, meta, (pixels_BCHW,))
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AssertionError,
+        AttributeError,
+        IndexError,
+        NotImplementedError,
+    ) as error:
+        raise ConfigError(
+            f"{owner}: the model gives no map of images of {image_size} px ({_first_line(error)}); use another "
+            "image_size or layer, or an expert of your own (docs/own-expert.md)."
+        ) from error
+    if watch.largest:
+        raise ConfigError(
+            f"{owner}: at {image_size} px this model holds attention logits of {watch.largest} in memory; use a "
+            "smaller image_size, or a model whose attention is windowed or fused (SAM: TransformersExpert)."
+        )
+    if not isinstance(found, Tensor) or found.ndim != 4:
+        raise ConfigError(f"{owner}: the model gives no map of tokens at {image_size} px; use another model or layer.")
+    return found.shape
+
+
+class LogitsWatch(TorchFunctionMode):
+    """Looks at every result of torch's functions for (..., S, S) in memory; inside fused attention there is none.
+
+    Args:
+        image_size: Side of the images: maps of pixels are no logits, though they are as square.
+    """
+
+    def __init__(self, image_size: int) -> None:
+        super().__init__()
+        self.smallest = max(LONG, image_size + 1)
+        self.largest: tuple[int, ...] = ()
+        """Shape of the largest logits seen; empty where there were none."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run ``func`` and look at its result."""
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and self._are_logits(result) and result.numel() > _numel(self.largest):
+            self.largest = tuple(result.shape)
+        return result
+
+    def _are_logits(self, tensor: Tensor) -> bool:
+        if tensor.ndim < 3 or tensor.shape[-1] != tensor.shape[-2] or tensor.shape[-1] < self.smallest:
+            return False
+        heads = tensor.numel() // tensor.shape[-1] ** 2
+        # Views count for what they hold: a mask that is broadcast costs nothing. One head's worth may be a weight, or
+        # the hidden layer of an MLP as wide as there are tokens.
+        return heads > 1 and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return int(torch.Size(shape).numel()) if shape else 0
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}

@@ -1,0 +1,128 @@
+"""Experts from transformers' vision models: CLIP, SigLIP, DINOv2 and v3, SAM's encoder, ViT, ConvNeXt and others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from visexpert.experts.base import TokenKind
+from visexpert.experts.huggingface import HubModel
+from visexpert.experts.maps import map_of
+from visexpert.experts.pretrained import MapExpert
+from visexpert.experts.processors import must_agree, recipe_of
+from visexpert.experts.recipe import Framing, Interpolation
+
+
+class HubExpert(MapExpert):
+    """What experts from transformers share: a description before the weights, and transformers' own loader.
+
+    Args:
+        auto: Name of the ``AutoModel...`` class.
+        wrap: Makes of its network one that maps (B, 3, H, W) to (B, E, h, w).
+        source: Folder in ``save_pretrained`` form, or hub id such as ``facebook/dinov2-large``; null for a random
+            network.
+        config: ``model_type`` and other fields of ``config.json``, for a random network or for a source that is not on
+            this machine yet; where it is, they must agree.
+        processor: ``image_processor_type`` and other fields of ``preprocessor_config.json``, likewise.
+        image_size: Side of the input in pixels; null for the model's own. Position embeddings are interpolated.
+        framing: What becomes of an image that is no square: ``squash`` (as CLIP here), ``crop``, ``pad``, or ``own``
+            for the processor's own.
+        interpolation: ``bilinear`` or ``bicubic``; null for the processor's own.
+        licence: Licence of the weights; null for what the model card says.
+        facts: See :class:`~visexpert.experts.pretrained.MapExpert`.
+        tokens: ``features`` or ``prediction``.
+    """
+
+    def __init__(
+        self,
+        *,
+        auto: str,
+        wrap: Callable[[nn.Module], nn.Module],
+        source: str | None = None,
+        config: dict[str, Any] | None = None,
+        processor: dict[str, Any] | None = None,
+        image_size: int | None = None,
+        framing: Framing = "squash",
+        interpolation: Interpolation | None = None,
+        licence: str | None = None,
+        facts: Mapping[str, object],
+        tokens: TokenKind = "features",
+    ) -> None:
+        owner = type(self).__name__
+        described = HubModel.describe(owner=owner, auto=auto, source=source, config=config)
+        size = image_size or described.native_size
+        recipe = recipe_of(
+            owner=owner, source=described.source, processor=processor, size=size, interpolation=interpolation
+        ).adapted(owner=owner, image_size=image_size, framing=framing, interpolation=interpolation)
+        model = described.build(recipe.image_size)
+        super().__init__(
+            network=wrap(model), recipe=recipe, facts={**facts, "model": described.config.model_type}, tokens=tokens,
+            licence=licence or (described.source.licence() if described.source else None),
+        )  # fmt: skip
+        self.described = described
+        self.processor = processor
+
+    def load_weights(self) -> None:
+        """Read the weights from the folder, the hub's cache or the hub; a random network keeps its own.
+
+        Raises:
+            WeightsError: They are nowhere, or do not fit; the message says what fetches them.
+            ConfigError: The model's own configuration differs from the one that was given.
+        """
+        model = self.network.model
+        assert isinstance(model, nn.Module)
+        self.described.load(model)
+        if self.described.source is not None and self.processor is not None:
+            must_agree(self.described.source, self.processor, owner=type(self).__name__)
+
+
+class TransformersExpert(HubExpert):
+    """Tokens of any vision encoder of transformers; of a model with a text tower, of its vision part.
+
+    Args:
+        layer: Null for the last features as the model gives them, final norm (or SAM's neck) included; else one of
+            ``hidden_states``, -1 for that of the last block.
+        kwargs: See :class:`HubExpert`.
+    """
+
+    def __init__(self, *, layer: int | None = None, **kwargs: Any) -> None:
+        super().__init__(
+            auto="AutoModel", wrap=lambda model: EncoderMap(model, layer=layer), facts={"layer": layer}, **kwargs
+        )
+
+
+class EncoderMap(nn.Module):
+    """An encoder of transformers as (B, 3, H, W) -> (B, E, h, w).
+
+    Args:
+        model: The model.
+        layer: Which of ``hidden_states``; None for the last features.
+        headed: The model has a head; only what makes its features is run.
+    """
+
+    def __init__(self, model: nn.Module, *, layer: int | None = None, headed: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.layer = layer
+        self.headed = headed
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Feature map of the last or the chosen layer."""
+        encoder = _without_head(self.model) if self.headed else self.model
+        if self.layer is not None:
+            return map_of(encoder(pixels_BCHW, output_hidden_states=True).hidden_states[self.layer])
+        output = encoder(pixels_BCHW)
+        maps = output.get("feature_maps")  # of a backbone
+        if maps is not None:
+            return map_of(maps[-1])
+        return map_of(output.get("last_hidden_state", output.get("encoder_last_hidden_state")))
+
+
+def _without_head(model: nn.Module) -> nn.Module:
+    """The part of a model with a head that makes its features."""
+    backbone = getattr(model, "backbone", None)
+    base = getattr(model, "base_model", model)
+    assert isinstance(base, nn.Module)
+    return backbone if isinstance(backbone, nn.Module) else base

@@ -1,0 +1,118 @@
+"""OpenClipExpert against open_clip itself, on tiny random towers in the formats that open_clip publishes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from open_clip import CLIP
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.experts.tiny_models import randomised
+from visexpert.errors import ConfigError, WeightsError
+from visexpert.experts import OpenClipExpert
+from visexpert.experts.open_clip import STUB_TEXT
+
+VIT: dict[str, Any] = {
+    "embed_dim": 10,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "layers": 3, "width": 24, "head_width": 6},
+}
+TIMM: dict[str, Any] = {
+    "embed_dim": 10,
+    "vision_cfg": {"image_size": 64, "timm_model_name": "resnet18", "timm_pool": "", "timm_proj": "linear"},
+}
+
+
+@pytest.fixture(autouse=True)
+def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two names more in open_clip's list, as ``open_clip.add_model_config`` would put them there."""
+    for name, settings in (("tiny-vit", VIT), ("tiny-timm", TIMM)):
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, settings)
+
+
+def published(path: Path, settings: dict[str, Any], **changes: Any) -> Any:
+    """A whole CLIP written as a checkpoint; returns its image tower."""
+    vision = {**settings["vision_cfg"], **changes}
+    model: Any = randomised(CLIP(settings["embed_dim"], vision, STUB_TEXT, quick_gelu=False))
+    save_file(model.state_dict(), path)
+    return model.visual
+
+
+def loaded(**options: Any) -> OpenClipExpert:
+    expert = OpenClipExpert(**options).eval()
+    expert.load_weights()
+    return expert
+
+
+def expected(visual: Any, expert: OpenClipExpert, images_BCHW: Tensor, index: int, norm: bool) -> Tensor:
+    with torch.no_grad():
+        found = visual.forward_intermediates(
+            (images_BCHW - expert.mean) / expert.std, indices=[index], output_fmt="NCHW", normalize_intermediates=norm
+        )
+    map_BEHW: Tensor = found["image_intermediates"][0]
+    return map_BEHW.flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize(("name", "settings", "grid", "width"), [("tiny-vit", VIT, 4, 24), ("tiny-timm", TIMM, 2, 512)])
+def test_tokens_equal_open_clips(tmp_path: Path, name: str, settings: dict[str, Any], grid: int, width: int) -> None:
+    visual = published(tmp_path / "clip.safetensors", settings)
+    expert = loaded(model=name, weights=str(tmp_path / "clip.safetensors"))
+    assert (expert.grid_hw, expert.token_dim) == ((grid, grid), width)
+    images_BCHW = torch.rand(2, 3, expert.image_size, expert.image_size)
+    last = len(visual.transformer.resblocks) - 1 if name == "tiny-vit" else 4
+    reference = expected(visual, expert, images_BCHW, last, norm=True)
+    torch.testing.assert_close(expert(images_BCHW).tokens_BSE, reference, atol=1e-4, rtol=1e-4)
+
+
+def test_a_layer_is_that_block_without_the_final_norm(tmp_path: Path) -> None:
+    visual = published(tmp_path / "clip.safetensors", VIT)
+    expert = loaded(model="tiny-vit", weights=str(tmp_path / "clip.safetensors"), layer=-2)
+    images_BCHW = torch.rand(2, 3, 32, 32)
+    reference = expected(visual, expert, images_BCHW, 1, norm=False)
+    torch.testing.assert_close(expert(images_BCHW).tokens_BSE, reference, atol=1e-4, rtol=1e-4)
+
+
+def test_another_size_equals_open_clips_own_interpolation(tmp_path: Path) -> None:
+    visual = published(tmp_path / "clip.safetensors", VIT)
+    expert = loaded(model="tiny-vit", weights=str(tmp_path / "clip.safetensors"), image_size=48)
+    state = {f"visual.{key}": value for key, value in visual.state_dict().items()}
+    target: Any = CLIP(10, {**VIT["vision_cfg"], "image_size": 48}, STUB_TEXT)
+    open_clip.model.resize_pos_embed(state, target)
+    positions = expert.network.state_dict()["visual.positional_embedding"]
+    assert expert.grid_hw == (6, 6)
+    torch.testing.assert_close(positions, state["visual.positional_embedding"])
+
+
+def test_the_tag_decides_weights_normalisation_and_activation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with torch.device("meta"):
+        expert = OpenClipExpert(model="ViT-B-32", weights="openai")
+    assert (expert.grid_hw, expert.token_dim, expert.image_size) == ((7, 7), 768, 224)
+    assert type(expert.network.get_submodule("visual.transformer.resblocks.0.mlp.gelu")).__name__ == "QuickGELU"
+    assert expert.recipe.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))
+    with pytest.raises(WeightsError, match=r"'timm/vit_base_patch32_clip_224.openai' is not in the cache"):
+        expert.load_weights()
+
+
+def test_random_towers_keep_their_weights() -> None:
+    expert = OpenClipExpert(model="tiny-vit", weights="random")
+    before = expert.fingerprint()
+    expert.load_weights()
+    assert expert.fingerprint() == before
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"open_clip has no model 'ViT-B-33'; the nearest are \['ViT-B-"):
+        OpenClipExpert(model="ViT-B-33", weights="openai")
+    with pytest.raises(ConfigError, match="gives no map of images of 32 px"):
+        OpenClipExpert(model="tiny-vit", weights="random", layer=7)
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match="x.safetensors holds no image tower of open_clip"):
+        loaded(model="tiny-vit", weights=str(tmp_path / "x.safetensors"))
+    published(tmp_path / "wide.safetensors", VIT, width=36)
+    with pytest.raises(WeightsError, match="of another shape"):
+        loaded(model="tiny-vit", weights=str(tmp_path / "wide.safetensors"))

@@ -1,0 +1,100 @@
+"""The probe knows shapes without computing, and notices attention logits in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from visexpert.errors import ConfigError
+from visexpert.experts.probe import LogitsWatch, probe_map
+
+PATCH = 8
+
+
+def fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+def eager(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return (query @ key.transpose(-1, -2)).softmax(-1) @ value
+
+
+def masked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Fused, but with a bias of its own for every head: what transformers does for SAM."""
+    bias = query.sum(-1)[..., :, None] + key.sum(-1)[..., None, :]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+
+def broadcast_mask(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """A mask that all heads share through a view holds next to nothing."""
+    tokens = query.shape[-2]
+    mask = torch.zeros(1, 1, 1, tokens, device=query.device).expand(1, 2, tokens, tokens)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+class Attends(nn.Module):
+    """One layer of attention with two heads over patches, and a wide MLP."""
+
+    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], *, width: int = 8, hidden: int = 16) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, PATCH, PATCH)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.Linear(hidden, width))
+        self.attend = attend
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        map_BEHW = self.patches(pixels_BCHW)
+        tokens_BSE = map_BEHW.flatten(2).transpose(1, 2)
+        query, key, value = self.qkv(tokens_BSE).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        attended = self.mlp(self.attend(query, key, value).transpose(1, 2).flatten(2))
+        out_BEHW: Tensor = attended.transpose(1, 2).reshape(map_BEHW.shape)
+        return out_BEHW
+
+
+@pytest.mark.parametrize("attend", [fused, broadcast_mask])
+def test_fused_attention_passes_at_any_size(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    assert probe_map(Attends(attend), 1024, owner="Test") == (1, 8, 128, 128)
+
+
+@pytest.mark.parametrize("attend", [eager, masked])
+def test_logits_in_memory_are_refused(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    with pytest.raises(ConfigError, match=r"at 512 px this model holds attention logits of \(1, 2, 4096, 4096\)"):
+        probe_map(Attends(attend), 512, owner="Test")
+    assert probe_map(Attends(attend), 128, owner="Test") == (1, 8, 16, 16)  # 256 tokens: not worth a word
+
+
+def test_square_maps_and_wide_layers_are_no_logits() -> None:
+    """4096 tokens through an MLP of 4096, and maps of 1024 x 1024 pixels in many channels."""
+    assert probe_map(Attends(fused, hidden=4096), 512, owner="Test") == (1, 8, 64, 64)
+    convolution = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1))
+    assert probe_map(convolution, 1024, owner="Test") == (1, 4, 1024, 1024)
+
+
+@pytest.mark.parametrize(("attend", "seen"), [(eager, (1, 2, 1024, 1024)), (fused, ())])
+def test_what_the_probe_says_holds_where_numbers_are_computed(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], seen: tuple[int, ...]
+) -> None:
+    with torch.no_grad(), LogitsWatch(256) as watch:
+        Attends(attend)(torch.rand(1, 3, 256, 256))
+    assert watch.largest == seen
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_network_is_probed_wherever_it_is_and_left_as_it_was(device: str) -> None:
+    with torch.device(device):
+        network = Attends(fused)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    assert probe_map(network, 64, owner="Test") == (1, 8, 8, 8)
+    assert {key: value.device.type for key, value in network.state_dict().items()} == dict.fromkeys(before, device)
+    assert device == "meta" or all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+
+
+def test_what_cannot_be_run_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match=r"Test: the model gives no map of images of 4 px \(.*\); use another image"):
+        probe_map(Attends(fused), 4, owner="Test")
+    with pytest.raises(ConfigError, match="gives no map of tokens at 8 px"):
+        probe_map(nn.Flatten(), 8, owner="Test")

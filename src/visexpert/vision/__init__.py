@@ -1,23 +1,36 @@
 """CLIP, the encoder that knowledge goes into."""
 
+from visexpert.vision.anyres import TiledClipEncoder, views_of
 from visexpert.vision.clip import ClipEncoder
 from visexpert.vision.cls_attention import ClsAttention
-from visexpert.vision.mole import (
-    MoLEFeedForward,
-    RoutingRecord,
-    add_mole,
-    collect_routing,
+from visexpert.vision.mole import MoLEFeedForward, add_mole
+from visexpert.vision.mole_inference import (
+    RouterUsage,
+    UsageMeter,
+    decision_margins,
+    equipped_blocks,
+    fold,
     merge_for_inference,
+    mole_settings,
 )
 from visexpert.vision.mole_settings import MoLESettings
+from visexpert.vision.routing import RoutingRecord, collect_routing
 
 __all__ = [
     "ClipEncoder",
     "ClsAttention",
     "MoLEFeedForward",
     "MoLESettings",
+    "RouterUsage",
     "RoutingRecord",
+    "TiledClipEncoder",
+    "UsageMeter",
     "add_mole",
     "collect_routing",
+    "decision_margins",
+    "equipped_blocks",
+    "fold",
     "merge_for_inference",
+    "mole_settings",
+    "views_of",
 ]

@@ -6,49 +6,22 @@ Letters beside those of types.py: E low-rank experts, N tokens with [CLS], H hid
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPMLP
 
 from visexpert.errors import ConfigError
 from visexpert.vision.clip import ClipEncoder
+from visexpert.vision.low_rank import LowRankExperts
+from visexpert.vision.merged_feed_forward import ExpertWeights, MergedFeedForward
 from visexpert.vision.mole_settings import MoLEInit, RouterKind, Routing
-
-
-@dataclass(frozen=True)
-class RouterChoice:
-    """What one router decided.
-
-    Args:
-        probs_BNE: Softmax over experts, float32 or better.
-        choice_BN: int64, the most probable expert.
-    """
-
-    probs_BNE: Tensor
-    choice_BN: Tensor
-
-
-@dataclass(frozen=True)
-class RoutingRecord:
-    """What the routers of all layers decided in one forward pass.
-
-    Args:
-        layers: Blocks of the encoder, from 0, that the first axis runs over.
-        probs_LBNE: Softmax over experts; with a graph where the pass had one.
-        choice_LBN: int64, the most probable expert.
-    """
-
-    layers: tuple[int, ...]
-    probs_LBNE: Tensor
-    choice_LBN: Tensor
+from visexpert.vision.routing import Router, RouterChoice
 
 
 class MoLEFeedForward(nn.Module):
@@ -107,8 +80,8 @@ class MoLEFeedForward(nn.Module):
         self.fc1, self.activation_fn, self.fc2 = mlp.fc1, mlp.activation_fn, mlp.fc2
         width, hidden = mlp.fc1.in_features, mlp.fc1.out_features
         scale = ((1.0 if init == "released" else rank) if alpha is None else alpha) / rank
-        make = partial(_LowRankExperts, num_experts=num_experts, rank=rank, scale=scale, dropout=dropout, init=init)
-        self.router = _Router(width, num_experts)
+        make = partial(LowRankExperts, num_experts=num_experts, rank=rank, scale=scale, dropout=dropout, init=init)
+        self.router = Router(width, num_experts)
         self.fc1_experts = make(width, hidden)
         self.fc2_experts = make(hidden, width)
         for module in self.added_modules():
@@ -123,17 +96,27 @@ class MoLEFeedForward(nn.Module):
         """What MoLE adds to the MLP: the router and the experts."""
         return self.router, self.fc1_experts, self.fc2_experts
 
+    def learning_modules(self, *, balanced: bool) -> tuple[nn.Module, ...]:
+        """What of it gets a gradient: without a balance loss, a router that learns from nothing else does not."""
+        experts = (self.fc1_experts, self.fc2_experts)
+        return (self.router, *experts) if balanced or self.router_learns else experts
+
+    @property
+    def has_merged_form(self) -> bool:
+        """Whether each token goes through one expert, not weighed, so that a plain MLP stands for it."""
+        return self.routing == "top1" and self.router_kind != "scaled"
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map tokens (B, N, D) to (B, N, D)."""
         chosen: RouterChoice = self.router(hidden_states)
-        gates_NE = self._gates(chosen).to(hidden_states.dtype).flatten(0, -2)
+        gates_NE = self.gates(chosen).to(hidden_states.dtype).flatten(0, -2)
         x_ND = hidden_states.flatten(0, -2)
         hidden_NH = self.activation_fn(self.fc1_experts(x_ND, gates_NE, base_NO=self.fc1(x_ND)))
         out_ND: Tensor = self.fc2_experts(hidden_NH, gates_NE, base_NO=self.fc2(hidden_NH))
         return out_ND.view(hidden_states.shape)
 
-    def _gates(self, chosen: RouterChoice) -> Tensor:
-        """Weight of each expert per token, (B, N, E)."""
+    def gates(self, chosen: RouterChoice) -> Tensor:
+        """Weight g of each expert per token, (B, N, E), given what the router decided."""
         probs = chosen.probs_BNE
         if self.routing == "dense":
             return probs
@@ -155,12 +138,27 @@ class MoLEFeedForward(nn.Module):
         Raises:
             ConfigError: Experts are mixed or weighed per token, so that no plain MLP stands for one.
         """
-        if self.routing == "dense" or self.router_kind == "scaled":
+        if not self.has_merged_form:
             raise ConfigError(
                 f"MoLE with routing={self.routing!r} and router={self.router_kind!r} weighs experts by token and has "
                 "no merged form; use it as it is, or train with routing='top1' and another router."
             )
         return MergedFeedForward(self.merged_weights(), copy.deepcopy(self.router), self.activation_fn)
+
+    @torch.no_grad()
+    def folded(self, gates_E: Tensor, config: CLIPVisionConfig) -> CLIPMLP:
+        """One plain MLP: W + sum_e g_e (alpha / rank) B_e A_e, with its biases.
+
+        Args:
+            gates_E: One weight per expert for all tokens.
+            config: Of the CLIP.
+        """
+        gates_E = gates_E.to(self.fc1.weight)
+        plain = CLIPMLP(config).to(self.fc1.weight)
+        for name, experts in (("fc1", self.fc1_experts), ("fc2", self.fc2_experts)):
+            weight, bias = experts.folded(self.get_submodule(name), gates_E)  # type: ignore[arg-type]
+            plain.get_submodule(name).load_state_dict({"weight": weight, "bias": bias})
+        return plain
 
     def extra_repr(self) -> str:
         """What the weights do not tell."""
@@ -208,158 +206,6 @@ def add_mole(
     for index, mole in zip(chosen, made, strict=True):
         blocks[index].mlp = mole
     return tuple(made)
-
-
-def merge_for_inference(clip: ClipEncoder) -> ClipEncoder:
-    """A copy of a CLIP with each MoLE in its merged form (:meth:`MoLEFeedForward.for_inference`).
-
-    Raises:
-        ConfigError: A MoLE has no merged form.
-    """
-    merged = copy.deepcopy(clip)
-    for block in merged.model.encoder.layers:
-        if isinstance(block.mlp, MoLEFeedForward):
-            block.mlp = block.mlp.for_inference()
-    return merged.requires_grad_(False).eval()
-
-
-class RoutingCollector:
-    """Keeps what routers decide while :func:`collect_routing` is active; the latest pass counts."""
-
-    def __init__(self) -> None:
-        self._choices: dict[int, RouterChoice] = {}
-
-    def keep(self, layer: int, choice: RouterChoice) -> None:
-        """Note the decisions of one layer."""
-        self._choices[layer] = choice
-
-    def record(self) -> RoutingRecord | None:
-        """All layers that ran; None where no layer has a router (a plain CLIP)."""
-        if not self._choices:
-            return None
-        layers = tuple(sorted(self._choices))
-        probs = torch.stack([self._choices[layer].probs_BNE for layer in layers])
-        return RoutingRecord(layers, probs, torch.stack([self._choices[layer].choice_BN for layer in layers]))
-
-
-@contextmanager
-def collect_routing(clip: ClipEncoder) -> Iterator[RoutingCollector]:
-    """Keep what the routers of ``clip`` decide: ``with collect_routing(clip) as routing: clip(images)``.
-
-    The modules themselves keep nothing, so no graph outlives the record. Under gradient checkpointing the blocks run
-    again in the backward pass, after the ``with``, unseen; the probabilities kept have a gradient if checkpointing is
-    not reentrant (transformers' default). Under DDP each process has the decisions on its own images.
-    """
-    collector = RoutingCollector()
-    handles = []
-    for index, block in enumerate(clip.model.encoder.layers):
-        if isinstance(block.mlp, MoLEFeedForward | MergedFeedForward):
-            handles.append(block.mlp.router.register_forward_hook(partial(_report, collector, index)))
-    try:
-        yield collector
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _report(collector: RoutingCollector, layer: int, module: nn.Module, inputs: object, output: RouterChoice) -> None:
-    collector.keep(layer, output)
-
-
-class _Router(nn.Linear):
-    """Logits of the experts for each token, softmax and the winner; no noise, temperature or capacity."""
-
-    def forward(self, x_BND: Tensor) -> RouterChoice:  # type: ignore[override]
-        logits_BNE = super().forward(x_BND)
-        probs_BNE = logits_BNE.to(torch.promote_types(logits_BNE.dtype, torch.float32)).softmax(-1)
-        return RouterChoice(probs_BNE, probs_BNE.argmax(-1))
-
-
-class _LowRankExperts(nn.Module):
-    """Low-rank updates of one linear layer, all in two products: their ranks stacked, their biases gate columns.
-
-    Biases are flat vectors, which optimisers spare from weight decay.
-    """
-
-    def __init__(
-        self, in_dim: int, out_dim: int, *, num_experts: int, rank: int, scale: float, dropout: float, init: MoLEInit
-    ) -> None:
-        super().__init__()
-        self.num_experts, self.rank, self.scale = num_experts, rank, scale
-        self.A_weight = nn.Parameter(torch.empty(num_experts, rank, in_dim))
-        self.A_bias = nn.Parameter(torch.zeros(num_experts * rank))
-        self.B_weight = nn.Parameter(torch.zeros(num_experts, rank, out_dim))
-        self.B_bias = nn.Parameter(torch.zeros(num_experts * out_dim))
-        self.dropout = nn.Dropout(dropout)
-        # Kaiming-uniform with gain sqrt(2) over the inputs of each expert, which the stacking would hide from torch.
-        nn.init.uniform_(self.A_weight, -math.sqrt(6 / in_dim), math.sqrt(6 / in_dim))
-        if init == "released":
-            nn.init.uniform_(self.B_weight, -math.sqrt(6 / rank), math.sqrt(6 / rank))
-
-    def forward(self, x_NI: Tensor, gates_NE: Tensor, *, base_NO: Tensor) -> Tensor:
-        """``base_NO`` + scale x sum over e of the gate times B_e (A_e x + a_e) + b_e."""
-        ranks_NQ = F.linear(self.dropout(x_NI), self.A_weight.flatten(0, 1), self.A_bias)
-        gates_NE = self.scale * gates_NE.to(ranks_NQ.dtype)
-        gated_NQ = (ranks_NQ.unflatten(1, (self.num_experts, self.rank)) * gates_NE[:, :, None]).flatten(1)
-        stacked_QO = torch.cat([self.B_weight.flatten(0, 1), self.B_bias.view(self.num_experts, -1)])
-        return torch.addmm(base_NO, torch.cat([gated_NQ, gates_NE], dim=1), stacked_QO)
-
-    def merged(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Weights (E, out, in) and biases (E, out) of ``linear`` with each expert added."""
-        update_EOI = torch.einsum("ero,eri->eoi", self.B_weight, self.A_weight)
-        shift_EO = torch.einsum("ero,er->eo", self.B_weight, self.A_bias.view(self.num_experts, self.rank))
-        shift_EO = shift_EO + self.B_bias.view(self.num_experts, -1)
-        return linear.weight + self.scale * update_EOI, linear.bias + self.scale * shift_EO
-
-
-@dataclass(frozen=True)
-class ExpertWeights:
-    """A plain MLP for each expert.
-
-    Args:
-        fc1_EHD: Weights of the first layers.
-        fc1_bias_EH: Their biases.
-        fc2_EDH: Weights of the second layers.
-        fc2_bias_ED: Their biases.
-    """
-
-    fc1_EHD: Tensor
-    fc1_bias_EH: Tensor
-    fc2_EDH: Tensor
-    fc2_bias_ED: Tensor
-
-
-class MergedFeedForward(nn.Module):
-    """Top-1 MoLE for inference: tokens sorted by expert, one plain MLP over each contiguous slice.
-
-    Args:
-        weights: The MLP of each expert.
-        router: Decides per token.
-        activation_fn: Between the two layers.
-    """
-
-    def __init__(self, weights: ExpertWeights, router: nn.Module, activation_fn: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.router, self.activation_fn = router, activation_fn
-        self.fc1_EHD = nn.Parameter(weights.fc1_EHD, requires_grad=False)
-        self.fc1_bias_EH = nn.Parameter(weights.fc1_bias_EH, requires_grad=False)
-        self.fc2_EDH = nn.Parameter(weights.fc2_EDH, requires_grad=False)
-        self.fc2_bias_ED = nn.Parameter(weights.fc2_bias_ED, requires_grad=False)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Map tokens (B, N, D) to (B, N, D)."""
-        choice_N = self.router(hidden_states).choice_BN.flatten()
-        order_N = choice_N.argsort(stable=True)
-        counts = torch.bincount(choice_N, minlength=len(self.fc1_EHD)).tolist()
-        slices = hidden_states.flatten(0, -2)[order_N].split(counts)
-        sorted_ND = torch.cat([self._mlp(part_ND, expert) for expert, part_ND in enumerate(slices)])
-        out_ND = torch.empty_like(sorted_ND)
-        out_ND[order_N] = sorted_ND
-        return out_ND.view(hidden_states.shape)
-
-    def _mlp(self, x_ND: Tensor, expert: int) -> Tensor:
-        hidden_NH = self.activation_fn(F.linear(x_ND, self.fc1_EHD[expert], self.fc1_bias_EH[expert]))
-        return F.linear(hidden_NH, self.fc2_EDH[expert], self.fc2_bias_ED[expert])
 
 
 def _check_names(**chosen: tuple[str, object]) -> None:

@@ -1,0 +1,140 @@
+"""A CLIP with MoLE as others can run it: exact, with merged weights, or folded into a plain CLIP."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from visexpert.errors import ConfigError
+from visexpert.vision.clip import ClipEncoder
+from visexpert.vision.mole import MoLEFeedForward
+from visexpert.vision.mole_settings import MoLESettings
+from visexpert.vision.routing import RouterChoice, collect_routing
+
+
+def merge_for_inference(clip: ClipEncoder, *, keep_weighed: bool = False) -> ClipEncoder:
+    """A copy of a CLIP with each MoLE in its merged form (:meth:`MoLEFeedForward.for_inference`).
+
+    Args:
+        clip: The encoder.
+        keep_weighed: Leave a MoLE that weighs experts by token, and so has no merged form, as it is.
+
+    Raises:
+        ConfigError: A MoLE has no merged form.
+    """
+    merged = copy.deepcopy(clip)
+    for block in merged.model.encoder.layers:
+        if isinstance(block.mlp, MoLEFeedForward) and (block.mlp.has_merged_form or not keep_weighed):
+            block.mlp = block.mlp.for_inference()
+    return merged.requires_grad_(False).eval()
+
+
+def equipped_blocks(clip: ClipEncoder) -> dict[int, MoLEFeedForward]:
+    """The MoLE of each block that has one, by the block's number from 0."""
+    mlps = {index: block.mlp for index, block in enumerate(clip.model.encoder.layers)}
+    return {index: mlp for index, mlp in mlps.items() if isinstance(mlp, MoLEFeedForward)}
+
+
+def mole_settings(clip: ClipEncoder) -> MoLESettings | None:
+    """The settings that make a MoLE of the same shapes and function; None for a plain CLIP."""
+    blocks = equipped_blocks(clip)
+    if not blocks:
+        return None
+    first = next(iter(blocks.values()))
+    experts = first.fc1_experts
+    return MoLESettings(
+        num_experts=experts.num_experts, rank=experts.rank, alpha=experts.scale * experts.rank,
+        dropout=experts.dropout.p, routing=first.routing, router=first.router_kind, layers=list(blocks),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RouterUsage:
+    """How much the tokens of some images used each expert.
+
+    Args:
+        gates: By block, from 0: mean weight of each expert over all tokens, (E,), float64. With top-1 that is the share
+            of tokens that chose it (times their p where the router is ``scaled``), with ``dense`` its mean p.
+        num_images: Images that were looked at.
+    """
+
+    gates: Mapping[int, Tensor]
+    num_images: int
+
+
+class UsageMeter:
+    """Collects :class:`RouterUsage` over batches.
+
+    Args:
+        clip: A CLIP with MoLE, in eval mode.
+    """
+
+    def __init__(self, clip: ClipEncoder) -> None:
+        self.clip = clip
+        self._sums: dict[int, Tensor] = {}
+        self._images = self._tokens = 0
+
+    @torch.no_grad()
+    def update(self, images_BCHW: Tensor) -> None:
+        """Count one batch of images in [0, 1]."""
+        with collect_routing(self.clip) as routing:
+            self.clip(images_BCHW)
+        record = routing.record()
+        if record is None:
+            raise ConfigError("UsageMeter: this CLIP has no MoLE, so there is no router to look at.")
+        blocks = equipped_blocks(self.clip)
+        for index, probs_BNE, choice_BN in zip(record.layers, record.probs_LBNE, record.choice_LBN, strict=True):
+            gates_BNE = blocks[index].gates(RouterChoice(probs_BNE, choice_BN))
+            total_E = gates_BNE.double().sum((0, 1)).cpu()
+            self._sums[index] = self._sums.get(index, torch.zeros_like(total_E)) + total_E
+        self._images += len(images_BCHW)
+        self._tokens += record.choice_LBN[0].numel()
+
+    def usage(self) -> RouterUsage:
+        """What was seen so far.
+
+        Raises:
+            ConfigError: Nothing was.
+        """
+        if not self._images:
+            raise ConfigError("UsageMeter: no image was seen; give the data some validation images.")
+        return RouterUsage({index: total / self._tokens for index, total in self._sums.items()}, self._images)
+
+
+def fold(clip: ClipEncoder, usage: RouterUsage) -> ClipEncoder:
+    """A plain CLIP: the experts of each layer averaged by their use, W + sum_e mean(g_e) (W_e - W).
+
+    Exact only where one expert gets every token; how far it is otherwise has to be measured.
+
+    Args:
+        clip: A CLIP with MoLE.
+        usage: Mean gate of each expert per block, from images like those that it will see.
+    """
+    plain = copy.deepcopy(clip)
+    for index, mole in equipped_blocks(plain).items():
+        plain.model.encoder.layers[index].mlp = mole.folded(usage.gates[index], clip.config)
+    return plain.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def decision_margins(clip: ClipEncoder, images_BCHW: Tensor) -> Tensor:
+    """How clearly the closest call of each image was made: (B,), the least lead of the best expert's probability.
+
+    Infinite where nothing is decided. Below a few float32 roundings, another library may choose the other expert.
+    """
+    margins_B = torch.full((len(images_BCHW),), torch.inf)
+    with collect_routing(clip) as routing:
+        clip(images_BCHW)
+    record = routing.record()
+    if record is None or record.probs_LBNE.shape[-1] == 1:
+        return margins_B
+    blocks = equipped_blocks(clip)
+    for index, probs_BNE in zip(record.layers, record.probs_LBNE, strict=True):
+        if index not in blocks or blocks[index].routing == "top1":
+            best = probs_BNE.topk(2, dim=-1).values
+            margins_B = margins_B.minimum((best[..., 0] - best[..., 1]).amin(1).float().cpu())
+    return margins_B

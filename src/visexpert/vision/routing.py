@@ -1,0 +1,97 @@
+"""What the routers of MoLE decide, and how to look at it.
+
+Letters beside those of types.py: E low-rank experts, N tokens with [CLS].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from visexpert.vision.clip import ClipEncoder
+
+
+@dataclass(frozen=True)
+class RouterChoice:
+    """What one router decided.
+
+    Args:
+        probs_BNE: Softmax over experts, float32 or better.
+        choice_BN: int64, the most probable expert.
+    """
+
+    probs_BNE: Tensor
+    choice_BN: Tensor
+
+
+@dataclass(frozen=True)
+class RoutingRecord:
+    """What the routers of all layers decided in one forward pass.
+
+    Args:
+        layers: Blocks of the encoder, from 0, that the first axis runs over.
+        probs_LBNE: Softmax over experts; with a graph where the pass had one.
+        choice_LBN: int64, the most probable expert.
+    """
+
+    layers: tuple[int, ...]
+    probs_LBNE: Tensor
+    choice_LBN: Tensor
+
+
+class Router(nn.Linear):
+    """Logits of the experts for each token, softmax and the winner; no noise, temperature or capacity."""
+
+    def forward(self, x_BND: Tensor) -> RouterChoice:  # type: ignore[override]
+        logits_BNE = super().forward(x_BND)
+        probs_BNE = logits_BNE.to(torch.promote_types(logits_BNE.dtype, torch.float32)).softmax(-1)
+        return RouterChoice(probs_BNE, probs_BNE.argmax(-1))
+
+
+class RoutingCollector:
+    """Keeps what routers decide while :func:`collect_routing` is active; the latest pass counts."""
+
+    def __init__(self) -> None:
+        self._choices: dict[int, RouterChoice] = {}
+
+    def keep(self, layer: int, choice: RouterChoice) -> None:
+        """Note the decisions of one layer."""
+        self._choices[layer] = choice
+
+    def record(self) -> RoutingRecord | None:
+        """All layers that ran; None where no layer has a router (a plain CLIP)."""
+        if not self._choices:
+            return None
+        layers = tuple(sorted(self._choices))
+        probs = torch.stack([self._choices[layer].probs_BNE for layer in layers])
+        return RoutingRecord(layers, probs, torch.stack([self._choices[layer].choice_BN for layer in layers]))
+
+
+@contextmanager
+def collect_routing(clip: ClipEncoder) -> Iterator[RoutingCollector]:
+    """Keep what the routers of ``clip`` decide: ``with collect_routing(clip) as routing: clip(images)``.
+
+    The modules themselves keep nothing, so no graph outlives the record. Under gradient checkpointing the blocks run
+    again in the backward pass, after the ``with``, unseen; the probabilities kept have a gradient if checkpointing is
+    not reentrant (transformers' default). Under DDP each process has the decisions on its own images.
+    """
+    collector = RoutingCollector()
+    handles = []
+    for index, block in enumerate(clip.model.encoder.layers):
+        router = getattr(block.mlp, "router", None)
+        if isinstance(router, Router):
+            handles.append(router.register_forward_hook(partial(_report, collector, index)))
+    try:
+        yield collector
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _report(collector: RoutingCollector, layer: int, module: nn.Module, inputs: object, output: RouterChoice) -> None:
+    collector.keep(layer, output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,9 +14,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from visexpert.cli import main
 from visexpert.commands import export as command
-from visexpert.commands.export import run_with_clip, source_of
+from visexpert.commands.export import run_with_clip
+from visexpert.commands.export_source import source_of
 from visexpert.errors import ConfigError
-from visexpert.export import FORMATS, TOLERANCE
+from visexpert.export import FORMATS, TOLERANCE, Treatment
 from visexpert.runs import build, open_run
 
 SMOKE = Path(__file__).parents[2] / "configs" / "tove" / "smoke.yaml"
@@ -167,4 +168,5 @@ def test_what_llava_has_no_place_for_is_named(settings: dict[str, Any], named: s
 def test_help_says_what_the_room_has(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.NAMES == tuple(FORMATS)
     options = command._parser().parse_args(["run", "--format", "hf", "--out", "x", "--layers", "-2", "-1"])
+    assert command.MOLE == get_args(Treatment)
     assert options.tolerance == TOLERANCE and options.layers == [-2, -1]

@@ -37,14 +37,14 @@ def test_an_export_that_differs_leaves_no_folder(tmp_path: Path, monkeypatch: py
 
     use_writer(monkeypatch, perturbed)
     with pytest.raises(WeightsError, match=r"onnx export differs after reloading: the error of layer_minus_2 is .* of"):
-        export(tiny_source(), ["onnx"], tmp_path / "out")
+        export({"onnx": tiny_source()}, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_export_that_does_not_load_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_writer(monkeypatch, lambda source, folder: (folder / "model.onnx").write_bytes(b"half a graph"))
     with pytest.raises(WeightsError, match=r"onnx export does not load in a fresh process \(.*model.onnx.*\); nothing"):
-        export(tiny_source(), ["onnx"], tmp_path / "out")
+        export({"onnx": tiny_source()}, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -56,7 +56,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     use_writer(monkeypatch, interrupted)
     (tmp_path / "out").mkdir()
     with pytest.raises(KeyboardInterrupt):
-        export(tiny_source(), ["onnx"], tmp_path / "out")
+        export({"onnx": tiny_source()}, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [tmp_path / "out"] and not any((tmp_path / "out").iterdir())
 
 
@@ -69,7 +69,7 @@ def killed(source: ExportSource, folder: Path) -> None:
 def test_a_killed_export_leaves_nothing_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_writer(monkeypatch, killed)
     process = multiprocessing.get_context("fork").Process(
-        target=export, args=(tiny_source(), ["onnx"], tmp_path / "out")
+        target=export, args=({"onnx": tiny_source()}, tmp_path / "out")
     )  # fmt: skip
     process.start()
     process.join(60)
@@ -82,18 +82,18 @@ def test_bad_targets_are_refused(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"full' is not empty; give --out a new or an empty one"):
-        export(tiny_source(), ["hf"], tmp_path / "full")
+        export({"hf": tiny_source()}, tmp_path / "full")
     with pytest.raises(ConfigError, match=r"mine.txt' is a file"):
-        export(tiny_source(), ["hf"], tmp_path / "full" / "mine.txt")
+        export({"hf": tiny_source()}, tmp_path / "full" / "mine.txt")
     with pytest.raises(ConfigError, match=r"--format coreml is unknown; use one of hf, open_clip, onnx"):
-        export(tiny_source(), ["coreml"], tmp_path / "out")
+        export({"coreml": tiny_source()}, tmp_path / "out")
     assert (tmp_path / "full" / "mine.txt").read_text(encoding="utf-8") == "mine"
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMATS, "onnx", replace(FORMATS["onnx"], packages=("no_such_package", "json")))
     with pytest.raises(ConfigError, match=r"needs no_such_package; install it with: pip install 'visexpert\[export\]'"):
-        export(tiny_source(), ["onnx"], tmp_path / "out")
+        export({"onnx": tiny_source()}, tmp_path / "out")
 
 
 def test_the_fresh_process_can_import_nothing_that_is_refused() -> None:

@@ -21,12 +21,13 @@ FILES = {
     "onnx": {"model.onnx"},
     "torch_export": {"model.pt2"},
     "llava": {"config.json", "model.safetensors", "tokenizer.json", "processor_config.json"},
+    "visexpert": {"config.json", "mole.json", "model.safetensors", "preprocessor_config.json"},
 }
 REPORTS = {"README.md", "fidelity.md", "fidelity.json"}
 
 
 def exported(source: ExportSource, name: str, out: Path) -> dict[str, Any]:
-    export(source, [name], out)
+    export({name: source}, out)
     return checked(name, out)
 
 
@@ -69,7 +70,7 @@ def test_keys_are_those_that_transformers_4_reads_too(tmp_path: Path) -> None:
 
 def test_graphs_run_any_batch(tmp_path: Path) -> None:
     names = ("onnx", "torch_export")
-    export(tiny_source(), names, tmp_path / "out")
+    export(dict.fromkeys(names, tiny_source()), tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(names)
     for name in names:
         facts = checked(name, tmp_path / "out" / name)
@@ -93,9 +94,9 @@ def test_llava_answers_as_the_prefix_lm_does(tmp_path: Path) -> None:
 
 def test_what_a_format_has_no_place_for_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="llava export needs a language side that is a prefix LM"):
-        export(tiny_source(), ["llava"], tmp_path / "out")
+        export({"llava": tiny_source()}, tmp_path / "out")
     with pytest.raises(ConfigError, match="no vision tower with hidden_act='relu'"):
-        export(tiny_source(hidden_act="relu"), ["open_clip"], tmp_path / "out")
+        export({"open_clip": tiny_source(hidden_act="relu")}, tmp_path / "out")
     with pytest.raises(ConfigError, match=r"no tokens before the first block \(layer -4\)"):
         write_open_clip(ExportSource(tiny_clip(layer=-4), (-1,), None, {}), tmp_path)
     assert list(tmp_path.iterdir()) == []

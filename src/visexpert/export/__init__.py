@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from visexpert.export.exporter import FORMATS, check_formats, export
+from visexpert.export.exporter import FORMATS, KEEP_MOLE, check_formats, export
 from visexpert.export.fidelity import TOLERANCE
 from visexpert.export.folder import check_target
+from visexpert.export.mole import MoLEReport, Treatment, differences
 from visexpert.export.source import ExportSource, LanguageParts
 
-__all__ = ["FORMATS", "TOLERANCE", "ExportSource", "LanguageParts", "check_formats", "check_target", "export"]
+__all__ = [
+    "FORMATS",
+    "KEEP_MOLE",
+    "TOLERANCE",
+    "ExportSource",
+    "LanguageParts",
+    "MoLEReport",
+    "Treatment",
+    "check_formats",
+    "check_target",
+    "differences",
+    "export",
+]

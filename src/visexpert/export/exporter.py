@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 from visexpert.errors import ConfigError
-from visexpert.export import hf, llava, onnx, open_clip, torch_export
+from visexpert.export import hf, llava, native, onnx, open_clip, torch_export
 from visexpert.export.fidelity import TOLERANCE
 from visexpert.export.folder import check_target, whole_or_nothing
 from visexpert.export.report import write_reports
 from visexpert.export.source import LOGITS, PATCH_TOKENS, POOLED, ExportSource, Format
 from visexpert.export.verify import Fidelity, verify
+from visexpert.vision import equipped_blocks
 
 log = logging.getLogger(__name__)
 
@@ -22,20 +23,21 @@ _GRAPH = (PATCH_TOKENS, POOLED)
 FORMATS: dict[str, Format] = {
     "hf": Format(hf.write, (), hf.USAGE, (POOLED,)),
     "open_clip": Format(open_clip.write, (), open_clip.USAGE, (POOLED,)),
-    "onnx": Format(onnx.write, ("onnx", "onnxscript", "onnxruntime"), onnx.USAGE, _GRAPH, preprocesses=False),
-    "torch_export": Format(torch_export.write, (), torch_export.USAGE, _GRAPH, preprocesses=False),
+    "onnx": Format(onnx.write, ("onnx", "onnxscript", "onnxruntime"), onnx.USAGE, _GRAPH, False, "merged"),
+    "torch_export": Format(torch_export.write, (), torch_export.USAGE, _GRAPH, False, "merged"),
     "llava": Format(llava.write, (), llava.USAGE, (POOLED, LOGITS)),
+    "visexpert": Format(native.write, (), native.USAGE, (POOLED,), mole="trained"),
 }
+KEEP_MOLE = tuple(name for name, form in FORMATS.items() if form.mole is not None)
+"""Formats that have a place for a student's mixture of low-rank experts."""
 
 
-def export(
-    source: ExportSource, formats: Sequence[str], out: Path, *, tolerance: float = TOLERANCE
-) -> dict[str, Fidelity]:
+def export(sources: Mapping[str, ExportSource], out: Path, *, tolerance: float = TOLERANCE) -> dict[str, Fidelity]:
     """Export a CLIP; ``out`` appears when every format has been reloaded in a fresh process and agrees.
 
     Args:
-        source: What to export.
-        formats: Names in :data:`FORMATS`. One is written into ``out`` itself, several into folders of their names.
+        sources: What to export by format, a name in :data:`FORMATS`. One is written into ``out`` itself, several into
+            folders of their names.
         out: Target, new or empty.
         tolerance: Largest error allowed over the root mean square of the reference.
 
@@ -46,23 +48,29 @@ def export(
         ConfigError: The target is taken, a package is missing, or the model does not fit the format.
         WeightsError: A reload failed or differs.
     """
-    check_formats(formats)
+    check_formats(sources)
     check_target(out)
+    for name, source in sources.items():
+        if equipped_blocks(source.clip) and FORMATS[name].mole is None:
+            raise ConfigError(
+                f"--format {name} has no place for MoLE; export a fold or a flattened CLIP (--mole fold, --mole "
+                f"flatten), or one of {', '.join(KEEP_MOLE)}."
+            )
     found: dict[str, Fidelity] = {}
     with whole_or_nothing(out) as partial:
-        for name in formats:
-            folder = partial if len(formats) == 1 else partial / name
+        for name, source in sources.items():
+            folder = partial if len(sources) == 1 else partial / name
             folder.mkdir(exist_ok=True)
             form = FORMATS[name]
             log.info("%s: writing", name)
             form.write(source, folder)
-            log.info("%s: reloading in a fresh process without visexpert", name)
+            log.info("%s: reloading in a fresh process", name)
             found[name] = verify(source, name, form, folder, tolerance=tolerance)
             write_reports(source, name, form, found[name], folder)
     return found
 
 
-def check_formats(formats: Sequence[str]) -> None:
+def check_formats(formats: Iterable[str]) -> None:
     """Refuse unknown formats and those whose packages are missing.
 
     Raises:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from visexpert.export.source import ExportSource, NamedOutputs
+from visexpert.export.source import ExportSource, NamedOutputs, for_inference
 
 USAGE = """\
 import onnxruntime
@@ -25,7 +25,7 @@ INLINE_BYTES = 1_500_000_000
 
 def write(source: ExportSource, folder: Path) -> None:
     """Write ``model.onnx``; its metadata says how an image becomes ``pixel_values``."""
-    network = NamedOutputs(source.clip, source.layers).eval()
+    network = NamedOutputs(for_inference(source.clip), source.layers).eval()
     side = source.clip.image_size
     # Two images: a batch of one would be taken for a constant.
     example = torch.zeros(2, 3, side, side)

@@ -1,7 +1,8 @@
 """Load an export the way its users will and run it: a program of its own, in a process that cannot import visexpert.
 
 ``python -I reload.py FORMAT FOLDER INPUTS OUTPUTS``: reads INPUTS (safetensors; its metadata holds the layers asked
-for), runs them in batches of several sizes and writes OUTPUTS. Imports nothing of visexpert, and refuses to.
+for), runs them in batches of several sizes and writes OUTPUTS. Imports nothing of visexpert, and refuses to, but for
+the format that visexpert alone reads.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ FORBIDDEN = {
     "onnx": ("visexpert", "transformers", "torch"),
     "torch_export": ("visexpert", "transformers"),
     "llava": ("visexpert",),
+    "visexpert": (),
 }
 """What the process may not import, by format."""
 
@@ -162,12 +164,31 @@ def run_llava(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
     return joined(runs) | processed
 
 
+def run_visexpert(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
+    """``ClipEncoder`` with MoLE."""
+    import torch
+
+    from visexpert.vision import ClipEncoder, MoLESettings
+
+    settings = MoLESettings(**json.loads((folder / "mole.json").read_text(encoding="utf-8")))
+    clip = ClipEncoder(source=str(folder), mole=settings).eval()
+    clip.load_weights()
+    with torch.no_grad():
+        runs = [
+            vision_outputs(clip.model(torch.from_numpy(pixels), output_hidden_states=True), facts["layers"])
+            for pixels in batches(inputs, "pixel_values")
+        ]
+        unit = {name: torch.from_numpy(inputs[name]).permute(2, 0, 1)[None] / 255 for name, _ in photos(inputs)}
+        return joined(runs) | {name: clip.preprocess(image).numpy() for name, image in unit.items()}
+
+
 RUNS: dict[str, Callable[[Path, Arrays, Any], Arrays]] = {
     "hf": run_hf,
     "open_clip": run_open_clip,
     "onnx": run_onnx,
     "torch_export": run_torch_export,
     "llava": run_llava,
+    "visexpert": run_visexpert,
 }
 
 

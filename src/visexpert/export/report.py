@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from visexpert.export.llava import opening_token
+from visexpert.export.mole import MEANING, mole_lines
 from visexpert.export.reload import BATCHES, FORBIDDEN
-from visexpert.export.source import ExportSource, Format, layer_name
+from visexpert.export.source import ExportSource, Format, for_inference, layer_name
 from visexpert.export.verify import Fidelity
 
 POOLED_TEXT = {
@@ -22,14 +23,15 @@ POOLED_TEXT = {
 
 def write_reports(source: ExportSource, name: str, form: Format, fidelity: Fidelity, folder: Path) -> None:
     """Write all three; ``fidelity.json`` last."""
-    facts = report_facts(source, name, fidelity)
+    facts = report_facts(source, name, form, fidelity)
     (folder / "README.md").write_text(card(source, name, form, facts), encoding="utf-8")
     (folder / "fidelity.md").write_text(fidelity_text(facts), encoding="utf-8")
     (folder / "fidelity.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def report_facts(source: ExportSource, name: str, fidelity: Fidelity) -> dict[str, Any]:
+def report_facts(source: ExportSource, name: str, form: Format, fidelity: Fidelity) -> dict[str, Any]:
     """What ``fidelity.json`` holds."""
+    clip = for_inference(source.clip) if form.mole == "merged" else source.clip
     act = str(source.clip.config.hidden_act)
     layers = {str(layer): fidelity.outputs[layer_name(layer)] for layer in source.layers}
     named = {layer_name(layer) for layer in source.layers}
@@ -44,9 +46,11 @@ def report_facts(source: ExportSource, name: str, fidelity: Fidelity) -> dict[st
         "preprocessing": {**source.preprocessing, "difference_in_levels_of_255": fidelity.levels},
         "licences": dict(source.licences),
         "origin": dict(source.origin),
-        "parameters": sum(parameter.numel() for parameter in source.clip.model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in clip.model.parameters()),
+        **({} if source.mole is None else {"mole": source.mole.facts()}),
         "reload": {
-            "batch_sizes": list(BATCHES), "not_importable": list(FORBIDDEN[name]), "versions": fidelity.versions
+            "batch_sizes": list(BATCHES), "images_compared": fidelity.num_images,
+            "not_importable": list(FORBIDDEN[name]), "versions": fidelity.versions,
         },
     }  # fmt: skip
 
@@ -58,8 +62,8 @@ def fidelity_text(facts: dict[str, Any]) -> str:
     lines = [
         f"# Fidelity of the {facts['format']} export",
         "",
-        f"Reloaded in a fresh process that cannot import {', '.join(facts['reload']['not_importable'])}, and run on "
-        f"the same {sum(BATCHES)} images (scenes, noise, one flat) in batches of {', '.join(map(str, BATCHES))}.",
+        f"Reloaded in a fresh process{_without(facts['reload']['not_importable'])}, and run on the same {sum(BATCHES)} "
+        f"images (scenes, noise, one flat) in batches of {', '.join(map(str, BATCHES))}.{_left_out(facts)}",
         "",
         "| output | max error | mean error | max error / RMS | min cosine | mean cosine |",
         "|---|---|---|---|---|---|",
@@ -68,6 +72,8 @@ def fidelity_text(facts: dict[str, Any]) -> str:
         errors = " | ".join(f"{entry[key]:.2e}" for key in ("max_abs", "mean_abs", "relative"))
         lines.append(f"| {title} | {errors} | {entry['min_cosine']:.8f} | {entry['mean_cosine']:.8f} |")
     lines += ["", f"Allowed: max error / RMS of {facts['tolerance']:.0e}. {POOLED_TEXT[facts['pooled_trained']]}", ""]
+    if "mole" in facts:
+        lines += mole_lines(facts["mole"], [int(layer) for layer in facts["layers"]])
     lines += [*_facts_table(facts), ""]
     return "\n".join(lines)
 
@@ -86,6 +92,7 @@ def card(source: ExportSource, name: str, form: Format, facts: dict[str, Any]) -
         f"Read hidden state {clip.layer} without [CLS] and without the final LayerNorm: those are the tokens that the "
         f"run worked on. {POOLED_TEXT[source.pooled_trained]}",
         "",
+        *_mole_notice(facts),
         "```python",
         usage,
         "```",
@@ -111,6 +118,28 @@ def _facts_table(facts: dict[str, Any]) -> list[str]:
     rows |= {f"licence of {key}": value for key, value in facts["licences"].items()}
     rows |= facts["origin"]
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+
+
+def _mole_notice(facts: dict[str, Any]) -> list[str]:
+    """Before anything else: that this may not be the student."""
+    return (
+        [f"MoLE ({facts['mole']['treatment']}): {MEANING[facts['mole']['treatment']]}", ""] if "mole" in facts else []
+    )
+
+
+def _without(packages: list[str]) -> str:
+    return f" that cannot import {', '.join(packages)}" if packages else ""
+
+
+def _left_out(facts: dict[str, Any]) -> str:
+    """Say how many images were not compared, where there are any."""
+    left = sum(BATCHES) - facts["reload"]["images_compared"]
+    if not left:
+        return ""
+    return (
+        f" {left} of them were left out of the comparison: there a router's two best experts are so close that "
+        "rounding alone may choose the other one."
+    )
 
 
 def _is_difference(value: Any) -> bool:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from visexpert.vision import ClipEncoder
+from visexpert.vision import ClipEncoder, equipped_blocks, merge_for_inference
+
+if TYPE_CHECKING:
+    from visexpert.export.mole import MoLEReport
 
 PATCH_TOKENS = "patch_tokens"
 POOLED = "pooled"
@@ -48,6 +51,7 @@ class ExportSource:
         licences: Licence of ``clip`` and of each expert whose knowledge went into it.
         origin: How it came about, for the report: title to value.
         language: The language side, where LLaVA has a place for it.
+        mole: What becomes of the student's MoLE; None where it never had one.
     """
 
     clip: ClipEncoder
@@ -56,6 +60,7 @@ class ExportSource:
     licences: Mapping[str, str]
     origin: Mapping[str, str] = field(default_factory=dict)
     language: LanguageParts | None = None
+    mole: MoLEReport | None = None
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -102,6 +107,11 @@ class NamedOutputs(nn.Module):
         }
 
 
+def for_inference(clip: ClipEncoder) -> ClipEncoder:
+    """What graphs are made of: a plain CLIP itself, or MoLE with merged weights wherever that is exact."""
+    return merge_for_inference(clip, keep_weighed=True) if equipped_blocks(clip) else clip
+
+
 @torch.no_grad()
 def reference_outputs(source: ExportSource, pixel_values: Tensor) -> dict[str, Tensor]:
     """The same by ``CLIPVisionModel``'s own forward, which no exporter wrote."""
@@ -123,6 +133,8 @@ class Format:
         usage: Lines of Python that load it.
         outputs: What the reload hands back beside hidden states and pooled output.
         preprocesses: Whether the folder brings an image processor of the library's own.
+        mole: How it keeps MoLE: ``merged`` - a plain MLP per expert, where tokens go through one, unweighed; else as
+            trained; ``trained`` - always as trained; None - it has no place for it.
     """
 
     write: Callable[[ExportSource, Path], None]
@@ -130,3 +142,4 @@ class Format:
     usage: str
     outputs: tuple[str, ...] = ()
     preprocesses: bool = True
+    mole: Literal["merged", "trained"] | None = None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from visexpert.export.source import ExportSource, NamedOutputs
+from visexpert.export.source import ExportSource, NamedOutputs, for_inference
 
 USAGE = """\
 import torch
@@ -20,7 +20,7 @@ def write(source: ExportSource, folder: Path) -> None:
     side = source.clip.image_size
     with torch.no_grad():
         program = torch.export.export(
-            NamedOutputs(source.clip, source.layers).eval(),
+            NamedOutputs(for_inference(source.clip), source.layers).eval(),
             (torch.zeros(2, 3, side, side),),
             dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
         )

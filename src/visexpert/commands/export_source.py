@@ -1,0 +1,115 @@
+"""What ``visexpert export`` takes out of an opened run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visexpert.errors import ConfigError
+from visexpert.export import ExportSource, LanguageParts
+from visexpert.language import PrefixLM
+from visexpert.methods import Method, ToVE
+from visexpert.report.files import read_json
+from visexpert.runs import SavedRun
+from visexpert.types import IGNORE_INDEX, Batch, TextBatch
+from visexpert.vision import ClipEncoder
+
+FACTS = "merge.json"
+TOLD = (
+    "steps", "student", "distance", "adaptation", "normalise", "token_weight", "text_weight", "fusion_space",
+    "teacher_steps",
+)  # fmt: skip
+"""Entries of ``merge.json`` that the report repeats."""
+
+
+def source_of(saved: SavedRun, layers: Sequence[int] | None, *, with_language: bool) -> ExportSource:
+    """What an opened run has to export.
+
+    Args:
+        saved: The run.
+        layers: Hidden states to compare; None for the one that is read and the last.
+        with_language: Take the language side, too (for LLaVA).
+
+    Raises:
+        ConfigError: A layer that the CLIP does not have, or a language side that LLaVA has no place for.
+    """
+    model: Any = saved.model
+    clip: ClipEncoder = model.clip
+    clip.requires_grad_(False)
+    depth = int(clip.config.num_hidden_layers)
+    wanted = tuple(dict.fromkeys((clip.layer, -1) if layers is None else layers))
+    for layer in wanted:
+        if not -depth - 1 <= layer <= -1:
+            raise ConfigError(f"--layers {layer} is outside -{depth + 1}..-1 of a CLIP with {depth} layers.")
+    path = saved.folder / FACTS
+    facts = read_json(path) if path.is_file() else {}
+    name = saved.folder.resolve()
+    origin = {"run": f"{name.parent.name}/{name.name}", "optimiser steps in all": str(saved.steps)}
+    origin |= {f"merge: {key.replace('_', ' ')}": str(facts[key]) for key in TOLD if facts.get(key) is not None}
+    return ExportSource(
+        clip, wanted, _pooled_trained(clip), _licences(model, facts), origin,
+        _language_parts(saved) if with_language else None,
+    )  # fmt: skip
+
+
+def _licences(model: Any, facts: Mapping[str, Any]) -> dict[str, str]:
+    """Of CLIP, and of the experts that were merged into it or, without a merge, trained beside it."""
+    experts = facts.get("experts")
+    if experts is None:
+        experts = {name: model.hub[name].licence for name in model.hub.names}
+    clip = str(facts.get("clip_licence", model.clip.licence))
+    return {"clip": clip, **{f"expert {name}": str(licence) for name, licence in experts.items()}}
+
+
+def _pooled_trained(clip: ClipEncoder) -> bool | None:
+    """Whether the final LayerNorm, which the pooled output alone reads, has left the weights of CLIP's source."""
+    if clip.source is None:
+        return None
+    before = clip.plain_copy()
+    before.load_weights()
+    pairs = zip(before.model.post_layernorm.parameters(), clip.model.post_layernorm.parameters(), strict=True)
+    return not all(torch.equal(old, new) for old, new in pairs)
+
+
+def _language_parts(saved: SavedRun) -> LanguageParts:
+    """The language side in LLaVA's form.
+
+    Raises:
+        ConfigError: A setting of the run that LLaVA has no place for, by name.
+    """
+    model: Any = saved.model
+    language, projector = model.language, model.projector
+    layers = list(projector.layers) if isinstance(projector.layers, nn.Sequential) else []
+    attached = list(model.hub.attached) if isinstance(model, ToVE) else []  # MoVE-KD's teachers are not read
+    problems = {
+        f"language: {type(language).__name__} (it needs PrefixLM)": not isinstance(language, PrefixLM),
+        f"position_scale: {getattr(language, 'position_scale', 0)} (it needs 0)": getattr(
+            language, "position_scale", 0
+        ),
+        "a projector other than mlp2x_gelu": len(layers) != 3,
+        "projector_norm: true (it needs false)": not isinstance(projector.norm, nn.Identity),
+        f"use: {attached} (its language side reads experts: merge first)": attached,
+        "blind: true": getattr(model, "blind", False),
+    }
+    for problem, found in problems.items():
+        if found:
+            raise ConfigError(f"--format llava has no place for {problem}; export '{saved.folder}' as hf, or train so.")
+    assert isinstance(language, PrefixLM)
+    first, last = layers[0], layers[-1]
+    assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+    return LanguageParts(language.plain_model(), first, last, saved.tokenizer, lambda *given: _logits(model, *given))
+
+
+def _logits(model: Method, images_BCHW: Tensor, ids_BN: Tensor) -> Tensor:
+    """Logits (B, N - 1, V) of one text per image, by the run's own forward."""
+    batch, length = ids_BN.shape
+    labels_BN = ids_BN.clone()
+    labels_BN[:, 0] = IGNORE_INDEX
+    positions_BN = torch.arange(length).expand(batch, -1)
+    text = TextBatch(ids_BN, labels_BN, torch.ones_like(ids_BN), positions_BN)
+    vision = model.encode(Batch(images_BCHW, torch.arange(batch), split="export"))
+    logits_MV: Tensor = model.language(vision, text)
+    return logits_MV.view(batch, length - 1, -1)

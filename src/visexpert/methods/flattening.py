@@ -1,0 +1,111 @@
+"""A student with MoLE into one plain CLIP: how the experts are used, how far a plain CLIP is, and distillation."""
+
+from __future__ import annotations
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from visexpert.losses import token_distance
+from visexpert.methods.optimiser import ParameterGroup, cosine_with_warmup, make_groups
+from visexpert.metrics.token_error import TokenError
+from visexpert.types import Batch, VisionTokens
+from visexpert.vision import ClipEncoder, UsageMeter
+
+
+class RouterUse(L.LightningModule):
+    """Validation that looks at how much each expert of a student is used; nothing trains.
+
+    Args:
+        student: A CLIP with MoLE.
+    """
+
+    def __init__(self, student: ClipEncoder) -> None:
+        super().__init__()
+        self.student = student.eval()
+        self.meter = UsageMeter(student)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count one batch."""
+        images_BCHW = images_of(batch)
+        if len(images_BCHW):
+            self.meter.update(images_BCHW)
+
+
+class Flattening(L.LightningModule):
+    """A plain CLIP learns the tokens of a student, [CLS] included: mean squared error at the layer that is read.
+
+    Only images take part: no text, no teacher. Blocks behind that layer stay as they are.
+
+    Args:
+        student: The frozen target.
+        plain: What learns, changed in place; a fold of the student is a good start.
+        lr: Peak learning rate.
+        warmup_steps: Linear warm-up, then cosine to zero.
+        weight_decay: On matrices.
+    """
+
+    def __init__(
+        self,
+        *,
+        student: ClipEncoder,
+        plain: ClipEncoder,
+        lr: float = 1e-4,
+        warmup_steps: int = 20,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.student, self.plain = student.requires_grad_(False).eval(), plain.requires_grad_(False)
+        self.lr, self.warmup_steps, self.weight_decay = lr, warmup_steps, weight_decay
+        for module in plain.read_modules():
+            module.requires_grad_(True)
+        self.error = TokenError()
+
+    def train(self, mode: bool = True) -> Flattening:
+        """Train mode for the plain CLIP; the student keeps its dropout off."""
+        super().train(mode)
+        self.student.eval()
+        return self
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        """Distance of the tokens; a batch without an image is skipped."""
+        images_BCHW = images_of(batch)
+        if not len(images_BCHW):
+            return None
+        with torch.no_grad():
+            target_BND = _with_cls(self.student(images_BCHW))
+        loss = token_distance(_with_cls(self.plain(images_BCHW)), target_BND)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images_BCHW))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Start anew."""
+        self.error.reset()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Compare patch tokens, those that a language side reads."""
+        images_BCHW = images_of(batch)
+        if len(images_BCHW):
+            self.error.update(self.plain(images_BCHW).tokens_BTD, self.student(images_BCHW).tokens_BTD)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW, warm-up and cosine by step."""
+        groups = [ParameterGroup("plain", self.plain.read_modules(), self.lr)]
+        optimiser = torch.optim.AdamW(
+            make_groups(groups, weight_decay=self.weight_decay), lr=self.lr, betas=(0.9, 0.98)
+        )
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = cosine_with_warmup(optimiser, warmup_steps=self.warmup_steps, total_steps=total)
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def images_of(batch: Batch) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] without those of samples that have none."""
+    images_BCHW = batch.unit_images()
+    return images_BCHW if batch.has_image_B is None else images_BCHW[batch.has_image_B]
+
+
+def _with_cls(tokens: VisionTokens) -> Tensor:
+    assert tokens.cls_BD is not None
+    return torch.cat([tokens.cls_BD[:, None], tokens.tokens_BTD], dim=1)

@@ -1,0 +1,141 @@
+"""``visexpert export`` of a student with MoLE: kept, folded, flattened, or refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from tests.commands.test_export import LLAVA, refusal, write_run
+from visexpert.cli import main
+from visexpert.commands.export_mole import sources_of
+from visexpert.data import TabletopData
+from visexpert.errors import ConfigError, DataError
+from visexpert.runs import SavedRun, build, open_run
+from visexpert.vision import UsageMeter, equipped_blocks, fold
+
+SMOKE = Path(__file__).parents[2] / "configs" / "movekd" / "smoke.yaml"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of MoVE-KD as training would leave it, MoLE far from its start, that LLaVA has a place for."""
+    folder = tmp_path_factory.mktemp("movekd") / "run"
+    config = yaml.safe_load(SMOKE.read_text(encoding="utf-8"))
+    config["model"]["init_args"].update(LLAVA)
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    torch.manual_seed(0)
+    model: Any = build(config, folder / "config.yaml")[0]
+    for mole in equipped_blocks(model.clip).values():
+        for module in mole.added_modules():
+            for parameter in module.parameters():
+                nn.init.normal_(parameter, std=0.3)
+    kept = {key: value for key, value in model.state_dict().items() if not key.startswith(("hub.", "anchor."))}
+    checkpoint = {"state_dict": kept, "global_step": 7, "epoch": 0, "pytorch-lightning_version": "2.6.0"}
+    torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VISEXPERT_CACHE", str(tmp_path_factory.getbasetemp() / "export-mole-cache"))
+
+
+def opened(run: Path) -> tuple[SavedRun, Any]:
+    saved = open_run(run)
+    model: Any = saved.model
+    return saved, model.clip
+
+
+def test_each_format_gets_what_it_has_a_place_for(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        main(["export", str(run), "--format", "torch_export,llava", "--out", str(tmp_path / "out")])
+    assert "llava has no place for MoLE: its experts are folded into a plain CLIP (--mole fold); onnx," in caplog.text
+    said = capsys.readouterr().out
+    assert "llava: one plain CLIP (fold), NMSE " in said and "torch_export: one plain" not in said
+    exact, folded = (
+        json.loads((tmp_path / "out" / name / "fidelity.json").read_text(encoding="utf-8"))
+        for name in ("torch_export", "llava")
+    )
+    assert exact["mole"] == {"treatment": "exact", "student": exact["mole"]["student"]}
+    assert exact["patch_tokens"]["relative"] < 2e-5 and folded["logits"]["relative"] < 2e-5
+    assert folded["mole"]["treatment"] == "fold" and folded["mole"]["usage"]["validation_images"] == 8
+    assert folded["mole"]["against_student_on_validation_images"]["fold"]["nmse"] > 1e-3
+    assert set(exact["licences"]) == {"clip", "expert semantic", "expert edges"}
+    assert folded["parameters"] < exact["parameters"]
+
+
+def test_a_fold_is_by_the_use_on_validation_images(run: Path) -> None:
+    saved, student = opened(run)
+    meter = UsageMeter(student)
+    data: Any = open_run(run).data
+    for batch in data.image_dataloader("val"):
+        meter.update(batch.unit_images())
+    expected = fold(student, meter.usage()).state_dict()
+    source = sources_of(saved, ["hf"], layers=None, treatment=None, flatten=(1, 1e-4))["hf"]
+    for key, value in source.clip.state_dict().items():
+        torch.testing.assert_close(value, expected[key], atol=1e-6, rtol=1e-5)
+    assert source.mole is not None and source.mole.on_val is not None and list(source.mole.on_val) == ["fold"]
+    assert equipped_blocks(student)
+
+
+def test_flattening_goes_on_from_the_fold(run: Path) -> None:
+    saved, student = opened(run)
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    source = sources_of(saved, ["hf", "onnx"], layers=None, treatment="flatten", flatten=(30, 3e-3))["hf"]
+    report = source.mole
+    assert report is not None and report.treatment == "flatten" and report.steps == 30 and report.on_val is not None
+    assert report.on_val["flatten"]["nmse"] < report.on_val["fold"]["nmse"]
+    assert not any(parameter.requires_grad for parameter in source.clip.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+    with torch.no_grad():
+        images = next(iter(saved.data.val_dataloader())).unit_images()
+        ours, theirs = (clip(images).tokens_BTD for clip in (source.clip, student))
+    centred = theirs - theirs.mean((0, 1))
+    nmse = float((ours - theirs).square().sum() / centred.square().sum())
+    assert report.on_val["flatten"]["nmse"] == pytest.approx(nmse, rel=1e-4)
+
+
+def test_what_cannot_be_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    saved, _ = opened(run)
+    for treatment, name, message in (
+        (
+            "exact",
+            "hf",
+            "--mole exact: hf has no place for MoLE; take --mole fold or flatten, or --format onnx, torch_",
+        ),
+        ("fold", "visexpert", "--mole fold gives a plain CLIP, which --format hf is for"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            sources_of(saved, [name], layers=None, treatment=treatment, flatten=(1, 1e-4))  # type: ignore[arg-type]
+    plain = write_run(tmp_path / "plain")
+    assert "has no MoLE; leave --mole out" in refusal([str(plain), "--format", "hf", "--mole", "fold", *out], capsys)
+    for given, message in (
+        (["--steps", "3"], "--steps 3 is for --mole flatten"), (["--lr", "0.1", "--mole", "fold"], "--lr 0.1 is for"),
+        (["--mole", "flatten", "--steps", "0"], "--steps 0 must be above 0"),
+        (["--mole", "flatten", "--lr", "-1"], "--lr -1.0 must be above 0"),
+    ):  # fmt: skip
+        assert message in refusal([str(run), "--format", "hf", *given, *out], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_runs_images_only_exact_works(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(self: TabletopData, stage: str | None = None) -> None:
+        raise DataError("The images are gone")
+
+    monkeypatch.setattr(TabletopData, "setup", gone)
+    saved, student = opened(run)
+    with pytest.raises(DataError, match=r"need the run's own images, which could not be had \(The images are gone\)"):
+        sources_of(saved, ["hf"], layers=None, treatment=None, flatten=(1, 1e-4))
+    sources = sources_of(saved, ["onnx", "visexpert"], layers=None, treatment=None, flatten=(1, 1e-4))
+    assert all(source.clip is student for source in sources.values())

@@ -16,9 +16,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from visexpert.callbacks import KnowledgeMerging
 from visexpert.callbacks.phase import PhaseSettings, write_checkpoint
 from visexpert.cli import main
+from visexpert.commands.export_mole import sources_of
 from visexpert.errors import ConfigError, DataError, WeightsError
 from visexpert.methods import ToVE
 from visexpert.runs import open_run
+from visexpert.vision import equipped_blocks
 
 SMOKE = Path(__file__).parents[2] / "configs" / "tove" / "smoke.yaml"
 MERGE = ["--steps", "6", "--warmup_steps", "2", "--eval_every", "3", "--checkpoint_every", "2"]
@@ -115,6 +117,33 @@ def test_a_killed_merge_goes_on_where_it_was(run: Path, tmp_path: Path, adaptati
     expected, got = weights(whole / "merged"), weights(run / "merged")
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_a_merge_into_mole_is_a_run_that_opens_and_is_scored_and_exported(run: Path, tmp_path: Path) -> None:
+    student = ["--student", "{mole: {num_experts: 2, rank: 4}, balance_weight: 0.1}"]
+    main(["merge", str(run), *MERGE, *student])
+    merged = run / "merged"
+    facts = json.loads((merged / "merge.json").read_text(encoding="utf-8"))
+    assert facts["student"]["mole"]["rank"] == 4 and facts["student"]["balance_weight"] == 0.1
+    scores = json.loads((merged / "metrics.json").read_text(encoding="utf-8"))
+    assert "train/balance_loss" in scores
+    main(["test", "--run", str(merged)])
+    again = json.loads((merged / "metrics.json").read_text(encoding="utf-8"))
+    assert again["test/nll/nll"] == pytest.approx(scores["test/nll/nll"], rel=1e-5)
+    saved = open_run(merged)
+    assert isinstance(saved.model, ToVE) and saved.model.hub.names == ()
+    blocks = equipped_blocks(saved.model.clip)
+    assert blocks and all(mole.fc1_experts.num_experts == 2 for mole in blocks.values())
+    state = weights(merged)
+    assert all(torch.equal(value, state[f"clip.{key}"]) for key, value in saved.model.clip.state_dict().items())
+    sources = sources_of(saved, ["visexpert", "hf"], layers=None, treatment=None, flatten=(1, 1e-4))
+    assert "'rank': 4" in sources["hf"].origin["merge: student"]
+    assert equipped_blocks(sources["visexpert"].clip) and not equipped_blocks(sources["hf"].clip)
+    with pytest.raises(SystemExit):
+        main(["merge", str(run), *MERGE])  # begun with another student
+    with pytest.raises(SystemExit):
+        main(["merge", str(run), *MERGE, "--name", "other", "--student.mole.rnak", "4"])
+    assert not (run / "other").exists()
 
 
 def test_a_finished_merge_is_kept_and_another_needs_another_name(run: Path) -> None:
@@ -225,3 +254,10 @@ def test_a_run_is_scored_though_the_run_that_it_started_from_is_gone(run: Path, 
     after = json.loads((second / "metrics.json").read_text(encoding="utf-8"))
     assert after["test/nll/nll"] == pytest.approx(before["test/nll/nll"], rel=1e-5)
     assert open_run(second).steps == 8
+
+
+def test_null_steps_are_as_many_as_the_run_had(run: Path) -> None:
+    main(["merge", str(run), "--steps", "null", "--warmup_steps", "2", "--test", "false"])
+    facts = json.loads((run / "merged" / "merge.json").read_text(encoding="utf-8"))
+    assert facts["teacher_steps"] == 8 and facts["steps"] == 8
+    assert open_run(run / "merged").steps == 16

@@ -14,7 +14,9 @@ from tests.methods.helpers import bare_trainer, logits_of, noise_batch, shake, t
 from visexpert.data import TabletopData
 from visexpert.errors import ConfigError
 from visexpert.losses import token_distance
-from visexpert.methods import Merging, ToVE
+from visexpert.losses.balance import router_balance
+from visexpert.methods import MergeStudent, Merging, ToVE
+from visexpert.vision import MoLESettings, collect_routing, equipped_blocks
 
 MakeData = Callable[..., TabletopData]
 
@@ -98,6 +100,73 @@ def test_what_comes_out_is_a_plain_clip(tmp_path: Path, data: MakeData, adaptati
     assert set(merged.frozen_modules()) == {"hub"}  # so that CLIP's weights are saved
 
 
+def with_mole(**settings: Any) -> MergeStudent:
+    return MergeStudent(mole=MoLESettings(num_experts=2, rank=3, dropout=0.0), **settings)
+
+
+@pytest.mark.parametrize("adaptation", ["full", "lora", "none"])
+def test_merging_into_mole(tmp_path: Path, data: MakeData, adaptation: Any) -> None:
+    model, batch = teacher(), noise_batch()
+    student = Merging(teacher=model, student=with_mole(), adaptation=adaptation, warmup_steps=1, lr=1e-2)
+    alone = Merging(teacher=teacher()).eval().encode(batch).tokens_BTD
+    assert torch.allclose(student.eval().encode(batch).tokens_BTD, alone, atol=1e-6)  # MoLE starts as nothing
+    chosen = {id(p) for group in student.trained_groups() for m in group.modules for p in m.parameters()}
+    names = {name for name, p in student.named_parameters() if id(p) in chosen}
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    bare_trainer(tmp_path, steps=3).fit(student, datamodule=data())
+    moved = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
+    assert moved <= names and any("router" in name for name in moved)
+    added = {name for name in names if ".mlp." in name and ("router" in name or "experts" in name)}
+    assert added <= moved  # each learns
+    if adaptation == "none":
+        assert {name for name in names if name.startswith("clip.")} == added
+    merged = student.merged().eval()
+    tokens_BTD = student.eval().encode(batch).tokens_BTD
+    assert torch.allclose(merged.encode(batch).tokens_BTD, tokens_BTD, atol=1e-5)
+    assert not torch.allclose(tokens_BTD, alone, atol=1e-4) and equipped_blocks(merged.clip)
+    assert not equipped_blocks(model.clip) and not any("lora" in key for key in merged.state_dict())
+
+
+def test_the_routers_of_the_student_are_balanced() -> None:
+    model, batch = teacher(), noise_batch()
+    torch.manual_seed(2)
+    student = Merging(teacher=model, student=with_mole(balance_weight=0.5, balance_form="per_layer")).eval()
+    with collect_routing(student.clip) as routing:
+        student.clip(batch.unit_images())
+    record = routing.record()
+    assert record is not None
+    expected = router_balance(record.probs_LBNE, record.choice_LBN, "per_layer")
+    output = student.step(batch)
+    assert float(output.parts["balance_loss"]) == pytest.approx(float(expected), rel=1e-5)
+    whole = output.parts["token_loss"] + 0.5 * output.parts["balance_loss"]
+    assert float(output.loss) == pytest.approx(float(whole), rel=1e-5)
+
+
+def test_rate_and_balance_decide_what_learns_of_mole() -> None:
+    student = Merging(teacher=teacher(), student=with_mole(mole_lr=0.25, balance_weight=0.0), lr=0.5)
+    (group,) = [group for group in student.trained_groups() if group.name == "mole"]
+    routers = {id(mole.router) for mole in equipped_blocks(student.clip).values()}
+    assert group.lr == 0.25 and routers and not routers & {id(module) for module in group.modules}
+    assert "balance_loss" not in student.eval().step(noise_batch()).parts
+    student = Merging(teacher=teacher(), student=with_mole(), lr=0.5)
+    (group,) = [group for group in student.trained_groups() if group.name == "mole"]
+    routers = {id(mole.router) for mole in equipped_blocks(student.clip).values()}
+    assert group.lr == 0.5 and routers <= {id(module) for module in group.modules}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"balance_weight": -1.0}, "balance_weight=-1.0 must not be negative"),
+        ({"mole_lr": 0.0}, "mole_lr=0.0 must be above 0, or null"),
+        ({"balance_form": "mean"}, "balance_form='mean' is unknown; use one of pooled, per_layer"),
+    ],
+)
+def test_students_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        with_mole(**settings)
+
+
 def test_tokens_from_disk_give_the_loss_of_live_ones(
     tmp_path: Path, data: MakeData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +225,7 @@ def test_the_teacher_is_in_no_checkpoint(tmp_path: Path, data: MakeData) -> None
         ({"targets": "disk"}, "targets='disk' is unknown; use one of live, store"),
         ({"token_weight": 0.0}, "one must be above 0"),
         ({"text_weight": -1.0}, "must not be negative"),
+        ({"adaptation": "none"}, "adaptation='none' leaves a plain CLIP nothing to learn"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:

@@ -1,9 +1,10 @@
-"""Knowledge merging as a phase of a run: RUN/merged, a CLIP that needs no expert."""
+"""Knowledge merging as a phase of a run: RUN/merged, one CLIP that needs none of the hub's experts."""
 
 from __future__ import annotations
 
 import logging
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from visexpert.callbacks.phase import (
 )
 from visexpert.errors import ConfigError
 from visexpert.losses.merge import TokenDistance
-from visexpert.methods import Merging, ToVE
+from visexpert.methods import MergeStudent, Merging, ToVE
 from visexpert.methods.merging import Adaptation, Targets
 from visexpert.report.files import read_json, set_aside, write_json
 
@@ -38,8 +39,11 @@ class KnowledgeMerging(Phase):
     command is given again; a finished one is not done again.
 
     Args:
-        steps: Optimiser steps.
-        adaptation: ``full`` trains every weight of CLIP that is read; ``lora`` low-rank updates, folded in at the end.
+        steps: Optimiser steps; null is as many as the run had.
+        student: Merge into a CLIP with MoLE, as MoVE-KD's student has; null for a plain one. `visexpert export` can
+            keep it or fold it into a plain CLIP.
+        adaptation: ``full`` trains every weight of CLIP that is read; ``lora`` low-rank updates, folded in at the end;
+            ``none`` leaves CLIP's own weights as they are, so that the student's MoLE alone learns.
         lora_rank: Rank of the updates.
         lora_alpha: Their scale times the rank.
         distance: Distance of the student's tokens to t_fuse: ``mse``, ``cosine`` or ``smooth_l1``.
@@ -63,7 +67,8 @@ class KnowledgeMerging(Phase):
     def __init__(
         self,
         *,
-        steps: int = 2000,
+        steps: int | None = 2000,
+        student: MergeStudent | None = None,
         adaptation: Adaptation = "full",
         lora_rank: int = 16,
         lora_alpha: float = 32.0,
@@ -85,10 +90,12 @@ class KnowledgeMerging(Phase):
     ) -> None:
         super().__init__(name=name)
         for key, number in (("steps", steps), ("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
-            if number < 1:
+            if number is not None and number < 1:
                 raise ConfigError(f"KnowledgeMerging: {key}={number} must be at least 1.")
-        self.steps, self.eval_every, self.checkpoint_every = steps, eval_every, checkpoint_every
+        self.wanted_steps, self.steps = steps, steps or 0
+        self.eval_every, self.checkpoint_every = eval_every, checkpoint_every
         self.data = data
+        self.student = student
         self.caption_images, self.test = caption_images, test
         self.options: dict[str, Any] = {
             "adaptation": adaptation, "lora_rank": lora_rank, "lora_alpha": lora_alpha, "distance": distance,
@@ -99,6 +106,7 @@ class KnowledgeMerging(Phase):
     def apply(self, model: ToVE, data: LightningDataModule, folder: Path, settings: PhaseSettings) -> Path:
         """Train the student, score it, save it. See :meth:`Phase.apply`."""
         out = folder / self.name
+        self.steps = self.wanted_steps or max(model.trained_steps, 1)
         if self._is_done(model, out):
             log.info("%s is merged already; delete it, or give another name, to merge again.", out)
             return out
@@ -108,14 +116,17 @@ class KnowledgeMerging(Phase):
         captions = model.caption_images if self.caption_images is None else self.caption_images
         with torch.random.fork_rng():
             torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")))  # low-rank updates start at random
-            student = Merging(teacher=model, caption_images=captions, meteor=model.meteor, **self.options)
+            student = Merging(
+                teacher=model, student=self.student, caption_images=captions, meteor=model.meteor, **self.options
+            )  # fmt: skip
         teacher_steps = model.trained_steps
         cost = CostReport()
         if not self._train(student, data if self.data is None else self.data, out, settings, cost):
             return out
         merged = student.merged()
         merged.count_steps(teacher_steps + self.steps)
-        write_derived_config(folder, out, experts=(), clip_lr=self.options["lr"])
+        mole = {} if self.student is None else {"mole": asdict(self.student.mole)}
+        write_derived_config(folder, out, experts=(), clip=mole, clip_lr=self.options["lr"])
         if self.test:
             settings.trainer(out, cost=cost).test(merged, datamodule=data, verbose=False)
         write_checkpoint(merged, out, steps=teacher_steps + self.steps)
@@ -136,12 +147,15 @@ class KnowledgeMerging(Phase):
         trainer.fit(student, datamodule=data, ckpt_path=start, weights_only=True)
         return not trainer.interrupted
 
+    def _settings(self) -> dict[str, Any]:
+        student = None if self.student is None else asdict(self.student)
+        return {"steps": self.steps, "student": student, **self.options}
+
     def _facts(self, model: ToVE, folder: Path) -> dict[str, Any]:
         return {
             "run": str(folder),
             "weights": weights_identity(model),
-            "steps": self.steps,
-            **self.options,
+            **self._settings(),
             "data": None if self.data is None else type(self.data).__name__,
             "teacher_steps": model.trained_steps,
             "layer": model.clip.layer,
@@ -154,9 +168,10 @@ class KnowledgeMerging(Phase):
         """Whether the folder holds a finished merge, refusing other settings and setting aside one of other weights."""
         if (out / FACTS).is_file():
             before = read_json(out / FACTS)
-            now = {"steps": self.steps, **self.options}
             other = [
-                f"{key}={before.get(key)!r}, now {value!r}" for key, value in now.items() if before.get(key) != value
+                f"{key}={before.get(key)!r}, now {value!r}"
+                for key, value in self._settings().items()
+                if before.get(key) != value
             ]
             if other:
                 raise ConfigError(

@@ -191,13 +191,16 @@ def write_checkpoint(model: Method, folder: Path, *, steps: int) -> None:
     (path.parent / TRAINING).unlink(missing_ok=True)
 
 
-def write_derived_config(run: Path, folder: Path, *, experts: Sequence[str], **init_args: Any) -> None:
+def write_derived_config(
+    run: Path, folder: Path, *, experts: Sequence[str], clip: Mapping[str, Any] | None = None, **init_args: Any
+) -> None:
     """Write the phase's ``config.yaml``: the run's, with the experts that are left and other settings.
 
     Args:
         run: The run's folder; without a ``config.yaml`` (runs made in Python) there is nothing to derive.
         folder: The phase's folder.
         experts: Names of the experts that are left.
+        clip: Arguments of CLIP that change.
         init_args: Arguments of the method that change.
     """
     source = run / "config.yaml"
@@ -207,6 +210,8 @@ def write_derived_config(run: Path, folder: Path, *, experts: Sequence[str], **i
     config: dict[str, Any] = yaml.safe_load(source.read_text(encoding="utf-8"))
     model = config["model"]["init_args"]
     model["experts"] = {name: model["experts"][name] for name in experts}
+    if clip:
+        model["clip"]["init_args"] = {**(model["clip"].get("init_args") or {}), **clip}
     model.update(use=None, detached=None, init_from=None, **init_args)
     config["run"] = str(folder)
     callbacks = config.get("trainer", {}).get("callbacks")

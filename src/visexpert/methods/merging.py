@@ -16,13 +16,15 @@ from visexpert.losses import normalised_mse, text_loss, token_distance
 from visexpert.losses.merge import TokenDistance
 from visexpert.methods.base import Method
 from visexpert.methods.evaluation import EvalOutput
+from visexpert.methods.merge_student import MergeStudent
 from visexpert.methods.optimiser import ParameterGroup
 from visexpert.methods.tove import ToVE
 from visexpert.resources import cache_root, weights_digest
 from visexpert.types import Batch, ImageSource, StepOutput, VisionTokens
+from visexpert.vision import add_mole, collect_routing
 from visexpert.vision.lora import ClipLora
 
-Adaptation = Literal["full", "lora"]
+Adaptation = Literal["full", "lora", "none"]
 Targets = Literal["live", "store"]
 
 
@@ -30,12 +32,14 @@ class Merging(Method):
     """ToVE's second half (arXiv 2504.00691, "knowledge merging"): student = a copy of CLIP, targets = t_fuse.
 
     Loss = token_weight * distance(student's tokens, t_fuse) + text_weight * L_text, the latter through the same
-    language model. Experts run only as targets. The paper gives no form of the loss; the defaults are what measures
-    best on Tabletop (docs/results/merge.md).
+    language model; + balance_weight * L_bal of its routers where the student has MoLE. Experts run only as targets.
+    The paper gives no form of the loss; the defaults are what measures best on Tabletop (docs/results/merge.md).
 
     Args:
         teacher: A trained ToVE, weights in place.
-        adaptation: ``full`` trains every weight of CLIP that is read; ``lora`` low-rank updates, folded in at the end.
+        student: Merge into a CLIP with MoLE; null for a plain one.
+        adaptation: ``full`` trains every weight of CLIP that is read; ``lora`` low-rank updates, folded in at the end;
+            ``none`` leaves CLIP's own weights as they are, so that MoLE alone learns.
         lora_rank: Rank of the updates.
         lora_alpha: Their scale times the rank.
         distance: ``mse``, ``cosine`` or ``smooth_l1``.
@@ -56,6 +60,7 @@ class Merging(Method):
         self,
         *,
         teacher: ToVE,
+        student: MergeStudent | None = None,
         adaptation: Adaptation = "full",
         lora_rank: int = 16,
         lora_alpha: float = 32.0,
@@ -72,6 +77,8 @@ class Merging(Method):
         meteor: bool | None = None,
     ) -> None:
         _check(adaptation, distance, targets, token_weight, text_weight)
+        if student is None and adaptation == "none":
+            raise ConfigError("Merging: adaptation='none' leaves a plain CLIP nothing to learn; use full or lora.")
         super().__init__(
             language=teacher.language if language_lr == 0 else copy.deepcopy(teacher.language), lr=lr,
             language_lr=language_lr, weight_decay=weight_decay, warmup_steps=warmup_steps,
@@ -80,6 +87,10 @@ class Merging(Method):
         self.teacher = teacher
         self.clip = copy.deepcopy(teacher.clip).requires_grad_(False)
         self.projector = copy.deepcopy(teacher.projector)
+        self.student = student
+        if student is not None:
+            add_mole(self.clip, **vars(student.mole))
+        self.adaptation: Adaptation = adaptation
         self.lora = ClipLora(self.clip, rank=lora_rank, alpha=lora_alpha) if adaptation == "lora" else None
         self.distance: TokenDistance = distance
         self.normalise = normalise
@@ -95,8 +106,9 @@ class Merging(Method):
         return self._to_language(self._student(batch))
 
     def step(self, batch: Batch) -> StepOutput:
-        """Distance to the teacher's tokens, and the text's loss where it has a weight."""
-        student = self._student(batch)
+        """Distance to the teacher's tokens; the text's loss and the routers' balance where they have a weight."""
+        with collect_routing(self.clip) as routing:
+            student = self._student(batch)
         parts: dict[str, Tensor] = {}
         loss = student.tokens_BTD.new_zeros(())
         if self.token_weight > 0:
@@ -109,6 +121,9 @@ class Merging(Method):
         if self.text_weight > 0:
             parts["text_loss"] = self._text_loss(student, batch)
             loss = loss + self.text_weight * parts["text_loss"]
+        if self.student is not None and self.student.balance_weight > 0:
+            parts["balance_loss"] = self.student.balance(routing.record())
+            loss = loss + self.student.balance_weight * parts["balance_loss"]
         return StepOutput(loss, parts, len(batch))
 
     def frozen_modules(self) -> Mapping[str, nn.Module]:
@@ -120,13 +135,15 @@ class Merging(Method):
         return [part for name, part in self.teacher.named_children() if name != "language"]
 
     def trained_groups(self) -> Sequence[ParameterGroup]:
-        """CLIP (or its low-rank updates); the projector where it is part of what is compared; the language side."""
-        modules = self.clip.read_modules() if self.lora is None else self.lora.modules()
+        """CLIP (or its low-rank updates); the projector where it is part of what is compared; MoLE; the language."""
+        modules = self._own_modules()
         if self.teacher.fusion_space == "language":
             modules = (*modules, self.projector)
-        groups = [ParameterGroup("student", modules, self.lr)]
+        groups = [ParameterGroup("student", modules, self.lr)] if modules else []
+        if self.student is not None:
+            groups.append(self.student.group(self.clip, lr=self.lr))
         if self.language_lr > 0:
-            groups.append(ParameterGroup("language", (self.language,), self.language_lr))
+            groups.append(ParameterGroup("language", self.language.trained_modules(), self.language_lr))
         return groups
 
     def load_weights(self) -> None:
@@ -154,6 +171,14 @@ class Merging(Method):
         error = normalised_mse(self._student(batch).tokens_BTD, self._target(batch))
         self.log("val/nmse", error, on_step=False, on_epoch=True, batch_size=len(batch))
         return super().validation_step(batch, batch_idx)
+
+    def _own_modules(self) -> tuple[nn.Module, ...]:
+        """What trains of CLIP itself, without MoLE."""
+        if self.adaptation == "none":
+            return ()
+        if self.lora is not None:
+            return self.lora.modules()
+        return self.clip.read_modules() if self.student is None else self.clip.plain_modules()
 
     def _student(self, batch: Batch) -> VisionTokens:
         tokens: VisionTokens = self.clip(batch.unit_images())

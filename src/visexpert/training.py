@@ -25,13 +25,16 @@ from visexpert.callbacks import (
     TrainingProgress,
 )
 from visexpert.errors import ConfigError, UserError
+from visexpert.methods import Method
 
 DESCRIPTION = (
     "Turn frozen vision experts into one better CLIP. First time here? `visexpert demo` trains and scores CLIP alone "
     "against CLIP with experts in minutes (`visexpert demo --help`). After training, each with its own --help: "
     "`visexpert detach RUN` (drop experts that are not worth their cost), `merge RUN` (one plain CLIP out of CLIP and "
     "experts), `export RUN` (for transformers, open_clip, ONNX, torch.export, LLaVA), `caption IMAGE... --run RUN`, "
-    "`serve --run RUN` (a page in the browser)."
+    "`serve --run RUN` (a page in the browser), `compare RUN...` (many runs on one page). Before "
+    "it: `plan --config X` (what a run will cost), `data check X` (what is missing), `import FOLDER` (released MoVE-KD "
+    "weights)."
 )
 SCORING = ("validate", "test", "predict")
 CHECKPOINT_WORDS = ("last", "best", "hpc", "registry")
@@ -55,13 +58,9 @@ class VisexpertCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Never load a checkpoint that could run code; leave a start alone where a checkpoint replaces it."""
+        """Never load a checkpoint that could run code."""
         if self.subcommand and self._value("weights_only") is None:
             self.config[self.subcommand]["weights_only"] = True
-        if self.subcommand in SCORING and self._value("ckpt_path"):
-            model = self._value("model.init_args")
-            if model is not None and model.get("init_from") is not None:
-                model["init_from"] = None  # the checkpoint has it all; where the run once started may be gone
 
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; a user's error comes out as itself, not inside the parser's."""
@@ -89,10 +88,37 @@ class VisexpertCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Let phases (detachment, merging) wait for the scores of the whole model."""
+        """Settle the start; let phases (detachment, merging) wait for the scores of the whole model."""
+        self.settle_start()
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Phase):
                 callback.test_follows = self._test_follows
+
+    def before_validate(self) -> None:
+        """Settle what weights are scored."""
+        self.settle_start()
+
+    before_test = before_predict = before_validate
+
+    def settle_start(self) -> None:
+        """Leave the start (``init_from``) alone where a checkpoint replaces it; else see that it is there.
+
+        Before Lightning prepares data, which may take minutes.
+        """
+        if not isinstance(self.model, Method):
+            return
+        if self._continues:
+            self.model.continue_run()
+        elif self.subcommand == "fit":
+            self.model.check_start()
+
+    @property
+    def _continues(self) -> bool:
+        """Whether a checkpoint is read. Lightning takes ``last`` where there is none for a run that begins."""
+        checkpoint = self._value("ckpt_path")
+        if checkpoint == "last":
+            return any(Path(str(self._value("run")), "checkpoints").glob("last*.ckpt"))
+        return checkpoint is not None
 
     @property
     def _test_follows(self) -> bool:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from visexpert.methods.distillation import Distillation
-from visexpert.transfer import make_kd_head
+from visexpert.errors import DataError
+from visexpert.methods.distillation import Distillation, Distilled
+from visexpert.transfer import Direction, make_kd_head
 from visexpert.types import ExpertTokens, VisionTokens
 from visexpert.vision import ClsAttention
 
@@ -50,9 +51,14 @@ def said(clip_BTD: Tensor, cls_logits_BHN: Tensor | None = None) -> ClsAttention
     return ClsAttention(VisionTokens(clip_BTD, GRID, cls_BD=clip_BTD[:, 0]), cls_logits_BHN)
 
 
-def run(module: Distillation, student_BTD: Tensor, teachers: dict[str, Tensor], **given: Any) -> dict[str, float]:
+def distil(module: Distillation, student_BTD: Tensor, teachers: dict[str, Tensor], **given: Any) -> Distilled:
     experts = {name: ExpertTokens(value, GRID) for name, value in teachers.items()}
-    watched = module(student_BTD, experts, given.pop("clip", None), **given).watched
+    distilled: Distilled = module(student_BTD, experts, given.pop("clip", None), **given)
+    return distilled
+
+
+def run(module: Distillation, student_BTD: Tensor, teachers: dict[str, Tensor], **given: Any) -> dict[str, float]:
+    watched = distil(module, student_BTD, teachers, **given).watched
     return {name: float(value) for name, value in watched.items()}
 
 
@@ -146,10 +152,143 @@ def test_weights_that_leave_one_raise_an_alarm_and_those_between_do_not(caplog: 
     module = distillation("clip", token_weighting="attention").train()
     logits_BHN = torch.zeros(4, 2, 5)
     logits_BHN[..., 1] = 1.0
-    run(module, tokens(), {"clip": tokens()}, clip=said(tokens(), logits_BHN))
+    for _ in range(2):
+        run(module, tokens(), {"clip": tokens()}, clip=said(tokens(), logits_BHN))
     assert not caplog.records
     run(module, tokens(), {"clip": tokens()}, clip=said(tokens(), 50 * logits_BHN))
     assert [record.message.split(" (")[0] for record in caplog.records] == ["Weights of tokens are collapsed onto one"]
+
+
+def test_teachers_that_leave_one_raise_an_alarm(caplog: pytest.LogCaptureFixture) -> None:
+    module = distillation("clip", "a", "b", teacher_weighting="attention").train()
+    clip_BTD = torch.ones(4, 4, WIDTH)
+    for _ in range(2):
+        run(module, tokens(), {"clip": clip_BTD, "a": 9 * clip_BTD, "b": -clip_BTD}, clip=said(clip_BTD))
+    found = [record.message.split(" (")[0] for record in caplog.records]
+    assert "Weights of teachers are collapsed onto one" in found
+
+
+def test_weights_at_the_very_start_raise_no_alarm(caplog: pytest.LogCaptureFixture) -> None:
+    """Fresh adapters give tokens near zero, which no [CLS] token tells apart."""
+    module, same = distillation("clip", "a", "b", teacher_weighting="attention").train(), tokens(seed=1)
+    run(module, tokens(), {"clip": tokens(), "a": same, "b": same}, clip=said(tokens()))
+    assert not caplog.records
+
+
+def test_weights_are_logged_by_teacher_and_so_is_the_heaviest_token() -> None:
+    step = math.log(3) * WIDTH**0.5 / WIDTH  # weights 3/4 and 1/4, as above
+    clip_BTD = torch.ones(4, 4, WIDTH)
+    given = {"a": torch.full_like(clip_BTD, step), "clip": clip_BTD, "b": torch.zeros_like(clip_BTD)}
+    logits_BHN = torch.zeros(4, 2, 5)
+    logits_BHN[:2, :, 1] = math.log(3)  # of four tokens the first has 3 / 6 in two of four images
+    module = distillation(*given, teacher_weighting="attention", token_weighting="attention")
+    watched = run(module, tokens(), given, clip=said(clip_BTD, logits_BHN))
+    found = [watched[f"weight/{name}"] for name in given]
+    assert found == pytest.approx([0.2 * 0.75, 0.8, 0.2 * 0.25], abs=1e-5)
+    assert watched["peak/tokens"] == pytest.approx((2.0 + 1.0) / 2)
+    first = torch.tensor([True, False, False, False])
+    watched = run(module, tokens(), given, clip=said(clip_BTD, logits_BHN), has_image_B=first)
+    assert watched["peak/tokens"] == pytest.approx(2.0)
+    assert "peak/tokens" not in run(distillation("clip"), tokens(), {"clip": tokens()})
+
+
+def test_gates_are_logged_as_their_mean_over_tokens() -> None:
+    gates_BTK = torch.rand(4, 4, 2, generator=torch.Generator().manual_seed(3)).softmax(-1)
+    teachers = {name: tokens(seed=seed) for seed, name in enumerate(("clip", "a", "b"))}
+    watched = run(distillation(*teachers, teacher_weighting="gate"), tokens(), teachers, gates_BTK=gates_BTK)
+    expected = [0.8, *(0.2 * gates_BTK.mean((0, 1))).tolist()]
+    assert [watched[f"weight/{name}"] for name in teachers] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("convention", ["paper", "released"])
+def test_distances_are_plain_errors_in_evaluation_alone(convention: str) -> None:
+    teachers = {name: tokens(seed=seed) for seed, name in enumerate(("clip", "a", "b"), start=1)}
+    module = distillation(*teachers, token_weighting="attention", convention=convention)
+    some = torch.tensor([True, True, False, True])
+    given: dict[str, Any] = {"clip": said(tokens(), torch.randn(4, 2, 5)), "has_image_B": some}
+    assert not distil(module.train(), tokens(), teachers, **given).distances
+    given = {"clip": said(tokens(), torch.randn(4, 2, 5)), "has_image_B": some}
+    distances = distil(module.eval(), tokens(), teachers, **given).distances
+    for name, value in teachers.items():
+        torch.testing.assert_close(distances[name], (tokens() - value)[some].square().mean())
+    plain = distil(distillation(*teachers).eval(), tokens(), teachers)
+    shares = {"clip": 0.8, "a": 0.1, "b": 0.1}
+    expected = sum(share * plain.distances[name] for name, share in shares.items())
+    torch.testing.assert_close(plain.loss, expected)
+
+
+NOT_FINITE = "Teacher 'a' gave tokens that are NaN or infinite; look at its weights"
+
+
+def spoilt(value: float = math.nan) -> dict[str, Tensor]:
+    teachers = {name: tokens(seed=seed) for seed, name in enumerate(("clip", "a", "b"))}
+    teachers["a"][3, 2, 1] = value
+    return teachers
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_teacher_that_is_not_finite_is_named(training: bool, value: float) -> None:
+    module = distillation("clip", "a", "b").train(training)
+    with pytest.raises(DataError, match=NOT_FINITE):
+        distil(module, tokens(), spoilt(value))
+    without = torch.tensor([True, True, True, False])
+    with pytest.raises(DataError, match=NOT_FINITE):  # masked, too
+        distil(module, tokens(), spoilt(value), has_image_B=without)
+
+
+def test_tokens_that_are_not_finite_are_remembered_until_the_next_look() -> None:
+    def after_one() -> Distillation:
+        module = distillation("clip", "a", "b", alarm_every=3).train()
+        distil(module, tokens(), {**spoilt(), "a": tokens()})
+        distil(module, tokens(), spoilt())
+        return module
+
+    sound = {**spoilt(), "a": tokens()}
+    module = after_one()
+    distil(module, tokens(), sound)
+    with pytest.raises(DataError, match=NOT_FINITE):
+        distil(module, tokens(), sound)
+    distil(module, tokens(), sound)  # told once
+    module = after_one()
+    module.eval()
+    distil(module, tokens(), sound)  # an evaluation looks at its own
+    with pytest.raises(DataError, match=NOT_FINITE):
+        module.check_finite()
+    module.check_finite()
+    with pytest.raises(DataError, match="Teacher 'clip' and 'b' gave"):
+        both = {name: math.nan * value if name != "a" else value for name, value in sound.items()}
+        distil(distillation(*both).train(), tokens(), both)
+
+
+def test_large_half_precision_tokens_are_not_mistaken_for_infinite() -> None:
+    large = torch.full((4, 4, WIDTH), 6e4, dtype=torch.float16)
+    assert math.isfinite(run(distillation("clip"), tokens(), {"clip": large})["variance/clip"])
+
+
+DIRECTIONS: dict[str, Direction] = {"clip": "raw", "a": "to_teacher", "b": "fixed", "c": "to_student"}
+
+
+def test_between_looks_nothing_waits_for_the_device() -> None:
+    """Tensors of the meta device have no values: whatever asks for one raises."""
+    heads: dict[str, nn.Module] = {
+        name: make_kd_head(name, Sized(), clip_width=WIDTH, clip_grid=GRID, direction=direction)
+        for name, direction in DIRECTIONS.items()
+    }
+    module = Distillation(
+        heads, teacher_weighting="attention", token_weighting="attention", convention="released", anchor_share=0.3
+    ).train()
+    teachers = {name: tokens(seed=seed) for seed, name in enumerate(heads)}
+    run(module, tokens(), teachers, clip=said(tokens()))  # the first step looks
+    module.to("meta")
+    module._finite = {}
+    distilled = distil(
+        module, tokens().to("meta"), {name: value.to("meta") for name, value in teachers.items()},
+        clip=said(tokens().to("meta"), torch.zeros(4, 2, 5, device="meta")),
+    )  # fmt: skip
+    assert distilled.loss.is_meta and len(distilled.watched) == 5 + 2 + 4 + 1
+    with pytest.raises(RuntimeError, match="meta"):
+        module.check_finite()
 
 
 def test_gates_stand_beside_the_anchor_wherever_it_stands() -> None:

@@ -105,7 +105,7 @@ class Malicious:
 def test_files_that_cannot_be_a_start_are_refused(tmp_path: Path) -> None:
     net = Net()
     with pytest.raises(
-        WeightsError, match=r"there is no checkpoint .*absent.ckpt; give the path of a run's .ckpt file"
+        WeightsError, match=r"there is no checkpoint .*absent.ckpt; let the run that it belongs to finish"
     ):
         start_from(net, str(tmp_path / "absent.ckpt"))
     with pytest.raises(WeightsError, match="there is no checkpoint"):

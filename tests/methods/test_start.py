@@ -70,7 +70,10 @@ class Anything:
 
 
 def test_files_that_are_no_start_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="there is no checkpoint .*absent.ckpt; give the path of a run's .ckpt"):
+    with pytest.raises(
+        WeightsError,
+        match="there is no checkpoint .*absent.ckpt; let the run that it belongs to finish first, such as stage 1",
+    ):
         start_from(model(), str(tmp_path / "absent.ckpt"))
     with pytest.raises(WeightsError, match="shares no tensor with the model; give a run of the same parts"):
         start_from(model(), checkpoint(tmp_path, {"other": torch.zeros(1)}))

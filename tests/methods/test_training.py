@@ -176,6 +176,27 @@ def test_a_run_is_scored_with_captions_probes_and_flat_names(
     assert scores["test/nll/nll"] > 3.0
 
 
+def test_a_frozen_part_that_the_start_has_changed_stays_in_checkpoints(tmp_path: Path, data: MakeData) -> None:
+    """A merged run's CLIP is no longer that of its own file; frozen or not, the run needs it when the start is gone."""
+    donor = tiny_tove(seed=7, use=[], clip_lr=1e-3)
+    trainer = bare_trainer(tmp_path, steps=1)
+    trainer.fit(donor, datamodule=data())
+    trainer.save_checkpoint(tmp_path / "donor.ckpt")
+    state: dict[str, Any] = {}
+    model = tiny_tove(init_from=str(tmp_path / "donor.ckpt"))
+    for name in ("first", "second"):
+        trainer = bare_trainer(tmp_path, steps=1 if name == "first" else 2)
+        checkpoint = None if name == "first" else tmp_path / "first.ckpt"
+        trainer.fit(model, datamodule=data(), ckpt_path=checkpoint, weights_only=True)
+        trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
+        state = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["state_dict"]
+        clip = {key: value for key, value in donor.state_dict().items() if key.startswith("clip.")}
+        assert clip and all(torch.equal(state[key], value) for key, value in clip.items())
+        model = tiny_tove(init_from=str(tmp_path / "donor.ckpt"))
+        model.continue_run()
+    assert not any(key.startswith("hub.") for key in state)
+
+
 def test_a_start_from_an_earlier_run(tmp_path: Path, data: MakeData, caplog: pytest.LogCaptureFixture) -> None:
     donor = shake(tiny_tove(use=["semantic"]))
     trainer = bare_trainer(tmp_path, steps=1)

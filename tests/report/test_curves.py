@@ -11,7 +11,7 @@ from PIL import Image
 
 from visexpert.errors import DataError
 from visexpert.report import learning_curves, loss_curves, read_metrics
-from visexpert.report.curves import _moving_mean
+from visexpert.report.curves import moving_mean
 from visexpert.report.palette import OKABE_ITO
 
 CSV = """epoch,step,train/loss,train/images_per_s,val/loss
@@ -65,9 +65,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_metrics(tmp_path / "absent.csv")
 
 
-def test_the_moving_mean_is_that_of_the_neighbours() -> None:
+def test_themoving_mean_is_that_of_the_neighbours() -> None:
     values = np.array([1.0, 2.0, 4.0, 8.0])
-    assert _moving_mean(values) == pytest.approx([1.5, 7 / 3, 14 / 3, 6.0])
+    assert moving_mean(values) == pytest.approx([1.5, 7 / 3, 14 / 3, 6.0])
 
 
 def test_the_band_of_two_seeds_lies_around_their_mean(tmp_path: Path) -> None:

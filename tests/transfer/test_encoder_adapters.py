@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visexpert.errors import ConfigError, DataError
+from visexpert.errors import ConfigError
 from visexpert.grids import resample_tokens
 from visexpert.transfer.encoder_adapters import (
     Direction,
@@ -185,20 +185,22 @@ def test_a_fixed_map_of_a_narrow_teacher_keeps_distances() -> None:
     torch.testing.assert_close(torch.cdist(target, target), torch.cdist(standardised, standardised), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize(("teacher", "direction", "adapter"), FORMS)
-def test_a_teacher_that_is_not_finite_is_named(
-    teacher: Sizes, direction: Direction, adapter: str | None, value: float
-) -> None:
-    head, tokens = make(teacher, direction, adapter), teacher.tokens()
-    tokens.tokens_BSE[1, 2, 3] = value
-    with pytest.raises(DataError, match="Teacher 'eva' gave tokens that are NaN or infinite; look at its weights"):
-        head(student(), tokens)
+def test_statistics_go_on_as_those_of_batch_norm_after_loading_them() -> None:
+    """The count of batches is kept on the host; what is loaded must replace it."""
+    batches = [torch.randn(4, 5, 3) * scale + scale for scale in (1.0, 2.0, 4.0, 8.0)]
+    reference, ours, other = nn.BatchNorm1d(3, affine=False, momentum=None), Standardise(3), Standardise(3)
+    other(batches[3])
+    for batch in batches[:2]:
+        reference(batch.flatten(0, 1)), ours(batch)
+    other.load_state_dict(ours.state_dict())
+    reference(batches[2].flatten(0, 1)), other(batches[2])
+    for key, value in reference.state_dict().items():
+        assert torch.equal(other.statistics.state_dict()[key], value), key
 
 
-def test_large_half_precision_tokens_are_not_mistaken_for_infinite() -> None:
-    tokens = ExpertTokens(torch.full((2, 9, 8), 6e4, dtype=torch.float16), (3, 3))
-    assert make(TWIN, "raw")(student(), tokens).target_BTX.dtype == torch.float16
+def test_the_width_of_what_is_compared() -> None:
+    assert make(WIDE, "to_teacher").width == 12
+    assert {make(WIDE, direction).width for direction in ("to_student", "fixed")} == {8} == {make(TWIN, "raw").width}
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""The pictures of a run: loss curves, gate maps, gates by region, captions beside their images."""
+"""The pictures of a run: curves, gate maps, gates by region, captions beside their images, a student's insides."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from visexpert.callbacks.encoder_figures import EncoderFigures
 from visexpert.callbacks.run_folder import folder_of
 from visexpert.errors import DataError
+from visexpert.methods import Method
 from visexpert.methods.evaluation import Caption, EvalOutput
 from visexpert.report import gate_by_region, gate_maps, loss_curves, sample_captions
+from visexpert.report.distillation import distillation_curves
 from visexpert.types import Batch
 
 log = logging.getLogger(__name__)
@@ -30,20 +33,25 @@ class RunFigures(Callback):
         num_maps: Images in the gate-map figure.
         num_captions: Images in the caption figure.
         num_regions: Images averaged in the figure of gates by region (needs instance masks in the data).
+        num_routed: Images that the use of a student's routers is counted over; each is encoded again.
     """
 
-    def __init__(self, *, num_maps: int = 8, num_captions: int = 16, num_regions: int = 500) -> None:
+    def __init__(
+        self, *, num_maps: int = 8, num_captions: int = 16, num_regions: int = 500, num_routed: int = 128
+    ) -> None:
         self.num_maps, self.num_captions, self.num_regions = num_maps, num_captions, num_regions
+        self.num_routed = num_routed
         self._reset()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = folder_of(trainer) / "metrics.csv"
         if not trainer.is_global_zero or not metrics.is_file():
             return
-        try:
-            loss_curves(metrics, self._path(trainer, "loss_curves"))
-        except DataError as error:  # a run shorter than log_every_n_steps has no curve
-            log.info("No loss curves: %s", error)
+        for draw in (loss_curves, distillation_curves):
+            try:
+                draw(metrics, self._path(trainer, draw.__name__))
+            except DataError as error:  # a short run has logged no step, other methods no distillation
+                log.debug("No %s: %s", draw.__name__, error)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._reset()
@@ -60,6 +68,8 @@ class RunFigures(Callback):
         output = outputs.get("output") if isinstance(outputs, Mapping) else None
         if not isinstance(output, EvalOutput):
             return
+        if isinstance(pl_module, Method):
+            self._inside.add(pl_module, batch)
         images_BHW3 = _pixels(batch.images_BCHW)
         gates_BTK = output.vision.gates_BTK
         if gates_BTK is not None:
@@ -76,6 +86,7 @@ class RunFigures(Callback):
         hub = getattr(pl_module, "hub", None)
         if self._gates and hub is not None:
             self._draw_gates(trainer, hub.names)
+        self._inside.draw(folder_of(trainer) / "figures")
         if self._captions:
             images, captions = zip(*self._captions, strict=True)
             sample_captions(
@@ -107,6 +118,7 @@ class RunFigures(Callback):
         self._gates: list[NDArray[Any]] = []
         self._regions: list[dict[str, NDArray[Any]]] = []
         self._captions: list[tuple[NDArray[Any], Caption]] = []
+        self._inside = EncoderFigures(shown=self.num_maps, counted=self.num_routed)
 
 
 def token_regions(instance_BHW: Tensor, grid_hw: tuple[int, int]) -> dict[str, NDArray[Any]]:

@@ -1,4 +1,4 @@
-"""What every method shares: the step's logging, optimiser groups, frozen parts and resumable randomness."""
+"""What every method shares: the step's logging, the optimiser, scoring and resumable randomness."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -15,12 +14,14 @@ from torch import Tensor, nn
 from visexpert.errors import ConfigError
 from visexpert.language import LanguageSide, NoLanguage, supervised
 from visexpert.losses import text_loss, token_nll
+from visexpert.methods.checkpointed import CheckpointedModule
 from visexpert.methods.evaluation import EvalOutput, Evaluator
-from visexpert.methods.optimiser import ParameterGroup, cosine_with_warmup, make_groups
+from visexpert.methods.optimiser import cosine_with_warmup, make_groups
+from visexpert.methods.views import EncoderViews
 from visexpert.types import Batch, ImageSource, StepOutput, VisionTokens
 
 
-class Method(L.LightningModule):
+class Method(CheckpointedModule):
     """A method turns images into vision tokens; the language side reads them; the base trains, scores and saves.
 
     Args:
@@ -46,35 +47,21 @@ class Method(L.LightningModule):
         caption_images: int = 500,
         meteor: bool | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(weight_decay=weight_decay)
         self.language = language
         self.lr, self.language_lr = lr, language_lr
         self.language_frozen_steps = language_frozen_steps
-        self.weight_decay, self.warmup_steps = weight_decay, warmup_steps
+        self.warmup_steps = warmup_steps
         self.caption_images, self.meteor = caption_images, meteor
         self.evaluators: dict[str, Evaluator] = {}
-        self._loaded = False
-        self._loaded_steps = 0
 
     @abstractmethod
     def encode(self, batch: Batch) -> VisionTokens:
         """Images to the tokens that the language side reads."""
 
-    @abstractmethod
-    def frozen_modules(self) -> Mapping[str, nn.Module]:
-        """Parts that never train, by attribute name: no gradient, eval mode, in no checkpoint."""
-
     def unused_modules(self) -> Sequence[nn.Module]:
         """Parts that a deployed model would not load, such as detached experts."""
         return ()
-
-    @abstractmethod
-    def trained_groups(self) -> Sequence[ParameterGroup]:
-        """What trains, listed by module, with its learning rate."""
-
-    @abstractmethod
-    def load_weights(self) -> None:
-        """Fill pretrained parts; called once, before the first epoch or evaluation, after building."""
 
     def step(self, batch: Batch) -> StepOutput:
         """Loss of one batch: encode, read, compare."""
@@ -98,28 +85,11 @@ class Method(L.LightningModule):
         """Whether there is a language side at all."""
         return not isinstance(self.language, NoLanguage)
 
-    @property
-    def trained_steps(self) -> int:
-        """Optimiser steps behind the present weights, those of a loaded checkpoint included."""
-        return max(self._loaded_steps, 0 if self._trainer is None else int(self.trainer.global_step))
-
-    def count_steps(self, steps: int) -> None:
-        """Say how many optimiser steps are behind the weights, where no checkpoint does."""
-        self._loaded_steps = steps
-
-    def mark_loaded(self) -> None:
-        """Say that the weights are in place, so that no later stage reads the sources again."""
-        self._loaded = True
+    def views(self, batch: Batch) -> EncoderViews | None:
+        """What happens inside the encoders on a batch, for figures; None where there is nothing to show."""
+        return None
 
     # -- Lightning hooks ------------------------------------------------------------------------------------------
-
-    def setup(self, stage: str) -> None:
-        """Load weights, freeze what is frozen, fill caches."""
-        if not self._loaded:
-            self.load_weights()
-            self._loaded = True
-        for module in self.frozen_modules().values():
-            module.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Method:
         """Train mode for what trains; frozen parts stay in eval mode."""
@@ -174,27 +144,17 @@ class Method(L.LightningModule):
         schedule = cosine_with_warmup(optimiser, warmup_steps=self.warmup_steps, total_steps=total)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave frozen parts out: they are read from their own files."""
-        state = checkpoint["state_dict"]
-        for key in [key for key in state if self._is_frozen_key(key)]:
-            del state[key]
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put frozen parts back, so that loading stays strict about everything else."""
-        self._loaded_steps = int(checkpoint["global_step"])
-        state = checkpoint["state_dict"]
-        for key, value in self.state_dict().items():
-            if self._is_frozen_key(key):
-                state.setdefault(key, value)
-
     # -- Evaluation -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, split: str) -> EvalOutput:
-        """Score a batch by one packed forward; generate captions while the split's quota lasts."""
+        """Encode and score a batch."""
+        return self.score(batch, self.encode(batch), split)
+
+    @torch.no_grad()
+    def score(self, batch: Batch, vision: VisionTokens, split: str) -> EvalOutput:
+        """Score what was made of a batch by one packed forward; generate captions while the split's quota lasts."""
         evaluator = self.evaluators[split]
-        vision = self.encode(batch)
         if not self.reads_text:
             evaluator.collect_tokens(batch, vision)
             return EvalOutput(vision=vision)
@@ -205,6 +165,7 @@ class Method(L.LightningModule):
         evaluator.update_text(
             batch, predicted_M=logits_MV.argmax(-1), nll_M=token_nll(logits_MV, targets_M), tokenizer=tokenizer
         )
+        evaluator.write_answers(batch, vision, self.language, tokenizer)
         captions = evaluator.generate_captions(batch, vision, self.language, tokenizer)
         evaluator.collect_tokens(batch, vision)
         return EvalOutput(vision=vision, captions=captions)
@@ -235,9 +196,6 @@ class Method(L.LightningModule):
     def _log_scores(self, split: str) -> None:
         scores = self.evaluators[split].compute()
         self.log_dict({f"{split}/{name}": value for name, value in scores.items()}, batch_size=1)
-
-    def _is_frozen_key(self, key: str) -> bool:
-        return key.split(".", 1)[0] in self.frozen_modules()
 
     def _run_seed(self) -> int:
         """The seed of the run: set by ``seed_everything``, kept in the environment by Lightning."""

@@ -1,25 +1,31 @@
-"""What a model costs: parameters trained, parameters and GFLOP at inference, images per second."""
+"""What a model costs: parameters trained, parameters and GFLOP at inference, images per second, GFLOP of training."""
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from visexpert.methods.base import Method
 from visexpert.types import Batch, TextBatch
 
 
 def parameter_counts(method: Method) -> dict[str, float]:
-    """Parameters by role: ``trained``, ``inference`` (all that a deployed model loads: experts in use included)."""
+    """Parameters by role.
+
+    ``trained``; ``inference`` (all that a deployed model loads: experts in use included); ``total`` (all that is there
+    while it trains: teachers and detached experts, too).
+    """
     trained = {id(p) for group in method.trained_groups() for module in group.modules for p in module.parameters()}
     unused = {id(p) for module in method.unused_modules() for p in module.parameters()}
     parameters = {id(p): p.numel() for p in method.parameters()}
     return {
         "parameters_trained": float(sum(n for key, n in parameters.items() if key in trained)),
         "parameters_inference": float(sum(n for key, n in parameters.items() if key not in unused)),
+        "parameters_total": float(sum(parameters.values())),
     }
 
 
@@ -36,7 +42,7 @@ def measure_cost(method: Method, batch: Batch, *, seconds: float = 1.0) -> dict[
         batch: A few images with text; its cache key is ignored.
         seconds: Time to spend on measuring the speed.
     """
-    live = Batch(batch.images_BCHW, batch.index_B, split="", text=batch.text)
+    live = _live(batch)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as vision_counter:
         vision = method.encode(live)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as language_counter:
@@ -57,6 +63,39 @@ def measure_cost(method: Method, batch: Batch, *, seconds: float = 1.0) -> dict[
     }
 
 
+@torch.no_grad()
+def cached_gflop(method: Method, batch: Batch) -> float:
+    """What a training step saves per image by reading tokens of frozen encoders from the store, in GFLOP.
+
+    Args:
+        method: With its caches open; its mode and the random state are left as they are.
+        batch: A few training images with their text.
+    """
+    mode = method.training
+    devices = [batch.images_BCHW.device] if batch.images_BCHW.is_cuda else []
+    method.eval()  # nothing that a method keeps count of in training may move
+    try:
+        with torch.random.fork_rng(devices=devices):
+            with step_counter() as live:
+                method.step(_live(batch))
+            with step_counter() as as_run:
+                method.step(batch)
+    finally:
+        method.train(mode)
+    saved: int = live.get_total_flops() - as_run.get_total_flops()
+    return saved / len(batch) / 1e9
+
+
+def step_counter() -> FlopCounterMode:
+    """torch's counter for a step as it is, fused attention on the CPU included, which torch's own list lacks."""
+    aten = torch.ops.aten
+    ours: dict[Any, Any] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=ours)
+
+
 def first_images(batch: Batch, count: int) -> Batch:
     """The first images of a batch, with their text."""
     text = batch.text
@@ -66,3 +105,17 @@ def first_images(batch: Batch, count: int) -> Batch:
             text.ids_BN[:count], text.labels_BN[:count], text.segments_BN[:count], text.positions_BN[:count]
         )
     return Batch(batch.images_BCHW[:count], batch.index_B[:count], batch.split, text=cut)
+
+
+def _live(batch: Batch) -> Batch:
+    """The same images under no split's name: no store has them."""
+    return Batch(batch.images_BCHW, batch.index_B, split="", text=batch.text, has_image_B=batch.has_image_B)
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """From shapes, as FlopCounterMode hands them over."""
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))

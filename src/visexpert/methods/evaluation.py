@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from visexpert.language import LanguageSide
@@ -21,7 +22,14 @@ from visexpert.metrics import (
     caption_holds,
 )
 from visexpert.metrics.token_probes import TokenProbes
-from visexpert.types import IGNORE_INDEX, Batch, TextBatch, TextItem, VisionTokens
+from visexpert.types import IGNORE_INDEX, Batch, SceneGraph, TextBatch, TextItem, VisionTokens
+
+CAPTION = "caption"
+CAPTIONS = frozenset({CAPTION, "relation"})
+"""Kinds of text that the model is asked to write when it captions."""
+
+WRITE_AT_ONCE = 64
+"""Answers written in one call; an image may have many questions."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +38,9 @@ class Answer:
 
     Args:
         item: The item.
-        predicted: Predicted tokens as text, up to <eos>. They are the most likely token at each position given the
-            true ones before it, hence right exactly where greedy decoding is right.
+        predicted: Predicted tokens as text, up to <eos>. Where the model did not write them by itself, they are the
+            most likely token at each position given the true ones before it, hence right exactly where greedy decoding
+            is right.
     """
 
     item: TextItem
@@ -68,27 +77,83 @@ class EvalOutput:
     captions: tuple[Caption, ...] = ()
 
 
-class Evaluator:
-    """Collects the scores of one split.
+class SourceScores:
+    """The scores of one source of a split.
 
     Args:
-        captions: Number of images to caption.
-        probe: Collect tokens for linear probes where a batch has dense targets.
         meteor: Score captions by METEOR, too; None where Java is installed.
     """
 
-    def __init__(self, *, captions: int, probe: bool = False, meteor: bool | None = None) -> None:
-        self._quota = captions
-        self._nll = TokenNLL()
-        self._vqa, self._vsr, self._pope, self._slots = VQAAccuracy(), VSRAccuracy(), POPEScores(), SlotAccuracy()
-        self._caption_scores, self._scene = CaptionScores(meteor=meteor), SceneCaptionAccuracy()
-        self._probes = TokenProbes() if probe else None
+    def __init__(self, *, meteor: bool | None) -> None:
+        self.nll = TokenNLL()
+        self.vqa, self.vsr, self.pope, self.slots = VQAAccuracy(), VSRAccuracy(), POPEScores(), SlotAccuracy()
+        self.captions, self.scene = CaptionScores(meteor=meteor), SceneCaptionAccuracy()
         self._by_kind: dict[str, Callable[[list[Answer]], None]] = {
             "vqa": self._update_vqa,
             "vsr": self._update_vsr,
             "pope": self._update_pope,
             "dense": self._update_slots,
         }
+
+    def scores(self, kind: str) -> bool:
+        """Whether answers of this kind are scored."""
+        return kind in self._by_kind
+
+    def update(self, kind: str, rows: list[Answer]) -> None:
+        """Score answers of one kind; kinds without a score are passed over."""
+        if kind in self._by_kind:
+            self._by_kind[kind](rows)
+
+    def update_captions(self, texts: list[str], items: list[TextItem], graphs: list[SceneGraph]) -> None:
+        """Score written captions by their references and, where there are any, by scene graphs."""
+        families = [item.family if item.kind == CAPTION else "" for item in items]
+        self.captions.update(texts, [item.references or (item.answer,) for item in items], families)
+        if graphs:
+            self.scene.update(texts, graphs)
+
+    def compute(self) -> dict[str, dict[str, float]]:
+        """All scores by part."""
+        return {
+            "nll": self.nll.compute(),
+            "vqa": self.vqa.compute(),
+            "vsr": self.vsr.compute(),
+            "pope": self.pope.compute(),
+            "slots": self.slots.compute(),
+            "caption": {**self.captions.compute(), **self.scene.compute()},
+        }
+
+    def _update_vqa(self, rows: list[Answer]) -> None:
+        families = [row.item.family for row in rows]
+        truths = [row.item.references or row.item.answer for row in rows]
+        self.vqa.update([row.predicted for row in rows], truths, families)
+
+    def _update_vsr(self, rows: list[Answer]) -> None:
+        families = [row.item.family for row in rows]
+        self.vsr.update([row.predicted for row in rows], [row.item.answer for row in rows], families)
+
+    def _update_pope(self, rows: list[Answer]) -> None:
+        families = [row.item.family for row in rows]
+        self.pope.update([row.predicted for row in rows], [row.item.answer for row in rows], families)
+
+    def _update_slots(self, rows: list[Answer]) -> None:
+        self.slots.update([row.predicted for row in rows], [row.item.answer for row in rows])
+
+
+class Evaluator:
+    """Collects the scores of one split, for each of its sources.
+
+    Args:
+        captions: Number of images of each source to caption. With 0 nothing is written: answers that would be are
+            taken from the packed forward instead, which is quick and close.
+        probe: Collect tokens for linear probes where a batch has dense targets.
+        meteor: Score captions by METEOR, too; None where Java is installed.
+    """
+
+    def __init__(self, *, captions: int, probe: bool = False, meteor: bool | None = None) -> None:
+        self._captions, self._meteor = captions, meteor
+        self._captioned: dict[str, int] = {}
+        self._sources: dict[str, SourceScores] = {}
+        self._probes = TokenProbes() if probe else None
 
     def update_text(self, batch: Batch, *, predicted_M: Tensor, nll_M: Tensor, tokenizer: Any) -> None:
         """Score the packed items.
@@ -100,6 +165,7 @@ class Evaluator:
             tokenizer: To turn tokens into words.
         """
         assert batch.text is not None
+        scores = self._of(batch.source)
         image_M, item_M = item_of_supervised(batch.text)
         answers: dict[str, list[Answer]] = {}
         kinds: list[str] = []
@@ -110,34 +176,51 @@ class Evaluator:
             kinds.append(batch.items[image][number].kind)
         for (image, number), ids in tokens.items():
             item = batch.items[image][number]
-            answers.setdefault(item.kind, []).append(Answer(item, decode(ids, tokenizer)))
-        self._nll.update(nll_M, torch.ones_like(nll_M), kinds)
+            if not self._is_written(item):
+                answers.setdefault(item.kind, []).append(Answer(item, decode(ids, tokenizer)))
+        scores.nll.update(nll_M, torch.ones_like(nll_M), kinds)
         for kind, rows in answers.items():
-            if kind in self._by_kind:
-                self._by_kind[kind](rows)
+            scores.update(kind, rows)
+
+    def write_answers(self, batch: Batch, vision: VisionTokens, language: LanguageSide, tokenizer: Any) -> None:
+        """Let the model write the answers that must not be judged token by token, and score them."""
+        scores = self._of(batch.source)
+        places = [
+            (image, number)
+            for image, items in enumerate(batch.items)
+            for number, item in enumerate(items)
+            if self._is_written(item) and scores.scores(item.kind)
+        ]
+        answers: dict[str, list[Answer]] = {}
+        for start in range(0, len(places), WRITE_AT_ONCE):
+            part = places[start : start + WRITE_AT_ONCE]
+            for (image, number), text in zip(part, _write(batch, part, vision, language, tokenizer), strict=True):
+                item = batch.items[image][number]
+                answers.setdefault(item.kind, []).append(Answer(item, text))
+        for kind, rows in answers.items():
+            scores.update(kind, rows)
 
     def generate_captions(
         self, batch: Batch, vision: VisionTokens, language: LanguageSide, tokenizer: Any
     ) -> tuple[Caption, ...]:
-        """Caption images that have a relation caption, up to the quota."""
-        rows = [index for index, items in enumerate(batch.items) if any(item.kind == "relation" for item in items)]
-        rows = rows[: self._quota]
-        if not rows:
-            return ()
-        self._quota -= len(rows)
-        items = [next(item for item in batch.items[row] if item.kind == "relation") for row in rows]
-        prompts = [
-            [tokenizer.bos_token_id, *tokenizer(item.prompt, add_special_tokens=False)["input_ids"]] for item in items
+        """Caption images whose texts include a caption to write, up to the quota of their source."""
+        places = [
+            next((image, number) for number, item in enumerate(items) if item.kind in CAPTIONS)
+            for image, items in enumerate(batch.items)
+            if any(item.kind in CAPTIONS for item in items)
         ]
-        chosen = VisionTokens(vision.tokens_BTD[rows], vision.grid_hw)
-        written = language.generate(chosen, prompts, eos_id=tokenizer.eos_token_id)
-        texts = [decode(ids, tokenizer) for ids in written]
-        self._caption_scores.update(texts, [item.references or (item.answer,) for item in items])
-        if batch.graphs:
-            self._scene.update(texts, [batch.graphs[row] for row in rows])
+        done = self._captioned.get(batch.source, 0)
+        places = places[: self._captions - done]
+        if not places:
+            return ()
+        self._captioned[batch.source] = done + len(places)
+        texts = _write(batch, places, vision, language, tokenizer)
+        items = [batch.items[image][number] for image, number in places]
+        graphs = [batch.graphs[image] for image, _ in places] if batch.graphs else []
+        self._of(batch.source).update_captions(texts, items, graphs)
         return tuple(
-            Caption(row, item, text, caption_holds(text, batch.graphs[row]) if batch.graphs else None)
-            for row, item, text in zip(rows, items, texts, strict=True)
+            Caption(image, item, text, caption_holds(text, batch.graphs[image]) if batch.graphs else None)
+            for (image, _), item, text in zip(places, items, texts, strict=True)
         )
 
     def collect_tokens(self, batch: Batch, vision: VisionTokens) -> None:
@@ -146,32 +229,56 @@ class Evaluator:
             self._probes.update(vision.tokens_BTD, vision.grid_hw, batch.targets)
 
     def compute(self) -> dict[str, float]:
-        """All scores, flat: ``vqa/accuracy``, ``pope/adversarial/f1``, ``dense/nll``, ``probe/depth``, ..."""
-        parts = {
-            "nll": self._nll.compute(),
-            "vqa": self._vqa.compute(),
-            "vsr": self._vsr.compute(),
-            "pope": self._pope.compute(),
-            "slots": self._slots.compute(),
-            "caption": {**self._caption_scores.compute(), **self._scene.compute()},
-            "probe": {} if self._probes is None else self._probes.compute(),
-        }
+        """All scores, flat: ``vqa/accuracy``, ``pope/adversarial/f1``, ``dense/nll``, ``probe/depth``, ...
+
+        Scores of a source that has a name (``coco``) stand under it: ``coco/caption/cider``.
+        """
+        parts: dict[str, dict[str, float]] = {}
+        for source in _of_all_processes(self._sources):
+            prefix = f"{source}/" if source else ""
+            parts |= {f"{prefix}{part}": scores for part, scores in self._of(source).compute().items()}
+        parts["probe"] = {} if self._probes is None else self._probes.compute()
         return {f"{part}/{name}": float(value) for part, scores in parts.items() for name, value in scores.items()}
 
-    def _update_vqa(self, rows: list[Answer]) -> None:
-        families = [row.item.family for row in rows]
-        self._vqa.update([row.predicted for row in rows], [row.item.answer for row in rows], families)
+    def _of(self, source: str) -> SourceScores:
+        if source not in self._sources:
+            self._sources[source] = SourceScores(meteor=self._meteor)
+        return self._sources[source]
 
-    def _update_vsr(self, rows: list[Answer]) -> None:
-        families = [row.item.family for row in rows]
-        self._vsr.update([row.predicted for row in rows], [row.item.answer for row in rows], families)
+    def _is_written(self, item: TextItem) -> bool:
+        return item.generate and self._captions > 0
 
-    def _update_pope(self, rows: list[Answer]) -> None:
-        families = [row.item.family for row in rows]
-        self._pope.update([row.predicted for row in rows], [row.item.answer for row in rows], families)
 
-    def _update_slots(self, rows: list[Answer]) -> None:
-        self._slots.update([row.predicted for row in rows], [row.item.answer for row in rows])
+def prompt_ids(text: TextBatch, image: int, number: int) -> list[int]:
+    """Ids of an item up to what is first learned of it: what the model reads before it answers.
+
+    Args:
+        text: Packed text.
+        image: Row.
+        number: Item of the row, from 0.
+    """
+    inside_N = text.segments_BN[image] == number + 1
+    ids, labels = text.ids_BN[image][inside_N], text.labels_BN[image][inside_N]
+    return [int(token) for token in ids[: int((labels != IGNORE_INDEX).int().argmax())]]
+
+
+def _write(
+    batch: Batch, places: list[tuple[int, int]], vision: VisionTokens, language: LanguageSide, tokenizer: Any
+) -> list[str]:
+    """What the model writes to items, given by image and number."""
+    assert batch.text is not None
+    prompts = [prompt_ids(batch.text, image, number) for image, number in places]
+    written = language.generate(vision.rows([image for image, _ in places]), prompts, eos_id=tokenizer.eos_token_id)
+    return [decode(ids, tokenizer) for ids in written]
+
+
+def _of_all_processes(names: Iterable[str]) -> list[str]:
+    """The names that any process knows, in one order, so that all processes compute the same metrics in turn."""
+    known = [list(names)]
+    if dist.is_available() and dist.is_initialized():
+        known = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(known, list(names))
+    return sorted({name for each in known for name in each} or {""})
 
 
 def item_of_supervised(text: TextBatch) -> tuple[Tensor, Tensor]:

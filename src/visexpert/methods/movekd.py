@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from visexpert.errors import ConfigError
-from visexpert.experts import ExpertHub, FeatureCache, VisionExpert
-from visexpert.language import LanguageSide, NoLanguage, Projector, supervised
+from visexpert.experts import FeatureCache, VisionExpert
+from visexpert.language import LanguageSide, Projector, supervised
 from visexpert.language.projector import ProjectorKind
 from visexpert.losses import router_balance, text_loss
 from visexpert.losses.balance import RouterBalanceForm
 from visexpert.losses.distill import Convention
 from visexpert.methods.base import Method
 from visexpert.methods.distillation import ANCHOR, STUDENT, Distillation, Distilled, TeacherWeighting, TokenWeighting
+from visexpert.methods.evaluation import EvalOutput
 from visexpert.methods.optimiser import ParameterGroup
 from visexpert.methods.start import start_from
+from visexpert.methods.student import check_weights, mole_parts, train_only
+from visexpert.methods.teachers import HeadSettings, ask_teachers, check_gate, hub_of, kd_heads
+from visexpert.methods.views import EncoderViews, view_encoders
 from visexpert.resources import cache_root
 from visexpert.store import StoreDtype
-from visexpert.transfer import AdapterKind, Direction, TokenGate, make_kd_head
-from visexpert.types import Batch, ExpertTokens, ImageSource, StepOutput, VisionTokens
-from visexpert.vision import ClipEncoder, ClsAttention, collect_routing
+from visexpert.transfer import AdapterKind, TokenGate
+from visexpert.types import Batch, ImageSource, StepOutput, VisionTokens
+from visexpert.vision import ClipEncoder, collect_routing, views_of
 
 
 class MoVEKD(Method):
@@ -105,25 +107,21 @@ class MoVEKD(Method):
             language_frozen_steps=language_frozen_steps, weight_decay=weight_decay, warmup_steps=warmup_steps,
             caption_images=caption_images, meteor=meteor,
         )  # fmt: skip
-        self._check_weights(kd_weight=kd_weight, text_weight=text_weight, balance_weight=balance_weight)
+        check_weights(language, kd_weight=kd_weight, text_weight=text_weight, balance_weight=balance_weight)
         self.clip = clip
-        self.hub = ExpertHub({name: expert for name, expert in experts.items() if use is None or name in use})
-        if unknown := [name for name in use or () if name not in experts]:
-            raise ConfigError(f"MoVEKD: use names {unknown}, which are not among the experts {sorted(experts)}.")
-        self.teacher_names = ((ANCHOR,) if anchor_share is not None else ()) + self.hub.names
-        if not self.teacher_names or {ANCHOR, STUDENT} & set(self.hub.names):
-            raise ConfigError(
-                f"MoVEKD: teachers {list(self.teacher_names)} cannot be: there must be at least one, and {ANCHOR!r} "
-                f"and {STUDENT!r} are names of our own; rename the expert."
-            )
+        self.hub = hub_of(experts, use)
         self.projector = (
             Projector(in_dim=clip.width, out_dim=language.width, kind=projector, norm=projector_norm)
             if self.reads_text
             else Projector(in_dim=clip.width, out_dim=clip.width, kind="identity")
         )
+        heads = kd_heads(
+            clip, self.hub, HeadSettings(direction, adapter, adapter_hidden), with_anchor=anchor_share is not None,
+            cls_weighs=teacher_weighting == "attention",
+        )  # fmt: skip
+        self.teacher_names = tuple(heads)
         self.distillation = Distillation(
-            {name: self._head(name, direction, adapter, adapter_hidden) for name in self.teacher_names},
-            teacher_weighting=teacher_weighting, token_weighting=token_weighting, convention=convention,
+            heads, teacher_weighting=teacher_weighting, token_weighting=token_weighting, convention=convention,
             anchor_share=0.0 if anchor_share is None else anchor_share,
         )  # fmt: skip
         self.gate = None
@@ -140,20 +138,21 @@ class MoVEKD(Method):
 
     def encode(self, batch: Batch) -> VisionTokens:
         """What the student gives the language side: (B, T, d_lang), or (B, T, D) without one. No teacher is run."""
-        tokens: VisionTokens = self.clip(batch.unit_images())
-        return VisionTokens(self.projector(tokens.tokens_BTD), tokens.grid_hw, cls_BD=tokens.cls_BD)
+        views = views_of(self.clip, batch)
+        return views.join(self._to_language(self.clip(views.batch.unit_images())))
 
     def step(self, batch: Batch) -> StepOutput:
         """Student -> text; teachers -> distillation; routers -> balance."""
-        images_BCHW = batch.unit_images()
+        views = views_of(self.clip, batch)
         with collect_routing(self.clip) as routing:
-            student: VisionTokens = self.clip(images_BCHW)
-        loss, parts = student.tokens_BTD.new_zeros(()), {}
+            seen: VisionTokens = self.clip(views.batch.unit_images())
+        loss, parts = seen.tokens_BTD.new_zeros(()), {}
         if self.text_weight > 0:
-            parts["text_loss"] = self._text_loss(student, batch)
+            parts["text_loss"] = self._text_loss(views.join(self._to_language(seen)), batch)
             loss = loss + self.text_weight * parts["text_loss"]
+        student = views.whole(seen)
         if self.kd_weight > 0:
-            distilled = self._distil(student.tokens_BTD, images_BCHW, batch)
+            distilled = self._distil(student, batch)
             parts |= {"kd_loss": distilled.loss, **distilled.watched}
             loss = loss + self.kd_weight * distilled.loss
         else:
@@ -161,10 +160,26 @@ class MoVEKD(Method):
         record = routing.record()
         if record is not None and self.balance_weight > 0:
             parts["balance_loss"] = router_balance(
-                record.probs_LBNE, record.choice_LBN, self.balance_form, has_image_B=batch.has_image_B
+                record.probs_LBNE, record.choice_LBN, self.balance_form, has_image_B=views.batch.has_image_B
             )
             loss = loss + self.balance_weight * parts["balance_loss"]
         return StepOutput(loss, parts, len(batch))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Mapping[str, EvalOutput]:
+        """Score one batch, and how far the student is from its teachers."""
+        views = views_of(self.clip, batch)
+        seen: VisionTokens = self.clip(views.batch.unit_images())
+        if self.kd_weight > 0:
+            distilled = self._distil(views.whole(seen), batch)
+            found = {"kd_loss": distilled.loss, **{f"kd/{name}": value for name, value in distilled.distances.items()}}
+            images = len(batch) if batch.has_image_B is None else int(batch.has_image_B.sum())
+            self.log_dict({f"val/{name}": value for name, value in found.items()}, batch_size=images, sync_dist=True)
+        return {"output": self.score(batch, views.join(self._to_language(seen)), "val")}
+
+    def views(self, batch: Batch) -> EncoderViews:
+        """[CLS] attention of CLIP, where it is kept, and of the student; what its routers choose."""
+        encoders = {} if self.anchor is None else {ANCHOR: self.anchor}
+        return view_encoders({**encoders, STUDENT: self.clip}, batch, student=STUDENT)
 
     def frozen_modules(self) -> Mapping[str, nn.Module]:
         """Teachers: the hub, and the copy of CLIP."""
@@ -178,29 +193,19 @@ class MoVEKD(Method):
         """Heads and projector; the student's own weights; MoLE; the language side. A rate of 0 leaves a group out."""
         fusion: list[nn.Module] = [self.distillation.heads] if self.kd_weight > 0 else []
         fusion += [self.projector] if self.text_weight > 0 else []
-        mole = tuple(part for layer in self.clip.mole_layers() for part in self._learning(layer))
         groups = [
             ParameterGroup("fusion", tuple(fusion), self.lr),
             ParameterGroup("clip", self.clip.plain_modules(), self.clip_lr),
-            ParameterGroup("mole", mole, self.mole_lr),
+            ParameterGroup("mole", mole_parts(self.clip, balanced=self.balance_weight > 0), self.mole_lr),
         ]
         if self.text_weight > 0:
-            groups.append(ParameterGroup("language", (self.language,), self.language_lr))
+            groups.append(ParameterGroup("language", self.language.trained_modules(), self.language_lr))
         return [group for group in groups if group.lr > 0 and any(list(m.parameters()) for m in group.modules)]
 
     def setup(self, stage: str) -> None:
-        """Also leave out of the gradient whatever no group trains (DDP wants it so).
-
-        Raises:
-            ConfigError: A fit that must start from another run, which is not named.
-        """
-        if stage == "fit" and not self._loaded and self.init_from is None:
-            self._check_start()
+        """Also leave out of the gradient whatever no group trains (DDP wants it so)."""
         super().setup(stage)
-        trained = {id(p) for group in self.trained_groups() for m in group.modules for p in m.parameters()}
-        for part in (self.clip, self.distillation, self.projector):
-            for parameter in part.parameters():
-                parameter.requires_grad_(id(parameter) in trained)
+        train_only(self.trained_groups(), (self.clip, self.distillation, self.projector))
 
     def load_weights(self) -> None:
         """Student, its frozen copy, teachers, language side; then ``init_from``."""
@@ -210,13 +215,30 @@ class MoVEKD(Method):
         self.hub.load_weights()
         self.language.load_weights()
         if self.init_from is not None:
+            brought = ("language",) if self.language.has_source else ()  # left out by a stage that froze it
             keys = start_from(
-                self, self.init_from, complete=self.init_complete, ignore=tuple(self.frozen_modules()),
+                self, self.init_from, complete=self.init_complete, ignore=(*self.frozen_modules(), *brought),
                 need=("gate",) if self.gate is not None else (),
             )  # fmt: skip
-            self._check_gate(keys)
+            if self.gate is not None:
+                check_gate(keys, self.hub.names, source=self.init_from)
             if not self.init_complete:
                 self.distillation.forget_start()  # another stage goes on from its start, another run does not
+
+    def check_start(self) -> None:
+        """Refuse a fit that must start from another run, which is not named or not there.
+
+        Raises:
+            ConfigError: It is not named.
+            WeightsError: It is not there.
+        """
+        if self.init_from is None and self.gate is not None:
+            raise ConfigError(
+                "MoVEKD: teacher_weighting='gate' reads the gate of a ToVE run; name its checkpoint by init_from."
+            )
+        if self.init_from is None and self.init_complete:
+            raise ConfigError("MoVEKD: init_complete is set, but there is no start; name a checkpoint by init_from.")
+        super().check_start()
 
     def on_fit_start(self) -> None:
         """Fill or open the feature cache of the experts."""
@@ -230,82 +252,27 @@ class MoVEKD(Method):
         self._cache = cache
         self.hub.use_cache(cache, sources, resample={})
 
-    def _check_start(self) -> None:
-        if self.gate is not None:
-            raise ConfigError(
-                "MoVEKD: teacher_weighting='gate' reads the gate of a ToVE run; name its checkpoint by init_from."
-            )
-        if self.init_complete:
-            raise ConfigError("MoVEKD: init_complete is set, but there is no start; name a checkpoint by init_from.")
+    def on_train_end(self) -> None:
+        """The last steps, too, were with finite teachers."""
+        self.distillation.check_finite()
 
-    def _check_gate(self, keys: Sequence[str]) -> None:
-        """The gate's columns have no names: compare those of what the other run had for each of its experts."""
-        parts = [key.removeprefix("distillation.").split(".") for key in keys]
-        owners = [part[1] for part in parts if part[0] in ("adapters", "heads") and part[1] != ANCHOR]
-        names = tuple(dict.fromkeys(owners))
-        if self.gate is not None and names and names != self.hub.names:
-            raise ConfigError(
-                f"MoVEKD: the gate in {self.init_from} weighs {list(names)}, the teachers here are "
-                f"{list(self.hub.names)}; name the same experts in the same order."
-            )
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As every method, once it is clear that no teacher has spoilt the weights."""
+        self.distillation.check_finite()
+        super().on_save_checkpoint(checkpoint)
 
-    def _text_loss(self, student: VisionTokens, batch: Batch) -> Tensor:
+    def _to_language(self, student: VisionTokens) -> VisionTokens:
+        return VisionTokens(self.projector(student.tokens_BTD), student.grid_hw, cls_BD=student.cls_BD)
+
+    def _text_loss(self, vision: VisionTokens, batch: Batch) -> Tensor:
         if not self.reads_text or batch.text is None:
             raise ConfigError("MoVEKD: text_weight is above 0, but there is no text or no language side; set it to 0.")
-        vision = VisionTokens(self.projector(student.tokens_BTD), student.grid_hw)
         targets_M, _ = supervised(batch.text)
         return text_loss(self.language(vision, batch.text), targets_M)
 
-    def _distil(self, student_BTD: Tensor, images_BCHW: Tensor, batch: Batch) -> Distilled:
-        clip, gates_BTK = None, None
-        teachers: dict[str, ExpertTokens] = {}
-        if self.anchor is not None:
-            with torch.no_grad():
-                clip = ClsAttention.of(self.anchor, images_BCHW)
-                if self.gate is not None:
-                    everything_K = torch.ones(len(self.hub.names), dtype=torch.bool, device=images_BCHW.device)
-                    gates_BTK = self.gate(clip.tokens.tokens_BTD, everything_K).gates_BTK
-            teachers[ANCHOR] = ExpertTokens(clip.tokens.tokens_BTD, clip.tokens.grid_hw)
-        teachers |= self.hub(images_BCHW, index_B=batch.index_B, split=batch.split)
+    def _distil(self, student: VisionTokens, batch: Batch) -> Distilled:
+        lesson = ask_teachers(self.hub, self.anchor, self.gate, batch)
         distilled: Distilled = self.distillation(
-            student_BTD, teachers, clip, gates_BTK=gates_BTK, has_image_B=batch.has_image_B
+            student.tokens_BTD, lesson.teachers, lesson.clip, gates_BTK=lesson.gates_BTK, has_image_B=batch.has_image_B
         )
         return distilled
-
-    def _head(self, name: str, direction: Direction, adapter: AdapterKind | None, hidden: int | None) -> nn.Module:
-        sizes = {"clip_width": self.clip.width, "clip_grid": self.clip.grid_hw}
-        if name == ANCHOR:
-            return make_kd_head(name, ClipTeacher(self.clip.width, self.clip.grid_hw), direction="raw", **sizes)  # type: ignore[arg-type]
-        return make_kd_head(
-            name,
-            self.hub[name],
-            direction=direction,
-            adapter=adapter,
-            hidden_dim=hidden,
-            **sizes,  # type: ignore[arg-type]
-        )
-
-    def _learning(self, layer: nn.Module) -> list[nn.Module]:
-        """What of a MoLE layer has a gradient: a router that only balance teaches has none without it."""
-        router, *experts = layer.added_modules()  # type: ignore[operator]
-        return [router, *experts] if self.balance_weight > 0 or layer.router_learns else experts
-
-    def _check_weights(self, **weights: float) -> None:
-        wrong = {name: value for name, value in weights.items() if value < 0}
-        if wrong or weights["kd_weight"] + weights["text_weight"] == 0:
-            raise ConfigError(f"MoVEKD: weights {weights} must not be negative, and text or kd must have one above 0.")
-        if weights["text_weight"] > 0 and isinstance(self.language, NoLanguage):
-            raise ConfigError("MoVEKD: NoLanguage reads no text; set text_weight to 0.")
-
-
-@dataclass(frozen=True)
-class ClipTeacher:
-    """Sizes of the frozen CLIP as a teacher.
-
-    Args:
-        token_dim: Its width.
-        grid_hw: Its grid.
-    """
-
-    token_dim: int
-    grid_hw: tuple[int, int]

@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from visexpert.errors import WeightsError
+from visexpert.methods.matching import KeyDifferences
 from visexpert.resources import load_checkpoint, load_safetensors, resolve_source
 
 log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Keeper(Protocol):
+    """A module whose checkpoints leave frozen parts out, unless it is told to keep them."""
+
+    def keep(self, keys: Iterable[str]) -> None:
+        """Keep these tensors."""
+
+
+def find_start(source: str) -> Path:
+    """The file that a run is to start from.
+
+    Raises:
+        WeightsError: It is not there.
+    """
+    path = resolve_source(source)
+    if not path.is_file():
+        raise WeightsError(
+            f"init_from: there is no checkpoint {path}; let the run that it belongs to finish first, such as stage 1 "
+            "before stage 2, or give the path of another run's .ckpt file."
+        )
+    return path
 
 
 def start_from(
@@ -33,33 +58,31 @@ def start_from(
         WeightsError: The file is missing, may run code, shares no tensor, shares one of another shape, or lacks a
             needed one; with ``complete``, also any missing or unexpected key, each named.
     """
-    path = resolve_source(source)
+    path = find_start(source)
     state = _read(path)
     own = module.state_dict()
     shared = {key: value for key, value in state.items() if key in own}
-    reshaped = [
-        f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
-        for key, value in shared.items()
-        if value.shape != own[key].shape
-    ]
-    expected = {key for key in own if key.split(".", 1)[0] not in ignore}
-    missing, unexpected = sorted(expected - shared.keys()), sorted(state.keys() - own.keys())
-    if complete and (missing or unexpected or reshaped):
+    expected = {key: value for key, value in own.items() if key in shared or key.split(".", 1)[0] not in ignore}
+    found = KeyDifferences.between(expected, state)
+    if complete and found:
         raise WeightsError(
-            f"init_from: {path} is not of this model: missing {missing or 'none'}, unexpected {unexpected or 'none'}, "
-            f"of another shape {reshaped or 'none'}; start from the stage that goes before, or allow what is missing "
-            "or unexpected by init_complete=false."
+            f"init_from: {path} is not of this model: missing {found.missing or 'none'}, unexpected "
+            f"{found.unexpected or 'none'}, of another shape {found.reshaped or 'none'}; start from the stage that "
+            "goes before, or allow what is missing or unexpected by init_complete=false."
         )
     if not shared:
         raise WeightsError(f"init_from: {path} shares no tensor with the model; give a run of the same parts.")
-    if reshaped:
+    if found.reshaped:
         raise WeightsError(
-            f"init_from: {path} has tensors of other shapes, such as {reshaped[:3]}; give a run of the same sizes."
+            f"init_from: {path} has tensors of other shapes, such as {found.reshaped[:3]}; give a run of the same "
+            "sizes."
         )
-    if lacking := [key for key in missing if key.split(".", 1)[0] in need]:
+    if lacking := [key for key in found.missing if key.split(".", 1)[0] in need]:
         raise WeightsError(f"init_from: {path} lacks {lacking}, which must come from there; give a run that has them.")
     module.load_state_dict(shared, strict=False)
-    fresh = sorted({key.rsplit(".", 1)[0] for key in missing})
+    if isinstance(module, Keeper):
+        module.keep(shared)
+    fresh = sorted({key.rsplit(".", 1)[0] for key in found.missing})
     log.info("Started from %s: %d tensors; left as they were: %s", path, len(shared), fresh[:8] or "none")
     return tuple(state)
 

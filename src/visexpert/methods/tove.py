@@ -20,11 +20,11 @@ from visexpert.methods.optimiser import ParameterGroup
 from visexpert.methods.start import start_from
 from visexpert.resources import cache_root
 from visexpert.store import StoreDtype
-from visexpert.transfer import ResidualTransfer, TokenAdapter, TokenGate
+from visexpert.transfer import GateOutput, ResidualTransfer, TokenAdapter, TokenGate
 from visexpert.transfer.gate import GateKind, NoiseKind
 from visexpert.transfer.residual import TransferMode
 from visexpert.types import Batch, ImageSource, VisionTokens
-from visexpert.vision import ClipEncoder
+from visexpert.vision import ClipEncoder, views_of
 
 FusionSpace = Literal["language", "clip"]
 
@@ -133,12 +133,13 @@ class ToVE(Method):
 
     def encode(self, batch: Batch) -> VisionTokens:
         """CLIP and experts to fused tokens (B, T, d_lang)."""
-        vision = self.transferred(batch)
+        views = views_of(self.clip, batch)
+        vision = self.transferred(views.batch)
         if self.fusion_space == "clip":
             vision = replace(vision, tokens_BTD=self.projector(vision.tokens_BTD))
-        if not self.blind:
-            return vision
-        return VisionTokens(torch.zeros_like(vision.tokens_BTD), vision.grid_hw)
+        if self.blind:
+            vision = VisionTokens(torch.zeros_like(vision.tokens_BTD), vision.grid_hw)
+        return views.join(vision)
 
     def transferred(self, batch: Batch) -> VisionTokens:
         """Tokens after the transfer, in the fusion space: what knowledge merging teaches a CLIP to produce.
@@ -156,8 +157,17 @@ class ToVE(Method):
         adapted = self._adapted(images_BCHW, batch)
         gate = self.gate(clip.tokens_BTD, self.hub.attached_K)
         fused_BTD = self.transfer(base_BTD, adapted, gate.gates_BTK, self.hub.names)
-        balance = gate_balance(gate.gates_BTK, self.hub.attached_K, self.balance_form, load_K=gate.load_K)
+        balance = self._balance(gate, batch.has_image_B)
         return VisionTokens(fused_BTD, clip.grid_hw, gates_BTK=gate.gates_BTK, balance=balance)
+
+    def _balance(self, gate: GateOutput, has_image_B: Tensor | None) -> Tensor | None:
+        """L_aux over samples that have an image; None where none has."""
+        if has_image_B is None:
+            return gate_balance(gate.gates_BTK, self.hub.attached_K, self.balance_form, load_K=gate.load_K)
+        if not bool(has_image_B.any()):
+            return None
+        # The gate's own load counts all samples; that of the gates counts those with an image.
+        return gate_balance(gate.gates_BTK[has_image_B], self.hub.attached_K, self.balance_form)
 
     def extra_losses(self, vision: VisionTokens) -> Mapping[str, tuple[float, Tensor]]:
         """L_aux, where a gate chose."""
@@ -222,7 +232,7 @@ class ToVE(Method):
         if self.clip_lr > 0:
             groups.append(ParameterGroup("clip", self.clip.read_modules(), self.clip_lr))
         if self.language_lr > 0:
-            groups.append(ParameterGroup("language", (self.language,), self.language_lr))
+            groups.append(ParameterGroup("language", self.language.trained_modules(), self.language_lr))
         return groups
 
     def load_weights(self) -> None:

@@ -43,7 +43,7 @@ def loss_curves(metrics_csv: Path, out: Path, *, keys: Sequence[str] = ("loss", 
         if "train" in curves:
             steps, values = curves["train"]
             axes.plot(steps, values, color=train_colour, alpha=0.3, linewidth=0.8)
-            axes.plot(steps, _moving_mean(values), color=train_colour, linewidth=1.8, label="training")
+            axes.plot(steps, moving_mean(values), color=train_colour, linewidth=1.8, label="training")
         if "val" in curves:
             axes.plot(*curves["val"], color=val_colour, marker="o", markersize=4, linewidth=1.4, label="validation")
         axes.legend(frameon=False, fontsize=8)
@@ -100,7 +100,7 @@ def read_metrics(metrics_csv: Path) -> dict[str, tuple[Floats, Floats]]:
     return {name: (np.array(sorted(c)), np.array([c[step] for step in sorted(c)])) for name, c in curves.items()}
 
 
-def _moving_mean(values: Floats, share: float = 0.05) -> Floats:
+def moving_mean(values: Floats, share: float = 0.05) -> Floats:
     """Centred mean over a twentieth of the curve; fewer values at its ends."""
     half = max(1, round(len(values) * share / 2))
     sums = np.concatenate([[0.0], np.cumsum(values)])

@@ -12,19 +12,8 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from visexpert.errors import DataError
-from visexpert.report.palette import (
-    GREY,
-    INK,
-    RIGHT,
-    WRONG,
-    Floats,
-    blend,
-    canvas,
-    colours,
-    rgb,
-    save,
-    styled,
-)
+from visexpert.report.palette import GREY, INK, RIGHT, WRONG, Floats, canvas, colours, rgb, save, styled
+from visexpert.report.panels import as_float, grey, overlay
 
 
 def gate_maps(
@@ -42,7 +31,7 @@ def gate_maps(
         out: The PNG to write.
         columns: Images beside each other.
     """
-    images = _as_float(images_NHW3)
+    images = as_float(images_NHW3)
     palette = rgb(colours(len(names)))
     mean_K = gates_NHWK.reshape(-1, len(names)).mean(axis=0)
     columns = min(columns, len(images))
@@ -51,10 +40,10 @@ def gate_maps(
     grid = figure.add_gridspec(rows, 3 * columns, wspace=0.04, hspace=0.06)
     for index, (image, gates) in enumerate(zip(images, gates_NHWK, strict=True)):
         row, column = divmod(index, columns)
-        grey = image.mean(axis=2, keepdims=True).repeat(3, axis=2)
+        pale = grey(image)
         lift_HWK = gates / np.maximum(mean_K, 1e-6)
-        strongest = _overlay(grey, palette[gates.argmax(axis=2)], gates.max(axis=2))
-        above_mean = _overlay(grey, palette[lift_HWK.argmax(axis=2)], np.clip(lift_HWK.max(axis=2) - 1, 0, 1))
+        strongest = overlay(pale, palette[gates.argmax(axis=2)], gates.max(axis=2))
+        above_mean = overlay(pale, palette[lift_HWK.argmax(axis=2)], np.clip(lift_HWK.max(axis=2) - 1, 0, 1))
         titles = ("image", "strongest", "most above its mean") if row == 0 else ("", "", "")
         for offset, (panel, title) in enumerate(zip((image, strongest, above_mean), titles, strict=True)):
             axes = figure.add_subplot(grid[row, 3 * column + offset])
@@ -140,7 +129,7 @@ def sample_captions(
         out: The PNG to write.
         columns: Images beside each other.
     """
-    images = _as_float(images_NHW3)
+    images = as_float(images_NHW3)
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     figure = canvas(2.6 * columns, 3.6 * rows, pad=0.1)
@@ -159,26 +148,6 @@ def sample_captions(
         axes.set_xlabel(_wrapped(reference), fontsize=7.5, color=GREY, loc="left")
     figure.suptitle("Captions by the model (above) and truth (below)", fontsize=11, color=INK)
     return save(figure, out)
-
-
-def _overlay(image_HW3: Floats, colour_HW3: Floats, share_HW: Floats) -> Floats:
-    """Colour the image's tokens, at most 85 % opaque so that the image stays visible."""
-    size = (image_HW3.shape[0], image_HW3.shape[1])
-    return blend(image_HW3, _upsample(colour_HW3, size), 0.85 * _upsample(share_HW[..., None], size))
-
-
-def _upsample(grid_HWC: Floats, size: tuple[int, int]) -> Floats:
-    """Nearest: a token's true extent stays visible."""
-    rows = np.arange(size[0]) * grid_HWC.shape[0] // size[0]
-    columns = np.arange(size[1]) * grid_HWC.shape[1] // size[1]
-    upsampled: Floats = grid_HWC[rows][:, columns]
-    return upsampled
-
-
-def _as_float(images_NHW3: NDArray[Any]) -> Floats:
-    scale = 255.0 if images_NHW3.dtype == np.uint8 else 1.0
-    images: Floats = images_NHW3.astype(np.float64) / scale
-    return images
 
 
 def _wrapped(text: str) -> str:

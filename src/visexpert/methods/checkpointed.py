@@ -1,0 +1,112 @@
+"""Weights of a method: from their own files, from an earlier run, from a checkpoint of its own."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+from torch import nn
+
+from visexpert.methods.matching import refuse_other_model, refuse_other_training
+from visexpert.methods.optimiser import ParameterGroup, make_groups
+from visexpert.methods.start import find_start
+
+
+class CheckpointedModule(L.LightningModule):
+    """A module of which frozen parts are read from their own files and the rest is kept in checkpoints.
+
+    Args:
+        weight_decay: Of the optimiser, which splits each group of parameters by it.
+    """
+
+    init_from: str | None = None
+    """Checkpoint of an earlier run to start from, for methods that can."""
+
+    def __init__(self, *, weight_decay: float) -> None:
+        super().__init__()
+        self.weight_decay = weight_decay
+        self._loaded = self._continues = False
+        self._loaded_steps = 0
+        self._kept: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def frozen_modules(self) -> Mapping[str, nn.Module]:
+        """Parts that never train, by attribute name: no gradient, eval mode, in no checkpoint."""
+
+    @abstractmethod
+    def trained_groups(self) -> Sequence[ParameterGroup]:
+        """What trains, listed by module, with its learning rate."""
+
+    @abstractmethod
+    def load_weights(self) -> None:
+        """Fill pretrained parts; called once, before the first epoch or evaluation, after building."""
+
+    @property
+    def trained_steps(self) -> int:
+        """Optimiser steps behind the present weights, those of a loaded checkpoint included."""
+        return max(self._loaded_steps, 0 if self._trainer is None else int(self.trainer.global_step))
+
+    def count_steps(self, steps: int) -> None:
+        """Say how many optimiser steps are behind the weights, where no checkpoint does."""
+        self._loaded_steps = steps
+
+    def mark_loaded(self) -> None:
+        """Say that the weights are in place, so that no later stage reads the sources again."""
+        self._loaded = True
+
+    def continue_run(self) -> None:
+        """Say that a checkpoint with all that trains is read next, so that where the run once started may be gone."""
+        self._continues, self.init_from = True, None
+
+    def check_start(self) -> None:
+        """Refuse a fit that cannot start, as early as that is known.
+
+        Raises:
+            WeightsError: The run to start from has no checkpoint.
+        """
+        if self.init_from is not None:
+            find_start(self.init_from)
+
+    def keep(self, keys: Iterable[str]) -> None:
+        """Keep these tensors in checkpoints, frozen or not: they are not those of their own files."""
+        self._kept |= {key for key in keys if self._is_frozen_key(key)}
+
+    def setup(self, stage: str) -> None:
+        """Load weights, freeze what is frozen."""
+        if not self._loaded:
+            if stage == "fit" and not self._continues:
+                self.check_start()
+            self.load_weights()
+            self._loaded = True
+        for module in self.frozen_modules().values():
+            module.requires_grad_(False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave frozen parts out: they are read from their own files."""
+        state = checkpoint["state_dict"]
+        for key in [key for key in state if self._is_frozen_key(key) and key not in self._kept]:
+            del state[key]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put frozen parts back, so that loading stays strict about everything else.
+
+        Raises:
+            WeightsError: Under a trainer, a checkpoint of another model, or of a training of other parts.
+        """
+        self._loaded_steps = int(checkpoint["global_step"])
+        state, own = checkpoint["state_dict"], self.state_dict()
+        self.keep(key for key in state if key in own)
+        for key, value in own.items():
+            if self._is_frozen_key(key):
+                state.setdefault(key, value)
+        if self._trainer is None:
+            return
+        refuse_other_model(own, state, path=self.trainer.ckpt_path)
+        if self.trainer.state.fn == "fit":
+            groups = make_groups(self.trained_groups(), weight_decay=self.weight_decay)
+            refuse_other_training(groups, checkpoint, path=self.trainer.ckpt_path)
+
+    def _is_frozen_key(self, key: str) -> bool:
+        return key.split(".", 1)[0] in self.frozen_modules()

@@ -1,0 +1,42 @@
+"""What trains of a method's student, and what its losses may weigh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from visexpert.errors import ConfigError
+from visexpert.language import LanguageSide, NoLanguage
+from visexpert.methods.optimiser import ParameterGroup
+from visexpert.vision import ClipEncoder
+
+
+def check_weights(language: LanguageSide, **weights: float) -> None:
+    """Refuse weights of losses that cannot work: ``kd_weight``, ``text_weight``, ``balance_weight``.
+
+    Raises:
+        ConfigError: One is negative, nothing has one, or text has one and nothing reads it.
+    """
+    wrong = {name: value for name, value in weights.items() if value < 0}
+    if wrong or weights["kd_weight"] + weights["text_weight"] == 0:
+        raise ConfigError(f"MoVEKD: weights {weights} must not be negative, and text or kd must have one above 0.")
+    if weights["text_weight"] > 0 and isinstance(language, NoLanguage):
+        raise ConfigError("MoVEKD: NoLanguage reads no text; set text_weight to 0.")
+
+
+def mole_parts(clip: ClipEncoder, *, balanced: bool) -> tuple[nn.Module, ...]:
+    """What of MoLE has a gradient: a router that only balance teaches has none without a ``balanced`` loss."""
+    parts: list[nn.Module] = []
+    for layer in clip.mole_layers():
+        router, *experts = layer.added_modules()  # type: ignore[operator]
+        parts += [router, *experts] if balanced or layer.router_learns else experts
+    return tuple(parts)
+
+
+def train_only(groups: Sequence[ParameterGroup], parts: Iterable[nn.Module]) -> None:
+    """Leave out of the gradient whatever of ``parts`` no group trains (DDP wants it so)."""
+    trained = {id(p) for group in groups for module in group.modules for p in module.parameters()}
+    for part in parts:
+        for parameter in part.parameters():
+            parameter.requires_grad_(id(parameter) in trained)

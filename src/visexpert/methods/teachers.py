@@ -1,0 +1,152 @@
+"""The teachers of MoVE-KD: which there are, the head of each, and what they say of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from visexpert.errors import ConfigError
+from visexpert.experts import ExpertHub, VisionExpert
+from visexpert.methods.distillation import ANCHOR, STUDENT
+from visexpert.transfer import AdapterKind, Direction, KDHead, TokenGate, make_kd_head
+from visexpert.types import Batch, ExpertTokens
+from visexpert.vision import ClipEncoder, ClsAttention
+
+
+@dataclass(frozen=True)
+class ClipTeacher:
+    """Sizes of the frozen CLIP as a teacher.
+
+    Args:
+        token_dim: Its width.
+        grid_hw: Its grid.
+    """
+
+    token_dim: int
+    grid_hw: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """What heads of experts are made from; CLIP is always compared raw.
+
+    Args:
+        direction: ``to_student``, ``to_teacher`` or ``fixed``.
+        adapter: What is trained of it; None takes the direction's own.
+        hidden: Hidden width of ``mlp``.
+    """
+
+    direction: Direction
+    adapter: AdapterKind | None
+    hidden: int | None
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What teachers say of a batch. No graph.
+
+    Args:
+        teachers: Tokens by name.
+        clip: The frozen CLIP's; None where there is none.
+        gates_BTK: Gate of each expert per token; None without a gate.
+    """
+
+    teachers: Mapping[str, ExpertTokens]
+    clip: ClsAttention | None
+    gates_BTK: torch.Tensor | None
+
+
+def hub_of(experts: Mapping[str, VisionExpert], use: Sequence[str] | None) -> ExpertHub:
+    """The experts that are used, frozen.
+
+    Raises:
+        ConfigError: ``use`` names one that is not there, or one has a name of our own.
+    """
+    if unknown := [name for name in use or () if name not in experts]:
+        raise ConfigError(f"MoVEKD: use names {unknown}, which are not among the experts {sorted(experts)}.")
+    hub = ExpertHub({name: expert for name, expert in experts.items() if use is None or name in use})
+    if taken := {ANCHOR, STUDENT} & set(hub.names):
+        raise ConfigError(
+            f"MoVEKD: an expert is named {sorted(taken)}, but {ANCHOR!r} and {STUDENT!r} are names of our own; rename "
+            "the expert."
+        )
+    return hub
+
+
+def kd_heads(
+    clip: ClipEncoder, hub: ExpertHub, settings: HeadSettings, *, with_anchor: bool, cls_weighs: bool
+) -> dict[str, KDHead]:
+    """A head for each teacher, CLIP first.
+
+    Args:
+        clip: The student, which the frozen CLIP is as large as.
+        hub: The experts.
+        settings: How experts are compared.
+        with_anchor: Whether CLIP is a teacher, too.
+        cls_weighs: Whether CLIP's [CLS] token weighs the teachers, which takes targets of CLIP's width.
+
+    Raises:
+        ConfigError: No teacher, words that do not go together, or sizes that cannot fit.
+    """
+    if not with_anchor and not hub.names:
+        raise ConfigError(
+            "MoVEKD: without experts (use) and with anchor_share null there is no teacher, but there must be at least "
+            "one; name an expert, or give CLIP a share."
+        )
+    sizes = {ANCHOR: ClipTeacher(clip.width, clip.grid_hw)} if with_anchor else {}
+    heads = {
+        name: make_kd_head(name, size, clip_width=clip.width, clip_grid=clip.grid_hw, direction="raw")
+        for name, size in sizes.items()
+    }
+    for name in hub.names:
+        heads[name] = make_kd_head(
+            name, hub[name], clip_width=clip.width, clip_grid=clip.grid_hw, direction=settings.direction,
+            adapter=settings.adapter, hidden_dim=settings.hidden,
+        )  # fmt: skip
+    wide = {name: head.width for name, head in heads.items() if head.width != clip.width}
+    if cls_weighs and wide:
+        raise ConfigError(
+            f"MoVEKD: teacher_weighting='attention' compares CLIP's [CLS] token, {clip.width} wide, with targets, but "
+            f"direction={settings.direction!r} leaves them as wide as {wide}; use to_student or fixed, or weigh "
+            "teachers uniformly."
+        )
+    return heads
+
+
+@torch.no_grad()
+def ask_teachers(hub: ExpertHub, anchor: ClipEncoder | None, gate: TokenGate | None, batch: Batch) -> Lesson:
+    """Run the teachers, CLIP first."""
+    images_BCHW = batch.unit_images()
+    clip, gates_BTK = None, None
+    teachers: dict[str, ExpertTokens] = {}
+    if anchor is not None:
+        clip = ClsAttention.of(anchor, images_BCHW)
+        if gate is not None:
+            everything_K = torch.ones(len(hub.names), dtype=torch.bool, device=images_BCHW.device)
+            gates_BTK = gate(clip.tokens.tokens_BTD, everything_K).gates_BTK
+        teachers[ANCHOR] = ExpertTokens(clip.tokens.tokens_BTD, clip.tokens.grid_hw)
+    teachers |= hub(images_BCHW, index_B=batch.index_B, split=batch.split)
+    return Lesson(teachers, clip, gates_BTK)
+
+
+def check_gate(keys: Sequence[str], names: Sequence[str], *, source: str) -> None:
+    """The gate's columns have no names: compare those of what the other run had for each of its experts.
+
+    Args:
+        keys: Of the checkpoint that the gate is from, in its order.
+        names: The experts here.
+        source: That checkpoint.
+
+    Raises:
+        ConfigError: They are others, or in another order.
+    """
+    parts = [key.removeprefix("distillation.").split(".") for key in keys]
+    owners = [part[1] for part in parts if part[0] in ("adapters", "heads") and part[1] != ANCHOR]
+    theirs = list(dict.fromkeys(owners))
+    if theirs and theirs != list(names):
+        raise ConfigError(
+            f"MoVEKD: the gate in {source} weighs {theirs}, the teachers here are {list(names)}; name the same experts "
+            "in the same order."
+        )

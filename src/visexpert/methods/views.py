@@ -1,0 +1,72 @@
+"""What happens inside a student's encoder on a batch, as plain tensors for figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from visexpert.losses import cls_token_weights
+from visexpert.types import Batch
+from visexpert.vision import ClipEncoder, ClsAttention, RoutingRecord, collect_routing
+
+
+@dataclass(frozen=True)
+class RoutingViews:
+    """What the routers of MoLE say of patch tokens; [CLS] is left out.
+
+    Args:
+        layers: Blocks of the encoder, from 0, that L runs over.
+        probs_BLHWE: Probability of each low-rank expert, on the grid of the tokens.
+        choice_BLHW: int64, the most probable.
+    """
+
+    layers: tuple[int, ...]
+    probs_BLHWE: Tensor
+    choice_BLHW: Tensor
+
+
+@dataclass(frozen=True)
+class EncoderViews:
+    """Attention and routing on the images of a batch.
+
+    Args:
+        images_BCHW: The images, float in [0, 1].
+        attention: [CLS] attention over the patches, mean over heads, by encoder: (B, H, W), each image's sum is 1.
+        routing: Of the student; None where it has no MoLE.
+    """
+
+    images_BCHW: Tensor
+    attention: Mapping[str, Tensor]
+    routing: RoutingViews | None = None
+
+
+@torch.no_grad()
+def view_encoders(encoders: Mapping[str, ClipEncoder], batch: Batch, *, student: str) -> EncoderViews:
+    """Look at samples that have an image.
+
+    Args:
+        encoders: Encoders by name.
+        batch: A batch of images.
+        student: Name of the one whose routers to look at.
+    """
+    images_BCHW = batch.unit_images()
+    if batch.has_image_B is not None:
+        images_BCHW = images_BCHW[batch.has_image_B]
+    attention: dict[str, Tensor] = {}
+    with collect_routing(encoders[student]) as routing:
+        for name, clip in encoders.items():
+            if len(clip.read_modules()) > 2:  # one whose embeddings are read has no attention
+                logits_BHN = ClsAttention.of(clip, images_BCHW).cls_logits_BHN
+                attention[name] = cls_token_weights(logits_BHN, "paper").unflatten(1, clip.grid_hw)
+    record = routing.record()
+    routed = None if record is None else _of_patches(record, encoders[student].grid_hw)
+    return EncoderViews(images_BCHW, attention, routed)
+
+
+def _of_patches(record: RoutingRecord, grid_hw: tuple[int, int]) -> RoutingViews:
+    probs_BLTE = record.probs_LBNE[:, :, 1:].transpose(0, 1)
+    choice_BLT = record.choice_LBN[:, :, 1:].transpose(0, 1)
+    return RoutingViews(record.layers, probs_BLTE.unflatten(2, grid_hw), choice_BLT.unflatten(2, grid_hw))

@@ -1,0 +1,201 @@
+"""Where the tokens of a student and of one teacher meet, by direction: raw, to the student, to the teacher, fixed."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from visexpert.errors import ConfigError
+from visexpert.grids import resample_tokens
+from visexpert.transfer.kd_maps import AdapterKind, ReleasedAdapter, Standardise, token_map
+from visexpert.types import ExpertTokens
+
+
+@dataclass(frozen=True)
+class KDPair:
+    """What distillation compares; gradient flows into whatever has a graph.
+
+    Args:
+        prediction_BTX: Made from the student's tokens.
+        target_BTX: Made from the teacher's, of the same shape.
+    """
+
+    prediction_BTX: Tensor
+    target_BTX: Tensor
+
+
+@dataclass(frozen=True)
+class KDSizes:
+    """What a head is built for.
+
+    Args:
+        name: The teacher's name, for messages.
+        token_dim: Width E of the teacher's tokens.
+        token_grid: Their grid, height x width = S.
+        clip_width: Width D of the student's tokens.
+        clip_grid: Their grid, height x width = T.
+    """
+
+    name: str
+    token_dim: int
+    token_grid: tuple[int, int]
+    clip_width: int
+    clip_grid: tuple[int, int]
+
+
+class KDHead(nn.Module, ABC):
+    """Brings a student and one teacher into one space, T tokens of some width X.
+
+    Args:
+        sizes: Of teacher and student.
+    """
+
+    def __init__(self, sizes: KDSizes) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    @property
+    def width(self) -> int:
+        """Width X of what is compared."""
+        return self.sizes.clip_width
+
+    @abstractmethod
+    def pair(self, student_BTD: Tensor, teacher: ExpertTokens, has_image_B: Tensor | None) -> KDPair:
+        """:meth:`forward` on tokens that were checked."""
+
+    def forward(self, student_BTD: Tensor, teacher: ExpertTokens, has_image_B: Tensor | None = None) -> KDPair:
+        """Pair student tokens (B, T, D) with teacher tokens (B, S, E).
+
+        Args:
+            student_BTD: Patch tokens of the student.
+            teacher: Tokens of the teacher, on the grid that the head was built for.
+            has_image_B: bool; samples without an image leave statistics of the teacher alone. None: all have one.
+
+        Raises:
+            ConfigError: Sizes other than the head was built for.
+        """
+        self._check(student_BTD, teacher)
+        return self.pair(student_BTD, teacher, has_image_B)
+
+    def resampled(self, teacher: ExpertTokens) -> Tensor:
+        """The teacher's tokens (B, T, E) on the student's grid, without a graph."""
+        return resample_tokens(teacher.tokens_BSE.detach(), teacher.grid_hw, self.sizes.clip_grid)
+
+    def _check(self, student_BTD: Tensor, teacher: ExpertTokens) -> None:
+        sizes = self.sizes
+        found = (teacher.tokens_BSE.shape[1:], teacher.grid_hw, student_BTD.shape[1:])
+        teacher_shape = (math.prod(sizes.token_grid), sizes.token_dim)
+        student_shape = (math.prod(sizes.clip_grid), sizes.clip_width)
+        if found != (teacher_shape, sizes.token_grid, student_shape):
+            raise ConfigError(
+                f"The KD head of teacher {sizes.name!r} got teacher tokens {tuple(found[0])} on grid {found[1]} and "
+                f"student tokens {tuple(found[2])}, but was built for {teacher_shape} on {sizes.token_grid} and "
+                f"{student_shape}; build it for this teacher and this CLIP."
+            )
+
+
+class RawHead(KDHead):
+    """The student's tokens against the teacher's own, as for MoVE-KD's CLIP teacher. No parameters.
+
+    Raises:
+        ConfigError: The teacher has another width than the student.
+    """
+
+    def __init__(self, sizes: KDSizes) -> None:
+        super().__init__(sizes)
+        if sizes.token_dim != sizes.clip_width:
+            raise ConfigError(
+                f"Teacher {sizes.name!r} has tokens of width {sizes.token_dim}, the student of {sizes.clip_width}, so "
+                "they cannot be compared raw; use direction to_student, to_teacher or fixed."
+            )
+
+    def pair(self, student_BTD: Tensor, teacher: ExpertTokens, has_image_B: Tensor | None) -> KDPair:
+        """Teacher tokens resampled where the grids differ."""
+        return KDPair(student_BTD, self.resampled(teacher))
+
+
+class ToStudentHead(KDHead):
+    """The papers' direction: an adapter maps the teacher's tokens into the student's space, trained with it.
+
+    Both sides get gradient, so the adapter may learn to predict the student instead of teaching it; watch
+    ``visexpert.losses.across_image_variance`` of both.
+
+    Args:
+        sizes: Of teacher and student.
+        kind: ``released`` - :class:`ReleasedAdapter`; ``linear``, ``mlp`` - resampled to the student's grid, then that
+            map on each token.
+        hidden_dim: Hidden width of ``mlp``; default D.
+    """
+
+    def __init__(self, sizes: KDSizes, *, kind: AdapterKind = "released", hidden_dim: int | None = None) -> None:
+        super().__init__(sizes)
+        self.adapter: nn.Module
+        if kind == "released":
+            self.adapter = ReleasedAdapter(
+                in_dim=sizes.token_dim, in_tokens=math.prod(sizes.token_grid),
+                out_dim=sizes.clip_width, out_tokens=math.prod(sizes.clip_grid),
+            )  # fmt: skip
+        else:
+            self.adapter = token_map(kind, sizes.token_dim, sizes.clip_width, hidden_dim)
+        self.kind = kind
+
+    def pair(self, student_BTD: Tensor, teacher: ExpertTokens, has_image_B: Tensor | None) -> KDPair:
+        """The student's tokens as they are, the teacher's adapted."""
+        tokens = teacher.tokens_BSE.detach() if self.kind == "released" else self.resampled(teacher)
+        return KDPair(student_BTD, self.adapter(tokens))
+
+
+class ToTeacherHead(KDHead):
+    """A head on the student predicts the standardised tokens of the teacher, as agglomerative encoders do.
+
+    The target has no graph: nothing can shrink it, and the student gets gradient through the head.
+
+    Args:
+        sizes: Of teacher and student.
+        kind: ``linear`` or ``mlp``.
+        hidden_dim: Hidden width of ``mlp``; default D.
+    """
+
+    def __init__(self, sizes: KDSizes, *, kind: AdapterKind = "mlp", hidden_dim: int | None = None) -> None:
+        super().__init__(sizes)
+        self.standardise = Standardise(sizes.token_dim)
+        self.head = token_map(kind, sizes.clip_width, sizes.token_dim, hidden_dim or sizes.clip_width)
+
+    @property
+    def width(self) -> int:
+        """Width of the teacher's tokens."""
+        return self.sizes.token_dim
+
+    def pair(self, student_BTD: Tensor, teacher: ExpertTokens, has_image_B: Tensor | None) -> KDPair:
+        """The head's prediction (B, T, E), the teacher's tokens standardised."""
+        return KDPair(self.head(student_BTD), self.standardise(self.resampled(teacher), has_image_B))
+
+
+class FixedHead(KDHead):
+    """The standardised tokens of the teacher, carried into the student's width by a fixed orthogonal map.
+
+    The map has orthonormal rows for E <= D (distances stay) and orthonormal columns for E > D. It is drawn from the
+    seed and the teacher's name, so teachers of one width get unlike maps, whatever their order. No parameters.
+
+    Args:
+        sizes: Of teacher and student.
+        seed: Of the map.
+    """
+
+    map_ED: Tensor
+
+    def __init__(self, sizes: KDSizes, *, seed: int = 0) -> None:
+        super().__init__(sizes)
+        self.standardise = Standardise(sizes.token_dim)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {sizes.name}".encode()))
+        empty_ED = torch.empty(sizes.token_dim, sizes.clip_width, device="cpu")
+        self.register_buffer("map_ED", nn.init.orthogonal_(empty_ED, generator=generator))
+
+    def pair(self, student_BTD: Tensor, teacher: ExpertTokens, has_image_B: Tensor | None) -> KDPair:
+        """The student's tokens as they are, the teacher's standardised and turned."""
+        return KDPair(student_BTD, self.standardise(self.resampled(teacher), has_image_B) @ self.map_ED)

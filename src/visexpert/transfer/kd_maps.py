@@ -1,0 +1,95 @@
+"""The parts that heads of distillation are made of: MoVE-KD's adapter, a map of each token, standardisation."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+AdapterKind = Literal["released", "linear", "mlp"]
+
+
+class ReleasedAdapter(nn.Module):
+    """MoVE-KD's encoder adapter: linear over channels, exact GELU, linear over the token axis.
+
+    It is tied to the teacher's grid; spatial layout must be learned by the second layer.
+
+    Args:
+        in_dim: Width E of the teacher's tokens.
+        in_tokens: Their number S.
+        out_dim: Width D of the student's tokens.
+        out_tokens: Their number T.
+    """
+
+    def __init__(self, *, in_dim: int, in_tokens: int, out_dim: int, out_tokens: int) -> None:
+        super().__init__()
+        self.channels = nn.Linear(in_dim, out_dim)
+        self.tokens = nn.Linear(in_tokens, out_tokens)
+
+    def forward(self, tokens_BSE: Tensor) -> Tensor:
+        """Map tokens (B, S, E) to (B, T, D)."""
+        mapped_BDT: Tensor = self.tokens(F.gelu(self.channels(tokens_BSE).transpose(1, 2)))
+        return mapped_BDT.transpose(1, 2)
+
+
+def token_map(kind: str, in_dim: int, out_dim: int, hidden_dim: int | None) -> nn.Module:
+    """A map of each token on its own: ``linear``, or LayerNorm and two layers (hidden width ``out_dim`` by default)."""
+    if kind == "linear":
+        return nn.Linear(in_dim, out_dim)
+    hidden = hidden_dim or out_dim
+    return nn.Sequential(nn.LayerNorm(in_dim), nn.Linear(in_dim, hidden), nn.GELU(), nn.Linear(hidden, out_dim))
+
+
+class Standardise(nn.Module):
+    """Tokens to zero mean and unit variance per channel, by statistics over all tokens seen in training.
+
+    Statistics are cumulative (each batch counts alike) instead of per batch or per token, so that an image's target
+    does not depend on its batch and settles with time. They travel in the checkpoint; DDP takes those of rank 0.
+    Evaluated before any training, the batch's own are used.
+
+    Args:
+        dim: Number of channels.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.statistics = nn.BatchNorm1d(dim, affine=False, momentum=None)
+        self._batches: int | None = None
+        self.register_load_state_dict_post_hook(_forget_count)  # type: ignore[no-untyped-call]
+
+    def forward(self, tokens_BTE: Tensor, has_image_B: Tensor | None = None) -> Tensor:
+        """Standardise (B, T, E); in training, learn the statistics of samples with an image first. No graph."""
+        statistics = self.statistics
+        assert statistics.running_mean is not None and statistics.running_var is not None
+        tokens_BTE = tokens_BTE.detach().to(statistics.running_mean.dtype)
+        seen_BTE = tokens_BTE if has_image_B is None else tokens_BTE[has_image_B]
+        if seen_BTE.numel() == 0:
+            return torch.zeros_like(tokens_BTE)
+        if self.training:
+            self._learn(seen_BTE.flatten(0, 1))
+        mean_E, var_E = statistics.running_mean, statistics.running_var
+        if not self.training and not statistics.num_batches_tracked:
+            var_E, mean_E = torch.var_mean(seen_BTE, dim=(0, 1))
+        return F.batch_norm(tokens_BTE.flatten(0, 1), mean_E, var_E, eps=statistics.eps).view_as(tokens_BTE)
+
+    def _learn(self, tokens_ME: Tensor) -> None:
+        """As BatchNorm1d learns, but with a count on the host: reading its own each time would wait for the device."""
+        tracked = self.statistics.num_batches_tracked
+        assert tracked is not None
+        self._batches = 1 + (int(tracked) if self._batches is None else self._batches)
+        tracked.add_(1)
+        F.batch_norm(
+            tokens_ME,
+            self.statistics.running_mean,
+            self.statistics.running_var,
+            training=True,
+            momentum=1.0 / self._batches,
+        )
+
+
+def _forget_count(module: nn.Module, incompatible_keys: Any) -> None:
+    """Statistics that were loaded have a count of their own."""
+    assert isinstance(module, Standardise)
+    module._batches = None

@@ -7,18 +7,21 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
 from tests.callbacks.tiny import TinyModule, loader, trainer
 from visexpert.callbacks import RunFolder, RunLogger, SaveRunConfig
+from visexpert.callbacks.identity import METRICS_VERSION, data_identity, tokenizer_identity
 from visexpert.callbacks.run_folder import git_commit, metrics_table
+from visexpert.data.tabletop.tokenizer import tabletop_tokenizer
 from visexpert.report import read_metrics
 
 
@@ -163,3 +166,54 @@ def test_the_table_groups_by_the_first_part_of_the_name() -> None:
     names, values = (list(column.cells) for column in table.columns)
     assert names == ["[bold]test[/bold]", "  nll", "  vqa/accuracy", "[bold]val[/bold]", "  loss"]
     assert values == ["", "not finite", "0.25", "", "0.5"]
+
+
+def test_the_environment_says_how_a_stage_ended(tmp_path: Path) -> None:
+    class Fails(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            seen.append(_read(tmp_path / "environment.json")["fit"]["outcome"])
+            raise RuntimeError("out of\nmemory")
+
+    seen: list[str] = []
+    with pytest.raises(RuntimeError):
+        trainer(logger=RunLogger(str(tmp_path)), callbacks=[RunFolder(), Fails()]).fit(TinyModule(), loader())
+    entry = _read(tmp_path / "environment.json")["fit"]
+    assert seen == ["running"]
+    assert (entry["outcome"], entry["error"]) == ("failed", "RuntimeError: out of")
+    assert entry["ended"] >= entry["time"]
+    _fit(tmp_path)
+    entry = _read(tmp_path / "environment.json")["fit"]
+    assert entry["outcome"] == "finished" and "error" not in entry
+
+
+def test_a_phase_that_fails_later_leaves_a_finished_stage_finished(tmp_path: Path) -> None:
+    class FailsAfterwards(Callback):
+        def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+            raise RuntimeError("phase")
+
+    with pytest.raises(RuntimeError):
+        trainer(logger=RunLogger(str(tmp_path)), callbacks=[RunFolder(), FailsAfterwards()]).test(
+            TinyModule(), loader(), verbose=False
+        )
+    assert _read(tmp_path / "environment.json")["test"]["outcome"] == "finished"
+
+
+def test_the_environment_tells_data_tokenizer_and_metrics_apart(tmp_path: Path) -> None:
+    class Data(LightningDataModule):
+        tokenizer = tabletop_tokenizer()
+
+        def train_dataloader(self) -> Any:
+            return loader()
+
+        def image_sources(self) -> dict[str, SimpleNamespace]:
+            return {"train": SimpleNamespace(fingerprint="abc")}
+
+    trainer(logger=RunLogger(str(tmp_path)), callbacks=[RunFolder()]).fit(TinyModule(), datamodule=Data())
+    entry = _read(tmp_path / "environment.json")["fit"]
+    assert entry["data"] == {"class": "Data", "images": {"train": "abc"}}
+    assert entry["metrics_version"] == METRICS_VERSION and entry["processes"] == 1
+    again, other = tabletop_tokenizer(), tabletop_tokenizer()
+    again(["one", "one two"], padding=True, return_tensors="pt")  # padding is a habit, not an identity
+    other.add_tokens(["unheard-of"])
+    assert entry["tokenizer"] == tokenizer_identity(again) != tokenizer_identity(other)
+    assert tokenizer_identity(None) is None and data_identity(None) is None

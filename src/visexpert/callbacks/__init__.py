@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from visexpert.callbacks.budget import TrainingBudget
 from visexpert.callbacks.cost import CostReport
 from visexpert.callbacks.detach import ExpertDetachment
 from visexpert.callbacks.figures import RunFigures
@@ -25,5 +26,6 @@ __all__ = [
     "SaveRunConfig",
     "ShipLanguage",
     "ThroughputMonitor",
+    "TrainingBudget",
     "TrainingProgress",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -16,14 +17,22 @@ from lightning.pytorch.cli import SaveConfigCallback
 from rich import get_console
 from rich.table import Table
 
+from visexpert.callbacks.identity import score_identity
+from visexpert.errors import DataError
 from visexpert.report.files import read_json, set_aside, write_json, write_text
 from visexpert.report.machine import machine_facts, package_versions
+
+log = logging.getLogger(__name__)
+
+RUNNING, FINISHED, FAILED = "running", "finished", "failed"
+"""Outcomes of a stage."""
 
 
 class RunFolder(Callback):
     """Writes ``environment.json`` and ``metrics.json`` into the run's folder and prints the final metrics.
 
-    ``environment.json`` has one entry for each stage that was run: ``fit``, ``validate``, ``test``, ``predict``.
+    ``environment.json`` has one entry for each stage that was run: ``fit``, ``validate``, ``test``, ``predict``. Its
+    ``outcome`` is ``running``, ``finished``, or ``failed`` with an ``error``; a killed process leaves ``running``.
 
     The folder is the trainer's ``log_dir``, which :class:`RunLogger` sets. ``metrics.json`` holds flat keys
     (``test/vqa/accuracy``): a fit writes it anew, since other weights have other scores, and a later ``validate`` or
@@ -36,12 +45,16 @@ class RunFolder(Callback):
 
     def __init__(self, *, table: bool = True) -> None:
         self._table = table
+        self._folder: Path | None = None
+        self._finished = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        path = folder_of(trainer) / "environment.json"
+        self._folder, self._finished = folder_of(trainer), False
         if trainer.is_global_zero:
+            path = self._folder / "environment.json"
             known = read_json(path) if path.exists() else {}
-            write_json(path, {**known, _stage_name(trainer): environment()})
+            begun = {**environment(), **score_identity(trainer), "outcome": RUNNING}
+            write_json(path, {**known, _stage_name(trainer): begun})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = folder_of(trainer)
@@ -56,13 +69,42 @@ class RunFolder(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record(trainer, earlier=False)
+        self._finish(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
             self._record(trainer, earlier=True)
+            self._finish(trainer)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record(trainer, earlier=True)
+        self._finish(trainer)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write down what happened; a later phase that fails leaves a finished stage finished."""
+        if self._finished:
+            return
+        error = ": ".join([type(exception).__name__, *str(exception).splitlines()[:1]])[:300]
+        try:
+            self._end(trainer, {"outcome": FAILED, "error": error})
+        except DataError as unwritten:  # such as a full disk, which may be the very reason
+            log.warning("%s", unwritten)
+
+    def _finish(self, trainer: Trainer) -> None:
+        self._finished = True
+        self._end(trainer, {"outcome": FINISHED})
+
+    def _end(self, trainer: Trainer, facts: Mapping[str, Any]) -> None:
+        """Complete the stage's entry, without asking other processes: they may be gone."""
+        if not trainer.is_global_zero or self._folder is None:
+            return
+        path = self._folder / "environment.json"
+        known = read_json(path)
+        stage = _stage_name(trainer)
+        write_json(path, {**known, stage: {**known[stage], **facts, "ended": _now()}})
 
     def _record(self, trainer: Trainer, *, earlier: bool) -> None:
         """Write and print the metrics; ``earlier`` keeps those that the file has and this stage does not."""
@@ -112,7 +154,7 @@ def folder_of(trainer: Trainer) -> Path:
 def environment() -> dict[str, Any]:
     """Versions, machine, commit, seed and command line of this process, as JSON values."""
     return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": _now(),
         "command": sys.argv,
         "seed": int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
         "versions": package_versions(),
@@ -148,6 +190,10 @@ def _stage_name(trainer: Trainer) -> str:
     """``fit``, ``validate``, ``test`` or ``predict`` (hooks are given an enum that prints otherwise)."""
     assert trainer.state.fn is not None
     return trainer.state.fn.value
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

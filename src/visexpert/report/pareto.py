@@ -16,34 +16,31 @@ Subset = tuple[str, ...]
 FRONT, KEPT = OKABE_ITO[0], OKABE_ITO[4]
 
 
-class Scored(Protocol):
-    """A subset of experts with its validation loss and score, and its cost per image."""
+class Costed(Protocol):
+    """Loss and score, and time and work per image: of a model, or of what goes and is saved without a part."""
+
+    @property
+    def loss(self) -> float: ...
+    @property
+    def score(self) -> float: ...
+    @property
+    def milliseconds(self) -> float: ...
+    @property
+    def gflop(self) -> float: ...
+
+
+class Scored(Costed, Protocol):
+    """A subset of experts."""
 
     @property
     def experts(self) -> Subset: ...
-    @property
-    def loss(self) -> float: ...
-    @property
-    def score(self) -> float: ...
-    @property
-    def milliseconds(self) -> float: ...
-    @property
-    def gflop(self) -> float: ...
 
 
-class Valued(Protocol):
-    """An expert with what goes and what is saved without it: loss and score, time and work per image."""
+class Valued(Costed, Protocol):
+    """An expert, by what changes without it."""
 
     @property
     def expert(self) -> str: ...
-    @property
-    def loss(self) -> float: ...
-    @property
-    def score(self) -> float: ...
-    @property
-    def milliseconds(self) -> float: ...
-    @property
-    def gflop(self) -> float: ...
 
 
 def pareto_figure(
@@ -78,7 +75,7 @@ def pareto_figure(
     )  # fmt: skip
     costs, values = zip(*place.values(), strict=True)
     axes.scatter(costs, values, s=22, color="#B5B5B5")
-    handles = [_numbered(axes, number, place[one], subset_label(one, experts)) for number, one in enumerate(front, 1)]
+    handles = [numbered(axes, number, place[one], subset_label(one, experts)) for number, one in enumerate(front, 1)]
     axes.plot(*zip(*(place[one] for one in front), strict=True), color=FRONT, linewidth=1.4, drawstyle="steps-post")
     ring = axes.scatter(
         *place[kept], s=260, facecolors="none", edgecolors=KEPT, linewidths=2, zorder=4,
@@ -162,11 +159,15 @@ def subset_label(subset: Subset, experts: Subset) -> str:
     return f"all but {', '.join(missing)}" if len(missing) < len(subset) else ", ".join(subset)
 
 
-def _numbered(axes: Axes, number: int, at: tuple[float, float], label: str) -> Line2D:
-    """Put a number on a point of the front; return its entry in the legend."""
-    axes.scatter(*at, s=90, color=FRONT, zorder=3)
-    axes.annotate(str(number), at, color="white", fontsize=7, fontweight="bold", ha="center", va="center", zorder=5)
-    return Line2D([], [], linestyle="none", marker="o", color=FRONT, markersize=6, label=f"{number}  {label}")
+def numbered(
+    axes: Axes, number: int, at: tuple[float, float], label: str, *, colour: str = FRONT, level: float = 3
+) -> Line2D:
+    """Put a point with a number on the axes, above those of a lower level; return its entry in the legend."""
+    axes.scatter(*at, s=90, color=colour, zorder=level)
+    axes.annotate(
+        str(number), at, color="white", fontsize=7, fontweight="bold", ha="center", va="center", zorder=level + 0.5
+    )
+    return Line2D([], [], linestyle="none", marker="o", color=colour, markersize=6, label=f"{number}  {label}")
 
 
 def _cost(score: Scored, measure: str) -> float:

@@ -1,0 +1,124 @@
+"""Choices, summaries and the CSV of a comparison; scores by their keys."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from tests.report.compare.made import make_run
+from visexpert.errors import ConfigError
+from visexpert.report.compare import Choices, Comparison, compare_runs
+from visexpert.report.compare.comparison import choose_baseline
+from visexpert.report.compare.figures import front
+from visexpert.report.compare.scores import choose_scores, score_of, skill_groups
+
+VQA = {"clip-only": (0.50, 0.52, 0.51), "tove": (0.70, 0.75, 0.71), "merged": (0.66, 0.69, 0.70)}
+
+
+def _compared(folder: Path, **choices: object) -> Comparison:
+    made = [
+        make_run(folder / name / f"seed{seed}", seed=seed, vqa=vqa, nll=1 - vqa)
+        for name, values in VQA.items()
+        for seed, vqa in enumerate(values)
+    ]
+    return compare_runs(made, Choices(**choices))  # type: ignore[arg-type]
+
+
+def test_the_csv_holds_means_intervals_and_tests(tmp_path: Path) -> None:
+    rows = list(csv.DictReader(io.StringIO(_compared(tmp_path).csv())))
+    row = next(r for r in rows if r["variant"] == "tove" and r["figure"] == "test/vqa/accuracy")
+    assert (row["n"], row["by_seed"], row["baseline"]) == ("3", "0:0.7 1:0.75 2:0.71", "clip-only")
+    assert float(row["mean"]) == pytest.approx(0.72)
+    low, high = stats.t.interval(0.95, 2, loc=0.72, scale=stats.sem(VQA["tove"]))
+    assert (float(row["ci95_low"]), float(row["ci95_high"])) == pytest.approx((low, high))
+    p = {name: stats.ttest_rel(VQA[name], VQA["clip-only"]).pvalue for name in ("tove", "merged")}
+    assert float(row["p_paired_t"]) == pytest.approx(p["tove"])
+    assert float(row["p_holm"]) == pytest.approx(max(p["tove"], 2 * min(p.values())))
+    base = next(r for r in rows if r["variant"] == "clip-only" and r["figure"] == "test/vqa/accuracy")
+    assert base["difference"] == base["p_holm"] == ""
+    assert {"cost/train_hours", "cost/ms_vision", "test/vqa/family/size"} <= {r["figure"] for r in rows}
+    assert not any(r["figure"].startswith("train/") for r in rows)
+
+
+def test_a_score_that_a_run_lacks_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "tove" / "seed9"
+    make_run(folder, seed=9, metrics={"test/nll/nll": None})
+    found = compare_runs([folder], Choices())
+    assert found.missing() == {} and [score.key for score in found.scores] == [
+        "test/vqa/accuracy",
+        "test/vqa/family/size",
+    ]
+    other = make_run(tmp_path / "clip" / "seed9", seed=9)
+    assert compare_runs([folder, other], Choices()).missing() == {"test/nll/nll": ["tove, seed 9 (not finite)"]}
+
+
+def test_nothing_finished_is_refused_and_says_why(tmp_path: Path) -> None:
+    (make_run(tmp_path / "r") / "metrics.json").unlink()
+    with pytest.raises(
+        ConfigError, match="None of 2 folders is a finished run: '.*r' failed or still going: .*; '.*log'"
+    ):
+        compare_runs([tmp_path / "r"], Choices(), strays=[tmp_path / "log"])
+
+
+def test_mixed_worlds_are_refused_unless_allowed(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", data={"seed": 1})]
+    with pytest.raises(ConfigError, match="differ in data: data.seed is 0 in 'a' and 1 in 'b'"):
+        compare_runs(runs, Choices())
+    assert [one.key for one in compare_runs(runs, Choices(allow_mixed=True)).mixed] == ["data.seed"]
+
+
+def test_the_baseline_is_the_one_that_is_named_or_looks_like_one() -> None:
+    assert choose_baseline(["a", "x/clip-only"], None) == "x/clip-only"
+    assert choose_baseline(["a", "b"], None) == "a" and choose_baseline(["a", "b"], "b") == "b"
+    with pytest.raises(ConfigError, match="--baseline 'c' is no variant here; they are a, b"):
+        choose_baseline(["a", "b"], "c")
+
+
+def test_the_best_goes_by_the_direction_of_the_score(tmp_path: Path) -> None:
+    found = _compared(tmp_path)
+    best = {score.key: found.best(score) for score in found.scores}
+    assert best["test/vqa/accuracy"] == pytest.approx(0.72) and best["test/nll/nll"] == pytest.approx(0.28)
+    assert found.best(score_of("cost/gflop_vision", [])) is None  # all have the same
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "better", "percent"),
+    [
+        ("test/vqa/accuracy", [0.1, 0.9], 1, True),
+        ("test/nll/kind/dense", [0.1, 0.9], -1, False),
+        ("test/caption/cider", [0.1, 0.9], 1, False),
+        ("test/pope/yes_ratio", [0.5], 0, True),
+        ("test/pope/unparsable", [0.0], -1, False),
+        ("val/nmse", [0.2], -1, False),
+        ("test/caption/meteor", [25.0], 1, False),
+    ],
+)
+def test_scores_by_their_keys(key: str, values: list[float], better: int, percent: bool) -> None:
+    score = score_of(key, values)
+    assert (score.better, score.percent) == (better, percent)
+
+
+def test_scores_are_chosen_by_key_or_by_what_is_there() -> None:
+    known = ["test/nll/nll", "test/vqa/accuracy", "test/own/score", "val/nll/nll"]
+    assert choose_scores(known, [], split="test") == ["test/vqa/accuracy", "test/nll/nll"]
+    assert choose_scores(known, ["own/score", "val/nll/nll"], split="test") == ["test/own/score", "val/nll/nll"]
+    assert choose_scores(["test/own/score", "train/loss"], [], split="test") == ["test/own/score"]
+    with pytest.raises(ConfigError, match="No run has a score 'vqa'; there are test/vqa/accuracy and more"):
+        choose_scores(known, ["vqa"], split="test")
+
+
+def test_skills_are_grouped_by_task() -> None:
+    keys = ["test/vqa/family/size", "test/slots/slot/colour", "test/probe/depth", "test/nll/kind/vqa", "val/probe/x"]
+    assert skill_groups(keys, split="test") == {
+        "vqa": ["test/vqa/family/size"], "slots": ["test/slots/slot/colour"], "probe": ["test/probe/depth"],
+    }  # fmt: skip
+
+
+def test_the_front_is_what_nothing_beats_in_both() -> None:
+    places = {"cheap": (1.0, 0.5), "worse": (2.0, 0.4), "same": (2.0, 0.5), "good": (3.0, 0.9), "dear": (4.0, 0.9)}
+    assert front(places, better=1) == ["cheap", "good"]
+    assert front(places, better=-1) == ["cheap", "worse"]

@@ -1,0 +1,141 @@
+"""``visexpert import FOLDER --clip SOURCE --out RUN``: MoVE-KD's released weights as a run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from visexpert.commands.parser import Parser
+from visexpert.errors import ConfigError, WeightsError
+
+if TYPE_CHECKING:
+    from visexpert.commands.released import MoLEShape, Released
+
+EPILOG = """\
+FOLDER holds mm_projector.bin, mole_encoder.bin and encoder_adapter.bin (stage 1), or a whole checkpoint (stage 2).
+Stage 1 also needs --language, the model that it was trained with (Vicuna-1.5).
+
+    visexpert import MoVE-KD-7b --clip openai/clip-vit-large-patch14-336 --out runs/move-kd-7b
+    visexpert caption photo.jpg --run runs/move-kd-7b --prompt "What is in the picture?"
+
+The language model of a stage-2 folder is copied to RUN/language, where config.yaml reads it from. Encoder adapters go
+to RUN/start.safetensors beside student and projector: name it as init_from of a training with teachers of their names.
+"""
+
+SAM = "sam"
+SAM_NOTE = (
+    "sam: its adapter is left out. The released code scrambles SAM's feature map before it (what it takes for a token "
+    "is two channels of two rows), so the adapter means nothing for SAM's true tokens; --keep_sam keeps it."
+)
+
+
+def run(arguments: list[str]) -> None:
+    """Convert, write and say what was found.
+
+    Raises:
+        ConfigError: An option is missing or contradicts the files.
+        WeightsError: The files are not MoVE-KD's or do not fit together.
+    """
+    options = _parser().parse_args(arguments)
+    _check_target(options.out)
+    from visexpert.commands.imported_run import write_run
+    from visexpert.commands.released import mole_shape, read_released
+
+    released = read_released(options.folder)
+    shape = mole_shape(released.student)
+    _check_language(released, options)
+    mole, told = settle(released.config, shape, options)
+    if SAM in released.adapters and not options.keep_sam:
+        del released.adapters[SAM]
+        told.append(SAM_NOTE)
+    told += write_run(released, shape, mole, options)
+    for line in told:
+        print(f"- {line}")
+    print(f"Imported {options.folder} as {options.out}.")
+
+
+def settle(
+    config: Mapping[str, Any], shape: MoLEShape | None, options: argparse.Namespace
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Settings of MoLE from weights, ``config.json`` and options, and what is worth telling about them.
+
+    Args:
+        config: The release's ``config.json``, {} where there is none.
+        shape: What the weights say.
+        options: ``alpha`` and ``dense``, None and False where not given.
+
+    Raises:
+        ConfigError: An option contradicts the file.
+        WeightsError: The file contradicts the weights.
+    """
+    told: list[str] = []
+    kept = config.get("moe")
+    if "kd" not in config:
+        told.append("config.json has no 'kd' entry, so it does not say whether distillation was on; nothing needs it.")
+    if shape is None:
+        told.append("there is no MoLE in these files: the student is a plain CLIP.")
+        return None, told
+    if not isinstance(kept, Mapping):
+        told.append(
+            f"config.json has no 'moe' entry: {shape.num_experts} experts of rank {shape.rank} are what the weights "
+            f"have, alpha {options.alpha or 1:g} and {'dense' if options.dense else 'top-1'} routing what the options "
+            "say (--alpha, --dense)."
+        )
+        kept = {}
+    written = {"moe_encoder_num_experts": shape.num_experts, "moe_encoder_lora_rank": shape.rank}
+    for name, found in written.items():
+        if kept.get(name, found) != found:
+            raise WeightsError(f"config.json says {name}={kept[name]}, but the weights have {found}; fetch both again.")
+    alpha = kept.get("moe_encoder_lora_alpha")
+    if None not in (alpha, options.alpha) and alpha != options.alpha:
+        raise ConfigError(f"--alpha {options.alpha:g} contradicts config.json, which says {alpha}; leave it out.")
+    if kept.get("moe_encoder_dense") is False and options.dense:
+        raise ConfigError("--dense contradicts config.json, which says moe_encoder_dense=false; leave it out.")
+    mole = {
+        "num_experts": shape.num_experts, "rank": shape.rank, "alpha": float(alpha or options.alpha or 1),
+        "routing": "dense" if options.dense or kept.get("moe_encoder_dense") else "top1", "init": "released",
+        "router": "released",
+    }  # fmt: skip
+    return mole, told
+
+
+def _check_target(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out} is there already; name a new or empty folder.")
+
+
+def _check_language(released: Released, options: argparse.Namespace) -> None:
+    if not released.has_language and options.language is None:
+        raise ConfigError(
+            f"'{options.folder}' has no language model; name the one that it was trained with by --language, such as "
+            "lmsys/vicuna-7b-v1.5."
+        )
+    if released.has_language and options.language is not None:
+        raise ConfigError(f"'{options.folder}' has a language model of its own; leave --language out.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="visexpert import", description="Turn MoVE-KD's released weights into a run that captions and trains on.",
+        epilog=EPILOG,
+    )  # fmt: skip
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of released files")
+    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="new folder of the run")
+    parser.add_argument(
+        "--clip", required=True, metavar="SOURCE", help="the CLIP that was trained: folder or hub id (sizes, teacher)"
+    )
+    parser.add_argument("--language", metavar="SOURCE", help="language model of stage 1: folder or hub id")
+    parser.add_argument("--alpha", type=float, help="of MoLE, where config.json does not say (default: 1)")
+    parser.add_argument("--dense", action="store_true", help="MoLE is dense, where config.json does not say")
+    parser.add_argument(
+        "--chat", default="vicuna_v1", metavar="STYLE",
+        help="template that it was trained with: vicuna_v1, llama_2, mistral, plain (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", default="bfloat16", help="of the language model: float32, bfloat16, float16 (default: %(default)s)"
+    )
+    parser.add_argument("--data", default="data/llava", metavar="DIR", help="LLaVA's data, to train on (%(default)s)")
+    parser.add_argument("--keep_sam", action="store_true", help="keep SAM's adapter, which fits no true SAM tokens")
+    return parser

@@ -28,7 +28,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 COMMANDS = {
+    "data": "visexpert.commands.data",
     "demo": "visexpert.demo",
+    "plan": "visexpert.commands.plan",
+    "compare": "visexpert.commands.compare",
+    "import": "visexpert.commands.import_weights",
     "detach": "visexpert.commands.detach",
     "merge": "visexpert.commands.merge",
     "export": "visexpert.commands.export",

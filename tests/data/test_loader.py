@@ -78,6 +78,27 @@ def test_processes_share_an_epoch_without_overlap() -> None:
     assert len(set(rows[0]) | set(rows[1])) == 16
 
 
+@pytest.mark.parametrize(("size", "world"), [(22, 3), (9, 2), (64, 4)])
+def test_processes_evaluate_equally_many_batches_and_each_row_once(size: int, world: int) -> None:
+    loaders = [BatchLoader(Numbers(size), batch_size=4, rank=rank, world_size=world) for rank in range(world)]
+    rows = [[row for _, batch in seen(loader) for row in batch] for loader in loaders]
+    assert len({len(loader) for loader in loaders}) == 1
+    assert sorted(row for part in rows for row in part) == list(range(size))
+    assert max(len(batch) for loader in loaders for _, batch in seen(loader)) <= 4
+
+
+def test_an_order_of_ones_own() -> None:
+    loader = BatchLoader(
+        Numbers(6),
+        batch_size=2,
+        shuffle=True,
+        order=lambda epoch: np.array([5, 4, 3, 2, 1, 0]) if epoch else np.arange(6),
+    )
+    assert [rows for _, rows in seen(loader)] == [[0, 1], [2, 3], [4, 5]]
+    loader.set_epoch(1)
+    assert [rows for _, rows in seen(loader)] == [[5, 4], [3, 2], [1, 0]]
+
+
 def test_it_continues_from_its_state() -> None:
     loader = BatchLoader(Numbers(22), batch_size=4, shuffle=True, seed=3)
     loader.set_epoch(2)

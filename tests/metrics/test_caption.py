@@ -64,6 +64,18 @@ def test_equals_pycocoevalcap_on_its_own_tokens(capsys: pytest.CaptureFixture[st
     assert scores["cider"] == pytest.approx(Cider().compute_score(true, said)[0])
 
 
+def test_each_family_is_a_corpus_of_its_own() -> None:
+    together, alone = CaptionScores(meteor=False), CaptionScores(meteor=False)
+    together.update(PREDICTIONS, REFERENCES, ["in-domain", "out-domain", "in-domain"])
+    alone.update([PREDICTIONS[0], PREDICTIONS[2]], [REFERENCES[0], REFERENCES[2]])
+    scores, expected = together.compute(), alone.compute()
+    assert {name: scores[f"family/in-domain/{name}"] for name in expected} == pytest.approx(expected)
+    assert scores["family/out-domain/cider"] == 0  # one image alone
+    plain = CaptionScores(meteor=False)
+    plain.update(PREDICTIONS, REFERENCES)
+    assert {name: scores[name] for name in expected} == pytest.approx(plain.compute())
+
+
 def test_empty_prediction_scores_nothing_but_does_not_fail() -> None:
     metric = CaptionScores(meteor=False)
     metric.update(["", "..."], [["a cat"], ["two dogs"]])

@@ -10,18 +10,55 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from visexpert.data.cc3m import CC3M
+    from visexpert.data.chat import ChatPacker
+    from visexpert.data.coco import COCOCaptions
     from visexpert.data.images import read_image
+    from visexpert.data.llava import LLaVAInstruct
     from visexpert.data.loader import BatchKey, BatchLoader
+    from visexpert.data.mixed import MixedData
+    from visexpert.data.nocaps import NoCaps
     from visexpert.data.packing import TextPacker, pack
+    from visexpert.data.pope import POPE
+    from visexpert.data.source import SourceData
     from visexpert.data.tabletop.datamodule import TabletopData
+    from visexpert.data.vqav2 import VQAv2
+    from visexpert.data.vsr import VSR
 
-__all__ = ["BatchKey", "BatchLoader", "TabletopData", "TextPacker", "pack", "read_image"]
+__all__ = [
+    "CC3M",
+    "POPE",
+    "VSR",
+    "BatchKey",
+    "BatchLoader",
+    "COCOCaptions",
+    "ChatPacker",
+    "LLaVAInstruct",
+    "MixedData",
+    "NoCaps",
+    "SourceData",
+    "TabletopData",
+    "TextPacker",
+    "VQAv2",
+    "pack",
+    "read_image",
+]
 
 _HOMES = {
+    "CC3M": "cc3m",
+    "COCOCaptions": "coco",
+    "ChatPacker": "chat",
     "BatchKey": "loader",
     "BatchLoader": "loader",
+    "LLaVAInstruct": "llava",
+    "MixedData": "mixed",
+    "NoCaps": "nocaps",
+    "POPE": "pope",
+    "SourceData": "source",
     "TabletopData": "tabletop.datamodule",
     "TextPacker": "packing",
+    "VQAv2": "vqav2",
+    "VSR": "vsr",
     "pack": "packing",
     "read_image": "images",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +23,29 @@ _UNSCALED_MODES = ("I", "F")
 def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Read an image file.
 
-    Grey, palette, CMYK and 16-bit images are converted, transparent ones are laid over white, and the rotation that a
-    camera noted (EXIF) is applied. Of an animation the first frame is read.
-
     Args:
         path: The file.
         max_pixels: Largest width x height that is decoded.
 
     Returns:
         uint8 RGB (3, H, W).
+
+    Raises:
+        DataError: See :func:`read_rgb`.
+    """
+    return to_tensor(read_rgb(path, name=str(path), max_pixels=max_pixels))
+
+
+def read_rgb(source: str | Path | bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read an image file, or its content.
+
+    Grey, palette, CMYK and 16-bit images are converted, transparent ones are laid over white, and the rotation that a
+    camera noted (EXIF) is applied. Of an animation the first frame is read.
+
+    Args:
+        source: Path, or the bytes of a file.
+        name: What to call it in messages.
+        max_pixels: Largest width x height that is decoded.
 
     Raises:
         DataError: If the file is missing, no image, damaged, truncated, too large, or of a kind (32-bit, floating
@@ -40,24 +55,28 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         with warnings.catch_warnings():
             # Pillow's warning about large images: the size is checked below, before anything is decoded.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
+            image = Image.open(BytesIO(source) if isinstance(source, bytes) else source)
         with image:
-            _check(image, path, max_pixels)
-            rgb = _to_rgb(ImageOps.exif_transpose(image))
+            _check(image, name, max_pixels)
+            return _to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
-        raise DataError(_too_large(path, "more pixels than Pillow opens", max_pixels)) from error
+        raise DataError(_too_large(name, "more pixels than Pillow opens", max_pixels)) from error
     except FileNotFoundError as error:
-        raise DataError(f"The image {path} does not exist; correct the path.") from error
+        raise DataError(f"The image {name} does not exist; correct the path.") from error
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders raise all sorts on damaged files: OSError, SyntaxError, struct.error
         raise DataError(
-            f"The image {path} cannot be read ({type(error).__name__}: {error}); replace the file or leave it out."
+            f"The image {name} cannot be read ({type(error).__name__}: {error}); replace the file or leave it out."
         ) from error
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
 
 
-def _check(image: Image.Image, path: str | Path, max_pixels: int) -> None:
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def _check(image: Image.Image, path: str, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
         raise DataError(_too_large(path, f"{image.width} x {image.height} pixels", max_pixels))
     if image.mode in _UNSCALED_MODES:
@@ -78,5 +97,5 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _too_large(path: str | Path, size: str, max_pixels: int) -> str:
+def _too_large(path: str, size: str, max_pixels: int) -> str:
     return f"The image {path} has {size}, but at most {max_pixels} are decoded; shrink it or raise max_pixels."

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import DataLoader, Dataset
 
-from visexpert.errors import ConfigError
+from visexpert.errors import ConfigError, DataError
 from visexpert.types import Batch
 
 
@@ -58,6 +58,9 @@ class BatchLoader:
         num_workers: Worker processes that build batches ahead; 0 builds them in this process.
         position: Tells how many batches of the sequence are done; an iteration then gives as many batches as an epoch
             has from there on. None gives the rest of an epoch, by :meth:`set_epoch` and :meth:`load_state_dict`.
+        order: Rows of an epoch in order, where neither plain shuffling nor none is wanted.
+        inspect: Is shown each batch before it is given, to note what it lacks. With it, a batch of which nothing is
+            left is passed over, or refused where batches are shuffled (training counts them).
     """
 
     def __init__(
@@ -72,6 +75,8 @@ class BatchLoader:
         world_size: int = 1,
         num_workers: int = 0,
         position: Callable[[], int] | None = None,
+        order: Callable[[int], npt.NDArray[np.int64]] | None = None,
+        inspect: Callable[[Batch], None] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}, but a batch holds at least one image; raise it.")
@@ -84,6 +89,8 @@ class BatchLoader:
         self.world_size = world_size
         self.num_workers = num_workers
         self.position = position
+        self.order = order
+        self.inspect = inspect
         self.epoch = 0
         self._next = 0
         self._restored: int | None = None
@@ -104,12 +111,15 @@ class BatchLoader:
         self._next = first
         for batch in self._batches(keys):
             self._next += 1
-            yield batch
+            if self._is_fit(batch):
+                yield batch
 
     def keys(self, epoch: int) -> list[BatchKey]:
         """Return this process's batches of an epoch, in order."""
         order = np.arange(len(self.source))
-        if self.shuffle:
+        if self.order is not None:
+            order = self.order(epoch)
+        elif self.shuffle:
             order = np.random.default_rng([self.seed, epoch]).permutation(order)
         return [BatchKey(epoch, rows) for rows in self._rows_of_batches(order)]
 
@@ -131,6 +141,17 @@ class BatchLoader:
             )
         self._restored = state["batch"]
 
+    def _is_fit(self, batch: Batch) -> bool:
+        if self.inspect is None:
+            return True
+        self.inspect(batch)
+        if not len(batch) and self.shuffle:
+            raise DataError(
+                f"All {self.batch_size} images of a training batch cannot be read, the first because of this: "
+                f"{batch.skipped[0].reason}"
+            )
+        return len(batch) > 0
+
     def _first_batch(self) -> int:
         restored, self._restored = self._restored, None
         if self.position is not None:
@@ -143,8 +164,12 @@ class BatchLoader:
         step = self.batch_size * self.world_size
         if self.drop_last and len(order) >= step:
             order = order[: len(order) // step * step]
-        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        return batches[self.rank :: self.world_size]
+        if self.world_size > 1 and not self.drop_last:
+            # As many batches for each process, of nearly one size: forwards of a distributed model must not differ.
+            batches = np.array_split(order, self.world_size * -(-len(order) // step))
+        else:
+            batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        return [rows for rows in batches[self.rank :: self.world_size] if len(rows)]
 
     def _batches(self, keys: list[BatchKey]) -> Iterator[Batch]:
         if self.num_workers == 0:

@@ -10,17 +10,18 @@ import numpy.typing as npt
 import torch
 
 from visexpert.errors import ConfigError, DataError
-from visexpert.types import IGNORE_INDEX, TextBatch, TextItem
+from visexpert.types import IGNORE_INDEX, EncodedText, TextBatch, TextEncoder, TextItem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
 _CHUNK = 4096
 
 
-class TextPacker:
+class TextPacker(TextEncoder):
     """Turns text items into token ids: ``<bos> prompt answer <eos>``.
 
     Prompt and answer are tokenised as one text with a space between them, so that sub-word tokenizers see what they
@@ -47,6 +48,21 @@ class TextPacker:
         self.eos_id: int = tokenizer.eos_token_id
         self.bos_id: int = self.eos_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def encode(self, item: TextItem, *, has_image: bool = True) -> EncodedText:
+        """Tokenise one item; whether there is an image makes no difference, since it stands in front of all text.
+
+        Raises:
+            ConfigError: The item is a conversation.
+            DataError: As :meth:`tokenise`.
+        """
+        if item.history:
+            raise ConfigError(
+                "A conversation of several turns takes a template; set it to visexpert.language.LlavaTemplate, "
+                "or to visexpert.data.ChatPacker for the tokenizer's own."
+            )
+        ids, num_prompt = self.tokenise(item)
+        return EncodedText(ids, np.arange(len(ids)) >= num_prompt)
 
     def tokenise(self, item: TextItem) -> tuple[IntArray, int]:
         """Tokenise one item.
@@ -100,11 +116,17 @@ def pack(rows: Sequence[Sequence[tuple[npt.ArrayLike, int]]], pad_id: int) -> Te
     Returns:
         The batch as :class:`~visexpert.types.TextBatch` describes it, N = the longest row (at least 1).
     """
-    ids = [np.asarray(ids, dtype=np.int64) for row in rows for ids, _ in row]
+    encoded = [[EncodedText(np.asarray(ids), np.arange(np.size(ids)) >= prompt) for ids, prompt in row] for row in rows]
+    return pack_encoded(encoded, pad_id)
+
+
+def pack_encoded(rows: Sequence[Sequence[EncodedText]], pad_id: int) -> TextBatch:
+    """Pack the items of each image into one row, as :func:`pack` does, whatever is supervised of them."""
+    items = [item for row in rows for item in row]
     return pack_flat(
-        flat_ids=np.concatenate(ids) if ids else np.zeros(0, dtype=np.int64),
-        lengths=np.array([len(item) for item in ids], dtype=np.int64),
-        prompts=np.array([prompt for row in rows for _, prompt in row], dtype=np.int64),
+        flat_ids=np.concatenate([np.zeros(0, dtype=np.int64), *(item.ids for item in items)]),
+        lengths=np.array([len(item.ids) for item in items], dtype=np.int64),
+        supervised=np.concatenate([np.zeros(0, dtype=np.bool_), *(item.supervised for item in items)]),
         rows=np.repeat(np.arange(len(rows)), [len(row) for row in rows]),
         num_rows=len(rows),
         pad_id=pad_id,
@@ -112,14 +134,14 @@ def pack(rows: Sequence[Sequence[tuple[npt.ArrayLike, int]]], pad_id: int) -> Te
 
 
 def pack_flat(
-    *, flat_ids: IntArray, lengths: IntArray, prompts: IntArray, rows: IntArray, num_rows: int, pad_id: int
+    *, flat_ids: IntArray, lengths: IntArray, supervised: BoolArray, rows: IntArray, num_rows: int, pad_id: int
 ) -> TextBatch:
     """Pack items that lie end to end in one array, without a Python loop.
 
     Args:
         flat_ids: int64 ids of all items, one after another.
         lengths: int64 (I,) length of each item.
-        prompts: int64 (I,) number of first ids of each item that are not predicted.
+        supervised: bool, one per id: whether it is predicted.
         rows: int64 (I,) image of each item, ascending.
         num_rows: Number of images.
         pad_id: Id that fills short rows.
@@ -141,7 +163,7 @@ def pack_flat(
 
     return TextBatch(
         ids_BN=filled(flat_ids, pad_id),
-        labels_BN=filled(np.where(position >= prompts[item], flat_ids, IGNORE_INDEX), IGNORE_INDEX),
+        labels_BN=filled(np.where(supervised, flat_ids, IGNORE_INDEX), IGNORE_INDEX),
         segments_BN=filled(item - first_item[row] + 1, 0),
         positions_BN=filled(position, 0),
     )

@@ -78,7 +78,7 @@ class TextTable:
         return pack_flat(
             flat_ids=flat,
             lengths=lengths,
-            prompts=self.prompts[item],
+            supervised=offset >= np.repeat(self.prompts[item], lengths),
             rows=place,
             num_rows=num_rows,
             pad_id=self.pad_id,

@@ -13,7 +13,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 from visexpert.errors import ConfigError, DataError
 from visexpert.metrics import java, ptb
-from visexpert.metrics.records import RecordMetric, Row, check_lengths
+from visexpert.metrics.records import RecordMetric, Row, check_lengths, families_or_blank
 
 Tokenizer: TypeAlias = Literal["python", "java", "auto"]
 
@@ -23,7 +23,8 @@ class CaptionScores(RecordMetric):
 
     ``compute()``: ``bleu-1`` .. ``bleu-4``, ``rouge-l``, ``cider``, and where wanted ``meteor`` and ``spice``; all in
     [0, 1] but CIDEr, which is in [0, 10]. Papers print these times 100. Note that CIDEr takes its n-gram statistics
-    from the references seen since the last reset, and is 0 for a single image.
+    from the references seen since the last reset, and is 0 for a single image. Where images have families,
+    ``family/<name>/<score>`` scores each as a corpus of its own (NoCaps' domains).
 
     Args:
         tokenizer: ``python`` (:func:`visexpert.metrics.ptb.tokenize`, equal to the official one on captions),
@@ -55,21 +56,29 @@ class CaptionScores(RecordMetric):
         if self.spice:
             java.require_spice()
 
-    def update(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+    def update(
+        self,
+        predictions: Sequence[str],
+        references: Sequence[Sequence[str]],
+        families: Sequence[str] | None = None,
+    ) -> None:
         """Add a batch.
 
         Args:
             predictions: One caption per image.
             references: All true captions of each image, at least one.
+            families: Finer kind per image, for the report.
         """
-        check_lengths(predictions=predictions, references=references)
+        families = families_or_blank(families, len(predictions))
+        check_lengths(predictions=predictions, references=references, families=families)
         for texts in references:
             if isinstance(texts, str) or not texts:
                 raise ValueError(f"each image needs a list of at least one reference caption, got {texts!r}")
-        self.add_rows([said, list(true)] for said, true in zip(predictions, references, strict=True))
+        rows = zip(predictions, references, families, strict=True)
+        self.add_rows([said, list(true), family] for said, true, family in rows)
 
     def score(self, rows: list[Row]) -> dict[str, float]:
-        """Tokenise everything, then score the corpus.
+        """Tokenise everything, then score the corpus, and each family of it.
 
         Raises:
             DataError: No reference has a single word.
@@ -77,6 +86,14 @@ class CaptionScores(RecordMetric):
         predictions, references = self._tokenized(rows)
         if not any(text for texts in references.values() for text in texts):
             raise DataError(f"none of the reference captions of {len(rows)} images has a word: check the annotations")
+        scores = self._scores(predictions, references)
+        for family in sorted({family for *_, family in rows if family}):
+            images = [image for image, row in enumerate(rows) if row[2] == family]
+            said, true = ({image: texts[image] for image in images} for texts in (predictions, references))
+            scores.update({f"family/{family}/{name}": value for name, value in self._scores(said, true).items()})
+        return scores
+
+    def _scores(self, predictions: java.References, references: java.References) -> dict[str, float]:
         with contextlib.redirect_stdout(io.StringIO()):  # the scorers print ratios and sums
             bleu, _ = Bleu(4).compute_score(references, predictions, verbose=0)
             rouge, _ = Rouge().compute_score(references, predictions)
@@ -90,11 +107,11 @@ class CaptionScores(RecordMetric):
         return scores
 
     def _tokenized(self, rows: list[Row]) -> tuple[java.References, java.References]:
-        texts = [text for said, true in rows for text in (said, *true)]
+        texts = [text for said, true, _ in rows for text in (said, *true)]
         tokenized = iter(tokenize(texts, use_java=self.java_tokenizer))
         predictions: java.References = {}
         references: java.References = {}
-        for image, (_, true) in enumerate(rows):
+        for image, (_, true, _) in enumerate(rows):
             predictions[image] = [next(tokenized)]
             references[image] = [next(tokenized) for _ in true]
         return predictions, references

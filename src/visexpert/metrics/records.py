@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 Row: TypeAlias = list[Any]
 """What JSON can hold: strings, numbers, booleans, None and lists of them."""
@@ -31,7 +32,7 @@ class RecordMetric(Metric):
     """A list of lines while rows come in, one tensor after a sync."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**{"dist_sync_fn": gather_anywhere, **kwargs})
         self.add_state("records", default=[], dist_reduce_fx="cat")
 
     def add_rows(self, rows: Iterable[Row]) -> None:
@@ -61,6 +62,13 @@ class RecordMetric(Metric):
         if isinstance(self.records, list) and not self.records:
             self.records.append(torch.empty(0, dtype=torch.uint8, device=self.device))
         super().sync(*args, **kwargs)
+
+
+def gather_anywhere(tensor: Tensor, group: Any = None) -> list[Tensor]:
+    """Gather a tensor of all ranks, wherever it lies: NCCL moves nothing but what is on a GPU."""
+    nccl = "nccl" in str(torch.distributed.get_backend(group))
+    gathered: list[Tensor] = gather_all_tensors(tensor.cuda() if nccl else tensor, group)
+    return [part.to(tensor.device) for part in gathered]
 
 
 def check_lengths(**columns: Sequence[Any]) -> None:

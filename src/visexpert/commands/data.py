@@ -1,0 +1,174 @@
+"""``visexpert data check CONFIG``: what of a configuration's data is missing, and where to get it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from visexpert.commands.parser import Parser
+from visexpert.errors import ConfigError, DataError, UserError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule
+
+    from visexpert.data.source import SourceData
+
+SAMPLE = 2000
+"""Images of each part that are looked for, unless all are asked for."""
+
+EPILOG = """\
+Nothing is downloaded and nothing is started. Each thing that the data needs is listed with its place; what is missing
+comes with its source and size. Where the annotations are there, the images that they name are looked for, too: 2000 of
+each part, spread evenly, or every one with --images all. Files that exist may still be damaged: that shows in training,
+where they are skipped and listed in the run's folder (skipped.jsonl).
+
+  visexpert data check configs/tove/paper/vit-b16.yaml
+  visexpert data check base.yaml overlay.yaml --parts test
+"""
+
+
+def run(arguments: list[str]) -> None:
+    """List what is there and what is missing.
+
+    Raises:
+        ConfigError: The configuration names no data, or data that cannot be built.
+        DataError: Something is missing.
+    """
+    parser = Parser(prog="visexpert data", description="Look for the data that a configuration needs.", epilog=EPILOG)
+    parser.add_argument("action", choices=["check"], help="what to do: check")
+    parser.add_argument("config", nargs="+", type=Path, metavar="CONFIG", help="YAML file of a run; later ones win")
+    parser.add_argument(
+        "--parts", nargs="+", choices=["train", "val", "test"], default=["train", "val", "test"],
+        help="parts that you mean to use (default: all that the sources have)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--images",
+        choices=["sample", "all", "none"],
+        default="sample",
+        help="which images to look for (default: sample)",
+    )
+    options = parser.parse_args(arguments)
+    missing = 0
+    for label, source, parts in sources_of(build_data(options.config), options.parts):
+        print(label)
+        for is_there, line in findings(source, parts, images=options.images):
+            missing += not is_there
+            print(f"  {'ok     ' if is_there else 'MISSING'}  {line}")
+    if missing:
+        raise DataError(f"{missing} of what the data needs is missing; get it as said above and check again.")
+    print("Nothing is missing.")
+
+
+def findings(source: SourceData, parts: Sequence[str], *, images: str) -> Iterator[tuple[bool, str]]:
+    """What a source needs: whether it is there, and a line that says what it is.
+
+    Args:
+        source: The source.
+        parts: Parts to look at.
+        images: ``sample``, ``all`` or ``none`` of the images that the annotations name.
+    """
+    complete = True
+    for need in source.all_needs(parts):
+        complete &= need.found is not None
+        yield need.found is not None, need.sentence if need.found is None else str(need.found)
+    if not complete or images == "none":
+        return
+    for part in parts:
+        try:
+            yield from _of_part(source, part, every=images == "all")
+        except UserError as error:
+            yield False, str(error)
+
+
+def _of_part(source: SourceData, part: str, *, every: bool) -> Iterator[tuple[bool, str]]:
+    """Whether a part's annotations can be read and its images are there."""
+    from visexpert.data import CC3M
+    from visexpert.data.needs import missing_images
+    from visexpert.data.rows import RowData
+
+    source.open(part)
+    if isinstance(source, CC3M):
+        yield True, f"{part}: {source.records(part)} records in {len(source.shards(part))} shards"
+    if not isinstance(source, RowData):
+        return
+    paths = [sample.image for sample in source.table(part) if sample.image]
+    step = 1 if every else -(-len(paths) // SAMPLE) or 1
+    looked_for = paths[::step]
+    gone = missing_images(looked_for)
+    line = f"{part}: {len(source.table(part))} rows; {len(looked_for)} of {len(paths)} images looked for"
+    yield not gone, line + (f", {len(gone)} not there, such as {gone[0]}" if gone else "")
+
+
+def sources_of(data: LightningDataModule, parts: Sequence[str]) -> Iterator[tuple[str, SourceData, list[str]]]:
+    """The sources of a data module with the parts of them that are in use.
+
+    Args:
+        data: The data module.
+        parts: Parts that are meant to be used.
+    """
+    from visexpert.data import MixedData, SourceData
+
+    if isinstance(data, MixedData):
+        for name, source in data.sources.items():
+            used = [part for part in parts if name in data.names[part]]
+            if used:
+                yield f"{name} ({type(source).__name__}): {', '.join(used)}", source, used
+    elif isinstance(data, SourceData):
+        used = [part for part in parts if part in data.parts]
+        yield f"{type(data).__name__}: {', '.join(used)}", data, used
+    else:
+        print(f"{type(data).__name__} makes its own data on first use.")
+
+
+def build_data(paths: Sequence[Path]) -> LightningDataModule:
+    """Build the data module of a configuration, without its model.
+
+    Raises:
+        ConfigError: A file cannot be read, names no data, or data that cannot be built.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+    from lightning.pytorch import LightningDataModule
+
+    from visexpert.training import explain
+
+    named = " + ".join(map(str, paths))
+    config = _merged(paths)
+    if not isinstance(config.get("data"), dict):
+        raise ConfigError(f"{named} names no data; give the configuration of a run, with a class_path under data.")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            built = parser.instantiate_classes(parser.parse_object({"data": config["data"]}))
+        except ArgumentError as error:
+            raise ConfigError(f"{named}: {explain(str(error), [])}") from error
+        except ValueError as error:
+            raise _of_user(error) from None
+    data: LightningDataModule = built.data
+    return data
+
+
+def _of_user(error: BaseException) -> BaseException:
+    """The user's error inside the parser's own, if there is one."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__ or cause.__context__
+    return error if cause is None else cause
+
+
+def _merged(paths: Sequence[Path]) -> dict[str, Any]:
+    """Several files laid over one another, with their ``${...}`` filled in."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        merged = OmegaConf.merge(*(OmegaConf.load(path) for path in paths))
+        config = OmegaConf.to_container(merged, resolve=True)
+    except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:
+        told = str(error).splitlines()[0]
+        raise ConfigError(f"{' + '.join(map(str, paths))} cannot be read ({told}); check path and YAML.") from error
+    return {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}

@@ -1,0 +1,174 @@
+"""CC3M, or any captioned images that img2dataset has packed into WebDataset shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from visexpert.data.needs import Need
+from visexpert.data.samples import BatchForm, subset
+from visexpert.data.shard_counts import shard_counts
+from visexpert.data.shard_loader import RecordReader, ShardLoader
+from visexpert.data.shards import ShardPlan, expand_shards, is_remote
+from visexpert.data.source import CAPTION_PROMPT, SourceData
+from visexpert.errors import ConfigError
+from visexpert.types import ImageSource
+
+_URL = (
+    "https://github.com/rom1504/img2dataset/blob/main/dataset_examples/cc3m.md, or ready-made by  "
+    "hf download --repo-type dataset pixparse/cc3m-wds"
+)
+
+
+class CC3M(SourceData):
+    """Conceptual Captions (3.3 M images) in tar shards of ``KEY.jpg``, ``KEY.txt`` and ``KEY.json``.
+
+    Shards are read from end to end and never unpacked. Each epoch reads each record once, whatever the number of
+    processes and workers, but for less than one batch per process that would be left over; an interrupted run goes on
+    with the records that it would have read. ``train_fraction`` takes whole shards.
+
+    Args:
+        train: Names of the training shards with braces, under ``root`` or as URLs (``https:``, ``pipe:aws s3 cp ...``,
+            ``gs:``), joined by ``::``. A ``pipe:`` runs a command, so take it from no one you do not trust.
+        val: The same for validation; null for none.
+        sizes: JSON file of shard names and their numbers of records; null looks for ``sizes.json`` and img2dataset's
+            ``_stats.json`` beside local shards, and counts where there is neither. Remote shards need it.
+        prompt: Words that ask for a caption.
+        shuffle_window: Records that are shuffled among one another in each worker, beside the order of shards; a
+            worker holds so many encoded images in memory.
+        root: Folder of local shards; ``num_val`` does not apply.
+        kwargs: See :class:`~visexpert.data.source.SourceData`.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: str = "{00000..00331}.tar",
+        val: str | None = None,
+        sizes: str | None = None,
+        prompt: str = CAPTION_PROMPT,
+        shuffle_window: int = 2048,
+        root: str = ".",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(root=root, **kwargs)
+        if shuffle_window < 1:
+            raise ConfigError(f"shuffle_window is {shuffle_window}, but must be at least 1; 1 shuffles shards alone.")
+        if self.settings.num_val is not None or self.settings.num_test is not None:
+            raise ConfigError("CC3M takes no num_val and num_test: name fewer shards under val.")
+        self.parts = ("train",) if val is None else ("train", "val")
+        self.patterns = {"train": train} | ({} if val is None else {"val": val})
+        self.sizes = None if sizes is None else Path(sizes).expanduser()
+        self.prompt = prompt
+        self.shuffle_window = shuffle_window
+        self._counts: dict[str, tuple[int, ...]] = {}
+
+    def shards(self, part: str) -> list[str]:
+        """Paths or URLs of a part's shards that are in use."""
+        names = expand_shards(self.patterns[part], self.root)
+        rows = subset(len(names), share=self.settings.share(part), most=None, seed=self.settings.seed)
+        return [names[row] for row in rows]
+
+    def needs(self, part: str) -> list[Need]:
+        """Local shards; those behind a URL are not asked for."""
+        local = [Path(shard) for shard in self.shards(part) if not is_remote(shard)]
+        needs = [Need(path, "A shard of CC3M", _URL, "3.3 M images, tens of GB at 256 px") for path in local]
+        if self.sizes is not None:
+            needs.append(Need(self.sizes, "The numbers of records", "your own shards' maker", "some kB"))
+        return needs
+
+    def prepare_data(self) -> None:
+        """Count the records of shards that no one has counted (once per machine)."""
+        super().prepare_data()
+        for part in self.parts_of_stage(None):
+            shard_counts(self.shards(part), sizes=self.sizes)
+
+    def open(self, part: str) -> None:
+        """Learn how many records the shards hold."""
+        if part not in self._counts:
+            self._counts[part] = shard_counts(self.shards(part), sizes=self.sizes)
+
+    def records(self, part: str) -> int:
+        """Number of records of a part that are in use."""
+        self.open(part)
+        return sum(self._counts[part])
+
+    def loader(self, part: str, *, position: Callable[[], int] | None = None) -> ShardLoader:
+        """See :meth:`SourceData.loader`."""
+        self.open(part)
+        settings, training, packer = self.settings, part == "train", self.packer
+        counts = self._counts[part]
+        rank, world = self.process
+        batch_size = settings.batch_size if training else settings.eval_batch_size
+        return ShardLoader(
+            shards=self.shards(part),
+            plan=ShardPlan(
+                counts=counts, batch_size=batch_size, shuffle=training, drop_last=training, seed=settings.order_seed,
+                window=-(-self.shuffle_window // batch_size), rank=rank, world_size=world,
+                workers=max(1, settings.num_workers),
+            ),
+            records=RecordReader(
+                reader=settings.reader(), packer=packer, prompt=self.prompt,
+                augment_seed=settings.order_seed if training else None,
+            ),
+            form=BatchForm(
+                split=self.split_of(part), source=self.label, image_size=settings.image_size,
+                pad_id=0 if packer is None else packer.pad_id, with_items=not training,
+            ),
+            num_workers=settings.num_workers,
+            position=position,
+            inspect=self.faults(part, total=sum(counts), shared=True).note,
+        )  # fmt: skip
+
+    def image_sources(self) -> dict[str, ImageSource]:
+        """The opened parts; what is read in a stream has an identity, but no rows to look up."""
+        return {
+            self.split_of(part): StreamedImages(self.shards(part), counts, source=self.called)
+            for part, counts in self._counts.items()
+        }
+
+
+class StreamedImages:
+    """Images that are read in a stream (:class:`~visexpert.types.ImageSource`).
+
+    Args:
+        shards: Paths or URLs.
+        counts: Records of each.
+        source: What to call their source in messages.
+    """
+
+    def __init__(self, shards: Sequence[str], counts: Sequence[int], *, source: str) -> None:
+        self._shards, self._counts, self._source = list(shards), list(counts), source
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the shards: names, numbers of records and, where they lie here, sizes and times of change."""
+        facts = [(shard, count, _stat(shard)) for shard, count in zip(self._shards, self._counts, strict=True)]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return sum(self._counts)
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """Refused.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            f"{self._source} reads its images in a stream, so their tokens cannot be stored; set feature_cache to null."
+        )
+
+
+def _stat(shard: str) -> tuple[int, int] | None:
+    try:
+        facts = os.stat(shard)
+    except OSError:  # behind a URL
+        return None
+    return facts.st_size, facts.st_mtime_ns

@@ -1,0 +1,132 @@
+"""Conversations to tokens by a template that transformers renders: the language model's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from visexpert.data.packing import BoolArray, IntArray
+from visexpert.errors import ConfigError, DataError
+from visexpert.types import IMAGE_TOKEN, EncodedText, TextEncoder, TextItem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MARK = "<image>"
+
+
+class ChatPacker(TextEncoder):
+    """Frames conversations by a chat template in Jinja, such as the tokenizer's own; every answer is labelled.
+
+    The assistant's parts are found by rendering the conversation up to each turn, so any template will do that only
+    ever appends. LLaVA's own templates are :class:`~visexpert.language.LlavaTemplate`.
+
+    Args:
+        tokenizer: A fast Hugging Face tokenizer.
+        template: The template; null takes the tokenizer's own.
+        image_in_text: Put the image, with a line break behind it, at the start of the first prompt; else it stands in
+            front of all text.
+        max_tokens: Longest conversation, the image counted as one; what is beyond is cut. Null for no limit.
+
+    Raises:
+        ConfigError: The tokenizer is not a fast one, has no end-of-sequence token, or no template of its own.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: str | None = None,
+        image_in_text: bool = True,
+        max_tokens: int | None = None,
+    ) -> None:
+        if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+            raise ConfigError(
+                f"{type(tokenizer).__name__} cannot pack conversations: that takes a fast tokenizer (with character "
+                "offsets) that has an end-of-sequence token; load another or set its eos_token."
+            )
+        if template is None and not tokenizer.chat_template:
+            raise ConfigError(
+                f"The tokenizer {tokenizer.name_or_path!r} has no chat template of its own; give one in Jinja, or use "
+                "visexpert.language.LlavaTemplate."
+            )
+        self.tokenizer = tokenizer
+        self.template = template
+        self.image_in_text = image_in_text
+        self.max_tokens = max_tokens
+        self.eos_id: int = tokenizer.eos_token_id
+        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def encode(self, item: TextItem, *, has_image: bool = True) -> EncodedText:
+        """Tokenise one conversation; a label stands on each token of an answer, up to the first <eos> behind it.
+
+        Args:
+            item: Its ``history``, ``prompt`` and ``answer`` are the turns.
+            has_image: Whether there is an image to place.
+
+        Raises:
+            ConfigError: The template rewrites what earlier turns became.
+            DataError: An answer is empty, or ``max_tokens`` leaves nothing to learn.
+        """
+        text, spans = self._render(item, has_image and self.image_in_text)
+        ids, starts, ends = self._tokenise(text, with_image=has_image and self.image_in_text)
+        supervised = np.zeros(len(ids), dtype=np.bool_)
+        for start, end in spans:
+            supervised |= self._up_to_eos(ids, (starts >= start) & (ends <= end) & (ends > starts))
+        ids, supervised = ids[: self.max_tokens], supervised[: self.max_tokens]
+        if not supervised.any():
+            raise DataError(
+                f"Nothing of {item} is left to learn within max_tokens={self.max_tokens}; raise it or leave it out."
+            )
+        return EncodedText(ids, supervised)
+
+    def _render(self, item: TextItem, with_image: bool) -> tuple[str, list[tuple[int, int]]]:
+        """The conversation as text, and where in it each answer begins and ends."""
+        messages: list[dict[str, str]] = []
+        spans: list[tuple[int, int]] = []
+        text = ""
+        for prompt, answer in (*item.history, (item.prompt, item.answer)):
+            if not answer.strip():
+                raise DataError(f"An answer of {item} is empty; correct the annotation or leave the item out.")
+            content = prompt.replace(_MARK, "").strip()
+            if with_image and not messages:
+                content = f"{_MARK}\n{content}"
+            messages.append({"role": "user", "content": content})
+            opened = self._text(messages, open_answer=True)
+            messages.append({"role": "assistant", "content": answer.strip()})
+            closed = self._text(messages, open_answer=False)
+            if not (opened.startswith(text) and closed.startswith(opened)):
+                raise ConfigError(
+                    "The chat template rewrites earlier turns, so answers cannot be told from prompts; use another."
+                )
+            spans.append((len(opened), len(closed)))
+            text = closed
+        return text, spans
+
+    def _text(self, messages: list[dict[str, str]], *, open_answer: bool) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, chat_template=self.template, tokenize=False, add_generation_prompt=open_answer
+            )
+        )
+
+    def _tokenise(self, text: str, *, with_image: bool) -> tuple[IntArray, IntArray, IntArray]:
+        """Ids and the characters at which each begins and ends, the image's mark as one."""
+        place = text.index(_MARK) if with_image else 0
+        stretches = [(0, text[:place])] if place else []
+        stretches.append((place + len(_MARK) * with_image, text[place + len(_MARK) * with_image :]))
+        rows: list[list[tuple[int, int, int]]] = []
+        for begin, stretch in stretches:
+            encoded = self.tokenizer(stretch, add_special_tokens=False, return_offsets_mapping=True)
+            pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+            rows.append([(token, begin + start, begin + end) for token, (start, end) in pairs])
+        if with_image:
+            rows.insert(len(rows) - 1, [(IMAGE_TOKEN, place, place)])
+        ids, starts, ends = np.array([token for row in rows for token in row], dtype=np.int64).reshape(-1, 3).T
+        return ids, starts, ends
+
+    def _up_to_eos(self, ids: IntArray, inside: BoolArray) -> BoolArray:
+        """Templates write line breaks behind <eos>; a model that stops there never writes them."""
+        ends = np.flatnonzero(inside & (ids == self.eos_id))
+        return inside if not len(ends) else inside & (np.arange(len(ids)) <= ends[0])

@@ -1,0 +1,143 @@
+"""COCO captions: Karpathy's split in one JSON, or the official files of 2014 and 2017."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from visexpert.data.annotations import BrokenRecordError, collect, image_path, read_json_list, text_of
+from visexpert.data.needs import Need
+from visexpert.data.rows import RowData
+from visexpert.data.samples import Sample
+from visexpert.data.source import CAPTION_PROMPT
+from visexpert.errors import ConfigError
+from visexpert.types import TextItem
+
+Annotations = Literal["karpathy", "2014", "2017"]
+
+IMAGES = {
+    "train2014": ("COCO's training images of 2014", "13.5 GB"),
+    "val2014": ("COCO's validation images of 2014", "6.6 GB"),
+    "train2017": ("COCO's training images of 2017", "19.3 GB"),
+    "val2017": ("COCO's validation images of 2017", "0.8 GB"),
+}
+KARPATHY_URL = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
+_KARPATHY_PARTS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
+
+
+def coco_images(root: Path, folder: str) -> Need:
+    """One of COCO's image folders."""
+    what, size = IMAGES[folder]
+    return Need(root / folder, what, f"http://images.cocodataset.org/zips/{folder}.zip", size)
+
+
+def caption_item(captions: list[str], prompt: str, family: str = "") -> TextItem:
+    """All captions of an image as one text, whose score is that of the caption which the model writes."""
+    return TextItem("caption", prompt, captions[0], family, tuple(captions), generate=True)
+
+
+class COCOCaptions(RowData):
+    """COCO captions (arXiv 1504.00325): an image's captions are one text, of which training draws one each epoch.
+
+    Under ``root`` lie ``train2014/`` and ``val2014/`` (or 2017) as COCO packs them, and either ``dataset_coco.json``
+    (Karpathy and Li's 113287 / 5000 / 5000 images) or ``annotations/captions_train2014.json`` and the like. Captions
+    of the official test images are not public: there, ``test`` is the validation part.
+
+    Args:
+        annotations: ``karpathy``, ``2014`` or ``2017``.
+        restval: Train on Karpathy's ``restval`` images, too, as nearly everyone does.
+        prompt: Words that ask for a caption.
+        draw_answers: See :class:`~visexpert.data.rows.RowData`.
+        kwargs: See :class:`~visexpert.data.rows.RowData`.
+    """
+
+    def __init__(
+        self,
+        *,
+        annotations: Annotations = "karpathy",
+        restval: bool = True,
+        prompt: str = CAPTION_PROMPT,
+        draw_answers: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(draw_answers=draw_answers, **kwargs)
+        if annotations not in get_args(Annotations):
+            raise ConfigError(f"annotations is {annotations!r}, but must be one of {', '.join(get_args(Annotations))}.")
+        self.annotations = annotations
+        self.restval = restval
+        self.prompt = prompt
+
+    def needs(self, part: str) -> list[Need]:
+        """Annotations and image folders of a part."""
+        if self.annotations == "karpathy":
+            what = Need(self.root / "dataset_coco.json", "Karpathy's split of COCO", KARPATHY_URL, "37 MB")
+            folders = ["train2014", "val2014"] if part == "train" and self.restval else ["val2014"]
+            folders = ["train2014"] if part == "train" and not self.restval else folders
+            return [what, *(coco_images(self.root, folder) for folder in folders)]
+        url = f"http://images.cocodataset.org/annotations/annotations_trainval{self.annotations}.zip"
+        captions = Need(self._official(part), "COCO's captions", url, "253 MB")
+        return [captions, coco_images(self.root, self._folder_of(part))]
+
+    def read(self, part: str) -> Iterable[Sample]:
+        """One sample per image."""
+        return self._read_karpathy(part) if self.annotations == "karpathy" else self._read_official(part)
+
+    def _read_karpathy(self, part: str) -> Iterable[Sample]:
+        path = self.root / "dataset_coco.json"
+        splits = {split for split, of in _KARPATHY_PARTS.items() if of == part}
+        splits -= set() if self.restval else {"restval"}
+        everything = read_json_list(path, "images")
+        wanted = [entry for entry in everything if not isinstance(entry, dict) or entry.get("split") in splits]
+
+        def parse(entry: Any) -> Sample:
+            captions = [text_of(sentence, "raw") for sentence in entry["sentences"]]
+            file = image_path(self.root, f"{entry['filepath']}/{entry['filename']}")
+            return self._sample(file, captions)
+
+        return collect(
+            wanted, parse, path=path, faults=self.faults(part, total=len(wanted), shared=False), numbered="image"
+        )
+
+    def _read_official(self, part: str) -> Iterable[Sample]:
+        path = self._official(part)
+        return read_coco_captions(self, path, self.root / self._folder_of(part), part, self.prompt)
+
+    def _sample(self, file: str, captions: list[str]) -> Sample:
+        if not captions:
+            raise BrokenRecordError("it has no captions")
+        return Sample(file, file, (caption_item(captions, self.prompt),))
+
+    def _official(self, part: str) -> Path:
+        return self.root / "annotations" / f"captions_{self._folder_of(part)}.json"
+
+    def _folder_of(self, part: str) -> str:
+        return f"{'train' if part == 'train' else 'val'}{self.annotations}"
+
+
+def read_coco_captions(data: RowData, path: Path, folder: Path, part: str, prompt: str) -> Iterable[Sample]:
+    """Read a file of COCO's own form: ``images`` with ids and file names, ``annotations`` with captions by image id.
+
+    Args:
+        data: Whose file it is.
+        path: The file.
+        folder: Folder of the images.
+        part: Part of the source.
+        prompt: Words that ask for a caption.
+    """
+    images, annotations = read_json_list(path, "images"), read_json_list(path, "annotations")
+    captions: dict[Any, list[str]] = {}
+    faults = data.faults(part, total=len(annotations) + len(images), shared=False)
+
+    def parse_caption(record: Any) -> None:
+        captions.setdefault(record["image_id"], []).append(text_of(record, "caption"))
+
+    def parse_image(record: Any) -> Sample:
+        if record["id"] not in captions:
+            raise BrokenRecordError("it has no captions")
+        file = image_path(folder, record["file_name"])
+        family = str(record.get("domain", ""))
+        return Sample(file, file, (caption_item(captions[record["id"]], prompt, family),))
+
+    list(collect(annotations, parse_caption, path=path, faults=faults, numbered="annotation"))
+    return collect(images, parse_image, path=path, faults=faults, numbered="image")

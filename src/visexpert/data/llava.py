@@ -1,0 +1,116 @@
+"""LLaVA's conversations: the 558k captions of the alignment stage and the mixture of 665k instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from visexpert.data.annotations import BrokenRecordError, collect, image_path, read_json_list
+from visexpert.data.grouping import grouped_order
+from visexpert.data.needs import Need
+from visexpert.data.packing import IntArray
+from visexpert.data.rows import RowData
+from visexpert.data.samples import Sample, words_of
+from visexpert.types import TextItem
+
+IMAGE_MARK = "<image>"
+
+_SOURCES = {
+    "blip_laion_cc_sbu_558k.json": ("https://huggingface.co/datasets/liuhaotian/LLaVA-Pretrain", "181 MB"),
+    "llava_v1_5_mix665k.json": ("https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K", "1.03 GB"),
+}
+_ELSEWHERE = ("https://github.com/haotian-liu/LLaVA/blob/main/docs/Data.md", "size unknown")
+_ROLES = {"human": "prompt", "user": "prompt", "gpt": "answer", "assistant": "answer"}
+
+
+class LLaVAInstruct(RowData):
+    """Conversations in LLaVA's JSON (arXiv 2304.08485, 2310.03744), of one or more turns, with an image or without.
+
+    Every answer is learned. ``<image>`` is taken out of the prompts; where the image goes is for ``template`` to say:
+    :class:`~visexpert.language.LlavaTemplate` of style ``plain`` for the alignment stage, ``vicuna_v1`` or another for
+    instructions. LLaVA pads images (``resize: pad``).
+
+    Args:
+        annotations: JSON file under ``root``.
+        images: Folder under ``root`` that the file's image names count from.
+        group_by_length: Let a batch hold conversations of like length, and images or text alone but not both
+            (LLaVA's ``group_by_modality_length``).
+        num_val: Conversations at the end of the file that are held out for validation; null for none.
+        kwargs: See :class:`~visexpert.data.rows.RowData`.
+    """
+
+    def __init__(
+        self,
+        *,
+        annotations: str = "llava_v1_5_mix665k.json",
+        images: str = ".",
+        group_by_length: bool = True,
+        num_val: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_val=num_val, **kwargs)
+        self.annotations = self.root / annotations
+        self.images = self.root / images
+        self.group_by_length = group_by_length
+        self.parts = ("train",) if num_val is None else ("train", "val")
+
+    def needs(self, part: str) -> list[Need]:
+        """Conversations and the folder of images; which images those are, the file says."""
+        url, size = _SOURCES.get(self.annotations.name, _ELSEWHERE)
+        guide = "the list in https://github.com/haotian-liu/LLaVA#visual-instruction-tuning"
+        if "558k" in self.annotations.name:
+            guide = f"{url} (images.zip)"
+        return [
+            Need(self.annotations, "LLaVA's conversations", url, size),
+            Need(self.images, "their images", guide, "27 GB for 558k; for mix665k COCO, GQA, OCR-VQA, TextVQA and VG"),
+        ]
+
+    def read(self, part: str) -> Iterable[Sample]:
+        """One sample per conversation."""
+        records = read_json_list(self.annotations)
+        held_out = self.settings.num_val or 0
+        records = records[-held_out:] if part == "val" else records[: len(records) - held_out]
+        faults = self.faults(part, total=len(records), shared=False)
+        return collect(records, self._parse, path=self.annotations, faults=faults, numbered="conversation")
+
+    def order(self, part: str) -> Callable[[int], IntArray] | None:
+        """Rows by modality and length, shuffled by epoch."""
+        if not self.group_by_length:
+            return None
+        table = self.table(part)
+        samples = [(words_of(sample), bool(sample.image)) for sample in table]
+        lengths = np.array([length for length, _ in samples], dtype=np.int64)
+        has_image = np.array([image for _, image in samples])
+        group = self.settings.batch_size * self.process[1]
+        seed = self.settings.order_seed
+        return lambda epoch: grouped_order(lengths, has_image, group=group, seed=(seed, epoch))
+
+    def _parse(self, record: Any) -> Sample:
+        turns = _turns(record["conversations"])
+        image = record.get("image")
+        file = "" if image is None else image_path(self.images, image)
+        (prompt, answer), history = turns[-1], tuple(turns[:-1])
+        item = TextItem("chat", prompt, answer, history=history)
+        return Sample(f"{self.annotations.name}:{record.get('id')}" + (f" {file}" if file else ""), file, (item,))
+
+
+def _turns(conversation: list[Any]) -> list[tuple[str, str]]:
+    """(prompt, answer) of each turn; as in LLaVA's code an answer before the first prompt is left out."""
+    said = [(_ROLES[message["from"]], _clean(message["value"])) for message in conversation]
+    if said and said[0][0] == "answer":
+        said = said[1:]
+    said = said[: len(said) // 2 * 2]
+    if not said or any(role != ("prompt", "answer")[index % 2] for index, (role, _) in enumerate(said)):
+        raise BrokenRecordError("prompts and answers do not take turns")
+    turns = [(said[index][1], said[index + 1][1]) for index in range(0, len(said), 2)]
+    if not all(answer for _, answer in turns):
+        raise BrokenRecordError("an answer is empty")
+    return turns
+
+
+def _clean(text: Any) -> str:
+    if not isinstance(text, str):
+        raise BrokenRecordError(f"a message is {text!r}, but must be text")
+    return text.replace(IMAGE_MARK, "").strip()

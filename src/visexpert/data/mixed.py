@@ -1,0 +1,191 @@
+"""Several sources in one run: training batches in turn, evaluation one source after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningDataModule
+
+from visexpert.data.mixing import ChainedLoader, MixedLoader
+from visexpert.data.needs import Need, TokenizerNeed
+from visexpert.data.resize import Resize
+from visexpert.data.settings import Template
+from visexpert.data.source import PARTS, Loader, SourceData, batches_done
+from visexpert.errors import ConfigError
+from visexpert.types import Batch, ImageSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHARED = (
+    "tokenizer", "template", "max_tokens", "image_size", "resize", "batch_size", "eval_batch_size",
+    "num_workers", "max_broken",
+)  # fmt: skip
+
+
+class MixedData(LightningDataModule):
+    """Several sources: a batch holds rows of one of them; scores stand under their names where there are several.
+
+    In training the sources take turns, each in proportion to its weight, evenly spread; an epoch has as many batches
+    as all sources together. A source that is used up begins anew.
+
+    Args:
+        sources: Sources by name.
+        train: Sources to train on, with their weights; a weight of null counts the source's batches.
+        val: Sources to validate on; null for none.
+        test: Sources to test on; null for none.
+        tokenizer: Given to all sources, as are the settings below; null leaves each its own.
+        template: See :class:`~visexpert.data.source.SourceData`, here and below.
+        max_tokens: Longest text.
+        image_size: Side of the images.
+        resize: How images become squares.
+        batch_size: Images per training batch.
+        eval_batch_size: Images per batch of evaluation.
+        num_workers: Worker processes of each source.
+        max_broken: Share that may be broken.
+
+    Raises:
+        ConfigError: A name or a weight cannot be, or sources differ in their tokenizers.
+    """
+
+    def __init__(
+        self,
+        *,
+        sources: dict[str, SourceData],
+        train: dict[str, float | None] | None = None,
+        val: list[str] | None = None,
+        test: list[str] | None = None,
+        tokenizer: str | None = None,
+        template: Template | None = None,
+        max_tokens: int | None = None,
+        image_size: int | None = None,
+        resize: Resize | None = None,
+        batch_size: int | None = None,
+        eval_batch_size: int | None = None,
+        num_workers: int | None = None,
+        max_broken: float | None = None,
+    ) -> None:
+        super().__init__()
+        given = (
+            tokenizer, template, max_tokens, image_size, resize, batch_size, eval_batch_size,
+            num_workers, max_broken,
+        )  # fmt: skip
+        shared: dict[str, Any] = {name: value for name, value in zip(SHARED, given, strict=True) if value is not None}
+        self.sources = sources
+        self.weights = dict(train or {})
+        self.names: dict[str, list[str]] = {
+            "train": list(self.weights),
+            "val": list(val or ()),
+            "test": list(test or ()),
+        }
+        self._check()
+        for name, source in sources.items():
+            source.settings = replace(source.settings, **shared)
+            source.label = name
+        if len({source.settings.tokenizer for source in self._used(PARTS["fit"] + PARTS["test"])}) > 1:
+            raise ConfigError("The sources of MixedData name different tokenizers; set tokenizer on MixedData alone.")
+
+    # -- Lightning hooks ------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Refuse to start where something is missing."""
+        for name, parts in self._by_source(None).items():
+            self.sources[name].trainer = self.trainer
+            self.sources[name].check(parts)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the annotations that ``stage`` needs."""
+        for name, parts in self._by_source(stage).items():
+            source = self.sources[name]
+            source.trainer = self.trainer
+            source.find_run_folder()
+            for part in parts:
+                source.open(part)
+
+    def train_dataloader(self) -> MixedLoader:
+        """Return the training batches of all sources, in turn."""
+        if not self.weights:
+            raise ConfigError("MixedData has nothing to train on; name sources under train.")
+        return MixedLoader(
+            {name: self._train_loader_of(name) for name in self.weights}, weights=self.weights,
+            position=batches_done(self),
+        )  # fmt: skip
+
+    def val_dataloader(self) -> ChainedLoader | list[Batch]:
+        """Return the validation batches of all sources, one source after another."""
+        return self._chained("val")
+
+    def test_dataloader(self) -> ChainedLoader | list[Batch]:
+        """Return the test batches of all sources, one source after another."""
+        return self._chained("test")
+
+    def predict_dataloader(self) -> ChainedLoader | list[Batch]:
+        """Return the test batches."""
+        return self._chained("test")
+
+    # -- What methods and commands ask ----------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer of all sources; None where batches have no text."""
+        return next(iter(self._used(PARTS["fit"] + PARTS["test"]))).tokenizer
+
+    def image_sources(self) -> dict[str, ImageSource]:
+        """Images of the opened parts by row, for the feature store."""
+        return {
+            split: images
+            for source in self._used(PARTS["fit"] + PARTS["test"])
+            for split, images in source.image_sources().items()
+        }
+
+    def all_needs(self, parts: Sequence[str]) -> list[Need | TokenizerNeed]:
+        """All that these parts need, each once."""
+        needs = [
+            need
+            for part in parts
+            for name in self.names[part]
+            for need in self.sources[name].all_needs([part])
+        ]  # fmt: skip
+        return list(dict.fromkeys(needs))
+
+    # -- Parts ----------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        for part, names in self.names.items():
+            for name in names:
+                if name not in self.sources:
+                    raise ConfigError(f"{part} names {name!r}, but the sources are {', '.join(self.sources)}.")
+                if part not in self.sources[name].parts:
+                    raise ConfigError(f"{name} ({type(self.sources[name]).__name__}) has no {part} part; leave it out.")
+        if not any(self.names.values()):
+            raise ConfigError("MixedData uses none of its sources; name some under train, val or test.")
+        for name, weight in self.weights.items():
+            if weight is not None and weight <= 0:
+                raise ConfigError(
+                    f"The weight of {name} is {weight}, but must be above 0; leave the source out instead."
+                )
+
+    def _used(self, parts: Sequence[str]) -> list[SourceData]:
+        names = dict.fromkeys(name for part in parts for name in self.names[part])
+        return [self.sources[name] for name in names]
+
+    def _by_source(self, stage: str | None) -> dict[str, list[str]]:
+        """Parts that a stage reads, by source."""
+        if stage is None and self.trainer is not None and self.trainer.state.fn is not None:
+            stage = self.trainer.state.fn.value
+        by_source: dict[str, list[str]] = {}
+        for part in PARTS.get(stage, tuple(self.names)):
+            for name in self.names[part]:
+                by_source.setdefault(name, []).append(part)
+        return by_source
+
+    def _train_loader_of(self, name: str) -> Callable[[Callable[[], int]], Loader]:
+        return lambda position: self.sources[name].loader("train", position=position)
+
+    def _chained(self, part: str) -> ChainedLoader | list[Batch]:
+        names = self.names[part]
+        if not names:
+            return []
+        return ChainedLoader([self.sources[name].loader(part) for name in names], unnamed=len(names) == 1)

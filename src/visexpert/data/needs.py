@@ -1,0 +1,93 @@
+"""What a source needs on disk, and the sentence that says what is missing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from visexpert.data.tokenizers import has_tokenizer, missing_tokenizer
+from visexpert.errors import DataError, WeightsError
+
+
+@dataclass(frozen=True)
+class Need:
+    """A file or folder that must be there.
+
+    Args:
+        path: Where; the first of several places that exists counts.
+        what: What it is.
+        url: Where it comes from.
+        size: About how large the download is.
+        others: Other places where it may lie.
+    """
+
+    path: Path
+    what: str
+    url: str
+    size: str
+    others: tuple[Path, ...] = ()
+
+    @property
+    def found(self) -> Path | None:
+        """The place where it lies, if any."""
+        return next((path for path in (self.path, *self.others) if path.exists()), None)
+
+    @property
+    def sentence(self) -> str:
+        """What is missing, where it was looked for, and where to get it."""
+        places = " or ".join(map(str, (self.path, *self.others)))
+        return f"{self.what} should be at {places}; get it from {self.url} ({self.size})."
+
+
+@dataclass(frozen=True)
+class TokenizerNeed:
+    """A tokenizer that must be in a folder or in the hub's local cache.
+
+    Args:
+        name: Folder or id.
+    """
+
+    name: str
+
+    @property
+    def found(self) -> Path | None:
+        """Its name, where it is there."""
+        return Path(self.name) if has_tokenizer(self.name) else None
+
+    @property
+    def sentence(self) -> str:
+        """What is missing, where it was looked for, and how to get it."""
+        return missing_tokenizer(self.name)
+
+
+def require(needs: Iterable[Need | TokenizerNeed], *, source: str) -> None:
+    """Refuse to start where something is missing.
+
+    Raises:
+        DataError: A file or folder.
+        WeightsError: The tokenizer.
+    """
+    missing = [need for need in needs if need.found is None]
+    if not missing:
+        return
+    first, more = missing[0], len(missing) - 1
+    rest = f" ({more} more is missing: visexpert data check CONFIG lists all)" if more else ""
+    error = WeightsError if isinstance(first, TokenizerNeed) else DataError
+    raise error(f"{source}: {first.sentence.rstrip('.')}{rest}.")
+
+
+def missing_images(paths: Sequence[str]) -> list[str]:
+    """Those of some image files that do not exist; whole folders are listed once rather than each file asked for."""
+    by_folder: dict[str, list[str]] = {}
+    for path in paths:
+        by_folder.setdefault(os.path.dirname(path), []).append(path)
+    missing = []
+    for folder, files in by_folder.items():
+        if len(files) > 64 and os.path.isdir(folder):
+            there = set(os.listdir(folder))
+            missing += [path for path in files if os.path.basename(path) not in there]
+        else:
+            missing += [path for path in files if not os.path.isfile(path)]
+    return missing

@@ -1,0 +1,79 @@
+"""POPE: is an object there? Three ways to draw those that are not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from visexpert.data.annotations import BrokenRecordError, collect, image_path, read_json_lines, text_of
+from visexpert.data.coco import coco_images
+from visexpert.data.needs import Need
+from visexpert.data.rows import RowData
+from visexpert.data.samples import Sample
+from visexpert.data.templates import check_template
+from visexpert.errors import ConfigError
+from visexpert.types import TextItem
+
+KINDS = ("random", "popular", "adversarial")
+
+_URL = "https://github.com/AoiDragon/POPE/tree/main/output/coco"
+
+
+class POPE(RowData):
+    """POPE (arXiv 2305.10355) on COCO: one row per image with all its probes, scored in all and by kind.
+
+    Under ``root`` lie ``coco_pope_random.json``, ``coco_pope_popular.json`` and ``coco_pope_adversarial.json`` (JSON
+    lines) and, here or under ``images``, ``val2014/``.
+
+    Args:
+        images: Folder that holds ``val2014/``; null takes ``root``.
+        kinds: Which of the files are used; null for all three.
+        prompt: What the model reads; ``{question}`` stands for the question.
+        kwargs: See :class:`~visexpert.data.rows.RowData`.
+    """
+
+    parts = ("val", "test")
+
+    def __init__(
+        self,
+        *,
+        images: str | None = None,
+        kinds: list[str] | None = None,
+        prompt: str = "{question}",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.kinds = list(KINDS if kinds is None else kinds)
+        if not self.kinds or not set(self.kinds) <= set(KINDS):
+            raise ConfigError(f"kinds is {self.kinds}, but must name some of {', '.join(KINDS)}.")
+        self.images = self.root if images is None else Path(images).expanduser()
+        self.prompt = check_template(prompt, "question")
+
+    def needs(self, part: str) -> list[Need]:
+        """Probes and images."""
+        probes = [Need(self._file(kind), f"POPE's {kind} probes", _URL, "0.5 MB") for kind in self.kinds]
+        return [*probes, coco_images(self.images, "val2014")]
+
+    def read(self, part: str) -> Iterable[Sample]:
+        """One sample per image, its probes of all kinds together."""
+        by_image: dict[str, list[TextItem]] = {}
+        for kind in self.kinds:
+            lines = read_json_lines(self._file(kind))
+
+            def parse(record: Any, kind: str = kind) -> None:
+                file = image_path(self.images / "val2014", record["image"])
+                by_image.setdefault(file, []).append(self._item(record, kind))
+
+            faults = self.faults(part, total=len(lines), shared=False)
+            list(collect(lines, parse, path=self._file(kind), faults=faults, numbered="line"))
+        return [Sample(file, file, tuple(items)) for file, items in by_image.items()]
+
+    def _item(self, record: Any, kind: str) -> TextItem:
+        if record["label"] not in ("yes", "no"):
+            raise BrokenRecordError(f"label is {record['label']!r}, but must be yes or no")
+        question = text_of(record, "text")
+        return TextItem("pope", self.prompt.format(question=question), record["label"], kind, generate=True)
+
+    def _file(self, kind: str) -> Path:
+        return self.root / f"coco_pope_{kind}.json"

@@ -1,0 +1,227 @@
+"""Sources whose images lie in files of their own, so that any row can be read at any time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from visexpert.data.loader import BatchKey, BatchLoader
+from visexpert.data.packing import IntArray
+from visexpert.data.resize import ImageReader
+from visexpert.data.samples import BatchForm, Loaded, Sample, SampleTable, encode_items, subset
+from visexpert.data.source import SourceData
+from visexpert.errors import ConfigError, DataError
+from visexpert.types import Batch, ImageSource, Skipped, TextEncoder, TextItem
+
+
+class RowData(SourceData):
+    """A source of image files: one row per image, with all its texts.
+
+    Args:
+        texts_per_image: Most texts of an image in a training batch, drawn anew each epoch; null for all. Evaluation
+            takes all.
+        draw_answers: In training, draw each text's answer from all that are accepted; else take the first.
+        kwargs: See :class:`~visexpert.data.source.SourceData`.
+    """
+
+    def __init__(self, *, texts_per_image: int | None = None, draw_answers: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if texts_per_image is not None and texts_per_image < 1:
+            raise ConfigError(f"texts_per_image is {texts_per_image}, but must be at least 1; null takes all.")
+        self.texts_per_image = texts_per_image
+        self.draw_answers = draw_answers
+        self._tables: dict[str, SampleTable] = {}
+        self._images: dict[str, RowImages] = {}
+
+    @abstractmethod
+    def read(self, part: str) -> Iterable[Sample]:
+        """Read the annotations of a part: one sample per image.
+
+        Raises:
+            DataError: They cannot be read, or too much of them is broken.
+        """
+
+    def open(self, part: str) -> None:
+        """Read the annotations of a part, once."""
+        if part in self._tables:
+            return
+        samples = list(self.read(part))
+        if not samples:
+            raise DataError(f"{self.called}: the annotations of {part} name no images; are they the right files?")
+        rows = subset(
+            len(samples), share=self.settings.share(part), most=self.settings.most(part), seed=self.settings.seed
+        )
+        self._tables[part] = SampleTable(samples[row] for row in rows)
+
+    def table(self, part: str) -> SampleTable:
+        """The rows of a part that are in use, read on first use."""
+        self.open(part)
+        return self._tables[part]
+
+    def loader(self, part: str, *, position: Callable[[], int] | None = None) -> BatchLoader:
+        """See :meth:`SourceData.loader`."""
+        training = part == "train"
+        settings = self.settings
+        rank, world = self.process
+        table = self.table(part)
+        return BatchLoader(
+            self.dataset(part),
+            batch_size=settings.batch_size if training else settings.eval_batch_size,
+            shuffle=training, drop_last=training, seed=settings.order_seed, rank=rank, world_size=world,
+            num_workers=settings.num_workers, position=position, order=self.order(part) if training else None,
+            inspect=self.faults(part, total=len(table), shared=True).note,
+        )  # fmt: skip
+
+    def order(self, part: str) -> Callable[[int], IntArray] | None:
+        """Order of a part's rows by epoch, where plain shuffling is not wanted."""
+        return None
+
+    def dataset(self, part: str) -> RowDataset:
+        """Builds the batches of a part."""
+        packer = self.packer
+        training = part == "train"
+        return RowDataset(
+            table=self.table(part),
+            reader=self.settings.reader(),
+            packer=packer,
+            form=BatchForm(
+                split=self.split_of(part), source=self.label, image_size=self.settings.image_size,
+                pad_id=0 if packer is None else packer.pad_id, with_items=not training,
+            ),
+            choice_seed=self.settings.order_seed if training else None,
+            texts_per_image=self.texts_per_image,
+            draw_answers=self.draw_answers,
+        )  # fmt: skip
+
+    def image_sources(self) -> dict[str, ImageSource]:
+        """Images of the opened parts by row, for the feature store."""
+        reader = self.settings.reader()
+        for part, table in self._tables.items():
+            changing = part == "train" and reader.augments
+            self._images.setdefault(part, RowImages(table, reader, source=self.called, changing=changing))
+        return {self.split_of(part): images for part, images in self._images.items()}
+
+
+class RowDataset:
+    """Builds a batch from a :class:`~visexpert.data.loader.BatchKey`; it has no state, so any worker gives the same.
+
+    Args:
+        table: The rows.
+        reader: Decodes images.
+        packer: Tokenises texts; None for batches without.
+        form: What all batches have in common.
+        choice_seed: Seed of the choice of texts and of augmentation, which then change with the epoch; None takes all
+            texts as they are.
+        texts_per_image: Most texts of an image, where they are chosen; None for all.
+        draw_answers: Draw each answer from the accepted ones, where texts are chosen.
+    """
+
+    def __init__(
+        self,
+        *,
+        table: SampleTable,
+        reader: ImageReader,
+        packer: TextEncoder | None,
+        form: BatchForm,
+        choice_seed: int | None,
+        texts_per_image: int | None,
+        draw_answers: bool,
+    ) -> None:
+        self.table, self.reader, self.packer, self.form = table, reader, packer, form
+        self.choice_seed, self.texts_per_image, self.draw_answers = choice_seed, texts_per_image, draw_answers
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, key: BatchKey) -> Batch:
+        loaded, skipped = [], []
+        for row in key.rows.tolist():
+            sample = self.table[row]
+            try:
+                loaded.append(self._load(row, sample, key.epoch))
+            except DataError as error:
+                skipped.append(Skipped(sample.key, str(error)))
+        return self.form.batch(loaded, skipped)
+
+    def _load(self, row: int, sample: Sample, epoch: int) -> Loaded:
+        rng = None if self.choice_seed is None else np.random.default_rng([self.choice_seed, epoch, row])
+        items = sample.items if rng is None else self._choose(sample.items, rng)
+        encoded = encode_items(items, self.packer, has_image=bool(sample.image))
+        picture = self.reader.read(sample.image, name=sample.image, rng=rng) if sample.image else None
+        return Loaded(row, picture, items, encoded)
+
+    def _choose(self, items: Sequence[TextItem], rng: np.random.Generator) -> tuple[TextItem, ...]:
+        order = rng.permutation(len(items))[: self.texts_per_image]
+        chosen = [items[index] for index in order]
+        if self.draw_answers:
+            chosen = [
+                replace(item, answer=item.references[rng.integers(len(item.references))]) if item.references else item
+                for item in chosen
+            ]
+        return tuple(chosen)
+
+
+class RowImages:
+    """All images of some rows, as the feature store reads them (:class:`~visexpert.types.ImageSource`).
+
+    Args:
+        table: The rows.
+        reader: Decodes them; rows without an image and broken ones are black.
+        source: What to call their source in messages.
+        changing: Images are augmented, so that they cannot be stored.
+    """
+
+    def __init__(self, table: SampleTable, reader: ImageReader, *, source: str, changing: bool) -> None:
+        self._table, self._reader, self._source, self._changing = table, reader, source, changing
+        self._fingerprint: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the pixels: the files' names, sizes and times of change, and how they are resized."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256(json.dumps(astuple(self._reader)).encode())
+            for sample in self._table:
+                digest.update(f"{sample.image}\0{_stat(sample.image)}\0".encode())
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """Images (len(rows), 3, H, W), uint8.
+
+        Raises:
+            ConfigError: They look different each time, so that stored tokens would not be those of what is trained on.
+        """
+        if self._changing:
+            raise ConfigError(
+                f"{self._source} augments its images (crop_scale, flip), so tokens cannot be stored; set feature_cache "
+                "to null, or crop_scale to null and flip to false."
+            )
+        return torch.stack([self._image(self._table[row].image) for row in rows])
+
+    def _image(self, path: str) -> Tensor:
+        try:
+            if path:
+                return self._reader.read(path, name=path).image_CHW
+        except DataError:  # batches leave it out and say so
+            pass
+        return torch.zeros(3, self._reader.size, self._reader.size, dtype=torch.uint8)
+
+
+def _stat(path: str) -> str:
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return ""
+    return f"{facts.st_size}/{facts.st_mtime_ns}"

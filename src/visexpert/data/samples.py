@@ -1,0 +1,157 @@
+"""Annotations of a split: one record per image, kept small in memory, and the batches made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+
+import numpy as np
+import torch
+
+from visexpert.data.packing import IntArray, pack_encoded
+from visexpert.data.resize import Picture
+from visexpert.types import Batch, EncodedText, Skipped, TextEncoder, TextItem
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its texts, or text alone.
+
+    Args:
+        key: Names it in messages.
+        image: Path of its file; empty for text alone.
+        items: Its texts.
+    """
+
+    key: str
+    image: str
+    items: tuple[TextItem, ...]
+
+
+class SampleTable:
+    """The samples of a split in one array of bytes, so that workers share it and no reference count copies it.
+
+    Args:
+        samples: The samples.
+    """
+
+    def __init__(self, samples: Iterable[Sample]) -> None:
+        lines = [_to_line(sample) for sample in samples]
+        self._bytes = np.frombuffer(b"".join(lines), dtype=np.uint8)
+        self._ends = np.cumsum([len(line) for line in lines], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, row: int) -> Sample:
+        start = int(self._ends[row - 1]) if row else 0
+        key, image, items = json.loads(self._bytes[start : int(self._ends[row])].tobytes())
+        return Sample(key, image, tuple(_to_item(fields) for fields in items))
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[row] for row in range(len(self)))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One row of a batch.
+
+    Args:
+        row: Its number in the split.
+        picture: Its image; None for text alone.
+        items: The texts that were chosen.
+        encoded: The same as token ids; None where the batch has no text.
+    """
+
+    row: int
+    picture: Picture | None
+    items: tuple[TextItem, ...]
+    encoded: tuple[EncodedText, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchForm:
+    """What all batches of a split have in common.
+
+    Args:
+        split: Name that row numbers count in.
+        source: Name of the source, where a run reads several.
+        image_size: Side of the images.
+        pad_id: Id that fills short rows of text.
+        with_items: Let batches carry their texts as strings.
+    """
+
+    split: str
+    source: str
+    image_size: int
+    pad_id: int
+    with_items: bool
+
+    def batch(self, rows: Sequence[Loaded], skipped: Sequence[Skipped]) -> Batch:
+        """Put rows together; those of text alone get a black image."""
+        size = self.image_size
+        images = [
+            torch.zeros(3, size, size, dtype=torch.uint8) if r.picture is None else r.picture.image_CHW for r in rows
+        ]
+        texts = [row.encoded for row in rows if row.encoded is not None]
+        has_image = [row.picture is not None for row in rows]
+        return Batch(
+            images_BCHW=torch.stack(images) if images else torch.zeros(0, 3, size, size, dtype=torch.uint8),
+            index_B=torch.tensor([row.row for row in rows], dtype=torch.int64),
+            split=self.split,
+            text=pack_encoded(texts, self.pad_id) if len(texts) == len(rows) else None,
+            items=tuple(row.items for row in rows) if self.with_items else (),
+            has_image_B=None if all(has_image) else torch.tensor(has_image),
+            original_hw_B2=torch.tensor(
+                [(size, size) if row.picture is None else row.picture.original_hw for row in rows], dtype=torch.int64
+            ).reshape(-1, 2),
+            source=self.source,
+            skipped=tuple(skipped),
+        )
+
+
+def encode_items(
+    items: Sequence[TextItem], packer: TextEncoder | None, *, has_image: bool
+) -> tuple[EncodedText, ...] | None:
+    """Tokenise the texts of one row; None without a packer."""
+    return None if packer is None else tuple(packer.encode(item, has_image=has_image) for item in items)
+
+
+def words_of(sample: Sample) -> int:
+    """Number of words in a sample's texts."""
+    turns = [turn for item in sample.items for turn in (*item.history, (item.prompt, item.answer))]
+    return sum(len(text.split()) for turn in turns for text in turn)
+
+
+def subset(rows: int, *, share: float, most: int | None, seed: int) -> IntArray:
+    """Choose rows in ascending order; of one seed, smaller choices lie inside larger ones.
+
+    Args:
+        rows: Number of rows.
+        share: Share to take, in (0, 1]; at least one row is taken.
+        most: Most rows to take; None for no limit.
+        seed: Seed of the choice.
+    """
+    number = max(1, round(share * rows)) if rows else 0
+    number = number if most is None else min(number, most)
+    if number == rows:
+        return np.arange(rows)
+    return np.sort(np.random.default_rng(seed).permutation(rows)[:number])
+
+
+def _to_line(sample: Sample) -> bytes:
+    return json.dumps([sample.key, sample.image, [astuple(item) for item in sample.items]]).encode()
+
+
+def _to_item(fields: list[object]) -> TextItem:
+    kind, prompt, answer, family, references, history, generate = fields
+    return TextItem(
+        str(kind),
+        str(prompt),
+        str(answer),
+        str(family),
+        tuple(references),  # type: ignore[arg-type]
+        tuple((question, reply) for question, reply in history),  # type: ignore[attr-defined]
+        bool(generate),
+    )

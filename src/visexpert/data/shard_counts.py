@@ -1,0 +1,97 @@
+"""How many records each shard holds: from its maker's notes, or by reading its headers once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from visexpert.data.shards import is_remote
+from visexpert.errors import ConfigError, DataError
+from visexpert.resources import cache_root
+
+
+def shard_counts(shards: Sequence[str], *, sizes: Path | None) -> tuple[int, ...]:
+    """Find out how many records each shard holds.
+
+    In this order: ``sizes`` or a ``sizes.json`` beside the shard (webdataset's own convention, name to number), the
+    ``_stats.json`` that img2dataset writes beside it (``successes``), or the shard's headers, whose count is kept in
+    the cache. Shards behind a URL are not read for this.
+
+    Args:
+        shards: Paths or URLs.
+        sizes: The file of numbers; None looks for one beside each shard.
+
+    Raises:
+        ConfigError: A remote shard is in no file of numbers.
+        DataError: A shard is damaged or empty.
+    """
+    known: dict[Path, dict[str, Any]] = {}
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        counts = tuple(pool.map(lambda shard: _count(shard, sizes, known), shards))
+    if not sum(counts):
+        raise DataError(f"The shards {shards[0]} and on hold no records; check the pattern.")
+    return counts
+
+
+def _count(shard: str, sizes: Path | None, known: dict[Path, dict[str, Any]]) -> int:
+    name = shard.rsplit("/", 1)[-1]
+    noted = _noted(sizes if sizes is not None else Path(shard).with_name("sizes.json"), known).get(name)
+    if noted is not None:
+        return int(noted)
+    if is_remote(shard):
+        raise ConfigError(
+            f"How many records {shard} holds is not known, so it cannot be shared among processes; give a JSON file of "
+            'names and numbers ({"00000.tar": 9812, ...}) as `sizes`.'
+        )
+    path = Path(shard)
+    stats = _noted(path.with_name(f"{path.name.split('.')[0]}_stats.json"), known).get("successes")
+    return int(stats) if stats is not None else _counted(path)
+
+
+def _noted(path: Path, known: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    if path not in known:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            content = {}
+        known[path] = content if isinstance(content, dict) else {}
+    return known[path]
+
+
+def _counted(path: Path) -> int:
+    """Count the groups of files of one name, by headers alone; remembered by size and time of change."""
+    try:
+        facts = path.stat()
+        content = f"{path.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}"
+        note = cache_root() / "shards" / f"{hashlib.sha256(content.encode()).hexdigest()[:24]}.json"
+        if note.is_file():
+            return int(json.loads(note.read_text(encoding="utf-8")))
+        number = _groups(path)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        part = note.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(number), encoding="utf-8")
+        os.replace(part, note)
+    except (OSError, tarfile.TarError, ValueError) as error:
+        raise DataError(f"The shard {path} cannot be counted ({error}); fetch it again.") from error
+    return number
+
+
+def _groups(path: Path) -> int:
+    number, previous = 0, None
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            folder, _, file = member.name.rpartition("/")
+            stem, dot, _ = file.partition(".")
+            if not member.isreg() or not dot or not stem or file.startswith("__"):
+                continue
+            key = f"{folder}/{stem}"
+            number += key != previous
+            previous = key
+            tar.members = []  # type: ignore[attr-defined]
+    return number

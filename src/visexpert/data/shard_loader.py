@@ -1,0 +1,220 @@
+"""Batches out of shards, in the order of a plan, continued in mid-epoch."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from visexpert.data.resize import ImageReader
+from visexpert.data.samples import BatchForm, Loaded, encode_items
+from visexpert.data.shards import Record, ShardPlan, ShardReader
+from visexpert.errors import DataError
+from visexpert.types import Batch, Skipped, TextEncoder, TextItem
+
+_IMAGES = ("jpg", "jpeg", "png", "webp")
+_SHARD = 10_000_000
+"""Row numbers: shard times this, plus the place in the shard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordReader:
+    """Turns a record of a shard into a row of a batch.
+
+    Args:
+        reader: Decodes images.
+        packer: Tokenises captions; None for batches without text.
+        prompt: Words that ask for a caption.
+        augment_seed: Seed of augmentation; None for none.
+    """
+
+    reader: ImageReader
+    packer: TextEncoder | None
+    prompt: str
+    augment_seed: int | None
+
+    def load(self, record: Record, *, row: int, epoch: int, name: str) -> Loaded:
+        """Decode one record.
+
+        Raises:
+            DataError: It has no image or caption, or they are broken.
+        """
+        image = next((record[suffix] for suffix in _IMAGES if suffix in record), None)
+        if image is None:
+            raise DataError(f"The record {name} has no image ({', '.join(_IMAGES)}); leave it out of the shard.")
+        caption = _caption(record)
+        if not caption:
+            raise DataError(f"The record {name} has no caption; leave it out of the shard.")
+        items = (TextItem("caption", self.prompt, caption, generate=True),)
+        rng = None if self.augment_seed is None else np.random.default_rng([self.augment_seed, epoch, row])
+        picture = self.reader.read(image, name=name, rng=rng)
+        return Loaded(row, picture, items, encode_items(items, self.packer, has_image=True))
+
+
+class ShardLoader:
+    """Iterates over the batches of this process, epoch after epoch; see :class:`~visexpert.data.loader.BatchLoader`.
+
+    Batches come in the same order each time with the same number of processes and workers. An iteration that begins in
+    mid-epoch opens the shard that is due and passes over what was read of it. Training batches of which nothing can be
+    read (the rest of a damaged shard) are passed over, and the next epoch's are given instead, so that each process
+    gives as many.
+
+    Args:
+        shards: Paths or URLs.
+        plan: Who reads what; its number of workers is this loader's.
+        records: Decodes.
+        form: What all batches have in common.
+        num_workers: Worker processes; 0 reads in this one.
+        position: Tells how many batches of the endless sequence are done; None begins anew each time.
+        inspect: Is shown each batch before it is given, to note what it lacks.
+    """
+
+    def __init__(
+        self,
+        *,
+        shards: Sequence[str],
+        plan: ShardPlan,
+        records: RecordReader,
+        form: BatchForm,
+        num_workers: int,
+        position: Callable[[], int] | None,
+        inspect: Callable[[Batch], None],
+    ) -> None:
+        self.shards, self.plan, self.records, self.form = shards, plan, records, form
+        self.num_workers, self.position, self.inspect = num_workers, position, inspect
+        self._empty: set[int] = set()
+
+    def __len__(self) -> int:
+        return self.plan.num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A generator: nothing is read before the first batch is due (see BatchLoader).
+        if not self.plan.shuffle:
+            yield from self._shown(0, 0, len(self))
+            return
+        place, given = self._place(0 if self.position is None else self.position()), 0
+        while given < len(self):
+            epoch, skip = divmod(place, len(self))
+            stop = min(len(self), skip + len(self) - given)
+            before = given
+            for batch in self._shown(epoch, skip, stop):
+                given += 1
+                yield batch
+            if given == before and stop - skip == len(self):
+                raise DataError(f"None of the records of {self.shards[0]} and on can be read; see skipped.jsonl.")
+            place += stop - skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which batches of the sequence were empty, and what its order depends on."""
+        return {"empty": sorted(self._empty), "order": self._order()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over which batches were empty; warns where the order is not the one that was interrupted."""
+        if state["order"] != self._order():
+            warnings.warn(
+                f"The interrupted run read its shards with {state['order']}, this one with {self._order()}: "
+                "it goes on, but not with the batches that it would have seen.",
+                stacklevel=2,
+            )
+            return
+        self._empty = set(state["empty"])
+
+    def _place(self, done: int) -> int:
+        """Where in the endless sequence the next batch lies, after ``done`` that were not empty."""
+        for empty in sorted(self._empty):
+            done += empty <= done
+        return done
+
+    def _shown(self, epoch: int, skip: int, stop: int) -> Iterator[Batch]:
+        """Batches of an epoch that are not empty, each shown to ``inspect``."""
+        for number, batch in enumerate(self._batches(epoch, skip, stop), skip):
+            self.inspect(batch)
+            if len(batch):
+                yield batch
+            else:
+                self._empty.add(epoch * len(self) + number)
+
+    def _batches(self, epoch: int, skip: int, stop: int) -> Iterator[Batch]:
+        stream = ShardStream(self, epoch, skip, stop)
+        if not self.num_workers:
+            yield from stream.worker(0)
+            return
+        inner: DataLoader[Batch] = DataLoader(stream, batch_size=None, num_workers=self.num_workers)
+        yield from inner
+
+    def _order(self) -> dict[str, Any]:
+        plan = self.plan
+        counts = {"records": sum(plan.counts), "shards": len(plan.counts)}
+        names = ("batch_size", "window", "seed", "world_size", "workers")
+        return counts | {name: getattr(plan, name) for name in names}
+
+
+class ShardStream(IterableDataset[Batch]):
+    """Batches ``skip`` to ``stop`` of an epoch, in each worker those that are its turn.
+
+    Args:
+        loader: Says all the rest.
+        epoch: Epoch, from 0.
+        skip: Batches of this process that are done.
+        stop: Batch before which to stop.
+    """
+
+    def __init__(self, loader: ShardLoader, epoch: int, skip: int, stop: int) -> None:
+        self.shards, self.plan = list(loader.shards), loader.plan
+        self.records, self.form = loader.records, loader.form
+        self.epoch, self.skip, self.stop = epoch, skip, stop
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        # Torch asks its worker 0 first; whose turn it is after `skip` batches reads there.
+        return self.worker(((0 if info is None else info.id) + self.skip) % self.plan.workers)
+
+    def worker(self, worker: int) -> Iterator[Batch]:
+        """Batches of one worker, which gives every ``workers``-th of the sequence."""
+        done, stop = (_turns(until, worker, self.plan.workers) for until in (self.skip, self.stop))
+        reader = ShardReader(self.shards)
+        left = stop - done
+        for lying, batches in self.plan.windows(self.epoch, worker, skip=done):
+            if left <= 0:
+                return
+            batches = batches[:left]
+            left -= len(batches)
+            wanted = set(np.concatenate(batches).tolist())
+            kept = {place: record for place, record in enumerate(reader.read(lying)) if place in wanted}
+            for places in batches:
+                yield self._batch(lying, kept, places.tolist())
+
+    def _batch(self, lying: np.ndarray[Any, Any], kept: dict[int, Record | DataError], places: list[int]) -> Batch:
+        loaded, skipped = [], []
+        for place in places:
+            shard, number = lying[place].tolist()
+            record = kept.pop(place)
+            key = f"{self.shards[shard]}:{number}"
+            try:
+                if isinstance(record, DataError):
+                    raise record
+                name = f"{self.shards[shard]}/{record['__key__']}"
+                row = shard * _SHARD + number
+                loaded.append(self.records.load(record, row=row, epoch=self.epoch, name=name))
+            except DataError as error:
+                skipped.append(Skipped(key, str(error)))
+        return self.form.batch(loaded, skipped)
+
+
+def _turns(batches: int, worker: int, workers: int) -> int:
+    """How many of the first ``batches`` a worker gives."""
+    return max(0, -(-(batches - worker) // workers))
+
+
+def _caption(record: Record) -> str:
+    if "txt" in record:
+        return " ".join(bytes(record["txt"]).decode("utf-8", "replace").split())
+    try:
+        return " ".join(str(json.loads(record["json"])["caption"]).split())
+    except (KeyError, ValueError, TypeError):
+        return ""

@@ -1,0 +1,203 @@
+"""WebDataset shards: who reads which records in which order, and how they are read, one after another."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from visexpert.data.packing import IntArray
+from visexpert.errors import ConfigError, DataError
+
+Record = dict[str, Any]
+"""What a shard holds of one sample: ``__key__`` and the bytes of each file by suffix (``jpg``, ``txt``, ``json``)."""
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Divides the records of all shards among processes and workers: each record to exactly one, each epoch.
+
+    An epoch puts the shards in a random order and their records, end to end, on a line. Each process gets an equal
+    stretch of it, cut into equally many batches; each of its workers gets a part of that stretch, so that it reads
+    from one shard on to the next. Within stretches of ``window`` batches the records are shuffled.
+
+    Args:
+        counts: Records of each shard.
+        batch_size: Records per batch.
+        shuffle: New order each epoch; else as the shards lie.
+        drop_last: Give all processes batches of ``batch_size`` alone, leaving out what is over (others each epoch).
+        seed: Seed of the order.
+        window: Batches whose records are shuffled among one another; a worker holds so many encoded in memory.
+        rank: This process.
+        world_size: Number of processes.
+        workers: Workers of each process.
+    """
+
+    counts: tuple[int, ...]
+    batch_size: int
+    shuffle: bool
+    drop_last: bool
+    seed: int
+    window: int
+    rank: int = 0
+    world_size: int = 1
+    workers: int = 1
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of this process in an epoch; the same for each process."""
+        step = self.batch_size * self.world_size
+        total = sum(self.counts)
+        return total // step if self.drop_last and total >= step else -(-total // step)
+
+    def windows(self, epoch: int, worker: int, *, skip: int = 0) -> Iterator[tuple[IntArray, list[IntArray]]]:
+        """What a worker reads in an epoch, window by window.
+
+        Args:
+            epoch: Epoch, from 0.
+            worker: The worker, from 0.
+            skip: Number of its batches that are done.
+
+        Yields:
+            The window's records, int64 (n, 2) of shard and place in it, in the order in which they lie; and for each
+            batch that is not done the places in the window that make it up.
+        """
+        line = self._line(epoch)
+        ends = self._batch_ends(len(line))
+        first = self._first_batch(worker)
+        last = self._first_batch(worker + 1)
+        for number, start in enumerate(range(first, last, self.window)):
+            stop = min(start + self.window, last)
+            if stop <= first + skip:
+                continue
+            begin = int(ends[start])
+            order = np.arange(int(ends[stop]) - begin)
+            if self.shuffle:
+                order = np.random.default_rng([self.seed, epoch, self.rank, worker, number]).permutation(order)
+            batches = [order[ends[b] - begin : ends[b + 1] - begin] for b in range(start, stop)]
+            yield line[begin : int(ends[stop])], batches[max(0, first + skip - start) :]
+
+    def _line(self, epoch: int) -> IntArray:
+        """All records of an epoch end to end, int64 (n, 2), as far as they are this process's."""
+        shards = np.arange(len(self.counts))
+        if self.shuffle:
+            shards = np.random.default_rng([self.seed, epoch]).permutation(shards)
+        counts = np.asarray(self.counts, dtype=np.int64)[shards]
+        total = int(counts.sum())
+        size = self.num_batches * self.batch_size
+        exact = self.drop_last and size * self.world_size <= total
+        bounds = [size * rank if exact else total * rank // self.world_size for rank in (self.rank, self.rank + 1)]
+        position = np.arange(*bounds)
+        starts = np.cumsum(counts) - counts
+        index = np.searchsorted(starts, position, side="right") - 1
+        return np.stack([shards[index], position - starts[index]], axis=1)
+
+    def _batch_ends(self, size: int) -> IntArray:
+        """Where in this process's stretch its batches begin, and where the last one ends."""
+        return np.arange(self.num_batches + 1) * size // max(self.num_batches, 1)
+
+    def _first_batch(self, worker: int) -> int:
+        """Where a worker's batches begin, if workers give batches in turn and each reads one stretch."""
+        full, over = divmod(self.num_batches, self.workers)
+        return worker * full + min(worker, over)
+
+
+class ShardReader:
+    """Reads records that lie one behind the other, going on where it was.
+
+    Args:
+        shards: Path or URL of each shard; whatever webdataset opens (``http:``, ``pipe:``, ``gs:``, ...).
+    """
+
+    def __init__(self, shards: Sequence[str]) -> None:
+        self.shards = shards
+        self._open: tuple[int, int, Iterator[Record]] | None = None
+
+    def read(self, records: IntArray) -> Iterator[Record | DataError]:
+        """Give each record, or the sentence that says why it cannot be read.
+
+        Args:
+            records: int64 (n, 2), shard and place, as they lie in the shards.
+        """
+        for shard, place in records.tolist():
+            yield self._read(shard, place)
+
+    def _read(self, shard: int, place: int) -> Record | DataError:
+        try:
+            if self._open is None or self._open[0] != shard or self._open[1] > place:
+                self._open = (shard, 0, iterate_shard(self.shards[shard]))
+            _, at, records = self._open
+            record = next(record for skipped, record in enumerate(records, at) if skipped == place)
+        except StopIteration:
+            self._open = (shard, place + 1, iter(()))
+            return DataError(f"The shard {self.shards[shard]} ends before record {place}; write its counts anew.")
+        except DataError as error:
+            self._open = (shard, place + 1, iter(()))  # what follows in the shard is lost as well
+            return error
+        self._open = (shard, place + 1, records)
+        return record
+
+
+def iterate_shard(url: str) -> Iterator[Record]:
+    """Give a shard's samples in order.
+
+    Raises:
+        DataError: It cannot be opened, or is damaged from here on.
+    """
+    _require_webdataset()
+    from webdataset.gopen import gopen
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    try:
+        stream = gopen(url)
+    except Exception as error:  # curl, storage clients and pipes fail in their own ways
+        raise DataError(f"The shard {url} cannot be opened ({_told(error)}); check path and access.") from error
+    try:
+        yield from group_by_keys(tar_file_expander([{"url": url, "stream": stream}]))
+    except Exception as error:
+        raise DataError(f"The shard {url} is damaged ({_told(error)}); fetch it again.") from error
+    finally:
+        with contextlib.suppress(Exception):  # a pipe that is left before its end complains
+            stream.close()
+
+
+def expand_shards(pattern: str, root: Path) -> list[str]:
+    """Expand braces; names without a scheme lie under ``root``.
+
+    Args:
+        pattern: Such as ``{00000..00331}.tar`` or ``https://host/cc3m-train-{0000..0575}.tar``; several are joined
+            by ``::``.
+        root: Folder of local shards.
+
+    Raises:
+        ConfigError: The braces make no names.
+    """
+    _require_webdataset()
+    from braceexpand import braceexpand
+
+    try:
+        names = [name for part in pattern.split("::") for name in braceexpand(part)]
+    except ValueError as error:
+        raise ConfigError(f"The shards {pattern!r} cannot be expanded: {error}.") from error
+    return [name if is_remote(name) else str(root / name) for name in names]
+
+
+def is_remote(name: str) -> bool:
+    """Whether a shard is no local file."""
+    return re.match(r"^[a-z][a-z0-9+.-]*:", name) is not None
+
+
+def _require_webdataset() -> None:
+    if find_spec("webdataset") is None:
+        raise ConfigError("Shards are read by webdataset; install it with  pip install 'visexpert[data]'.")
+
+
+def _told(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__

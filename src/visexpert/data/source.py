@@ -1,0 +1,252 @@
+"""What all sources on disk have in common: settings, tokenizer, what must be there, loaders for each stage."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from lightning.pytorch import LightningDataModule
+from transformers import PreTrainedTokenizerBase
+
+from visexpert.data.faults import FILE, FaultLog
+from visexpert.data.needs import Need, TokenizerNeed, require
+from visexpert.data.packing import TextPacker
+from visexpert.data.resize import Resize
+from visexpert.data.settings import Settings, Template
+from visexpert.data.tokenizers import load_tokenizer
+from visexpert.errors import ConfigError
+from visexpert.types import Batch, ImageSource, TextEncoder
+
+PARTS: dict[str | None, tuple[str, ...]] = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("test",),
+}
+"""Parts of a source that a stage of the trainer reads."""
+
+CAPTION_PROMPT = "a picture of"
+"""Words that ask for a caption (Prismer's; ToVE does not say its own)."""
+
+
+class Loader(Protocol):
+    """Batches of a stage, in order."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+class SourceData(LightningDataModule):
+    """Images and texts from disk; the base of one class per data set.
+
+    Args:
+        root: Folder of the data set.
+        tokenizer: Folder or hub id of a transformers tokenizer, read from disk, never downloaded; null gives batches
+            without text.
+        template: How prompts and answers become tokens: null for ``<bos> prompt answer <eos>``;
+            :class:`~visexpert.language.LlavaTemplate` for LLaVA's templates, :class:`~visexpert.data.ChatPacker` for
+            the tokenizer's own, or a :class:`~visexpert.types.TextEncoder` of yours.
+        max_tokens: Without a template: longest text in tokens, longer ones are cut; null for no limit.
+        image_size: Side of the square images that batches hold, pixels; take the largest that CLIP or an expert reads.
+        resize: ``crop`` (shorter side, then the centre), ``stretch`` (the whole image, distorted) or ``pad``.
+        crop_scale: Least share of the area of random crops in training; null for none.
+        flip: Mirror training images at random, which makes left and right meaningless.
+        batch_size: Images per training batch and process.
+        eval_batch_size: Images per batch of validation, test and prediction.
+        train_fraction: Share of the training part that is used, in (0, 1]; smaller shares lie inside larger ones.
+        num_val: Most images of the validation part; null for all.
+        num_test: Most images of the test part; null for all.
+        seed: Seed of the choice that ``train_fraction``, ``num_val`` and ``num_test`` make.
+        order_seed: Seed of the order of batches, of the choice of texts and of augmentation; null takes the run's own.
+        num_workers: Worker processes that read and decode.
+        max_broken: Largest share of images or records that may be broken; they are skipped and listed in the run's
+            folder (``skipped.jsonl``). Above it the run ends.
+
+    Raises:
+        ConfigError: A value cannot be.
+    """
+
+    parts: tuple[str, ...] = ("train", "val", "test")
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        tokenizer: str | None = None,
+        template: Template | None = None,
+        max_tokens: int | None = None,
+        image_size: int = 224,
+        resize: Resize = "crop",
+        crop_scale: float | None = None,
+        flip: bool = False,
+        batch_size: int = 32,
+        eval_batch_size: int = 64,
+        train_fraction: float = 1.0,
+        num_val: int | None = None,
+        num_test: int | None = None,
+        seed: int = 0,
+        order_seed: int | None = None,
+        num_workers: int = 4,
+        max_broken: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.root = Path(root).expanduser()
+        order_seed = int(os.environ.get("PL_GLOBAL_SEED", seed)) if order_seed is None else order_seed
+        self.settings = Settings(
+            tokenizer=tokenizer, template=template, max_tokens=max_tokens,
+            image_size=image_size, resize=resize, crop_scale=crop_scale, flip=flip, batch_size=batch_size,
+            eval_batch_size=eval_batch_size, train_fraction=train_fraction, num_val=num_val, num_test=num_test,
+            seed=seed, order_seed=order_seed, num_workers=num_workers, max_broken=max_broken,
+        )  # fmt: skip
+        self.label = ""
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._packer: TextEncoder | None = None
+        self._folder: Path | None = None
+
+    # -- What each source says ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def needs(self, part: str) -> Sequence[Need]:
+        """What a part needs on disk."""
+
+    @abstractmethod
+    def open(self, part: str) -> None:
+        """Read the annotations of a part, once.
+
+        Raises:
+            DataError: They cannot be read, or too much of them is broken.
+        """
+
+    @abstractmethod
+    def loader(self, part: str, *, position: Callable[[], int] | None = None) -> Loader:
+        """Batches of an opened part for this process: training batches shuffled, the others once in order.
+
+        Args:
+            part: ``train``, ``val`` or ``test``.
+            position: Of training: tells how many batches of the endless sequence are done.
+        """
+
+    @abstractmethod
+    def image_sources(self) -> dict[str, ImageSource]:
+        """Images of the opened parts by row, for the feature store."""
+
+    # -- Text -----------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, read on first use; None where batches have no text."""
+        if self._tokenizer is None and self.settings.tokenizer is not None:
+            self._tokenizer = load_tokenizer(self.settings.tokenizer)
+        return self._tokenizer
+
+    @property
+    def packer(self) -> TextEncoder | None:
+        """Turns texts into ids; None where batches have no text."""
+        tokenizer, template = self.tokenizer, self.settings.template
+        if self._packer is None and tokenizer is not None:
+            max_tokens = self.settings.max_tokens
+            self._packer = TextPacker(tokenizer, max_tokens=max_tokens) if template is None else template(tokenizer)
+        return self._packer
+
+    # -- Lightning hooks ------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Refuse to start where something is missing (once per machine)."""
+        self.check(self.parts_of_stage(None))
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the annotations that ``stage`` needs (fit, validate, test, predict; None for all)."""
+        self.find_run_folder()
+        for part in self.parts_of_stage(stage):
+            self.open(part)
+
+    def train_dataloader(self) -> Loader:
+        """Return the training batches: shuffled per epoch, continued in mid-epoch after an interruption."""
+        if "train" not in self.parts:
+            raise ConfigError(f"{self.called} has no training part; train on another source (see MixedData).")
+        return self.loader("train", position=batches_done(self))
+
+    def val_dataloader(self) -> Loader | list[Batch]:
+        """Return the validation batches, in order, with strings; none where there is no such part."""
+        return self.loader("val") if "val" in self.parts else []
+
+    def test_dataloader(self) -> Loader | list[Batch]:
+        """Return the test batches, in order, with strings; none where there is no such part."""
+        return self.loader("test") if "test" in self.parts else []
+
+    def predict_dataloader(self) -> Loader | list[Batch]:
+        """Return the test batches."""
+        return self.test_dataloader()
+
+    # -- Shared by the sources ------------------------------------------------------------------------------------
+
+    @property
+    def called(self) -> str:
+        """What to call the source in messages."""
+        return type(self).__name__ + (f" ({self.label})" if self.label else "")
+
+    def check(self, parts: Sequence[str]) -> None:
+        """Refuse to start where something that these parts need is missing."""
+        require(self.all_needs(parts), source=self.called)
+
+    def all_needs(self, parts: Sequence[str]) -> list[Need | TokenizerNeed]:
+        """All that these parts need, each once."""
+        needs: list[Need | TokenizerNeed] = [need for part in parts for need in self.needs(part)]
+        if self.settings.tokenizer is not None:
+            needs.append(TokenizerNeed(self.settings.tokenizer))
+        return list(dict.fromkeys(needs))
+
+    def split_of(self, part: str) -> str:
+        """Name that the rows of a part count in, also beside other sources."""
+        return f"{self.label}/{part}" if self.label else part
+
+    def parts_of_stage(self, stage: str | None) -> list[str]:
+        """Parts that a stage reads; None asks the trainer, and takes all where there is none."""
+        if stage is None and self.trainer is not None and self.trainer.state.fn is not None:
+            stage = self.trainer.state.fn.value
+        return [part for part in PARTS.get(stage, self.parts) if part in self.parts]
+
+    def find_run_folder(self) -> None:
+        """Ask for the run's folder; every process must ask at once, since the first one tells the others."""
+        if self.trainer is not None:
+            self._folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+
+    def faults(self, part: str, *, total: int, shared: bool) -> FaultLog:
+        """A list of what is broken in a part.
+
+        Args:
+            part: The part.
+            total: Number of its records or images.
+            shared: Whether the processes share them (images) or each reads all (annotations).
+        """
+        rank, world = self.process
+        name = FILE if rank == 0 else FILE.replace(".", f".rank{rank}.", 1)
+        file = None if self._folder is None or (rank and not shared) else self._folder / name
+        return FaultLog(
+            f"{self.called} {part}", total=-(-total // world) if shared else total, limit=self.settings.max_broken,
+            file=file,
+        )  # fmt: skip
+
+    @property
+    def process(self) -> tuple[int, int]:
+        """Rank of this process and number of processes."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+
+def batches_done(data: LightningDataModule) -> Callable[[], int] | None:
+    """What tells how many training batches the trainer counts as finished, over all epochs; None without a trainer."""
+    trainer = data.trainer
+    if trainer is None:
+        return None
+
+    def done() -> int:
+        # With overfit_batches each epoch has to begin anew, with the same few batches.
+        if not trainer.training or getattr(trainer, "overfit_batches", False):
+            return 0
+        return int(trainer.fit_loop.epoch_loop.batch_progress.total.completed)
+
+    return done

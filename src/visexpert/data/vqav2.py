@@ -1,0 +1,144 @@
+"""VQA v2 in its official files, and Visual Genome's questions beside it for training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from visexpert.data.annotations import BrokenRecordError, collect, read_json_list, text_of
+from visexpert.data.coco import coco_images
+from visexpert.data.needs import Need
+from visexpert.data.rows import RowData
+from visexpert.data.samples import Sample
+from visexpert.data.templates import check_template
+from visexpert.types import TextItem
+
+_URL = "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/v2_{kind}_{part}_mscoco.zip"
+_SIZES = {"train": ("7 MB", "22 MB"), "val": ("3 MB", "11 MB")}
+_VG_URL = "https://homes.cs.washington.edu/~ranjay/visualgenome/data/dataset/question_answers.json.zip"
+_VG_IMAGES = "https://cs.stanford.edu/people/rak248/VG_100K_2"
+
+
+class VQAv2(RowData):
+    """VQA v2 (arXiv 1612.00837): one row per image with all its questions, scored by ten human answers each.
+
+    Under ``root`` lie ``v2_OpenEnded_mscoco_{train,val}2014_questions.json``,
+    ``v2_mscoco_{train,val}2014_annotations.json`` and, here or under ``images``, ``train2014/`` and ``val2014/``.
+    Answers of the test images are not public: ``test`` is the validation part.
+
+    Args:
+        images: Folder that holds ``train2014/`` and ``val2014/``; null takes ``root``.
+        prompt: What the model reads; ``{question}`` stands for the question.
+        visual_genome: Folder of Visual Genome's ``question_answers.json``, ``VG_100K/`` and ``VG_100K_2/``, whose
+            questions are trained on as well; null for none.
+        draw_answers: Train on an answer drawn from the ten; else on the most frequent one.
+        texts_per_image: See :class:`~visexpert.data.rows.RowData`.
+        kwargs: See :class:`~visexpert.data.rows.RowData`.
+    """
+
+    def __init__(
+        self,
+        *,
+        images: str | None = None,
+        prompt: str = "{question}",
+        visual_genome: str | None = None,
+        draw_answers: bool = False,
+        texts_per_image: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(draw_answers=draw_answers, texts_per_image=texts_per_image, **kwargs)
+        self.images = self.root if images is None else Path(images).expanduser()
+        self.prompt = check_template(prompt, "question")
+        self.visual_genome = None if visual_genome is None else Path(visual_genome).expanduser()
+
+    def needs(self, part: str) -> list[Need]:
+        """Questions, answers and images."""
+        name = _official(part)
+        questions, answers = _SIZES[name]
+        needs = [
+            Need(self._questions(part), "VQA v2's questions", _url("Questions", name), questions),
+            Need(self._answers(part), "VQA v2's answers", _url("Annotations", name), answers),
+            coco_images(self.images, f"{name}2014"),
+        ]
+        if part == "train" and self.visual_genome is not None:
+            folder = self.visual_genome
+            needs += [
+                Need(folder / "question_answers.json", "Visual Genome's questions", _VG_URL, "about 100 MB zipped"),
+                Need(folder / "VG_100K", "Visual Genome's images", f"{_VG_IMAGES}/images.zip", "9.7 GB"),
+                Need(folder / "VG_100K_2", "Visual Genome's images", f"{_VG_IMAGES}/images2.zip", "5.5 GB"),
+            ]
+        return needs
+
+    def read(self, part: str) -> Iterator[Sample]:
+        """One sample per image; VQA v2's first."""
+        yield from self._read_official(part)
+        if part == "train" and self.visual_genome is not None:
+            yield from self._read_visual_genome(self.visual_genome)
+
+    def _read_official(self, part: str) -> Iterable[Sample]:
+        questions = read_json_list(self._questions(part), "questions")
+        annotations = read_json_list(self._answers(part), "annotations")
+        faults = self.faults(part, total=len(questions) + len(annotations), shared=False)
+        texts: dict[Any, str] = {}
+        by_image: dict[int, list[TextItem]] = {}
+
+        def parse_question(record: Any) -> None:
+            texts[record["question_id"]] = text_of(record, "question")
+
+        def parse_answers(record: Any) -> None:
+            if record["question_id"] not in texts:
+                raise BrokenRecordError(f"question {record['question_id']} is not among the questions")
+            item = self._item(texts[record["question_id"]], record)
+            by_image.setdefault(int(record["image_id"]), []).append(item)
+
+        list(collect(questions, parse_question, path=self._questions(part), faults=faults, numbered="question"))
+        list(collect(annotations, parse_answers, path=self._answers(part), faults=faults, numbered="annotation"))
+        folder = f"{_official(part)}2014"
+        files = {image: str(self.images / folder / f"COCO_{folder}_{image:012d}.jpg") for image in by_image}
+        return (Sample(files[image], files[image], tuple(items)) for image, items in by_image.items())
+
+    def _item(self, question: str, record: Any) -> TextItem:
+        answers = tuple(str(entry["answer"]) for entry in record["answers"])
+        if not answers:
+            raise BrokenRecordError("it has no answers")
+        family = str(record.get("answer_type", "")).replace("/", "-")  # a slash would look like a part of a key
+        prompt = self.prompt.format(question=question)
+        return TextItem("vqa", prompt, text_of(record, "multiple_choice_answer"), family, answers, generate=True)
+
+    def _read_visual_genome(self, folder: Path) -> Iterable[Sample]:
+        path = folder / "question_answers.json"
+        images = read_json_list(path)
+        second = set(os.listdir(folder / "VG_100K_2")) if (folder / "VG_100K_2").is_dir() else set()
+
+        def parse(record: Any) -> Sample:
+            number = int(record["id"] if "id" in record else record["image_id"])
+            items = [self._vg_item(entry) for entry in record["qas"]]
+            name = f"{number}.jpg"
+            file = str(folder / ("VG_100K_2" if name in second else "VG_100K") / name)
+            return Sample(file, file, tuple(items))
+
+        faults = self.faults("train (Visual Genome)", total=len(images), shared=False)
+        return (s for s in collect(images, parse, path=path, faults=faults, numbered="image") if s.items)
+
+    def _vg_item(self, entry: Any) -> TextItem:
+        # VQA v2's answers are lower case without a full stop; these are sentences.
+        answer = text_of(entry, "answer").rstrip(".").lower()
+        if not answer:
+            raise BrokenRecordError("an answer is a full stop alone")
+        return TextItem("vqa", self.prompt.format(question=text_of(entry, "question")), answer, "visual-genome")
+
+    def _questions(self, part: str) -> Path:
+        return self.root / f"v2_OpenEnded_mscoco_{_official(part)}2014_questions.json"
+
+    def _answers(self, part: str) -> Path:
+        return self.root / f"v2_mscoco_{_official(part)}2014_annotations.json"
+
+
+def _official(part: str) -> str:
+    return "train" if part == "train" else "val"
+
+
+def _url(kind: str, part: str) -> str:
+    return _URL.format(kind=kind, part=part.capitalize())

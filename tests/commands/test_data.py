@@ -1,0 +1,127 @@
+"""``visexpert data check``: what is there, what is missing, and where to get it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.data.formats import tokenizer_folder, write_json_lines, write_karpathy, write_shards
+from visexpert.cli import USAGE_ERROR, main
+
+IMAGES = [(split, "val2014", "red", ["a dog"]) for split in ("train", "val", "test")]
+
+
+def config(root: Path, **more: object) -> Path:
+    source = "visexpert.data"
+    sources = {
+        "coco": {"class_path": f"{source}.COCOCaptions", "init_args": {"root": str(root / "coco"), "restval": True}},
+        "cc3m": {
+            "class_path": f"{source}.CC3M",
+            "init_args": {"root": str(root / "cc3m"), "train": "{00000..00001}.tar"},
+        },
+        "pope": {"class_path": f"{source}.POPE", "init_args": {"root": "${pope_root}", "images": str(root / "coco")}},
+    }
+    arguments = {"sources": sources, "train": {"coco": None, "cc3m": None}, "test": ["coco", "pope"]} | more
+    content = {"pope_root": str(root / "pope"), "data": {"class_path": f"{source}.MixedData", "init_args": arguments}}
+    path = root / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def check(*arguments: object, code: int | None) -> None:
+    if code is None:
+        main(["data", "check", *map(str, arguments)])
+        return
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "check", *map(str, arguments)])
+    assert ended.value.code == code
+
+
+def write_all(root: Path) -> None:
+    write_karpathy(root / "coco", IMAGES)
+    (root / "coco" / "train2014").mkdir()
+    write_shards(root / "cc3m", [3, 4])
+    for kind in ("random", "popular", "adversarial"):
+        record = {"question_id": 1, "image": "COCO_val2014_000000000002.jpg", "text": "a cat?", "label": "no"}
+        write_json_lines(root / "pope" / f"coco_pope_{kind}.json", [record])
+
+
+def test_everything_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_all(tmp_path)
+    check(config(tmp_path, tokenizer=tokenizer_folder(tmp_path / "words")), code=None)
+    out = capsys.readouterr().out
+    assert "coco (COCOCaptions): train, test" in out and "pope (POPE): test" in out
+    assert "train: 1 rows; 1 of 1 images looked for" in out
+    assert "train: 7 records in 2 shards" in out
+    assert "MISSING" not in out and out.endswith("Nothing is missing.\n")
+
+
+def test_what_is_missing_is_listed_with_source_and_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check(config(tmp_path, tokenizer="some/model"), code=USAGE_ERROR)
+    streams = capsys.readouterr()
+    missing = [line for line in streams.out.splitlines() if "MISSING" in line]
+    assert len(missing) == 3 + 2 + 4 + 3  # COCO's three, two shards, POPE's four, the tokenizer in each
+    assert any("val2014.zip (6.6 GB)" in line for line in missing)
+    assert any("00001.tar; get it from https://github.com/rom1504/img2dataset" in line for line in missing)
+    assert any("coco_pope_popular.json" in line for line in missing)
+    assert any("hf download some/model" in line for line in missing)
+    assert "12 of what the data needs is missing" in streams.err
+
+
+def test_images_that_annotations_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_all(tmp_path)
+    (tmp_path / "coco" / "val2014" / "COCO_val2014_000000000002.jpg").unlink()
+    check(config(tmp_path), "--parts", "test", code=USAGE_ERROR)
+    out = capsys.readouterr().out
+    assert out.count("MISSING") == 2 and "1 not there, such as" in out and "cc3m" not in out
+    check(config(tmp_path), "--parts", "test", "--images", "none", code=None)
+
+
+def test_broken_annotations_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_all(tmp_path)
+    (tmp_path / "pope" / "coco_pope_random.json").write_text("no json\n")
+    check(config(tmp_path), "--parts", "test", code=USAGE_ERROR)
+    assert "Line 0 of" in capsys.readouterr().out
+
+
+def test_later_files_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_all(tmp_path)
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(yaml.safe_dump({"data": {"init_args": {"train": None, "test": ["pope"]}}}))
+    check(config(tmp_path), overlay, code=None)
+    assert "coco (" not in capsys.readouterr().out
+
+
+def test_data_that_makes_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check(Path(__file__).parents[2] / "configs" / "tove" / "smoke.yaml", code=None)
+    assert "TabletopData makes its own data" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("model: {}", "names no data"),
+        (
+            "data: {class_path: visexpert.data.POPE, init_args: {root: x, kind: y}}",
+            "no setting 'kind'; did you mean 'kinds'",
+        ),
+        ("data: {class_path: visexpert.data.POPE, init_args: {root: x, kinds: [odd]}}", "must name some of random"),
+        ("data: ${nothing}", "cannot be read"),
+        (": :", "cannot be read"),
+    ],
+)
+def test_a_wrong_configuration_is_one_sentence(
+    tmp_path: Path, content: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(content)
+    check(path, code=USAGE_ERROR)
+    assert sentence in capsys.readouterr().err
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["data", "--help"])
+    assert "Nothing is downloaded" in capsys.readouterr().out

@@ -44,12 +44,13 @@ class RunFigures(Callback):
         self._reset()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics = folder_of(trainer) / "metrics.csv"
+        folder = folder_of(trainer)  # which every process must ask
+        metrics = folder / "metrics.csv"
         if not trainer.is_global_zero or not metrics.is_file():
             return
         for draw in (loss_curves, distillation_curves):
             try:
-                draw(metrics, self._path(trainer, draw.__name__))
+                draw(metrics, _figure(folder, draw.__name__))
             except DataError as error:  # a short run has logged no step, other methods no distillation
                 log.debug("No %s: %s", draw.__name__, error)
 
@@ -81,37 +82,35 @@ class RunFigures(Callback):
             self._captions.append((images_BHW3[caption.row], caption))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = folder_of(trainer)  # which every process must ask
         if not trainer.is_global_zero:
             return
         hub = getattr(pl_module, "hub", None)
         if self._gates and hub is not None:
-            self._draw_gates(trainer, hub.names)
-        self._inside.draw(folder_of(trainer) / "figures")
+            self._draw_gates(folder, hub.names)
+        self._inside.draw(folder / "figures")
         if self._captions:
             images, captions = zip(*self._captions, strict=True)
             sample_captions(
                 np.stack(images),
                 [caption.text for caption in captions],
-                [bool(caption.correct) for caption in captions],
+                [caption.correct for caption in captions],
                 [caption.item.answer for caption in captions],
-                self._path(trainer, "captions"),
+                _figure(folder, "captions"),
             )
         self._reset()
 
-    def _draw_gates(self, trainer: Trainer, names: tuple[str, ...]) -> None:
+    def _draw_gates(self, folder: Path, names: tuple[str, ...]) -> None:
         gates_NHWK = np.concatenate(self._gates)
         shown = len(self._images)
-        gate_maps(np.stack(self._images), gates_NHWK[:shown], names, self._path(trainer, "gate_maps"))
+        gate_maps(np.stack(self._images), gates_NHWK[:shown], names, _figure(folder, "gate_maps"))
         if self._regions:
             regions = {
                 name: np.concatenate([part[name] for part in self._regions])[: self.num_regions]
                 for name in self._regions[0]
             }
             there = {name: mask for name, mask in regions.items() if mask.any()}
-            gate_by_region(gates_NHWK[: self.num_regions], there, names, self._path(trainer, "gate_by_region"))
-
-    def _path(self, trainer: Trainer, name: str) -> Path:
-        return folder_of(trainer) / "figures" / f"{name}.png"
+            gate_by_region(gates_NHWK[: self.num_regions], there, names, _figure(folder, "gate_by_region"))
 
     def _reset(self) -> None:
         self._images: list[NDArray[Any]] = []
@@ -119,6 +118,10 @@ class RunFigures(Callback):
         self._regions: list[dict[str, NDArray[Any]]] = []
         self._captions: list[tuple[NDArray[Any], Caption]] = []
         self._inside = EncoderFigures(shown=self.num_maps, counted=self.num_routed)
+
+
+def _figure(folder: Path, name: str) -> Path:
+    return folder / "figures" / f"{name}.png"
 
 
 def token_regions(instance_BHW: Tensor, grid_hw: tuple[int, int]) -> dict[str, NDArray[Any]]:

@@ -113,7 +113,7 @@ def region_means(gates_NHWK: Floats, mask_NHW: NDArray[Any], region: str) -> tup
 def sample_captions(
     images_NHW3: NDArray[Any],
     captions: Sequence[str],
-    correct: Sequence[bool],
+    correct: Sequence[bool | None],
     references: Sequence[str],
     out: Path,
     *,
@@ -124,7 +124,7 @@ def sample_captions(
     Args:
         images_NHW3: RGB, uint8 0-255 or float in [0, 1].
         captions: N generated texts.
-        correct: Whether each is right.
+        correct: Whether each is right; None where nobody can tell, which is shown in ink and without a mark.
         references: N true texts, shown below.
         out: The PNG to write.
         columns: Images beside each other.
@@ -139,11 +139,12 @@ def sample_captions(
         axes.imshow(image, interpolation="nearest")
         axes.set_xticks([])
         axes.set_yticks([])
-        colour = RIGHT if right else WRONG
+        colour = INK if right is None else RIGHT if right else WRONG
+        mark = "" if right is None else "✓ " if right else "✗ "
         for spine in axes.spines.values():
             spine.set_color(colour)
             spine.set_linewidth(2.5)
-        written = _wrapped(f"{'✓' if right else '✗'} {caption}")
+        written = _wrapped(mark + caption)
         axes.set_title(written, fontsize=8, color=colour, loc="left", fontweight="bold")
         axes.set_xlabel(_wrapped(reference), fontsize=7.5, color=GREY, loc="left")
     figure.suptitle("Captions by the model (above) and truth (below)", fontsize=11, color=INK)

@@ -1,10 +1,15 @@
-"""Regions of tokens, from masks drawn by hand."""
+"""Regions of tokens, from masks drawn by hand; and that no process waits for one that does not ask."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 
+from visexpert.callbacks import RunFigures
 from visexpert.callbacks.figures import token_regions
 
 
@@ -37,3 +42,27 @@ def test_regions_cover_each_token_once() -> None:
 def test_an_empty_scene_is_background() -> None:
     regions = token_regions(torch.zeros(2, 8, 8, dtype=torch.long), (4, 4))
     assert regions["background"].all()
+
+
+class CountingTrainer:
+    """Its ``log_dir`` is a collective under several processes: all must ask equally often."""
+
+    def __init__(self, folder: Path, *, first: bool) -> None:
+        self.is_global_zero, self.asked, self._folder = first, 0, folder
+        self.default_root_dir = str(folder)
+
+    @property
+    def log_dir(self) -> str:
+        self.asked += 1
+        return str(self._folder)
+
+
+@pytest.mark.parametrize("hook", ["on_fit_end", "on_test_end"])
+def test_every_process_asks_for_the_folder_equally_often(hook: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n1,2.0\n2,1.0\n", encoding="utf-8")
+    asked = []
+    for first in (True, False):
+        trainer: Any = CountingTrainer(tmp_path, first=first)
+        getattr(RunFigures(), hook)(trainer, torch.nn.Identity())
+        asked.append(trainer.asked)
+    assert asked[0] == asked[1] > 0

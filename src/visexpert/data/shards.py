@@ -195,7 +195,7 @@ def is_remote(name: str) -> bool:
 
 def _require_webdataset() -> None:
     if find_spec("webdataset") is None:
-        raise ConfigError("Shards are read by webdataset; install it with  pip install 'visexpert[data]'.")
+        raise ConfigError("Shards are read by webdataset; install it with  pip install webdataset.")
 
 
 def _told(error: Exception) -> str:

@@ -37,9 +37,11 @@ LAW["training"] = ROOMS
 LAW["demo"] = ROOMS | {"training"}
 LAW["runs"] = ROOMS | {"training"}
 LAW["captioning"] = ROOMS | {"training", "runs"}
+LAW["planning"] = ROOMS | {"training", "runs"}
+LAW["integrations"] = frozenset({"captioning", "data", "language", "runs"})
 LAW["app"] = frozenset({"data", "report", "runs", "captioning"})
-LAW["commands"] = ROOMS | {"training", "runs", "captioning", "app"}
-LAW["cli"] = ROOMS | {"training", "demo", "runs", "captioning", "app", "commands"}
+LAW["commands"] = ROOMS | {"training", "runs", "captioning", "app", "planning"}
+LAW["cli"] = LAW["commands"] | {"demo", "commands"}
 LAW["__main__"] = frozenset({"cli"})
 LAW["__init__"] = frozenset()
 LAW.update({name: EVERYWHERE for name in EVERYWHERE})

@@ -96,6 +96,8 @@ class Captioner:
         """
         if isinstance(self.run.data, TabletopData):
             return RELATION_PROMPT
+        if isinstance(prompt := getattr(self.run.data, "prompt", None), str):
+            return prompt
         raise ConfigError(
             f"'{self.run.folder}' was trained on {type(self.run.data).__name__}, for which no caption prompt is known; "
             "give the words that asked for captions there with --prompt."

@@ -37,6 +37,7 @@ COMMANDS = {
     "merge": "visexpert.commands.merge",
     "export": "visexpert.commands.export",
     "caption": "visexpert.commands.caption",
+    "score": "visexpert.commands.score",
     "serve": "visexpert.commands.serve",
 }
 """Commands of our own: name to module, whose ``run`` takes the remaining arguments."""

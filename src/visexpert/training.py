@@ -34,7 +34,7 @@ DESCRIPTION = (
     "experts), `export RUN` (for transformers, open_clip, ONNX, torch.export, LLaVA), `caption IMAGE... --run RUN`, "
     "`serve --run RUN` (a page in the browser), `compare RUN...` (many runs on one page). Before "
     "it: `plan --config X` (what a run will cost), `data check X` (what is missing), `import FOLDER` (released MoVE-KD "
-    "weights)."
+    "weights), `score import` (what lmms-eval measured)."
 )
 SCORING = ("validate", "test", "predict")
 CHECKPOINT_WORDS = ("last", "best", "hpc", "registry")

@@ -1,0 +1,90 @@
+"""``visexpert plan --config YAML``: parameters, compute, memory, disk and hours of a fit, before it is paid for."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from visexpert.commands.parser import Parser
+from visexpert.errors import ConfigError
+
+EPILOG = """\
+examples:
+  visexpert plan --config configs/tove/smoke.yaml
+  visexpert plan --config configs/movekd/llava/stage1.yaml --gpus 16 --gpu a800 --samples 558128 --trainer.max_epochs 1
+  visexpert plan --config A.yaml --config B.yaml --gpus 8 --trainer.strategy deepspeed_stage_2 --json > plan.json
+
+Later configurations lie over earlier ones; any argument of `visexpert fit` may follow. Nothing is downloaded and no
+weights are read: where a configuration names a model of the hub, its config.json must be in the local cache; a folder
+with that file alone does as well: --model.init_args.language.init_args.source FOLDER.
+"""
+
+
+def run(arguments: list[str]) -> None:
+    """Plan and print.
+
+    Raises:
+        ConfigError: A setting that does not exist or cannot be.
+        WeightsError: The configuration of a pretrained model is not on this machine.
+    """
+    parser = _parser()
+    options, overrides = parser.parse_known_args(arguments)
+    if not options.config:
+        raise ConfigError("visexpert plan: no configuration was given; name YAML files by --config.")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported, below
+    from visexpert.planning import Asked, make_plan, read_configs  # heavy: after --help
+    from visexpert.planning.hardware import gpu_named
+
+    gpu_named(options.gpu)
+    planned = read_configs(options.config, overrides)
+    asked = Asked(
+        gpus=_gpus(planned.trainer) if options.gpus is None else options.gpus, gpu=options.gpu, mfu=options.mfu,
+        samples=options.samples, text_tokens=options.text_tokens, answer_tokens=options.answer_tokens,
+    )  # fmt: skip
+    plan = make_plan(planned, asked)
+    if options.json:
+        print(json.dumps(plan.as_json(), indent=2))
+        return
+    from rich.console import Console
+
+    from visexpert.planning.show import show
+
+    show(plan, Console())
+
+
+def _gpus(trainer: Mapping[str, Any]) -> int:
+    """Processes that the trainer asks for; 1 where it leaves that open."""
+    devices, nodes = trainer.get("devices"), trainer.get("num_nodes") or 1
+    count = len(devices) if isinstance(devices, list) else int(str(devices)) if str(devices).isdigit() else 1
+    return max(1, count) * int(nodes)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="visexpert plan",
+        description="Say what a fit will cost before it is paid for: parameters, GFLOP per sample by part, memory per "
+        "GPU,\ndisk and hours. Everything is counted on shapes; no weights, no download, no accelerator.",
+        epilog=EPILOG,
+    )
+    parser.allow_abbrev = False  # what follows belongs to `visexpert fit`
+    parser.add_argument("--config", action="append", default=[], type=Path, metavar="YAML", help="may be repeated")
+    parser.add_argument("--gpus", type=int, metavar="N", help="number of GPUs (default: the trainer's devices, else 1)")
+    parser.add_argument(
+        "--gpu", default="h100", metavar="NAME",
+        help="h100, h200, h800, a100, a100-40, a800, l40s, rtx4090 or v100 (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mfu", type=float, default=0.4, metavar="X", help="share of the peak that is reached (default: %(default)s)"
+    )
+    parser.add_argument("--samples", type=int, metavar="N", help="training images, where the data is not here")
+    parser.add_argument(
+        "--text-tokens", type=int, default=124, metavar="N", help="tokens of an image's texts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--answer-tokens", type=int, metavar="N", help="those of them that are supervised (default: half)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return parser

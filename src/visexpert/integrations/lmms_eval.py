@@ -1,0 +1,164 @@
+"""A run as a model of lmms-eval: ``lmms-eval --model visexpert --model_args run=RUN --tasks gqa,mme``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from lmms_eval.api.model import lmms  # type: ignore[import-not-found]
+from PIL.Image import Image
+
+from visexpert.captioning import Captioner
+from visexpert.data.images import to_tensor
+from visexpert.errors import ConfigError, DataError
+from visexpert.language import Decoding
+from visexpert.runs import open_run
+
+IMAGE_MARK = "<image>"
+
+IGNORED = frozenset({"do_sample", "image_aspect_ratio", "image_sizes", "use_cache"})
+"""Generation settings that say nothing here: greedy without a temperature; images are framed as in training."""
+
+
+class VisexpertModel(lmms):  # type: ignore[misc]
+    """Whatever ``visexpert caption --run`` can open: a run whole, RUN/detached or RUN/merged.
+
+    Prompts are the task's own; a run that was trained on a chat template (``language.chat``) frames them by it. Each
+    question has one image: tasks without images or with several are refused.
+
+    Args:
+        run: Folder of the run.
+        device: As torch writes it; None is the GPU where there is one. Under ``accelerate launch`` each process takes
+            its own GPU.
+        batch_size: Questions at once; ``auto`` is 1.
+        max_new_tokens: Longest answer where the task says nothing.
+        kwargs: What lmms-eval hands every model; ``max_batch_size`` has no meaning here, others are refused.
+
+    Raises:
+        ConfigError: ``run`` is no run, or an argument is unknown.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        run: str,
+        device: str | None = None,
+        batch_size: int | str = 1,
+        max_new_tokens: int = 128,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if unknown := sorted(kwargs.keys() - {"max_batch_size"}):
+            raise ConfigError(f"--model visexpert has no argument {unknown[0]!r}; it has run and max_new_tokens.")
+        size = int(batch_size) if str(batch_size).isdigit() else 1
+        self.run, self.max_new_tokens, self.batch_size = str(run), int(max_new_tokens), size
+        self._captioner = Captioner(open_run(self.run), device=own_device(device), batch_size=size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self._captioner.run.model.parameters()).device
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Answer questions, in their order.
+
+        Args:
+            requests: Instances whose ``args`` are (text, generation settings, how to get the images of a document,
+                its number, task, split).
+
+        Raises:
+            ConfigError: A generation setting that is not known here.
+            DataError: A question without an image, or with several.
+        """
+        answers: list[str] = []
+        for settings, same in groupby(requests, key=lambda request: dict(request.args[1])):
+            decoding, stops = decoding_of(settings, max_new_tokens=self.max_new_tokens)
+            for chunk in chunks(list(same), self.batch_size):
+                asked = [request.args[0].replace(IMAGE_MARK, "").strip() for request in chunk]
+                squares = [self._captioner.square(self._image(request)) for request in chunk]
+                said = self._captioner.answer(squares, asked, decoding=decoding)
+                for request, answer in zip(chunk, said, strict=True):
+                    answers.append(until(answer.text, stops))
+                    self.cache_hook.add_partial("generate_until", (request.args[0], settings), answers[-1])
+        return answers
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Refused: every task of docs/evaluation.md is answered in words.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            "--model visexpert answers in words and gives no likelihoods; choose tasks of output_type generate_until, "
+            "such as gqa, textvqa_val, vizwiz_vqa_val, scienceqa_img, mme or mmbench_en_dev."
+        )
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Refused: runs answer one question at a time.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError("--model visexpert answers single questions; choose tasks of one round.")
+
+    def _image(self, request: Any) -> torch.Tensor:
+        """The question's image, uint8 (3, H, W)."""
+        _, _, visuals_of, number, task, split = request.args
+        visuals = list(visuals_of(self.task_dict[task][split][number]))
+        if len(visuals) != 1 or not isinstance(visuals[0], Image):
+            raise DataError(
+                f"Question {number} of {task} has {len(visuals)} visuals, but a run of visexpert reads one image; "
+                "choose a task of single images (scienceqa_img instead of scienceqa, for example)."
+            )
+        return to_tensor(visuals[0].convert("RGB"))
+
+
+def own_device(device: str | None) -> str | None:
+    """This process's GPU where several were started; else the device that was asked for."""
+    rank = os.environ.get("LOCAL_RANK")
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return f"cuda:{rank}" if several and rank is not None and torch.cuda.is_available() else device
+
+
+def decoding_of(settings: Mapping[str, Any], *, max_new_tokens: int) -> tuple[Decoding, tuple[str, ...]]:
+    """What a task's ``generation_kwargs`` mean.
+
+    Args:
+        settings: ``max_new_tokens``, ``temperature`` (0 is greedy), ``top_p``, ``top_k``, ``num_beams``, ``until``.
+        max_new_tokens: Longest answer where they say nothing.
+
+    Returns:
+        How to write, and the texts that end an answer.
+
+    Raises:
+        ConfigError: A setting that is not known here.
+    """
+    known = {"max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "until"}
+    if unknown := sorted(settings.keys() - known - IGNORED):
+        raise ConfigError(
+            f"The task asks for {unknown[0]!r}, which visexpert cannot generate by; it knows "
+            f"{', '.join(sorted(known))}."
+        )
+    chosen: dict[str, Any] = {"max_new_tokens": int(settings.get("max_new_tokens") or max_new_tokens)}
+    if (settings.get("num_beams") or 1) > 1:
+        chosen |= {"strategy": "beam", "num_beams": int(settings["num_beams"])}
+    elif (settings.get("temperature") or 0) > 0:
+        chosen |= {"strategy": "sample", "temperature": float(settings["temperature"])}
+        chosen |= {name: settings[name] for name in ("top_p", "top_k") if settings.get(name)}
+    stops = settings.get("until") or ()
+    return Decoding(**chosen), (stops,) if isinstance(stops, str) else tuple(stops)
+
+
+def until(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first of some stops."""
+    ends = [text.find(stop) for stop in stops if stop and stop in text]
+    return text[: min(ends)].strip() if ends else text
+
+
+def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of ``size`` items, the last one shorter."""
+    return (items[start : start + size] for start in range(0, len(items), size))

@@ -1,0 +1,135 @@
+"""How much a configuration reads and keeps: samples, steps, batch, tokens in the feature store, files of the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+
+from visexpert.data import MixedData, SourceData, TabletopData
+from visexpert.data.rows import RowData
+from visexpert.errors import ConfigError
+from visexpert.experts import ExpertHub
+from visexpert.methods import Method, ToVE
+
+
+@dataclass(frozen=True)
+class Amount:
+    """What a fit reads.
+
+    Args:
+        batch_size: Samples per process and batch.
+        rows: Training images; None where the data is not here and no one said.
+        samples: Images that pass through training, all epochs; None likewise.
+        steps: Optimiser steps; None likewise.
+    """
+
+    batch_size: int
+    rows: int | None
+    samples: int | None
+    steps: int | None
+
+
+def amount_of(
+    data: LightningDataModule, trainer: Mapping[str, Any], *, gpus: int, samples: int | None = None
+) -> Amount:
+    """Read it from data and trainer.
+
+    Args:
+        data: Not prepared.
+        trainer: Its settings: ``max_steps`` counts optimiser steps, else ``max_epochs`` epochs.
+        gpus: Number of processes.
+        samples: Training images, where the data is not here to be counted.
+    """
+    batch, rows = batch_size_of(data), training_rows(data) if samples is None else samples
+    per_step = batch * gpus * int(trainer.get("accumulate_grad_batches") or 1)
+    max_steps, epochs = trainer.get("max_steps"), trainer.get("max_epochs")
+    if max_steps is not None and max_steps >= 0:
+        return Amount(batch, rows, max_steps * per_step, max_steps)
+    if rows is None or epochs is None or epochs < 0:
+        return Amount(batch, rows, None, None)
+    return Amount(batch, rows, epochs * rows, epochs * math.ceil(rows / per_step))
+
+
+def batch_size_of(data: LightningDataModule) -> int:
+    """Images per training batch and process.
+
+    Raises:
+        ConfigError: The data does not say.
+    """
+    first = next(iter(data.sources.values())) if isinstance(data, MixedData) else data
+    size = getattr(getattr(first, "settings", first), "batch_size", None)
+    if not isinstance(size, int):
+        raise ConfigError(f"{type(data).__name__} has no batch_size that plan can read; give it one as an attribute.")
+    return size
+
+
+def image_size_of(data: LightningDataModule) -> int | None:
+    """Side of the images that batches hold; None where the data does not say."""
+    first = next(iter(data.sources.values())) if isinstance(data, MixedData) else data
+    holder = first.world if isinstance(first, TabletopData) else getattr(first, "settings", first)
+    size = getattr(holder, "image_size", None)
+    return size if isinstance(size, int) else None
+
+
+def training_rows(data: LightningDataModule) -> int | None:
+    """Training images, where they can be counted without reading them."""
+    if isinstance(data, TabletopData):
+        return max(1, round(data.train_fraction * data.sizes[data.train_split]))
+    if isinstance(data, MixedData):
+        counts = [training_rows(data.sources[name]) for name in data.weights]
+        return None if None in counts else sum(count for count in counts if count is not None)
+    if isinstance(data, RowData) and all(need.found is not None for need in data.needs("train")):
+        return len(data.table("train"))
+    return None
+
+
+@dataclass(frozen=True)
+class DataNeed:
+    """A file that the data needs.
+
+    Args:
+        what: What it is.
+        size: About how large, in words.
+        is_here: Whether it is on this machine.
+    """
+
+    what: str
+    size: str
+    is_here: bool
+
+
+def data_needs(data: LightningDataModule) -> list[DataNeed]:
+    """Files of the training and validation data; one for each kind."""
+    if isinstance(data, MixedData):
+        parts = [(source, ["train"]) for name, source in data.sources.items() if name in data.weights]
+    elif isinstance(data, SourceData):
+        parts = [(data, ["train"] if "train" in data.parts else [])]
+    else:
+        return []
+    needs = [need for source, names in parts for name in names for need in source.needs(name)]
+    found: dict[tuple[str, str], bool] = {}
+    for need in needs:
+        key = (need.what, need.size)
+        found[key] = found.get(key, True) and need.found is not None
+    return [DataNeed(what, size, is_here) for (what, size), is_here in found.items()]
+
+
+def stored_bytes(method: Method, *, dtype: str) -> dict[str, int]:
+    """Bytes per image of the tokens that a feature store keeps, by the name of the part."""
+    size = 4 if dtype == "float32" else 2
+    stored: dict[str, int] = {}
+    hub = getattr(method, "hub", None)
+    resampled = method.clip.grid_hw if isinstance(method, ToVE) else None  # ToVE stores on CLIP's grid
+    if isinstance(method, ToVE) and method.clip_lr == 0:
+        stored["CLIP"] = math.prod(method.clip.grid_hw) * method.clip.width * size
+    if not isinstance(hub, ExpertHub):
+        return stored
+    for name in hub.attached:
+        expert = hub[name]
+        grid = resampled if resampled is not None and expert.tokens == "features" else expert.grid_hw
+        stored[f"expert {name}"] = math.prod(grid) * expert.token_dim * size
+    return stored

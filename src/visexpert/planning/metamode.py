@@ -1,0 +1,111 @@
+"""Running a step whose weights and images are on ``meta`` while ids, masks and flags are real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+aten = torch.ops.aten
+
+Watcher = Callable[[Any], None]
+
+
+class MetaMode(TorchDispatchMode):
+    """Lets real tensors meet ``meta`` ones: what both go into is on ``meta``, what only real ones go into is computed.
+
+    So the step's own code decides on real values (which tokens are supervised, what is attached), while nothing that
+    depends on weights or pixels is computed. Where code asks for the value of such a tensor it is told 1 (true), and a
+    mask of such values picks everything. Real tensors that a ``meta`` result is written into keep their values.
+
+    Args:
+        before: Called before each operation.
+        after: Called with the result of each operation.
+    """
+
+    def __init__(self, *, before: Callable[[], None], after: Watcher) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._before, self._after = before, after
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        self._before()
+        places = {leaf.is_meta for leaf in tree_leaves((args, named)) if isinstance(leaf, Tensor)}
+        if True in places:
+            result = _on_meta(func, tuple(args), named, is_mixed=False in places)
+        else:
+            result = _real(func, tuple(args), named)
+        self._after(result)
+        return result
+
+
+class RealNumbers(TorchFunctionMode):
+    """Makes tensors of Python's whole numbers and flags real where code asks for them on ``meta``.
+
+    ``torch.tensor`` drops the numbers before :class:`MetaMode` can see them.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        target = named.get("device")
+        if func not in (torch.tensor, torch.as_tensor) or target is None or torch.device(target).type != "meta":
+            return func(*args, **named)
+        made: Tensor = func(*args, **{**named, "device": "cpu"})
+        return made.to("meta") if made.is_floating_point() else made
+
+
+def _real(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Whole numbers and flags that code makes up (``arange``) or moves are real wherever they were to be."""
+    result = func(*args, **kwargs)
+    if isinstance(result, Tensor) and result.is_meta and not result.is_floating_point():
+        return func(*args, **{**kwargs, "device": torch.device("cpu")})
+    return result
+
+
+def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_mixed: bool) -> Any:
+    name = func._schema.name
+    if name == "aten::_local_scalar_dense":
+        return torch.ones((), dtype=args[0].dtype).item()
+    target = kwargs.get("device")
+    if name == "aten::_to_copy" and target is not None and torch.device(target).type != "meta":
+        return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=target)
+    if "index" in name and len(args) > 1 and isinstance(args[1], list | tuple):
+        args, is_mixed = (args[0], _places(args[1]), *args[2:]), True
+    writes_real = name.endswith("_") and isinstance(args[0], Tensor) and not args[0].is_meta
+    on_meta, named = tree_map_only(Tensor, _to_meta, (args, kwargs)) if is_mixed else (args, kwargs)
+    try:
+        result = func(*on_meta, **named)
+    except NotImplementedError:  # the shape of the result depends on values (bincount, nonzero)
+        stand_ins, named = tree_map_only(Tensor, _stand_in, (args, kwargs))
+        result = tree_map_only(Tensor, _to_meta, func(*stand_ins, **named))
+    return args[0] if writes_real else result
+
+
+def _places(indices: Sequence[Any]) -> list[Any]:
+    """Masks as the places that they pick, so that their number is known; a mask on ``meta`` picks all."""
+    places: list[Any] = []
+    for index in indices:
+        is_mask = isinstance(index, Tensor) and index.dtype == torch.bool
+        places += list(_stand_in(index).nonzero().unbind(1)) if is_mask else [index]
+    return places
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """Values for a tensor that has none: true, 1.0, or 0 of whole numbers, which is in any range."""
+    if not tensor.is_meta:
+        return tensor
+    make = torch.ones if tensor.dtype == torch.bool or tensor.is_floating_point() else torch.zeros
+    return make(tensor.shape, dtype=tensor.dtype)
+
+
+def _to_meta(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_meta else tensor.to("meta")

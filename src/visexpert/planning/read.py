@@ -1,0 +1,85 @@
+"""From YAML to a method on ``meta`` with its data, exactly as a fit would read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch import LightningDataModule
+
+from visexpert.errors import ConfigError
+from visexpert.methods import Method
+from visexpert.planning.weightless import weightless
+from visexpert.runs import build
+from visexpert.training import RunParser, VisexpertCLI
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A configuration and what it builds.
+
+    Args:
+        config: Resolved: defaults filled in, interpolations done.
+        method: With its parameters on ``meta``.
+        data: Built but not prepared.
+    """
+
+    config: Mapping[str, Any]
+    method: Method
+    data: LightningDataModule
+
+    @property
+    def trainer(self) -> Mapping[str, Any]:
+        """Settings of the trainer."""
+        return self.config.get("trainer") or {}
+
+    def model_setting(self, *names: str) -> Any:
+        """A setting of the model by the names of nested arguments; None where it is not set."""
+        value: Any = self.config["model"]
+        for name in names:
+            arguments = value.get("init_args") if isinstance(value, Mapping) else None
+            value = arguments.get(name) if isinstance(arguments, Mapping) else None
+        return value
+
+
+class ConfigReader(VisexpertCLI):
+    """Parses what ``visexpert fit`` would parse, and stops there: no trainer, which would ask for its GPUs."""
+
+    parsed: Mapping[str, Any]
+
+    def instantiate_classes(self) -> None:
+        """Keep the configuration; build and run nothing."""
+        self.parsed = self.config[self.subcommand].as_dict()
+        self.subcommand = None
+
+
+def read_configs(configs: Sequence[str | Path], overrides: Sequence[str] = ()) -> Planned:
+    """Read configurations, later ones over earlier ones, and build model and data without weights.
+
+    Args:
+        configs: YAML files.
+        overrides: Further arguments of ``visexpert fit``, such as ``--trainer.max_steps 100``.
+
+    Raises:
+        ConfigError: A key or class that does not exist, or a model that is no method.
+        WeightsError: The configuration of a pretrained model is not on this machine.
+    """
+    arguments = ["fit", *(part for path in configs for part in ("--config", str(path))), *overrides]
+    parsed = ConfigReader(
+        L.LightningModule, L.LightningDataModule, subclass_mode_model=True, subclass_mode_data=True,
+        seed_everything_default=0, save_config_callback=None, parser_class=RunParser,
+        parser_kwargs={"parser_mode": "omegaconf"}, auto_configure_optimizers=False, args=arguments,
+    ).parsed  # fmt: skip
+    named = " ".join(map(str, configs))
+    if not {"model", "data"} <= {key for key, value in parsed.items() if value}:
+        raise ConfigError(f"{named} lacks model or data; a plan needs both, as `visexpert fit` does.")
+    with weightless():
+        method, data = build(parsed, Path(str(configs[-1])) if configs else Path("the command line"))
+    if not isinstance(method, Method):
+        raise ConfigError(
+            f"{named} trains a {type(method).__name__}; plan counts methods with a language side (ToVE, MoVEKD)."
+        )
+    return Planned(parsed, method, data)

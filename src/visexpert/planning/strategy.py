@@ -1,0 +1,143 @@
+"""What the trainer's ``strategy`` and ``precision`` mean for memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from visexpert.errors import ConfigError
+
+Engine = Literal["ddp", "fsdp", "deepspeed"]
+
+NODE = 8
+"""GPUs of a node, inside which FSDP's HYBRID_SHARD shards."""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How parameters, gradients and optimiser states lie on the processes.
+
+    Args:
+        engine: What runs it.
+        shards_weights: Each process holds its share of the weights, and gathers what it needs.
+        shards_gradients: Each process holds its share of the gradients.
+        shards_optimiser: Each process holds its share of the optimiser's states.
+        offloads_optimiser: The states (and gradients) are in the host's memory.
+        offloads_weights: So are the weights.
+        within_node: Shares are of one node's GPUs, at most :data:`NODE`.
+        units: Names of classes that FSDP wraps one by one; empty where it wraps the whole model as one unit.
+    """
+
+    engine: Engine
+    shards_weights: bool = False
+    shards_gradients: bool = False
+    shards_optimiser: bool = False
+    offloads_optimiser: bool = False
+    offloads_weights: bool = False
+    within_node: bool = False
+    units: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, setting: Any) -> Strategy:
+        """Read the trainer's ``strategy``: Lightning's short names, or a class with its arguments.
+
+        Raises:
+            ConfigError: Another strategy.
+        """
+        if isinstance(setting, Mapping):
+            name = str(setting.get("class_path", "")).rsplit(".", 1)[-1]
+            return _of_class(name, dict(setting.get("init_args") or {}))
+        name = str(setting or "auto")
+        if name in ("auto", "single_device") or name.split("_")[0] == "ddp":
+            return cls("ddp")
+        if name in ("fsdp", "fsdp_cpu_offload"):
+            return replace(_fsdp({}), offloads_weights="offload" in name, offloads_optimiser="offload" in name)
+        if name.startswith("deepspeed"):
+            stage = next((int(word) for word in name.split("_") if word.isdigit()), 2)
+            return _deepspeed(stage, optimiser="offload" in name, weights="offload" in name and stage == 3)
+        raise _unknown(name)
+
+    def shares(self, gpus: int) -> int:
+        """Processes that share what is shared."""
+        return min(gpus, NODE) if self.within_node else gpus
+
+
+def _of_class(name: str, options: dict[str, Any]) -> Strategy:
+    if name in ("SingleDeviceStrategy", "DDPStrategy"):
+        return Strategy("ddp")
+    if name == "FSDPStrategy":
+        return _fsdp(options)
+    if name == "DeepSpeedStrategy":
+        return _deepspeed(
+            int(options.get("stage") or 2), optimiser=bool(options.get("offload_optimizer")),
+            weights=bool(options.get("offload_parameters")),
+        )  # fmt: skip
+    raise _unknown(name)
+
+
+def _fsdp(options: Mapping[str, Any]) -> Strategy:
+    kind = str(options.get("sharding_strategy") or "FULL_SHARD").upper()
+    if kind == "NO_SHARD":
+        return Strategy("ddp")
+    offload = bool(options.get("cpu_offload"))
+    policy = options.get("auto_wrap_policy") or ()
+    units = tuple(str(unit).rsplit(".", 1)[-1] for unit in policy) if isinstance(policy, list | set | tuple) else ()
+    return Strategy(
+        "fsdp", shards_weights="GRAD_OP" not in kind and "ZERO2" not in kind, shards_gradients=True,
+        shards_optimiser=True, offloads_optimiser=offload, offloads_weights=offload,
+        within_node="HYBRID" in kind, units=units,
+    )  # fmt: skip
+
+
+def _deepspeed(stage: int, *, optimiser: bool, weights: bool) -> Strategy:
+    return Strategy(
+        "deepspeed", shards_weights=stage >= 3, shards_gradients=stage >= 2, shards_optimiser=stage >= 1,
+        offloads_optimiser=optimiser, offloads_weights=weights,
+    )  # fmt: skip
+
+
+def _unknown(name: str) -> ConfigError:
+    return ConfigError(
+        f"plan knows no memory of trainer.strategy={name!r}; it knows auto, ddp, fsdp, deepspeed_stage_1 to _3 (also "
+        "_offload) and the classes DDPStrategy, FSDPStrategy and DeepSpeedStrategy."
+    )
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes of numbers.
+
+    Args:
+        name: As the trainer has it.
+        compute: Of an activation.
+        cast: Weights are all of this size, whatever they were built in; None leaves them as they are.
+        mixed: Products are in 16 bits while weights stay as they are.
+    """
+
+    name: str
+    compute: int
+    cast: int | None
+    mixed: bool
+
+    @classmethod
+    def of(cls, setting: Any) -> Precision:
+        """Read the trainer's ``precision``.
+
+        Raises:
+            ConfigError: Another precision.
+        """
+        name = str(setting or "32-true")
+        known = {
+            "32": (4, None, False), "32-true": (4, None, False), "64": (8, 8, False), "64-true": (8, 8, False),
+            "16": (2, None, True), "16-mixed": (2, None, True), "bf16": (2, None, True), "bf16-mixed": (2, None, True),
+            "16-true": (2, 2, False), "bf16-true": (2, 2, False),
+        }  # fmt: skip
+        if name not in known:
+            raise ConfigError(f"plan knows no trainer.precision={name!r}; use one of {', '.join(known)}.")
+        return cls(name, *known[name])
+
+    @property
+    def peak_bits(self) -> int:
+        """Which of an accelerator's peaks counts."""
+        return 16 if self.compute == 2 else 32

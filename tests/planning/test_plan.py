@@ -1,0 +1,150 @@
+"""Plans of the smoke configurations against hand counts and against a step that is really run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from visexpert.errors import ConfigError
+from visexpert.methods import Method, ToVE
+from visexpert.planning import Asked, Plan, Planned, make_plan, read_configs
+from visexpert.planning.parts import ready_to_train
+from visexpert.planning.plan import Row
+from visexpert.planning.sample import sample_of
+from visexpert.runs import build
+
+TOVE, MOVEKD = "configs/tove/smoke.yaml", "configs/movekd/smoke.yaml"
+TEXT = 60
+T, D, H = 16, 32, 64
+"""Patches, width and hidden width of the CLIP of both configurations."""
+
+
+@cache
+def read(config: str, *overrides: str) -> Planned:
+    return read_configs([config], overrides)
+
+
+@cache
+def planned(config: str, *overrides: str) -> Plan:
+    return make_plan(read(config, *overrides), Asked(gpus=2, gpu="a100", text_tokens=TEXT, answer_tokens=20))
+
+
+def row(plan: Plan, name: str) -> Row:
+    return next(row for row in plan.rows if row.name == name)
+
+
+def block(tokens: int) -> int:
+    """FLOP of a block of that CLIP: four projections, attention, MLP."""
+    return 4 * 2 * tokens * D * D + 2 * 2 * tokens * tokens * D + 2 * 2 * tokens * D * H
+
+
+PATCHES = 2 * T * (3 * 8 * 8) * D
+
+
+def test_clip_is_counted_up_to_the_layer_that_is_read() -> None:
+    assert row(planned(TOVE), "CLIP").forward * 1e9 == pytest.approx(PATCHES + block(T + 1))
+    assert row(planned(TOVE), "CLIP").backward == 0
+    assert row(planned(MOVEKD), "frozen CLIP").forward * 1e9 == pytest.approx(PATCHES + 2 * block(T + 1))
+    student = row(planned(MOVEKD), "CLIP")
+    assert student.forward * 1e9 == pytest.approx(PATCHES + 2 * block(T + 1))
+    linear, attention = 4 * 2 * 17 * D * D + 2 * 2 * 17 * D * H, 2 * 2 * 17 * 17 * D
+    # Pixels need no gradient, so patches have that of their weights alone; attention has two gradients per product.
+    assert student.backward * 1e9 == pytest.approx(PATCHES + 2 * 2 * (linear + attention))
+
+
+def test_mole_is_counted_beside_the_clip_that_it_lies_in() -> None:
+    mole = row(planned(MOVEKD), "MoLE")
+    tokens, ranks, experts = T + 1, 12, 3
+    products = D * experts + D * ranks + (ranks + experts) * H + H * ranks + (ranks + experts) * D
+    assert mole.forward * 1e9 == pytest.approx(2 * 2 * tokens * products)
+    assert mole.backward == pytest.approx(2 * mole.forward)
+    per_layer = D * experts + experts + (D + H) * ranks * 2 + 2 * ranks + experts * (H + D)
+    assert (mole.trained, mole.frozen) == (2 * per_layer, 0)
+
+
+def test_projector_adapters_and_gate_are_counted_by_hand() -> None:
+    plan = planned(TOVE)
+    assert row(plan, "projector").forward * 1e9 == pytest.approx(2 * T * D * D)
+    assert row(plan, "projector").trained == D * D + D + 2 * D
+    assert row(plan, "gate").forward * 1e9 == pytest.approx(2 * T * D * 2)
+    assert row(plan, "expert adapters").forward > 0
+    assert not [row for row in plan.rows if not row.role]  # everything is in some part
+
+
+@pytest.mark.parametrize("config", [TOVE, MOVEKD])
+def test_a_real_step_costs_what_was_planned(config: str) -> None:
+    plan, planned_ = planned(config), read(config)
+    method, _ = build(planned_.config, "config")  # type: ignore[arg-type]
+    assert isinstance(method, Method)
+    ready_to_train(method)
+    batch = sample_of(method, text_tokens=TEXT, answer_tokens=20, image_size=32)
+    batch = batch.__class__(torch.rand(1, 3, 32, 32), batch.index_B, "", text=batch.text)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss = method.step(batch).loss
+        forward = counter.get_total_flops()
+        loss.backward()
+    assert sum(row.forward for row in plan.rows) * 1e9 == pytest.approx(forward)
+    assert plan.gflop_live * 1e9 == pytest.approx(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("config", [TOVE, MOVEKD])
+def test_every_parameter_is_counted_once(config: str) -> None:
+    plan, method = planned(config), read(config).method
+    assert sum(row.trained + row.frozen for row in plan.rows) == sum(p.numel() for p in method.parameters())
+    assert sum(plan.shares.values()) + sum(r.training for r in plan.rows if not r.role) / plan.gflop == pytest.approx(1)
+    frozen = {row.name for row in plan.rows if row.frozen and not row.trained}
+    assert {name for name in frozen if name.startswith("expert ") and name != "expert adapters"} == {
+        row.name for row in plan.rows if row.role == "teachers" and row.name != "frozen CLIP"
+    }
+
+
+def test_hours_and_samples_follow_from_steps_or_epochs() -> None:
+    plan = planned(TOVE)
+    assert (plan.amount.steps, plan.amount.samples) == (8, 8 * 8 * 2)
+    assert plan.hours == pytest.approx(plan.gflop * 1e9 * 128 / (2 * 19.5e12 * 0.4) / 3600)
+    epochs = planned(TOVE, "--trainer.max_steps", "-1", "--trainer.max_epochs", "3")
+    assert (epochs.amount.samples, epochs.amount.steps) == (3 * 32, 3 * 2)
+    assert plan.hours is not None
+    half = planned(TOVE, "--trainer.precision", "bf16-mixed")
+    assert half.hours == pytest.approx(plan.hours * 19.5 / 312)
+    assert half.activation_bytes < plan.activation_bytes
+
+
+def test_a_store_moves_the_teachers_out_of_the_steps_onto_the_disk() -> None:
+    live, stored = planned(TOVE), planned(TOVE, "--model.init_args.feature_cache", "auto")
+    assert {row.name for row in stored.rows if row.is_stored} == {"CLIP", "expert semantic", "expert depth"}
+    assert stored.gflop == pytest.approx(live.gflop * (1 - live.shares["teachers"] - live.shares["student"]))
+    method = read(TOVE).method
+    assert isinstance(method, ToVE)
+    depth = method.hub["depth"]
+    per_image = 2 * (T * D + T * 24 + depth.grid_hw[0] * depth.grid_hw[1])  # float16; features on CLIP's grid
+    assert stored.disk.store == 32 * per_image
+    assert live.disk.store == 0
+
+
+def test_a_checkpoint_holds_what_trains_twice_over_and_no_teacher() -> None:
+    method = read(TOVE).method
+    kept = sum(v.numel() * v.element_size() for k, v in method.state_dict().items() if k[:4] not in ("clip", "hub."))
+    trained = sum(row.trained for row in planned(TOVE).rows)
+    assert planned(TOVE).disk.checkpoint == kept + 2 * 4 * trained
+    assert kept >= 4 * trained
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Asked(gpus=0), "--gpus 0"),
+        (lambda: Asked(mfu=1.5), "--mfu 1.5"),
+        (lambda: make_plan(read(TOVE), Asked(gpu="abacus")), "abacus"),
+        (lambda: make_plan(read(TOVE), Asked(text_tokens=1)), "--text-tokens 1"),
+        (lambda: read("configs/zoo/clip.yaml"), "plan counts methods"),
+    ],
+)
+def test_impossible_wishes_are_refused_in_a_sentence(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()

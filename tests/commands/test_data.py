@@ -94,6 +94,20 @@ def test_later_files_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "coco (" not in capsys.readouterr().out
 
 
+def test_sources_of_a_later_file_replace_the_earlier_ones_as_in_a_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_all(tmp_path)
+    whole = config(tmp_path, tokenizer=tokenizer_folder(tmp_path / "words"))
+    coco = yaml.safe_load(whole.read_text())["data"]["init_args"]["sources"]["coco"]
+    later = tmp_path / "later.yaml"
+    arguments = {"sources": {"coco": coco}, "train": {"coco": None}, "test": ["coco"]}
+    later.write_text(yaml.safe_dump({"data": {"init_args": arguments}}))
+    check(whole, later, code=None)
+    out = capsys.readouterr().out
+    assert "coco (COCOCaptions): train, test" in out and "CC3M" not in out and "POPE" not in out
+
+
 def test_data_that_makes_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check(Path(__file__).parents[2] / "configs" / "tove" / "smoke.yaml", code=None)
     assert "TabletopData makes its own data" in capsys.readouterr().out

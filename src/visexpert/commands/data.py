@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,6 +160,17 @@ def _of_user(error: BaseException) -> BaseException:
     return error if cause is None else cause
 
 
+def _laid_over(below: Any, above: Any) -> Any:
+    """As `visexpert fit` lays files over one another: settings of a class are merged, their values replaced whole."""
+    if not all(isinstance(part, dict) and {"class_path", "init_args"} & part.keys() for part in (below, above)):
+        return above
+    if "class_path" in above and above["class_path"] != below.get("class_path"):
+        return above
+    old, new = below.get("init_args") or {}, above.get("init_args") or {}
+    arguments = {**old, **{name: _laid_over(old.get(name), value) for name, value in new.items()}}
+    return {**below, **above, "init_args": arguments}
+
+
 def _merged(paths: Sequence[Path]) -> dict[str, Any]:
     """Several files laid over one another, with their ``${...}`` filled in."""
     from omegaconf import OmegaConf
@@ -166,9 +178,14 @@ def _merged(paths: Sequence[Path]) -> dict[str, Any]:
     from yaml import YAMLError
 
     try:
-        merged = OmegaConf.merge(*(OmegaConf.load(path) for path in paths))
+        loaded = [OmegaConf.load(path) for path in paths]
+        raw: list[Any] = [OmegaConf.to_container(part, resolve=False) for part in loaded]
+        merged = OmegaConf.merge(*loaded)
+        told = [part["data"] for part in raw if isinstance(part, dict) and "data" in part]
+        if told:
+            merged["data"] = reduce(_laid_over, told)
         config = OmegaConf.to_container(merged, resolve=True)
     except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:
-        told = str(error).splitlines()[0]
-        raise ConfigError(f"{' + '.join(map(str, paths))} cannot be read ({told}); check path and YAML.") from error
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{' + '.join(map(str, paths))} cannot be read ({reason}); check path and YAML.") from error
     return {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}

@@ -215,3 +215,9 @@ def test_a_start_from_an_earlier_run(tmp_path: Path, data: MakeData, caplog: pyt
     assert torch.equal(*copies)
     assert torch.equal(model.adapters["edges"].get_parameter("hidden.weight"), fresh)
     assert "adapters.edges" in caplog.text and "Started from" in caplog.text
+
+
+def test_adamw_gets_the_betas_that_were_asked_for(tmp_path: Path, data: MakeData) -> None:
+    trainer = bare_trainer(tmp_path, steps=1)
+    trainer.fit(tiny_tove(betas=(0.8, 0.9)), datamodule=data())
+    assert trainer.optimizers[0].defaults["betas"] == (0.8, 0.9)

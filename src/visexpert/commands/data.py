@@ -180,7 +180,7 @@ def _merged(paths: Sequence[Path]) -> dict[str, Any]:
     try:
         loaded = [OmegaConf.load(path) for path in paths]
         raw: list[Any] = [OmegaConf.to_container(part, resolve=False) for part in loaded]
-        merged = OmegaConf.merge(*loaded)
+        merged: Any = OmegaConf.merge(*loaded)
         told = [part["data"] for part in raw if isinstance(part, dict) and "data" in part]
         if told:
             merged["data"] = reduce(_laid_over, told)

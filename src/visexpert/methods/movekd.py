@@ -99,13 +99,14 @@ class MoVEKD(Method):
         language_frozen_steps: int = 0,
         weight_decay: float = 0.02,
         warmup_steps: int = 100,
+        betas: tuple[float, float] = (0.9, 0.98),
         caption_images: int = 500,
         meteor: bool | None = None,
     ) -> None:
         super().__init__(
             language=language, lr=lr, language_lr=language_lr if text_weight > 0 else 0.0,
             language_frozen_steps=language_frozen_steps, weight_decay=weight_decay, warmup_steps=warmup_steps,
-            caption_images=caption_images, meteor=meteor,
+            betas=betas, caption_images=caption_images, meteor=meteor,
         )  # fmt: skip
         check_weights(language, kd_weight=kd_weight, text_weight=text_weight, balance_weight=balance_weight)
         self.clip = clip

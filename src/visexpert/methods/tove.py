@@ -97,12 +97,14 @@ class ToVE(Method):
         language_frozen_steps: int = 0,
         weight_decay: float = 0.02,
         warmup_steps: int = 100,
+        betas: tuple[float, float] = (0.9, 0.98),
         caption_images: int = 500,
         meteor: bool | None = None,
     ) -> None:
         super().__init__(
             language=language, lr=lr, language_lr=language_lr, language_frozen_steps=language_frozen_steps,
-            weight_decay=weight_decay, warmup_steps=warmup_steps, caption_images=caption_images, meteor=meteor,
+            weight_decay=weight_decay, warmup_steps=warmup_steps, betas=betas, caption_images=caption_images,
+            meteor=meteor,
         )  # fmt: skip
         if fusion_space not in ("language", "clip"):
             raise ConfigError(f"ToVE: fusion_space={fusion_space!r} is unknown; use 'language' or 'clip'.")

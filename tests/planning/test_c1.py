@@ -53,10 +53,18 @@ def test_clip_l_14_336_forward_and_with_the_gradient_of_its_inputs() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(303.5, rel=1e-3)
 
 
-def test_clip_b_16() -> None:
-    model = clip(width=768, depth=12, heads=12, size=224, patch=16)
-    assert gflop(model, 224) == pytest.approx(35.1, rel=CLOSE)
-    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(85.8, rel=1e-3)
+@pytest.mark.parametrize(
+    ("sizes", "expected", "millions"),
+    [
+        ({"width": 1024, "depth": 24, "heads": 16, "patch": 14}, 162.0, 303.2),
+        ({"width": 768, "depth": 12, "heads": 12, "patch": 16}, 35.1, 85.8),
+        ({"width": 768, "depth": 12, "heads": 12, "patch": 32}, 8.8, 87.5),
+    ],
+)
+def test_clip_at_224(sizes: dict[str, int], expected: float, millions: float) -> None:
+    model = clip(size=224, **sizes)
+    assert gflop(model, 224) == pytest.approx(expected, rel=CLOSE)
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, rel=1e-3)
 
 
 class Windowed(nn.Module):
@@ -93,6 +101,8 @@ def test_eva_02_with_attention_in_windows_and_without() -> None:
     [
         ({"model": "convnext_xxlarge.clip_laion2b_soup_ft_in1k", "image_size": 1024}, 1024, 6335, 843.4),
         ({"model": "vit_large_patch14_dinov2.lvd142m"}, 518, 1014, 304),
+        ({"model": "vit_large_patch14_dinov2.lvd142m", "image_size": 336}, 336, 381.9, 304),
+        ({"model": "vit_large_patch14_dinov2.lvd142m", "image_size": 224}, 224, 162.0, 304),
     ],
 )
 def test_experts_of_timm(settings: dict[str, Any], size: int, expected: float, millions: float) -> None:

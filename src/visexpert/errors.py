@@ -20,3 +20,11 @@ class DataError(UserError):
 
 class WeightsError(UserError):
     """Weights that are missing, of the wrong shape, or in a format that may run code."""
+
+
+def user_error_in(error: BaseException) -> BaseException:
+    """The user's error inside a library's own, where there is one; else the error itself."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__ or cause.__context__
+    return error if cause is None else cause

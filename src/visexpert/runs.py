@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningDataModule
 
-from visexpert.errors import ConfigError, WeightsError
+from visexpert.errors import ConfigError, WeightsError, user_error_in
 from visexpert.methods import Method
 from visexpert.resources import load_checkpoint
 from visexpert.training import checkpoint_of, config_of, explain
@@ -108,6 +108,8 @@ def build(config: Mapping[str, Any], path: Path) -> tuple[L.LightningModule, Lig
             built = parser.instantiate_classes(parser.parse_object(wanted))
         except ArgumentError as error:
             raise ConfigError(f"{path}: {explain(str(error), [])}") from error
+        except ValueError as error:  # the parser's own, around what a constructor refused
+            raise user_error_in(error) from None
     return built.model, built.data
 
 

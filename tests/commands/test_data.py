@@ -62,12 +62,12 @@ def test_what_is_missing_is_listed_with_source_and_size(tmp_path: Path, capsys: 
     check(config(tmp_path, tokenizer="some/model"), code=USAGE_ERROR)
     streams = capsys.readouterr()
     missing = [line for line in streams.out.splitlines() if "MISSING" in line]
-    assert len(missing) == 3 + 2 + 4 + 3  # COCO's three, two shards, POPE's four, the tokenizer in each
+    assert len(missing) == 3 + 1 + 4 + 3  # COCO's three, the shards, POPE's four, the tokenizer in each
     assert any("val2014.zip (6.6 GB)" in line for line in missing)
-    assert any("00001.tar; get it from https://github.com/rom1504/img2dataset" in line for line in missing)
+    assert any("00000.tar; get it from https://github.com/rom1504/img2dataset" in line for line in missing)
     assert any("coco_pope_popular.json" in line for line in missing)
     assert any("hf download some/model" in line for line in missing)
-    assert "12 of what the data needs is missing" in streams.err
+    assert "11 of what the data needs is missing" in streams.err
 
 
 def test_images_that_annotations_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,6 +106,15 @@ def test_sources_of_a_later_file_replace_the_earlier_ones_as_in_a_fit(
     check(whole, later, code=None)
     out = capsys.readouterr().out
     assert "coco (COCOCaptions): train, test" in out and "CC3M" not in out and "POPE" not in out
+
+
+def test_many_missing_shards_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_all(tmp_path)
+    for shard in (tmp_path / "cc3m").glob("*.tar"):
+        shard.unlink()
+    check(config(tmp_path, tokenizer=tokenizer_folder(tmp_path / "words")), code=USAGE_ERROR)
+    missing = [line for line in capsys.readouterr().out.splitlines() if "A shard of CC3M" in line]
+    assert len(missing) == 1 and "00000.tar" in missing[0] and "And 1 more like it." in missing[0]
 
 
 def test_data_that_makes_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from visexpert.commands.plan import run
-from visexpert.errors import ConfigError
+from visexpert.errors import ConfigError, WeightsError
 
 SMOKE = "configs/tove/smoke.yaml"
 
@@ -53,6 +53,17 @@ def test_mistakes_end_in_one_sentence(arguments: list[str], message: str) -> Non
     with pytest.raises(ConfigError) as caught:
         run(arguments)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_model_that_is_not_on_this_machine_is_named_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    overlay = tmp_path / "overlay.yaml"
+    side = {"class_path": "visexpert.language.PrefixLM", "init_args": {"source": "nobody/nothing"}}
+    overlay.write_text(json.dumps({"model": {"init_args": {"language": side}}}))
+    with pytest.raises(WeightsError, match="'nobody/nothing' is no folder here and not in the Hugging Face cache"):
+        run(["--config", SMOKE, "--config", str(overlay)])
 
 
 def test_help_teaches_without_importing_torch() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import reduce
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visexpert.commands.parser import Parser
-from visexpert.errors import ConfigError, DataError, UserError
+from visexpert.errors import ConfigError, DataError, UserError, user_error_in
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
@@ -70,11 +71,12 @@ def findings(source: SourceData, parts: Sequence[str], *, images: str) -> Iterat
         parts: Parts to look at.
         images: ``sample``, ``all`` or ``none`` of the images that the annotations name.
     """
-    complete = True
-    for need in source.all_needs(parts):
-        complete &= need.found is not None
-        yield need.found is not None, need.sentence if need.found is None else str(need.found)
-    if not complete or images == "none":
+    needs = source.all_needs(parts)
+    for _, alike in groupby(needs, key=lambda need: (getattr(need, "what", ""), need.found is not None)):
+        first, *others = alike  # hundreds of shards are one line
+        line = first.sentence if first.found is None else str(first.found)
+        yield first.found is not None, line + (f" And {len(others)} more like it." if others else "")
+    if any(need.found is None for need in needs) or images == "none":
         return
     for part in parts:
         try:
@@ -147,17 +149,9 @@ def build_data(paths: Sequence[Path]) -> LightningDataModule:
         except ArgumentError as error:
             raise ConfigError(f"{named}: {explain(str(error), [])}") from error
         except ValueError as error:
-            raise _of_user(error) from None
+            raise user_error_in(error) from None
     data: LightningDataModule = built.data
     return data
-
-
-def _of_user(error: BaseException) -> BaseException:
-    """The user's error inside the parser's own, if there is one."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, UserError):
-        cause = cause.__cause__ or cause.__context__
-    return error if cause is None else cause
 
 
 def _laid_over(below: Any, above: Any) -> Any:

@@ -22,6 +22,9 @@ BASES = {
     "movekd": ("movekd/tabletop-stage2.yaml", "movekd/one-stage.yaml"),
     "hybrid": ("movekd/tabletop-stage2.yaml", "movekd/one-stage.yaml"),
 }
+OWN_BASES = {("hybrid", "merge-into-mole"): BASES["tove"]}
+"""Of overlays that lie over another method's base."""
+
 FOLDERS = {"tove": "tove/ablations", "movekd": "movekd/ablations", "hybrid": "hybrid"}
 """Where the overlays of each method lie."""
 
@@ -78,7 +81,8 @@ def overlays(method: str, name: str) -> list[Path]:
 
 def run_of(method: str, name: str, *, seed: int, scale: str, root: Path = ROOT) -> Run:
     """The run of one ablation and seed."""
-    files = [CONFIGS / file for file in BASES[method]] + overlays(method, name) + [CONFIGS / "scales" / f"{scale}.yaml"]
+    base = OWN_BASES.get((method, name), BASES[method])
+    files = [CONFIGS / file for file in base] + overlays(method, name) + [CONFIGS / "scales" / f"{scale}.yaml"]
     start: tuple[str, ...] = ()
     if method == "hybrid" and name in STARTS:
         run, checkpoint = STARTS[name]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from pathlib import Path
 
 import lightning as L
@@ -17,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from visexpert.callbacks.phase import PhaseSettings
+from benchmarks.step_time import seconds_per_step
 from visexpert.methods import Merging, ToVE
 from visexpert.methods.cost import first_images, measure_cost
 from visexpert.runs import open_run
@@ -45,34 +44,15 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in students}
     for _ in range(options.rounds):
         for name, student in students.items():
-            seconds[name].append(_time(student, saved.data, options.steps, Path("runs/merge-step")))
+            seconds[name].append(
+                seconds_per_step(student, saved.data, steps=options.steps, folder=Path("runs/merge-step"))
+            )
     median = {name: statistics.median(values) for name, values in seconds.items()}
     table = Table("loss", "ms/step", "against tokens", title=f"{torch.get_num_threads()} thread(s)")
     for name, value in median.items():
         table.add_row(name, f"{1000 * value:.0f}", f"{value / median['tokens']:.2f}")
     Console().print(table)
     _costs(saved.model, students["tokens"], saved.data)
-
-
-def _time(student: Merging, data: L.LightningDataModule, steps: int, folder: Path) -> float:
-    clock = _Clock()
-    trainer = L.Trainer(
-        accelerator=PhaseSettings().accelerator, max_steps=steps + 2, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, callbacks=[clock],
-        default_root_dir=folder,
-    )  # fmt: skip
-    trainer.fit(student, datamodule=data)
-    return (clock.times[-1] - clock.times[1]) / steps
-
-
-class _Clock(L.Callback):
-    """When each step ended; the first two warm up."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def on_train_batch_end(self, *args: object, **kwargs: object) -> None:
-        self.times.append(time.perf_counter())
 
 
 def _costs(teacher: ToVE, student: Merging, data: L.LightningDataModule) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from pathlib import Path
 
 import lightning as L
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ablations import BASES, CONFIGS, overlays
+from benchmarks.step_time import seconds_per_step
 from visexpert.training import build_cli
 
 FORMS = ("text-only", "no-kd", "no-mole", "base", "mole-dense", "paper-form", "encoder-only")
@@ -33,7 +33,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in FORMS}
     for _ in range(options.rounds):
         for name, (model, data) in built.items():
-            seconds[name].append(_time(model, data, options.steps))
+            seconds[name].append(seconds_per_step(model, data, steps=options.steps, folder=Path("runs/movekd-step")))
     median = {name: statistics.median(values) for name, values in seconds.items()}
     table = Table("form", "ms/step", "against text-only", title=f"{torch.get_num_threads()} thread(s)")
     for name, value in median.items():
@@ -45,26 +45,6 @@ def _build(name: str) -> tuple[L.LightningModule, L.LightningDataModule]:
     files = [*(CONFIGS / file for file in BASES["movekd"]), *overlays("movekd", name)]
     cli = build_cli([part for file in files for part in ("--config", str(file))], run=False)
     return cli.model, cli.datamodule
-
-
-def _time(model: L.LightningModule, data: L.LightningDataModule, steps: int) -> float:
-    clock = _Clock()
-    trainer = L.Trainer(
-        accelerator="cpu", max_steps=steps + 2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, limit_val_batches=0, callbacks=[clock], default_root_dir=Path("runs/movekd-step"),
-    )  # fmt: skip
-    trainer.fit(model, datamodule=data)
-    return (clock.times[-1] - clock.times[1]) / steps
-
-
-class _Clock(L.Callback):
-    """When each step ended; the first two warm up."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def on_train_batch_end(self, *args: object, **kwargs: object) -> None:
-        self.times.append(time.perf_counter())
 
 
 if __name__ == "__main__":

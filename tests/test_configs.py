@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import lightning as L
 import pytest
 import yaml
 
+from benchmarks.ablations import AFTER
 from visexpert.methods import Method, MoVEKD, ToVE
 from visexpert.training import VisexpertCLI, build_cli
 
@@ -30,9 +30,6 @@ BASES = {
 }
 BASES["hybrid/merge-into-mole.yaml"] = BASE
 """What a file that names no method is laid over, by its folder or by its own name."""
-
-AFTER = re.compile(r"# After ([a-z0-9, -]+):")
-"""First words of an overlay that goes on others of its folder (make/ablation.sh reads them, too)."""
 
 
 def loaded(name: str) -> dict[str, Any]:

@@ -8,15 +8,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from visexpert.callbacks.cost import CostReport
 from visexpert.errors import ConfigError
 from visexpert.methods import Method
-from visexpert.methods.optimiser import cosine_with_warmup
+from visexpert.methods.optimiser import cosine_factor
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +129,7 @@ class TrainingBudget(Callback):
             known = self._factor
             total = min(self.total, self._limit)
             if known is None or known[0] != total:
-                known = self._factor = (total, _cosine(warmup, total))
+                known = self._factor = (total, cosine_factor(warmup_steps=warmup, total_steps=total))
             return known[1](step)
 
         scheduler.lr_lambdas = [factor] * len(scheduler.lr_lambdas)
@@ -175,12 +173,3 @@ class TrainingBudget(Callback):
         assert self._cost is not None
         per_batch = self._cost.batch_gflop_live if self.count == "live" else self._cost.batch_gflop
         return None if per_batch is None else per_batch * trainer.accumulate_grad_batches
-
-
-def _cosine(warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """The factor of :func:`cosine_with_warmup`, which hands out whole schedulers."""
-    idle = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    factor: Callable[[int], float] = cosine_with_warmup(
-        idle, warmup_steps=warmup_steps, total_steps=total_steps
-    ).lr_lambdas[0]
-    return factor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,11 @@ def make_groups(groups: Sequence[ParameterGroup], *, weight_decay: float) -> lis
 
 def cosine_with_warmup(optimiser: Optimizer, *, warmup_steps: int, total_steps: int) -> LambdaLR:
     """Linear warm-up over ``warmup_steps``, then half a cosine down to zero at ``total_steps``."""
+    return LambdaLR(optimiser, cosine_factor(warmup_steps=warmup_steps, total_steps=total_steps))
+
+
+def cosine_factor(*, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """What :func:`cosine_with_warmup` multiplies rates with, by step from 0."""
     warmup = min(warmup_steps, max(1, total_steps // 2))
 
     def factor(step: int) -> float:
@@ -66,4 +71,4 @@ def cosine_with_warmup(optimiser: Optimizer, *, warmup_steps: int, total_steps: 
         done = (step - warmup) / max(1, total_steps - warmup)
         return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
 
-    return LambdaLR(optimiser, factor)
+    return factor

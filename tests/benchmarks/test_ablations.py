@@ -1,0 +1,39 @@
+"""Which files an ablation is made of, in which order, and what a hybrid starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.ablations import CONFIGS, names, run_of
+
+
+def files(method: str, name: str) -> list[str]:
+    arguments = run_of(method, name, seed=1, scale="smoke", root=Path("r")).arguments
+    given = [arguments[index + 1] for index, word in enumerate(arguments) if word == "--config"]
+    return [Path(file).relative_to(CONFIGS).as_posix() for file in given]
+
+
+def test_overlays_come_in_the_order_that_they_ask_for_and_the_scale_last() -> None:
+    base = ["movekd/tabletop-stage2.yaml", "movekd/one-stage.yaml"]
+    chain = [f"movekd/ablations/{name}.yaml" for name in ("no-mole", "no-kd", "text-only")]
+    assert files("movekd", "text-only") == [*base, *chain, "scales/smoke.yaml"]
+    assert files("movekd", "base") == [*base, "scales/smoke.yaml"]
+
+
+def test_a_hybrid_starts_from_toves_run_of_its_seed_and_scale() -> None:
+    arguments = run_of("hybrid", "from-merged", seed=1, scale="smoke", root=Path("r")).arguments
+    start = arguments[arguments.index("--model.init_args.init_from") + 1]
+    assert start == "r/smoke/tove/merge/seed1/merged/checkpoints/last.ckpt"
+
+
+def test_merging_into_mole_is_a_run_of_tove() -> None:
+    assert files("hybrid", "merge-into-mole")[0] == "tove/tabletop.yaml"
+
+
+@pytest.mark.parametrize("method", ["tove", "movekd", "hybrid"])
+def test_every_ablation_names_files_that_are_there(method: str) -> None:
+    assert names(method)
+    for name in names(method):
+        assert all((CONFIGS / file).is_file() for file in files(method, name)), name

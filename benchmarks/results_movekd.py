@@ -23,8 +23,8 @@ from visexpert.report import Column, ResultRow, describe_machine, markdown_table
 OUT = Path("docs/results")
 STEPS = 2000
 LONGER_STEPS = 3200
-"""Steps by text alone in the time of STEPS with distillation, or less: by `python -m benchmarks.movekd_step` a step takes
-1.47 (no MoLE) to 1.87 (base) times as long, so that the base's time would allow 3740."""
+"""Steps by text alone in less than the time of STEPS of the base, whose steps take 1.87 times as long, and in a little
+more than that of heads without MoLE (1.47), by `python -m benchmarks.movekd_step`."""
 
 TEXT_ONLY, KD_MOLE = "text only", "KD + MoLE (base)"
 LONGER = f"text only, {LONGER_STEPS} steps"

@@ -283,13 +283,16 @@ def test_text_without_texts_is_refused() -> None:
         tiny_movekd().step(replace(noise_batch(), text=None))
 
 
-def test_cached_experts_give_the_loss_of_live_ones(tmp_path: Path, data: MakeData) -> None:
+@pytest.mark.parametrize("form", [{}, PAPER])
+def test_cached_teachers_give_the_loss_of_live_ones(tmp_path: Path, data: MakeData, form: Mapping[str, Any]) -> None:
     live, cached = Recorder(), Recorder()
-    bare_trainer(tmp_path, steps=2, callbacks=[live]).fit(tiny_movekd(), datamodule=data())
-    model = tiny_movekd(feature_cache=str(tmp_path / "store"), feature_dtype="float32")
-    calls: list[str] = []
-    for name in model.hub.names:
-        model.hub[name].register_forward_hook(lambda *_, name=name: calls.append(name))
+    bare_trainer(tmp_path, steps=2, callbacks=[live]).fit(tiny_movekd(**form), datamodule=data())
+    model = tiny_movekd(feature_cache=str(tmp_path / "store"), feature_dtype="float32", **form)
+    assert model.anchor is not None
+    teachers = [model.anchor, *(model.hub[name] for name in model.hub.names)]
+    calls: list[int] = []
+    for number, teacher in enumerate(teachers):
+        teacher.register_forward_hook(lambda *_, number=number: calls.append(number))
     bare_trainer(tmp_path, steps=2, callbacks=[cached]).fit(model, datamodule=data())
     assert cached.losses == pytest.approx(live.losses, abs=1e-5)
-    assert len(calls) == 4 * len(model.hub.names)  # train and validation images: the shape, then one batch of all
+    assert len(calls) == 4 * len(teachers)  # train and validation images: the shape, then one batch of all

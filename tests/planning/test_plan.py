@@ -125,6 +125,10 @@ def test_a_store_moves_the_teachers_out_of_the_steps_onto_the_disk() -> None:
     per_image = 2 * (T * D + T * 24 + depth.grid_hw[0] * depth.grid_hw[1])  # float16; features on CLIP's grid
     assert stored.disk.store == 32 * per_image
     assert live.disk.store == 0
+    kept = planned(MOVEKD, "--model.init_args.feature_cache", "auto")
+    assert row(kept, "frozen CLIP").is_stored and not row(kept, "CLIP").is_stored
+    alone = planned(MOVEKD, "--model.init_args.feature_cache", "auto", "--model.init_args.use", "[]")
+    assert alone.disk.store == 32 * 2 * (T + 1) * (D + 2)  # hidden states and [CLS] attention of two heads, float16
 
 
 def test_a_checkpoint_holds_what_trains_twice_over_and_no_teacher() -> None:

@@ -22,6 +22,19 @@ def make(layer: int) -> ClipEncoder:
     return clip
 
 
+@torch.no_grad()
+def test_packing_loses_nothing() -> None:
+    clip = make(-2)
+    found = ClsAttention.of(clip, torch.rand(2, 3, 24, 24))
+    packed_BNF = found.packed()
+    assert packed_BNF.shape == (2, 10, clip.width + 2)  # [CLS] and 9 patches; two heads
+    again = ClsAttention.unpacked(packed_BNF, width=clip.width, grid_hw=clip.grid_hw)
+    assert again.tokens.cls_BD is not None and found.tokens.cls_BD is not None
+    assert torch.equal(again.cls_logits_BHN, found.cls_logits_BHN)
+    assert torch.equal(again.tokens.tokens_BTD, found.tokens.tokens_BTD)
+    assert torch.equal(again.tokens.cls_BD, found.tokens.cls_BD)
+
+
 @pytest.mark.parametrize("layer", [-1, -2, -3])
 @torch.no_grad()
 def test_it_is_the_row_of_the_block_that_makes_the_tokens(layer: int) -> None:

@@ -20,7 +20,7 @@ from visexpert.methods.evaluation import EvalOutput
 from visexpert.methods.optimiser import ParameterGroup
 from visexpert.methods.start import start_from
 from visexpert.methods.student import check_weights, mole_parts, train_only
-from visexpert.methods.teachers import HeadSettings, ask_teachers, check_gate, hub_of, kd_heads
+from visexpert.methods.teachers import HeadSettings, ask_teachers, check_gate, hub_of, kd_heads, store_anchor
 from visexpert.methods.views import EncoderViews, view_encoders
 from visexpert.resources import cache_root
 from visexpert.store import StoreDtype
@@ -61,7 +61,8 @@ class MoVEKD(Method):
         projector_norm: LayerNorm before it.
         clip_lr: Peak learning rate of the student's own weights; 0 trains MoLE alone (the paper's first stage).
         mole_lr: Of MoLE; null is ``lr``.
-        feature_cache: As in :class:`~visexpert.methods.ToVE`; caches the experts, not the student.
+        feature_cache: As in :class:`~visexpert.methods.ToVE`; keeps the teachers,
+            the frozen CLIP among them, not the student.
         feature_dtype: ``float16`` or ``float32``.
         init_from: Checkpoint of an earlier run to start from, e.g. the first stage's.
         init_complete: Refuse a start that leaves any of the model's trained parts fresh, or has parts of another.
@@ -242,16 +243,18 @@ class MoVEKD(Method):
         super().check_start()
 
     def on_fit_start(self) -> None:
-        """Fill or open the feature cache of the experts."""
+        """Fill or open the feature cache of the teachers."""
         if self._cache is not None and self.kd_weight > 0:
             self.read_features(
                 self._cache, self.image_sources(wanted_by="feature_cache needs; set it to null to run encoders live")
             )
 
     def read_features(self, cache: FeatureCache, sources: Mapping[str, ImageSource]) -> None:
-        """Read the experts' tokens of these images from the store from now on."""
+        """Read the teachers' tokens of these images from the store from now on."""
         self._cache = cache
         self.hub.use_cache(cache, sources, resample={})
+        if self.anchor is not None:
+            store_anchor(self.anchor, cache, sources)
 
     def on_train_end(self) -> None:
         """The last steps, too, were with finite teachers."""
@@ -272,7 +275,7 @@ class MoVEKD(Method):
         return text_loss(self.language(vision, batch.text), targets_M)
 
     def _distil(self, student: VisionTokens, batch: Batch) -> Distilled:
-        lesson = ask_teachers(self.hub, self.anchor, self.gate, batch)
+        lesson = ask_teachers(self.hub, self.anchor, self.gate, batch, cache=self._cache)
         distilled: Distilled = self.distillation(
             student.tokens_BTD, lesson.teachers, lesson.clip, gates_BTK=lesson.gates_BTK, has_image_B=batch.has_image_B
         )

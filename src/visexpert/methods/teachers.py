@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from visexpert.errors import ConfigError
-from visexpert.experts import ExpertHub, VisionExpert
+from visexpert.experts import ExpertHub, FeatureCache, VisionExpert
 from visexpert.methods.distillation import ANCHOR, STUDENT
 from visexpert.transfer import AdapterKind, Direction, KDHead, TokenGate, make_kd_head
-from visexpert.types import Batch, ExpertTokens
+from visexpert.types import Batch, ExpertTokens, ImageSource
 from visexpert.vision import ClipEncoder, ClsAttention
 
 
@@ -116,19 +116,38 @@ def kd_heads(
 
 
 @torch.no_grad()
-def ask_teachers(hub: ExpertHub, anchor: ClipEncoder | None, gate: TokenGate | None, batch: Batch) -> Lesson:
-    """Run the teachers, CLIP first."""
+def ask_teachers(
+    hub: ExpertHub, anchor: ClipEncoder | None, gate: TokenGate | None, batch: Batch, *, cache: FeatureCache | None
+) -> Lesson:
+    """Run the teachers, CLIP first, or read what the store has of them."""
     images_BCHW = batch.unit_images()
     clip, gates_BTK = None, None
     teachers: dict[str, ExpertTokens] = {}
     if anchor is not None:
-        clip = ClsAttention.of(anchor, images_BCHW)
+        clip = _stored_anchor(anchor, cache, batch) or ClsAttention.of(anchor, images_BCHW)
         if gate is not None:
             everything_K = torch.ones(len(hub.names), dtype=torch.bool, device=images_BCHW.device)
             gates_BTK = gate(clip.tokens.tokens_BTD, everything_K).gates_BTK
         teachers[ANCHOR] = ExpertTokens(clip.tokens.tokens_BTD, clip.tokens.grid_hw)
     teachers |= hub(images_BCHW, index_B=batch.index_B, split=batch.split)
     return Lesson(teachers, clip, gates_BTK)
+
+
+def store_anchor(anchor: ClipEncoder, cache: FeatureCache, sources: Mapping[str, ImageSource]) -> None:
+    """Fill or open the store of the frozen CLIP's tokens and [CLS] attention for these images, by split."""
+    for split, source in sources.items():
+        cache.prepare(
+            ANCHOR, split, source, fingerprint=f"{anchor.fingerprint()} with [CLS] attention",
+            encode=lambda images_BCHW: ClsAttention.of(anchor, images_BCHW).packed(), grid_hw=anchor.grid_hw,
+            device=anchor.mean.device,
+        )  # fmt: skip
+
+
+def _stored_anchor(anchor: ClipEncoder, cache: FeatureCache | None, batch: Batch) -> ClsAttention | None:
+    packed_BNF = None if cache is None else cache.read(ANCHOR, batch.split, batch.index_B)
+    if packed_BNF is None:
+        return None
+    return ClsAttention.unpacked(packed_BNF, width=anchor.width, grid_hw=anchor.grid_hw)
 
 
 def check_gate(keys: Sequence[str], names: Sequence[str], *, source: str) -> None:

@@ -13,7 +13,7 @@ from visexpert.data import MixedData, SourceData, TabletopData
 from visexpert.data.rows import RowData
 from visexpert.errors import ConfigError
 from visexpert.experts import ExpertHub
-from visexpert.methods import Method, ToVE
+from visexpert.methods import Method, MoVEKD, ToVE
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,10 @@ def stored_bytes(method: Method, *, dtype: str) -> dict[str, int]:
     resampled = method.clip.grid_hw if isinstance(method, ToVE) else None  # ToVE stores on CLIP's grid
     if isinstance(method, ToVE) and method.clip_lr == 0:
         stored["CLIP"] = math.prod(method.clip.grid_hw) * method.clip.width * size
+    if isinstance(method, MoVEKD) and method.anchor is not None:
+        clip = method.anchor
+        rows, width = 1 + math.prod(clip.grid_hw), clip.width + clip.config.num_attention_heads  # with [CLS] attention
+        stored["frozen CLIP"] = rows * width * size
     if not isinstance(hub, ExpertHub):
         return stored
     for name in hub.attached:

@@ -54,6 +54,25 @@ class ClsAttention:
         keys_BNHd = seen["keys"].unflatten(-1, heads)
         return cls(tokens, torch.einsum("bhd,bnhd->bhn", queries_BHd, keys_BNHd) * attention.scale)
 
+    def packed(self) -> Tensor:
+        """All of it as rows of one tensor (B, N, D + H), [CLS] first: what a feature store keeps."""
+        assert self.tokens.cls_BD is not None
+        hidden_BND = torch.cat([self.tokens.cls_BD[:, None], self.tokens.tokens_BTD], dim=1)
+        return torch.cat([hidden_BND, self.cls_logits_BHN.mT], dim=-1)
+
+    @classmethod
+    def unpacked(cls, packed_BNF: Tensor, *, width: int, grid_hw: tuple[int, int]) -> ClsAttention:
+        """Undo :meth:`packed`.
+
+        Args:
+            packed_BNF: (B, N, D + H).
+            width: D of the encoder.
+            grid_hw: Its grid.
+        """
+        hidden_BND, logits_BNH = packed_BNF[..., :width], packed_BNF[..., width:]
+        tokens = VisionTokens(hidden_BND[:, 1:], grid_hw, cls_BD=hidden_BND[:, 0])
+        return cls(tokens, logits_BNH.mT)
+
 
 def _watch(linear: nn.Module, name: str, seen: dict[str, Tensor]) -> torch.utils.hooks.RemovableHandle:
     def keep(module: nn.Module, inputs: object, output: Tensor) -> None:

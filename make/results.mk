@@ -15,3 +15,7 @@ results-merge: $(STAMP) ## Measure detachment and merging against their controls
 results-movekd: $(STAMP) ## Measure MoVE-KD on Tabletop: main rows, little text, ablations, three seeds (hours on two cores, resumable)
 	$(PY) -m benchmarks.tune_movekd --jobs $(JOBS)
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.results_movekd --jobs $(JOBS)
+
+.PHONY: results-comparison
+results-comparison: $(STAMP) ## Compare both methods and their mixes: the matrix at the default scale, shares of the scenes (about two hours on two cores, resumable)
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.results_comparison --jobs $(JOBS)

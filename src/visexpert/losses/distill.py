@@ -222,7 +222,8 @@ def across_image_variance(tokens_BTD: Tensor) -> Tensor:
     tokens_BTD = _full(tokens_BTD.detach())
     if len(tokens_BTD) < 2:
         return tokens_BTD.new_full((), torch.nan)
-    return tokens_BTD.var(0, correction=1).mean()
+    centred_BTD = tokens_BTD - tokens_BTD.mean(0)  # Tensor.var over the first axis is ten times as slow on a CPU
+    return centred_BTD.square().mean() * len(tokens_BTD) / (len(tokens_BTD) - 1)
 
 
 def _over_tokens(error_BT: Tensor, token_weights_BT: Tensor | None, convention: Convention) -> Tensor:

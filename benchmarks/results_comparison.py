@@ -1,0 +1,209 @@
+"""Both methods and their mixes under one trainer: `make results-comparison` writes docs/results/comparison.{md,json}.
+
+The matrix is `make ablations SCALE=default` (400 steps of 12 images from the shipped language side), so runs of either
+target serve the other. A finished run is not run again, an interrupted one goes on. docs/results/comparison/ gets what
+`visexpert compare` writes of the matrix: paired tests, costs, Pareto front, skills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.ablations import run_of
+from benchmarks.results_tove import COLUMNS as TOVE_COLUMNS
+from benchmarks.results_tove import row_of
+from benchmarks.runs import Run, add_arguments, execute, slug
+from visexpert.report import Column, ResultRow, describe_machine, markdown_table, read_rows, write_rows
+from visexpert.report.compare import Choices, compare_runs, write_report
+from visexpert.report.palette import canvas, colours, save, styled
+
+OUT = Path("docs/results")
+SCALE = "default"
+BASELINE = "CLIP only"
+TWICE = ("--trainer.max_steps", "800", "--trainer.val_check_interval", "800")
+"""For rows beside hybrids, which go on from 400 steps of ToVE."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the matrix.
+
+    Args:
+        method: Whose ablation it is.
+        name: The ablation.
+        phase: Folder in the run that holds what is scored; empty for the run itself.
+        extra: Further arguments of the fit.
+    """
+
+    method: str
+    name: str
+    phase: str = ""
+    extra: tuple[str, ...] = ()
+
+
+MATRIX: Mapping[str, Entry] = {
+    BASELINE: Entry("tove", "clip-only"),
+    "CLIP + best single expert": Entry("tove", "semantic"),
+    "best single expert, no CLIP": Entry("tove", "semantic-alone"),
+    "average of experts": Entry("tove", "uniform"),
+    "ToVE": Entry("tove", "base"),
+    "ToVE, detached to 3": Entry("tove", "detach", phase="detached"),
+    "ToVE, merged": Entry("tove", "merge", phase="merged"),
+    "ToVE, merged into MoLE": Entry("hybrid", "merge-into-mole", phase="merged"),
+    "fine-tuned CLIP": Entry("movekd", "text-only"),
+    "KD": Entry("movekd", "no-mole"),
+    "KD + MoLE": Entry("movekd", "base"),
+    "KD, published form": Entry("movekd", "paper-form"),
+    "fine-tuned CLIP, 800 steps": Entry("movekd", "text-only", extra=TWICE),
+    "KD + MoLE from merged": Entry("hybrid", "from-merged"),
+    "KD + MoLE, gate weighs": Entry("hybrid", "gate-weighted"),
+}
+
+SHARES = (10, 25, 50, 100)
+WITH, WITHOUT = "ToVE", BASELINE
+
+COST = [
+    Column("steps", digits=0),
+    Column("parameters", "trained params (k)", digits=0, scale=1e-3),
+    Column("cost/parameters_inference", "params at inference (k)", digits=0, scale=1e-3),
+    Column("gflop", "vision GFLOP/image", digits=4),
+    Column("images_per_s", "images/s (vision)", digits=0),
+    Column("cost/train_seconds", "training s", digits=0),
+]
+SHARE_SCORES = {"test/nll/kind/dense": "dense NLL", "test/vqa/accuracy": "VQA, %"}
+
+
+def main() -> None:
+    """Run what is missing, then write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--only", default="", help="run only what has this in its folder")
+    parser.add_argument("--report-only", action="store_true", help="write the page from what is finished")
+    options = parser.parse_args()
+    if not options.report_only:
+        for fits in stages(options.seeds):
+            execute([run for run in fits if options.only in str(run.folder)], jobs=options.jobs)
+    report(done(matrix_runs(options.seeds)), done(share_runs(options.seeds)))
+
+
+def fit_of(entry: Entry, seed: int) -> Run:
+    """The fit behind a row."""
+    run = run_of(entry.method, entry.name, seed=seed, scale=SCALE)
+    steps = "" if not entry.extra else f"-{entry.extra[1]}-steps"
+    folder = run.folder.parents[1] / slug(f"{entry.name}{steps}") / run.folder.name
+    return replace(run, folder=folder, arguments=(*run.arguments, *entry.extra))
+
+
+def stages(seeds: Sequence[int]) -> list[list[Run]]:
+    """Fits in the order of what they need: hybrids go on from runs of ToVE."""
+    hybrids = [entry for entry in MATRIX.values() if entry.method == "hybrid"]
+    first = [entry for entry in MATRIX.values() if entry.method != "hybrid"] + [Entry("tove", "merge")]
+    fits = [[fit_of(entry, seed) for seed in seeds for entry in part] for part in (first, hybrids)]
+    return [*fits, share_runs(seeds)]
+
+
+def matrix_runs(seeds: Sequence[int]) -> list[Run]:
+    """What the rows score: a fit, or what a callback made of it."""
+    runs = []
+    for title, entry in MATRIX.items():
+        for seed in seeds:
+            fit = fit_of(entry, seed)
+            runs.append(replace(fit, folder=fit.folder / entry.phase, variant=title))
+    return runs
+
+
+def share_runs(seeds: Sequence[int]) -> list[Run]:
+    """ToVE and CLIP alone on a part of the training scenes."""
+    names = {WITH: ("base", "scenes-{}"), WITHOUT: ("clip-only", "clip-only-scenes-{}")}
+    runs = []
+    for share in SHARES:
+        for title, (whole, part) in names.items():
+            name = whole if share == 100 else part.format(share)
+            fits = [run_of("tove", name, seed=seed, scale=SCALE) for seed in seeds]
+            runs += [replace(fit, variant=f"{share} %, {title}") for fit in fits]
+    return runs
+
+
+def done(runs: Iterable[Run]) -> list[Run]:
+    """Runs that have been scored."""
+    return [run for run in runs if (run.folder / "metrics.json").is_file()]
+
+
+def report(matrix: Sequence[Run], shares: Sequence[Run]) -> None:
+    """Write the page, its rows and its figures; rows of an earlier machine stay where no run replaces them."""
+    path = OUT / "comparison.json"
+    rows = {(row.variant, row.seed): row for row in (read_rows(path) if path.is_file() else [])}
+    for table, runs in (("matrix", matrix), ("shares", shares)):
+        for run in runs:
+            rows[f"{table}/{run.variant}", run.seed] = replace(row_of(run), variant=f"{table}/{run.variant}")
+    order = [f"matrix/{title}" for title in MATRIX]
+    order += [f"shares/{share} %, {title}" for title in (WITH, WITHOUT) for share in SHARES]
+    ranked = sorted(rows.values(), key=lambda row: (order.index(row.variant), row.seed))
+    write_rows(path, ranked)
+    parts = [(OUT / "comparison.intro.md").read_text(encoding="utf-8"), f"Machine: {describe_machine()}\n"]
+    parts += ["## The matrix\n", *_tables(_part(ranked, "matrix"))]
+    if matrix:
+        parts.append(_compared(matrix))
+    if part := _part(ranked, "shares"):
+        share_figure(part, OUT / "comparison" / "figures" / "shares.png")
+        parts += ["## A part of the training scenes\n", *_tables(part)]
+        parts.append("![Scores against the share of training scenes](comparison/figures/shares.png)\n")
+    parts.append((OUT / "comparison.notes.md").read_text(encoding="utf-8"))
+    (OUT / "comparison.md").write_text("\n".join(parts), encoding="utf-8")
+    print(f"wrote {OUT / 'comparison.md'} from {len(ranked)} runs")
+
+
+def _part(rows: Sequence[ResultRow], table: str) -> list[ResultRow]:
+    return [replace(row, variant=row.variant.split("/", 1)[1]) for row in rows if row.variant.startswith(f"{table}/")]
+
+
+def _tables(rows: Sequence[ResultRow]) -> list[str]:
+    columns = [column for column in TOVE_COLUMNS if any(row.value(column.key) is not None for row in rows)]
+    return [markdown_table(rows, columns), "Cost:\n", markdown_table(rows, COST)]
+
+
+def _compared(runs: Sequence[Run]) -> str:
+    """What `visexpert compare` makes of the matrix; the HTML page stays with the runs, as it carries their pictures."""
+    folder = OUT / "comparison"
+    named = {run.folder: run.variant for run in runs}
+    write_report(compare_runs(list(named), Choices(named, baseline=BASELINE)), folder)
+    page = runs[0].folder.parents[2] / "comparison.html"
+    shutil.move(folder / "report.html", page)
+    print(f"wrote {page}")
+    return (
+        "Paired tests with Holm's correction, intervals, training GFLOP, what is not equal between rows, and all "
+        "scores: [comparison/report.md](comparison/report.md), [results.csv](comparison/results.csv).\n\n"
+        "![Score against cost at inference](comparison/figures/pareto_gflop.png)\n"
+    )
+
+
+def share_figure(rows: Sequence[ResultRow], out: Path) -> Path:
+    """Draw scores with and without experts against the share of the scenes; bars are one standard deviation."""
+    figure = canvas(4.4 * len(SHARE_SCORES), 3.6)
+    for place, (key, label) in enumerate(SHARE_SCORES.items(), start=1):
+        axes = styled(
+            figure.add_subplot(1, len(SHARE_SCORES), place), title=label, xlabel="training scenes, %", ylabel=label
+        )
+        scale = 100.0 if "%" in label else 1.0
+        for title, colour in zip((WITH, WITHOUT), colours(2), strict=True):
+            points = {share: _values(rows, f"{share} %, {title}", key) for share in SHARES}
+            shown = [share for share, values in points.items() if values]
+            means = [scale * np.mean(points[share]) for share in shown]
+            spreads = [scale * np.std(points[share], ddof=1) if len(points[share]) > 1 else 0.0 for share in shown]
+            axes.errorbar(shown, means, yerr=spreads, color=colour, marker="o", markersize=4, capsize=3, label=title)
+        axes.legend(frameon=False, fontsize=8)
+    return save(figure, out)
+
+
+def _values(rows: Sequence[ResultRow], variant: str, key: str) -> list[float]:
+    return [row.scores[key] for row in rows if row.variant == variant and key in row.scores]
+
+
+if __name__ == "__main__":
+    main()

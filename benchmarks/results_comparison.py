@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.ablations import run_of
 from benchmarks.results_tove import COLUMNS as TOVE_COLUMNS
 from benchmarks.results_tove import row_of
-from benchmarks.runs import Run, add_arguments, execute, slug
+from benchmarks.runs import DONE, Run, add_arguments, execute, slug
 from visexpert.report import Column, ResultRow, describe_machine, markdown_table, read_rows, write_rows
 from visexpert.report.compare import Choices, compare_runs, write_report
 from visexpert.report.palette import canvas, colours, save, styled
@@ -57,6 +57,7 @@ MATRIX: Mapping[str, Entry] = {
     "ToVE, merged": Entry("tove", "merge", phase="merged"),
     "ToVE, merged into MoLE": Entry("hybrid", "merge-into-mole", phase="merged"),
     "fine-tuned CLIP": Entry("movekd", "text-only"),
+    "fine-tuned CLIP, ToVE's rates": Entry("tove", "clip-trained"),
     "KD": Entry("movekd", "no-mole"),
     "KD + MoLE": Entry("movekd", "base"),
     "KD, published form": Entry("movekd", "paper-form"),
@@ -131,8 +132,8 @@ def share_runs(seeds: Sequence[int]) -> list[Run]:
 
 
 def done(runs: Iterable[Run]) -> list[Run]:
-    """Runs that have been scored."""
-    return [run for run in runs if (run.folder / "metrics.json").is_file()]
+    """Runs that have been scored; what a callback made is, once the fit that it lies in is."""
+    return [run for run in runs if any((folder / DONE).is_file() for folder in (run.folder, run.folder.parent))]
 
 
 def report(matrix: Sequence[Run], shares: Sequence[Run]) -> None:

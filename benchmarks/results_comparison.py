@@ -17,9 +17,9 @@ import numpy as np
 
 from benchmarks.ablations import run_of
 from benchmarks.results_tove import COLUMNS as TOVE_COLUMNS
-from benchmarks.results_tove import row_of
+from benchmarks.results_tove import COST, row_of
 from benchmarks.runs import DONE, Run, add_arguments, execute, slug
-from visexpert.report import Column, ResultRow, describe_machine, markdown_table, read_rows, write_rows
+from visexpert.report import ResultRow, describe_machine, markdown_table, read_rows, write_rows
 from visexpert.report.compare import Choices, compare_runs, write_report
 from visexpert.report.palette import canvas, colours, save, styled
 
@@ -69,14 +69,6 @@ MATRIX: Mapping[str, Entry] = {
 SHARES = (10, 25, 50, 100)
 WITH, WITHOUT = "ToVE", BASELINE
 
-COST = [
-    Column("steps", digits=0),
-    Column("parameters", "trained params (k)", digits=0, scale=1e-3),
-    Column("cost/parameters_inference", "params at inference (k)", digits=0, scale=1e-3),
-    Column("gflop", "vision GFLOP/image", digits=4),
-    Column("images_per_s", "images/s (vision)", digits=0),
-    Column("cost/train_seconds", "training s", digits=0),
-]
 SHARE_SCORES = {"test/nll/kind/dense": "dense NLL", "test/vqa/accuracy": "VQA, %"}
 
 

@@ -42,6 +42,7 @@ MAIN: dict[str, tuple[str, ...]] = {
     TEXT_ONLY: ("text-only",),
     KD_MOLE: ("base",),
     "KD, no MoLE": ("no-mole",),
+    "KD, no MoLE, direction fixed": ("fixed-no-mole",),
     "KD of depth and normals, no MoLE": ("geometry",),
     f"text only, {LONG} steps": ("text-only", *_steps(LONG)),
     f"text only, {LONGER} steps": ("text-only", "--trainer.max_steps", str(LONGER)),

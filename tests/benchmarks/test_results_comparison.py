@@ -33,13 +33,13 @@ def test_the_matrix_shares_its_runs_with_the_ablations() -> None:
     folders = {run.folder for run in matrix_runs([2])}
     assert run_of("movekd", "base", seed=2, scale="default").folder in folders
     assert run_of("tove", "merge", seed=2, scale="default").folder / "merged" in folders
-    longer = next(run for run in matrix_runs([2]) if run.variant == "fine-tuned CLIP, 800 steps")
+    longer = next(run for run in matrix_runs([2]) if run.variant == "fine-tuned CLIP for 800 steps")
     assert longer.folder.parts[-2] == "text-only-800-steps"
-    assert longer.arguments[-4:] == MATRIX["fine-tuned CLIP, 800 steps"].extra
+    assert longer.arguments[-4:] == MATRIX["fine-tuned CLIP for 800 steps"].extra
 
 
 def test_what_is_still_going_has_no_row(tmp_path: Path) -> None:
-    (run,) = [run for run in matrix_runs([0]) if run.variant == "ToVE, merged"]
+    (run,) = [run for run in matrix_runs([0]) if run.variant == "ToVE merged"]
     moved = type(run)(tmp_path / "seed0" / "merged", run.arguments, run.seed, run.variant)
     moved.folder.mkdir(parents=True)
     (moved.folder / "metrics.json").write_text("{}")

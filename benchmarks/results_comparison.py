@@ -172,8 +172,8 @@ def _compared(runs: Sequence[Run]) -> str:
     print(f"wrote {page}")
     return (
         "Paired tests with Holm's correction, intervals, training GFLOP, what is not equal between rows, and all "
-        "scores: [comparison/report.md](comparison/report.md), [results.csv](comparison/results.csv). The same with gate "
-        f"maps, attention and captions side by side: `{page}`, which the target writes.\n\n"
+        "scores: [comparison/report.md](comparison/report.md), [results.csv](comparison/results.csv). The same with "
+        f"gate maps, attention and captions side by side: `{page}`, which the target writes.\n\n"
         "![Score against cost at inference](comparison/figures/pareto_gflop.png)\n"
     )
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from benchmarks.ablations import run_of
 from benchmarks.results_tove import COLUMNS as TOVE_COLUMNS
@@ -189,8 +188,8 @@ def share_figure(rows: Sequence[ResultRow], out: Path) -> Path:
         for title, colour in zip((WITH, WITHOUT), colours(2), strict=True):
             points = {share: _values(rows, f"{share} %, {title}", key) for share in SHARES}
             shown = [share for share, values in points.items() if values]
-            means = [scale * np.mean(points[share]) for share in shown]
-            spreads = [scale * np.std(points[share], ddof=1) if len(points[share]) > 1 else 0.0 for share in shown]
+            means = [scale * statistics.fmean(points[share]) for share in shown]
+            spreads = [scale * statistics.stdev(points[share]) if len(points[share]) > 1 else 0.0 for share in shown]
             axes.errorbar(shown, means, yerr=spreads, color=colour, marker="o", markersize=4, capsize=3, label=title)
         axes.legend(frameon=False, fontsize=8)
     return save(figure, out)

@@ -20,7 +20,7 @@ from benchmarks.ablations import BASES, CONFIGS, overlays
 from benchmarks.step_time import seconds_per_step
 from visexpert.training import build_cli
 
-FORMS = ("text-only", "no-kd", "no-mole", "base", "mole-dense", "paper-form", "encoder-only")
+FORMS = ("text-only", "no-kd", "no-mole", "fixed-no-mole", "base", "mole-dense", "paper-form", "encoder-only")
 
 
 def main() -> None:

@@ -203,6 +203,7 @@ def report(tables: Mapping[str, Sequence[Run]]) -> None:
         row = row_with_probes(run)
         rows[f"{name}/{run.variant}", run.seed] = replace(row, variant=f"{name}/{run.variant}")
     order = [f"main/{title}" for title in (*MAIN, TWO_STAGES)] + [f"ablation/{title}" for title in ABLATIONS]
+    order += [f"scarce/{run.variant}" for run in scarce_runs([0])]
     ranked = sorted(rows.values(), key=lambda row: (_rank(order, row.variant), row.variant, row.seed))
     OUT.mkdir(parents=True, exist_ok=True)
     write_rows(path, ranked)

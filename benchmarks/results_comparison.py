@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.ablations import run_of
 from benchmarks.results_tove import COLUMNS as TOVE_COLUMNS
-from benchmarks.results_tove import COST, row_of
+from benchmarks.results_tove import COST, part_of, present, row_of
 from benchmarks.runs import DONE, Run, add_arguments, execute, slug
 from visexpert.report import ResultRow, describe_machine, markdown_table, read_rows, write_rows
 from visexpert.report.compare import Choices, compare_runs, write_report
@@ -68,7 +68,7 @@ MATRIX: Mapping[str, Entry] = {
 SHARES = (10, 25, 50, 100)
 WITH, WITHOUT = "ToVE", BASELINE
 
-SHARE_SCORES = {"test/nll/kind/dense": "dense NLL", "test/vqa/accuracy": "VQA, %"}
+SHARE_SCORES = [column for column in TOVE_COLUMNS if column.key in ("test/nll/kind/dense", "test/vqa/accuracy")]
 
 
 def main() -> None:
@@ -140,10 +140,10 @@ def report(matrix: Sequence[Run], shares: Sequence[Run]) -> None:
     ranked = sorted(known, key=lambda row: (order.index(row.variant), row.seed))
     write_rows(path, ranked)
     parts = [(OUT / "comparison.intro.md").read_text(encoding="utf-8"), f"Machine: {describe_machine()}\n"]
-    parts += ["## The matrix\n", *_tables(_part(ranked, "matrix"))]
+    parts += ["## The matrix\n", *_tables(part_of(ranked, "matrix"))]
     if matrix:
         parts.append(_compared(matrix))
-    if part := _part(ranked, "shares"):
+    if part := part_of(ranked, "shares"):
         share_figure(part, OUT / "comparison" / "figures" / "shares.png")
         parts += ["## A part of the training scenes\n", *_tables(part)]
         parts.append("![Scores against the share of training scenes](comparison/figures/shares.png)\n")
@@ -152,13 +152,8 @@ def report(matrix: Sequence[Run], shares: Sequence[Run]) -> None:
     print(f"wrote {OUT / 'comparison.md'} from {len(ranked)} runs")
 
 
-def _part(rows: Sequence[ResultRow], table: str) -> list[ResultRow]:
-    return [replace(row, variant=row.variant.split("/", 1)[1]) for row in rows if row.variant.startswith(f"{table}/")]
-
-
 def _tables(rows: Sequence[ResultRow]) -> list[str]:
-    columns = [column for column in TOVE_COLUMNS if any(row.value(column.key) is not None for row in rows)]
-    return [markdown_table(rows, columns), "Cost:\n", markdown_table(rows, COST)]
+    return [markdown_table(rows, present(TOVE_COLUMNS, rows)), "Cost:\n", markdown_table(rows, COST)]
 
 
 def _compared(runs: Sequence[Run]) -> str:
@@ -180,13 +175,13 @@ def _compared(runs: Sequence[Run]) -> str:
 def share_figure(rows: Sequence[ResultRow], out: Path) -> Path:
     """Draw scores with and without experts against the share of the scenes; bars are one standard deviation."""
     figure = canvas(4.4 * len(SHARE_SCORES), 3.6)
-    for place, (key, label) in enumerate(SHARE_SCORES.items(), start=1):
+    for place, column in enumerate(SHARE_SCORES, start=1):
+        scale, label = column.scale, f"{column.title}, %" if column.scale == 100 else column.title
         axes = styled(
             figure.add_subplot(1, len(SHARE_SCORES), place), title=label, xlabel="training scenes, %", ylabel=label
         )
-        scale = 100.0 if "%" in label else 1.0
         for title, colour in zip((WITH, WITHOUT), colours(2), strict=True):
-            points = {share: _values(rows, f"{share} %, {title}", key) for share in SHARES}
+            points = {share: _values(rows, f"{share} %, {title}", column.key) for share in SHARES}
             shown = [share for share, values in points.items() if values]
             means = [scale * statistics.fmean(points[share]) for share in shown]
             spreads = [scale * statistics.stdev(points[share]) if len(points[share]) > 1 else 0.0 for share in shown]

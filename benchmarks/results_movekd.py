@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.ablations import run_of
 from benchmarks.results_tove import COLUMNS as TOVE_COLUMNS
-from benchmarks.results_tove import row_of
+from benchmarks.results_tove import part_of, present, row_of
 from benchmarks.runs import Run, add_arguments, execute, slug
 from benchmarks.student_probes import TEACHERS, ensure
 from visexpert.report import Column, ResultRow, describe_machine, markdown_table, read_rows, write_rows
@@ -209,11 +209,9 @@ def report(tables: Mapping[str, Sequence[Run]]) -> None:
     write_rows(path, ranked)
     parts = [(OUT / "movekd-tabletop.intro.md").read_text(encoding="utf-8"), f"Machine: {describe_machine()}\n"]
     for name, title in TITLES.items():
-        part = [
-            replace(row, variant=row.variant.split("/", 1)[1]) for row in ranked if row.variant.startswith(f"{name}/")
-        ]
+        part = part_of(ranked, name)
         if part:
-            parts += [f"## {title}\n", markdown_table(part, _present(COLUMNS, part))]
+            parts += [f"## {title}\n", markdown_table(part, present(COLUMNS, part))]
             parts += [
                 "R² of a ridge probe from the student's tokens to each teacher's:\n",
                 markdown_table(part, TEACHER_COLUMNS),
@@ -235,11 +233,6 @@ TITLES = {
 
 def _rank(order: Sequence[str], variant: str) -> int:
     return order.index(variant) if variant in order else len(order)
-
-
-def _present(columns: Sequence[Column], rows: Sequence[ResultRow]) -> list[Column]:
-    """Columns that any row has: short runs write no captions."""
-    return [column for column in columns if any(row.value(column.key) is not None for row in rows)]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.runs import DONE, Run, add_arguments, execute, slug
@@ -220,7 +221,7 @@ def report(rows: Sequence[ResultRow]) -> None:
     write_rows(OUT / "tove-tabletop.json", rows)
     parts = [(OUT / "tove-tabletop.intro.md").read_text(encoding="utf-8"), f"Machine: {describe_machine()}\n"]
     for start, title in (("grounded", "From the shipped language side"), ("scratch", "From scratch")):
-        part = [_renamed(row) for row in rows if row.variant.startswith(f"{start}/")]
+        part = part_of(rows, start)
         if part:
             parts += [f"## {title}\n", markdown_table(part, COLUMNS), "Cost:\n", markdown_table(part, COST)]
     notes = OUT / "tove-tabletop.notes.md"
@@ -230,8 +231,15 @@ def report(rows: Sequence[ResultRow]) -> None:
     print(f"wrote {OUT / 'tove-tabletop.md'} from {len(rows)} runs")
 
 
-def _renamed(row: ResultRow) -> ResultRow:
-    return ResultRow(**{**row.__dict__, "variant": row.variant.split("/", 1)[1]})
+def part_of(rows: Sequence[ResultRow], table: str) -> list[ResultRow]:
+    """Rows of one table, without its name in theirs."""
+    prefix = f"{table}/"
+    return [replace(row, variant=row.variant.removeprefix(prefix)) for row in rows if row.variant.startswith(prefix)]
+
+
+def present(columns: Sequence[Column], rows: Sequence[ResultRow]) -> list[Column]:
+    """Columns that any row has: short runs write no captions."""
+    return [column for column in columns if any(row.value(column.key) is not None for row in rows)]
 
 
 if __name__ == "__main__":

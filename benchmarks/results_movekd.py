@@ -190,7 +190,8 @@ def row_with_probes(run: Run) -> ResultRow:
     """A finished run as a row, with the probes of its student's own tokens and the throughput of its training."""
     row = row_of(run)
     probes = {f"student/{name}": value for name, value in ensure(run.folder).items()}
-    speed = {"train/images_per_s": run.metrics()["train/images_per_s"]}
+    key = "train/images_per_s"  # missing where a run was interrupted between its last step and its scores
+    speed = {name: value for name, value in run.metrics().items() if name == key}
     return replace(row, scores={**row.scores, **probes, **speed})
 
 

@@ -221,3 +221,21 @@ def test_adamw_gets_the_betas_that_were_asked_for(tmp_path: Path, data: MakeData
     trainer = bare_trainer(tmp_path, steps=1)
     trainer.fit(tiny_tove(betas=(0.8, 0.9)), datamodule=data())
     assert trainer.optimizers[0].defaults["betas"] == (0.8, 0.9)
+
+
+def test_parts_of_the_loss_are_logged_when_a_row_is_written_and_at_the_end(
+    tmp_path: Path, data: MakeData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: dict[int, set[str]] = {}
+    inner = ToVE.log_dict
+
+    def spy(self: ToVE, values: Any, **options: Any) -> None:
+        logged.setdefault(self.global_step + 1, set()).update(values)
+        inner(self, values, **options)
+
+    monkeypatch.setattr(ToVE, "log_dict", spy)
+    model, trainer = tiny_tove(warmup_steps=1), bare_trainer(tmp_path, steps=5, log_every_n_steps=2)
+    trainer.fit(model, datamodule=data())
+    assert {step for step, names in logged.items() if "train/loss" in names} == {1, 2, 3, 4, 5}
+    assert {step for step, names in logged.items() if "train/text_loss" in names} == {2, 4, 5}
+    assert "train/text_loss" in trainer.callback_metrics

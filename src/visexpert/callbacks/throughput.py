@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
 
 from visexpert.errors import ConfigError
+from visexpert.methods.base import writes_row
 from visexpert.types import Batch
 
 
@@ -41,8 +42,7 @@ class ThroughputMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.clock.step_ends(image_count(batch) * trainer.world_size)
-        interval = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by its logger connector
-        if interval and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % interval == 0:
+        if writes_row(trainer):
             pl_module.log("train/images_per_s", self.clock.images_per_s, batch_size=1)
             pl_module.log("train/data_wait_share", self.clock.wait_share, batch_size=1)
 

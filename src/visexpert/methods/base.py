@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -107,11 +108,12 @@ class Method(CheckpointedModule):
         self.language.requires_grad_(thawed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute by :meth:`step`, log here."""
+        """Compute by :meth:`step`, log here: the loss always, its parts when a row is written."""
         output = self.step(batch)
         self.log_dict({"train/loss": output.loss.detach()}, prog_bar=True, batch_size=output.batch_size)
-        parts = {f"train/{name}": value.detach() for name, value in output.parts.items()}
-        self.log_dict(parts, batch_size=output.batch_size)
+        if self._trainer is not None and writes_row(self.trainer):  # a dozen calls of log take a fifth of a small step
+            parts = {f"train/{name}": value.detach() for name, value in output.parts.items()}
+            self.log_dict(parts, batch_size=output.batch_size)
         return output.loss
 
     def on_validation_epoch_start(self) -> None:
@@ -202,3 +204,10 @@ class Method(CheckpointedModule):
     def _run_seed(self) -> int:
         """The seed of the run: set by ``seed_everything``, kept in the environment by Lightning."""
         return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+
+def writes_row(trainer: L.Trainer) -> bool:
+    """Whether a logger writes the current training step (``log_every_n_steps``), or the step is the last one."""
+    interval = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by its logger connector
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+    return bool(interval and step % interval == 0) or step == trainer.max_steps

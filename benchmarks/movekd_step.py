@@ -2,7 +2,8 @@
 
     python -m benchmarks.movekd_step
 
-Forms take turns in one process, so that a busy machine slows all of them alike; the table gives medians and ratios.
+Forms take turns in one process, forwards and backwards, so that a busy machine slows all of them alike. Each round
+gives a ratio to its own step by text; the table has their median and quartiles.
 """
 
 from __future__ import annotations
@@ -12,32 +13,40 @@ import statistics
 from pathlib import Path
 
 import lightning as L
-import torch
 from rich.console import Console
 from rich.table import Table
+from tqdm.auto import tqdm
 
 from benchmarks.ablations import BASES, CONFIGS, overlays
 from benchmarks.step_time import seconds_per_step
+from visexpert.report import describe_machine
 from visexpert.training import build_cli
 
-FORMS = ("text-only", "no-kd", "no-mole", "fixed-no-mole", "base", "mole-dense", "paper-form", "encoder-only")
+FORMS = (
+    "text-only", "no-kd", "no-mole", "geometry", "fixed-no-mole", "base", "mole-dense", "paper-form", "encoder-only",
+    "distil-fixed",
+)  # fmt: skip
+BESIDE = "text-only"
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of each form (default: 5)")
-    parser.add_argument("--steps", type=int, default=10, help="steps per round (default: 10)")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds of each form (default: 10)")
+    parser.add_argument("--steps", type=int, default=8, help="steps per round (default: 8)")
     options = parser.parse_args()
     built = {name: _build(name) for name in FORMS}
     seconds: dict[str, list[float]] = {name: [] for name in FORMS}
-    for _ in range(options.rounds):
-        for name, (model, data) in built.items():
-            seconds[name].append(seconds_per_step(model, data, steps=options.steps, folder=Path("runs/movekd-step")))
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    table = Table("form", "ms/step", "against text-only", title=f"{torch.get_num_threads()} thread(s)")
-    for name, value in median.items():
-        table.add_row(name, f"{1000 * value:.0f}", f"{value / median['text-only']:.2f}")
+    for number in tqdm(range(options.rounds), desc="rounds"):
+        names = FORMS if number % 2 == 0 else FORMS[::-1]
+        for name in names:
+            seconds[name].append(seconds_per_step(*built[name], steps=options.steps, folder=Path("runs/movekd-step")))
+    table = Table("form", "ms/step", "against text-only", "half of the rounds", title=describe_machine())
+    for name, values in seconds.items():
+        ratios = [value / other for value, other in zip(values, seconds[BESIDE], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        median = 1000 * statistics.median(values)
+        table.add_row(name, f"{median:.0f}", f"{middle:.2f}", f"{low:.2f} to {high:.2f}")
     Console().print(table)
 
 

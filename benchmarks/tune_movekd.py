@@ -37,8 +37,11 @@ FIXED: dict[str, dict[str, str]] = {
     "normals": {"use": "[normals]"},
     "CLIP at .1": {"anchor_share": "0.1"},
     "CLIP no teacher": {"anchor_share": "null"},
+    "CLIP at .1, weight .2": {"anchor_share": "0.1", "kd_weight": "0.2"},
+    "CLIP at .1, depth and normals": {"anchor_share": "0.1", "use": "[depth, normals]"},
+    "CLIP at .1, rate 1e-2": {"anchor_share": "0.1", "clip_lr": "1e-2"},
 }
-"""Settings of direction fixed, without MoLE, one changed at a time; at the rate of the base."""
+"""Settings of direction fixed, without MoLE, at the rate of the base: one changed at a time, then beside the best."""
 
 FIRST_STEPS = {300: 830, 600: 650}
 """Steps of distillation alone, and of text after them, in about the time of 1000 by text: one takes .58 of one by text
@@ -62,7 +65,7 @@ end of what was tried.
 FIXED_INTRO = """
 ## Direction fixed, without MoLE
 
-The same scenes and steps, at the rate of the base; one setting changed at a time. *Distilled first*: steps of
+The same scenes and steps, at the rate of the base (6e-3): one setting changed at a time, then beside the best of them. *Distilled first*: steps of
 distillation alone, without a language model, and then of text alone, in about the time of 1000 steps by text.
 """
 

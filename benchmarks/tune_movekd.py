@@ -65,8 +65,9 @@ end of what was tried.
 FIXED_INTRO = """
 ## Direction fixed, without MoLE
 
-The same scenes and steps, at the rate of the base (6e-3): one setting changed at a time, then beside the best of them. *Distilled first*: steps of
-distillation alone, without a language model, and then of text alone, in about the time of 1000 steps by text.
+The same scenes and steps, at the rate of the base (6e-3): one setting changed at a time, then beside the best of them.
+*Distilled first*: steps of distillation alone, without a language model, and then of text alone, in about the time of
+1000 steps by text.
 """
 
 

@@ -40,6 +40,8 @@ FIXED: dict[str, dict[str, str]] = {
     "CLIP at .1, weight .2": {"anchor_share": "0.1", "kd_weight": "0.2"},
     "CLIP at .1, depth and normals": {"anchor_share": "0.1", "use": "[depth, normals]"},
     "CLIP at .1, rate 1e-2": {"anchor_share": "0.1", "clip_lr": "1e-2"},
+    "heads (to_teacher), CLIP at .3": {"direction": "to_teacher"},
+    "heads (to_teacher), CLIP at .1": {"direction": "to_teacher", "anchor_share": "0.1"},
 }
 """Settings of direction fixed, without MoLE, at the rate of the base: one changed at a time, then beside the best."""
 

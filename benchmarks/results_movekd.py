@@ -31,6 +31,7 @@ FIRST_STAGE = 600
 """Of STEPS, those in which CLIP's own weights and the language side rest."""
 
 TEXT_ONLY, KD_MOLE = "text only", "KD + MoLE (base)"
+RECIPE = "KD of depth and normals, no MoLE, direction fixed, CLIP at .1"
 NO_LANGUAGE = "KD + MoLE, no language model"
 TWO_STAGES = "KD + MoLE, two stages"
 
@@ -44,7 +45,9 @@ MAIN: dict[str, tuple[str, ...]] = {
     KD_MOLE: ("base",),
     "KD, no MoLE": ("no-mole",),
     "KD, no MoLE, direction fixed": ("fixed-no-mole",),
+    "KD, no MoLE, direction fixed, CLIP at .1": ("fixed-anchor-low",),
     "KD of depth and normals, no MoLE": ("geometry",),
+    RECIPE: ("recipe",),
     f"text only, {SAME_TIME} steps": ("text-only", *_steps(SAME_TIME)),
     f"text only, {LONG} steps": ("text-only", *_steps(LONG)),
     f"text only, {LONGER} steps": ("text-only", "--trainer.max_steps", str(LONGER)),

@@ -18,6 +18,13 @@ from visexpert.types import ExpertTokens, VisionTokens
 from visexpert.vision import ClsAttention
 
 GRID, WIDTH = (2, 2), 6
+SETTINGS: dict[str, Any] = {
+    "teacher_weighting": "uniform",
+    "token_weighting": "uniform",
+    "convention": "paper",
+    "anchor_share": 0.8,
+    "alarm_every": 1,
+}
 
 
 @dataclass
@@ -31,14 +38,7 @@ def distillation(*names: str, **options: Any) -> Distillation:
     heads: dict[str, nn.Module] = {
         name: make_kd_head(name, Sized(), clip_width=WIDTH, clip_grid=GRID, direction="raw") for name in names
     }
-    settings = {
-        "teacher_weighting": "uniform",
-        "token_weighting": "uniform",
-        "convention": "paper",
-        "anchor_share": 0.8,
-        "alarm_every": 1,
-    }
-    return Distillation(heads, **{**settings, **options})
+    return Distillation(heads, **{**SETTINGS, **options})
 
 
 def tokens(*, seed: int = 0, images: int = 4) -> Tensor:
@@ -72,6 +72,27 @@ def test_variance_under_a_third_of_its_start_raises_one_alarm(
     found = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(found) == alarms
     assert all(message.startswith("Variance of student's tokens across images fell") for message in found)
+
+
+@pytest.mark.parametrize(("share", "alarms"), [(0.34, 0), (0.33, 1)])
+def test_fixed_maps_give_the_student_their_scale_which_raises_no_alarm(
+    share: float, alarms: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Standardised targets vary less than CLIP's tokens: following them is no collapse, falling below them is."""
+    clip_BTD, depth_BTD = 3 * tokens(seed=1), tokens(seed=2)
+    directions: dict[str, Direction] = {"clip": "raw", "depth": "fixed"}
+    heads = {
+        name: make_kd_head(name, Sized(), clip_width=WIDTH, clip_grid=GRID, direction=direction)
+        for name, direction in directions.items()
+    }
+    module = Distillation(heads, **{**SETTINGS, "anchor_share": 0.2}).train()
+    given = {"clip": clip_BTD, "depth": depth_BTD}
+    target_BTD = heads["depth"](clip_BTD, ExpertTokens(depth_BTD, GRID)).target_BTX
+    asked_BTD = 0.2 * clip_BTD + 0.8 * target_BTD
+    assert asked_BTD.var(0).mean() < clip_BTD.var(0).mean() / 3
+    for student_BTD in (clip_BTD, asked_BTD, share**0.5 * asked_BTD):
+        run(module, student_BTD, given)
+    assert [record.message.split("'")[0] for record in caplog.records] == ["Variance of student"] * alarms
 
 
 def test_alarms_wait_for_their_turn(caplog: pytest.LogCaptureFixture) -> None:

@@ -126,9 +126,18 @@ class Distillation(Watch):
         compare = gated_kd if weights.ndim == 3 else feature_kd
         loss = compare(predictions, targets, weights, tokens_BT, self.convention, has_image_B=has_image_B)
         shares = {"teachers": self._beside(weights), "tokens": tokens_BT}
-        watched = self.watch({STUDENT: student_BTD, **targets}, shares=shares, has_image_B=has_image_B)
+        asked = self._asked(targets, weights)
+        watched = self.watch({STUDENT: student_BTD, **targets}, shares=shares, asked=asked, has_image_B=has_image_B)
         watched |= self._mean_weights(weights, tokens_BT, has_image_B)
         return Distilled(loss, watched, {} if self.training else _distances(predictions, targets, has_image_B))
+
+    @torch.no_grad()
+    def _asked(self, targets: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
+        """The weighted mean of the targets, where fixed maps give the student's tokens another scale than CLIP's."""
+        if not self.starts or not any(getattr(head, "sets_scale", False) for head in self.heads.values()):
+            return {}
+        shares_BTK = weights if weights.ndim == 3 else weights[:, None]
+        return {STUDENT: (torch.stack(list(targets.values()), dim=-1) * shares_BTK[:, :, None]).sum(-1)}
 
     @torch.no_grad()
     def _mean_weights(self, weights: Tensor, tokens_BT: Tensor | None, has_image_B: Tensor | None) -> dict[str, Tensor]:

@@ -50,6 +50,7 @@ class Watch(nn.Module):
         sides: Mapping[str, Tensor],
         *,
         shares: Mapping[str, Tensor | None] | None = None,
+        asked: Mapping[str, Tensor] | None = None,
         has_image_B: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """What to log of a step; in training, also alarms. Called once a step.
@@ -57,6 +58,7 @@ class Watch(nn.Module):
         Args:
             sides: Tokens (B, T, X) by name, some of those that are watched.
             shares: Weights over the last axis by what they weigh (``teachers``, ``tokens``).
+            asked: Tokens that the loss draws a side to; where they vary less than it does, their variance is the start.
             has_image_B: bool; samples without an image take no part.
 
         Returns:
@@ -69,7 +71,8 @@ class Watch(nn.Module):
             if share is not None and share.shape[-1] > 1:
                 watched[f"entropy/{name}"] = _entropy(share[kept])
         if self.training:
-            self._start(variances)
+            drawn = {name: across_image_variance(tokens[kept]) for name, tokens in (asked or {}).items()}
+            self._start({name: torch.minimum(now, drawn.get(name, now)) for name, now in variances.items()})
             if self._looks:
                 self._alarm(variances)
                 if self._steps > 0:  # fresh adapters weigh all alike
@@ -104,6 +107,11 @@ class Watch(nn.Module):
         _refuse(noted)
 
     @property
+    def starts(self) -> bool:
+        """Whether the start of the variances may still be taken: a first batch may have too few images."""
+        return self.training and self._steps < self.alarm_every
+
+    @property
     def _looks(self) -> bool:
         return self._steps % self.alarm_every == 0
 
@@ -121,8 +129,8 @@ class Watch(nn.Module):
             if is_low:
                 self._tell(
                     f"variance/{name}",
-                    f"Variance of {name}'s tokens across images fell under a third of its start: every image gets "
-                    "nearly the same tokens. Use direction to_teacher or fixed, or a stronger CLIP anchor.",
+                    f"Variance of {name}'s tokens across images fell under a third of its start: they shrink, or every "
+                    "image gets nearly the same ones. Use direction to_teacher or fixed, or a stronger CLIP anchor.",
                 )
 
     def _alarm_of_weights(self, watched: Mapping[str, Tensor]) -> None:

@@ -59,6 +59,9 @@ class KDHead(nn.Module, ABC):
         super().__init__()
         self.sizes = sizes
 
+    sets_scale = False
+    """Whether the student's own tokens are drawn to targets of a scale of their own, which nothing trains."""
+
     @property
     def width(self) -> int:
         """Width X of what is compared."""
@@ -187,6 +190,7 @@ class FixedHead(KDHead):
         seed: Of the map.
     """
 
+    sets_scale = True
     map_ED: Tensor
 
     def __init__(self, sizes: KDSizes, *, seed: int = 0) -> None:

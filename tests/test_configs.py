@@ -100,3 +100,20 @@ def test_every_file_builds(name: str, cli: VisexpertCLI, bases: dict[tuple[str, 
 def test_every_file_says_what_it_is_for(name: str) -> None:
     first = (CONFIGS / name).read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# ") and len(first) > 20
+
+
+def test_the_recommended_student_of_movekd_is_the_row_that_was_measured(cli: VisexpertCLI) -> None:
+    def parsed(*names: str) -> dict[str, Any]:
+        config = cli.parser.parse_args([part for name in names for part in ("--config", str(CONFIGS / name))])
+        return config.as_dict()
+
+    chain = [*BASES["movekd/ablations"], *before("movekd/ablations/recipe.yaml"), "movekd/ablations/recipe.yaml"]
+    row, recommended = parsed(*chain, "scales/full.yaml"), parsed("movekd/tabletop.yaml")
+    settings, ours = row["model"]["init_args"], recommended["model"]["init_args"]
+    assert {name: settings["experts"][name] for name in settings["use"]} == ours["experts"]
+    assert settings["clip"]["init_args"]["mole"] is None and not ours["clip"]["init_args"].get("mole")
+    without = {"experts", "use", "clip", "mole_lr", "balance_weight"}  # there is no MoLE to train or to balance
+    assert {k: v for k, v in settings.items() if k not in without} == {
+        k: v for k, v in ours.items() if k not in without
+    }
+    assert row["data"] == recommended["data"] and row["trainer"] == recommended["trainer"]

@@ -35,7 +35,8 @@ class MoVEKD(Method):
     The student is a CLIP, plain or with MoLE (``clip.init_args.mole``). A frozen copy of it without MoLE gives [CLS]
     attention and is, as ``clip``, one of the teachers. At inference only the student and the language side remain.
 
-    Defaults are what measured best in miniature, not the paper's; configs/movekd says the paper's forms by name.
+    Defaults are what measured best in miniature (docs/results/movekd-tabletop.md), not the paper's; configs/movekd says
+    the paper's forms by name.
 
     Args:
         clip: The student.
@@ -44,7 +45,8 @@ class MoVEKD(Method):
         use: Names of the experts to use; null for all.
         anchor_share: Weight of CLIP among the teachers, 0 to 1 (paper: 0.8); null takes CLIP out of them.
         direction: ``to_student`` (paper: adapters carry teachers into the student's space and train with it),
-            ``to_teacher`` (heads on the student predict standardised teacher tokens) or ``fixed`` (an orthogonal map).
+            ``to_teacher`` (heads on the student predict standardised teacher tokens) or ``fixed`` (an orthogonal map
+            of each standardised teacher; the best for text, heads keep more of the geometry).
         adapter: What is trained of it: ``released``, ``linear`` or ``mlp``; null takes the direction's own.
         adapter_hidden: Hidden width of ``mlp``.
         teacher_weighting: ``attention`` (paper), ``uniform``, or ``gate``: ToVE's gate on CLIP's tokens weighs the
@@ -76,8 +78,8 @@ class MoVEKD(Method):
         experts: dict[str, VisionExpert],
         language: LanguageSide,
         use: list[str] | None = None,
-        anchor_share: float | None = 0.3,
-        direction: Literal["to_student", "to_teacher", "fixed"] = "to_teacher",
+        anchor_share: float | None = 0.1,
+        direction: Literal["to_student", "to_teacher", "fixed"] = "fixed",
         adapter: AdapterKind | None = None,
         adapter_hidden: int | None = None,
         teacher_weighting: TeacherWeighting = "uniform",

@@ -31,7 +31,7 @@ FIRST_STAGE = 600
 """Of STEPS, those in which CLIP's own weights and the language side rest."""
 
 TEXT_ONLY, KD_MOLE = "text only", "KD + MoLE (base)"
-RECIPE = "KD of depth and normals, no MoLE, direction fixed, CLIP at .1"
+RECIPE = "recipe: depth and normals, fixed, CLIP at .1, no MoLE"
 NO_LANGUAGE = "KD + MoLE, no language model"
 TWO_STAGES = "KD + MoLE, two stages"
 
@@ -48,11 +48,13 @@ MAIN: dict[str, tuple[str, ...]] = {
     "KD, no MoLE, direction fixed, CLIP at .1": ("fixed-anchor-low",),
     "KD of depth and normals, no MoLE": ("geometry",),
     RECIPE: ("recipe",),
+    "recipe with MoLE": ("recipe-mole",),
     f"text only, {SAME_TIME} steps": ("text-only", *_steps(SAME_TIME)),
     f"text only, {LONG} steps": ("text-only", *_steps(LONG)),
     f"text only, {LONGER} steps": ("text-only", "--trainer.max_steps", str(LONGER)),
     "KD + MoLE, published form": ("paper-form",),
     NO_LANGUAGE: ("encoder-only",),
+    "recipe, no language model": ("recipe-distil",),
 }
 """Rows by ablation (configs/movekd/ablations), at SCALE=full, with further arguments."""
 
@@ -84,6 +86,9 @@ ABLATIONS = {
     "semantic, depth, normals": "three-teachers",
     "weight of distillation .1": "kd-weight-01",
     "weight of distillation 2": "kd-weight-20",
+    "recipe": "recipe",
+    "recipe, token weights by attention": "recipe-attention-tokens",
+    "recipe, both by attention": "recipe-attention",
     "fewer blocks, text only": "shallow-text-only",
     "fewer blocks, KD, no MoLE": "shallow",
 }
@@ -176,11 +181,11 @@ def scarce_runs(seeds: Sequence[int]) -> list[Run]:
     for fraction in FRACTIONS:
         extra = ("--data.init_args.train_fraction", str(fraction), *_steps(SCARCE_STEPS))
         for seed in seeds:
-            first = run_of("movekd", "encoder-only", seed=seed, scale="full").folder
-            start = ("--model.init_args.init_from", str(first / "checkpoints" / "last.ckpt"))
+            starts = [_start("encoder-only", seed), _start("recipe-distil", seed)]
             rows: list[tuple[str, str, tuple[str, ...]]] = [
                 (TEXT_ONLY, "text-only", ()),
-                (FIRST, "no-kd", start),
+                (FIRST, "no-kd", starts[0]),
+                (f"{FIRST} by the recipe", "text-only", starts[1]),
                 (f"{TEXT_ONLY}, {LONG_SCARCE} steps", "text-only", _steps(LONG_SCARCE)),
             ]
             for title, name, more in rows:
@@ -189,6 +194,11 @@ def scarce_runs(seeds: Sequence[int]) -> list[Run]:
                 folder = run.folder.parents[1] / slug(title) / run.folder.name
                 runs.append(Run(folder, (*run.arguments, *extra, *more), seed, title))
     return runs
+
+
+def _start(name: str, seed: int) -> tuple[str, ...]:
+    first = run_of("movekd", name, seed=seed, scale="full").folder
+    return "--model.init_args.init_from", str(first / "checkpoints" / "last.ckpt")
 
 
 def row_with_probes(run: Run) -> ResultRow:

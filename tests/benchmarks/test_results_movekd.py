@@ -48,7 +48,7 @@ def test_two_stages_take_the_steps_of_one_and_the_second_starts_from_the_first()
 def test_what_was_distilled_first_starts_from_a_main_row_of_the_same_seed() -> None:
     fitted = {run.folder for run in main_runs([0, 1])}
     starts = [run for run in scarce_runs([0, 1]) if "--model.init_args.init_from" in run.arguments]
-    assert len(starts) == 6  # 5, 10, 25 % of the scenes, two seeds
+    assert len(starts) == 12  # two ways on 5, 10, 25 % of the scenes, two seeds
     for run in starts:
         folder = Path(option(run, "--model.init_args.init_from")).parents[1]
         assert folder in fitted and folder.name == run.folder.name == f"seed{run.seed}"

@@ -23,8 +23,8 @@ from visexpert.report import describe_machine
 from visexpert.training import build_cli
 
 FORMS = (
-    "text-only", "no-kd", "no-mole", "geometry", "fixed-no-mole", "base", "mole-dense", "paper-form", "encoder-only",
-    "distil-fixed",
+    "text-only", "no-kd", "no-mole", "geometry", "fixed-no-mole", "recipe", "base", "mole-dense", "paper-form",
+    "encoder-only", "recipe-distil",
 )  # fmt: skip
 BESIDE = "text-only"
 

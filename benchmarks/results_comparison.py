@@ -60,6 +60,7 @@ MATRIX: Mapping[str, Entry] = {
     "KD": Entry("movekd", "no-mole"),
     "KD + MoLE": Entry("movekd", "base"),
     "KD in the published form": Entry("movekd", "paper-form"),
+    "KD by the recipe": Entry("movekd", "recipe"),
     "fine-tuned CLIP for 800 steps": Entry("movekd", "text-only", extra=TWICE),
     "KD + MoLE from ToVE merged": Entry("hybrid", "from-merged"),
     "KD + MoLE weighed by the gate": Entry("hybrid", "gate-weighted"),

@@ -2,7 +2,8 @@
 
     python -m benchmarks.student_probes RUN...
 
-Writes RUN/probes.json. Ridge probes are fitted on the first half of 600 test images and scored on the second.
+Writes RUN/probes.json and prints it. Ridge probes are fitted on the first half of 600 test images and scored on the
+second.
 Standardised probes read information at any scale; raw probes have one fixed penalty in units of the start CLIP's
 variance, so that tokens which shrink lose.
 """
@@ -16,6 +17,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -37,17 +40,23 @@ FILE = "probes.json"
 
 
 def main() -> None:
-    """Probe the runs that have no such file yet."""
+    """Probe the runs that have no such file yet, and print all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="finished runs on Tabletop")
-    for folder in tqdm(parser.parse_args().runs, unit="run"):
-        ensure(folder)
+    parser.add_argument("--again", action="store_true", help="probe those that have the file, too")
+    options = parser.parse_args()
+    table = Table("figure", *("/".join(folder.resolve().parts[-2:]) for folder in options.runs))
+    table.columns[0].no_wrap = True
+    columns = [ensure(folder, again=options.again) for folder in tqdm(options.runs, unit="run")]
+    for name in dict.fromkeys(name for column in columns for name in column):
+        table.add_row(name, *(f"{column[name]:.3f}" if name in column else "–" for column in columns))
+    Console().print(table)
 
 
-def ensure(folder: Path) -> Mapping[str, float]:
-    """A run's probes, computed where they are missing."""
+def ensure(folder: Path, *, again: bool = False) -> Mapping[str, float]:
+    """A run's probes, computed where they are missing, or again."""
     path = folder / FILE
-    if not path.is_file():
+    if again or not path.is_file():
         scores = probe(open_run(folder))
         path.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     loaded: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
@@ -56,7 +65,9 @@ def ensure(folder: Path) -> Mapping[str, float]:
 
 @torch.no_grad()
 def probe(run: SavedRun) -> dict[str, float]:
-    """Scores by name: ``probe/...``, ``raw/...``, ``teacher/NAME`` (R2) and ``variance``."""
+    """Scores by name: ``probe/...``, ``raw/...``, ``teacher/NAME`` (R2), ``variance`` across images and
+    ``variance_between``, its share of the variance around the mean token: near 0 where all images get the same tokens.
+    """
     clip = run.model.clip
     assert isinstance(clip, ClipEncoder)
     batches = _images(run)
@@ -72,7 +83,8 @@ def probe(run: SavedRun) -> dict[str, float]:
     for name in TEACHERS:
         target = _teacher(name, run, clip.grid_hw).flatten(0, 1)
         scores[f"teacher/{name}"] = ridge_r2(tokens.flatten(0, 1), target, fit_N=fit_N, evaluate_N=evaluate_N)
-    return {**scores, "variance": float(across_image_variance(tokens))}
+    variance = float(across_image_variance(tokens))
+    return {**scores, "variance": variance, "variance_between": variance / float(tokens.flatten(0, 1).var(0).mean())}
 
 
 def _raw(tokens_BTD: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, float]:

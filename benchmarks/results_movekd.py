@@ -51,6 +51,7 @@ MAIN: dict[str, tuple[str, ...]] = {
     RECIPE: ("recipe",),
     "recipe with MoLE": ("recipe-mole",),
     "recipe with heads": ("recipe-heads",),
+    "recipe, token weights by attention": ("recipe-attention-tokens",),
     f"text only, {SAME_TIME} steps": ("text-only", *_steps(SAME_TIME)),
     f"text only, {LONG} steps": ("text-only", *_steps(LONG)),
     f"text only, {LONGER} steps": ("text-only", "--trainer.max_steps", str(LONGER)),

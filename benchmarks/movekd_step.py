@@ -1,6 +1,6 @@
 """What a step of MoVE-KD costs by form, beside one of plain fine-tuning by text.
 
-    python -m benchmarks.movekd_step
+    python -m benchmarks.movekd_step --forms no-mole recipe
 
 Forms take turns in one process, forwards and backwards, so that a busy machine slows all of them alike. Each round
 gives a ratio to its own step by text; the table has their median and quartiles.
@@ -34,12 +34,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10, help="rounds of each form (default: 10)")
     parser.add_argument("--steps", type=int, default=8, help="steps per round (default: 8)")
+    parser.add_argument("--forms", nargs="+", default=FORMS, help="ablations (default: the main rows)")
     options = parser.parse_args()
-    built = {name: _build(name) for name in FORMS}
-    seconds: dict[str, list[float]] = {name: [] for name in FORMS}
+    forms = tuple(dict.fromkeys((BESIDE, *options.forms)))
+    built = {name: _build(name) for name in forms}
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
     for number in tqdm(range(options.rounds), desc="rounds"):
-        names = FORMS if number % 2 == 0 else FORMS[::-1]
-        for name in names:
+        for name in forms if number % 2 == 0 else forms[::-1]:
             seconds[name].append(seconds_per_step(*built[name], steps=options.steps, folder=Path("runs/movekd-step")))
     table = Table("form", "ms/step", "against text-only", "half of the rounds", title=describe_machine())
     for name, values in seconds.items():

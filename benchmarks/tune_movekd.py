@@ -39,6 +39,11 @@ FIXED: dict[str, dict[str, str]] = {
     "CLIP no teacher": {"anchor_share": "null"},
     "CLIP at .1, weight .2": {"anchor_share": "0.1", "kd_weight": "0.2"},
     "CLIP at .1, depth and normals": {"anchor_share": "0.1", "use": "[depth, normals]"},
+    "CLIP at .1, depth and normals, token weights by attention": {
+        "anchor_share": "0.1",
+        "use": "[depth, normals]",
+        "token_weighting": "attention",
+    },
     "CLIP at .1, rate 1e-2": {"anchor_share": "0.1", "clip_lr": "1e-2"},
     "heads (to_teacher), CLIP at .3": {"direction": "to_teacher"},
     "heads (to_teacher), CLIP at .1": {"direction": "to_teacher", "anchor_share": "0.1"},

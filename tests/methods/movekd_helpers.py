@@ -43,7 +43,7 @@ def tiny_movekd(
     settings = None if plain else MoLESettings(**{"num_experts": 3, "rank": 2, "dropout": 0.0, **(mole or {})})
     clip = ClipEncoder(config={**CLIP_FIELDS, "num_hidden_layers": depth}, mole=settings)
     parts: dict[str, Any] = {"experts": tiny_experts(), "language": decoder(), "warmup_steps": 2}
-    parts |= {"direction": "to_teacher", "anchor_share": 0.3}
+    parts |= {"direction": "to_teacher", "anchor_share": 0.3, "token_weighting": "uniform"}
     return MoVEKD(clip=clip, **{**parts, **options})
 
 

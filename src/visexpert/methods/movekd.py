@@ -46,7 +46,7 @@ class MoVEKD(Method):
         anchor_share: Weight of CLIP among the teachers, 0 to 1 (paper: 0.8); null takes CLIP out of them.
         direction: ``to_student`` (paper: adapters carry teachers into the student's space and train with it),
             ``to_teacher`` (heads on the student predict standardised teacher tokens) or ``fixed`` (an orthogonal map
-            of each standardised teacher; the best for text, heads keep more of the geometry).
+            of each standardised teacher; with a weak CLIP teacher level with heads, and nothing to train).
         adapter: What is trained of it: ``released``, ``linear`` or ``mlp``; null takes the direction's own.
         adapter_hidden: Hidden width of ``mlp``.
         teacher_weighting: ``attention`` (paper), ``uniform``, or ``gate``: ToVE's gate on CLIP's tokens weighs the
@@ -83,7 +83,7 @@ class MoVEKD(Method):
         adapter: AdapterKind | None = None,
         adapter_hidden: int | None = None,
         teacher_weighting: TeacherWeighting = "uniform",
-        token_weighting: TokenWeighting = "uniform",
+        token_weighting: TokenWeighting = "attention",
         convention: Convention = "paper",
         kd_weight: float = 0.5,
         text_weight: float = 1.0,

@@ -47,5 +47,5 @@ $(foreach seed,$(ABLATION_SEEDS),$(eval $(call HYBRID,$(seed))))
 ablation-report-%:
 	@failed=$$(find $(ABLATION_RUNS)/$* -name failed | sort); \
 	if [ -n "$$failed" ]; then echo "Runs that failed:"; for file in $$failed; do echo "  $$(dirname $$file): $$(cat $$file)"; done; fi; \
-	$(BIN)/visexpert compare $(ABLATION_RUNS)/$*/*/seed* $(if $(filter hybrid,$*),,--baseline base) --out $(ABLATION_RUNS)/report-$*; \
+	$(BIN)/visexpert compare $(ABLATION_RUNS)/$*/*/seed* $$(test -d $(ABLATION_RUNS)/$*/base && echo --baseline base) --out $(ABLATION_RUNS)/report-$*; \
 	[ -z "$$failed" ]

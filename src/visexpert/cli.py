@@ -2,29 +2,56 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import logging
 import os
 import sys
 import warnings
 from importlib import import_module
+from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers do not fork threads under our workers
 
-from visexpert.errors import UserError
+from visexpert.errors import UserError, shown, told_by_machine
 
 USAGE_ERROR = 2
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command; a user's error ends with one sentence and exit code 2."""
+    """Run one command; a user's error, or the machine's, ends with one sentence and exit code 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _set_up_output()
     _quieten()
     try:
         _dispatch(arguments)
-    except UserError as error:
-        print(f"visexpert: {error}", file=sys.stderr)
+    except Exception as error:
+        told = error if isinstance(error, UserError) else told_by_machine(error)
+        if told is None:  # a defect of ours
+            raise
+        print(f"visexpert: {shown(told)}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
+
+
+class ShownFormatter(logging.Formatter):
+    """Escapes what a terminal could act on; a message's own lines stay, those inside a name do not."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format a copy of the record."""
+        record = copy.copy(record)
+        if isinstance(record.args, tuple):
+            record.args = tuple(shown(value) if isinstance(value, str | Path) else value for value in record.args)
+        return "\n".join(map(shown, super().format(record).split("\n")))
+
+
+def _set_up_output() -> None:
+    """Let no name of a file break or command the terminal."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(ShownFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that are no text in any encoding
 
 
 COMMANDS = {

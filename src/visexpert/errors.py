@@ -1,9 +1,14 @@
 """Errors that are the user's to mend: one clear sentence each (what, where, what is allowed, what next).
 
-The command line prints them without a traceback; everything else that is raised is a defect of ours.
+The command line prints them without a traceback; everything else that is raised is a defect of ours, apart from what
+:func:`told_by_machine` knows: full disks, missing rights, memory that ran out.
 """
 
 from __future__ import annotations
+
+import errno
+import math
+from collections.abc import Iterator
 
 
 class UserError(Exception):
@@ -24,7 +29,101 @@ class WeightsError(UserError):
 
 def user_error_in(error: BaseException) -> BaseException:
     """The user's error inside a library's own, where there is one; else the error itself."""
+    return next((cause for cause in causes(error) if isinstance(cause, UserError)), error)
+
+
+def causes(error: BaseException, *, named: bool = False) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on; with ``named`` not what was merely being handled at the time."""
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, UserError):
-        cause = cause.__cause__ or cause.__context__
-    return error if cause is None else cause
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or (None if named else cause.__context__)
+
+
+def shown(text: object) -> str:
+    r"""Text for a terminal: what cannot be printed (``\x1b``, ``\n``, half a surrogate pair) becomes its escape.
+
+    Names of files, and what others wrote into them, may hold sequences that recolor, rewrite or retitle a terminal.
+    """
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in str(text))
+
+
+def require_numbers(
+    owner: str, *, least: float | None = None, above: float | None = None, most: float | None = None, **numbers: float
+) -> None:
+    """Check that settings are finite numbers inside a range.
+
+    Args:
+        owner: Whose settings, for the message.
+        least: Smallest value.
+        above: What each must exceed.
+        most: Largest value.
+        numbers: Settings by name.
+
+    Raises:
+        ConfigError: One is not, NaN included.
+    """
+    ranges = {"at least": least, "above": above, "at most": most}
+    allowed = " and ".join(f"{words} {bound:g}" for words, bound in ranges.items() if bound is not None)
+    for name, value in numbers.items():
+        fits = (
+            math.isfinite(value)
+            and (least is None or value >= least)
+            and (above is None or value > above)
+            and (most is None or value <= most)
+        )
+        if not fits:
+            raise ConfigError(f"{owner}: {name} is {value}, but must be a number {allowed}".rstrip() + ".")
+
+
+def told_by_machine(error: BaseException) -> UserError | None:
+    """One sentence for what is neither a setting nor a defect: disk, rights, memory, a worker that was killed.
+
+    Args:
+        error: What ended a command.
+
+    Returns:
+        What to tell instead, or None where ``error`` is of another kind.
+    """
+    for cause in causes(error, named=True):
+        if isinstance(cause, UserError):
+            return cause
+        names = {kind.__name__ for kind in type(cause).__mro__}
+        text = first_line(cause)
+        if names & {"MemoryError", "OutOfMemoryError"} or "not enough memory" in text or "out of memory" in text:
+            return DataError(
+                f"The memory does not suffice ({text or 'MemoryError'}); lower batch_size and raise "
+                "trainer.accumulate_grad_batches by as much, or lower num_workers."
+            )
+        if "DataLoader worker" in text:
+            return DataError(
+                f"A worker that reads data has died ({text}), mostly because memory ran out; lower num_workers "
+                "or batch_size."
+            )
+        if isinstance(cause, OSError) or names & {"SafetensorError"} or "PytorchStreamWriter" in text:
+            return _of_system(cause, text)
+        if "MisconfigurationException" in names:  # Lightning's name for a user's error
+            return ConfigError(f"{text.rstrip('.')}; change that setting of the trainer.")
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the lines that libraries add to it."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip()[:300] if lines else ""
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def _of_system(error: BaseException, text: str) -> DataError:
+    """A sentence about a file that cannot be read or written."""
+    number = error.errno if isinstance(error, OSError) else None
+    name = error.filename if isinstance(error, OSError) else None
+    what = text if name is None or error.strerror is None else f"{error.strerror}: {name}"  # type: ignore[attr-defined]
+    if number in _NO_ROOM or "No space left" in text or "PytorchStreamWriter" in text:
+        return DataError(f"The disk is full ({what}); free some space and run the command again.")
+    if number in _NO_RIGHTS:
+        return DataError(f"The system does not allow it ({what}); change the rights, or name another place.")
+    return DataError(f"A file cannot be read or written ({what or type(error).__name__}); check its path and disk.")

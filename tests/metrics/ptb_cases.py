@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import unicodedata
 from pathlib import Path
 
 GOLDEN = Path(__file__).parent / "data" / "ptb_golden.json"
 GOLDEN_COUNT = 400
+STRANGE_COUNT = 300
 
 EDGE_CASES = (
     "",
@@ -39,6 +42,10 @@ EDGE_CASES = (
     "AT&T R&B b&b rock & roll &amp; &lt; &quot;x&quot; &nbsp; A&amp;B &#39;s",
     "and/or he/she 24/7 w/ w/o a/b/c / // \\ \\/",
     "me@home.com @home #tag #1a www.google.com http://a.com/b?c=1, google.com. a.jpg photo.png, .com",
+    "http://x8o'{UHeBA http://n{d x.com/n't}v http://{a a j'uvx J'Mcy Mn`tJ0 on`TE Fa\u00adn't",
+    "li'l LI'L nat'l cont'd. ev'ry nor'easter s'mores PTe. pteS. MAss. Ark. MfG. b. AcCording b. Their b. However x",
+    "<!AO?)%> <b (> \u2019'n\u00a0 '12\u2007 '\u0661\u0661 n\u2018t \u017fq. \u212ag. "
+    "'\u017f l\u0131'l \u3000\u3000.org \ua7b1 \u08c2",
     "* ** a*b + = ~ ^ | \\ _ __ a_b a=b a+b 5+5 % & @ # $ ! ? ?! !!! ???",
 )
 
@@ -114,11 +121,42 @@ def captions(count: int, seed: int = 0) -> list[str]:
     return texts[:count]
 
 
+def strange(count: int, seed: int = 0) -> list[str]:
+    """Return strings that no one writes: ASCII, characters that the lexer names, and others up to FFFF.
+
+    Unassigned characters are left out, since the case of some depends on the version of Unicode.
+    """
+    rng = random.Random(seed)
+    pieces = sorted({word for text in EDGE_CASES for word in text.split()})
+    named = sorted({sign for text in EDGE_CASES for sign in text if not sign.isascii()})
+    texts: list[str] = []
+    while len(texts) < count:
+        plain = len(texts) % 2 == 0
+        text = ""
+        for _ in range(rng.randint(1, 20)):
+            draw = rng.random()
+            if draw < 0.5 or (plain and draw < 0.8):
+                text += chr(rng.randrange(0x20, 0x7F))
+            elif draw < 0.8:
+                text += rng.choice(named) if draw < 0.6 else chr(rng.choice((0xA0, 0x600, 0x2000)) + rng.randrange(500))
+            else:
+                text += rng.choice(pieces) if rng.random() < 0.7 or not plain else " "
+        if _is_settled(text):
+            texts.append(text)
+    return texts
+
+
+def _is_settled(text: str) -> bool:
+    """Whether its letters had their case before Unicode 6.1, and it opens no tag that the next line might close."""
+    old = all(unicodedata.category(sign) != "Cn" and sign not in "\u20be\u20bf" for sign in text)
+    return old and not re.search(r"<[A-Za-z!?][^>]*$|<[A-Za-z][^>]*=\s*['\"]", text)
+
+
 def main() -> None:
     """Write the golden file: pairs of caption and tokens of the Java tokenizer."""
     from visexpert.metrics.java import tokenize_with_java
 
-    texts = captions(GOLDEN_COUNT)
+    texts = captions(GOLDEN_COUNT) + strange(STRANGE_COUNT)
     pairs = zip(texts, tokenize_with_java(texts), strict=True)
     lines = ",\n".join(json.dumps([text, " ".join(tokens)]) for text, tokens in pairs)
     GOLDEN.write_text(f"[\n{lines}\n]\n", encoding="ascii")

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.metrics.ptb_cases import GOLDEN, GOLDEN_COUNT, captions
+from tests.metrics.ptb_cases import GOLDEN, GOLDEN_COUNT, STRANGE_COUNT, captions, strange
 from visexpert.metrics.java import has_java, tokenize_with_java
 from visexpert.metrics.ptb import one_line, tokenize
 
@@ -15,14 +15,16 @@ needs_java = pytest.mark.skipif(not has_java(), reason="needs a java program on 
 
 def test_equals_recorded_output_of_the_official_tokenizer() -> None:
     recorded = json.loads(GOLDEN.read_text(encoding="ascii"))
-    assert [text for text, _ in recorded] == captions(GOLDEN_COUNT), "run tests/metrics/ptb_cases.py to renew the file"
+    assert [text for text, _ in recorded] == captions(GOLDEN_COUNT) + strange(STRANGE_COUNT), (
+        "run tests/metrics/ptb_cases.py to renew the file"
+    )
     for text, tokens in recorded:
         assert " ".join(tokenize(text)) == tokens, text
 
 
 @needs_java
 def test_equals_official_tokenizer_on_thousands_of_captions() -> None:
-    texts = captions(6000, seed=1)
+    texts = captions(6000, seed=1) + strange(3000, seed=1)
     for text, tokens in zip(texts, tokenize_with_java(texts), strict=True):
         assert tokenize(text) == tokens, text
 
@@ -48,6 +50,10 @@ def test_equals_pycocoevalcap_itself() -> None:
         ("the dog's (brown) tail", "the dog 's -lrb- brown -rrb- tail"),
         ("Mr. Smith, U.S. citizen", "mr. smith u.s. citizen"),
         ("black-and-white, 1,000 cannot", "black-and-white 1,000 can not"),
+        ("http://a.b/c{d} x.com/a{b", "http://a.b/c -lcb- d -rcb- x.com/a{b"),
+        ("J'uvx J'Mcy l'a", "j'uvx j'mcy l' a"),
+        ("li'l nat'l cont'd. nor'easter", "li'l nat'l cont'd. nor'easter"),
+        ("\ua7b1 \u08c2a \u0978", "a"),  # letters that came after Unicode 6.0
         ("one\ntwo\r\nthree\u2028four\x0bfive", "one two three four five"),
     ],
 )

@@ -21,7 +21,8 @@ def tokenize(text: str) -> list[str]:
     the longest match wins, counting the text that a rule only looks ahead at; of equally long ones, the first.
     Characters that no rule knows (emoji, most control characters) separate tokens and disappear.
 
-    Known differences: letters and digits that entered Unicode after 6.0 are kept here and deleted there.
+    Known differences: initials with a long s or a Kelvin sign in place of s or k, and where the two runtimes change
+    case differently: a capital sigma before a hyphen, letters of newer versions of Unicode.
 
     Args:
         text: A caption; line breaks count as spaces.

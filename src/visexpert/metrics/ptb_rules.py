@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from visexpert.metrics.ptb_characters import DIGIT, LETTER, MARK, SYMBOL
+from visexpert.metrics.ptb_characters import DIGIT, FOLDED, LETTER, MARK, SPACE, SYMBOL
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def _without_soft_hyphens(token: str) -> str:
 
 
 def _unbroken(token: str) -> str:
-    return _bracketed(token.replace(" ", "\u00a0"))
+    return token.replace(" ", "\u00a0")
 
 
 def _bracketed(token: str) -> str:
@@ -52,26 +52,35 @@ def _bracketed(token: str) -> str:
 
 
 def _straight(token: str) -> str:
-    return re.sub("[\u0092\u2019]|&apos;", "'", token)
+    return re.sub("[\u0091\u2018\u201b]", "`", re.sub("[\u0092\u2019]|&apos;", "'", token))
 
 
 def _plain_ampersand(token: str) -> str:
     return re.sub("&amp;", "&", token, flags=re.IGNORECASE)
 
 
+def _capital(word: str) -> str:
+    """A word whose first letter is a capital, whatever the case of the others."""
+    return f"{word[0]}(?i:{word[1:]})"
+
+
 # --- classes of characters -------------------------------------------------------------------------------------------
-_LETTER = rf"(?:[A-Za-z{LETTER}{MARK}\u00ad]|&[aeiouAEIOU](?i:acute|grave|uml);)"
+_LETTERS = LETTER + FOLDED
+_LETTER = rf"(?:[A-Za-z{_LETTERS}{MARK}\u00ad]|&[aeiouAEIOU](?i:acute|grave|uml);)"
 _DIGIT = f"[0-9{DIGIT}]"
-_ALNUM = f"[A-Za-z{LETTER}0-9{DIGIT}]"
+_ALNUM = f"[A-Za-z{_LETTERS}0-9{DIGIT}]"
 _APOSTROPHE = "(?:['\u0092\u2019]|(?i:&apos;))"
 _ANY_APOSTROPHE = "(?:['`\u0091\u0092\u2018\u2019\u201b]|(?i:&apos;))"
+_SPACE = f"[ \t\u00a0{SPACE}]"
+_SPACE_OR_END = f"[ \t\n\u00a0{SPACE}]"
 _HYPHEN = "[-_\u058a\u2010\u2011]"
-_URL = r'[^ \t\n"<>|()]'
+_URL = r'[^ \t\n"<>|(){}]'
+_PATH = r'[^ \t\n"<>|()]'
 _URL_END = r'[^ \t\n"<>|.!?(){},\-]'
 _MAIL = r'[^ \t\n"<>|().\u00a0{}]'
 
 # Where a rule may start: a word, a number, an apostrophe, anything.
-_W = f"[A-Za-z{LETTER}{MARK}0-9{DIGIT}\u00ad&]"
+_W = f"[A-Za-z{_LETTERS}{MARK}0-9{DIGIT}\u00ad&]"
 _N = f"[0-9{DIGIT}+\\-.:,\u00ad\u066b\u066c(]"
 _A = "['`\u0091\u0092\u2018\u2019\u201b&]"
 _S = "[^A-Za-z0-9]"
@@ -99,8 +108,8 @@ _LETTERS_AND_STOPS = r"[A-Za-z](?:\.[A-Za-z])+"
 _ACRONYM = rf"(?:(?i:(?:Canada|Sino|Korean|EU|Japan|non)-U\.S|U\.S\.-(?:U\.K|U\.S\.S\.R))|{_LETTERS_AND_STOPS})"
 _INITIALS = "[A-Z]+(?:(?:(?i:&amp;)|[+&])[A-Z]+)+"
 _DASHED = rf"[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:{_LETTERS_AND_STOPS}\.|[A-Za-z0-9\u00ad]+))+"
-_SUFFIX = f"{_APOSTROPHE}(?i:[msd]|re|ve|ll)"
-_NOT = f"[nN]{_APOSTROPHE}[tT]"
+_SUFFIX = f"{_APOSTROPHE}(?:[msdMSD]|(?i:re|ve|ll))"
+_NOT = f"[nN]{_ANY_APOSTROPHE}[tT]"
 _NUMBER = rf"(?:{_DIGIT}*(?:[.:,\u00ad\u066b\u066c]{_DIGIT}+)+|{_DIGIT}+)"
 _FRACTION = rf"(?:{_DIGIT}{{1,4}}[- \u00a0])?{_DIGIT}{{1,4}}(?:\\?/|\u2044){_DIGIT}{{1,4}}"
 _TAG_NAME = r"[A-Za-z][A-Za-z0-9_:.\-]*"
@@ -131,34 +140,36 @@ _ENDINGS = """
     sep sept seq sq sr sys tel tenn thu thurs tue tues univ va vt wed wis wisc wyo
 """.split()
 _ENDINGS_NOT_LOWER = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash".split()
-_TITLE = rf"(?:(?i:{'|'.join(_TITLES)})|[mM](?:fg|tg)|[A-Za-z])\."
+
+_TITLE = rf"(?:(?i:{'|'.join(_TITLES)})|[mM][ft][gG]|[A-Za-z])\."
 _ENDING = (
-    rf"(?:(?i:ph\.d|ed\.d|{'|'.join(_ENDINGS)})|[pP](?:pte|pty|tes?|tys?)"
-    rf"|{'|'.join(f'{word}|{word.upper()}' for word in _ENDINGS_NOT_LOWER)})\."
+    rf"(?:(?i:ph\.d|ed\.d|{'|'.join(_ENDINGS)})|[pP]{{1,2}}[tT][ey][sS]?"
+    rf"|{'|'.join(_capital(word) for word in _ENDINGS_NOT_LOWER)})\."
 )
 _BEFORE_NUMBER = r"(?i:art|ca|figs?|nos?|op|pp|prop)\."
 
 # A lone letter before ". The" ends a sentence; before any other word it is an initial.
 _OPENERS = """
-    A About After An As At But He Her Here If In It Last Many More Now Once One Other Our She Since So Some Such That
-    The Then There These They This We What When While Yet You
+    A About According Additionally After An As At But Earlier He Her Here However If In It Last Many More Now Once One
+    Other Our She Since So Some Such That The Their Then There These They This We What When While Yet You
 """.split()
-_OPENER = rf"(?:{'|'.join(f'{word}|{word.upper()}' for word in _OPENERS)}|M[rRsS]\.|{_TAG})"
+_OPENER = rf"(?:{'|'.join(_capital(word) for word in _OPENERS)}|M[rRsS]\.|{_TAG})"
 
 # --- words with an apostrophe that stay whole ------------------------------------------------------------------------
-_WITH_APOSTROPHE = "|".join(
-    (
-        f"{_APOSTROPHE}[nN]{_APOSTROPHE}?",
-        f"[lLdDjJ]{_APOSTROPHE}",
-        f"(?i:dunkin|somethin|ol){_APOSTROPHE}",
-        f"{_APOSTROPHE}(?i:em|till?|cause|[2-9]0s)",
-        f"[A-HJ-XZn]{_ANY_APOSTROPHE}[A-Za-z{LETTER}]{{2,}}",
-        f"[oO]{_ANY_APOSTROPHE}[oO]|(?i:cap){_APOSTROPHE}[nN]|[cC]'(?i:mon)|[cC]{_APOSTROPHE}(?i:est)|[eE]'[eE][rR]|[sS]'(?i:mores)",
-        f"[A-Za-z{LETTER}]+[aeiouyAEIOUY]{_ANY_APOSTROPHE}[aeiouA-Z][A-Za-z{LETTER}]*",
-    )
+_WITH_APOSTROPHE = (
+    f"{_APOSTROPHE}[nN]{_APOSTROPHE}?",
+    f"[lLdDjJ]{_APOSTROPHE}",
+    f"(?i:dunkin|somethin|ol){_APOSTROPHE}",
+    f"{_APOSTROPHE}(?i:em|till?|cause|[2-9]0s)",
+    f"[A-HJ-XZn]{_ANY_APOSTROPHE}[A-Za-z{_LETTERS}]{{2,}}",
+    f"[oO]{_ANY_APOSTROPHE}[oO]|(?i:cap){_APOSTROPHE}[nN]|(?i:c'mon)|[cC]{_APOSTROPHE}(?i:est)|(?i:e'er|s'mores)",
+    r"(?i:cont'd)\.?|(?i:ev'ry|li'l|nat'l|nor'easter)",
+    f"[A-Za-z{_LETTERS}]+[aeiouyAEIOUY]{_ANY_APOSTROPHE}[aeiouA-Z][A-Za-z{_LETTERS}]*",
 )
+"""A rule each: of an alternation, Python takes the first that matches, the lexer the longest."""
 
 RULES: tuple[Rule, ...] = (
+    _rule(_SPACE, f"{_SPACE}+", emit=""),
     # Words that are two.
     _rule(_W, "(?i:can)", "(?i:not)"),
     _rule(_W, "(?i:gon|wan)", "(?i:na)"),
@@ -175,12 +186,12 @@ RULES: tuple[Rule, ...] = (
     _rule("&", "(?i:&gt;)", emit=">"),
     # Words.
     _rule(_W, _WORD, _SUFFIX, _without_soft_hyphens),
-    _rule(_W, f"[yY]{_APOSTROPHE}", f"[A-Za-z{LETTER}]"),
+    _rule(_W, f"[yY]{_APOSTROPHE}", f"[A-Za-z{_LETTERS}]"),
     _rule(_W, _WORD, emit=_without_soft_hyphens),
-    _rule(_W, "[A-Za-z]*[A-MO-Za-mo-z]", _NOT),
-    _rule(f"{_W}|{_A}", _WITH_APOSTROPHE),
+    _rule(_W, "[A-Za-z\u00ad]*[A-MO-Za-mo-z]\u00ad*", _NOT, _without_soft_hyphens),
+    *(_rule(f"{_W}|{_A}", words) for words in _WITH_APOSTROPHE),
     _rule(_W, f"(?i:https?)://{_URL}+{_URL_END}"),
-    _rule(_HOST_START, f"(?:{_HOST})/{_URL}+{_URL_END}"),
+    _rule(_HOST_START, f"(?:{_HOST})/{_PATH}+{_URL_END}"),
     _rule(_HOST_START, _HOST),
     _rule(
         "[<&]|[a-zA-Z0-9]", rf"(?i:&lt;|<)?[a-zA-Z0-9][^ \t\n\"<>|()\u00a0{{}}]*@(?:{_MAIL}+\.)*{_MAIL}+(?i:&gt;|>)?"
@@ -188,7 +199,7 @@ RULES: tuple[Rule, ...] = (
     _rule("@", "@[A-Za-z_][A-Za-z_0-9]*"),
     _rule("#", f"#{_LETTER}+"),
     _rule(_A, _SUFFIX, "[^A-Za-z]", _straight),
-    _rule("'", "'", r"[A-Za-z][^ \t\n]"),
+    _rule("'", "'", r"[A-Za-z][^ \t\n\u00a0]"),
     _rule(_A, _SUFFIX, emit=_straight),
     _rule(_W, _NOT, emit=_straight),
     # Numbers.
@@ -200,8 +211,8 @@ RULES: tuple[Rule, ...] = (
         _rule(sign, sign, emit=text)
         for sign, text in zip("\u00bc\u00bd\u00be\u2153\u2154", ("1/4", "1/2", "3/4", "1/3", "2/3"), strict=True)
     ),
-    _rule("[-a-zA-Z]", r"-(?i:[lr][rcs]b)-|(?i:pro-|anti-|S&P-500|S&Ls|C\.D\.s)"),
-    _rule(_A, f"{_APOSTROPHE}{_DIGIT}{{2}}", r"\s"),
+    _rule(f"[-a-zA-Z{FOLDED}]", r"-(?i:[lr][rcs]b)-|(?i:pro-|anti-|S&P-500|S&Ls|C\.D\.s)"),
+    _rule(_A, f"{_APOSTROPHE}[0-9]{{2}}", _SPACE_OR_END),
     # Compounds.
     _rule(_W, _HYPHENATED),
     _rule(_W, rf"{_HYPHENATED}\.", "[,;:\u3001]"),
@@ -213,13 +224,13 @@ RULES: tuple[Rule, ...] = (
     _rule("\u00a3", "\u00a3", emit="#"),
     _rule("[\u0080\u00a4\u20a0\u20ac]", "[\u0080\u00a4\u20a0\u20ac]", emit="$"),
     # Abbreviations.
-    _rule("[A-Za-z]", _ENDING, r"[\s\S]{2}"),
-    _rule("[A-Za-z]", "[A-Za-z]", rf"\.[ \t\u00a0]+{_OPENER}[ \t\n\u00a0]"),
-    _rule("[A-Za-z]", _TITLE),
-    _rule("[A-Za-z]", _BEFORE_NUMBER, f"[ \u00a0]?{_DIGIT}"),
-    _rule("[A-Za-z]", rf"{_ACRONYM}\."),
-    _rule("[A-Za-z]", _ACRONYM, r"\s"),
-    _rule(r"[0-9(+]", _PHONE, emit=_unbroken),
+    _rule(f"[A-Za-z{FOLDED}]", _ENDING, r"[\s\S]{2}"),
+    _rule("[A-Za-z]", "[A-Za-z]", rf"\.{_SPACE}+{_OPENER}{_SPACE_OR_END}"),
+    _rule(f"[A-Za-z{FOLDED}]", _TITLE),
+    _rule(f"[A-Za-z{FOLDED}]", _BEFORE_NUMBER, f"{_SPACE}?{_DIGIT}"),
+    _rule(f"[A-Za-z{FOLDED}]", rf"{_ACRONYM}\."),
+    _rule(f"[A-Za-z{FOLDED}]", _ACRONYM, _SPACE_OR_END),
+    _rule(r"[0-9(+]", _PHONE, emit=lambda token: _bracketed(_unbroken(token))),
     _rule(r"[0-9+]", r"(?:(?:\+\+?)?[0-9]{2,4}\.)?[0-9]{2,4}\.[0-9]{3,4}\.[0-9]{3,5}"),
     _rule(_W, rf"{_WORD}\.", "[,;:\u3001]", _without_soft_hyphens),
     _rule(_W, rf"(?:{_LETTER}|{_DIGIT})+(?:\.(?:{_LETTER}|{_DIGIT})+)*\.(?i:{_FILE_TYPES})", r"[\s.?!,]"),
@@ -227,6 +238,7 @@ RULES: tuple[Rule, ...] = (
     _rule("[A-Za-z0-9]", rf"{_DASHED}\.", "[,;:\u3001]", _without_soft_hyphens),
     # Faces.
     _rule("[<>:;=]", r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]](?![A-Za-z0-9])", emit=_bracketed),
+    _rule(r"[\^x=~<>]", r"[\^x=~<>]\.\[\^[xX]=[^<]*<>\]"),  # the lexer's own slip: meant was another character class
     _rule(r"[-\^x=~<>'(]", r"[-\^x=~<>']_[-\^x=~<>']", emit=_bracketed),
     _rule(r"\(", r"\([-\^x=~<>'][_.]?[-\^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)", emit=_bracketed),
     # Punctuation and symbols.

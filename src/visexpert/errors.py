@@ -49,7 +49,13 @@ def shown(text: object) -> str:
 
 
 def require_numbers(
-    owner: str, *, least: float | None = None, above: float | None = None, most: float | None = None, **numbers: float
+    owner: str,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    **numbers: float | None,
 ) -> None:
     """Check that settings are finite numbers inside a range.
 
@@ -58,19 +64,21 @@ def require_numbers(
         least: Smallest value.
         above: What each must exceed.
         most: Largest value.
-        numbers: Settings by name.
+        below: What none may reach.
+        numbers: Settings by name; None is one that was left open.
 
     Raises:
         ConfigError: One is not, NaN included.
     """
-    ranges = {"at least": least, "above": above, "at most": most}
+    ranges = {"at least": least, "above": above, "at most": most, "below": below}
     allowed = " and ".join(f"{words} {bound:g}" for words, bound in ranges.items() if bound is not None)
     for name, value in numbers.items():
-        fits = (
+        fits = value is None or (
             math.isfinite(value)
             and (least is None or value >= least)
             and (above is None or value > above)
             and (most is None or value <= most)
+            and (below is None or value < below)
         )
         if not fits:
             raise ConfigError(f"{owner}: {name} is {value}, but must be a number {allowed}".rstrip() + ".")
@@ -109,8 +117,9 @@ def told_by_machine(error: BaseException) -> UserError | None:
 
 def first_line(error: BaseException) -> str:
     """What an error says, without the lines that libraries add to it."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip()[:300] if lines else ""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    more = len(lines) > 1 and lines[0].endswith(":")
+    return " ".join(lines[: 1 + more])[:300]
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

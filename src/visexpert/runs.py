@@ -11,12 +11,13 @@ from typing import Any
 
 import lightning as L
 import torch
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningDataModule
 
-from visexpert.errors import ConfigError, WeightsError, user_error_in
+from visexpert.checking import built, check_settings
+from visexpert.errors import ConfigError, WeightsError
 from visexpert.methods import Method
+from visexpert.reading import read_yaml
 from visexpert.resources import load_checkpoint
 from visexpert.training import checkpoint_of, config_of, explain
 
@@ -84,8 +85,8 @@ def read_config(path: Path) -> dict[str, Any]:
         ConfigError: It is no YAML mapping with a model and data.
     """
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        config = read_yaml(path)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({str(error).splitlines()[0]}); train the run again.") from error
     if not isinstance(config, dict) or not {"model", "data"} <= config.keys():
         raise ConfigError(f"{path} is no configuration of a run: it needs the keys model and data.")
@@ -105,12 +106,12 @@ def build(config: Mapping[str, Any], path: Path) -> tuple[L.LightningModule, Lig
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
-            built = parser.instantiate_classes(parser.parse_object(wanted))
+            parsed = parser.parse_object(wanted)
         except ArgumentError as error:
             raise ConfigError(f"{path}: {explain(str(error), [])}") from error
-        except ValueError as error:  # the parser's own, around what a constructor refused
-            raise user_error_in(error) from None
-    return built.model, built.data
+        check_settings(parsed.as_dict())
+        objects = built(lambda: parser.instantiate_classes(parsed), who=str(path))
+    return objects.model, objects.data
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

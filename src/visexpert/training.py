@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from inspect import Parameter, signature
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from omegaconf.errors import OmegaConfBaseException
 
 from visexpert.callbacks import (
     CostReport,
@@ -24,7 +26,8 @@ from visexpert.callbacks import (
     ThroughputMonitor,
     TrainingProgress,
 )
-from visexpert.errors import ConfigError, UserError
+from visexpert.checking import built, check_config_file, check_run, check_settings
+from visexpert.errors import ConfigError, first_line
 from visexpert.methods import Method
 
 DESCRIPTION = (
@@ -57,6 +60,19 @@ class VisexpertCLI(LightningCLI):
             "--test_after_fit", type=bool, default=True, help="Score the test split when training is done."
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and refuse what the parser lets through and nothing can use."""
+        for path in _config_files(args or ()):
+            check_config_file(path)
+        try:
+            super().parse_arguments(parser, args)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"The configuration cannot be filled in ({first_line(error)}); mend it.") from error
+        subcommand = self.config.get("subcommand")
+        settings = (self.config[subcommand] if subcommand else self.config).as_dict()
+        check_settings(settings)
+        check_run(settings, trains=subcommand == "fit")
+
     def before_instantiate_classes(self) -> None:
         """Never load a checkpoint that could run code."""
         if self.subcommand and self._value("weights_only") is None:
@@ -64,15 +80,7 @@ class VisexpertCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; a user's error comes out as itself, not inside the parser's."""
-        try:
-            super().instantiate_classes()
-        except ValueError as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, UserError):
-                cause = cause.__cause__ or cause.__context__
-            if cause is None:
-                raise
-            raise cause from None
+        built(super().instantiate_classes)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """A trainer that writes into the run's folder."""
@@ -80,10 +88,13 @@ class VisexpertCLI(LightningCLI):
         kwargs["default_root_dir"] = run
         kwargs["logger"] = RunLogger(run)
         callbacks = default_callbacks()
+        if self._value("trainer.enable_progress_bar") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
         if self._value("trainer.enable_checkpointing") is not False:
             callbacks.append(LastCheckpoint(run=Path(run), every_n_steps=self._value("checkpoint_every")))
         self.trainer_defaults["callbacks"] = callbacks
-        trainer = super().instantiate_trainer(**kwargs)
+        instantiate = super().instantiate_trainer
+        trainer = built(lambda: instantiate(**kwargs), who="The trainer")
         assert isinstance(trainer, L.Trainer)
         return trainer
 
@@ -286,6 +297,12 @@ def checkpoint_of(run: Path) -> Path:
 
 def _is_checkpoint(value: str) -> bool:
     return value in CHECKPOINT_WORDS or "://" in value or Path(value).is_file()
+
+
+def _config_files(arguments: Sequence[str]) -> list[Path]:
+    """The files that ``--config`` or ``-c`` names, in order."""
+    named = [value for option, value in pairwise(arguments) if option in ("--config", "-c")]
+    return [Path(value) for value in named + [each[9:] for each in arguments if each.startswith("--config=")]]
 
 
 def _option(arguments: list[str], name: str) -> str | None:

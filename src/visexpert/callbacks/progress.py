@@ -17,6 +17,9 @@ from rich.text import Text
 
 from visexpert.callbacks.throughput import StepClock, image_count
 
+_FOREVER_S = 1e9
+"""30 years: a time left that says only that no end was set."""
+
 _NAMES = {"train": "train", "validate": "validate", "sanity_check": "check", "test": "test", "predict": "predict"}
 
 
@@ -212,7 +215,7 @@ class _StatusColumn(ProgressColumn):
 
 
 def _clock_time(seconds: float) -> str:
-    return str(timedelta(seconds=round(max(0.0, seconds)))) if math.isfinite(seconds) else "-:--:--"
+    return str(timedelta(seconds=round(max(0.0, seconds)))) if seconds < _FOREVER_S else "-:--:--"
 
 
 def _loss_of(outputs: Any) -> float | None:

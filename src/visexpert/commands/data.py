@@ -9,8 +9,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from visexpert.checking import built, check_config_file, check_settings
 from visexpert.commands.parser import Parser
-from visexpert.errors import ConfigError, DataError, UserError, user_error_in
+from visexpert.errors import ConfigError, DataError, UserError, shown
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
@@ -54,10 +55,10 @@ def run(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     missing = 0
     for label, source, parts in sources_of(build_data(options.config), options.parts):
-        print(label)
+        print(shown(label))
         for is_there, line in findings(source, parts, images=options.images):
             missing += not is_there
-            print(f"  {'ok     ' if is_there else 'MISSING'}  {line}")
+            print(f"  {'ok     ' if is_there else 'MISSING'}  {shown(line)}")
     if missing:
         raise DataError(f"{missing} of what the data needs is missing; get it as said above and check again.")
     print("Nothing is missing.")
@@ -137,6 +138,8 @@ def build_data(paths: Sequence[Path]) -> LightningDataModule:
     from visexpert.training import explain
 
     named = " + ".join(map(str, paths))
+    for path in paths:
+        check_config_file(path)
     config = _merged(paths)
     if not isinstance(config.get("data"), dict):
         raise ConfigError(f"{named} names no data; give the configuration of a run, with a class_path under data.")
@@ -145,12 +148,11 @@ def build_data(paths: Sequence[Path]) -> LightningDataModule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
-            built = parser.instantiate_classes(parser.parse_object({"data": config["data"]}))
+            parsed = parser.parse_object({"data": config["data"]})
         except ArgumentError as error:
             raise ConfigError(f"{named}: {explain(str(error), [])}") from error
-        except ValueError as error:
-            raise user_error_in(error) from None
-    data: LightningDataModule = built.data
+        check_settings(parsed.as_dict())
+        data: LightningDataModule = built(lambda: parser.instantiate_classes(parsed), who=named).data
     return data
 
 

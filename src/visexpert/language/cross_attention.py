@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from visexpert.errors import ConfigError, DataError
+from visexpert.errors import ConfigError, DataError, require_numbers
 from visexpert.language.base import LanguageSide, image_mask, item_mask, refuse_markers, supervised
 from visexpert.language.blocks import DecoderBlock, KeysValues, KeyValueCache
 from visexpert.language.generation import Decoding, write
@@ -48,6 +48,11 @@ class CrossAttentionDecoder(LanguageSide):
         source: str | None = None,
     ) -> None:
         super().__init__(width=width)
+        owner = type(self).__name__
+        require_numbers(owner, least=1, vocab_size=vocab_size, width=width, heads=heads, max_tokens=max_tokens)
+        require_numbers(owner, least=0, depth=depth, position_scale=position_scale)
+        require_numbers(owner, above=0, mlp_ratio=mlp_ratio)
+        require_numbers(owner, least=0, below=1, dropout=dropout)
         if width % heads:
             raise ConfigError(f"CrossAttentionDecoder: width {width} is no multiple of heads {heads}.")
         self.source = source

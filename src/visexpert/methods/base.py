@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from visexpert.errors import ConfigError
+from visexpert.errors import ConfigError, require_numbers
 from visexpert.language import LanguageSide, NoLanguage, supervised
 from visexpert.losses import text_loss, token_nll
 from visexpert.methods.checkpointed import CheckpointedModule
@@ -50,6 +50,12 @@ class Method(CheckpointedModule):
         caption_images: int = 500,
         meteor: bool | None = None,
     ) -> None:
+        require_numbers(
+            type(self).__name__, least=0, lr=lr, language_lr=language_lr, language_frozen_steps=language_frozen_steps,
+            weight_decay=weight_decay, warmup_steps=warmup_steps, caption_images=caption_images,
+        )  # fmt: skip
+        for beta in betas:
+            require_numbers(type(self).__name__, least=0, below=1, betas=beta)
         super().__init__(weight_decay=weight_decay)
         self.language = language
         self.lr, self.language_lr = lr, language_lr

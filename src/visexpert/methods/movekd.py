@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from visexpert.errors import ConfigError
+from visexpert.errors import ConfigError, require_numbers
 from visexpert.experts import FeatureCache, VisionExpert
 from visexpert.language import LanguageSide, Projector, supervised
 from visexpert.language.projector import ProjectorKind
@@ -111,6 +111,8 @@ class MoVEKD(Method):
             language_frozen_steps=language_frozen_steps, weight_decay=weight_decay, warmup_steps=warmup_steps,
             betas=betas, caption_images=caption_images, meteor=meteor,
         )  # fmt: skip
+        require_numbers("MoVEKD", least=0, clip_lr=clip_lr, mole_lr=mole_lr)
+        require_numbers("MoVEKD", least=1, adapter_hidden=adapter_hidden)
         check_weights(language, kd_weight=kd_weight, text_weight=text_weight, balance_weight=balance_weight)
         self.clip = clip
         self.hub = hub_of(experts, use)

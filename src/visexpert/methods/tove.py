@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from visexpert.errors import ConfigError
+from visexpert.errors import ConfigError, require_numbers
 from visexpert.experts import ExpertHub, FeatureCache, VisionExpert
 from visexpert.language import LanguageSide, Projector
 from visexpert.language.projector import ProjectorKind
@@ -108,6 +108,11 @@ class ToVE(Method):
         )  # fmt: skip
         if fusion_space not in ("language", "clip"):
             raise ConfigError(f"ToVE: fusion_space={fusion_space!r} is unknown; use 'language' or 'clip'.")
+        require_numbers(
+            "ToVE", least=0, clip_lr=clip_lr, gate_lr=gate_lr, balance_weight=balance_weight,
+            gate_noise_std=gate_noise_std,
+        )  # fmt: skip
+        require_numbers("ToVE", least=1, adapter_hidden=adapter_hidden, gate_hidden=gate_hidden)
         self.clip = clip
         self.hub = ExpertHub(_chosen(experts, use), detached=detached or ())
         fused_width = language.width if fusion_space == "language" else clip.width

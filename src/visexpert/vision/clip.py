@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from visexpert.errors import ConfigError
+from visexpert.errors import ConfigError, require_numbers
 from visexpert.resources import ZOO_PREFIX, fill_module, weights_digest
 from visexpert.types import VisionTokens
 from visexpert.vision.mole_settings import MoLESettings
@@ -62,6 +62,7 @@ class ClipEncoder(nn.Module):
         mole: MoLESettings | None = None,
     ) -> None:
         super().__init__()
+        require_numbers("ClipEncoder", least=1, image_size=image_size)
         self._given = {"source": source, "layer": layer, "config": config, "licence": licence}
         self._given |= {"architecture": architecture, "image_size": image_size}
         self.source = source

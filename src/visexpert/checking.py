@@ -1,0 +1,226 @@
+"""Checks of a configuration before anything is built from it: what the parser lets through and no class can use."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+
+from visexpert.errors import ConfigError, UserError, causes, first_line, require_numbers, told_by_machine, user_error_in
+from visexpert.reading import read_yaml
+
+T = TypeVar("T")
+
+LARGEST = 2**63 - 1
+"""Largest integer that tensors and optimizers hold."""
+
+LARGEST_SEED = 2**32 - 1
+
+_NEGATIVE = frozenset({"layer", "length_penalty"})
+"""Settings of our own classes that count from the end, or have a sign."""
+
+_OURS = "visexpert."
+
+
+def check_config_file(path: Path) -> None:
+    """Check that a file is a configuration at all, and say in which file and line it is not.
+
+    Raises:
+        ConfigError: It is missing, no regular file, no YAML, or no mapping with settings.
+    """
+    try:
+        content = read_yaml(path)
+    except FileNotFoundError:
+        raise ConfigError(f"The configuration '{path}' does not exist; correct the path.") from None
+    except OSError as error:
+        raise ConfigError(f"The configuration '{path}' cannot be read ({error.strerror}); name a YAML file.") from None
+    except ValueError as error:
+        raise ConfigError(f"The configuration '{path}' cannot be read as YAML ({error}); mend it.") from None
+    if not isinstance(content, dict) or not content:
+        kind = "empty" if not content else f"a {type(content).__name__}"
+        raise ConfigError(f"The configuration '{path}' is {kind}, but must be a mapping such as 'model: ...'.")
+    for key in ("trainer", "model", "data"):
+        if not isinstance(content.get(key, {}), dict | str):
+            raise ConfigError(f"{path}: {key} is {content[key]!r}, but must be a mapping of settings.")
+
+
+def check_settings(config: Mapping[str, Any]) -> None:
+    """Check what classes are given: no null where a type refuses it, no number that is not finite or too large.
+
+    Settings of this package's classes are not negative, but for :data:`_NEGATIVE`.
+
+    Args:
+        config: Parsed settings; a mapping with ``class_path`` names a class.
+
+    Raises:
+        ConfigError: A value cannot be used.
+    """
+    for name, value in _leaves(config):
+        if isinstance(value, float) and not math.isfinite(value) or isinstance(value, int) and abs(value) > LARGEST:
+            raise ConfigError(f"{name} is {value:.6g}, but must be a finite number up to {LARGEST}.")
+    for class_path, arguments in _classes(config):
+        _check_arguments(class_path, arguments)
+
+
+def check_run(config: Mapping[str, Any], *, trains: bool) -> None:
+    """Check what belongs to the run: seed, folder, intervals of checkpoints, the trainer's numbers.
+
+    Args:
+        config: Settings of one subcommand.
+        trains: Whether it is ``fit``.
+
+    Raises:
+        ConfigError: A value cannot be used.
+    """
+    for key, base in (("model", "LightningModule"), ("data", "LightningDataModule")):
+        if str((config.get(key) or {}).get("class_path", "")).endswith(f".{base}"):
+            raise ConfigError(f"{key} names no class; give one as {key}: {{class_path: ..., init_args: ...}}.")
+    seed = config.get("seed_everything")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
+        raise ConfigError(f"seed_everything is {seed!r}, but must be a whole number from 0 to {LARGEST_SEED}.")
+    folder = config.get("run")
+    if not isinstance(folder, str) or not folder.strip() or "\0" in folder:
+        raise ConfigError(f"run is {folder!r}, but must name the folder of the run, such as runs/first.")
+    every = config.get("checkpoint_every")
+    if not isinstance(every, int) or every < 1:
+        raise ConfigError(f"checkpoint_every is {every}, but must be at least 1 step.")
+    trainer = config.get("trainer")
+    _check_trainer(trainer if isinstance(trainer, Mapping) else vars(trainer) if trainer else {}, trains=trains)
+
+
+def built(build: Callable[[], T], *, who: str = "A setting") -> T:
+    """What ``build`` makes of settings; whatever a constructor raises is about them, and becomes one sentence.
+
+    Args:
+        build: Builds.
+        who: What is built, for the message, where the error does not name a class.
+
+    Raises:
+        UserError: The constructor's own, or a sentence that names class, error and message.
+    """
+    try:
+        return build()
+    except Exception as error:
+        own = user_error_in(error)
+        if isinstance(own, UserError):
+            raise own from None
+        raise told_by_machine(error) or ConfigError(_refused(error, who)) from error
+
+
+def _refused(error: BaseException, who: str) -> str:
+    """What class refused its settings, and why."""
+    chain = list(causes(error))
+    wrappers = ("Problem with given class_path", "Does not validate against", "Parser key")
+    told = next((cause for cause in chain if not str(cause).strip().startswith(wrappers)), chain[-1])
+    text = first_line(told).rstrip(".")
+    return (
+        f"{_constructor(told) or who} cannot be built from its settings ({type(told).__name__}: {text}); change them."
+    )
+
+
+def _constructor(error: BaseException) -> str | None:
+    """The innermost class, of this package or of the user's, in whose constructor an error was raised."""
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        own = frame.f_code.co_name == "__init__" and "site-packages" not in frame.f_code.co_filename
+        if own and owner is not None:
+            found = f"{type(owner).__module__}.{type(owner).__qualname__}"
+    return found
+
+
+def _check_trainer(trainer: Mapping[str, Any], *, trains: bool) -> None:
+    """Numbers that Lightning takes without a word and trips over later, or that mean no training at all."""
+    least = {
+        "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 0, "gradient_clip_val": 0,
+        "num_sanity_val_steps": -1, "min_steps": 0, "min_epochs": 0,
+    }  # fmt: skip
+    above = {"val_check_interval": 0, **({"limit_train_batches": 0} if trains else {})}
+    for name in (*least, *above):
+        value = trainer.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            require_numbers("trainer", least=least.get(name), above=above.get(name), **{name: value})
+    steps, epochs = trainer.get("max_steps", -1), trainer.get("max_epochs")
+    for name, value in (("max_steps", steps), ("max_epochs", epochs)):
+        if value is not None and (value < -1 or (value == 0 and trains)):
+            raise ConfigError(f"trainer: {name} is {value}, but must be at least 1, or -1 for no limit.")
+    if trains and steps == -1 and epochs is None and not (trainer.get("max_time") or trainer.get("fast_dev_run")):
+        raise ConfigError(
+            "trainer: nothing ends the training (max_steps is -1); set max_steps, max_epochs or max_time "
+            "(max_epochs: -1 trains until it is stopped)."
+        )
+
+
+def _classes(value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every class that a configuration names, with its arguments."""
+    if isinstance(value, Mapping):
+        class_path, arguments = value.get("class_path"), value.get("init_args")
+        if isinstance(class_path, str) and isinstance(arguments, Mapping):
+            yield class_path, arguments
+        for part in value.values():
+            yield from _classes(part)
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        for part in value:
+            yield from _classes(part)
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every plain value, with the dotted name under which it would be given on the command line."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _leaves(part, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        for part in value:
+            yield from _leaves(part, name)
+    else:
+        yield name, value
+
+
+def _check_arguments(class_path: str, arguments: Mapping[str, Any]) -> None:
+    parameters, hints = _signature(class_path)
+    for name, value in arguments.items():
+        if value is None and name in hints and parameters[name].default is not None and not _takes_none(hints[name]):
+            default = parameters[name].default
+            hint = "" if default is inspect.Parameter.empty else f", or leave it out for {default!r}"
+            raise ConfigError(f"{class_path}: {name} is null, but must have a value; give one{hint}.")
+        numbers = value if isinstance(value, list | tuple) else [value]
+        negative = [n for n in numbers if isinstance(n, int | float) and not isinstance(n, bool) and n < 0]
+        if negative and class_path.startswith(_OURS) and name in parameters and name not in _NEGATIVE:
+            raise ConfigError(f"{class_path}: {name} is {value}, but must not be negative.")
+
+
+def _signature(class_path: str) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
+    """Parameters and types of a class's constructor, those that it passes on to its bases among them."""
+    module, _, name = class_path.rpartition(".")
+    parameters: dict[str, inspect.Parameter] = {}
+    hints: dict[str, Any] = {}
+    try:
+        target = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):  # a class inside a class, or a short name of Lightning's
+        return parameters, hints
+    for base in reversed(inspect.getmro(target)) if inspect.isclass(target) else (target,):
+        function = base.__dict__.get("__init__") if inspect.isclass(base) else base
+        if inspect.isfunction(function):
+            parameters.update(inspect.signature(function).parameters)
+            try:
+                hints.update(typing.get_type_hints(function))
+            except Exception:  # names that exist for type checkers alone
+                continue
+    return parameters, hints
+
+
+def _takes_none(hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_takes_none(part) for part in typing.get_args(hint))
+    if origin is typing.Literal:
+        return None in typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _takes_none(typing.get_args(hint)[0])
+    return hint in (Any, object, None, type(None)) or isinstance(hint, TypeVar)

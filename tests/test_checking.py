@@ -1,0 +1,184 @@
+"""Settings that cannot be: each command line ends in one sentence that names the value and what is allowed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from visexpert.checking import check_run, check_settings
+from visexpert.cli import main
+from visexpert.errors import ConfigError
+
+SMOKE = Path(__file__).parents[1] / "configs" / "tove" / "smoke.yaml"
+TOVE = "visexpert.methods.ToVE"
+
+
+@pytest.fixture(autouse=True)
+def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # restored after the test: Lightning sets it
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr that ends a command with exit code 2, before anything is written."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("visexpert: ") and "Traceback" not in line
+    return line
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "fragments"),
+    [
+        ("model.init_args.lr", "-1", [f"{TOVE}: lr is -1", "not be negative"]),
+        ("model.init_args.lr", "1e400", ["lr is inf", "finite"]),
+        ("model.init_args.lr", "null", [f"{TOVE}: lr is null", "0.002"]),
+        ("model.init_args.betas", "[0.9, 1.5]", ["betas", "1.5", "below 1"]),
+        ("model.init_args.weight_decay", "true", ["weight_decay", "float", "True"]),
+        ("model.init_args.adapter_hidden", "0", ["adapter_hidden is 0", "at least 1"]),
+        ("model.init_args.language.init_args.heads", "0", ["heads is 0", "at least 1"]),
+        ("model.init_args.language.init_args.depth", "null", ["CrossAttentionDecoder: depth", "int", "None"]),
+        ("model.init_args.clip.init_args.config.hidden_size", "[1]", ["ClipEncoder cannot be built", "hidden_size"]),
+        ("model.init_args.clip.init_args.image_size", "0", ["image_size is 0", "at least 1"]),
+        ("data.init_args.num_train", "null", ["num_train is null"]),
+        ("data.init_args.num_train", "9" * 30, ["data.init_args.num_train is 1e+30", "finite number"]),
+        ("checkpoint_every", "-3", ["checkpoint_every is -3", "at least 1"]),
+        ("checkpoint_every", "0", ["checkpoint_every is 0", "at least 1"]),
+        ("seed_everything", "true", ["seed_everything is True", "4294967295"]),
+        ("seed_everything", "false", ["seed_everything is False", "4294967295"]),
+        ("seed_everything", "-1", ["seed_everything is -1", "4294967295"]),
+        ("seed_everything", "4294967296", ["seed_everything is 4294967296", "4294967295"]),
+        ("seed_everything", "text", ["seed_everything", "text", "int"]),
+        ("run", "", ["run is ''", "folder"]),
+        ("trainer.max_steps", "-1", ["max_steps is -1", "max_epochs"]),
+        ("trainer.max_steps", "0", ["max_steps is 0", "at least 1"]),
+        ("trainer.accelerator", "tpux", ["tpux", "cpu"]),
+        ("trainer.devices", "0", ["devices='0'"]),
+        ("trainer.precision", "fp8", ["fp8", "bf16-mixed"]),
+        ("trainer.strategy", "foo", ["foo", "ddp"]),
+        ("trainer.gradient_clip_algorithm", "foo", ["foo", "norm"]),
+        ("trainer.val_check_interval", "2.5", ["val_check_interval", "integer"]),
+        ("trainer.max_time", "abc", ["abc", "DD:HH:MM:SS"]),
+        ("trainer.barebones", "true", ["barebones"]),
+    ],
+)  # fmt: skip
+def test_a_setting_that_cannot_be_is_one_sentence(
+    setting: str, value: str, fragments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(["fit", "--config", str(SMOKE), "--run", str(tmp_path / "run"), f"--{setting}", value], capsys)
+    assert not [fragment for fragment in fragments if fragment not in line], line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("accumulate_grad_batches", 0, "at least 1"),
+        ("accumulate_grad_batches", -2, "at least 1"),
+        ("check_val_every_n_epoch", 0, "at least 1"),
+        ("val_check_interval", 0, "above 0"),
+        ("val_check_interval", -1, "above 0"),
+        ("gradient_clip_val", -1, "at least 0"),
+        ("log_every_n_steps", -1, "at least 0"),
+        ("num_sanity_val_steps", -5, "at least -1"),
+        ("limit_train_batches", 0, "above 0"),
+        ("min_steps", -1, "at least 0"),
+        ("max_steps", -5, "-1"),
+        ("max_epochs", 0, "at least 1"),
+        ("max_epochs", -2, "-1"),
+    ],
+)
+def test_numbers_that_the_trainer_trips_over_are_refused(name: str, value: float, allowed: str) -> None:
+    run = {"seed_everything": 0, "run": "runs/a", "checkpoint_every": 5}
+    trainer = {"max_steps": 10, "num_sanity_val_steps": -1, "limit_val_batches": 0, "check_val_every_n_epoch": None}
+    check_run({**run, "trainer": trainer}, trains=True)
+    with pytest.raises(ConfigError, match=f"{name} is {value}.*{allowed}"):
+        check_run({**run, "trainer": {**trainer, name: value}}, trains=True)
+
+
+def test_an_end_of_training_may_be_set_in_any_way() -> None:
+    run = {"seed_everything": 0, "run": "runs/a", "checkpoint_every": 5}
+    ends: list[dict[str, Any]] = [{"max_steps": 3}, {"max_epochs": 3}, {"max_epochs": -1}, {"max_time": "00:01:00:00"}]
+    for trainer in ends:
+        check_run({**run, "trainer": {"max_steps": -1, **trainer}}, trains=True)
+    check_run({**run, "trainer": {"max_steps": -1}}, trains=False)
+    with pytest.raises(ConfigError, match="max_time"):
+        check_run({**run, "trainer": {"max_steps": -1}}, trains=True)
+
+
+def test_null_is_refused_only_where_the_type_has_no_place_for_it() -> None:
+    check_settings({"model": {"class_path": TOVE, "init_args": {"use": None, "gate_lr": None, "meteor": None}}})
+    check_settings({"model": {"class_path": "visexpert.vision.ClipEncoder", "init_args": {"layer": -2}}})
+    check_settings({"a": {"class_path": "collections.OrderedDict", "init_args": {"x": None, "y": -3}}})
+    nested = {"experts": {"one": {"class_path": TOVE, "init_args": {"warmup_steps": None}}}}
+    with pytest.raises(ConfigError, match=r"ToVE: warmup_steps is null.*100"):
+        check_settings({"callbacks": [nested]})
+
+
+def config_files() -> Iterator[tuple[str, bytes, list[str]]]:
+    """Contents of files that are no configuration, with what is said of them."""
+    smoke = SMOKE.read_text(encoding="utf-8")
+    yield "empty", b"", ["is empty", "mapping"]
+    yield "comment", b"# nothing\n", ["is empty"]
+    yield "list", b"- a\n- b\n", ["is a list", "mapping"]
+    yield "text", b"just text", ["is a str"]
+    yield "number", b"42", ["is a int"]
+    yield "unfinished", b"model: [", ["line 1"]
+    yield "tabs", b"model:\n\tclass_path: x\n", ["line 2", "\\t"]
+    yield "deep", b"a: " + b"[" * 30000, ["nested too deeply"]
+    yield "latin1", b"run: caf\xe9\n", ["UTF-8", "0xe9"]
+    yield "nul", b"\0\1", ["cannot be read as YAML", "#x0000"]
+    yield "tag", b"a: !!python/object/apply:os.system [ls]", ["line 1", "python/object/apply:os.system"]
+    yield "documents", b"---\na: 1\n---\nb: 2\n", ["line 3", "another document"]
+    yield "twice", smoke.replace("seed_everything: 0", "seed_everything: 0\nseed_everything: 1").encode(), [
+        "line 5", "'seed_everything' comes twice",
+    ]  # fmt: skip
+    yield "interpolation", smoke.replace("max_steps: 8", "max_steps: ${nothing.here}").encode(), ["nothing.here"]
+    for value in ("3", "true", "[]", "null", "[a]"):
+        yield f"trainer {value}", yaml.safe_dump({"trainer": yaml.safe_load(value)}).encode(), ["trainer is", "mapping"]
+    yield "no class", b"model: {}\ndata: {}\ntrainer: {max_steps: 1}\n", ["model", "class_path"]
+
+
+@pytest.mark.parametrize(("content", "fragments"), [each[1:] for each in config_files()],
+                         ids=[each[0] for each in config_files()])  # fmt: skip
+def test_a_file_that_is_no_configuration_is_named(
+    content: bytes, fragments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_bytes(content)
+    line = refused(["fit", "--config", str(path), "--run", str(tmp_path / "run")], capsys)
+    assert not [fragment for fragment in [*fragments] if fragment not in line], line
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_no_file_is_no_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe")  # reading it would never end
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
+        for command in (["fit", "--config"], ["plan", "--config"], ["data", "check"]):
+            line = refused([*command, str(path)], capsys)
+            assert str(path) in line and "no regular file" in line
+
+
+def test_a_config_of_utf8_with_a_mark_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "marked.yaml"
+    path.write_bytes(b"\xef\xbb\xbfmodel:\n  class_path: x\n")
+    from visexpert.reading import read_yaml
+
+    assert read_yaml(path) == {"model": {"class_path": "x"}}
+
+
+def test_without_a_progress_bar_a_run_goes_through(tmp_path: Path) -> None:
+    """Lightning refuses the bar that every run carries where bars are off."""
+    from visexpert.training import build_cli
+
+    off = ["--trainer.enable_progress_bar", "false", "--trainer.max_steps", "99999999999"]
+    cli = build_cli(["--config", str(SMOKE), "--run", str(tmp_path / "run"), *off], run=False)
+    assert cli.trainer.progress_bar_callback is None

@@ -21,7 +21,7 @@ class FeatureCache:
     Args:
         root: Folder of the store; shared by runs, a file's name says what it depends on.
         dtype: ``float32`` gives the same loss as live encoders to the bit of the encoder's own batch-size noise;
-            ``float16`` halves the space.
+            ``float16`` and ``bfloat16`` halve the space, the latter with fewer digits, but for tokens of any size.
     """
 
     def __init__(self, root: str | Path, *, dtype: StoreDtype = "float16") -> None:
@@ -62,7 +62,7 @@ class FeatureCache:
         file = open_features(self.root, key)
         if file is None:
             batches = _encoded(source, encode, device, batch_size, label=f"{name} tokens of {split}")
-            file = write_features(self.root, key, batches)
+            file = write_features(self.root, key, batches, owner=f"Encoder '{name}'")
         self._files[name, split] = file
 
     def read(self, name: str, split: str, index_B: Tensor) -> Tensor | None:

@@ -206,7 +206,8 @@ class Merging(Method):
         return text_loss(self.language(self._to_language(student), batch.text), targets_M)
 
     def _store_targets(self, sources: Mapping[str, ImageSource]) -> None:
-        teacher, cache = self.teacher, FeatureCache(cache_root() / "features")
+        teacher, own = self.teacher, self.teacher.feature_cache
+        cache = FeatureCache(cache_root() / "features", dtype="float16" if own is None else own.dtype)
         parts = [teacher.clip.fingerprint(), teacher.fusion_space, teacher.transfer.mode]
         parts += [f"{name}:{teacher.hub[name].fingerprint()}" for name in teacher.hub.attached]
         trained = nn.ModuleDict({"projector": teacher.projector, "adapters": teacher.adapters})

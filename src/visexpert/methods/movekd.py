@@ -65,7 +65,7 @@ class MoVEKD(Method):
         mole_lr: Of MoLE; null is ``lr``.
         feature_cache: As in :class:`~visexpert.methods.ToVE`; keeps the teachers,
             the frozen CLIP among them, not the student.
-        feature_dtype: ``float16`` or ``float32``.
+        feature_dtype: ``float16``, ``bfloat16`` or ``float32``.
         init_from: Checkpoint of an earlier run to start from, e.g. the first stage's.
         init_complete: Refuse a start that leaves any of the model's trained parts fresh, or has parts of another.
         kwargs: See :class:`~visexpert.methods.base.Method`; ``lr`` is that of adapters, heads and projector.

@@ -61,7 +61,8 @@ class ToVE(Method):
         feature_cache: Folder for tokens of frozen encoders, computed once for train and validation images and shared
             by all runs; ``auto`` is ``features`` in the cache ($VISEXPERT_CACHE, else ~/.cache/visexpert); null runs
             the encoders live at each step.
-        feature_dtype: ``float16`` or ``float32`` (equal to live encoders up to rounding) for that cache.
+        feature_dtype: ``float16``, ``bfloat16`` (for tokens beyond 6.5e4) or ``float32`` (equal to live encoders up to
+            rounding) for that cache.
         init_from: Checkpoint of an earlier run to start from; experts it lacks start fresh.
         kwargs: See :class:`~visexpert.methods.base.Method`.
     """

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, BinaryIO
+from uuid import uuid4
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from visexpert.errors import DataError
-
-StoreDtype = Literal["float16", "float32"]
+from visexpert.store.numbers import DISK, StoreDtype, pack, unpack
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class FeatureKey:
         tokens: Tokens per image (S, plus one for a [CLS] token).
         width: Width E.
         grid_hw: Grid that the tokens were resampled to.
-        dtype: ``float16`` or ``float32``.
+        dtype: ``float16``, ``bfloat16`` or ``float32``.
     """
 
     data: str
@@ -51,7 +53,7 @@ class FeatureKey:
     @property
     def num_bytes(self) -> int:
         """Size of the tokens."""
-        return self.rows * self.tokens * self.width * np.dtype(self.dtype).itemsize
+        return self.rows * self.tokens * self.width * DISK[self.dtype].itemsize
 
 
 class FeatureFile:
@@ -59,15 +61,15 @@ class FeatureFile:
 
     Args:
         values: (rows, tokens, width), memory-mapped.
+        dtype: What they are.
     """
 
-    def __init__(self, values: NDArray[np.floating]) -> None:
-        self._values = values
+    def __init__(self, values: NDArray[Any], dtype: StoreDtype) -> None:
+        self._values, self._dtype = values, dtype
 
     def read(self, index_B: Tensor) -> Tensor:
         """Tokens (B, tokens, width), float32, on the device of ``index_B``."""
-        rows = self._values[index_B.cpu().numpy()]
-        return torch.from_numpy(np.ascontiguousarray(rows)).float().to(index_B.device)
+        return unpack(self._values[index_B.cpu().numpy()], self._dtype).to(index_B.device)
 
 
 def open_features(root: Path, key: FeatureKey) -> FeatureFile | None:
@@ -83,57 +85,114 @@ def open_features(root: Path, key: FeatureKey) -> FeatureFile | None:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"The feature file {path} is damaged ({error}); delete it, it is computed again.") from error
-    if values.shape != (key.rows, key.tokens, key.width) or values.dtype != np.dtype(key.dtype):
+    if values.shape != (key.rows, key.tokens, key.width) or values.dtype != DISK[key.dtype]:
         raise DataError(
             f"The feature file {path} holds {values.shape} {values.dtype}, "
             f"{(key.rows, key.tokens, key.width)} {key.dtype} is needed; delete it, it is computed again."
         )
-    return FeatureFile(values)
+    return FeatureFile(values, key.dtype)
 
 
-def write_features(root: Path, key: FeatureKey, batches: Iterable[Tensor]) -> FeatureFile:
+def write_features(root: Path, key: FeatureKey, batches: Iterable[Tensor], *, owner: str = "An encoder") -> FeatureFile:
     """Write the tokens of all images and open them; atomic: a killed writer leaves no file of that name.
+
+    The space is reserved before the first batch is asked for. What killed writers left behind is removed first.
 
     Args:
         root: Folder of the store.
         key: Provenance; gives the shape.
         batches: Tokens (B, tokens, width) in row order.
+        owner: Whose tokens they are, for messages.
 
     Raises:
-        DataError: The disk is too full, or the batches do not add up to ``key.rows``.
+        DataError: The disk is too full or cannot be written, the batches do not add up to ``key.rows``, or tokens do
+            not fit ``key.dtype``.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(root)
         free = shutil.disk_usage(root).free
     except OSError as error:
         raise DataError(
             f"The feature store cannot use {root} ({error}); set feature_cache to another folder."
         ) from error
     if free < key.num_bytes:
-        raise DataError(
-            f"The feature store in {root} needs {key.num_bytes / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; "
-            "free some space, or set feature_cache to null to run the experts live."
-        )
-    scratch = root / f".{key.name}.{os.getpid()}.npy"
+        raise _too_full(root, key, f"{free / 1e6:.0f} MB are free")
     try:
-        _fill(scratch, key, batches)
-        scratch.replace(root / f"{key.name}.npy")
+        with _scratch(root, key) as file:
+            _reserve(file, key)
+            _fill(file, key, batches, owner=owner)
+            os.replace(file.name, root / f"{key.name}.npy")
         (root / f"{key.name}.json").write_text(json.dumps(asdict(key), indent=2), encoding="utf-8")
-    finally:
-        scratch.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise _too_full(root, key, f"which it does not get: {error.strerror}") from error
+        raise DataError(
+            f"The feature store in {root} cannot be written ({error}); set feature_cache to another folder."
+        ) from error
     written = open_features(root, key)
     assert written is not None
     return written
 
 
-def _fill(path: Path, key: FeatureKey, batches: Iterable[Tensor]) -> None:
+def remove_leftovers(root: Path) -> None:
+    """Remove files that writers, on whatever machine, left unfinished: those that no one has locked."""
+    for path in root.glob(".*.npy"):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+@contextlib.contextmanager
+def _scratch(root: Path, key: FeatureKey) -> Iterator[BinaryIO]:
+    """A file of this writer's own beside those of the store, locked as long as it is written, and gone at the end."""
+    while True:
+        # Closed below: a lock lasts as long as its file is open.
+        file = open(root / f".{key.name}.{uuid4().hex[:12]}.npy", "xb")  # noqa: SIM115
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file.fileno()).st_nlink:  # no one took it for a leftover before it was locked
+            break
+        file.close()
+    try:
+        yield file
+    finally:
+        Path(file.name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of what was left to write; the file is gone
+            file.close()
+
+
+def _reserve(file: BinaryIO, key: FeatureKey) -> None:
+    """Write the header, and make sure of the space of all that follows, where the file system can."""
     shape = (key.rows, key.tokens, key.width)
-    values = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(key.dtype), shape=shape)
+    header = {"descr": DISK[key.dtype].str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    file.flush()
+    allocate = getattr(os, "posix_fallocate", None)  # not on macOS
+    if allocate is None or not key.num_bytes:
+        return
+    try:
+        allocate(file.fileno(), file.tell(), key.num_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
+
+
+def _fill(file: BinaryIO, key: FeatureKey, batches: Iterable[Tensor], *, owner: str) -> None:
+    # Written one after another, not through a memory map: a full disk is an error here, and a bus error there.
     done = 0
     for batch in batches:
         if done + len(batch) <= key.rows:
-            values[done : done + len(batch)] = batch.detach().cpu().numpy().astype(key.dtype)
+            file.write(pack(batch, key.dtype, owner=owner).tobytes())
         done += len(batch)
     if done != key.rows:
         raise DataError(f"The feature store got tokens of {done} images, the split has {key.rows}.")
-    values.flush()
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _too_full(root: Path, key: FeatureKey, found: str) -> DataError:
+    return DataError(
+        f"The feature store in {root} needs {key.num_bytes / 1e6:.0f} MB, {found}; free some space, or set "
+        "feature_cache to null to run the experts live."
+    )

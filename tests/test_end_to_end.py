@@ -101,14 +101,13 @@ def test_movekd_from_llavas_conversations_to_a_llava(
     forms: dict[str, Any] = {"direction": "to_student", "adapter": "released", "token_weighting": "attention"}
     forms |= {"teacher_weighting": "attention", "anchor_share": 0.8}
     aligned = write_conversations(tmp_path, style="plain", name="blip_laion_cc_sbu_558k.json")
-    model = parts.model("MoVEKD", clip={"mole": mole}, language={"chat": "plain"}, **forms, clip_lr=0, language_lr=0)
+    model = parts.model("MoVEKD", clip={"mole": mole}, language={}, **forms, clip_lr=0, language_lr=0)
     start = fit(tmp_path / "stage1", model, aligned, parts.llama) / "checkpoints" / "last.ckpt"
     kept = {key.split(".")[0] for key in torch.load(start, weights_only=True)["state_dict"]}
     assert not {"hub", "anchor"} & kept
 
     mixed = write_conversations(tmp_path, style="vicuna_v1", name="llava_v1_5_mix665k.json")
-    language = {"chat": "vicuna_v1"}
-    model = parts.model("MoVEKD", clip={"mole": mole}, language=language, **forms, init_from=str(start))
+    model = parts.model("MoVEKD", clip={"mole": mole}, language={}, **forms, init_from=str(start))
     run = fit(tmp_path / "stage2", model, mixed, parts.llama, max_steps=4)  # two epochs: text alone, too
     scores = scored(run)
     assert scores["test/nll/nll"] > 0 and any(name.startswith("test/pope") for name in scores)

@@ -20,7 +20,7 @@ from visexpert.errors import ConfigError, DataError
 from visexpert.experts import ExpertHub, VisionExpert
 from visexpert.language import Decoding
 from visexpert.runs import SavedRun
-from visexpert.types import Batch
+from visexpert.types import Batch, TextEncoder
 from visexpert.vision import ClipEncoder
 
 
@@ -79,7 +79,7 @@ class Captioner:
         self.run, self.batch_size = run, batch_size
         self._device = _device(device)
         self._model = run.model.to(self._device).eval()
-        self._packer = TextPacker(run.tokenizer)
+        self._encoder = text_encoder_of(run)
         hub = getattr(self._model, "hub", None)
         self._hub = hub if isinstance(hub, ExpertHub) else None
         self.experts: tuple[str, ...] = () if self._hub is None else self._hub.attached
@@ -141,11 +141,11 @@ class Captioner:
             DataError: A prompt that is too long for the model.
         """
         asked = [prompts] * len(squares) if isinstance(prompts, str) else list(prompts)
-        ids = [[self._packer.bos_id, *self._encoded(prompt)["input_ids"]] for prompt in asked]
+        ids = [self._encoder.prompt(prompt) for prompt in asked]
         images_BCHW = torch.stack(list(squares)).to(self._device)
         with self._lock, self._listening_to(experts) as names:
             vision = self._model.encode(Batch(images_BCHW, torch.arange(len(squares)), split=""))
-            written = self._model.language.generate(vision, ids, eos_id=self._packer.eos_id, decoding=decoding)
+            written = self._model.language.generate(vision, ids, eos_id=self._encoder.eos_id, decoding=decoding)
         gates: Sequence[Any] = [None] * len(squares)
         if vision.gates_BTK is not None and self._hub is not None:
             columns = [self._hub.names.index(name) for name in names]
@@ -199,6 +199,25 @@ class Captioner:
         finally:
             for name in silent:
                 self._hub.attach(name)  # type: ignore[union-attr]
+
+
+def text_encoder_of(run: SavedRun) -> TextEncoder:
+    """What frames a run's texts: prompts become what the model read before answers in training.
+
+    Data that say nothing of it (``packer``), but have a tokenizer, have plain texts.
+
+    Raises:
+        ConfigError: The run's data has no text.
+    """
+    encoder, tokenizer = getattr(run.data, "packer", None), getattr(run.data, "tokenizer", None)
+    if encoder is None and tokenizer is not None:
+        return TextPacker(tokenizer)
+    if not isinstance(encoder, TextEncoder):
+        raise ConfigError(
+            f"'{run.folder}' was trained without text ({type(run.data).__name__} has no tokenizer), so it answers "
+            "nothing; give a run that was trained with a language model."
+        )
+    return encoder
 
 
 def _device(name: str | None) -> torch.device:

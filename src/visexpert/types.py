@@ -9,12 +9,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from visexpert.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
 """Label of a token that takes no part in the language loss (the convention of torch and transformers)."""
@@ -119,6 +124,43 @@ class EncodedText:
     supervised: npt.NDArray[np.bool_]
 
 
+@dataclass(frozen=True)
+class FrameTokens:
+    """Ids that open, end and fill texts.
+
+    Args:
+        bos: Opens a text: ``<bos>``, else BERT's ``[CLS]``, else ``eos``.
+        eos: Ends an answer: ``<eos>``, else BERT's ``[SEP]``.
+        pad: Fills short rows: ``<pad>``, else ``eos``.
+    """
+
+    bos: int
+    eos: int
+    pad: int
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, *, purpose: str) -> FrameTokens:
+        """Look them up.
+
+        Args:
+            tokenizer: A fast one, which knows the character at which a token stands.
+            purpose: What needs them, for the message.
+
+        Raises:
+            ConfigError: The tokenizer is a slow one, or no token of it can end an answer.
+        """
+        first = (tokenizer.bos_token_id, getattr(tokenizer, "cls_token_id", None))
+        last = (tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None))
+        eos = next((token for token in last if token is not None), None)
+        if not tokenizer.is_fast or eos is None:
+            raise ConfigError(
+                f"{type(tokenizer).__name__} cannot {purpose}: that takes a fast tokenizer (with character offsets) "
+                "that has an end-of-sequence token (or BERT's [SEP]); load another or set its eos_token."
+            )
+        bos = next((token for token in first if token is not None), eos)
+        return cls(bos, eos, eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
 class TextEncoder(ABC):
     """Turns text items into tokens; what frames prompts and answers for one kind of language model.
 
@@ -129,6 +171,21 @@ class TextEncoder(ABC):
 
     eos_id: int
     pad_id: int
+
+    @abstractmethod
+    def prompt(self, question: str, *, history: Sequence[tuple[str, str]] = (), has_image: bool = True) -> list[int]:
+        """Return the ids that the model reads before it answers, made of the question alone.
+
+        They are those that :meth:`encode` puts before the first id to learn of the last answer, whatever the answer.
+
+        Args:
+            question: The words of the user.
+            history: Earlier (question, answer) turns.
+            has_image: Whether the sample has an image.
+
+        Raises:
+            DataError: The question names a place for an image that is not there.
+        """
 
     @abstractmethod
     def encode(self, item: TextItem, *, has_image: bool = True) -> EncodedText:
@@ -186,6 +243,7 @@ class Batch(_Movable):
         split: Name of the split that ``index_B`` counts in.
         text: Packed text, or None for a batch of images alone.
         items: The same text as strings, per image in segment order; filled for evaluation only.
+        prompts: Ids that the model reads before it answers each of ``items``, by :meth:`TextEncoder.prompt`.
         targets: Dense ground truth by name (zoo training): e.g. ``depth_BHW``, ``normals_B3HW``.
         graphs: Scene graphs, where the data has them; filled for evaluation only.
         has_image_B: bool, False for samples of text alone, whose pixels mean nothing; None where all have an image.
@@ -199,6 +257,7 @@ class Batch(_Movable):
     split: str
     text: TextBatch | None = None
     items: tuple[tuple[TextItem, ...], ...] = ()
+    prompts: tuple[tuple[tuple[int, ...], ...], ...] = ()
     targets: Mapping[str, Tensor] = field(default_factory=dict)
     graphs: tuple[SceneGraph, ...] = ()
     has_image_B: Tensor | None = None

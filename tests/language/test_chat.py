@@ -9,7 +9,7 @@ import pytest
 from tests.language.tokenizers_made import llama_like
 from visexpert.data import pack
 from visexpert.errors import ConfigError, DataError
-from visexpert.language import LlavaTemplate, PrefixLM
+from visexpert.language import LlavaTemplate
 from visexpert.language.chat import ChatStyle
 from visexpert.types import IMAGE_TOKEN, EncodedText, TextItem
 
@@ -136,29 +136,6 @@ def test_long_conversations_are_cut_at_their_end() -> None:
         template(max_tokens=answer).encode(TALK)
     with pytest.raises(DataError, match="An answer of .* is empty"):
         template().encode(TextItem("chat", "Hi", " "))
-
-
-def test_a_bare_question_is_framed_for_generation(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """As ``visexpert caption`` asks: the same text as from the framed prompt, other than from the bare one."""
-    from tests.language.helpers import llama, vision
-    from tests.language.llava_models import randomise
-    from tests.language.tokenizers_made import written_to
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    written_to(folder)
-    (folder / "config.json").write_text("{}", encoding="utf-8")
-    fields = llama() | {"vocab_size": len(TOKENIZER), "max_position_embeddings": 512}
-    side = PrefixLM(config=fields, chat="vicuna_v1", tokenizer=str(folder)).eval()
-    bare = PrefixLM(config=fields).eval()
-    randomise(side)
-    bare.load_state_dict(side.state_dict())
-    images = vision(1)
-    question = [BOS, *TOKENIZER("a red cube?", add_special_tokens=False)["input_ids"]]
-    framed = template().prompt("a red cube?")
-    answer = side.generate(images, [question], eos_id=EOS, max_new_tokens=6)
-    assert answer == bare.generate(images, [framed], eos_id=EOS, max_new_tokens=6)
-    assert answer == side.generate(images, [framed], eos_id=EOS, max_new_tokens=6)
-    assert answer != bare.generate(images, [question], eos_id=EOS, max_new_tokens=6)
 
 
 def test_what_it_makes_can_be_packed() -> None:

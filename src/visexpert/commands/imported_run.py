@@ -85,7 +85,7 @@ def run_config(
         language: Folder or hub id of the language model.
         image_size: Side of CLIP's input, pixels.
     """
-    text = {"source": language, "frozen": True, "dtype": options.dtype, "chat": options.chat}
+    text = {"source": language, "frozen": True, "dtype": options.dtype}
     template = {"class_path": "visexpert.language.LlavaTemplate", "init_args": {"style": options.chat}}
     clip = {"source": options.clip, "layer": layer, "mole": None if mole is None else dict(mole)}
     model = {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from visexpert.data.packing import BoolArray, IntArray
 from visexpert.errors import ConfigError, DataError
-from visexpert.types import IMAGE_TOKEN, EncodedText, TextEncoder, TextItem
+from visexpert.types import IMAGE_TOKEN, EncodedText, FrameTokens, TextEncoder, TextItem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,11 +42,7 @@ class ChatPacker(TextEncoder):
         image_in_text: bool = True,
         max_tokens: int | None = None,
     ) -> None:
-        if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-            raise ConfigError(
-                f"{type(tokenizer).__name__} cannot pack conversations: that takes a fast tokenizer (with character "
-                "offsets) that has an end-of-sequence token; load another or set its eos_token."
-            )
+        frame = FrameTokens.of(tokenizer, purpose="pack conversations")
         if template is None and not tokenizer.chat_template:
             raise ConfigError(
                 f"The tokenizer {tokenizer.name_or_path!r} has no chat template of its own; give one in Jinja, or use "
@@ -55,8 +52,7 @@ class ChatPacker(TextEncoder):
         self.template = template
         self.image_in_text = image_in_text
         self.max_tokens = max_tokens
-        self.eos_id: int = tokenizer.eos_token_id
-        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.eos_id, self.pad_id = frame.eos, frame.pad
 
     def encode(self, item: TextItem, *, has_image: bool = True) -> EncodedText:
         """Tokenise one conversation; a label stands on each token of an answer, up to the first <eos> behind it.
@@ -69,8 +65,9 @@ class ChatPacker(TextEncoder):
             ConfigError: The template rewrites what earlier turns became.
             DataError: An answer is empty, or ``max_tokens`` leaves nothing to learn.
         """
-        text, spans = self._render(item, has_image and self.image_in_text)
-        ids, starts, ends = self._tokenise(text, with_image=has_image and self.image_in_text)
+        with_image = has_image and self.image_in_text
+        text, spans = self._render([*item.history, (item.prompt, item.answer)], with_image)
+        ids, starts, ends = self._tokenise(text, with_image=with_image)
         supervised = np.zeros(len(ids), dtype=np.bool_)
         for start, end in spans:
             supervised |= self._up_to_eos(ids, (starts >= start) & (ends <= end) & (ends > starts))
@@ -81,19 +78,36 @@ class ChatPacker(TextEncoder):
             )
         return EncodedText(ids, supervised)
 
-    def _render(self, item: TextItem, with_image: bool) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation as text, and where in it each answer begins and ends."""
+    def prompt(self, question: str, *, history: Sequence[tuple[str, str]] = (), has_image: bool = True) -> list[int]:
+        """Ids of a conversation up to where the next answer begins; see :meth:`TextEncoder.prompt`.
+
+        Raises:
+            ConfigError: The template rewrites what earlier turns became.
+        """
+        with_image = has_image and self.image_in_text
+        text, _ = self._render([*history, (question, None)], with_image)
+        ids: list[int] = self._tokenise(text, with_image=with_image)[0].tolist()
+        return ids
+
+    def _render(self, turns: Sequence[tuple[str, str | None]], with_image: bool) -> tuple[str, list[tuple[int, int]]]:
+        """The conversation as text, and where in it each answer begins and ends.
+
+        An answer begins with the spaces before it, where a template ends its call for one by some: tokenizers make one
+        token of a word and the space before it.
+        """
         messages: list[dict[str, str]] = []
         spans: list[tuple[int, int]] = []
         text = ""
-        for prompt, answer in (*item.history, (item.prompt, item.answer)):
-            if not answer.strip():
-                raise DataError(f"An answer of {item} is empty; correct the annotation or leave the item out.")
+        for prompt, answer in turns:
+            if answer is not None and not answer.strip():
+                raise DataError(f"An answer to {prompt[:80]!r} is empty; correct the annotation or leave the item out.")
             content = prompt.replace(_MARK, "").strip()
             if with_image and not messages:
                 content = f"{_MARK}\n{content}"
             messages.append({"role": "user", "content": content})
-            opened = self._text(messages, open_answer=True)
+            opened = self._text(messages, open_answer=True).rstrip(" ")
+            if answer is None:
+                return opened, spans
             messages.append({"role": "assistant", "content": answer.strip()})
             closed = self._text(messages, open_answer=False)
             if not (opened.startswith(text) and closed.startswith(opened)):

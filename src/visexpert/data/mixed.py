@@ -14,7 +14,7 @@ from visexpert.data.resize import Resize
 from visexpert.data.settings import Template
 from visexpert.data.source import PARTS, Loader, SourceData, batches_done
 from visexpert.errors import ConfigError
-from visexpert.types import Batch, ImageSource
+from visexpert.types import Batch, ImageSource, TextEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,6 +94,7 @@ class MixedData(LightningDataModule):
         for name, parts in self._by_source(None).items():
             self.sources[name].trainer = self.trainer
             self.sources[name].check(parts)
+            _ = self.sources[name].packer
 
     def setup(self, stage: str | None = None) -> None:
         """Read the annotations that ``stage`` needs."""
@@ -131,6 +132,11 @@ class MixedData(LightningDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer of all sources; None where batches have no text."""
         return next(iter(self._used(PARTS["fit"] + PARTS["test"]))).tokenizer
+
+    @property
+    def packer(self) -> TextEncoder | None:
+        """What frames the texts of the first source that is trained on; None where batches have no text."""
+        return next(iter(self._used(PARTS["fit"] + PARTS["test"]))).packer
 
     def image_sources(self) -> dict[str, ImageSource]:
         """Images of the opened parts by row, for the feature store."""

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from visexpert.errors import ConfigError, DataError
-from visexpert.types import IGNORE_INDEX, EncodedText, TextBatch, TextEncoder, TextItem
+from visexpert.types import IGNORE_INDEX, EncodedText, FrameTokens, TextBatch, TextEncoder, TextItem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,6 +19,10 @@ IntArray: TypeAlias = npt.NDArray[np.int64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
 _CHUNK = 4096
+_NO_TURNS = (
+    "A conversation of several turns takes a template; set it to visexpert.language.LlavaTemplate, or to "
+    "visexpert.data.ChatPacker for the tokenizer's own."
+)
 
 
 class TextPacker(TextEncoder):
@@ -28,7 +32,8 @@ class TextPacker(TextEncoder):
     see at generation; the offsets tell where the answer begins.
 
     Args:
-        tokenizer: A fast Hugging Face tokenizer. Where it has no ``<bos>``, its ``<eos>`` opens the item.
+        tokenizer: A fast Hugging Face tokenizer. :class:`~visexpert.types.FrameTokens` says which tokens
+            open and end an item; words such as ``<eos>`` in a text stay words.
         max_tokens: Longest item; a longer answer is cut and then has no ``<eos>``. None for no limit.
 
     Raises:
@@ -36,18 +41,22 @@ class TextPacker(TextEncoder):
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None = None) -> None:
-        if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-            raise ConfigError(
-                f"{type(tokenizer).__name__} cannot pack texts: that takes a fast tokenizer (with character offsets) "
-                "that has an end-of-sequence token; load another or set its eos_token."
-            )
+        frame = FrameTokens.of(tokenizer, purpose="pack texts")
         if max_tokens is not None and max_tokens < 3:
             raise ConfigError(f"max_tokens is {max_tokens}, but an item takes at least 3 tokens; raise it or use null.")
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
-        self.eos_id: int = tokenizer.eos_token_id
-        self.bos_id: int = self.eos_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.bos_id, self.eos_id, self.pad_id = frame.bos, frame.eos, frame.pad
+
+    def prompt(self, question: str, *, history: Sequence[tuple[str, str]] = (), has_image: bool = True) -> list[int]:
+        """``<bos> question``; see :meth:`TextEncoder.prompt`.
+
+        Raises:
+            ConfigError: There are earlier turns.
+        """
+        if history:
+            raise ConfigError(_NO_TURNS)
+        return [self.bos_id, *self._ids([question.strip()])["input_ids"][0]]
 
     def encode(self, item: TextItem, *, has_image: bool = True) -> EncodedText:
         """Tokenise one item; whether there is an image makes no difference, since it stands in front of all text.
@@ -57,10 +66,7 @@ class TextPacker(TextEncoder):
             DataError: As :meth:`tokenise`.
         """
         if item.history:
-            raise ConfigError(
-                "A conversation of several turns takes a template; set it to visexpert.language.LlavaTemplate, "
-                "or to visexpert.data.ChatPacker for the tokenizer's own."
-            )
+            raise ConfigError(_NO_TURNS)
         ids, num_prompt = self.tokenise(item)
         return EncodedText(ids, np.arange(len(ids)) >= num_prompt)
 
@@ -85,10 +91,13 @@ class TextPacker(TextEncoder):
         for start in range(0, len(todo), _CHUNK):
             chunk = todo[start : start + _CHUNK]
             texts = [_joined(item) for item in chunk]
-            encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+            encoded = self._ids(texts)
             for item, ids, offsets in zip(chunk, encoded["input_ids"], encoded["offset_mapping"], strict=True):
                 known[item.prompt, item.answer] = self._finish(item, ids, offsets)
         return [known[item.prompt, item.answer] for item in items]
+
+    def _ids(self, texts: list[str]) -> Any:
+        return self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
 
     def _finish(self, item: TextItem, ids: list[int], offsets: list[tuple[int, int]]) -> tuple[IntArray, int]:
         prompt_end = len(item.prompt.strip())

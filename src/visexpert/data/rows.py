@@ -17,7 +17,7 @@ from torch import Tensor
 from visexpert.data.loader import BatchKey, BatchLoader
 from visexpert.data.packing import IntArray
 from visexpert.data.resize import ImageReader
-from visexpert.data.samples import BatchForm, Loaded, Sample, SampleTable, encode_items, subset
+from visexpert.data.samples import BatchForm, Loaded, Sample, SampleTable, encode_items, prompts_of, subset
 from visexpert.data.source import SourceData
 from visexpert.errors import ConfigError, DataError
 from visexpert.types import Batch, ImageSource, Skipped, TextEncoder, TextItem
@@ -157,7 +157,8 @@ class RowDataset:
         items = sample.items if rng is None else self._choose(sample.items, rng)
         encoded = encode_items(items, self.packer, has_image=bool(sample.image))
         picture = self.reader.read(sample.image, name=sample.image, rng=rng) if sample.image else None
-        return Loaded(row, picture, items, encoded)
+        prompts = prompts_of(items, self.packer, has_image=bool(sample.image)) if self.form.with_items else ()
+        return Loaded(row, picture, items, encoded, prompts)
 
     def _choose(self, items: Sequence[TextItem], rng: np.random.Generator) -> tuple[TextItem, ...]:
         order = rng.permutation(len(items))[: self.texts_per_image]

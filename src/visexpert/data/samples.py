@@ -62,12 +62,14 @@ class Loaded:
         picture: Its image; None for text alone.
         items: The texts that were chosen.
         encoded: The same as token ids; None where the batch has no text.
+        prompts: Of each text, the ids that the model reads before it answers; empty where nothing is written.
     """
 
     row: int
     picture: Picture | None
     items: tuple[TextItem, ...]
     encoded: tuple[EncodedText, ...] | None
+    prompts: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,7 @@ class BatchForm:
             split=self.split,
             text=pack_encoded(texts, self.pad_id) if len(texts) == len(rows) else None,
             items=tuple(row.items for row in rows) if self.with_items else (),
+            prompts=tuple(row.prompts for row in rows) if self.with_items else (),
             has_image_B=None if all(has_image) else torch.tensor(has_image),
             original_hw_B2=torch.tensor(
                 [(size, size) if row.picture is None else row.picture.original_hw for row in rows], dtype=torch.int64
@@ -116,6 +119,15 @@ def encode_items(
 ) -> tuple[EncodedText, ...] | None:
     """Tokenise the texts of one row; None without a packer."""
     return None if packer is None else tuple(packer.encode(item, has_image=has_image) for item in items)
+
+
+def prompts_of(
+    items: Sequence[TextItem], packer: TextEncoder | None, *, has_image: bool
+) -> tuple[tuple[int, ...], ...]:
+    """Return what the model reads before it answers each text of one row; nothing without a packer."""
+    if packer is None:
+        return ()
+    return tuple(tuple(packer.prompt(item.prompt, history=item.history, has_image=has_image)) for item in items)
 
 
 def words_of(sample: Sample) -> int:

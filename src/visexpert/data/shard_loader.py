@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from visexpert.data.resize import ImageReader
-from visexpert.data.samples import BatchForm, Loaded, encode_items
+from visexpert.data.samples import BatchForm, Loaded, encode_items, prompts_of
 from visexpert.data.shards import Record, ShardPlan, ShardReader
 from visexpert.errors import DataError
 from visexpert.types import Batch, Skipped, TextEncoder, TextItem
@@ -53,7 +53,8 @@ class RecordReader:
         items = (TextItem("caption", self.prompt, caption, generate=True),)
         rng = None if self.augment_seed is None else np.random.default_rng([self.augment_seed, epoch, row])
         picture = self.reader.read(image, name=name, rng=rng)
-        return Loaded(row, picture, items, encode_items(items, self.packer, has_image=True))
+        encoded = encode_items(items, self.packer, has_image=True)
+        return Loaded(row, picture, items, encoded, prompts_of(items, self.packer, has_image=True))
 
 
 class ShardLoader:

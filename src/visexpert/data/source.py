@@ -155,8 +155,9 @@ class SourceData(LightningDataModule):
     # -- Lightning hooks ------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Refuse to start where something is missing (once per machine)."""
+        """Refuse to start where something is missing or the tokenizer cannot frame texts (once per machine)."""
         self.check(self.parts_of_stage(None))
+        _ = self.packer  # before encoders fill the feature store, which takes long
 
     def setup(self, stage: str | None = None) -> None:
         """Read the annotations that ``stage`` needs (fit, validate, test, predict; None for all)."""

@@ -30,6 +30,8 @@ class TextTable:
         flat = [item for pool in self.items for item in pool]
         tokenised = packer.tokenise_all(flat)
         self.pad_id = packer.pad_id
+        self._packer = packer
+        self._prompts: dict[str, tuple[int, ...]] = {}
         self.quota = np.array(list(mixture.values()), dtype=np.int64)
         self.codes = np.array([codes[item.kind] for item in flat], dtype=np.int64)
         self.prompts = np.array([prompt for _, prompt in tokenised], dtype=np.int64)
@@ -91,6 +93,12 @@ class TextTable:
             row = int(rows[where])
             grouped[where].append(self.items[row][index - int(self.row_starts[row])])
         return tuple(map(tuple, grouped))
+
+    def prompts_of(self, items: Sequence[Sequence[TextItem]]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Return what the model reads before it answers each item; equal questions are tokenised once."""
+        for question in {item.prompt for row in items for item in row} - self._prompts.keys():
+            self._prompts[question] = tuple(self._packer.prompt(question))
+        return tuple(tuple(self._prompts[item.prompt] for item in row) for row in items)
 
 
 def _hash(item: IntArray, order_key: tuple[int, int]) -> npt.NDArray[np.uint64]:

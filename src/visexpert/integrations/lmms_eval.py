@@ -26,19 +26,19 @@ IGNORED = frozenset({"do_sample", "image_aspect_ratio", "image_sizes", "use_cach
 class VisexpertModel(lmms):  # type: ignore[misc]
     """Whatever ``visexpert caption --run`` can open: a run whole, RUN/detached or RUN/merged.
 
-    Prompts are the task's own; a run that was trained on a chat template (``language.chat``) frames them by it. Each
-    question has one image: tasks without images or with several are refused.
+    Prompts are the task's own; they are framed as the run's data framed them in training (``template``). Each
+     question has one image: tasks without images or with several are refused.
 
-    Args:
-        run: Folder of the run.
-        device: As torch writes it; None is the GPU where there is one. Under ``accelerate launch`` each process takes
-            its own GPU.
-        batch_size: Questions at once; ``auto`` is 1.
-        max_new_tokens: Longest answer where the task says nothing.
-        kwargs: What lmms-eval hands every model; ``max_batch_size`` has no meaning here, others are refused.
+     Args:
+         run: Folder of the run.
+         device: As torch writes it; None is the GPU where there is one. Under ``accelerate launch`` each process takes
+             its own GPU.
+         batch_size: Questions at once; ``auto`` is 1.
+         max_new_tokens: Longest answer where the task says nothing.
+         kwargs: What lmms-eval hands every model; ``max_batch_size`` has no meaning here, others are refused.
 
-    Raises:
-        ConfigError: ``run`` is no run, or an argument is unknown.
+     Raises:
+         ConfigError: ``run`` is no run, or an argument is unknown.
     """
 
     is_simple = True

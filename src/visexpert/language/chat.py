@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 import numpy as np
 
 from visexpert.errors import ConfigError, DataError
-from visexpert.types import IMAGE_TOKEN, EncodedText, TextEncoder, TextItem
+from visexpert.types import IMAGE_TOKEN, EncodedText, FrameTokens, TextEncoder, TextItem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,11 +42,14 @@ class LlavaTemplate(TextEncoder):
     - ``plain``: the answer and a line break, questions are left out (stage 1).
 
     The image stands before its question on a line of its own, or in front of a plain answer.
-    Labels stand on every answer with what ends it. As in LLaVA each stretch between special tokens is tokenised on its
-    own, and words such as ``</s>`` in a text stay words.
+    Labels stand on every answer with what ends it, and on the space before it: Llama's tokenizers make ``3`` behind a
+    space two tokens, of which the model must write both (as LLaVA's ``preprocess_v1`` has it).
+
+    Ids are those of LLaVA, which tokenises the text on either side of the image as a whole; but words such as ``</s>``
+    in a text stay words.
 
     Args:
-        tokenizer: A fast one. Where it has no ``<bos>``, its ``<eos>`` opens the text.
+        tokenizer: A fast one; :class:`~visexpert.types.FrameTokens` says which tokens open and end a text.
         style: The template.
         system: Another system text; null for the template's.
         max_tokens: Longest item, the image counted as one; a longer one is cut at its end. Null for no limit.
@@ -66,19 +69,14 @@ class LlavaTemplate(TextEncoder):
     ) -> None:
         if style not in get_args(ChatStyle):
             raise ConfigError(f"The chat template {style!r} is unknown; use one of {', '.join(get_args(ChatStyle))}.")
-        if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-            raise ConfigError(
-                f"{type(tokenizer).__name__} cannot frame conversations: that takes a fast tokenizer (with character "
-                "offsets) that has an end-of-sequence token; load another or set its eos_token."
-            )
+        frame = FrameTokens.of(tokenizer, purpose="frame conversations")
         if system and not SYSTEMS[style]:
             raise ConfigError(f"The chat template {style!r} has no place for a system text; leave system out.")
         self.tokenizer, self.style = tokenizer, style
         self.system = SYSTEMS[style] if system is None else system
         self.max_tokens = max_tokens
-        self.eos_id: int = tokenizer.eos_token_id
-        self.bos_id: int = self.eos_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.bos_id, self.eos_id, self.pad_id = frame.bos, frame.eos, frame.pad
+        self._lead = _lead_of(tokenizer, self.eos_id)
 
     def encode(self, item: TextItem, *, has_image: bool = True) -> EncodedText:
         """A whole conversation: the item's history, then its prompt and answer.
@@ -138,7 +136,7 @@ class LlavaTemplate(TextEncoder):
         yield from _question(question)
         yield _Part(" ASSISTANT:")
         if answer is not None:
-            yield from (_Part(" "), _Part(answer, learned=True))
+            yield _Part(f" {answer}", learned=True)
 
     def _bracketed(self, number: int, question: str, answer: str | None) -> Iterator[_Part]:
         if number and self.style == "llama_2":
@@ -147,7 +145,7 @@ class LlavaTemplate(TextEncoder):
         yield from _question(question)
         yield _Part(" [/INST]")
         if answer is not None:
-            yield from (_Part(" "), _Part(f"{answer} ", learned=True))
+            yield _Part(f" {answer} ", learned=True)
 
     def _plain(self, turns: Turns) -> Iterator[_Part]:
         if len(turns) != 1:
@@ -165,7 +163,9 @@ class LlavaTemplate(TextEncoder):
         for is_text, group in groupby(parts, key=lambda part: part.token is None):
             stretch = list(group)
             if is_text:
-                found = self._stretch(stretch)
+                # LLaVA begins anew at the start and behind the image, where the tokenizer sees the start of a text.
+                starts = len(ids) <= 1 or ids[-1] == IMAGE_TOKEN
+                found = self._stretch(stretch, lead="" if starts else self._lead)
                 ids += found.ids.tolist()
                 supervised += found.supervised.tolist()
             else:
@@ -173,12 +173,12 @@ class LlavaTemplate(TextEncoder):
                 supervised += [part.learned for part in stretch]
         return EncodedText(np.asarray(ids, dtype=np.int64), np.asarray(supervised, dtype=np.bool_))
 
-    def _stretch(self, parts: Sequence[_Part]) -> EncodedText:
+    def _stretch(self, parts: Sequence[_Part], *, lead: str) -> EncodedText:
         text = "".join(part.text for part in parts)
         learned = np.repeat([part.learned for part in parts], [len(part.text) for part in parts])
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
-        supervised = [bool(learned[begin:end].any()) for begin, end in encoded["offset_mapping"]]
-        return EncodedText(np.asarray(encoded["input_ids"], dtype=np.int64), np.asarray(supervised, dtype=np.bool_))
+        ids, offsets = _behind(self.tokenizer, lead, text)
+        supervised = [bool(learned[begin:end].any()) for begin, end in offsets]
+        return EncodedText(np.asarray(ids, dtype=np.int64), np.asarray(supervised, dtype=np.bool_))
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,39 @@ class _Part:
     text: str = ""
     token: int | None = None
     learned: bool = False
+
+
+_LEADS = ("", "\n", ".", "\n\n", "</")
+"""Texts that may stand in for a special token, so that what follows is tokenised as behind one."""
+
+
+def _lead_of(tokenizer: PreTrainedTokenizerBase, eos_id: int) -> str:
+    """What to put before a text so that its ids are those behind a special token.
+
+    Some tokenizers (Llama's with ``legacy: false``) mark the start of a word at the start of a text, but not behind a
+    special token; words of users must not be read as special tokens, so the token itself cannot stand there.
+
+    Raises:
+        ConfigError: Nothing that we know does it.
+    """
+    special = str(tokenizer.convert_ids_to_tokens(eos_id))
+    probes = ("USER: a", "[INST] a", "3", " x")
+    wanted = [tokenizer(special + probe, add_special_tokens=False)["input_ids"] for probe in probes]
+    for lead in _LEADS:
+        if all([eos_id, *_behind(tokenizer, lead, probe)[0]] == ids for probe, ids in zip(probes, wanted, strict=True)):
+            return lead
+    raise ConfigError(
+        f"The tokenizer {tokenizer.name_or_path!r} writes texts behind {special!r} in a way that LlavaTemplate does "
+        "not know; use visexpert.data.ChatPacker with a chat template in Jinja."
+    )
+
+
+def _behind(tokenizer: PreTrainedTokenizerBase, lead: str, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a text behind another, and the characters of the text that each stands for."""
+    encoded = tokenizer(lead + text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
+    pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    inside = [(token, (begin - len(lead), end - len(lead))) for token, (begin, end) in pairs if begin >= len(lead)]
+    return [token for token, _ in inside], [offset for _, offset in inside]
 
 
 def _question(question: str) -> Iterator[_Part]:

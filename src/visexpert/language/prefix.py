@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from visexpert.errors import ConfigError, DataError
 from visexpert.language.base import additive
 from visexpert.language.causal_lm import Dtype
-from visexpert.language.chat import ChatStyle
-from visexpert.language.framing import PromptFramer
 from visexpert.language.generation import Decoding
 from visexpert.language.hf_generation import seeded, strategy, until
 from visexpert.language.lora import LoRASettings, Quantisation
@@ -42,9 +40,6 @@ class PrefixLM(PretrainedSide):
         quantisation: Hold the frozen model in 4 bits (``nf4``, QLoRA) or 8 (``int8``), by bitsandbytes; null for not.
         gradient_checkpointing: Keep no activations inside the blocks: less memory, a third more time.
         image_newline: A trained vector that ends each row of tiles (LLaVA-NeXT); for images in tiles.
-        chat: Frame prompts that name no place for the image as the user's turn of this template when text is
-            generated: ``vicuna_v1``, ``llama_2``, ``mistral`` or ``plain``; null takes prompts as they are.
-        tokenizer: Folder or hub id of the tokenizer that ``chat`` needs; null takes ``source``.
     """
 
     def __init__(
@@ -60,20 +55,15 @@ class PrefixLM(PretrainedSide):
         quantisation: Quantisation | None = None,
         gradient_checkpointing: bool = False,
         image_newline: bool = False,
-        chat: ChatStyle | None = None,
-        tokenizer: str | None = None,
     ) -> None:
         super().__init__(
             config=config, source=source, weights=weights, dtype=dtype, frozen=frozen, lora=lora,
             quantisation=quantisation, gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
-        if chat is not None and tokenizer is None and source is None:
-            raise ConfigError(f"PrefixLM: chat={chat!r} needs a tokenizer; name its folder or hub id.")
         self.position_scale = position_scale
         self.image_newline = nn.Embedding(1, self.width, dtype=self._dtype) if image_newline else None
         if self.image_newline is not None:
             nn.init.normal_(self.image_newline.weight, std=self.width**-0.5)
-        self._framer = None if chat is None else PromptFramer(chat, tokenizer=str(tokenizer or source))
 
     def added_modules(self) -> tuple[nn.Module, ...]:
         """The vector that ends rows of tiles."""
@@ -106,8 +96,9 @@ class PrefixLM(PretrainedSide):
         """
         lengths = token_counts(vision).tolist()
         image_BTD = self._image(vision)
-        framed = [self._framed(prompt, length > 0) for prompt, length in zip(prompts, lengths, strict=True)]
-        rows = [self._row(ids, image_BTD[i, : lengths[i]]) for i, ids in enumerate(framed)]
+        for prompt, length in zip(prompts, lengths, strict=True):
+            _check_markers(prompt, has_image=length > 0)
+        rows = [self._row(ids, image_BTD[i, : lengths[i]]) for i, ids in enumerate(prompts)]
         longest = max(map(len, rows))
         room = self._check_room(longest)
         # Padding stands in front: image and prompt stay neighbours, as in training.
@@ -127,17 +118,6 @@ class PrefixLM(PretrainedSide):
         rest = place + 1 if IMAGE_TOKEN in ids else 0
         words_LD = self._embed(torch.tensor([*ids[:place], *ids[rest:]], device=image_TD.device))
         return torch.cat([words_LD[:place], image_TD.to(words_LD.dtype), words_LD[place:]])
-
-    def _framed(self, prompt: Sequence[int], has_image: bool) -> list[int]:
-        """A prompt as the model was trained to be asked; one that names a place for the image is framed already."""
-        count = sum(token == IMAGE_TOKEN for token in prompt)
-        if count > int(has_image):
-            raise DataError(
-                f"A prompt has {count} image tokens (<image>), but its sample has {int(has_image)} image; write it "
-                "once where there is an image, and nowhere else."
-            )
-        framer = None if count else self._framer
-        return list(prompt) if framer is None else framer(prompt, has_image=has_image)
 
     def _check_room(self, length: int) -> int:
         """Tokens that still fit behind an image and its prompt."""
@@ -175,3 +155,12 @@ class PrefixLM(PretrainedSide):
     def _embed(self, ids: Tensor) -> Tensor:
         embedded: Tensor = self.model.get_input_embeddings()(ids)
         return embedded
+
+
+def _check_markers(prompt: Sequence[int], *, has_image: bool) -> None:
+    count = sum(token == IMAGE_TOKEN for token in prompt)
+    if count > int(has_image):
+        raise DataError(
+            f"A prompt has {count} image tokens (<image>), but its sample has {int(has_image)} image; write it "
+            "once where there is an image, and nowhere else."
+        )

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from visexpert.errors import ConfigError
 from visexpert.language import LanguageSide
 from visexpert.metrics import (
     CaptionScores,
@@ -22,7 +23,7 @@ from visexpert.metrics import (
     caption_holds,
 )
 from visexpert.metrics.token_probes import TokenProbes
-from visexpert.types import IGNORE_INDEX, Batch, SceneGraph, TextBatch, TextItem, VisionTokens
+from visexpert.types import IGNORE_INDEX, Batch, FrameTokens, SceneGraph, TextBatch, TextItem, VisionTokens
 
 CAPTION = "caption"
 CAPTIONS = frozenset({CAPTION, "relation"})
@@ -249,26 +250,15 @@ class Evaluator:
         return item.generate and self._captions > 0
 
 
-def prompt_ids(text: TextBatch, image: int, number: int) -> list[int]:
-    """Ids of an item up to what is first learned of it: what the model reads before it answers.
-
-    Args:
-        text: Packed text.
-        image: Row.
-        number: Item of the row, from 0.
-    """
-    inside_N = text.segments_BN[image] == number + 1
-    ids, labels = text.ids_BN[image][inside_N], text.labels_BN[image][inside_N]
-    return [int(token) for token in ids[: int((labels != IGNORE_INDEX).int().argmax())]]
-
-
 def _write(
     batch: Batch, places: list[tuple[int, int]], vision: VisionTokens, language: LanguageSide, tokenizer: Any
 ) -> list[str]:
     """What the model writes to items, given by image and number."""
-    assert batch.text is not None
-    prompts = [prompt_ids(batch.text, image, number) for image, number in places]
-    written = language.generate(vision.rows([image for image, _ in places]), prompts, eos_id=tokenizer.eos_token_id)
+    if not batch.prompts:
+        raise ConfigError("The data hands out texts to be written (Batch.items) without their prompts (Batch.prompts).")
+    prompts = [batch.prompts[image][number] for image, number in places]
+    eos = FrameTokens.of(tokenizer, purpose="end answers").eos
+    written = language.generate(vision.rows([image for image, _ in places]), prompts, eos_id=eos)
     return [decode(ids, tokenizer) for ids in written]
 
 
@@ -290,6 +280,7 @@ def item_of_supervised(text: TextBatch) -> tuple[Tensor, Tensor]:
 
 def decode(ids: list[int], tokenizer: Any) -> str:
     """Tokens up to <eos> as text."""
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    eos = FrameTokens.of(tokenizer, purpose="end answers").eos
+    if eos in ids:
+        ids = ids[: ids.index(eos)]
     return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()

@@ -63,11 +63,13 @@ class TabletopDataset:
         rows = key.rows
         text: TextBatch | None = None
         items: tuple[tuple[TextItem, ...], ...] = ()
+        prompts: tuple[tuple[tuple[int, ...], ...], ...] = ()
         if self.table is not None:
             chosen = self.table.select(rows, None if self.choice_seed is None else (self.choice_seed, key.epoch))
             text = self.table.pack(*chosen, num_rows=len(rows))
             if self.for_evaluation:
                 items = self.table.strings(*chosen, rows=rows)
+                prompts = self.table.prompts_of(items)
         return Batch(
             # A view: channels last in memory, which is what the renders have and convolutions like.
             images_BCHW=torch.from_numpy(np.ascontiguousarray(self.cache.rgb[rows])).permute(0, 3, 1, 2),
@@ -75,6 +77,7 @@ class TabletopDataset:
             split=self.split,
             text=text,
             items=items,
+            prompts=prompts,
             targets=self._targets(rows),
             graphs=tuple(self.cache.graphs[row] for row in rows.tolist()) if self.for_evaluation else (),
         )

@@ -9,7 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from functools import reduce
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,11 @@ IGNORE_INDEX = -100
 
 IMAGE_TOKEN = -200
 """Id that stands in a text where its image goes (LLaVA's convention); it is in no vocabulary."""
+
+Unit = Literal["token", "image"]
+"""What a loss is a mean over: supervised tokens, or samples that have an image."""
+
+UNITS: tuple[Unit, ...] = ("token", "image")
 
 _Self = TypeVar("_Self", bound="_Movable")
 
@@ -234,6 +240,21 @@ class TextBatch(_Movable):
 
 
 @dataclass(frozen=True)
+class StepCounts:
+    """What a batch counts, and all batches of its optimizer step together, in this process.
+
+    Args:
+        batch: Of the batch: supervised tokens, and samples that have an image.
+        step: Of all batches of the step, this one included.
+        place: Place of the batch among them, from 0.
+    """
+
+    batch: Mapping[Unit, int]
+    step: Mapping[Unit, int]
+    place: int
+
+
+@dataclass(frozen=True)
 class Batch(_Movable):
     """What a DataModule yields.
 
@@ -250,6 +271,7 @@ class Batch(_Movable):
         original_hw_B2: int64 height and width of each image before it was resized; None where all were of one size.
         source: Name of the source, where a run reads several; its scores stand under this name.
         skipped: Records that this batch would have had, but that cannot be read.
+        step: What this batch and its whole optimizer step count; None outside training.
     """
 
     images_BCHW: Tensor
@@ -264,9 +286,15 @@ class Batch(_Movable):
     original_hw_B2: Tensor | None = None
     source: str = ""
     skipped: tuple[Skipped, ...] = ()
+    step: StepCounts | None = None
 
     def __len__(self) -> int:
         return self.images_BCHW.shape[0]
+
+    def counts(self) -> dict[Unit, int]:
+        """Number of supervised tokens, and of samples that have an image."""
+        tokens = 0 if self.text is None else int((self.text.labels_BN != IGNORE_INDEX).sum())
+        return {"token": tokens, "image": len(self) if self.has_image_B is None else int(self.has_image_B.sum())}
 
     def unit_images(self) -> Tensor:
         """The images as encoders take them: (B, 3, H, W), float in [0, 1]."""
@@ -319,18 +347,48 @@ class VisionTokens(_Movable):
 
 
 @dataclass(frozen=True)
+class LossTerm:
+    """One term of a loss.
+
+    Args:
+        value: Scalar, the mean over what the batch has of its unit; 0 where it has none.
+        unit: What it is a mean over.
+        weight: Its weight in the loss.
+    """
+
+    value: Tensor
+    unit: Unit
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class StepOutput:
     """What a method's step returns; the base class logs it.
 
     Args:
-        loss: Scalar to minimise.
-        parts: Named scalars to log beside it (detached or not).
+        terms: Terms of the loss by name, at least one.
         batch_size: Number of images.
+        watched: Named scalars without a graph to log beside them.
     """
 
-    loss: Tensor
-    parts: Mapping[str, Tensor]
+    terms: Mapping[str, LossTerm]
     batch_size: int
+    watched: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss of this batch alone, scalar."""
+        return self.shared({})
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """All scalars to log: the terms without their weights, and what is watched."""
+        return {name: term.value for name, term in self.terms.items()} | dict(self.watched)
+
+    def shared(self, shares: Mapping[Unit, float | Tensor]) -> Tensor:
+        """The loss with each term scaled by the share of its unit; 1 for units that are not named."""
+        scaled = [term.weight * shares.get(term.unit, 1.0) * term.value for term in self.terms.values()]
+        return reduce(torch.add, scaled)
 
 
 class ImageSource(Protocol):

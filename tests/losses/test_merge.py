@@ -9,6 +9,7 @@ import torch
 
 from visexpert.errors import ConfigError
 from visexpert.losses import normalised_mse, token_distance
+from visexpert.losses.merge import TokenDistance
 
 TARGET = torch.tensor([[[3.0, 4.0], [0.0, 2.0]]])
 STUDENT = torch.tensor([[[4.0, -3.0], [0.0, 1.5]]])
@@ -63,3 +64,16 @@ def test_normalised_mse_is_one_for_the_mean_and_zero_for_the_target() -> None:
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ConfigError, match="kind='l1' is unknown; use one of mse, cosine, smooth_l1"):
         token_distance(STUDENT, TARGET, "l1")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["mse", "cosine", "smooth_l1"])
+def test_samples_without_an_image_take_no_part(kind: TokenDistance) -> None:
+    student_BTD, target_BTD = torch.randn(3, 4, 5, requires_grad=True), torch.randn(3, 4, 5)
+    there_B = torch.tensor([True, False, True])
+    found = token_distance(student_BTD, target_BTD, kind, has_image_B=there_B)
+    assert torch.equal(found, token_distance(student_BTD[[0, 2]], target_BTD[[0, 2]], kind))
+    error = normalised_mse(student_BTD, target_BTD, has_image_B=there_B)
+    assert torch.equal(error, normalised_mse(student_BTD[[0, 2]], target_BTD[[0, 2]]))
+    none = token_distance(student_BTD, target_BTD, kind, has_image_B=torch.zeros(3, dtype=torch.bool))
+    none.backward()
+    assert float(none) == 0 and student_BTD.grad is not None and not student_BTD.grad.any()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from visexpert.data.packing import TextPacker, pack
     from visexpert.data.pope import POPE
     from visexpert.data.source import SourceData
+    from visexpert.data.stepping import StepLoader
     from visexpert.data.tabletop.datamodule import TabletopData
     from visexpert.data.vqav2 import VQAv2
     from visexpert.data.vsr import VSR
@@ -37,6 +38,7 @@ __all__ = [
     "MixedData",
     "NoCaps",
     "SourceData",
+    "StepLoader",
     "TabletopData",
     "TextPacker",
     "VQAv2",
@@ -55,6 +57,7 @@ _HOMES = {
     "NoCaps": "nocaps",
     "POPE": "pope",
     "SourceData": "source",
+    "StepLoader": "stepping",
     "TabletopData": "tabletop.datamodule",
     "TextPacker": "packing",
     "VQAv2": "vqav2",

@@ -13,6 +13,7 @@ from visexpert.data.needs import Need, TokenizerNeed
 from visexpert.data.resize import Resize
 from visexpert.data.settings import Template
 from visexpert.data.source import PARTS, Loader, SourceData, batches_done
+from visexpert.data.stepping import StepLoader
 from visexpert.errors import ConfigError
 from visexpert.types import Batch, ImageSource, TextEncoder
 
@@ -105,14 +106,15 @@ class MixedData(LightningDataModule):
             for part in parts:
                 source.open(part)
 
-    def train_dataloader(self) -> MixedLoader:
+    def train_dataloader(self) -> Loader:
         """Return the training batches of all sources, in turn."""
         if not self.weights:
             raise ConfigError("MixedData has nothing to train on; name sources under train.")
-        return MixedLoader(
+        mixed = MixedLoader(
             {name: self._train_loader_of(name) for name in self.weights}, weights=self.weights,
             position=batches_done(self),
         )  # fmt: skip
+        return StepLoader(mixed, trainer=self.trainer)
 
     def val_dataloader(self) -> ChainedLoader | list[Batch]:
         """Return the validation batches of all sources, one source after another."""

@@ -16,6 +16,7 @@ from visexpert.data.needs import Need, TokenizerNeed, require
 from visexpert.data.packing import TextPacker
 from visexpert.data.resize import Resize
 from visexpert.data.settings import Settings, Template
+from visexpert.data.stepping import StepLoader
 from visexpert.data.tokenizers import load_tokenizer
 from visexpert.errors import ConfigError
 from visexpert.types import Batch, ImageSource, TextEncoder
@@ -169,7 +170,7 @@ class SourceData(LightningDataModule):
         """Return the training batches: shuffled per epoch, continued in mid-epoch after an interruption."""
         if "train" not in self.parts:
             raise ConfigError(f"{self.called} has no training part; train on another source (see MixedData).")
-        return self.loader("train", position=batches_done(self))
+        return StepLoader(self.loader("train", position=batches_done(self)), trainer=self.trainer)
 
     def val_dataloader(self) -> Loader | list[Batch]:
         """Return the validation batches, in order, with strings; none where there is no such part."""

@@ -26,7 +26,8 @@ def gate_balance(
     ``cv``: CV^2 of importance (sum of gates per expert) plus CV^2 of load (tokens whose largest gate is k), after
     Shazeer et al. 2017, eqs. 6-11. The counted load has no gradient; give ``load_K`` (the smooth estimate of a noisy
     gate) to have one. ``switch``: K * sum_k f_k P_k with f the share of tokens won and P the mean gate (Fedus et al.
-    2021, eq. 4). ToVE names the manner of Shazeer; weight and form are unconfirmed by the paper.
+    2021, eq. 4). ToVE names the manner of Shazeer; weight and form are unconfirmed by the paper. Neither is linear in
+    the tokens: over several batches or processes to a step, methods take the mean of each one's, weighed by its images.
 
     Args:
         gates_BTK: Gates, float, summing to one over attached experts.

@@ -13,7 +13,12 @@ TokenDistance = Literal["mse", "cosine", "smooth_l1"]
 
 
 def token_distance(
-    student_BTD: Tensor, target_BTD: Tensor, kind: TokenDistance = "mse", *, normalise: bool = False
+    student_BTD: Tensor,
+    target_BTD: Tensor,
+    kind: TokenDistance = "mse",
+    *,
+    normalise: bool = False,
+    has_image_B: Tensor | None = None,
 ) -> Tensor:
     """Mean distance of tokens to their targets (ToVE's knowledge merging; its form is unconfirmed by the paper).
 
@@ -23,14 +28,19 @@ def token_distance(
         kind: ``mse`` - squared error, mean over all entries; ``smooth_l1`` - Huber's with beta 1; ``cosine`` - one
             minus the cosine of each token pair.
         normalise: LayerNorm (no affine) on every token of both sides first.
+        has_image_B: bool; samples without an image take no part. None: all have one.
 
     Returns:
-        Scalar, float32; 0 where both agree.
+        Scalar, float32; 0 where both agree, and (with a graph) where no sample has an image.
 
     Raises:
         ConfigError: An unknown kind.
     """
+    if has_image_B is not None:
+        student_BTD, target_BTD = student_BTD[has_image_B], target_BTD[has_image_B]
     student, target = student_BTD.float(), target_BTD.detach().float()
+    if not student.numel():
+        return student.sum()
     if normalise:
         student, target = (F.layer_norm(tokens, tokens.shape[-1:]) for tokens in (student, target))
     if kind == "mse":
@@ -42,8 +52,13 @@ def token_distance(
     raise ConfigError(f"token_distance: kind={kind!r} is unknown; use one of {', '.join(get_args(TokenDistance))}.")
 
 
-def normalised_mse(student_BTD: Tensor, target_BTD: Tensor) -> Tensor:
-    """Squared error over the targets' own variance about their mean token: 0 is exact, 1 what a constant reaches."""
+def normalised_mse(student_BTD: Tensor, target_BTD: Tensor, *, has_image_B: Tensor | None = None) -> Tensor:
+    """Squared error over the targets' own variance about their mean token: 0 is exact, 1 what a constant reaches.
+
+    Samples without an image (``has_image_B`` False) take no part; 0 where none has one.
+    """
+    if has_image_B is not None:
+        student_BTD, target_BTD = student_BTD[has_image_B], target_BTD[has_image_B]
     student, target = student_BTD.float(), target_BTD.float()
     centred = target - target.mean(dim=(0, 1), keepdim=True)
     return (student - target).square().sum() / centred.square().sum().clamp_min(1e-12)

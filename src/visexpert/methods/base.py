@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from visexpert.errors import ConfigError, require_numbers
 from visexpert.language import LanguageSide, NoLanguage, supervised
 from visexpert.losses import text_loss, token_nll
+from visexpert.methods.accumulation import StepShares, batches_done
 from visexpert.methods.checkpointed import CheckpointedModule
 from visexpert.methods.evaluation import EvalOutput, Evaluator
 from visexpert.methods.optimiser import cosine_with_warmup, make_groups
 from visexpert.methods.views import EncoderViews
-from visexpert.types import Batch, ImageSource, StepOutput, VisionTokens
+from visexpert.types import Batch, ImageSource, LossTerm, StepOutput, Unit, VisionTokens
 
 
 class Method(CheckpointedModule):
@@ -63,6 +64,8 @@ class Method(CheckpointedModule):
         self.warmup_steps, self.betas = warmup_steps, betas
         self.caption_images, self.meteor = caption_images, meteor
         self.evaluators: dict[str, Evaluator] = {}
+        self._step_shares = StepShares()
+        self._batch_shares: dict[Unit, float | Tensor] = {}
 
     @abstractmethod
     def encode(self, batch: Batch) -> VisionTokens:
@@ -78,15 +81,11 @@ class Method(CheckpointedModule):
         vision = self.encode(batch)
         logits_MV = self.language(vision, batch.text)
         targets_M, _ = supervised(batch.text)
-        text = text_loss(logits_MV, targets_M)
-        parts, loss = {"text_loss": text}, text
-        for name, (weight, value) in self.extra_losses(vision).items():
-            parts[name] = value
-            loss = loss + weight * value
-        return StepOutput(loss, parts, len(batch))
+        text = LossTerm(text_loss(logits_MV, targets_M), "token")
+        return StepOutput({"text_loss": text, **self.extra_losses(vision)}, len(batch))
 
-    def extra_losses(self, vision: VisionTokens) -> Mapping[str, tuple[float, Tensor]]:
-        """Losses beside the text's: name to (weight, value)."""
+    def extra_losses(self, vision: VisionTokens) -> Mapping[str, LossTerm]:
+        """Losses beside the text's, by name."""
         return {}
 
     @property
@@ -108,19 +107,28 @@ class Method(CheckpointedModule):
         return self
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed noise and dropout by step, so that an interrupted run continues as if it had not been."""
-        torch.manual_seed((self._run_seed() * 1_000_003 + self.global_step * 1009 + self.global_rank) % 2**63)
+        """Seed noise and dropout by batch, so that an interrupted run continues as if it had not been."""
+        done = 0 if self._trainer is None else batches_done(self.trainer)
+        torch.manual_seed((self._run_seed() * 1_000_003 + done * 1009 + self.global_rank) % 2**63)
+        if batch.step is None or batch.step.place == 0:
+            self._moving.keep()
+        self._batch_shares = {} if self._trainer is None else self._step_shares.of(batch, self.trainer)
         thawed = self.language_lr > 0 and self.global_step >= self.language_frozen_steps
         self.language.requires_grad_(thawed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute by :meth:`step`, log here: the loss always, its parts when a row is written."""
+        """Compute by :meth:`step`, log here: the loss of this batch always, its parts when a row is written.
+
+        Returns:
+            The batch's part in the loss of its optimizer step, whose text is a mean over all supervised tokens of the
+            step, and whose other terms are means over all its images, whatever the number of batches and processes.
+        """
         output = self.step(batch)
         self.log_dict({"train/loss": output.loss.detach()}, prog_bar=True, batch_size=output.batch_size)
         if self._trainer is not None and writes_row(self.trainer):  # a dozen calls of log take a fifth of a small step
             parts = {f"train/{name}": value.detach() for name, value in output.parts.items()}
             self.log_dict(parts, batch_size=output.batch_size)
-        return output.loss
+        return output.shared(self._batch_shares)
 
     def on_validation_epoch_start(self) -> None:
         """Fresh scores."""

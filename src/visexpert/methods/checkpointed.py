@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from torch import nn
 
+from visexpert.methods.accumulation import MovingBuffers, rewind_to_step
 from visexpert.methods.matching import refuse_other_model, refuse_other_training
 from visexpert.methods.optimiser import ParameterGroup, make_groups
 from visexpert.methods.start import find_start
@@ -30,6 +31,7 @@ class CheckpointedModule(L.LightningModule):
         self._loaded = self._continues = False
         self._loaded_steps = 0
         self._kept: frozenset[str] = frozenset()
+        self._moving = MovingBuffers({})
 
     @abstractmethod
     def frozen_modules(self) -> Mapping[str, nn.Module]:
@@ -83,9 +85,18 @@ class CheckpointedModule(L.LightningModule):
         for module in self.frozen_modules().values():
             module.requires_grad_(False)
 
+    def on_train_start(self) -> None:
+        """Find the buffers that training changes."""
+        own = self.state_dict(keep_vars=True)
+        self._moving = MovingBuffers(
+            {key: own[key] for key, _ in self.named_buffers() if key in own and not self._is_frozen_key(key)}
+        )
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave frozen parts out: they are read from their own files."""
+        """Leave out frozen parts, which have files of their own; inside an optimizer step, go back to its start."""
         state = checkpoint["state_dict"]
+        if self._trainer is not None and rewind_to_step(checkpoint, self.trainer):
+            self._moving.put_back(state)
         for key in [key for key in state if self._is_frozen_key(key) and key not in self._kept]:
             del state[key]
 

@@ -57,7 +57,7 @@ class MergeStudent:
         parts = [part for mole in equipped_blocks(clip).values() for part in mole.learning_modules(balanced=balanced)]
         return ParameterGroup("mole", tuple(parts), lr if self.mole_lr is None else self.mole_lr)
 
-    def balance(self, record: RoutingRecord | None) -> Tensor:
-        """The routers' balance loss of one forward pass; scalar."""
+    def balance(self, record: RoutingRecord | None, *, has_image_B: Tensor | None) -> Tensor:
+        """The routers' balance loss of one forward pass over the samples that have an image; scalar."""
         assert record is not None
-        return router_balance(record.probs_LBNE, record.choice_LBN, self.balance_form)
+        return router_balance(record.probs_LBNE, record.choice_LBN, self.balance_form, has_image_B=has_image_B)

@@ -20,7 +20,7 @@ from visexpert.methods.merge_student import MergeStudent
 from visexpert.methods.optimiser import ParameterGroup
 from visexpert.methods.tove import ToVE
 from visexpert.resources import cache_root, weights_digest
-from visexpert.types import Batch, ImageSource, StepOutput, VisionTokens
+from visexpert.types import Batch, ImageSource, LossTerm, StepOutput, VisionTokens
 from visexpert.vision import add_mole, collect_routing
 from visexpert.vision.lora import ClipLora
 
@@ -109,22 +109,21 @@ class Merging(Method):
         """Distance to the teacher's tokens; the text's loss and the routers' balance where they have a weight."""
         with collect_routing(self.clip) as routing:
             student = self._student(batch)
-        parts: dict[str, Tensor] = {}
-        loss = student.tokens_BTD.new_zeros(())
+        terms: dict[str, LossTerm] = {}
+        watched: dict[str, Tensor] = {}
         if self.token_weight > 0:
             target_BTD = self._target(batch)
-            parts["token_loss"] = token_distance(
-                student.tokens_BTD, target_BTD, self.distance, normalise=self.normalise
+            distance = token_distance(
+                student.tokens_BTD, target_BTD, self.distance, normalise=self.normalise, has_image_B=batch.has_image_B
             )
-            parts["nmse"] = normalised_mse(student.tokens_BTD.detach(), target_BTD)
-            loss = loss + self.token_weight * parts["token_loss"]
+            terms["token_loss"] = LossTerm(distance, "image", self.token_weight)
+            watched["nmse"] = normalised_mse(student.tokens_BTD.detach(), target_BTD, has_image_B=batch.has_image_B)
         if self.text_weight > 0:
-            parts["text_loss"] = self._text_loss(student, batch)
-            loss = loss + self.text_weight * parts["text_loss"]
+            terms["text_loss"] = LossTerm(self._text_loss(student, batch), "token", self.text_weight)
         if self.student is not None and self.student.balance_weight > 0:
-            parts["balance_loss"] = self.student.balance(routing.record())
-            loss = loss + self.student.balance_weight * parts["balance_loss"]
-        return StepOutput(loss, parts, len(batch))
+            balance = self.student.balance(routing.record(), has_image_B=batch.has_image_B)
+            terms["balance_loss"] = LossTerm(balance, "image", self.student.balance_weight)
+        return StepOutput(terms, len(batch), watched)
 
     def frozen_modules(self) -> Mapping[str, nn.Module]:
         """The teacher, experts included."""
@@ -168,8 +167,10 @@ class Merging(Method):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Mapping[str, EvalOutput]:
         """Score the student, and how far its tokens are from the teacher's."""
-        error = normalised_mse(self._student(batch).tokens_BTD, self._target(batch))
-        self.log("val/nmse", error, on_step=False, on_epoch=True, batch_size=len(batch))
+        tokens_BTD, target_BTD = self._student(batch).tokens_BTD, self._target(batch)
+        error = normalised_mse(tokens_BTD, target_BTD, has_image_B=batch.has_image_B)
+        if images := batch.counts()["image"]:
+            self.log("val/nmse", error, on_step=False, on_epoch=True, batch_size=images)
         return super().validation_step(batch, batch_idx)
 
     def _own_modules(self) -> tuple[nn.Module, ...]:

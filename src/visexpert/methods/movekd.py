@@ -25,7 +25,7 @@ from visexpert.methods.views import EncoderViews, view_encoders
 from visexpert.resources import cache_root
 from visexpert.store import StoreDtype
 from visexpert.transfer import AdapterKind, TokenGate
-from visexpert.types import Batch, ImageSource, StepOutput, VisionTokens
+from visexpert.types import Batch, ImageSource, LossTerm, StepOutput, VisionTokens
 from visexpert.vision import ClipEncoder, collect_routing, views_of
 
 
@@ -152,24 +152,24 @@ class MoVEKD(Method):
         views = views_of(self.clip, batch)
         with collect_routing(self.clip) as routing:
             seen: VisionTokens = self.clip(views.batch.unit_images())
-        loss, parts = seen.tokens_BTD.new_zeros(()), {}
+        terms: dict[str, LossTerm] = {}
         if self.text_weight > 0:
-            parts["text_loss"] = self._text_loss(views.join(self._to_language(seen)), batch)
-            loss = loss + self.text_weight * parts["text_loss"]
+            text = self._text_loss(views.join(self._to_language(seen)), batch)
+            terms["text_loss"] = LossTerm(text, "token", self.text_weight)
         student = views.whole(seen)
         if self.kd_weight > 0:
             distilled = self._distil(student, batch)
-            parts |= {"kd_loss": distilled.loss, **distilled.watched}
-            loss = loss + self.kd_weight * distilled.loss
+            terms["kd_loss"] = LossTerm(distilled.loss, "image", self.kd_weight)
+            watched = distilled.watched
         else:
-            parts |= self.distillation.watch({STUDENT: student.tokens_BTD}, has_image_B=batch.has_image_B)
+            watched = self.distillation.watch({STUDENT: student.tokens_BTD}, has_image_B=batch.has_image_B)
         record = routing.record()
         if record is not None and self.balance_weight > 0:
-            parts["balance_loss"] = router_balance(
+            balance = router_balance(
                 record.probs_LBNE, record.choice_LBN, self.balance_form, has_image_B=views.batch.has_image_B
             )
-            loss = loss + self.balance_weight * parts["balance_loss"]
-        return StepOutput(loss, parts, len(batch))
+            terms["balance_loss"] = LossTerm(balance, "image", self.balance_weight)
+        return StepOutput(terms, len(batch), watched)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Mapping[str, EvalOutput]:
         """Score one batch, and how far the student is from its teachers."""

@@ -23,7 +23,7 @@ from visexpert.store import StoreDtype
 from visexpert.transfer import GateOutput, ResidualTransfer, TokenAdapter, TokenGate
 from visexpert.transfer.gate import GateKind, NoiseKind
 from visexpert.transfer.residual import TransferMode
-from visexpert.types import Batch, ImageSource, VisionTokens
+from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens
 from visexpert.vision import ClipEncoder, views_of
 
 FusionSpace = Literal["language", "clip"]
@@ -177,9 +177,11 @@ class ToVE(Method):
         # The gate's own load counts all samples; that of the gates counts those with an image.
         return gate_balance(gate.gates_BTK[has_image_B], self.hub.attached_K, self.balance_form)
 
-    def extra_losses(self, vision: VisionTokens) -> Mapping[str, tuple[float, Tensor]]:
+    def extra_losses(self, vision: VisionTokens) -> Mapping[str, LossTerm]:
         """L_aux, where a gate chose."""
-        return {} if vision.balance is None else {"balance_loss": (self.balance_weight, vision.balance)}
+        if vision.balance is None:
+            return {}
+        return {"balance_loss": LossTerm(vision.balance, "image", self.balance_weight)}
 
     def frozen_modules(self) -> Mapping[str, nn.Module]:
         """The hub, and CLIP unless it has a learning rate."""

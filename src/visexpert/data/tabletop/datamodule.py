@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from visexpert.data.loader import BatchLoader
 from visexpert.data.packing import TextPacker
+from visexpert.data.stepping import StepLoader
 from visexpert.data.table import TextTable
 from visexpert.data.tabletop.cache import SplitCache, ensure_split
 from visexpert.data.tabletop.dataset import SplitImages, TabletopDataset
@@ -133,9 +134,9 @@ class TabletopData(LightningDataModule):
             if split not in self._datasets:
                 self._datasets[split] = self._build(split)
 
-    def train_dataloader(self) -> BatchLoader:
+    def train_dataloader(self) -> StepLoader:
         """Return the training batches: shuffled per epoch, continued in mid-epoch after an interruption."""
-        return BatchLoader(
+        batches = BatchLoader(
             self._datasets[self.train_split],
             batch_size=self.batch_size,
             shuffle=True,
@@ -146,6 +147,7 @@ class TabletopData(LightningDataModule):
             world_size=self.trainer.world_size if self.trainer else 1,
             position=self._batches_done if self.trainer else None,
         )
+        return StepLoader(batches, trainer=self.trainer)
 
     def val_dataloader(self) -> BatchLoader:
         """Return the validation batches, in order, with strings and scene graphs."""

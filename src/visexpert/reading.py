@@ -16,6 +16,22 @@ import yaml
 
 from visexpert.errors import first_line
 
+IMAGE_FORMATS = {
+    "JPEG": (".jpg", ".jpeg"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "JPEG2000": (".jp2",),
+    "PPM": (".ppm", ".pgm"),
+    "AVIF": (".avif",),
+}
+"""The formats that are decoded, by Pillow's name, with the suffixes of their files; README lists them, too.
+
+Pillow knows some 40 more. Decoders that hardly anyone uses are where faults hide, and one of them runs Ghostscript.
+"""
+
 
 def check_regular(path: str | Path) -> None:
     """Check that reading a path will end: that it is no pipe, device, socket or folder.
@@ -59,6 +75,12 @@ def read_json(path: Path) -> Any:
     return parse_json(read_text(path))
 
 
+def dump_json(value: Any, *, indent: int | None = None) -> str:
+    """Encode as JSON that people can read: letters as they are, and escaped what a terminal could act on."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return "".join(sign if sign.isprintable() or sign == "\n" else json.dumps(sign)[1:-1] for sign in text)
+
+
 def read_yaml(path: Path) -> Any:
     """Decode a YAML file without building anything that it names.
 
@@ -67,7 +89,7 @@ def read_yaml(path: Path) -> Any:
         ValueError: It is no YAML, names a key twice, or is nested too deeply.
     """
     try:
-        return yaml.load(read_text(path), Loader=_OnceLoader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(read_text(path), Loader=_OnceLoader)
     except yaml.MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ValueError(f"{where}{error.problem or first_line(error)}") from None
@@ -77,7 +99,10 @@ def read_yaml(path: Path) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-class _OnceLoader(yaml.SafeLoader):
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _OnceLoader(_SafeLoader):  # type: ignore[misc]
     """Refuses a key that comes twice, where YAML's own loaders silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -89,4 +114,5 @@ class _OnceLoader(yaml.SafeLoader):
                         None, None, f"the key '{key.value}' comes twice", key.start_mark
                     )
                 seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        made: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from visexpert.data.images import MAX_PIXELS, read_image
 from visexpert.errors import DataError
+from visexpert.reading import IMAGE_FORMATS
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -140,3 +142,47 @@ def test_a_missing_file_and_a_folder_are_told(tmp_path: Path) -> None:
         read_image(tmp_path / "none.png")
     with pytest.raises(DataError, match="cannot be read"):
         read_image(tmp_path)
+
+
+@pytest.mark.parametrize(("format", "suffix"), [(name, each[0]) for name, each in IMAGE_FORMATS.items()])
+def test_each_listed_format_is_read(tmp_path: Path, format: str, suffix: str) -> None:
+    if format == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    path = saved(tmp_path / f"a{suffix}", Image.fromarray(np.full((8, 8, 3), 200, np.uint8)))
+    assert np.abs(read_image(path).float() - 200).max() < 8
+
+
+def test_a_cameras_jpeg_of_two_pictures_is_read(tmp_path: Path) -> None:
+    picture = Image.fromarray(COLOURS)
+    path = saved(tmp_path / "a.jpg", picture, format="MPO", save_all=True, append_images=[picture])
+    assert Image.open(path).format == "MPO"
+    assert read_image(path).shape == (3, 5, 7)
+
+
+@pytest.mark.parametrize("format", ["EPS", "TGA", "PCX", "ICO", "SGI", "IM", "DDS"])
+def test_other_decoders_are_never_opened(tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the file is called; those of EPS would start Ghostscript."""
+    path = tmp_path / "a.png"
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(path, format=format)
+    assert Image.open(path).format == format
+    with pytest.raises(DataError, match=r"a\.png.*another format than JPEG, PNG, .*AVIF"):
+        read_image(path)
+
+
+def test_the_listed_formats_are_documented() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (told,) = (line for line in readme.splitlines() if line.startswith("Images are read as"))
+    spelled = {name.lower().replace("jpeg2000", "jpeg 2000") for name in IMAGE_FORMATS}
+    assert not [name for name in spelled if name not in told.lower()]
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "folder.png", "device.png"):
+        with pytest.raises(DataError, match=f"{name}.*no regular file"):
+            read_image(tmp_path / name)
+    saved(tmp_path / "a.png", Image.fromarray(COLOURS))
+    (tmp_path / "link.png").symlink_to("a.png")
+    assert read_image(tmp_path / "link.png").shape == (3, 5, 7)

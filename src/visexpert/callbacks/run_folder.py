@@ -18,7 +18,7 @@ from rich import get_console
 from rich.table import Table
 
 from visexpert.callbacks.identity import score_identity
-from visexpert.errors import DataError
+from visexpert.errors import DataError, shown
 from visexpert.report.files import read_json, set_aside, write_json, write_text
 from visexpert.report.machine import machine_facts, package_versions
 
@@ -118,7 +118,7 @@ class RunFolder(Callback):
         if self._table and metrics:
             console = get_console()  # that of the live bars, which then stay below
             console.print(metrics_table(metrics))
-            console.print(f"These figures are in {path}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"These figures are in {shown(path)}", highlight=False, markup=False, soft_wrap=True)
 
 
 class SaveRunConfig(SaveConfigCallback):

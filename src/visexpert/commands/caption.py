@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from visexpert.commands.image_files import find_images
 from visexpert.commands.parser import Parser
-from visexpert.errors import ConfigError, DataError
+from visexpert.errors import ConfigError, DataError, shown
+from visexpert.reading import dump_json
 
 if TYPE_CHECKING:
     from visexpert.captioning import Answer, Captioned, Captioner
@@ -74,21 +74,21 @@ def _caption(
 
     short = len(paths) < PROGRESS_FROM * options.batch_size
     records: list[dict[str, Any]] = []
-    shown: list[Answer] = []
+    drawn: list[Answer] = []
     entries = captioner.caption(paths, prompt, decoding=decoding)
     # disable=None: no bar where stderr is no terminal.
     for entry in tqdm(entries, total=len(paths), unit="image", disable=True if short else None):
         if entry.answer is None:
-            tqdm.write(f"visexpert: {entry.error}", file=sys.stderr)
+            tqdm.write(f"visexpert: {shown(entry.error)}", file=sys.stderr)
         elif not options.json:
-            tqdm.write(f"{entry.path}: {entry.answer.text}", file=sys.stdout)
+            tqdm.write(shown(f"{entry.path}: {entry.answer.text}"), file=sys.stdout)
         if entry.answer is not None and options.gates is not None:
-            shown.append(entry.answer)
+            drawn.append(entry.answer)
         records.append(_record(entry, prompt))
     if options.json:
-        print(json.dumps(records, indent=2, ensure_ascii=False))
-    if shown:
-        _draw(shown, options.gates)
+        print(dump_json(records, indent=2))
+    if drawn:
+        _draw(drawn, options.gates)
     return sum(record["error"] is not None for record in records)
 
 

@@ -7,7 +7,7 @@ import glob
 from pathlib import Path
 
 from visexpert.commands.parser import Parser
-from visexpert.errors import ConfigError
+from visexpert.errors import ConfigError, shown
 
 EPILOG = """\
 examples:
@@ -46,10 +46,10 @@ def run(arguments: list[str]) -> None:
     comparison = compare_runs(every, choices, strays=strays)
     write_report(comparison, options.out)
     for record in comparison.left_out:
-        print(f"left out: {record.folder}: {record.problem}")
+        print(shown(f"left out: {record.folder}: {record.problem}"))
     runs = sum(len(variant.runs) for variant in comparison.variants)
-    print(f"{len(comparison.variants)} variants of {runs} runs, against '{comparison.baseline}':")
-    print(f"{options.out / 'report.html'}, report.md and results.csv beside it")
+    print(f"{len(comparison.variants)} variants of {runs} runs, against '{shown(comparison.baseline)}':")
+    print(f"{shown(options.out / 'report.html')}, report.md and results.csv beside it")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from visexpert.errors import ConfigError
+from visexpert.errors import ConfigError, shown
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> None:
     for name, fidelity in found.items():
         where = options.out if len(found) == 1 else options.out / name
         worst = max(entry["relative"] for entry in fidelity.outputs.values())
-        print(f"{name}: {where} (largest error after reloading {worst:.1e} of the outputs' root mean square)")
+        print(f"{name}: {shown(where)} (largest error after reloading {worst:.1e} of the outputs' root mean square)")
         mole = sources[name].mole
         if mole is not None and mole.on_val is not None:
             nmse = mole.on_val[mole.treatment]["nmse"]

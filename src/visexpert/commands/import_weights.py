@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visexpert.commands.parser import Parser
-from visexpert.errors import ConfigError, WeightsError
+from visexpert.errors import ConfigError, WeightsError, shown
 
 if TYPE_CHECKING:
     from visexpert.commands.released import MoLEShape, Released
@@ -52,8 +52,8 @@ def run(arguments: list[str]) -> None:
         told.append(SAM_NOTE)
     told += write_run(released, shape, mole, options)
     for line in told:
-        print(f"- {line}")
-    print(f"Imported {options.folder} as {options.out}.")
+        print(f"- {shown(line)}")
+    print(shown(f"Imported {options.folder} as {options.out}."))
 
 
 def settle(

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from visexpert.callbacks.phase import Phase, kept_trainer, saved_settings
-from visexpert.errors import ConfigError
+from visexpert.errors import ConfigError, shown
 from visexpert.methods import ToVE
 from visexpert.runs import open_run
 from visexpert.training import RunParser
@@ -40,7 +40,7 @@ def run_phase(command: str, phase: type[Phase], arguments: list[str]) -> None:
     saved.model.count_steps(saved.steps)
     with kept_trainer(saved.model, saved.data):
         out = work.apply(saved.model, saved.data, run, saved_settings(run))
-    Console().print(f"Done: {out}", highlight=False, markup=False, soft_wrap=True)
+    Console().print(f"Done: {shown(out)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _parser(command: str, phase: type[Phase]) -> ArgumentParser:

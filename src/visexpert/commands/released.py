@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from visexpert.errors import WeightsError
+from visexpert.reading import read_json
 from visexpert.resources import load_state
 
 OWNER = "visexpert import"
@@ -180,7 +180,7 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        loaded = read_json(path)
     except (OSError, ValueError) as error:
         raise WeightsError(f"{OWNER}: {path} cannot be read ({error}); fetch it again.") from error
     if not isinstance(loaded, dict):

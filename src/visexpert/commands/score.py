@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from visexpert.commands.parser import Parser
+from visexpert.errors import shown
 
 EPILOG = """\
 examples:
@@ -33,8 +34,9 @@ def run(arguments: list[str]) -> None:
             replace=options.replace,
         )  # fmt: skip
         for key, value in stored.items():
-            print(f"{key}: {value:.6g}")
-    print(f"These scores are in {options.run / 'metrics.json'}, where they come from in {options.run / 'lmms.json'}")
+            print(f"{shown(key)}: {value:.6g}")
+    kept, source = shown(options.run / "metrics.json"), shown(options.run / "lmms.json")
+    print(f"These scores are in {kept}, where they come from in {source}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from visexpert import reading
 from visexpert.data.faults import FaultLog
 from visexpert.errors import DataError
 from visexpert.types import Skipped
@@ -25,7 +25,7 @@ def read_json(path: Path) -> Any:
         DataError: It is missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return reading.read_json(path)
     except FileNotFoundError as error:
         raise DataError(f"The annotations {path} do not exist; correct the path, or fetch them.") from error
     except (OSError, ValueError) as error:
@@ -54,7 +54,7 @@ def read_json_lines(path: Path) -> list[Any]:
         DataError: The file is missing or no text.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = reading.read_text(path).splitlines()
     except FileNotFoundError as error:
         raise DataError(f"The annotations {path} do not exist; correct the path, or fetch them.") from error
     except (OSError, ValueError) as error:
@@ -113,7 +113,7 @@ def image_path(folder: Path, name: Any) -> str:
 
 def _value(line: str) -> Any:
     try:
-        return json.loads(line)
+        return reading.parse_json(line)
     except ValueError as error:
         return BrokenRecordError(f"no JSON: {error}")
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
 
 from visexpert.errors import DataError
+from visexpert.reading import dump_json, parse_json
 from visexpert.types import Batch, Skipped
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class FaultLog:
         with self.file.open("a", encoding="utf-8") as file:
             for fault in new:
                 line = {"source": self.source, "key": fault.key, "reason": fault.reason}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(dump_json(line) + "\n")
 
 
 def _listed(file: Path, source: str) -> set[str]:
@@ -80,9 +80,9 @@ def _listed(file: Path, source: str) -> set[str]:
     keys = set()
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
         except ValueError:
             continue
-        if entry.get("source") == source:
+        if isinstance(entry, dict) and entry.get("source") == source:
             keys.add(str(entry.get("key")))
     return keys

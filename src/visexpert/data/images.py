@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from visexpert.errors import DataError
+from visexpert.reading import IMAGE_FORMATS, check_regular
 
 MAX_PIXELS = 64_000_000
 """Largest image that is decoded by default (192 MB as RGB); a small file can claim any size."""
@@ -48,14 +50,16 @@ def read_rgb(source: str | Path | bytes, *, name: str, max_pixels: int = MAX_PIX
         max_pixels: Largest width x height that is decoded.
 
     Raises:
-        DataError: If the file is missing, no image, damaged, truncated, too large, or of a kind (32-bit, floating
-            point) whose values have no agreed range.
+        DataError: If the file is missing, no regular file, damaged, of none of :data:`.IMAGE_FORMATS`,
+            truncated, too large, or of a kind (32-bit, floating point) whose values have no agreed range.
     """
     try:
         with warnings.catch_warnings():
             # Pillow's warning about large images: the size is checked below, before anything is decoded.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(BytesIO(source) if isinstance(source, bytes) else source)
+            if not isinstance(source, bytes):
+                check_regular(source)
+            image = Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
         with image:
             _check(image, name, max_pixels)
             return _to_rgb(ImageOps.exif_transpose(image))
@@ -63,17 +67,28 @@ def read_rgb(source: str | Path | bytes, *, name: str, max_pixels: int = MAX_PIX
         raise DataError(_too_large(name, "more pixels than Pillow opens", max_pixels)) from error
     except FileNotFoundError as error:
         raise DataError(f"The image {name} does not exist; correct the path.") from error
+    except UnidentifiedImageError as error:
+        raise DataError(
+            f"The image {name} cannot be read: it is damaged, or of another format than {', '.join(IMAGE_FORMATS)}; "
+            "replace the file or leave it out."
+        ) from error
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders raise all sorts on damaged files: OSError, SyntaxError, struct.error
-        raise DataError(
-            f"The image {name} cannot be read ({type(error).__name__}: {error}); replace the file or leave it out."
-        ) from error
+        told = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise DataError(f"The image {name} cannot be read ({told}); replace the file or leave it out.") from error
 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB image as uint8 (3, H, W)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of the formats that this Pillow was built with."""
+    Image.init()
+    return [name for name in IMAGE_FORMATS if name in Image.OPEN]
 
 
 def _check(image: Image.Image, path: str, max_pixels: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from visexpert.data.shards import is_remote
 from visexpert.errors import ConfigError, DataError
+from visexpert.reading import read_json
 from visexpert.resources import cache_root
 
 
@@ -57,7 +58,7 @@ def _count(shard: str, sizes: Path | None, known: dict[Path, dict[str, Any]]) ->
 def _noted(path: Path, known: dict[Path, dict[str, Any]]) -> dict[str, Any]:
     if path not in known:
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
         except (OSError, ValueError):
             content = {}
         known[path] = content if isinstance(content, dict) else {}
@@ -71,7 +72,7 @@ def _counted(path: Path) -> int:
         content = f"{path.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}"
         note = cache_root() / "shards" / f"{hashlib.sha256(content.encode()).hexdigest()[:24]}.json"
         if note.is_file():
-            return int(json.loads(note.read_text(encoding="utf-8")))
+            return int(read_json(note))
         number = _groups(path)
         note.parent.mkdir(parents=True, exist_ok=True)
         part = note.with_suffix(f".{os.getpid()}.part")

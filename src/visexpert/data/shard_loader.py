@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from visexpert.data.resize import ImageReader
 from visexpert.data.samples import BatchForm, Loaded, encode_items, prompts_of
 from visexpert.data.shards import Record, ShardPlan, ShardReader
 from visexpert.errors import DataError
+from visexpert.reading import parse_json
 from visexpert.types import Batch, Skipped, TextEncoder, TextItem
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -216,6 +216,6 @@ def _caption(record: Record) -> str:
     if "txt" in record:
         return " ".join(bytes(record["txt"]).decode("utf-8", "replace").split())
     try:
-        return " ".join(str(json.loads(record["json"])["caption"]).split())
+        return " ".join(str(parse_json(record["json"])["caption"]).split())
     except (KeyError, ValueError, TypeError):
         return ""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts.base import TokenKind, VisionExpert
 from visexpert.experts.tiny_networks import NETWORKS, TinyNetwork
+from visexpert.reading import parse_json
 from visexpert.resources import ZOO_PREFIX, fill_module, load_safetensors, resolve_source, weights_digest, zoo_names
 
 HEADER_KEY = "visexpert"
@@ -114,7 +115,7 @@ def read_header(path: Path) -> dict[str, Any]:
             f"TinyExpert: {path} is not a readable safetensors file ({error}); fetch it again."
         ) from error
     try:
-        header = json.loads(text or "")
+        header = parse_json(text or "")
     except json.JSONDecodeError:
         header = None
     if not isinstance(header, dict):

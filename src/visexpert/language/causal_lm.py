@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.language.hub import SMALL_FILES, is_here, model_folder
 from visexpert.language.lora import Quantisation, quantised
+from visexpert.reading import read_json
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ def _has_weights(folder: Path) -> bool:
     if found is None or found.suffix != ".json":
         return found is not None
     try:
-        parts = {str(part) for part in json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()}
+        parts = {str(part) for part in read_json(found)["weight_map"].values()}
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise WeightsError(f"{found} is no list of weights ({error!r}); fetch it again.") from error
     if elsewhere := sorted(part for part in parts if Path(part).name != part):

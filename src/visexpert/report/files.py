@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from visexpert import reading
 from visexpert.errors import DataError
 
 
@@ -24,7 +26,8 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that became read-only
+            part.unlink(missing_ok=True)
         raise DataError(f"Cannot write {path} ({error.strerror}): free the disk, or name another folder.") from error
 
 
@@ -44,7 +47,7 @@ def read_json(path: Path) -> Any:
         DataError: The file is missing or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return reading.read_json(path)
     except FileNotFoundError as error:
         raise DataError(f"There is no {path}: the run that writes it has not finished, or lies elsewhere.") from error
     except (OSError, ValueError) as error:

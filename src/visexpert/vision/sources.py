@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from huggingface_hub import ModelCard, constants, hf_hub_download, try_to_load_f
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from torch import Tensor
 
+from visexpert import reading
 from visexpert.errors import WeightsError
 from visexpert.resources import load_state, resolve_source
 
@@ -178,7 +178,7 @@ def read_json(path: Path, *, owner: str) -> dict[str, Any]:
         WeightsError: The file is missing or no JSON object.
     """
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        loaded = reading.read_json(path)
     except (OSError, ValueError) as error:
         raise WeightsError(
             f"{owner}: cannot read {path} ({error}); give a folder written by save_pretrained, or zoo:clip."

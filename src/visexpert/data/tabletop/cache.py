@@ -31,6 +31,7 @@ from visexpert.data.tabletop.render import build_graphs, object_table, render
 from visexpert.data.tabletop.scenes import sample_scenes
 from visexpert.data.tabletop.world import TabletopWorld
 from visexpert.errors import DataError
+from visexpert.reading import read_json
 from visexpert.types import SceneGraph
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -144,7 +145,7 @@ def open_split(folder: Path) -> SplitCache:
     """
     arrays: dict[str, Array] = {}
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / _MANIFEST)
         expected = {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in manifest["arrays"].items()}
         for name in _layout(1, 1, 1):
             arrays[name] = _open_array(folder / f"{name}.npy", *expected[name])

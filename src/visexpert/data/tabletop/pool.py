@@ -18,6 +18,7 @@ from visexpert.data.tabletop.questions import questions
 from visexpert.data.tabletop.relations import facts_of
 from visexpert.data.tabletop.statements import popular_phrases, probes, statements
 from visexpert.errors import DataError
+from visexpert.reading import parse_json
 from visexpert.types import SceneGraph, TextItem
 
 POOL_SIZES: dict[str, int] = {"dense": 1, "relation": 4, "vsr": 6, "vqa": 8, "pope": 4, "objects": 4}
@@ -95,7 +96,7 @@ def _read(path: Path, num_scenes: int) -> Pools | None:
         lines = path.read_text(encoding="utf-8").splitlines()
         pools = [
             [TextItem(kind, prompt, answer, family, tuple(texts)) for kind, prompt, answer, family, texts in row]
-            for row in map(json.loads, lines)
+            for row in map(parse_json, lines)
         ]
     except (OSError, ValueError, TypeError):
         return None

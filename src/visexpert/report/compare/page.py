@@ -36,7 +36,7 @@ def data_uri(picture: Picture) -> str:
 
 
 def _as_jpeg(content: bytes) -> bytes:
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
         smaller = image.convert("RGB")
     smaller.thumbnail((WIDEST, 4 * WIDEST), Image.Resampling.LANCZOS)
     out = io.BytesIO()

@@ -10,9 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from visexpert.errors import ConfigError, DataError
+from visexpert.reading import read_yaml
 from visexpert.report.compare.settings import flatten
 from visexpert.report.curves import read_metrics
 from visexpert.report.files import read_json
@@ -20,7 +19,6 @@ from visexpert.report.files import read_json
 PHASES = {"merge.json": "merge", "detachment.json": "detachment"}
 """Facts that a phase leaves in its folder, and what its settings are called here."""
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """The safe loader, in C where it is there: a comparison reads many files."""
 
 
@@ -105,7 +103,7 @@ def read_run(folder: Path, *, split: str = "test") -> RunRecord:
         for name, content in (("environment.json", environment), ("metrics.json", figures or {})):
             if not isinstance(content, dict):
                 raise DataError(f"{name} holds a {type(content).__name__} where an object belongs")
-    except (DataError, yaml.YAMLError, OSError) as error:
+    except (DataError, ValueError, OSError) as error:
         return RunRecord(folder, problem=f"cannot be read: {str(error).splitlines()[0]}")
     numbers = {key: value for key, value in (figures or {}).items() if _is_number(value)}
     record = RunRecord(
@@ -140,7 +138,7 @@ def _read_config(folder: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
     config: Any = {}
     for name in ("config.yaml", "config.test.yaml", "config.validate.yaml"):
         if (folder / name).is_file():
-            config = yaml.load((folder / name).read_text(encoding="utf-8", errors="replace"), Loader=_LOADER)
+            config = read_yaml(folder / name)
             break
     if not isinstance(config, Mapping):
         raise DataError("its configuration is no mapping")

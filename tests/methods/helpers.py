@@ -46,7 +46,7 @@ def tiny_tove(*, seed: int = 0, dropout: float = 0.0, **options: Any) -> ToVE:
     torch.manual_seed(seed)
     clip, experts = ClipEncoder(config=CLIP_FIELDS), tiny_experts()
     language = CrossAttentionDecoder(vocab_size=VOCAB, width=WIDTH, depth=1, heads=2, dropout=dropout)
-    return ToVE(clip=clip, experts=experts, language=language, **{"warmup_steps": 2, **options})
+    return ToVE(clip=clip, language=language, **{"experts": experts, "warmup_steps": 2, **options})
 
 
 def shake(model: ToVE, *, seed: int = 1) -> ToVE:

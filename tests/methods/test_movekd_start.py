@@ -13,7 +13,6 @@ from tests.methods.helpers import (
     bare_trainer,
     noise_batch,
     shake,
-    tiny_experts,
     tiny_tove,
     trained_names,
 )
@@ -71,10 +70,9 @@ def test_a_gate_that_does_not_fit_is_refused(tmp_path: Path, data: MakeData) -> 
     with pytest.raises(ConfigError, match="reads the gate of a ToVE run; name its checkpoint by init_from"):
         tiny_movekd(teacher_weighting="gate").setup("fit")
     tiny_movekd(teacher_weighting="gate").setup("test")  # a finished run has it in its own checkpoint
-    start = saved(tmp_path, tiny_tove(), data)
-    experts = dict(reversed(tiny_experts().items()))
-    with pytest.raises(ConfigError, match=r"weighs \['semantic', 'depth', 'edges'\], the teachers here are \['edges'"):
-        tiny_movekd(depth=2, experts=experts, teacher_weighting="gate", init_from=start).setup("fit")
+    start = saved(tmp_path, tiny_tove(use=["semantic", "edges"]), data)
+    with pytest.raises(ConfigError, match=r"weighs \['semantic', 'edges'\], not \['depth'\], which are experts here"):
+        tiny_movekd(depth=2, teacher_weighting="gate", init_from=start).setup("fit")
     others: dict[str, dict[str, Any]] = {"two": {"gate_hidden": 4}, "even": {"gate": "uniform"}}
     for name, options in others.items():
         start = saved(tmp_path, tiny_tove(**options), data, f"{name}.ckpt")

@@ -27,7 +27,7 @@ def test_a_complete_start_copies_all_and_names_every_key_that_keeps_it_from_bein
     donor = model()
     source = checkpoint(tmp_path, donor.state_dict())
     taker = model()
-    assert start_from(taker, source, complete=True) == tuple(donor.state_dict())
+    start_from(taker, source, complete=True)
     assert all(torch.equal(value, taker.state_dict()[key]) for key, value in donor.state_dict().items())
     with pytest.raises(WeightsError) as caught:
         start_from(model(parts=("clip", "mole", "teacher")), source, complete=True, ignore=("teacher",))

@@ -9,8 +9,10 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from visexpert.errors import ConfigError, require_numbers
 from visexpert.language import LanguageSide, NoLanguage, supervised
@@ -93,11 +95,26 @@ class Method(CheckpointedModule):
         """Whether there is a language side at all."""
         return not isinstance(self.language, NoLanguage)
 
+    @property
+    def language_joins(self) -> bool:
+        """Whether the language side trains in the present step."""
+        return self.language_lr > 0 and self.global_step >= self.language_frozen_steps
+
     def views(self, batch: Batch) -> EncoderViews | None:
         """What happens inside the encoders on a batch, for figures; None where there is nothing to show."""
         return None
 
     # -- Lightning hooks ------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Load weights, settle what trains.
+
+        Raises:
+            ConfigError: In a fit, an engine that keeps gradients to itself, with ``language_frozen_steps``.
+        """
+        if stage == "fit" and self.language_frozen_steps > 0 and self._trainer is not None:
+            refuse_engine(self.trainer.strategy, steps=self.language_frozen_steps)
+        super().setup(stage)
 
     def train(self, mode: bool = True) -> Method:
         """Train mode for what trains; frozen parts stay in eval mode."""
@@ -113,8 +130,10 @@ class Method(CheckpointedModule):
         if batch.step is None or batch.step.place == 0:
             self._moving.keep()
         self._batch_shares = {} if self._trainer is None else self._step_shares.of(batch, self.trainer)
-        thawed = self.language_lr > 0 and self.global_step >= self.language_frozen_steps
-        self.language.requires_grad_(thawed)
+        held_back = self.language_frozen_steps > 0 and self.language_lr > 0
+        if held_back and self.trainer.strategy.model is self:  # DDP would wait for gradients; here they can be saved
+            for module in self.language.trained_modules():
+                module.requires_grad_(self.language_joins)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute by :meth:`step`, log here: the loss of this batch always, its parts when a row is written.
@@ -129,6 +148,12 @@ class Method(CheckpointedModule):
             parts = {f"train/{name}": value.detach() for name, value in output.parts.items()}
             self.log_dict(parts, batch_size=output.batch_size)
         return output.shared(self._batch_shares)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Drop the gradients of a language side that is not to train yet: no step, no decay, no clipping by them."""
+        if not self.language_joins:
+            for parameter in self.language.parameters():
+                parameter.grad = None
 
     def on_validation_epoch_start(self) -> None:
         """Fresh scores."""
@@ -218,6 +243,19 @@ class Method(CheckpointedModule):
     def _run_seed(self) -> int:
         """The seed of the run: set by ``seed_everything``, kept in the environment by Lightning."""
         return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+
+def refuse_engine(strategy: Strategy, *, steps: int) -> None:
+    """Refuse engines that apply gradients which a module cannot drop.
+
+    Raises:
+        ConfigError: DeepSpeed or FSDP.
+    """
+    if isinstance(strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
+        raise ConfigError(
+            f"language_frozen_steps={steps} drops the gradients of the language side, which {type(strategy).__name__} "
+            "keeps to itself; set it to 0, or train with strategy ddp."
+        )
 
 
 def writes_row(trainer: L.Trainer) -> bool:

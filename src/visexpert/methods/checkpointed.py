@@ -10,6 +10,7 @@ import lightning as L
 from torch import nn
 
 from visexpert.methods.accumulation import MovingBuffers, rewind_to_step
+from visexpert.methods.columns import NAMES, Columns, experts_in, refuse_other_order
 from visexpert.methods.matching import refuse_other_model, refuse_other_training
 from visexpert.methods.optimiser import ParameterGroup, make_groups
 from visexpert.methods.start import find_start
@@ -45,6 +46,10 @@ class CheckpointedModule(L.LightningModule):
     def load_weights(self) -> None:
         """Fill pretrained parts; called once, before the first epoch or evaluation, after building."""
 
+    def columns(self) -> Columns:
+        """Which expert each column of the gate is, for methods with experts."""
+        return Columns()
+
     @property
     def trained_steps(self) -> int:
         """Optimiser steps behind the present weights, those of a loaded checkpoint included."""
@@ -76,14 +81,23 @@ class CheckpointedModule(L.LightningModule):
         self._kept |= {key for key in keys if self._is_frozen_key(key)}
 
     def setup(self, stage: str) -> None:
-        """Load weights, freeze what is frozen."""
+        """Load weights, settle what trains."""
         if not self._loaded:
             if stage == "fit" and not self._continues:
                 self.check_start()
             self.load_weights()
             self._loaded = True
-        for module in self.frozen_modules().values():
-            module.requires_grad_(False)
+        self.settle_training()
+
+    def settle_training(self) -> None:
+        """Ask a gradient of all that :meth:`trained_groups` lists and of nothing else.
+
+        It does not change later: DDP waits in each step for the gradient of whatever asked for one when it was built.
+        """
+        frozen = {id(p) for module in self.frozen_modules().values() for p in module.parameters()}
+        trained = {id(p) for group in self.trained_groups() for module in group.modules for p in module.parameters()}
+        for parameter in self.parameters():
+            parameter.requires_grad_(id(parameter) in trained - frozen)
 
     def on_train_start(self) -> None:
         """Find the buffers that training changes."""
@@ -93,7 +107,11 @@ class CheckpointedModule(L.LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out frozen parts, which have files of their own; inside an optimizer step, go back to its start."""
+        """Leave out frozen parts, which have files of their own; inside an optimizer step, go back to its start.
+
+        It says, too, which experts the columns of a gate are.
+        """
+        checkpoint[NAMES] = list(self.columns().names)
         state = checkpoint["state_dict"]
         if self._trainer is not None and rewind_to_step(checkpoint, self.trainer):
             self._moving.put_back(state)
@@ -101,13 +119,16 @@ class CheckpointedModule(L.LightningModule):
             del state[key]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put frozen parts back, so that loading stays strict about everything else.
+        """Put frozen parts back, so that loading stays strict about everything else; order a gate's columns by name.
 
         Raises:
             WeightsError: Under a trainer, a checkpoint of another model, or of a training of other parts.
         """
         self._loaded_steps = int(checkpoint["global_step"])
         state, own = checkpoint["state_dict"], self.state_dict()
+        columns, theirs = self.columns(), experts_in(checkpoint)
+        if theirs is None or sorted(theirs) == sorted(columns.names):  # else strict loading names the parts that differ
+            state.update(columns.arrange(state, own, theirs=theirs, path=self._checkpoint_path))
         self.keep(key for key in state if key in own)
         for key, value in own.items():
             if self._is_frozen_key(key):
@@ -116,8 +137,14 @@ class CheckpointedModule(L.LightningModule):
             return
         refuse_other_model(own, state, path=self.trainer.ckpt_path)
         if self.trainer.state.fn == "fit":
+            refuse_other_order(columns, theirs, path=self.trainer.ckpt_path)
             groups = make_groups(self.trained_groups(), weight_decay=self.weight_decay)
             refuse_other_training(groups, checkpoint, path=self.trainer.ckpt_path)
+
+    @property
+    def _checkpoint_path(self) -> object:
+        """Where the checkpoint that is being read lies, for messages."""
+        return "the checkpoint" if self._trainer is None else self.trainer.ckpt_path
 
     def _is_frozen_key(self, key: str) -> bool:
         return key.split(".", 1)[0] in self.frozen_modules()

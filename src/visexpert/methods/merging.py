@@ -79,6 +79,7 @@ class Merging(Method):
         _check(adaptation, distance, targets, token_weight, text_weight)
         if student is None and adaptation == "none":
             raise ConfigError("Merging: adaptation='none' leaves a plain CLIP nothing to learn; use full or lora.")
+        language_lr = language_lr if text_weight > 0 else 0.0
         super().__init__(
             language=teacher.language if language_lr == 0 else copy.deepcopy(teacher.language), lr=lr,
             language_lr=language_lr, weight_decay=weight_decay, warmup_steps=warmup_steps,
@@ -97,9 +98,7 @@ class Merging(Method):
         self.token_weight, self.text_weight = token_weight, text_weight
         self.targets: Targets = targets
         self._stored: FeatureCache | None = None
-        for group in self.trained_groups():
-            for module in group.modules:
-                module.requires_grad_(True)
+        self.settle_training()
 
     def encode(self, batch: Batch) -> VisionTokens:
         """What the merged CLIP gives the language side: (B, T, d_lang), no expert involved."""

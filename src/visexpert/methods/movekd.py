@@ -15,12 +15,13 @@ from visexpert.losses import router_balance, text_loss
 from visexpert.losses.balance import RouterBalanceForm
 from visexpert.losses.distill import Convention
 from visexpert.methods.base import Method
+from visexpert.methods.columns import Columns
 from visexpert.methods.distillation import ANCHOR, STUDENT, Distillation, Distilled, TeacherWeighting, TokenWeighting
 from visexpert.methods.evaluation import EvalOutput
 from visexpert.methods.optimiser import ParameterGroup
 from visexpert.methods.start import start_from
-from visexpert.methods.student import check_weights, mole_parts, train_only
-from visexpert.methods.teachers import HeadSettings, ask_teachers, check_gate, hub_of, kd_heads, store_anchor
+from visexpert.methods.student import check_weights, mole_parts
+from visexpert.methods.teachers import HeadSettings, ask_teachers, hub_of, kd_heads, store_anchor
 from visexpert.methods.views import EncoderViews, view_encoders
 from visexpert.resources import cache_root
 from visexpert.store import StoreDtype
@@ -50,8 +51,8 @@ class MoVEKD(Method):
         adapter: What is trained of it: ``released``, ``linear`` or ``mlp``; null takes the direction's own.
         adapter_hidden: Hidden width of ``mlp``.
         teacher_weighting: ``attention`` (paper), ``uniform``, or ``gate``: ToVE's gate on CLIP's tokens weighs the
-            experts token by token; it is read from ``init_from`` (a run of ToVE with the same experts in the same
-            order and a linear gate; the checkpoint keeps it) and frozen.
+            experts token by token; it is read from ``init_from`` (a run of ToVE with these experts, in any order and
+            perhaps with others, and a linear gate; the checkpoint keeps it) and frozen.
         token_weighting: ``attention`` (paper) or ``uniform``.
         convention: ``paper`` or ``released`` formulas of weights and loss.
         kd_weight: Weight of the distillation loss (paper: 0.5).
@@ -187,6 +188,10 @@ class MoVEKD(Method):
         encoders = {} if self.anchor is None else {ANCHOR: self.anchor}
         return view_encoders({**encoders, STUDENT: self.clip}, batch, student=STUDENT)
 
+    def columns(self) -> Columns:
+        """The hub's experts, in the order of the columns of a gate, which is frozen."""
+        return Columns.of(self.hub.names, self.gate, fixed=True)
+
     def frozen_modules(self) -> Mapping[str, nn.Module]:
         """Teachers: the hub, and the copy of CLIP."""
         return {"hub": self.hub} if self.anchor is None else {"hub": self.hub, "anchor": self.anchor}
@@ -208,11 +213,6 @@ class MoVEKD(Method):
             groups.append(ParameterGroup("language", self.language.trained_modules(), self.language_lr))
         return [group for group in groups if group.lr > 0 and any(list(m.parameters()) for m in group.modules)]
 
-    def setup(self, stage: str) -> None:
-        """Also leave out of the gradient whatever no group trains (DDP wants it so)."""
-        super().setup(stage)
-        train_only(self.trained_groups(), (self.clip, self.distillation, self.projector))
-
     def load_weights(self) -> None:
         """Student, its frozen copy, teachers, language side; then ``init_from``."""
         self.clip.load_weights()
@@ -222,12 +222,10 @@ class MoVEKD(Method):
         self.language.load_weights()
         if self.init_from is not None:
             brought = ("language",) if self.language.has_source else ()  # left out by a stage that froze it
-            keys = start_from(
+            start_from(
                 self, self.init_from, complete=self.init_complete, ignore=(*self.frozen_modules(), *brought),
                 need=("gate",) if self.gate is not None else (),
             )  # fmt: skip
-            if self.gate is not None:
-                check_gate(keys, self.hub.names, source=self.init_from)
             if not self.init_complete:
                 self.distillation.forget_start()  # another stage goes on from its start, another run does not
 

@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from visexpert.errors import WeightsError
+from visexpert.methods.columns import Columns, experts_in
 from visexpert.methods.matching import KeyDifferences
 from visexpert.resources import load_checkpoint, load_safetensors, resolve_source
 
@@ -22,6 +23,9 @@ class Keeper(Protocol):
 
     def keep(self, keys: Iterable[str]) -> None:
         """Keep these tensors."""
+
+    def columns(self) -> Columns:
+        """Which expert each column of a gate is."""
 
 
 def find_start(source: str) -> Path:
@@ -41,8 +45,11 @@ def find_start(source: str) -> Path:
 
 def start_from(
     module: nn.Module, source: str, *, complete: bool = False, ignore: Sequence[str] = (), need: Sequence[str] = ()
-) -> tuple[str, ...]:
+) -> None:
     """Copy every tensor that a checkpoint shares with ``module``; say what stays fresh.
+
+    Columns of a gate are those of the experts of the same names: experts that the checkpoint lacks start fresh, others
+    of its own are left out.
 
     Args:
         module: The method, already built.
@@ -51,16 +58,16 @@ def start_from(
         ignore: Parts, by first name, that checkpoints leave out.
         need: Parts, by first name, that must not stay fresh, ``complete`` or not.
 
-    Returns:
-        The checkpoint's keys, in its order.
-
     Raises:
-        WeightsError: The file is missing, may run code, shares no tensor, shares one of another shape, or lacks a
-            needed one; with ``complete``, also any missing or unexpected key, each named.
+        WeightsError: The file is missing, may run code, shares no tensor, shares one of another shape, lacks a needed
+            one, or has a gate and does not say whose its columns are; with ``complete``, also any missing or unexpected
+            key, each named.
     """
     path = find_start(source)
-    state = _read(path)
+    state, theirs = _read(path)
     own = module.state_dict()
+    columns = module.columns() if isinstance(module, Keeper) else Columns()
+    state = columns.arrange(state, own, theirs=theirs, path=path)
     shared = {key: value for key, value in state.items() if key in own}
     expected = {key: value for key, value in own.items() if key in shared or key.split(".", 1)[0] not in ignore}
     found = KeyDifferences.between(expected, state)
@@ -84,11 +91,17 @@ def start_from(
         module.keep(shared)
     fresh = sorted({key.rsplit(".", 1)[0] for key in found.missing})
     log.info("Started from %s: %d tensors; left as they were: %s", path, len(shared), fresh[:8] or "none")
-    return tuple(state)
+    if new := columns.fresh(theirs):
+        log.info("Experts that start fresh, since %s has none of these names: %s", path, new)
+    if left := [name for name in theirs or () if name not in columns.names]:
+        log.info("Experts of %s that are left out: %s", path, left)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
+    """The state of a checkpoint and its experts in the order of the columns, where it tells."""
     if path.suffix == ".safetensors":
-        return load_safetensors(path, owner="init_from")
-    state: dict[str, Tensor] = load_checkpoint(path, owner="init_from")["state_dict"]
-    return state
+        return load_safetensors(
+            path, owner="init_from"
+        ), None  # sorted by name, so the order of its parts tells nothing
+    checkpoint = load_checkpoint(path, owner="init_from")
+    return checkpoint["state_dict"], experts_in(checkpoint)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 from torch import nn
 
 from visexpert.errors import ConfigError
 from visexpert.language import LanguageSide, NoLanguage
-from visexpert.methods.optimiser import ParameterGroup
 from visexpert.vision import ClipEncoder
 
 
@@ -32,11 +29,3 @@ def mole_parts(clip: ClipEncoder, *, balanced: bool) -> tuple[nn.Module, ...]:
         router, *experts = layer.added_modules()  # type: ignore[operator]
         parts += [router, *experts] if balanced or layer.router_learns else experts
     return tuple(parts)
-
-
-def train_only(groups: Sequence[ParameterGroup], parts: Iterable[nn.Module]) -> None:
-    """Leave out of the gradient whatever of ``parts`` no group trains (DDP wants it so)."""
-    trained = {id(p) for group in groups for module in group.modules for p in module.parameters()}
-    for part in parts:
-        for parameter in part.parameters():
-            parameter.requires_grad_(id(parameter) in trained)

@@ -148,24 +148,3 @@ def _stored_anchor(anchor: ClipEncoder, cache: FeatureCache | None, batch: Batch
     if packed_BNF is None:
         return None
     return ClsAttention.unpacked(packed_BNF, width=anchor.width, grid_hw=anchor.grid_hw)
-
-
-def check_gate(keys: Sequence[str], names: Sequence[str], *, source: str) -> None:
-    """The gate's columns have no names: compare those of what the other run had for each of its experts.
-
-    Args:
-        keys: Of the checkpoint that the gate is from, in its order.
-        names: The experts here.
-        source: That checkpoint.
-
-    Raises:
-        ConfigError: They are others, or in another order.
-    """
-    parts = [key.removeprefix("distillation.").split(".") for key in keys]
-    owners = [part[1] for part in parts if part[0] in ("adapters", "heads") and part[1] != ANCHOR]
-    theirs = list(dict.fromkeys(owners))
-    if theirs and theirs != list(names):
-        raise ConfigError(
-            f"MoVEKD: the gate in {source} weighs {theirs}, the teachers here are {list(names)}; name the same experts "
-            "in the same order."
-        )

@@ -16,6 +16,7 @@ from visexpert.language.projector import ProjectorKind
 from visexpert.losses import gate_balance
 from visexpert.losses.balance import GateBalanceForm
 from visexpert.methods.base import Method
+from visexpert.methods.columns import Columns
 from visexpert.methods.optimiser import ParameterGroup
 from visexpert.methods.start import start_from
 from visexpert.resources import cache_root
@@ -63,7 +64,8 @@ class ToVE(Method):
             the encoders live at each step.
         feature_dtype: ``float16``, ``bfloat16`` (for tokens beyond 6.5e4) or ``float32`` (equal to live encoders up to
             rounding) for that cache.
-        init_from: Checkpoint of an earlier run to start from; experts it lacks start fresh.
+        init_from: Checkpoint of an earlier run to start from; experts are found by name, in any order, those it lacks
+            start fresh and those it alone has are left out.
         kwargs: See :class:`~visexpert.methods.base.Method`.
     """
 
@@ -183,6 +185,10 @@ class ToVE(Method):
             return {}
         return {"balance_loss": LossTerm(vision.balance, "image", self.balance_weight)}
 
+    def columns(self) -> Columns:
+        """The hub's experts, in the order of the gate's columns."""
+        return Columns.of(self.hub.names, self.gate)
+
     def frozen_modules(self) -> Mapping[str, nn.Module]:
         """The hub, and CLIP unless it has a learning rate."""
         return {"hub": self.hub} if self.clip_lr > 0 else {"clip": self.clip, "hub": self.hub}
@@ -233,16 +239,20 @@ class ToVE(Method):
         return self.transfer.mode == "residual" or not alone or not self.hub.attached
 
     def trained_groups(self) -> Sequence[ParameterGroup]:
-        """Gate, adapters and projector; the language side unless its rate is 0."""
+        """Gate, adapters and projector, unless blind; the language side unless its rate is 0."""
+        groups = [] if self.blind else self._vision_groups()
+        if self.language_lr > 0:
+            groups.append(ParameterGroup("language", self.language.trained_modules(), self.language_lr))
+        return groups
+
+    def _vision_groups(self) -> list[ParameterGroup]:
         unused = {id(module) for module in self.unused_modules()}
         fusion = [module for module in (self.projector, *self.adapters.values()) if id(module) not in unused]
         groups = [ParameterGroup("fusion", tuple(fusion), self.lr)]
-        if self.gate is not None and self._needs_clip:
+        if self.gate is not None and self.hub.attached and self._needs_clip:
             groups.append(ParameterGroup("gate", (self.gate,), self.gate_lr))
-        if self.clip_lr > 0:
+        if self.clip_lr > 0 and self._needs_clip:
             groups.append(ParameterGroup("clip", self.clip.read_modules(), self.clip_lr))
-        if self.language_lr > 0:
-            groups.append(ParameterGroup("language", self.language.trained_modules(), self.language_lr))
         return groups
 
     def load_weights(self) -> None:

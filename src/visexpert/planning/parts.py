@@ -54,7 +54,6 @@ def ready_to_train(method: Method) -> None:
     method.mark_loaded()
     method.init_from = None
     method.setup("fit")
-    method.language.requires_grad_(method.language_lr > 0)
     method.train()
 
 

@@ -88,6 +88,14 @@ class TokenGate(nn.Module):
         noisy_BTK = clean_BTK + torch.randn_like(clean_BTK) * std_BTK
         return GateOutput(self._softmax(noisy_BTK), smooth_load(clean_BTK, noisy_BTK, std_BTK, attached_K))
 
+    def column_keys(self) -> tuple[str, ...]:
+        """Names, in the state dict, of the tensors whose first axis runs over experts."""
+        if self.kind == "uniform":
+            return ()
+        last = f"logits.{len(self.logits) - 1}" if isinstance(self.logits, nn.Sequential) else "logits"
+        layers = (last,) if self.noise_width is None else (last, "noise_width")
+        return tuple(f"{layer}.{name}" for layer in layers for name in ("weight", "bias"))
+
     @torch.no_grad()
     def keep(self, experts: Sequence[int]) -> None:
         """Drop the rows of all other experts for good.

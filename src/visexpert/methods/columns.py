@@ -1,0 +1,113 @@
+"""Columns of a gate follow the names of its experts, whatever the order in which a checkpoint has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visexpert.errors import ConfigError, WeightsError
+from visexpert.methods.distillation import ANCHOR, STUDENT
+from visexpert.transfer import TokenGate
+
+NAMES = "experts"
+"""Where a checkpoint says the names of its experts, in the order of the gate's columns."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which expert each column is.
+
+    Args:
+        names: Experts in the order of the columns.
+        keys: Tensors of the state dict whose first axis runs over columns.
+        fixed: Whether the gate is frozen, so that a column must not be fresh.
+    """
+
+    names: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    fixed: bool = False
+
+    @classmethod
+    def of(cls, names: Sequence[str], gate: TokenGate | None, *, fixed: bool = False) -> Columns:
+        """Those of a method's ``gate``, if it has one."""
+        keys = () if gate is None else tuple(f"gate.{key}" for key in gate.column_keys())
+        return cls(tuple(names), keys, fixed)
+
+    def fresh(self, theirs: Sequence[str] | None) -> list[str]:
+        """Experts that a checkpoint with the experts ``theirs`` lacks."""
+        return [name for name in self.names if name not in (theirs or ())]
+
+    def arrange(
+        self, state: Mapping[str, Tensor], own: Mapping[str, Tensor], *, theirs: Sequence[str] | None, path: object
+    ) -> dict[str, Tensor]:
+        """A checkpoint's state with the columns of these experts: its own where it has them, else those of ``own``.
+
+        Args:
+            state: The checkpoint's.
+            own: That of the model.
+            theirs: Experts of the checkpoint in the order of its columns; None where it does not say.
+            path: Where it lies, for messages.
+
+        Raises:
+            WeightsError: It has columns, but does not say whose.
+            ConfigError: It has no column for an expert of a fixed gate.
+        """
+        arranged = dict(state)
+        shared = [key for key in self.keys if key in state and state[key].shape[1:] == own[key].shape[1:]]
+        if not shared or (theirs is None and len(state[shared[0]]) == len(self.names) == 1):
+            return arranged
+        if theirs is None or any(len(state[key]) != len(theirs) for key in shared):
+            raise WeightsError(
+                f"The gate in {path} has {len(state[shared[0]])} columns, but the file does not say of which experts "
+                f"(here {list(self.names)}); give the .ckpt that the run wrote."
+            )
+        if self.fixed and (unknown := self.fresh(theirs)):
+            raise ConfigError(
+                f"The gate in {path} weighs {list(theirs)}, not {unknown}, which are experts here; name only experts "
+                "that it weighs (use), or train a gate with all of them."
+            )
+        for key in shared:
+            given = dict(zip(theirs, state[key], strict=True))
+            rows = [given.get(name, fresh.to(state[key])) for name, fresh in zip(self.names, own[key], strict=True)]
+            arranged[key] = torch.stack(rows)
+        return arranged
+
+
+def experts_in(checkpoint: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Experts of a checkpoint in the order of its gate's columns; None where nothing tells.
+
+    Checkpoints of earlier versions do not name them, but hold a part for each, in the order of the columns.
+    """
+    if NAMES in checkpoint:
+        return tuple(checkpoint[NAMES])
+    return tuple(dict.fromkeys(_owners(checkpoint["state_dict"]))) or None
+
+
+def refuse_other_order(columns: Columns, theirs: Sequence[str] | None, *, path: object) -> None:
+    """Refuse to go on with a training that has the same experts in another order: the optimiser's state has no names.
+
+    Raises:
+        WeightsError: The order is another.
+    """
+    if theirs is not None and sorted(theirs) == sorted(columns.names) and tuple(theirs) != columns.names:
+        raise WeightsError(
+            f"The checkpoint {path} was trained with the experts in the order {list(theirs)}, here they are "
+            f"{list(columns.names)}; list them in its order to continue, or start from it by init_from instead of "
+            "ckpt_path."
+        )
+
+
+def _owners(keys: Iterable[str]) -> Iterable[str]:
+    """Experts that parts are of: adapters of ToVE, heads and watched variances of MoVE-KD."""
+    for key in keys:
+        part, *rest = key.removeprefix("distillation.").split(".")
+        if part == "adapters":
+            yield rest[0]
+        elif part == "heads" and rest[0] not in (ANCHOR, STUDENT):
+            yield rest[0]
+        elif part.startswith("variance_start_") and part.removeprefix("variance_start_") not in (ANCHOR, STUDENT):
+            yield part.removeprefix("variance_start_")

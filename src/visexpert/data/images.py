@@ -72,7 +72,7 @@ def read_rgb(source: str | Path | bytes, *, name: str, max_pixels: int = MAX_PIX
             f"The image {name} cannot be read: it is damaged, or of another format than {', '.join(IMAGE_FORMATS)}; "
             "replace the file or leave it out."
         ) from error
-    except DataError:
+    except (DataError, MemoryError):  # an image is not broken because there is no room for it
         raise
     except Exception as error:  # Pillow's decoders raise all sorts on damaged files: OSError, SyntaxError, struct.error
         told = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from visexpert.data.workers import load
 from visexpert.errors import ConfigError, DataError
 from visexpert.types import Batch
 
@@ -176,10 +177,7 @@ class BatchLoader:
             for key in keys:
                 yield self.source[key]
             return
-        inner: DataLoader[Batch] = DataLoader(
-            _Keyed(self.source, keys), batch_size=None, num_workers=self.num_workers, collate_fn=_unchanged
-        )
-        yield from inner
+        yield from load(_Keyed(self.source, keys), num_workers=self.num_workers)
 
     def _order(self) -> dict[str, int]:
         return {
@@ -202,7 +200,3 @@ class _Keyed(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         return self.source[self.batch_keys[index]]
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from visexpert.data.resize import ImageReader
 from visexpert.data.samples import BatchForm, Loaded, encode_items, prompts_of
 from visexpert.data.shards import Record, ShardPlan, ShardReader
+from visexpert.data.workers import load
 from visexpert.errors import DataError
 from visexpert.reading import parse_json
 from visexpert.types import Batch, Skipped, TextEncoder, TextItem
@@ -145,8 +146,7 @@ class ShardLoader:
         if not self.num_workers:
             yield from stream.worker(0)
             return
-        inner: DataLoader[Batch] = DataLoader(stream, batch_size=None, num_workers=self.num_workers)
-        yield from inner
+        yield from load(stream, num_workers=self.num_workers)
 
     def _order(self) -> dict[str, Any]:
         plan = self.plan

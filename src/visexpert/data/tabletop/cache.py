@@ -24,12 +24,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from filelock import FileLock, Timeout
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from visexpert.data.tabletop.render import build_graphs, object_table, render
 from visexpert.data.tabletop.scenes import sample_scenes
 from visexpert.data.tabletop.world import TabletopWorld
+from visexpert.data.workers import load
 from visexpert.errors import DataError
 from visexpert.reading import read_json
 from visexpert.types import SceneGraph
@@ -239,17 +240,12 @@ def _render_chunks(chunks: _Chunks, num_workers: int) -> Iterator[dict[str, Arra
         num_workers = 0
     # A loader draws a seed when it starts: from its own generator, lest rendering shift the caller's random numbers.
     generator = torch.Generator()
-    loader = DataLoader(chunks, batch_size=None, num_workers=num_workers, collate_fn=_as_is, generator=generator)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # many small operations: a second thread only makes them wait for each other
     try:
-        yield from loader
+        yield from load(chunks, num_workers=num_workers, generator=generator)
     finally:
         torch.set_num_threads(num_threads)
-
-
-def _as_is(arrays: Any) -> Any:
-    return arrays
 
 
 def _spec(split: str, num_scenes: int, seed: int, world: TabletopWorld) -> dict[str, Any]:

@@ -1,0 +1,94 @@
+"""Worker processes that read ahead: what goes wrong in one is told by one sentence here, as without workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from visexpert.errors import DataError, UserError, first_line, told_by_machine
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A user's error on its way out of a worker; torch would send its traceback as the message."""
+
+    kind: type[UserError]
+    sentence: str
+
+
+def load(dataset: Dataset[T_co], *, num_workers: int, generator: torch.Generator | None = None) -> Iterator[T_co]:
+    """Give what a data set holds, in order, read by workers.
+
+    Args:
+        dataset: Map-style or iterable; each of its items is a whole batch and is given as it is.
+        num_workers: Worker processes; 0 reads in this one.
+        generator: Draws the seed of the workers; None draws it from torch's own.
+
+    Raises:
+        UserError: What ``dataset`` raised, in whatever process.
+        DataError: A worker could not be started, has died, or lacked memory or a file.
+    """
+    told: Any = _ToldStream(dataset) if isinstance(dataset, IterableDataset) else _Told(dataset)
+    loader: DataLoader[Any] = DataLoader(
+        told, batch_size=None, num_workers=num_workers, collate_fn=_as_is, generator=generator
+    )
+    try:
+        items = iter(loader)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{num_workers} workers cannot be started ({first_line(error)}); lower num_workers.") from error
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            raise (told_by_machine(error) or error) from error.__cause__
+        if isinstance(item, _Failure):
+            raise item.kind(item.sentence)
+        yield item
+
+
+class _Told(Dataset[Any]):
+    """Items of a map-style data set, or the failure to read one."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.inner[index]
+        except Exception as error:
+            return _failure(error)
+
+
+class _ToldStream(IterableDataset[Any]):
+    """Items of an iterable data set, the last of them perhaps a failure to read on."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self.inner
+        except Exception as error:
+            yield _failure(error)
+
+
+def _failure(error: Exception) -> _Failure:
+    told = error if isinstance(error, UserError) else told_by_machine(error)
+    if told is None:  # a defect of ours
+        raise error
+    return _Failure(type(told), str(told))
+
+
+def _as_is(item: Any) -> Any:
+    return item

@@ -1,0 +1,92 @@
+"""Faults in worker processes: one sentence of the right kind, with workers and without."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from torch.utils.data import Dataset, IterableDataset
+
+from visexpert.data.workers import load
+from visexpert.errors import ConfigError, DataError, UserError, WeightsError
+
+
+class Items(Dataset[int]):
+    """0 to 5; item 3 fails."""
+
+    def __init__(self, error: BaseException | int | None = None) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> int:
+        if index == 3 and isinstance(self.error, int):
+            os.kill(os.getpid(), self.error)
+        if index == 3 and isinstance(self.error, BaseException):
+            raise self.error
+        return index
+
+
+class Stream(IterableDataset[int]):
+    """The same as a stream."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.items = Items(error)
+
+    def __iter__(self) -> Iterator[int]:
+        for index in range(len(self.items)):
+            yield self.items[index]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_all_items_come_in_order(num_workers: int) -> None:
+    assert list(load(Items(), num_workers=num_workers)) == list(range(6))
+    assert sorted(load(Stream(), num_workers=num_workers)) == sorted(list(range(6)) * max(1, num_workers))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("error", "kind", "fragments"),
+    [
+        (DataError("The image x is damaged."), DataError, ["The image x is damaged."]),
+        (WeightsError("No weights at x."), WeightsError, ["No weights at x."]),
+        (ConfigError("x is 3."), ConfigError, ["x is 3."]),
+        (OSError(errno.EIO, os.strerror(errno.EIO), "/nfs/1.jpg"), DataError, ["Input/output error: /nfs/1.jpg"]),
+        (MemoryError(), DataError, ["memory", "num_workers"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("form", [Items, Stream])
+def test_an_error_keeps_its_kind_and_sentence(
+    form: Any, error: Exception, kind: type[UserError], fragments: list[str], num_workers: int
+) -> None:
+    given = []
+    with pytest.raises(kind) as raised:
+        for item in load(form(error), num_workers=num_workers):
+            given.append(item)
+    assert given == [0, 1, 2]
+    told = str(raised.value)
+    assert all(fragment in told for fragment in fragments) and "Traceback" not in told and "\n" not in told
+
+
+def test_a_defect_keeps_its_traceback() -> None:
+    with pytest.raises(KeyError, match="Traceback"):
+        list(load(Items(KeyError("oops")), num_workers=1))
+
+
+def test_a_worker_that_is_killed_is_told_with_what_to_do() -> None:
+    with pytest.raises(DataError, match=r"worker.*has died.*num_workers"):
+        list(load(Items(int(signal.SIGKILL)), num_workers=1))
+
+
+def test_workers_that_cannot_be_started_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", refuse)
+    with pytest.raises(DataError, match="64 workers cannot be started.*unavailable.*lower num_workers"):
+        list(load(Items(), num_workers=64))

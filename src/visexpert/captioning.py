@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from visexpert.data import TabletopData, TextPacker, read_image
 from visexpert.data.tabletop.captions import RELATION_PROMPT
-from visexpert.errors import ConfigError, DataError
+from visexpert.errors import ConfigError, DataError, shown
 from visexpert.experts import ExpertHub, VisionExpert
 from visexpert.language import Decoding
 from visexpert.runs import SavedRun
@@ -138,9 +138,11 @@ class Captioner:
 
         Raises:
             ConfigError: An expert that the run does not use.
-            DataError: A prompt that is too long for the model.
+            DataError: A prompt that is too long for the model, or no text (bytes that are no UTF-8).
         """
         asked = [prompts] * len(squares) if isinstance(prompts, str) else list(prompts)
+        for prompt in asked:
+            _check_text(prompt)
         ids = [self._encoder.prompt(prompt) for prompt in asked]
         images_BCHW = torch.stack(list(squares)).to(self._device)
         with self._lock, self._listening_to(experts) as names:
@@ -199,6 +201,15 @@ class Captioner:
         finally:
             for name in silent:
                 self._hub.attach(name)  # type: ignore[union-attr]
+
+
+def _check_text(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"The prompt {shown(prompt)!r} is no text (character {error.start} is no UTF-8); write it as UTF-8."
+        ) from None
 
 
 def text_encoder_of(run: SavedRun) -> TextEncoder:

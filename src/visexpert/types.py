@@ -213,10 +213,12 @@ class Skipped:
     Args:
         key: What names it in its source: an image file, a line, a member of a shard.
         reason: One sentence that says why.
+        whole: The record is out of use; else only a part of it, such as one of several captions.
     """
 
     key: str
     reason: str
+    whole: bool = True
 
 
 @dataclass(frozen=True)

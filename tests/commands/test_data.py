@@ -67,7 +67,7 @@ def test_what_is_missing_is_listed_with_source_and_size(tmp_path: Path, capsys: 
     assert any("00000.tar; get it from https://github.com/rom1504/img2dataset" in line for line in missing)
     assert any("coco_pope_popular.json" in line for line in missing)
     assert any("hf download some/model" in line for line in missing)
-    assert "11 of what the data needs is missing" in streams.err
+    assert "11 things that the data needs are missing" in streams.err
 
 
 def test_images_that_annotations_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

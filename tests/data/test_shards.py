@@ -115,7 +115,8 @@ def test_a_shard_that_is_not_there(tmp_path: Path) -> None:
 def test_a_pipe_is_a_shard(tmp_path: Path) -> None:
     write_shards(tmp_path, [3])
     records = iterate_shard(f"pipe:cat {tmp_path}/00000.tar")
-    assert next(records)["txt"] == b"record 0 0"
+    first = next(records)
+    assert isinstance(first, dict) and first["txt"] == b"record 0 0"
     records.close()  # type: ignore[attr-defined]  # left before its end, without complaint
 
 

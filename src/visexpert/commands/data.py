@@ -60,7 +60,8 @@ def run(arguments: list[str]) -> None:
             missing += not is_there
             print(f"  {'ok     ' if is_there else 'MISSING'}  {shown(line)}")
     if missing:
-        raise DataError(f"{missing} of what the data needs is missing; get it as said above and check again.")
+        things = "1 thing that the data needs is" if missing == 1 else f"{missing} things that the data needs are"
+        raise DataError(f"{things} missing or broken; get them as said above and check again.")
     print("Nothing is missing.")
 
 
@@ -98,11 +99,14 @@ def _of_part(source: SourceData, part: str, *, every: bool) -> Iterator[tuple[bo
     if not isinstance(source, RowData):
         return
     paths = [sample.image for sample in source.table(part) if sample.image]
-    step = 1 if every else -(-len(paths) // SAMPLE) or 1
-    looked_for = paths[::step]
+    looked_for = paths if every or len(paths) <= SAMPLE else [paths[n * len(paths) // SAMPLE] for n in range(SAMPLE)]
     gone = missing_images(looked_for)
     line = f"{part}: {len(source.table(part))} rows; {len(looked_for)} of {len(paths)} images looked for"
     yield not gone, line + (f", {len(gone)} not there, such as {gone[0]}" if gone else "")
+    for log in source.fault_logs:
+        if len(log) or log.parts:
+            parts = f", {log.parts} more in part" if log.parts else ""
+            yield not len(log), f"{log.source}: {len(log)} of {log.total} records cannot be used{parts}: {log.last}"
 
 
 def sources_of(data: LightningDataModule, parts: Sequence[str]) -> Iterator[tuple[str, SourceData, list[str]]]:

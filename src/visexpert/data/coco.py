@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from visexpert.data.annotations import BrokenRecordError, collect, image_path, read_json_list, text_of
+from visexpert.data.annotations import BrokenRecordError, collect, each_usable, image_path, read_json_list, text_of
 from visexpert.data.needs import Need
 from visexpert.data.rows import RowData
 from visexpert.data.samples import Sample
@@ -91,9 +91,10 @@ class COCOCaptions(RowData):
         wanted = [entry for entry in everything if not isinstance(entry, dict) or entry.get("split") in splits]
 
         def parse(entry: Any) -> Sample:
-            captions = [text_of(sentence, "raw") for sentence in entry["sentences"]]
+            lost: list[str] = []
+            captions = each_usable(entry["sentences"], lambda sentence: text_of(sentence, "raw"), lost)
             file = image_path(self.root, f"{entry['filepath']}/{entry['filename']}")
-            return self._sample(file, captions)
+            return self._sample(file, captions, lost)
 
         return collect(
             wanted, parse, path=path, faults=self.faults(part, total=len(wanted), shared=False), numbered="image"
@@ -103,10 +104,10 @@ class COCOCaptions(RowData):
         path = self._official(part)
         return read_coco_captions(self, path, self.root / self._folder_of(part), part, self.prompt)
 
-    def _sample(self, file: str, captions: list[str]) -> Sample:
+    def _sample(self, file: str, captions: list[str], lost: list[str]) -> Sample:
         if not captions:
             raise BrokenRecordError("it has no captions")
-        return Sample(file, file, (caption_item(captions, self.prompt),))
+        return Sample(file, file, (caption_item(captions, self.prompt),), tuple(lost))
 
     def _official(self, part: str) -> Path:
         return self.root / "annotations" / f"captions_{self._folder_of(part)}.json"

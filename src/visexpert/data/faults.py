@@ -21,7 +21,7 @@ class FaultLog:
     Args:
         source: Name of the source and split, for messages.
         total: Records that there are, for this process.
-        limit: Largest share of them that may be broken, 0 to 1.
+        limit: Largest share of them that may be broken, 0 to 1. Parts of records are listed, but do not count.
         file: JSON lines that list them; None for no list. Records that it already lists are not added again.
     """
 
@@ -30,11 +30,18 @@ class FaultLog:
         self.total = total
         self.limit = limit
         self.file = file
+        self.last = ""
         self._keys: set[str] = set()
+        self._whole = 0
         self._listed = set() if file is None else _listed(file, source)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return self._whole
+
+    @property
+    def parts(self) -> int:
+        """Number of parts that were left out of records in use."""
+        return len(self._keys) - self._whole
 
     def note(self, batch: Batch) -> None:
         """Take note of what a batch lacks.
@@ -56,11 +63,13 @@ class FaultLog:
         if not self._keys:
             log.warning("%s: left out, because it cannot be used: %s", self.source, new[0].reason)
         self._keys.update(fault.key for fault in new)
+        self._whole += sum(fault.whole for fault in new)
+        self.last = new[-1].reason
         self._write([fault for fault in new if fault.key not in self._listed])
-        if len(self._keys) > self.limit * self.total:
+        if self._whole > self.limit * self.total:
             where = "" if self.file is None else f", all in {self.file}"
             raise DataError(
-                f"{len(self._keys)} of the {self.total} records of {self.source} cannot be used, more than "
+                f"{self._whole} of the {self.total} records of {self.source} cannot be used, more than "
                 f"max_broken={self.limit:g} allows, the last because of this: {new[-1].reason.rstrip('.')} "
                 f"(mend the data or raise max_broken{where})."
             )
@@ -78,7 +87,7 @@ class FaultLog:
 def _listed(file: Path, source: str) -> set[str]:
     """Keys that an interrupted run has written; a line that it did not finish is passed over."""
     keys = set()
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+    for line in file.read_text(encoding="utf-8").split("\n") if file.is_file() else ():
         try:
             entry = parse_json(line)
         except ValueError:

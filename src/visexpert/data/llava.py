@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from visexpert.data.annotations import BrokenRecordError, collect, image_path, read_json_list
+from visexpert.data.annotations import BrokenRecordError, checked, collect, image_path, read_json_list
 from visexpert.data.grouping import grouped_order
 from visexpert.data.needs import Need
 from visexpert.data.packing import IntArray
@@ -22,6 +22,8 @@ _SOURCES = {
     "llava_v1_5_mix665k.json": ("https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K", "1.03 GB"),
 }
 _ELSEWHERE = ("https://github.com/haotian-liu/LLaVA/blob/main/docs/Data.md", "size unknown")
+_MARKS = (IMAGE_MARK, "<video>")
+_OWN_KEYS = frozenset({"id", "image", "conversations", "model"})
 _ROLES = {"human": "prompt", "user": "prompt", "gpt": "answer", "assistant": "answer"}
 
 
@@ -88,16 +90,22 @@ class LLaVAInstruct(RowData):
         return lambda epoch: grouped_order(lengths, has_image, group=group, seed=(seed, epoch))
 
     def _parse(self, record: Any) -> Sample:
-        turns = _turns(record["conversations"])
+        turns, lost = _turns(record["conversations"])
         image = record.get("image")
+        if image is None:
+            _refuse_missing_image(record)
         file = "" if image is None else image_path(self.images, image)
         (prompt, answer), history = turns[-1], tuple(turns[:-1])
         item = TextItem("chat", prompt, answer, history=history)
-        return Sample(f"{self.annotations.name}:{record.get('id')}" + (f" {file}" if file else ""), file, (item,))
+        key = f"{self.annotations.name}:{record.get('id')}" + (f" {file}" if file else "")
+        return Sample(key, file, (item,), tuple(lost))
 
 
-def _turns(conversation: list[Any]) -> list[tuple[str, str]]:
-    """(prompt, answer) of each turn; as in LLaVA's code an answer before the first prompt is left out."""
+def _turns(conversation: list[Any]) -> tuple[list[tuple[str, str]], list[str]]:
+    """(prompt, answer) of each turn, and why turns are left out.
+
+    As in LLaVA's code an answer before the first prompt is left out; so are turns without an answer.
+    """
     said = [(_ROLES[message["from"]], _clean(message["value"])) for message in conversation]
     if said and said[0][0] == "answer":
         said = said[1:]
@@ -105,12 +113,31 @@ def _turns(conversation: list[Any]) -> list[tuple[str, str]]:
     if not said or any(role != ("prompt", "answer")[index % 2] for index, (role, _) in enumerate(said)):
         raise BrokenRecordError("prompts and answers do not take turns")
     turns = [(said[index][1], said[index + 1][1]) for index in range(0, len(said), 2)]
-    if not all(answer for _, answer in turns):
+    answered = [turn for turn in turns if turn[1]]
+    if not answered:
         raise BrokenRecordError("an answer is empty")
-    return turns
+    lost = [f"the answer of turn {number} is empty" for number, turn in enumerate(turns, 1) if not turn[1]]
+    return answered, lost
+
+
+def _refuse_missing_image(record: Any) -> None:
+    """Refuse a record that speaks of an image or a video but names none where images are looked for.
+
+    Raises:
+        BrokenRecordError: It does: it would be trained on as text about nothing.
+    """
+    spoken = [mark for mark in _MARKS if any(mark in str(m.get("value")) for m in record["conversations"])]
+    others = [key for key in record if key not in _OWN_KEYS and record[key] and _is_medium(key)]
+    if spoken or others:
+        has = f"speaks of {spoken[0]}" if spoken else f"has {others[0]!r}"
+        raise BrokenRecordError(f"it {has}, but names no 'image' (its keys are {', '.join(map(repr, record))})")
+
+
+def _is_medium(key: Any) -> bool:
+    return any(word in str(key).lower() for word in ("image", "img", "video", "picture", "photo", "pixel"))
 
 
 def _clean(text: Any) -> str:
     if not isinstance(text, str):
-        raise BrokenRecordError(f"a message is {text!r}, but must be text")
-    return text.replace(IMAGE_MARK, "").strip()
+        raise BrokenRecordError(f"a message is {text!r:.80}, but must be text")
+    return checked(text.replace(IMAGE_MARK, "").strip(), name="a message")

@@ -191,7 +191,7 @@ class RowImages:
         if self._fingerprint is None:
             digest = hashlib.sha256(json.dumps(astuple(self._reader)).encode())
             for sample in self._table:
-                digest.update(f"{sample.image}\0{_stat(sample.image)}\0".encode())
+                digest.update(f"{sample.image}\0{_stat(sample.image)}\0".encode("utf-8", "surrogateescape"))
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 

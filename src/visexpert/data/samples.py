@@ -22,11 +22,13 @@ class Sample:
         key: Names it in messages.
         image: Path of its file; empty for text alone.
         items: Its texts.
+        lost: Why parts of its record were left out, one sentence each; not kept in tables.
     """
 
     key: str
     image: str
     items: tuple[TextItem, ...]
+    lost: tuple[str, ...] = ()
 
 
 class SampleTable:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from visexpert.data.shards import is_remote
+from visexpert.data.shards import is_remote, split_member
 from visexpert.errors import ConfigError, DataError
 from visexpert.reading import read_json
 from visexpert.resources import cache_root
@@ -69,8 +69,8 @@ def _counted(path: Path) -> int:
     """Count the groups of files of one name, by headers alone; remembered by size and time of change."""
     try:
         facts = path.stat()
-        content = f"{path.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}"
-        note = cache_root() / "shards" / f"{hashlib.sha256(content.encode()).hexdigest()[:24]}.json"
+        content = os.fsencode(path.resolve()) + f"\0{facts.st_size}\0{facts.st_mtime_ns}".encode()
+        note = cache_root() / "shards" / f"{hashlib.sha256(content).hexdigest()[:24]}.json"
         if note.is_file():
             return int(read_json(note))
         number = _groups(path)
@@ -84,15 +84,13 @@ def _counted(path: Path) -> int:
 
 
 def _groups(path: Path) -> int:
-    number, previous = 0, None
-    with tarfile.open(path, "r:") as tar:
+    number, previous = 0, ""
+    with tarfile.open(path, "r:*") as tar:
         for member in tar:
-            folder, _, file = member.name.rpartition("/")
-            stem, dot, _ = file.partition(".")
-            if not member.isreg() or not dot or not stem or file.startswith("__"):
+            named = split_member(member.name) if member.isreg() else None
+            if named is None:
                 continue
-            key = f"{folder}/{stem}"
-            number += key != previous
-            previous = key
+            number += named[0] != previous
+            previous = named[0]
             tar.members = []  # type: ignore[attr-defined]
     return number

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from visexpert.data.annotations import checked
 from visexpert.data.resize import ImageReader
 from visexpert.data.samples import BatchForm, Loaded, encode_items, prompts_of
 from visexpert.data.shards import Record, ShardPlan, ShardReader
@@ -45,12 +46,10 @@ class RecordReader:
         Raises:
             DataError: It has no image or caption, or they are broken.
         """
-        image = next((record[suffix] for suffix in _IMAGES if suffix in record), None)
-        if image is None:
-            raise DataError(f"The record {name} has no image ({', '.join(_IMAGES)}); leave it out of the shard.")
-        caption = _caption(record)
+        image = record[_one_of(record, _IMAGES, what="image", name=name)]
+        caption = _caption(record, name)
         if not caption:
-            raise DataError(f"The record {name} has no caption; leave it out of the shard.")
+            raise DataError(f"The record {name} has no caption but an empty one; leave it out of the shard.")
         items = (TextItem("caption", self.prompt, caption, generate=True),)
         rng = None if self.augment_seed is None else np.random.default_rng([self.augment_seed, epoch, row])
         picture = self.reader.read(image, name=name, rng=rng)
@@ -212,10 +211,33 @@ def _turns(batches: int, worker: int, workers: int) -> int:
     return max(0, -(-(batches - worker) // workers))
 
 
-def _caption(record: Record) -> str:
-    if "txt" in record:
-        return " ".join(bytes(record["txt"]).decode("utf-8", "replace").split())
+def _caption(record: Record, name: str) -> str:
+    """The words of a record's ``.txt``, else of ``caption`` in its ``.json``."""
+    suffix = _one_of(record, ("txt", "json"), what="caption", name=name)
     try:
-        return " ".join(str(parse_json(record["json"])["caption"]).split())
-    except (KeyError, ValueError, TypeError):
-        return ""
+        content = bytes(record[suffix]).decode("utf-8-sig")
+        value = content if suffix.endswith("txt") else parse_json(content)["caption"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"The record {name} has no caption that can be read in its .{suffix} ({error}).") from error
+    if not isinstance(value, str):
+        raise DataError(f"The caption of the record {name} is {value!r:.60}, but must be text.")
+    return checked(" ".join(value.split()), name=f"The caption of the record {name}")
+
+
+def _one_of(record: Record, suffixes: Sequence[str], *, what: str, name: str) -> str:
+    """The suffix of the member that holds something: an exact one, else the only one that ends so (dotted stems)."""
+    if exact := next((suffix for suffix in suffixes if suffix in record), None):
+        return exact
+    found = [suffix for suffix in record if suffix.rpartition(".")[2] in suffixes]
+    if len(found) == 1:
+        return found[0]
+    has = ", ".join(f".{suffix}" for suffix in record if suffix != "__key__")
+    if found:
+        raise DataError(
+            f"The record {name} has several members that may be its {what} ({has}): WebDataset takes what follows the "
+            "first dot of a name as its suffix; write keys without dots."
+        )
+    raise DataError(
+        f"The record {name} has no {what} (.{', .'.join(suffixes)}), only {has}; where the rest lies elsewhere in the "
+        "shard, put the members of a record side by side (tar --sort=name)."
+    )

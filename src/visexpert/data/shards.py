@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +119,7 @@ class ShardReader:
 
     def __init__(self, shards: Sequence[str]) -> None:
         self.shards = shards
-        self._open: tuple[int, int, Iterator[Record]] | None = None
+        self._open: tuple[int, int, Iterator[Record | DataError]] | None = None
 
     def read(self, records: IntArray) -> Iterator[Record | DataError]:
         """Give each record, or the sentence that says why it cannot be read.
@@ -144,27 +146,67 @@ class ShardReader:
         return record
 
 
-def iterate_shard(url: str) -> Iterator[Record]:
-    """Give a shard's samples in order.
+def iterate_shard(url: str) -> Iterator[Record | DataError]:
+    """Give a shard's samples in order; one that cannot be told from others as the sentence that says why.
 
     Raises:
         DataError: It cannot be opened, or is damaged from here on.
     """
     _require_webdataset()
     from webdataset.gopen import gopen
-    from webdataset.tariterators import group_by_keys, tar_file_expander
 
     try:
         stream = gopen(url)
     except Exception as error:  # curl, storage clients and pipes fail in their own ways
         raise DataError(f"The shard {url} cannot be opened ({_told(error)}); check path and access.") from error
     try:
-        yield from group_by_keys(tar_file_expander([{"url": url, "stream": stream}]))
+        yield from _grouped(_files(stream), url)
     except Exception as error:
         raise DataError(f"The shard {url} is damaged ({_told(error)}); fetch it again.") from error
     finally:
         with contextlib.suppress(Exception):  # a pipe that is left before its end complains
             stream.close()
+
+
+def split_member(name: str) -> tuple[str, str] | None:
+    """Key and suffix of a member of a shard, by WebDataset's rule: what follows the first dot is the suffix.
+
+    Args:
+        name: Name in the tar.
+
+    Returns:
+        Such as ``("0001/000012", "seg.png")``, the suffix in lower case; None for members that are of no sample.
+    """
+    folder, _, file = name.rpartition("/")
+    stem, dot, suffix = file.partition(".")
+    if not dot or not stem or file.startswith("__"):
+        return None
+    return f"{folder}/{stem}" if folder else stem, suffix.lower()
+
+
+def _files(stream: Any) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each regular member of a tar, compressed or not, as it is read."""
+    with tarfile.open(fileobj=stream, mode="r|*") as tar:
+        for member in tar:
+            file = tar.extractfile(member) if member.isreg() else None
+            if file is not None:
+                yield member.name, file.read()
+            tar.members = []  # type: ignore[attr-defined]  # headers of what was read
+
+
+def _grouped(files: Iterable[tuple[str, bytes]], url: str) -> Iterator[Record | DataError]:
+    """Records out of members that stand side by side and share a key."""
+    members = ((*split, data) for name, data in files if (split := split_member(name)) is not None)
+    for key, group in groupby(members, key=lambda member: member[0]):
+        record: Record = {"__key__": key}
+        twice = ""
+        for _, suffix, data in group:
+            twice = suffix if suffix in record else twice
+            record[suffix] = data
+        if twice:
+            yield DataError(f"The record {url}/{key} has several members {key}.{twice}; write each once.")
+        else:
+            yield record
 
 
 def expand_shards(pattern: str, root: Path) -> list[str]:

@@ -104,6 +104,7 @@ class SourceData(LightningDataModule):
             seed=seed, order_seed=order_seed, num_workers=num_workers, max_broken=max_broken,
         )  # fmt: skip
         self.label = ""
+        self.fault_logs: list[FaultLog] = []
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._packer: TextEncoder | None = None
         self._folder: Path | None = None
@@ -228,10 +229,12 @@ class SourceData(LightningDataModule):
         rank, world = self.process
         name = FILE if rank == 0 else FILE.replace(".", f".rank{rank}.", 1)
         file = None if self._folder is None or (rank and not shared) else self._folder / name
-        return FaultLog(
+        log = FaultLog(
             f"{self.called} {part}", total=-(-total // world) if shared else total, limit=self.settings.max_broken,
             file=file,
         )  # fmt: skip
+        self.fault_logs.append(log)
+        return log
 
     @property
     def process(self) -> tuple[int, int]:

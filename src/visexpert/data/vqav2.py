@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from visexpert.data.annotations import BrokenRecordError, collect, read_json_list, text_of
+from visexpert.data.annotations import BrokenRecordError, checked, collect, each_usable, read_json_list, text_of
 from visexpert.data.coco import coco_images
 from visexpert.data.needs import Need
 from visexpert.data.rows import RowData
@@ -87,11 +87,13 @@ class VQAv2(RowData):
         def parse_question(record: Any) -> None:
             texts[record["question_id"]] = text_of(record, "question")
 
-        def parse_answers(record: Any) -> None:
+        def parse_answers(record: Any) -> Sample:
             if record["question_id"] not in texts:
                 raise BrokenRecordError(f"question {record['question_id']} is not among the questions")
-            item = self._item(texts[record["question_id"]], record)
+            lost: list[str] = []
+            item = self._item(texts[record["question_id"]], record, lost)
             by_image.setdefault(int(record["image_id"]), []).append(item)
+            return Sample("", "", (item,), tuple(lost))
 
         list(collect(questions, parse_question, path=self._questions(part), faults=faults, numbered="question"))
         list(collect(annotations, parse_answers, path=self._answers(part), faults=faults, numbered="annotation"))
@@ -99,8 +101,8 @@ class VQAv2(RowData):
         files = {image: str(self.images / folder / f"COCO_{folder}_{image:012d}.jpg") for image in by_image}
         return (Sample(files[image], files[image], tuple(items)) for image, items in by_image.items())
 
-    def _item(self, question: str, record: Any) -> TextItem:
-        answers = tuple(str(entry["answer"]) for entry in record["answers"])
+    def _item(self, question: str, record: Any, lost: list[str]) -> TextItem:
+        answers = tuple(each_usable(record["answers"], _human_answer, lost))
         if not answers:
             raise BrokenRecordError("it has no answers")
         family = str(record.get("answer_type", "")).replace("/", "-")  # a slash would look like a part of a key
@@ -114,10 +116,11 @@ class VQAv2(RowData):
 
         def parse(record: Any) -> Sample:
             number = int(record["id"] if "id" in record else record["image_id"])
-            items = [self._vg_item(entry) for entry in record["qas"]]
+            lost: list[str] = []
+            items = each_usable(record["qas"], self._vg_item, lost)
             name = f"{number}.jpg"
             file = str(folder / ("VG_100K_2" if name in second else "VG_100K") / name)
-            return Sample(file, file, tuple(items))
+            return Sample(file, file, tuple(items), tuple(lost))
 
         faults = self.faults("train (Visual Genome)", total=len(images), shared=False)
         return (s for s in collect(images, parse, path=path, faults=faults, numbered="image") if s.items)
@@ -134,6 +137,13 @@ class VQAv2(RowData):
 
     def _answers(self, part: str) -> Path:
         return self.root / f"v2_mscoco_{_official(part)}2014_annotations.json"
+
+
+def _human_answer(entry: Any) -> str:
+    """One of the ten; an empty one counts, as in the official code."""
+    if not isinstance(entry["answer"], str):
+        raise BrokenRecordError(f"a human answer is {entry['answer']!r:.80}, but must be text")
+    return checked(entry["answer"], name="a human answer")
 
 
 def _official(part: str) -> str:

@@ -58,15 +58,16 @@ def tokenize_with_java(texts: Sequence[str]) -> list[list[str]]:
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "captions.txt"
-        file.write_text("".join(f"{one_line(text)}\n{_NEUTRAL}\n" for text in texts), encoding="utf-8", newline="\n")
+        lines = "".join(f"{_plain(one_line(text))}\n{_NEUTRAL}\n" for text in texts)
+        file.write_text(lines, encoding="utf-8", newline="\n")
         command = [java, "-Dfile.encoding=UTF-8", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
         done = subprocess.run([*command, "-preserveLines", "-lowerCase", str(file)], capture_output=True, check=False)
-    lines = done.stdout.decode("utf-8").split("\n")
-    if done.returncode or lines[1 : 2 * len(texts) : 2] != [_NEUTRAL] * len(texts):
+    rows = done.stdout.decode("utf-8").split("\n")
+    if done.returncode or rows[1 : 2 * len(texts) : 2] != [_NEUTRAL] * len(texts):
         reason = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
         raise ConfigError(f"the Java PTB tokenizer failed ({java}: {reason or 'no message'}): use tokenizer: python")
     # Tokens may contain no-break spaces, so split at spaces alone.
-    return [[token for token in line.split(" ") if token and token not in PUNCTUATION] for line in lines[:-1:2]]
+    return [[token for token in line.split(" ") if token and token not in PUNCTUATION] for line in rows[:-1:2]]
 
 
 def meteor_score(references: References, predictions: References) -> float:
@@ -79,10 +80,11 @@ def meteor_score(references: References, predictions: References) -> float:
 
     require_java("METEOR")
     # "|||" separates fields in METEOR's protocol.
-    clean = {image: [text.replace("|||", "") for text in texts] for image, texts in references.items()}
+    clean = {image: [_plain(text.replace("|||", "")) for text in texts] for image, texts in references.items()}
+    written = {image: [_plain(text) for text in texts] for image, texts in predictions.items()}
     scorer = Meteor()
     try:
-        score, _ = scorer.compute_score(clean, predictions)
+        score, _ = scorer.compute_score(clean, written)
     except (OSError, ValueError) as error:
         raise ConfigError(f"METEOR failed ({error}): leave it out with meteor: false") from error
     return float(score)
@@ -122,6 +124,11 @@ def spice_score(references: References, predictions: References) -> float:
     except (OSError, subprocess.CalledProcessError) as error:
         raise ConfigError(f"SPICE failed ({error}); it was made for Java 8, try that or leave SPICE out") from error
     return float(score)
+
+
+def _plain(text: str) -> str:
+    """A text that can be written to a program: half a surrogate pair becomes a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 _NEUTRAL = "x"  # a line that no rule of the lexer looks ahead for

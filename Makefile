@@ -59,14 +59,14 @@ zoo: $(WEIGHTS)/clip/model.safetensors $(EXPERTS) $(WEIGHTS)/language.safetensor
 	$(PY) -m visexpert.zoo.probe_table --write
 
 $(WEIGHTS)/clip/model.safetensors: configs/zoo/clip.yaml | $(STAMP)
-	$(BIN)/visexpert fit --config $<
+	$(BIN)/visexpert fit --config $< --overwrite
 
 $(EXPERTS): $(WEIGHTS)/%.safetensors: configs/zoo/%.yaml | $(STAMP)
-	$(BIN)/visexpert fit --config $<
+	$(BIN)/visexpert fit --config $< --overwrite
 
 $(WEIGHTS)/language.safetensors: configs/zoo/language.yaml configs/zoo/language-2.yaml | $(WEIGHTS)/clip/model.safetensors $(EXPERTS) $(STAMP)
-	$(BIN)/visexpert fit $(TABLETOP) --config configs/zoo/language.yaml
-	$(BIN)/visexpert fit $(TABLETOP) --config configs/zoo/language.yaml --config configs/zoo/language-2.yaml
+	$(BIN)/visexpert fit $(TABLETOP) --config configs/zoo/language.yaml --overwrite
+	$(BIN)/visexpert fit $(TABLETOP) --config configs/zoo/language.yaml --config configs/zoo/language-2.yaml --overwrite
 
 include make/results.mk
 include make/ablations.mk

@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks.runs import Run, run_here
+from benchmarks.runs import STOPPED, Run, run_here
 
 CONFIGS = Path("configs")
 BASES = {
@@ -42,7 +42,7 @@ FAILED = "failed"
 
 
 def main() -> None:
-    """Run it; exit 1 where it fails."""
+    """Run it; exit 1 where it fails, 130 or 143 where a signal stops it, which is no failure: it goes on next time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=sorted(BASES))
     parser.add_argument("name", help="base, or an overlay of configs/METHOD/ablations or configs/hybrid, without .yaml")
@@ -57,7 +57,11 @@ def main() -> None:
     print(f"ablation {run.variant}, seed {run.seed} ({options.scale}) -> {run.folder}", flush=True)
     failed = run.folder / FAILED
     failed.unlink(missing_ok=True)
-    if not run_here(run):
+    code = run_here(run)
+    if code in STOPPED:
+        print(f"stopped: {run.variant}, seed {run.seed}: the same command goes on with it", file=sys.stderr)
+        sys.exit(code)
+    if code:
         reason = (run.folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1]
         failed.write_text(reason + "\n", encoding="utf-8")
         sys.exit(f"failed: {run.variant}, seed {run.seed}: {reason} (all of it: {run.folder / 'log.txt'})")

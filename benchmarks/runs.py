@@ -6,12 +6,14 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from tqdm.auto import tqdm
 
@@ -88,13 +90,32 @@ def slug(variant: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in variant.lower()).replace("--", "-")
 
 
-def run_here(run: Run) -> bool:
-    """Do one run in a child process, whose output goes to ``log.txt``; whether it succeeded."""
+def run_here(run: Run) -> int:
+    """Do one run in a child process, whose output goes to ``log.txt``; its exit code, as shells have it.
+
+    SIGTERM and Ctrl-C are passed on, and the child is waited for: it saves its work first.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     process = multiprocessing.get_context("spawn").Process(target=_execute, args=(run,))
-    process.start()
-    process.join()
-    return process.exitcode == 0
+
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        if process.pid is not None:
+            os.kill(process.pid, signum)
+
+    before = {signum: signal.signal(signum, pass_on) for signum in STOPS}
+    try:
+        process.start()
+        process.join()
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    code = process.exitcode or 0
+    return code if code >= 0 else 128 - code
+
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+STOPPED = tuple(128 + signum for signum in STOPS)
+"""Exit codes of a run that was stopped, which is no failure."""
 
 
 def _execute(run: Run) -> None:
@@ -110,7 +131,8 @@ def _execute(run: Run) -> None:
         os.dup2(log.fileno(), 2)
         started = time.time()
         last = run.folder / "checkpoints" / "last.ckpt"
-        resume = ["--ckpt_path", str(last)] if run.arguments[0] == "fit" and last.is_file() else []
+        begin = ["--ckpt_path", str(last)] if last.is_file() else ["--overwrite"]  # what came to no checkpoint
+        resume = begin if run.arguments[0] == "fit" else []
         own = ["--run", str(run.folder), *resume] if run.arguments[0] in LIGHTNING else []
         main([*run.arguments, *own])
         (run.folder / DONE).write_text(f"{time.time() - started:.0f} s\n", encoding="utf-8")

@@ -14,17 +14,24 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers do not fork threads under our workers
 
 from visexpert.errors import UserError, shown, told_by_machine
+from visexpert.interruption import Interrupted
 
 USAGE_ERROR = 2
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command; a user's error, or the machine's, ends with one sentence and exit code 2."""
+    """Run one command; a user's error, or the machine's, ends with one sentence and exit code 2.
+
+    A signal that stops a run ends with one sentence and 128 plus its number: 130 for SIGINT, 143 for SIGTERM.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     _set_up_output()
     _quieten()
     try:
         _dispatch(arguments)
+    except Interrupted as stopped:
+        print(f"visexpert: {shown(stopped)}", file=sys.stderr)
+        sys.exit(stopped.exit_code)
     except Exception as error:
         told = error if isinstance(error, UserError) else told_by_machine(error)
         if told is None or os.environ.get("VISEXPERT_TRACEBACK"):  # a defect of ours, or someone looks for one

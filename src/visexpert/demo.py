@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> None:
     for name, folder in folders.items():
         console.rule(f"{name}: from {START}")
         extra = ["--model.init_args.use=[]"] if name == "CLIP only" else []
-        run_lightning(["fit", *base, *extra, "--run", str(folder)])
+        run_lightning(["fit", *base, *extra, "--run", str(folder), "--overwrite"])
     scores = {name: read_json(folder / "metrics.json") for name, folder in folders.items()}
     console.print(comparison(scores))
     console.print(

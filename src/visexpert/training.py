@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from difflib import get_close_matches
 from importlib import import_module
 from inspect import Parameter, signature
@@ -12,23 +14,33 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 from visexpert.callbacks import (
     CostReport,
+    MetricsContinuation,
     Phase,
     RunFigures,
     RunFolder,
     RunLogger,
     SaveRunConfig,
+    StopOnSignal,
     ThroughputMonitor,
     TrainingProgress,
 )
 from visexpert.checking import built, check_config_file, check_run, check_settings
 from visexpert.errors import ConfigError, first_line
+from visexpert.interruption import stoppable
 from visexpert.methods import Method
+from visexpert.report.lock import hold
+from visexpert.report.used import holds_run, set_run_aside
+
+log = logging.getLogger(__name__)
 
 DESCRIPTION = (
     "Turn frozen vision experts into one better CLIP. First time here? `visexpert demo` trains and scores CLIP alone "
@@ -45,7 +57,17 @@ CHECKPOINT_WORDS = ("last", "best", "hpc", "registry")
 
 
 class VisexpertCLI(LightningCLI):
-    """Adds ``--run`` and ``--test_after_fit``, and the callbacks that write a run's folder."""
+    """Adds ``--run`` and ``--test_after_fit``, and the callbacks that write a run's folder.
+
+    Args:
+        held: What keeps the run's folder locked until it is closed; None locks nothing.
+        kwargs: See LightningCLI.
+    """
+
+    def __init__(self, *args: Any, held: ExitStack | None = None, **kwargs: Any) -> None:
+        self._held = held
+        self._overwrite = False
+        super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Arguments of our own."""
@@ -56,6 +78,10 @@ class VisexpertCLI(LightningCLI):
         parser.add_argument(
             "--checkpoint_every", type=int, default=250, help="Steps between checkpoints; --ckpt_path last continues."
         )
+        parser.add_argument(
+            "--overwrite", action="store_true",
+            help="fit: in a folder that holds a run, begin anew; what that run wrote is moved to previous.1 in it.",
+        )  # fmt: skip
         parser.add_argument(
             "--test_after_fit", type=bool, default=True, help="Score the test split when training is done."
         )
@@ -74,9 +100,15 @@ class VisexpertCLI(LightningCLI):
         check_run(settings, trains=subcommand == "fit")
 
     def before_instantiate_classes(self) -> None:
-        """Never load a checkpoint that could run code."""
-        if self.subcommand and self._value("weights_only") is None:
-            self.config[self.subcommand]["weights_only"] = True
+        """Never load a checkpoint that could run code; leave out of ``config.yaml`` what is not of this run."""
+        if not self.subcommand:
+            return
+        config = self.config[self.subcommand]
+        if config["weights_only"] is None:
+            config["weights_only"] = True
+        self._overwrite, config["overwrite"] = config["overwrite"], False  # another fit of this file must not
+        if isinstance(config["trainer.logger"], bool):
+            config["trainer.logger"] = None  # neither Lightning's default nor none: the run's own is always there
 
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; a user's error comes out as itself, not inside the parser's."""
@@ -86,11 +118,13 @@ class VisexpertCLI(LightningCLI):
         """A trainer that writes into the run's folder."""
         run = str(self._value("run"))
         kwargs["default_root_dir"] = run
-        kwargs["logger"] = RunLogger(run)
+        kwargs["logger"] = [RunLogger(run), *self._users_loggers()]
         callbacks = default_callbacks()
         if self._value("trainer.enable_progress_bar") is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
-        if self._value("trainer.enable_checkpointing") is not False:
+        saves = self._value("trainer.enable_checkpointing") is not False
+        callbacks.append(StopOnSignal(checkpoint=last_checkpoint(Path(run)) if saves else None))
+        if saves:
             callbacks.append(LastCheckpoint(run=Path(run), every_n_steps=self._value("checkpoint_every")))
         self.trainer_defaults["callbacks"] = callbacks
         instantiate = super().instantiate_trainer
@@ -98,18 +132,72 @@ class VisexpertCLI(LightningCLI):
         assert isinstance(trainer, L.Trainer)
         return trainer
 
+    def _users_loggers(self) -> list[Logger]:
+        """Loggers that were asked for, which work beside the run's own; one of our class is the run's own."""
+        given = self._get(self.config_init, "trainer").get("logger") or []
+        loggers: list[Logger] = given if isinstance(given, list) else [given]
+        return [logger for logger in loggers if not isinstance(logger, RunLogger)]
+
     def before_fit(self) -> None:
         """Settle the start; let phases (detachment, merging) wait for the scores of the whole model."""
+        self._occupy()
         self.settle_start()
+        self._clear()
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Phase):
                 callback.test_follows = self._test_follows
 
     def before_validate(self) -> None:
         """Settle what weights are scored."""
+        self._occupy()
         self.settle_start()
 
     before_test = before_predict = before_validate
+
+    def _occupy(self) -> None:
+        """Lock the run's folder, before anything is written.
+
+        Raises:
+            ConfigError: Another process writes there.
+        """
+        if self._held is not None and is_first_process():
+            self._held.enter_context(hold(self._run))
+
+    def _clear(self) -> None:
+        """See to it that a fit goes on with its own run or finds no other in its folder.
+
+        Raises:
+            ConfigError: The folder holds a run, and nothing says whether to continue or to replace it.
+        """
+        if not is_first_process() or not holds_run(self._run):
+            return
+        checkpoint, start = self._value("ckpt_path"), getattr(self.model, "init_from", None)
+        own = checkpoint in CHECKPOINT_WORDS or (checkpoint is not None and _lies_in(checkpoint, self._run))
+        if self._overwrite:
+            if own or self._requeued or (start is not None and _lies_in(start, self._run)):
+                raise ConfigError(
+                    f"--overwrite puts the run in '{self._run}' aside, but this fit goes on from it; leave --overwrite "
+                    "out, or name another folder by --run."
+                )
+            log.info("The earlier run is kept as %s.", set_run_aside(self._run))
+        elif not own and not self._requeued:
+            raise ConfigError(
+                f"'{self._run}' holds a run already; continue it with --ckpt_path last, begin anew with --overwrite "
+                "(which keeps it as previous.1), or name another folder by --run."
+            )
+
+    @property
+    def _run(self) -> Path:
+        return Path(str(self._value("run")))
+
+    @property
+    def _requeued(self) -> bool:
+        """Whether Slurm has started this job again: Lightning then goes on from the checkpoint that it left."""
+        return (
+            self._value("ckpt_path") is None
+            and SLURMEnvironment.detect()
+            and next(self._run.glob("hpc_ckpt_*.ckpt"), None) is not None
+        )
 
     def settle_start(self) -> None:
         """Leave the start (``init_from``) alone where a checkpoint replaces it; else see that it is there.
@@ -128,8 +216,8 @@ class VisexpertCLI(LightningCLI):
         """Whether a checkpoint is read. Lightning takes ``last`` where there is none for a run that begins."""
         checkpoint = self._value("ckpt_path")
         if checkpoint == "last":
-            return any(Path(str(self._value("run")), "checkpoints").glob("last*.ckpt"))
-        return checkpoint is not None
+            return any((self._run / "checkpoints").glob("last*.ckpt"))
+        return checkpoint is not None or self._requeued
 
     @property
     def _test_follows(self) -> bool:
@@ -154,10 +242,12 @@ def run_lightning(arguments: list[str]) -> None:
     ``visexpert test --run RUN`` alone scores a finished run: its own configuration and last checkpoint are filled in.
     A ``--config`` beside it changes that configuration (for example by a phase to carry out).
     """
-    build_cli(complete_from_run(arguments))
+    again = "go on with the same command and --ckpt_path last" if arguments[:1] == ["fit"] else "give the command again"
+    with stoppable(go_on=again), ExitStack() as held:
+        build_cli(complete_from_run(arguments), held=held)
 
 
-def build_cli(arguments: list[str], *, run: bool = True) -> VisexpertCLI:
+def build_cli(arguments: list[str], *, run: bool = True, held: ExitStack | None = None) -> VisexpertCLI:
     """Parse, build and, with ``run``, carry out the subcommand that ``arguments`` begin with.
 
     Raises:
@@ -176,6 +266,7 @@ def build_cli(arguments: list[str], *, run: bool = True) -> VisexpertCLI:
         auto_configure_optimizers=False,
         args=arguments,
         run=run,
+        held=held,
     )
 
 
@@ -283,16 +374,30 @@ def config_of(run: Path) -> Path:
     return config
 
 
+def last_checkpoint(run: Path) -> Path:
+    """Where the newest weights of a run lie, once it has some."""
+    return run / "checkpoints" / "last.ckpt"
+
+
 def checkpoint_of(run: Path) -> Path:
     """The last checkpoint of a run's folder.
 
     Raises:
         ConfigError: There is none.
     """
-    last = run / "checkpoints" / "last.ckpt"
+    last = last_checkpoint(run)
     if not last.is_file():
         raise ConfigError(f"The run '{run}' has no checkpoint {last}; let `visexpert fit --run {run}` finish first.")
     return last
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes, of all that launchers have started; True where there is only one."""
+    return not getattr(rank_zero_only, "rank", 0)
+
+
+def _lies_in(path: str, folder: Path) -> bool:
+    return "://" not in path and Path(path).resolve().is_relative_to(folder.resolve())
 
 
 def _is_checkpoint(value: str) -> bool:
@@ -315,8 +420,10 @@ def _option(arguments: list[str], name: str) -> str | None:
 
 
 def default_callbacks() -> list[L.Callback]:
-    """What every run carries: progress, throughput, run folder, cost, figures."""
-    return [TrainingProgress(), ThroughputMonitor(), RunFolder(), CostReport(), RunFigures()]
+    """What every run carries: progress, throughput, metrics of earlier starts, run folder, cost, figures."""
+    return [
+        TrainingProgress(), ThroughputMonitor(), MetricsContinuation(), RunFolder(), CostReport(), RunFigures(),
+    ]  # fmt: skip
 
 
 class LastCheckpoint(ModelCheckpoint):

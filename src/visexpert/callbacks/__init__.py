@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from visexpert.callbacks.budget import TrainingBudget
+from visexpert.callbacks.continuation import MetricsContinuation
 from visexpert.callbacks.cost import CostReport
 from visexpert.callbacks.detach import ExpertDetachment
 from visexpert.callbacks.figures import RunFigures
@@ -12,12 +13,14 @@ from visexpert.callbacks.progress import TrainingProgress
 from visexpert.callbacks.run_folder import RunFolder, SaveRunConfig
 from visexpert.callbacks.run_logger import RunLogger
 from visexpert.callbacks.ship_language import ShipLanguage
+from visexpert.callbacks.stop import StopOnSignal
 from visexpert.callbacks.throughput import ThroughputMonitor
 
 __all__ = [
     "CostReport",
     "ExpertDetachment",
     "KnowledgeMerging",
+    "MetricsContinuation",
     "Phase",
     "PhaseSettings",
     "RunFigures",
@@ -25,6 +28,7 @@ __all__ = [
     "RunLogger",
     "SaveRunConfig",
     "ShipLanguage",
+    "StopOnSignal",
     "ThroughputMonitor",
     "TrainingBudget",
     "TrainingProgress",

@@ -18,15 +18,19 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
+from visexpert.callbacks.continuation import MetricsContinuation
 from visexpert.callbacks.cost import CostReport
 from visexpert.callbacks.figures import RunFigures
 from visexpert.callbacks.progress import TrainingProgress
 from visexpert.callbacks.run_folder import RunFolder, folder_of
 from visexpert.callbacks.run_logger import RunLogger
+from visexpert.callbacks.stop import StopOnSignal
 from visexpert.callbacks.throughput import ThroughputMonitor
 from visexpert.errors import ConfigError, DataError
+from visexpert.interruption import check
 from visexpert.methods import Method, ToVE
 from visexpert.report.files import write_text
+from visexpert.report.lock import hold
 from visexpert.resources import weights_digest
 
 log = logging.getLogger(__name__)
@@ -77,9 +81,12 @@ class PhaseSettings:
             cost: The report that saw the training, so that the test's says how long it took.
             options: More of Lightning's own.
         """
-        callbacks: list[Callback] = [TrainingProgress(), ThroughputMonitor(), RunFolder(), RunFigures()]
-        callbacks.append(cost or CostReport())
+        callbacks: list[Callback] = [
+            TrainingProgress(), ThroughputMonitor(), MetricsContinuation(), RunFolder(), RunFigures(),
+            cost or CostReport(),
+        ]  # fmt: skip
         if checkpoint_every is not None:
+            callbacks.append(StopOnSignal(checkpoint=folder / "checkpoints" / TRAINING))
             callbacks.append(
                 ModelCheckpoint(
                     dirpath=folder / "checkpoints", filename=Path(TRAINING).stem, enable_version_counter=False,
@@ -111,6 +118,15 @@ class Phase(Callback):
         self.name = name
         self.test_follows = False
 
+    def carry_out(self, model: ToVE, data: LightningDataModule, folder: Path, settings: PhaseSettings) -> Path:
+        """Do the work, alone in the phase's folder. See :meth:`apply`.
+
+        Raises:
+            ConfigError: Another process works there.
+        """
+        with hold(folder, self.name):
+            return self.apply(model, data, folder, settings)
+
     @abstractmethod
     def apply(self, model: ToVE, data: LightningDataModule, folder: Path, settings: PhaseSettings) -> Path:
         """Do the work.
@@ -138,6 +154,7 @@ class Phase(Callback):
     def _run(self, trainer: Trainer, model: LightningModule) -> None:
         if trainer.interrupted:
             return
+        check()
         if trainer.world_size > 1:
             raise ConfigError(
                 f"{type(self).__name__} runs in one process, but this run has {trainer.world_size}; take it out, and "
@@ -147,7 +164,7 @@ class Phase(Callback):
             raise ConfigError(f"{type(self).__name__} works on ToVE, not on {type(model).__name__}; remove it.")
         data: LightningDataModule = trainer.datamodule  # type: ignore[attr-defined]
         with kept_trainer(model, data):
-            self.apply(model, data, folder_of(trainer), PhaseSettings.of(trainer))
+            self.carry_out(model, data, folder_of(trainer), PhaseSettings.of(trainer))
 
 
 @contextmanager

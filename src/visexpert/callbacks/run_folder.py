@@ -14,17 +14,19 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich import get_console
 from rich.table import Table
 
 from visexpert.callbacks.identity import score_identity
 from visexpert.errors import DataError, shown
+from visexpert.interruption import Interrupted
 from visexpert.report.files import read_json, set_aside, write_json, write_text
 from visexpert.report.machine import machine_facts, package_versions
 
 log = logging.getLogger(__name__)
 
-RUNNING, FINISHED, FAILED = "running", "finished", "failed"
+RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"
 """Outcomes of a stage."""
 
 
@@ -32,7 +34,8 @@ class RunFolder(Callback):
     """Writes ``environment.json`` and ``metrics.json`` into the run's folder and prints the final metrics.
 
     ``environment.json`` has one entry for each stage that was run: ``fit``, ``validate``, ``test``, ``predict``. Its
-    ``outcome`` is ``running``, ``finished``, or ``failed`` with an ``error``; a killed process leaves ``running``.
+    ``outcome`` is ``running``, ``finished``, ``interrupted`` (by a ``signal``), or ``failed`` with an ``error``; a
+    killed process leaves ``running``.
 
     The folder is the trainer's ``log_dir``, which :class:`RunLogger` sets. ``metrics.json`` holds flat keys
     (``test/vqa/accuracy``): a fit writes it anew, since other weights have other scores, and a later ``validate`` or
@@ -87,9 +90,8 @@ class RunFolder(Callback):
         """Write down what happened; a later phase that fails leaves a finished stage finished."""
         if self._finished:
             return
-        error = ": ".join([type(exception).__name__, *str(exception).splitlines()[:1]])[:300]
         try:
-            self._end(trainer, {"outcome": FAILED, "error": error})
+            self._end(trainer, _outcome(exception))
         except DataError as unwritten:  # such as a full disk, which may be the very reason
             log.warning("%s", unwritten)
 
@@ -144,6 +146,15 @@ class SaveRunConfig(SaveConfigCallback):
         if path.exists() and path.read_text(encoding="utf-8") != text:
             set_aside(path)
         write_text(path, text)
+
+
+def _outcome(exception: BaseException) -> dict[str, str]:
+    if isinstance(exception, Interrupted):
+        return {"outcome": INTERRUPTED, "signal": exception.name}
+    if isinstance(exception, KeyboardInterrupt | SIGTERMException):
+        return {"outcome": INTERRUPTED}
+    error = ": ".join([type(exception).__name__, *str(exception).splitlines()[:1]])[:300]
+    return {"outcome": FAILED, "error": error}
 
 
 def folder_of(trainer: Trainer) -> Path:

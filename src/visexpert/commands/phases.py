@@ -11,6 +11,7 @@ from rich.console import Console
 
 from visexpert.callbacks.phase import Phase, kept_trainer, saved_settings
 from visexpert.errors import ConfigError, shown
+from visexpert.interruption import stoppable
 from visexpert.methods import ToVE
 from visexpert.runs import open_run
 from visexpert.training import RunParser
@@ -38,8 +39,8 @@ def run_phase(command: str, phase: type[Phase], arguments: list[str]) -> None:
         int(saved.config.get("seed_everything") or 0) if built.seed is None else built.seed, verbose=False
     )
     saved.model.count_steps(saved.steps)
-    with kept_trainer(saved.model, saved.data):
-        out = work.apply(saved.model, saved.data, run, saved_settings(run))
+    with stoppable(go_on="give the same command again"), kept_trainer(saved.model, saved.data):
+        out = work.carry_out(saved.model, saved.data, run, saved_settings(run))
     Console().print(f"Done: {shown(out)}", highlight=False, markup=False, soft_wrap=True)
 
 

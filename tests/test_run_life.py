@@ -1,0 +1,264 @@
+"""How a run begins, is stopped, goes on and ends: its folder, signals and metrics, through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from visexpert import training
+from visexpert.callbacks import RunFigures
+from visexpert.cli import main
+from visexpert.report import read_metrics
+from visexpert.report.lock import hold
+from visexpert.report.used import holds_run
+
+SMOKE = Path(__file__).parents[1] / "configs" / "tove" / "smoke.yaml"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache and a run seed of this file's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VISEXPERT_CACHE", str(folder))
+        patch.setenv("PL_GLOBAL_SEED", "0")
+        patch.setattr("sys.argv", ["visexpert"])
+        patch.setattr("visexpert.metrics.java.has_java", lambda: False)
+        callbacks = [each for each in training.default_callbacks() if not isinstance(each, RunFigures)]  # slow to draw
+        patch.setattr(training, "default_callbacks", lambda: [type(each)() for each in callbacks])
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    main(fit(folder))
+    return folder
+
+
+def fit(folder: Path, *more: str) -> list[str]:
+    """The command of the smoke run, saved every fourth step, validated at steps 4 and 8."""
+    quick = ["--model.init_args.caption_images", "1", "--data.init_args.num_test", "8"]
+    return ["fit", "--config", str(SMOKE), "--run", str(folder), "--checkpoint_every", "4", *quick, *more]
+
+
+class Kill(BaseException):
+    """Ends a process without a word to anyone, as far as a test can."""
+
+
+class At(Callback):
+    """Does something once, when a hook is called at a step of a fit, or in a test."""
+
+    def __init__(self, hook: str, step: int, act: Callable[[], None]) -> None:
+        self.done = False
+
+        def react(trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            if trainer.global_step == step and not self.done:
+                self.done = True
+                act()
+
+        setattr(self, hook, react)
+
+
+def killed() -> None:
+    raise Kill
+
+
+def sent(signum: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), signum)
+
+
+def end_at(hook: str, step: int, act: Callable[[], None], command: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run a command that is ended in a hook; what ended it."""
+    callbacks = training.default_callbacks
+    with monkeypatch.context() as patch, pytest.raises((SystemExit, Kill)) as ended:
+        patch.setattr(training, "default_callbacks", lambda: [*callbacks(), At(hook, step, act)])
+        main(command)
+    return ended.value
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert isinstance(checkpoint, dict)
+    return checkpoint
+
+
+def timeless(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics that the clock has no part in."""
+    clock = ("per_s", "seconds", "wait", "cost/")
+    return {name: value for name, value in metrics.items() if not any(part in name for part in clock)}
+
+
+def assert_same_weights(whole: Path, continued: Path) -> None:
+    first, second = weights(whole), weights(continued)
+    assert first["global_step"] == second["global_step"] == 8
+    assert first["state_dict"].keys() == second["state_dict"].keys()
+    assert all(torch.equal(value, second["state_dict"][key]) for key, value in first["state_dict"].items())
+
+
+def assert_equal_runs(whole: Path, continued: Path) -> None:
+    assert_same_weights(whole, continued)
+    metrics, again = read(whole / "metrics.json"), read(continued / "metrics.json")
+    assert metrics.keys() == again.keys()
+    assert timeless(again) == timeless(metrics)
+    curves, curves_again = read_metrics(whole / "metrics.csv"), read_metrics(continued / "metrics.csv")
+    for name in ("train/loss", "val/nll/nll"):
+        assert [part.tolist() for part in curves_again[name]] == [part.tolist() for part in curves[name]]
+
+
+@pytest.mark.parametrize("hook", ["on_validation_start", "on_test_start"])
+def test_a_run_killed_after_its_last_step_has_all_its_metrics_once_continued(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hook: str
+) -> None:
+    assert isinstance(end_at(hook, 8, killed, fit(tmp_path), monkeypatch), Kill)
+    main(fit(tmp_path, "--ckpt_path", "last"))
+    assert_equal_runs(whole, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("signum", "code", "hook", "step"),
+    [
+        (signal.SIGTERM, 143, "on_train_batch_start", 5),  # inside a step
+        (signal.SIGINT, 130, "on_validation_batch_start", 4),  # inside a validation in mid-run
+        (signal.SIGTERM, 143, "on_train_batch_start", 7),  # inside the last step, before the last validation
+    ],
+)
+def test_a_signal_saves_says_so_and_the_run_goes_on_to_the_same_end(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    signum: int, code: int, hook: str, step: int,
+) -> None:  # fmt: skip
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    ended = end_at(hook, step, sent(signum), fit(tmp_path, "--checkpoint_every", "100"), monkeypatch)
+    assert isinstance(ended, SystemExit) and ended.code == code
+    reached = step + 1 if "train" in hook else step  # the step under way is finished first
+    assert weights(tmp_path)["global_step"] == reached
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("visexpert: ") and signal.Signals(signum).name in said
+    assert f"step {reached}," in said and "last.ckpt" in said and "--ckpt_path last" in said
+    entry = read(tmp_path / "environment.json")["fit"]
+    assert (entry["outcome"], entry["signal"]) == ("interrupted", signal.Signals(signum).name)
+    assert not (tmp_path / "metrics.json").exists()
+    assert before == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    main(fit(tmp_path, "--ckpt_path", "last", "--checkpoint_every", "100"))
+    assert_equal_runs(whole, tmp_path)
+
+
+def test_a_signal_in_the_test_leaves_a_finished_fit(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert end_at("on_test_start", 8, sent(signal.SIGTERM), fit(tmp_path), monkeypatch).code == 143
+    assert "SIGTERM" in capsys.readouterr().err.strip().splitlines()[-1]
+    stages = read(tmp_path / "environment.json")
+    assert (stages["fit"]["outcome"], stages["test"]["outcome"]) == ("finished", "interrupted")
+    main(fit(tmp_path, "--ckpt_path", "last"))
+    assert_equal_runs(whole, tmp_path)
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr that ends a command with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def contents(folder: Path) -> dict[str, float]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_used_folder_is_refused_before_anything_is_written(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(whole)
+    said = refused(fit(whole), capsys)
+    assert f"'{whole}'" in said and "--ckpt_path last" in said and "--overwrite" in said and "--run" in said
+    elsewhere = tmp_path / "checkpoints" / "last.ckpt"
+    elsewhere.parent.mkdir()
+    elsewhere.write_bytes((whole / "checkpoints" / "last.ckpt").read_bytes())
+    assert f"'{whole}'" in refused(fit(whole, "--ckpt_path", str(elsewhere)), capsys)  # another run's rows after these
+    for start in (["--ckpt_path", "last"], ["--model.init_args.init_from", str(whole / "checkpoints" / "last.ckpt")]):
+        assert "goes on from it" in refused(fit(whole, "--overwrite", *start), capsys)
+    assert contents(whole) == before
+
+
+def test_overwrite_keeps_the_earlier_run_whole_and_is_not_remembered(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["--trainer.max_steps", "1", "--test_after_fit", "false"]
+    main(fit(tmp_path, *short, "--overwrite"))  # nothing there yet
+    first = weights(tmp_path)["state_dict"]
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "merge.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    with hold(tmp_path, "merged"):
+        assert "merged" in refused(fit(tmp_path, *short, "--overwrite"), capsys)
+    main(fit(tmp_path, *short, "--overwrite", "--model.init_args.lr", "1e-2"))
+    kept = tmp_path / "previous.1"
+    assert all(torch.equal(value, weights(kept)["state_dict"][key]) for key, value in first.items())
+    assert not all(torch.equal(value, weights(tmp_path)["state_dict"][key]) for key, value in first.items())
+    names = {path.name for path in kept.iterdir()}
+    assert {"config.yaml", "environment.json", "metrics.csv", "metrics.json", "checkpoints", "merged"} <= names
+    assert not list(tmp_path.glob("*.1.*")) and not (tmp_path / "merged").exists()
+    assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"
+    capsys.readouterr()
+    again = ["fit", "--config", str(tmp_path / "config.yaml"), "--run", str(tmp_path)]
+    assert "holds a run already" in refused(again, capsys)
+
+
+def test_a_folder_without_weights_or_measurements_is_not_used(tmp_path: Path) -> None:
+    for name in ("config.yaml", "environment.json", "log.txt"):
+        (tmp_path / name).touch()
+    assert not holds_run(tmp_path)
+    (tmp_path / "checkpoints" / "last.ckpt").mkdir(parents=True)  # sharded
+    assert holds_run(tmp_path)
+
+
+def test_slurm_starts_a_job_again_in_its_own_folder(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    end_at("on_train_batch_start", 4, killed, fit(tmp_path), monkeypatch)
+    (tmp_path / "checkpoints" / "last.ckpt").rename(tmp_path / "hpc_ckpt_1.ckpt")  # as Lightning's handler leaves it
+    assert "holds a run already" in refused(fit(tmp_path), capsys)
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning.fabric.plugins.environments.SLURMEnvironment.detect", staticmethod(lambda: True))
+        for name, value in {"NTASKS": "1", "JOB_ID": "7", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
+            patch.setenv(f"SLURM_{name}", value)
+        main(fit(tmp_path, "--test_after_fit", "false"))
+    assert_same_weights(whole, tmp_path)
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+def test_a_second_process_in_a_folder_is_refused_before_anything_is_written(
+    whole: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    before = contents(whole)
+    arguments = fit(whole, "--ckpt_path", "last") if command == "fit" else [command, "--run", str(whole)]
+    with hold(whole):
+        assert f"'{whole}'" in refused(arguments, capsys)
+    assert contents(whole) == before
+
+
+@pytest.mark.parametrize(("command", "name"), [("merge", "merged"), ("detach", "detached")])
+def test_a_second_phase_in_its_folder_is_refused(
+    whole: Path, capsys: pytest.CaptureFixture[str], command: str, name: str
+) -> None:
+    extra = ["--min_worth", "0"] if command == "detach" else ["--steps", "1"]
+    with hold(whole, name):
+        assert f"'{whole / name}'" in refused([command, str(whole), *extra], capsys)
+    assert not (whole / name).exists()

@@ -17,6 +17,9 @@ from torch import Tensor
 from tests.captioners import captioner, lively
 from tests.methods.helpers import tiny_tove
 from visexpert.captioning import Answer, Captioner
+from visexpert.data import COCOCaptions, read_image
+from visexpert.data.resize import Resize
+from visexpert.data.tabletop.tokenizer import tabletop_tokenizer
 from visexpert.errors import ConfigError, DataError
 from visexpert.language import Decoding
 from visexpert.methods import ToVE
@@ -47,7 +50,7 @@ def texts(answers: list[Answer]) -> list[str]:
 def test_it_says_what_the_model_says(tmp_path: Path) -> None:
     """The path of evaluation by hand, on images that need no resizing."""
     caption, images = captioner(tmp_path), noise((SIDE, SIDE), (SIDE, SIDE))
-    answers = caption.answer([caption.square(image) for image in images], PROMPT)
+    answers = caption.answer([caption.frame(image) for image in images], PROMPT)
     model, tokenizer = caption.run.model, caption.run.tokenizer
     vision = model.encode(Batch(torch.stack(images), torch.arange(2), split=""))
     prompt = [tokenizer.bos_token_id, *tokenizer(PROMPT)["input_ids"]]
@@ -63,7 +66,7 @@ def test_it_says_what_the_model_says(tmp_path: Path) -> None:
 
 def test_images_of_any_size_in_one_batch_equal_one_by_one(tmp_path: Path) -> None:
     caption = captioner(tmp_path)
-    squares = [caption.square(image) for image in noise((20, 90), (300, 7), (1, 1), (SIDE, SIDE))]
+    squares = [caption.frame(image) for image in noise((20, 90), (300, 7), (1, 1), (SIDE, SIDE))]
     prompts = ["list objects", PROMPT, "is there a cube ?", ""]
     together = caption.answer(squares, prompts)
     for index, (square, prompt) in enumerate(zip(squares, prompts, strict=True)):
@@ -79,7 +82,7 @@ def test_the_square_holds_the_whole_image(tmp_path: Path) -> None:
     image = torch.zeros(3, 60, 300, dtype=torch.uint8)
     image[0, :, :150] = 255
     image[1, 30:] = 255
-    square = caption.square(image)
+    square = caption.frame(image).image_CHW
     assert square.shape == (3, SIDE, SIDE) and 0 <= float(square.min()) and float(square.max()) <= 1
     assert square[0, :, : SIDE // 2 - 3].min() > 0.99 and square[0, :, SIDE // 2 + 3 :].max() < 0.01
     assert square[1, SIDE // 2 + 3 :].min() > 0.99 and square[1, : SIDE // 2 - 3].max() < 0.01
@@ -91,14 +94,14 @@ def test_without_experts_the_square_is_what_clip_makes_of_the_image(tmp_path: Pa
     image = noise((75, 40))[0]
     assert caption.side == 32 and caption.experts == ()
     own = model.clip.preprocess(image[None].float() / 255)
-    torch.testing.assert_close(model.clip.preprocess(caption.square(image)[None]), own)
-    answer = caption.answer([caption.square(image)], PROMPT)[0]
+    torch.testing.assert_close(model.clip.preprocess(caption.frame(image).image_CHW[None]), own)
+    answer = caption.answer([caption.frame(image)], PROMPT)[0]
     assert answer.gates_HWK is None and answer.shares is None and answer.experts == ()
 
 
 def test_experts_switched_off_are_as_if_detached_and_come_back(tmp_path: Path) -> None:
     caption, fewer = captioner(tmp_path), captioner(tmp_path, model=lively(tiny_tove(detached=["depth"])))
-    squares = [caption.square(image) for image in noise((50, 50), (60, 60))]
+    squares = [caption.frame(image) for image in noise((50, 50), (60, 60))]
     whole = caption.answer(squares, PROMPT)
     without = caption.answer(squares, PROMPT, experts=["semantic", "edges"])
     for answer, expected in zip(without, fewer.answer(squares, PROMPT), strict=True):
@@ -114,7 +117,7 @@ def test_experts_switched_off_are_as_if_detached_and_come_back(tmp_path: Path) -
 
 def test_experts_come_back_after_an_error(tmp_path: Path) -> None:
     caption = captioner(tmp_path)
-    square = caption.square(noise((50, 50))[0])
+    square = caption.frame(noise((50, 50))[0])
     with pytest.raises(DataError, match="longer than max_tokens=48"):
         caption.answer([square], "red " * 60, experts=["edges"])
     with pytest.raises(ConfigError, match=r"uses no expert 'smell'; it has semantic, depth, edges"):
@@ -128,7 +131,7 @@ def test_experts_come_back_after_an_error(tmp_path: Path) -> None:
 
 def test_threads_do_not_mix_their_experts(tmp_path: Path) -> None:
     caption = captioner(tmp_path)
-    square = caption.square(noise((SIDE, SIDE))[0])
+    square = caption.frame(noise((SIDE, SIDE))[0])
     choices = [["semantic"], ["depth", "edges"], [], ["semantic", "depth", "edges"]] * 5
 
     def shares(choice: list[str]) -> Any:
@@ -187,3 +190,17 @@ def test_impossible_settings_are_refused(tmp_path: Path) -> None:
         captioner(tmp_path, batch_size=0)
     with pytest.raises(ConfigError, match="The device 'gpu7' cannot be used"):
         captioner(tmp_path, device="gpu7")
+
+
+@pytest.mark.parametrize("resize", ["pad", "crop", "stretch"])
+def test_images_are_framed_as_in_training(resize: Resize, tmp_path: Path) -> None:
+    """The pixels that the model reads are those that the run's own data make of the same file."""
+    (image_CHW,) = noise((20, 50))
+    Image.fromarray(image_CHW.permute(1, 2, 0).numpy()).save(tmp_path / "wide.png")
+    data = COCOCaptions(root=str(tmp_path), image_size=24, resize=resize)
+    data._tokenizer = tabletop_tokenizer()
+    caption = Captioner(SavedRun(tmp_path, {}, captioner(tmp_path).run.model, data, 0))
+    picture = caption.frame(read_image(tmp_path / "wide.png"))
+    trained = data.settings.reader().read(str(tmp_path / "wide.png"), name="wide")
+    torch.testing.assert_close(picture.image_CHW, trained.image_CHW / 255.0)
+    assert picture.original_hw == trained.original_hw == (20, 50)

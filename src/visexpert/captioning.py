@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from visexpert.data import TabletopData, TextPacker, read_image
+from visexpert.data.images import to_tensor
+from visexpert.data.resize import Picture
+from visexpert.data.settings import Settings
 from visexpert.data.tabletop.captions import RELATION_PROMPT
 from visexpert.errors import ConfigError, DataError, shown
 from visexpert.experts import ExpertHub, VisionExpert
@@ -60,9 +64,9 @@ class Captioned:
 class Captioner:
     """Answers prompts about images by a finished run, whole, with detached experts, or merged; threads may share it.
 
-    Images of any size become one batch as squares of ``side`` px, the largest input among CLIP and the experts:
-    bicubic, antialiased, the whole image, its aspect ratio not kept, as the encoders themselves resize. Each of them
-    then resizes to its own input.
+    Images of any size become one batch of squares as in the run's training (``resize`` and ``image_size`` of its
+    data). Data that say nothing of it get squares of ``side`` px, the largest input among CLIP and the experts:
+    bicubic, antialiased, the whole image, its aspect ratio not kept. Each encoder then resizes to its own input.
 
     Args:
         run: The opened run.
@@ -84,7 +88,10 @@ class Captioner:
         self._hub = hub if isinstance(hub, ExpertHub) else None
         self.experts: tuple[str, ...] = () if self._hub is None else self._hub.attached
         modules = self._model.modules()
-        self.side = max(part.image_size for part in modules if isinstance(part, ClipEncoder | VisionExpert))
+        settings = getattr(run.data, "settings", None)
+        self._reader = settings.reader() if isinstance(settings, Settings) else None
+        largest = max(part.image_size for part in modules if isinstance(part, ClipEncoder | VisionExpert))
+        self.side = largest if self._reader is None else self._reader.size
         self._lock = Lock()
 
     @property
@@ -111,18 +118,22 @@ class Captioner:
         unknown = [prompt[begin:end] for token, (begin, end) in pairs if token == tokenizer.unk_token_id]
         return list(dict.fromkeys(unknown))
 
-    def square(self, image_CHW: Tensor) -> Tensor:
-        """A uint8 image (3, H, W) as the encoders' common square (3, side, side), float32 in [0, 1]."""
+    def frame(self, image_CHW: Tensor) -> Picture:
+        """A uint8 image (3, H, W) as the square (3, side, side) that training made of it, float32 in [0, 1]."""
+        original_hw = (image_CHW.shape[1], image_CHW.shape[2])
+        if self._reader is not None:
+            squared = self._reader.square(Image.fromarray(image_CHW.permute(1, 2, 0).numpy()))
+            return Picture(to_tensor(squared).float() / 255.0, original_hw)
         image_1CHW = image_CHW[None].float() / 255.0
         size = (self.side, self.side)
         if image_1CHW.shape[-2:] != size:
             image_1CHW = F.interpolate(image_1CHW, size=size, mode="bicubic", antialias=True, align_corners=False)
-        return image_1CHW[0].clamp(0.0, 1.0)
+        return Picture(image_1CHW[0].clamp(0.0, 1.0), original_hw)
 
     @torch.inference_mode()
     def answer(
         self,
-        squares: Sequence[Tensor],
+        pictures: Sequence[Picture],
         prompts: str | Sequence[str],
         *,
         decoding: Decoding | None = None,
@@ -131,7 +142,7 @@ class Captioner:
         """Answer one prompt per image in one forward.
 
         Args:
-            squares: B images by :meth:`square`.
+            pictures: B images by :meth:`frame`.
             prompts: One for all, or B.
             decoding: How to write; None is greedy.
             experts: The only experts to listen to; None for all of :attr:`experts`.
@@ -140,15 +151,17 @@ class Captioner:
             ConfigError: An expert that the run does not use.
             DataError: A prompt that is too long for the model, or no text (bytes that are no UTF-8).
         """
-        asked = [prompts] * len(squares) if isinstance(prompts, str) else list(prompts)
+        asked = [prompts] * len(pictures) if isinstance(prompts, str) else list(prompts)
         for prompt in asked:
             _check_text(prompt)
         ids = [self._encoder.prompt(prompt) for prompt in asked]
-        images_BCHW = torch.stack(list(squares)).to(self._device)
+        images_BCHW = torch.stack([picture.image_CHW for picture in pictures]).to(self._device)
+        original_hw_B2 = torch.tensor([picture.original_hw for picture in pictures]).reshape(-1, 2)
+        batch = Batch(images_BCHW, torch.arange(len(pictures)), split="", original_hw_B2=original_hw_B2)
         with self._lock, self._listening_to(experts) as names:
-            vision = self._model.encode(Batch(images_BCHW, torch.arange(len(squares)), split=""))
+            vision = self._model.encode(batch)
             written = self._model.language.generate(vision, ids, eos_id=self._encoder.eos_id, decoding=decoding)
-        gates: Sequence[Any] = [None] * len(squares)
+        gates: Sequence[Any] = [None] * len(pictures)
         if vision.gates_BTK is not None and self._hub is not None:
             columns = [self._hub.names.index(name) for name in names]
             gates = list(vision.gates_BTK[..., columns].unflatten(1, vision.grid_hw).float().cpu().numpy())
@@ -166,17 +179,17 @@ class Captioner:
         done = 0
         for start in range(0, len(paths), self.batch_size):
             read = [self._read(path) for path in paths[start : start + self.batch_size]]
-            squares = [image for image in read if isinstance(image, Tensor)]
+            pictures = [image for image in read if isinstance(image, Picture)]
             seeded = replace(decoding, seed=decoding.seed + done)
-            answers = iter(self.answer(squares, prompt, decoding=seeded) if squares else [])
-            done += len(squares)
+            answers = iter(self.answer(pictures, prompt, decoding=seeded) if pictures else [])
+            done += len(pictures)
             for path, image in zip(paths[start:], read, strict=False):
                 error = image if isinstance(image, str) else None
                 yield Captioned(path, next(answers) if error is None else None, error)
 
-    def _read(self, path: Path) -> Tensor | str:
+    def _read(self, path: Path) -> Picture | str:
         try:
-            return self.square(read_image(path))
+            return self.frame(read_image(path))
         except DataError as error:
             return str(error)
 

@@ -24,7 +24,7 @@ def test_every_model_answers_as_it_does_alone(session: Session, picture: Path) -
     reply = session.ask(picture, PROMPT, ALL)
     image = read_image(picture)
     alone = [
-        model.captioner.answer([model.captioner.square(image)], PROMPT)[0].text
+        model.captioner.answer([model.captioner.frame(image)], PROMPT)[0].text
         for model in (session.main, *session.others)
     ]
     assert reply.rows == (

@@ -20,7 +20,7 @@ from visexpert.data.annotations import BrokenRecordError, checked, read_json_lin
 from visexpert.data.faults import FaultLog
 from visexpert.data.rows import RowImages
 from visexpert.data.samples import Sample, SampleTable
-from visexpert.errors import DataError
+from visexpert.errors import ConfigError, DataError
 from visexpert.types import Skipped
 
 LONE = "\ud83d"
@@ -136,6 +136,55 @@ def test_an_image_that_cannot_be_found_by_key_is_no_text_alone(
     assert told in reason and all(repr(key) in reason for key in record)
 
 
+def test_an_image_that_is_listed_twice_is_scored_once(tmp_path: Path) -> None:
+    images = [{"id": n, "file_name": f"{n}.jpg", "domain": None} for n in (1, 2, 1)]
+    write_coco(tmp_path / "nocaps_val_4500_captions.json", images, [(1, "a dog"), (2, "a cat")])
+    data = NoCaps(**options(tmp_path))
+    items = [item for sample in data.table("test") for item in sample.items]
+    assert [(item.answer, item.family) for item in items] == [("a dog", ""), ("a cat", "")]
+    assert "image 1 is listed again" in data.fault_logs[0].last
+    entry = {"filepath": "val2014", "filename": "1.jpg", "split": "test", "sentences": [{"raw": "a dog"}]}
+    write_json(tmp_path / "dataset_coco.json", {"images": [entry, entry]})
+    assert len(COCOCaptions(**options(tmp_path)).table("test")) == 1
+
+
+def test_a_question_that_is_answered_twice_is_scored_once(tmp_path: Path) -> None:
+    question = {"image_id": 9, "question": "what ?", "question_id": 1}
+    answers = annotation(1, 9, ["red"] * 10, "other") | {"answer_type": None}
+    vqa_files(tmp_path, "val", [question], [answers, answers])
+    ((item,),) = [sample.items for sample in VQAv2(**options(tmp_path)).table("test")]
+    assert item.family == ""
+
+
+@pytest.mark.parametrize(("num_val", "train"), [(1, 1), (2, None), (5, None)])
+def test_held_out_conversations_are_not_trained_on(num_val: int, train: int | None, tmp_path: Path) -> None:
+    write_json(tmp_path / "talk.json", [{"id": str(n), "conversations": talk("a", "b")} for n in range(2)])
+    data = LLaVAInstruct(annotations="talk.json", num_val=num_val, **options(tmp_path))
+    if train is None:
+        with pytest.raises(ConfigError, match=f"num_val is {num_val}, but .* has 2 conversations.* at most 1"):
+            data.table("train")
+        return
+    keys = {part: {sample.key for sample in data.table(part)} for part in ("train", "val")}
+    assert keys == {"train": {"talk.json:0"}, "val": {"talk.json:1"}}
+
+
+def test_images_of_validation_are_not_trained_on_by_way_of_visual_genome(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    vqa_files(tmp_path, "train", [], [])
+    qas = [{"question": "what ?", "answer": "A dog."}]
+    write_json(tmp_path / "question_answers.json", [{"id": number, "qas": qas} for number in (1, 2, 3)])
+
+    def trained() -> list[str]:
+        return [Path(s.image).stem for s in VQAv2(visual_genome=str(tmp_path), **options(tmp_path)).table("train")]
+
+    assert trained() == ["1", "2", "3"] and "image_data.json" in caplog.text
+    vqa_files(tmp_path, "val", [{"image_id": 77, "question": "what ?", "question_id": 1}], [])
+    known = [{"image_id": 1, "coco_id": None}, {"image_id": 2, "coco_id": 77}, {"image_id": 3, "coco_id": 78}]
+    write_json(tmp_path / "image_data.json", known)
+    assert trained() == ["1", "3"]
+
+
 # -- Shards -----------------------------------------------------------------------------------------------------------
 
 
@@ -180,8 +229,9 @@ def test_a_member_that_is_there_twice(tmp_path: Path) -> None:
 def test_dots_in_names_and_other_members(tmp_path: Path) -> None:
     members = [("d.v2.JPG", IMAGE), ("d.v2.txt", b"dotted"), ("e.json", b'{"caption": "j"}'), ("e.jpg", IMAGE)]
     members += [("f.1.jpg", IMAGE), ("f.1.txt", b"x"), ("f.2.jpg", IMAGE), ("f.2.txt", b"y"), ("__meta__.json", b"{}")]
+    members += [("__k.jpg", IMAGE), ("__k.txt", b"key")]
     captions, reasons = captions_of(tmp_path, [*members, *GOOD])
-    assert captions == ["dotted", "j", "one", "two"]
+    assert captions == ["dotted", "j", "key", "one", "two"]
     assert "may be its image (.1.jpg, .1.txt, .2.jpg, .2.txt)" in reasons
 
 

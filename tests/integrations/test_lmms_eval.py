@@ -9,10 +9,13 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.captioners import captioner
+from visexpert.data import read_image
 from visexpert.errors import ConfigError, DataError
 from visexpert.language import Decoding
 
@@ -86,6 +89,29 @@ def test_it_answers_as_the_run_does_in_the_order_of_the_questions(make: Callable
     assert answers == expected and len(set(answers)) > 1
     assert [entry[2] for entry in model.partial] == answers and model.partial[0][0] == "generate_until"
     assert model.device.type == "cpu" and model.is_simple
+
+
+def test_it_reads_images_as_caption_does(make: Callable[..., Any], tmp_path: Path) -> None:
+    model = make()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    clear = Image.new("RGBA", (40, 48), (255, 0, 0, 0))
+    deep = Image.fromarray(np.full((40, 48), 40_000, dtype=np.uint16))
+    turned = Image.fromarray(np.tile(np.linspace(0, 255, 64, dtype=np.uint8)[None, :, None], (32, 1, 3)))
+    clear.save(tmp_path / "0.png")
+    deep.save(tmp_path / "1.png")
+    turned.save(tmp_path / "2.png", exif=exif)
+    images = [Image.open(tmp_path / f"{number}.png") for number in range(3)]
+    model.task_dict["odd"] = {"test": [{"images": [image]} for image in images]}
+    for number in range(3):
+        torch.testing.assert_close(model._image(ask_of("odd", number)), read_image(tmp_path / f"{number}.png"))
+    assert int(model._image(ask_of("odd", 0)).min()) == 255
+
+
+def ask_of(task: str, number: int) -> Any:
+    (request,) = ask(number)
+    request.args = (*request.args[:4], task, "test")
+    return request
 
 
 def test_settings_of_tasks_mean_what_they_say(module: ModuleType) -> None:

@@ -91,11 +91,11 @@ class Session:
             image_CHW = read_image(path, max_pixels=self.max_pixels)
         except DataError as error:  # where the upload lies is nobody's business
             raise DataError(str(error).replace(str(path), path.name)) from error
-        answer = captioner.answer([captioner.square(image_CHW)], prompt, experts=experts)[0]
+        answer = captioner.answer([captioner.frame(image_CHW)], prompt, experts=experts)[0]
         rows = [(_chosen(self.main, answer.experts), answer.text, _cost(self.main, answer.experts))]
         for model in (self.main, *self.others) if len(answer.experts) < len(self.experts) else self.others:
             other = model.captioner
-            text = other.answer([other.square(image_CHW)], prompt)[0].text
+            text = other.answer([other.frame(image_CHW)], prompt)[0].text
             rows.append((_chosen(model, other.experts), text, _cost(model, other.experts)))
         overlay = None
         if answer.gates_HWK is not None:

@@ -100,6 +100,28 @@ def collect(
     faults.add(skipped)
 
 
+class Once:
+    """Refuses what is listed again: official code keys results by id, so nothing is scored twice.
+
+    Args:
+        what: What is listed, for the message.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._seen: set[Any] = set()
+
+    def check(self, name: Any) -> None:
+        """Note a name.
+
+        Raises:
+            BrokenRecordError: It came before.
+        """
+        if name in self._seen:
+            raise BrokenRecordError(f"{self._what} {name!r} is listed again")
+        self._seen.add(name)
+
+
 def each_usable(values: Iterable[Any], read: Callable[[Any], T], lost: list[str]) -> list[T]:
     """Read the parts of a record, such as an image's captions, so that a broken one costs no other.
 

@@ -6,7 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from visexpert.data.annotations import BrokenRecordError, collect, each_usable, image_path, read_json_list, text_of
+from visexpert.data.annotations import (
+    BrokenRecordError,
+    Once,
+    collect,
+    each_usable,
+    image_path,
+    read_json_list,
+    text_of,
+)
 from visexpert.data.needs import Need
 from visexpert.data.rows import RowData
 from visexpert.data.samples import Sample
@@ -89,8 +97,10 @@ class COCOCaptions(RowData):
         splits -= set() if self.restval else {"restval"}
         everything = read_json_list(path, "images")
         wanted = [entry for entry in everything if not isinstance(entry, dict) or entry.get("split") in splits]
+        once = Once("image")
 
         def parse(entry: Any) -> Sample:
+            once.check(f"{entry['filepath']}/{entry['filename']}")
             lost: list[str] = []
             captions = each_usable(entry["sentences"], lambda sentence: text_of(sentence, "raw"), lost)
             file = image_path(self.root, f"{entry['filepath']}/{entry['filename']}")
@@ -128,16 +138,18 @@ def read_coco_captions(data: RowData, path: Path, folder: Path, part: str, promp
     """
     images, annotations = read_json_list(path, "images"), read_json_list(path, "annotations")
     captions: dict[Any, list[str]] = {}
+    once = Once("image")
     faults = data.faults(part, total=len(annotations) + len(images), shared=False)
 
     def parse_caption(record: Any) -> None:
         captions.setdefault(record["image_id"], []).append(text_of(record, "caption"))
 
     def parse_image(record: Any) -> Sample:
+        once.check(record["id"])
         if record["id"] not in captions:
             raise BrokenRecordError("it has no captions")
         file = image_path(folder, record["file_name"])
-        family = str(record.get("domain", ""))
+        family = str(record.get("domain") or "")
         return Sample(file, file, (caption_item(captions[record["id"]], prompt, family),))
 
     list(collect(annotations, parse_caption, path=path, faults=faults, numbered="annotation"))

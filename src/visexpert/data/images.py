@@ -61,8 +61,7 @@ def read_rgb(source: str | Path | bytes, *, name: str, max_pixels: int = MAX_PIX
                 check_regular(source)
             image = Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
         with image:
-            _check(image, name, max_pixels)
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(image, name=name, max_pixels=max_pixels)
     except Image.DecompressionBombError as error:
         raise DataError(_too_large(name, "more pixels than Pillow opens", max_pixels)) from error
     except FileNotFoundError as error:
@@ -77,6 +76,16 @@ def read_rgb(source: str | Path | bytes, *, name: str, max_pixels: int = MAX_PIX
     except Exception as error:  # Pillow's decoders raise all sorts on damaged files: OSError, SyntaxError, struct.error
         told = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise DataError(f"The image {name} cannot be read ({told}); replace the file or leave it out.") from error
+
+
+def to_rgb(image: Image.Image, *, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Convert an opened image as :func:`read_rgb` does, for those that other libraries open.
+
+    Raises:
+        DataError: It is too large, or of a kind whose values have no agreed range.
+    """
+    _check(image, name, max_pixels)
+    return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -13,6 +13,7 @@ from visexpert.data.needs import Need
 from visexpert.data.packing import IntArray
 from visexpert.data.rows import RowData
 from visexpert.data.samples import Sample, words_of
+from visexpert.errors import ConfigError
 from visexpert.types import TextItem
 
 IMAGE_MARK = "<image>"
@@ -73,6 +74,11 @@ class LLaVAInstruct(RowData):
         """One sample per conversation."""
         records = read_json_list(self.annotations)
         held_out = self.settings.num_val or 0
+        if held_out >= len(records):
+            raise ConfigError(
+                f"num_val is {held_out}, but {self.annotations} has {len(records)} conversations, which leaves none to "
+                f"train on; lower it to at most {len(records) - 1}, or set it to null."
+            )
         records = records[-held_out:] if part == "val" else records[: len(records) - held_out]
         faults = self.faults(part, total=len(records), shared=False)
         return collect(records, self._parse, path=self.annotations, faults=faults, numbered="conversation")

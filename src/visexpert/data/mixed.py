@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from visexpert.data.mixing import ChainedLoader, MixedLoader
 from visexpert.data.needs import Need, TokenizerNeed
 from visexpert.data.resize import Resize
-from visexpert.data.settings import Template
+from visexpert.data.settings import Settings, Template
 from visexpert.data.source import PARTS, Loader, SourceData, batches_done
 from visexpert.data.stepping import StepLoader
 from visexpert.errors import ConfigError
@@ -139,6 +139,11 @@ class MixedData(LightningDataModule):
     def packer(self) -> TextEncoder | None:
         """What frames the texts of the first source that is trained on; None where batches have no text."""
         return next(iter(self._used(PARTS["fit"] + PARTS["test"]))).packer
+
+    @property
+    def settings(self) -> Settings:
+        """How the first source that is trained on is read."""
+        return next(iter(self._used(PARTS["fit"] + PARTS["test"]))).settings
 
     def image_sources(self) -> dict[str, ImageSource]:
         """Images of the opened parts by row, for the feature store."""

@@ -73,7 +73,8 @@ def require(needs: Iterable[Need | TokenizerNeed], *, source: str) -> None:
     if not missing:
         return
     first, more = missing[0], len(missing) - 1
-    rest = f" ({more} more is missing: visexpert data check CONFIG lists all)" if more else ""
+    verb = "is" if more == 1 else "are"
+    rest = f" ({more} more {verb} missing: visexpert data check CONFIG lists all)" if more else ""
     error = WeightsError if isinstance(first, TokenizerNeed) else DataError
     raise error(f"{source}: {first.sentence.rstrip('.')}{rest}.")
 

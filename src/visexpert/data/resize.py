@@ -26,7 +26,7 @@ class Picture:
     """A decoded image.
 
     Args:
-        image_CHW: uint8 RGB (3, size, size).
+        image_CHW: RGB (3, size, size), uint8 or float in [0, 1].
         original_hw: Height and width before resizing, pixels.
     """
 
@@ -84,12 +84,13 @@ class ImageReader:
         original_hw = (image.height, image.width)
         if rng is not None and self.crop_scale is not None:
             image = _random_crop(image, self.crop_scale, rng)
-        image = self._square(image)
+        image = self.square(image)
         if rng is not None and self.flip and rng.random() < 0.5:
             image = ImageOps.mirror(image)
         return Picture(to_tensor(image), original_hw)
 
-    def _square(self, image: Image.Image) -> Image.Image:
+    def square(self, image: Image.Image) -> Image.Image:
+        """An RGB image as a square, without augmentation."""
         side = (self.size, self.size)
         if self.resize == "stretch":
             return image.resize(side, Image.Resampling.BICUBIC)

@@ -175,11 +175,12 @@ def split_member(name: str) -> tuple[str, str] | None:
         name: Name in the tar.
 
     Returns:
-        Such as ``("0001/000012", "seg.png")``, the suffix in lower case; None for members that are of no sample.
+        Such as ``("0001/000012", "seg.png")``, the suffix in lower case; None for members that are of no sample, such
+        as hidden files and ``__meta__.json``.
     """
     folder, _, file = name.rpartition("/")
     stem, dot, suffix = file.partition(".")
-    if not dot or not stem or file.startswith("__"):
+    if not dot or not stem or (stem.startswith("__") and stem.endswith("__")):
         return None
     return f"{folder}/{stem}" if folder else stem, suffix.lower()
 

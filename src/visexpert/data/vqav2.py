@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from visexpert.data.annotations import BrokenRecordError, checked, collect, each_usable, read_json_list, text_of
+from visexpert.data.annotations import BrokenRecordError, Once, checked, collect, each_usable, read_json_list, text_of
 from visexpert.data.coco import coco_images
 from visexpert.data.needs import Need
 from visexpert.data.rows import RowData
 from visexpert.data.samples import Sample
 from visexpert.data.templates import check_template
 from visexpert.types import TextItem
+
+log = logging.getLogger(__name__)
 
 _URL = "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/v2_{kind}_{part}_mscoco.zip"
 _SIZES = {"train": ("7 MB", "22 MB"), "val": ("3 MB", "11 MB")}
@@ -32,7 +35,8 @@ class VQAv2(RowData):
         images: Folder that holds ``train2014/`` and ``val2014/``; null takes ``root``.
         prompt: What the model reads; ``{question}`` stands for the question.
         visual_genome: Folder of Visual Genome's ``question_answers.json``, ``VG_100K/`` and ``VG_100K_2/``, whose
-            questions are trained on as well; null for none.
+            questions are trained on as well; null for none. Half of its images are COCO's. With ``image_data.json``
+            beside, which names them, those of VQA v2's validation questions are left out.
         draw_answers: Train on an answer drawn from the ten; else on the most frequent one.
         texts_per_image: See :class:`~visexpert.data.rows.RowData`.
         kwargs: See :class:`~visexpert.data.rows.RowData`.
@@ -83,6 +87,7 @@ class VQAv2(RowData):
         faults = self.faults(part, total=len(questions) + len(annotations), shared=False)
         texts: dict[Any, str] = {}
         by_image: dict[int, list[TextItem]] = {}
+        once = Once("question")
 
         def parse_question(record: Any) -> None:
             texts[record["question_id"]] = text_of(record, "question")
@@ -90,6 +95,7 @@ class VQAv2(RowData):
         def parse_answers(record: Any) -> Sample:
             if record["question_id"] not in texts:
                 raise BrokenRecordError(f"question {record['question_id']} is not among the questions")
+            once.check(record["question_id"])
             lost: list[str] = []
             item = self._item(texts[record["question_id"]], record, lost)
             by_image.setdefault(int(record["image_id"]), []).append(item)
@@ -105,17 +111,20 @@ class VQAv2(RowData):
         answers = tuple(each_usable(record["answers"], _human_answer, lost))
         if not answers:
             raise BrokenRecordError("it has no answers")
-        family = str(record.get("answer_type", "")).replace("/", "-")  # a slash would look like a part of a key
+        family = str(record.get("answer_type") or "").replace("/", "-")  # a slash would look like a part of a key
         prompt = self.prompt.format(question=question)
         return TextItem("vqa", prompt, text_of(record, "multiple_choice_answer"), family, answers, generate=True)
 
     def _read_visual_genome(self, folder: Path) -> Iterable[Sample]:
         path = folder / "question_answers.json"
         images = read_json_list(path)
+        held_out = self._images_of_validation(folder)
         second = set(os.listdir(folder / "VG_100K_2")) if (folder / "VG_100K_2").is_dir() else set()
 
-        def parse(record: Any) -> Sample:
+        def parse(record: Any) -> Sample | None:
             number = int(record["id"] if "id" in record else record["image_id"])
+            if number in held_out:
+                return None
             lost: list[str] = []
             items = each_usable(record["qas"], self._vg_item, lost)
             name = f"{number}.jpg"
@@ -123,7 +132,23 @@ class VQAv2(RowData):
             return Sample(file, file, tuple(items), tuple(lost))
 
         faults = self.faults("train (Visual Genome)", total=len(images), shared=False)
-        return (s for s in collect(images, parse, path=path, faults=faults, numbered="image") if s.items)
+        samples = collect(images, parse, path=path, faults=faults, numbered="image")
+        return (sample for sample in samples if sample is not None and sample.items)
+
+    def _images_of_validation(self, folder: Path) -> frozenset[int]:
+        """Visual Genome's numbers of images that VQA v2 validates on, as far as the files tell."""
+        listed, questions = folder / "image_data.json", self._questions("val")
+        if not listed.is_file() or not questions.is_file():
+            log.warning(
+                "%s: half of Visual Genome's images are COCO's, and some of them are VQA v2's validation images; to "
+                "leave those out of training, put image_data.json into %s and keep %s.", self.called, folder, questions
+            )  # fmt: skip
+            return frozenset()
+        asked = {record.get("image_id") for record in read_json_list(questions, "questions")}
+        numbers = (
+            (record.get("image_id", record.get("id")), record.get("coco_id")) for record in read_json_list(listed)
+        )
+        return frozenset(int(number) for number, coco in numbers if coco is not None and coco in asked)
 
     def _vg_item(self, entry: Any) -> TextItem:
         # VQA v2's answers are lower case without a full stop; these are sentences.

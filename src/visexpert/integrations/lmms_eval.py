@@ -12,7 +12,7 @@ from lmms_eval.api.model import lmms  # type: ignore[import-not-found]
 from PIL.Image import Image
 
 from visexpert.captioning import Captioner
-from visexpert.data.images import to_tensor
+from visexpert.data.images import to_rgb, to_tensor
 from visexpert.errors import ConfigError, DataError
 from visexpert.language import Decoding
 from visexpert.runs import open_run
@@ -79,8 +79,8 @@ class VisexpertModel(lmms):  # type: ignore[misc]
             decoding, stops = decoding_of(settings, max_new_tokens=self.max_new_tokens)
             for chunk in chunks(list(same), self.batch_size):
                 asked = [request.args[0].replace(IMAGE_MARK, "").strip() for request in chunk]
-                squares = [self._captioner.square(self._image(request)) for request in chunk]
-                said = self._captioner.answer(squares, asked, decoding=decoding)
+                pictures = [self._captioner.frame(self._image(request)) for request in chunk]
+                said = self._captioner.answer(pictures, asked, decoding=decoding)
                 for request, answer in zip(chunk, said, strict=True):
                     answers.append(until(answer.text, stops))
                     self.cache_hook.add_partial("generate_until", (request.args[0], settings), answers[-1])
@@ -114,7 +114,7 @@ class VisexpertModel(lmms):  # type: ignore[misc]
                 f"Question {number} of {task} has {len(visuals)} visuals, but a run of visexpert reads one image; "
                 "choose a task of single images (scienceqa_img instead of scienceqa, for example)."
             )
-        return to_tensor(visuals[0].convert("RGB"))
+        return to_tensor(to_rgb(visuals[0], name=f"of question {number} of {task}"))
 
 
 def own_device(device: str | None) -> str | None:

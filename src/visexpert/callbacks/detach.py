@@ -27,6 +27,7 @@ from visexpert.errors import ConfigError
 from visexpert.methods import ToVE
 from visexpert.methods.start import start_from
 from visexpert.report.files import read_json, set_aside, write_json, write_text
+from visexpert.report.palette import spared
 from visexpert.report.pareto import pareto_figure, subset_label, subset_table, worth_figure, worth_table
 from visexpert.transfer.detach import (
     Choice,
@@ -248,11 +249,13 @@ class Findings:
         experts = tuple(worth.expert for worth in choice.worths)
         front = [score.experts for score in pareto_front(choice.scores, measure=measure)]
         limit = None if budget is None else budget * choice.scores[0].cost(measure)
-        pareto_figure(
-            choice.scores, out / "figures" / "pareto.png", front=front, kept=choice.kept, experts=experts,
-            measure=measure, budget=limit, score_name=score_name,
-        )  # fmt: skip
-        worth_figure(choice.worths, self.gate_mass, out / "figures" / "worth.png")
+        with spared("pareto"):
+            pareto_figure(
+                choice.scores, out / "figures" / "pareto.png", front=front, kept=choice.kept, experts=experts,
+                measure=measure, budget=limit, score_name=score_name,
+            )  # fmt: skip
+        with spared("worth"):
+            worth_figure(choice.worths, self.gate_mass, out / "figures" / "worth.png")
         tables = worth_table(choice.worths, self.gate_mass, kept=choice.kept)
         tables += "\n" + subset_table(choice.scores, front=front, kept=choice.kept, experts=experts)
         write_text(out / "detachment.md", f"{self._summary(experts, settings)}\n{tables}")

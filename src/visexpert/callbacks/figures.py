@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,12 @@ from torch.nn import functional as F
 
 from visexpert.callbacks.encoder_figures import EncoderFigures
 from visexpert.callbacks.run_folder import folder_of
-from visexpert.errors import DataError
 from visexpert.methods import Method
 from visexpert.methods.evaluation import Caption, EvalOutput
 from visexpert.report import gate_by_region, gate_maps, loss_curves, sample_captions
 from visexpert.report.distillation import distillation_curves
+from visexpert.report.palette import spared
 from visexpert.types import Batch
-
-log = logging.getLogger(__name__)
 
 
 class RunFigures(Callback):
@@ -49,10 +46,8 @@ class RunFigures(Callback):
         if not trainer.is_global_zero or not metrics.is_file():
             return
         for draw in (loss_curves, distillation_curves):
-            try:
+            with spared(draw.__name__):
                 draw(metrics, _figure(folder, draw.__name__))
-            except DataError as error:  # a short run has logged no step, other methods no distillation
-                log.debug("No %s: %s", draw.__name__, error)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._reset()
@@ -87,18 +82,24 @@ class RunFigures(Callback):
             return
         hub = getattr(pl_module, "hub", None)
         if self._gates and hub is not None:
-            self._draw_gates(folder, hub.names)
-        self._inside.draw(folder / "figures")
+            with spared("gate_maps"):
+                self._draw_gates(folder, hub.names)
+        with spared("cls_attention, router_maps or router_usage"):
+            self._inside.draw(folder / "figures")
         if self._captions:
-            images, captions = zip(*self._captions, strict=True)
-            sample_captions(
-                np.stack(images),
-                [caption.text for caption in captions],
-                [caption.correct for caption in captions],
-                [caption.item.answer for caption in captions],
-                _figure(folder, "captions"),
-            )
+            with spared("captions"):
+                self._draw_captions(folder)
         self._reset()
+
+    def _draw_captions(self, folder: Path) -> None:
+        images, captions = zip(*self._captions, strict=True)
+        sample_captions(
+            np.stack(images),
+            [caption.text for caption in captions],
+            [caption.correct for caption in captions],
+            [caption.item.answer for caption in captions],
+            _figure(folder, "captions"),
+        )
 
     def _draw_gates(self, folder: Path, names: tuple[str, ...]) -> None:
         gates_NHWK = np.concatenate(self._gates)

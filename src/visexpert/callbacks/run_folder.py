@@ -65,12 +65,13 @@ class RunFolder(Callback):
             set_aside(folder / "metrics.csv")
             set_aside(folder / "metrics.json")
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Flush the loggers, which Lightning does only after ``on_fit_end``, where figures read their files."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Flush the loggers first, which Lightning does only later: figures read their files.
+
+        Not at the end of training: where that fails, the last checkpoint is to be there.
+        """
         for logger in trainer.loggers:
             logger.save()
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record(trainer, earlier=False)
         self._finish(trainer)
 

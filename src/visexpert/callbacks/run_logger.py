@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
+import os
 from pathlib import Path
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from visexpert.errors import DataError
+from visexpert.report.files import write_bytes
 
 
 class RunLogger(CSVLogger):
@@ -37,7 +43,41 @@ class RunLogger(CSVLogger):
 
 
 class _ContinuingWriter(ExperimentWriter):
-    """Takes up the columns of the file that is there, where Lightning's deletes it."""
+    """Takes up the columns of the file that is there, where Lightning's deletes it, and loses no row on a full disk."""
+
+    _whole = 0
+    """Bytes of the file that are rows of this header."""
+
+    def save(self) -> None:
+        """Append the rows; all of them or none.
+
+        Raises:
+            DataError: The disk is full, or the file cannot be written; what it held stays.
+        """
+        path = Path(self.metrics_file_path)
+        self._whole = path.stat().st_size if path.is_file() else 0
+        self._columns = list(self.metrics_keys)
+        try:
+            super().save()
+        except (OSError, DataError) as error:
+            self.metrics_keys = self._columns
+            with contextlib.suppress(OSError):
+                os.truncate(path, self._whole) if self._whole else path.unlink()
+            told = error.strerror if isinstance(error, OSError) else str(error)
+            raise DataError(
+                f"Cannot write {path} ({told}); free the disk, then continue by --ckpt_path last."
+            ) from error
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        path = Path(self.metrics_file_path)
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=fieldnames)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_bytes(path, text.getvalue().encode("utf-8"))
+        self._whole, self._columns = path.stat().st_size, list(fieldnames)
 
     def _check_log_dir_exists(self) -> None:
         path = Path(self.metrics_file_path)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from visexpert.errors import DataError
-from visexpert.report.palette import Floats, canvas, colours, save, styled
+from visexpert.report.palette import Floats, NothingToDrawError, canvas, colours, save, styled
 
 
 def loss_curves(metrics_csv: Path, out: Path, *, keys: Sequence[str] = ("loss", "nll")) -> Path:
@@ -31,7 +31,9 @@ def loss_curves(metrics_csv: Path, out: Path, *, keys: Sequence[str] = ("loss", 
         if stage in {"train", "val"} and any(key in rest.rpartition("/")[2] for key in keys):
             panels[rest.removesuffix("_step").removesuffix("_epoch")].setdefault(stage, curve)
     if not panels:
-        raise DataError(f"{metrics_csv} has no loss to draw: none of {sorted(logged)} contains one of {list(keys)}.")
+        raise NothingToDrawError(
+            f"{metrics_csv} has no loss to draw: none of {sorted(logged)} contains one of {list(keys)}."
+        )
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = canvas(4.2 * columns, 2.9 * rows + 0.3)
@@ -91,7 +93,7 @@ def read_metrics(metrics_csv: Path) -> dict[str, tuple[Floats, Floats]]:
     except OSError as error:
         raise DataError(f"Cannot read {metrics_csv} ({error.strerror}): name the folder of a run.") from error
     if not rows or "step" not in rows[0]:
-        raise DataError(f"{metrics_csv} has no rows with a 'step' column: it is not the metrics.csv of a run.")
+        raise NothingToDrawError(f"{metrics_csv} has no rows with a 'step' column: it is not the metrics.csv of a run.")
     curves: dict[str, dict[int, float]] = defaultdict(dict)
     for row in rows:
         for name, value in row.items():

@@ -10,9 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from visexpert.errors import DataError
 from visexpert.report.curves import moving_mean, read_metrics
-from visexpert.report.palette import GREY, INK, Floats, canvas, colours, save, styled
+from visexpert.report.palette import GREY, INK, Floats, NothingToDrawError, canvas, colours, save, styled
 
 Curves = Mapping[str, tuple[Floats, Floats]]
 
@@ -54,7 +53,9 @@ def distillation_curves(metrics_csv: Path, out: Path) -> Path:
     logged = read_metrics(metrics_csv)
     panels = {start: curves for start in PANELS if (curves := _of(logged, start))}
     if not panels:
-        raise DataError(f"{metrics_csv} has no distillation to draw: no name begins with one of {list(PANELS)}.")
+        raise NothingToDrawError(
+            f"{metrics_csv} has no distillation to draw: no name begins with one of {list(PANELS)}."
+        )
     palette = _palette(panels)
     columns = 3 if len(panels) in (3, 5, 6) else min(2, len(panels))
     rows = -(-len(panels) // columns)

@@ -31,6 +31,19 @@ def write_text(path: Path, text: str) -> None:
         raise DataError(f"Cannot write {path} ({error.strerror}): free the disk, or name another folder.") from error
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file as :func:`write_text` does."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise DataError(f"Cannot write {path} ({error.strerror}): free the disk, or name another folder.") from error
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON that any reader accepts: figures that are not finite become null.
 

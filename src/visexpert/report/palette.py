@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,11 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
+
+from visexpert.errors import DataError, first_line, told_by_machine
+from visexpert.report.files import write_bytes
+
+log = logging.getLogger(__name__)
 
 Floats = NDArray[np.floating[Any]]
 
@@ -24,6 +33,10 @@ INK = "#222222"
 GREY = "#666666"
 RIGHT = "#00794F"
 WRONG = "#C63A00"
+
+
+class NothingToDrawError(DataError):
+    """A run has logged nothing of what a figure shows."""
 
 
 def colours(count: int) -> list[str]:
@@ -63,7 +76,24 @@ def canvas(width: float, height: float, *, pad: float = 0.04) -> Figure:
 
 
 def save(figure: Figure, out: Path) -> Path:
-    """Write the figure as PNG and return its path; the folder is made where it is missing."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, format="png")
+    """Write the figure as PNG and return its path; the folder is made where it is missing.
+
+    Raises:
+        DataError: It cannot be written; an earlier figure stays as it was.
+    """
+    picture = BytesIO()
+    figure.savefig(picture, format="png")
+    write_bytes(out, picture.getvalue())
     return out
+
+
+@contextmanager
+def spared(name: str) -> Iterator[None]:
+    """Draw or write a figure that is not worth a run: what goes wrong is a warning of one sentence."""
+    try:
+        yield
+    except NothingToDrawError as error:  # a short run has logged no step, other methods no distillation
+        log.debug("No %s: %s", name, error)
+    except Exception as error:
+        told = str(told_by_machine(error) or f"{type(error).__name__}: {first_line(error)}").rstrip(".")
+        log.warning("The figure %s is missing: %s. The run goes on without it.", name, told)

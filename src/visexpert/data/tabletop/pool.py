@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -115,7 +116,8 @@ def _write(path: Path, pools: Pools) -> None:
         os.replace(temporary, path)
     except OSError as error:
         if temporary:
-            Path(temporary).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that turned read-only
+                Path(temporary).unlink(missing_ok=True)
         raise DataError(
             f"The texts of the embedded world could not be written to {path}: {error.strerror or error}; "
             "free some space there or choose another `root`."

@@ -95,8 +95,8 @@ def test_gradient_of_the_whole_loss_reaches_the_noise_width() -> None:
     gate = TokenGate(dim=8, num_experts=3, noise="learned").train()
     attached_K = torch.tensor([True, False, True])
     output = gate(torch.randn(2, 5, 8), attached_K)
-    assert output.load_K is not None
-    gate_balance(output.gates_BTK, attached_K, load_K=output.load_K).backward()
+    assert output.load_BK is not None
+    gate_balance(output.gates_BTK, attached_K, load_K=output.load_BK.sum(0)).backward()
     assert gate.noise_width is not None and gate.noise_width.weight.grad is not None
     widths_KD = gate.noise_width.weight.grad
     assert widths_KD.isfinite().all() and widths_KD[0].abs().sum() > 0 and widths_KD[2].abs().sum() > 0
@@ -111,3 +111,27 @@ def test_the_scale_of_the_batch_does_not_matter() -> None:
     gates_BTK = torch.randn(2, 3, 4).softmax(-1)
     once, twice = gate_balance(gates_BTK, ALL_4), gate_balance(torch.cat([gates_BTK, gates_BTK]), ALL_4)
     assert math.isclose(once.item(), twice.item(), rel_tol=1e-5)
+
+
+def test_experts_that_win_together_count_together() -> None:
+    """The two largest gates of each token: expert 0 wins 3 tokens, 1 wins 2, 2 wins 1 of 3."""
+    gates_BTK = torch.tensor([[[0.5, 0.3, 0.2], [0.6, 0.3, 0.1], [0.4, 0.25, 0.35]]])
+    all_3 = torch.ones(3, dtype=torch.bool)
+    # Importance (1.5, .85, .65): mean 1, variance .1316667. Load (3, 2, 1): mean 2, variance 2 / 3.
+    assert gate_balance(gates_BTK, all_3, "cv", top_k=2).item() == pytest.approx(0.1316667 + 1 / 6)
+    # f = (3, 2, 1) / 6, P = (1.5, .85, .65) / 3.
+    assert gate_balance(gates_BTK, all_3, "switch", top_k=2).item() == pytest.approx(3 * (4.5 + 1.7 + 0.65) / 18)
+    assert gate_balance(gates_BTK, all_3, "cv", top_k=3).item() == pytest.approx(0.1316667)
+
+
+@pytest.mark.parametrize("form", ["cv", "switch"])
+def test_half_precision_counts_as_float32_does(form: GateBalanceForm) -> None:
+    """bfloat16 has no 257: counts and sums over many tokens need float32."""
+    gates_BTK = torch.tensor([0.25, 0.75], dtype=torch.bfloat16).repeat(1, 999, 1)
+    gates_BTK[:, :499] = gates_BTK[:, :499].flip(-1)
+    both = torch.ones(2, dtype=torch.bool)
+    found = gate_balance(gates_BTK, both, form, load_K=None)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, gate_balance(gates_BTK.float(), both, form))
+    load_K = torch.tensor([499.0, 500.0], dtype=torch.bfloat16)
+    assert gate_balance(gates_BTK, both, "cv", load_K=load_K).dtype == torch.float32

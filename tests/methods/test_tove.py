@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.methods.helpers import WIDTH, bare_trainer, logits_of, noise_batch, shake, tiny_tove, trained_names
-from visexpert.data import TabletopData
+from visexpert.data import TabletopData, pack
 from visexpert.errors import ConfigError
 from visexpert.methods import ToVE
-from visexpert.types import VisionTokens
+from visexpert.types import Batch, VisionTokens
 
 Space = Literal["language", "clip"]
 
@@ -113,6 +114,27 @@ def test_the_loss_is_the_text_loss_plus_the_weighted_balance() -> None:
     torch.testing.assert_close(output.parts["balance_loss"], torch.as_tensor(balance))
     torch.testing.assert_close(output.loss, text + 0.3 * torch.as_tensor(balance))
     assert output.batch_size == 2
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_the_smooth_load_is_that_of_samples_with_an_image(top_k: int | None) -> None:
+    """A sample of text alone changes neither the balance loss nor its gradient, noise being equal."""
+
+    def gradient(batch: Batch) -> tuple[Tensor, Tensor]:
+        model = shake(tiny_tove(gate_noise="fixed", top_k=top_k)).train()
+        torch.manual_seed(7)
+        balance = model.step(batch).parts["balance_loss"]
+        balance.backward()
+        slope = dict(model.named_parameters())["gate.logits.weight"].grad
+        assert slope is not None
+        return balance.detach(), slope
+
+    both = noise_batch()
+    alone = replace(both, images_BCHW=both.images_BCHW[:1], index_B=both.index_B[:1], text=pack([[([5, 6, 7], 1)]], 0))
+    mixed = replace(both, has_image_B=torch.tensor([True, False]))
+    (found, found_grad), (expected, expected_grad) = gradient(mixed), gradient(alone)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found_grad, expected_grad)
 
 
 def test_what_trains_is_exactly_this() -> None:

@@ -83,7 +83,7 @@ def test_uniform_is_the_average_of_what_is_attached() -> None:
     gate = TokenGate(dim=8, num_experts=4, kind="uniform").train()
     output = gate(clip_tokens(), ATTACHED)
     torch.testing.assert_close(output.gates_BTK, torch.tensor([1 / 3, 0, 1 / 3, 1 / 3]).expand(2, 6, 4))
-    assert output.load_K is None
+    assert output.load_BK is None
     assert not list(gate.parameters())
 
 
@@ -94,11 +94,11 @@ def test_noise_in_training_only(noise: NoiseKind) -> None:
     gate.eval()
     first, second = gate(tokens_BTD, ALL), gate(tokens_BTD, ALL)
     assert torch.equal(first.gates_BTK, second.gates_BTK)
-    assert first.load_K is None
+    assert first.load_BK is None
     gate.train()
     first, second = gate(tokens_BTD, ALL), gate(tokens_BTD, ALL)
     assert not torch.equal(first.gates_BTK, second.gates_BTK)
-    assert first.load_K is not None
+    assert first.load_BK is not None
 
 
 def test_fixed_noise_has_the_width_that_was_asked_for() -> None:
@@ -109,20 +109,44 @@ def test_fixed_noise_has_the_width_that_was_asked_for() -> None:
     assert spread == pytest.approx(0.7 * 2**0.5, rel=0.03)
 
 
-def test_smooth_load_equals_a_simulation() -> None:
-    """P(x, k) is the share of fresh draws of k's own noise that beat the others' noisy logits as they are."""
-    clean_BTK = torch.randn(1, 3, 4).masked_fill(~ATTACHED, -torch.inf)
-    std_BTK = torch.rand(1, 3, 4) + 0.5
-    noisy_BTK = clean_BTK + torch.randn(1, 3, 4) * std_BTK
-    wins_K = torch.zeros(4)
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_smooth_load_equals_a_simulation(top_k: int) -> None:
+    """P(x, i) is the share of fresh draws of i's own noise that leave it among the k largest noisy logits."""
+    clean_BTK = torch.randn(2, 3, 4).masked_fill(~ATTACHED, -torch.inf)
+    std_BTK = torch.rand(2, 3, 4) + 0.5
+    noisy_BTK = clean_BTK + torch.randn(2, 3, 4) * std_BTK
+    wins_BK = torch.zeros(2, 4)
     for expert in range(4):
-        others = noisy_BTK.clone()
-        others[..., expert] = -torch.inf
-        redrawn = clean_BTK[..., expert] + torch.randn(40_000, 1, 3) * std_BTK[..., expert]
-        wins_K[expert] = (redrawn > others.amax(-1)).float().mean(0).sum()
-    load_K = smooth_load(clean_BTK, noisy_BTK, std_BTK, ATTACHED)
-    assert load_K[1] == 0
-    torch.testing.assert_close(load_K, wins_K, atol=0.02, rtol=0)  # three standard errors of 40,000 draws, thrice
+        redrawn = noisy_BTK.expand(40_000, -1, -1, -1).clone()
+        redrawn[..., expert] = clean_BTK[..., expert] + torch.randn(40_000, 2, 3) * std_BTK[..., expert]
+        chosen = redrawn.topk(top_k, dim=-1).indices == expert
+        wins_BK[:, expert] = chosen.any(-1).float().mean(0).sum(-1)
+    load_BK = smooth_load(clean_BTK, noisy_BTK, std_BTK, ATTACHED, top_k=top_k)
+    assert not load_BK[:, 1].any()
+    torch.testing.assert_close(load_BK, wins_BK, atol=0.02, rtol=0)  # three standard errors of 40,000 draws, thrice
+
+
+@pytest.mark.parametrize("top_k", [2, 3])
+def test_where_all_win_the_load_is_the_number_of_tokens(top_k: int) -> None:
+    two = torch.tensor([True, False, True, False])
+    output = gate_with_wide_logits(noise="fixed", top_k=top_k).train()(clip_tokens(), two)
+    assert output.load_BK is not None and output.load_BK.tolist() == [[6.0, 0.0, 6.0, 0.0]] * 2
+
+
+def test_a_gate_estimates_the_load_of_as_many_experts_as_it_keeps() -> None:
+    """Over all noise the chances of winning add up to k per token."""
+    tokens_BTD = torch.randn(1, 1, 8).expand(1, 20_000, 8)
+    for top_k in (None, 1, 2):
+        output = gate_with_wide_logits(noise="fixed", noise_std=2.0, top_k=top_k).train()(tokens_BTD, ATTACHED)
+        assert output.load_BK is not None
+        assert output.load_BK.sum().item() == pytest.approx((top_k or 1) * 20_000, rel=0.02)
+
+
+def test_the_load_is_float32_whatever_the_gate_is() -> None:
+    gate = gate_with_wide_logits(noise="fixed", noise_std=2.0).to(torch.bfloat16).train()
+    load_BK = gate(torch.randn(2, 999, 8, dtype=torch.bfloat16), ATTACHED).load_BK
+    assert load_BK.dtype == torch.float32
+    assert load_BK.sum().item() == pytest.approx(2 * 999, rel=0.1)
 
 
 def test_smooth_loads_sum_to_the_number_of_tokens_on_average() -> None:
@@ -130,21 +154,21 @@ def test_smooth_loads_sum_to_the_number_of_tokens_on_average() -> None:
     clean_BTK = torch.randn(1, 1, 4).masked_fill(~ATTACHED, -torch.inf).expand(1, 40_000, 4)
     std_BTK = torch.full_like(clean_BTK, 0.8)
     noisy_BTK = clean_BTK + torch.randn(1, 40_000, 4) * std_BTK
-    load_K = smooth_load(clean_BTK, noisy_BTK, std_BTK, ATTACHED)
-    assert load_K.sum().item() == pytest.approx(40_000, rel=0.01)
+    load_BK = smooth_load(clean_BTK, noisy_BTK, std_BTK, ATTACHED)
+    assert load_BK.sum().item() == pytest.approx(40_000, rel=0.01)
 
 
 def test_smooth_load_counts_the_winners_when_noise_vanishes() -> None:
     clean_BTK = torch.tensor([[[0.0, 1.0, 2.0], [3.0, 0.0, 1.0], [0.0, 0.5, 2.0]]])
     std_BTK = torch.full_like(clean_BTK, 1e-4)
-    load_K = smooth_load(clean_BTK, clean_BTK, std_BTK, torch.ones(3, dtype=torch.bool))
-    assert load_K.tolist() == [1.0, 0.0, 2.0]
+    load_BK = smooth_load(clean_BTK, clean_BTK, std_BTK, torch.ones(3, dtype=torch.bool))
+    assert load_BK.tolist() == [[1.0, 0.0, 2.0]]
 
 
 def test_the_only_expert_wins_every_token() -> None:
     only = torch.tensor([False, False, True, False])
     output = gate_with_wide_logits(noise="fixed").train()(clip_tokens(), only)
-    assert output.load_K is not None and output.load_K.tolist() == [0.0, 0.0, 12.0, 0.0]
+    assert output.load_BK is not None and output.load_BK.tolist() == [[0.0, 0.0, 6.0, 0.0]] * 2
     assert torch.equal(output.gates_BTK, only.float().expand(2, 6, 4))
 
 

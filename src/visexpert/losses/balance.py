@@ -20,34 +20,40 @@ def gate_balance(
     form: GateBalanceForm = "cv",
     *,
     load_K: Tensor | None = None,
+    top_k: int = 1,
 ) -> Tensor:
     """Auxiliary loss L_aux of ToVE's token-aware gate.
 
-    ``cv``: CV^2 of importance (sum of gates per expert) plus CV^2 of load (tokens whose largest gate is k), after
-    Shazeer et al. 2017, eqs. 6-11. The counted load has no gradient; give ``load_K`` (the smooth estimate of a noisy
-    gate) to have one. ``switch``: K * sum_k f_k P_k with f the share of tokens won and P the mean gate (Fedus et al.
-    2021, eq. 4). ToVE names the manner of Shazeer; weight and form are unconfirmed by the paper. Neither is linear in
-    the tokens: over several batches or processes to a step, methods take the mean of each one's, weighed by its images.
+    ``cv``: CV^2 of importance (sum of gates per expert) plus CV^2 of load (tokens that an expert wins), after Shazeer
+    et al. 2017, eqs. 6-11. The counted load has no gradient; give ``load_K`` (the smooth estimate of a noisy gate) to
+    have one. ``switch``: K * sum_k f_k P_k with f the share of tokens won and P the mean gate (Fedus et al. 2021,
+    eq. 4). ToVE names the manner of Shazeer; weight and form are unconfirmed by the paper. Neither is linear in the
+    tokens: over several batches or processes to a step, methods take the mean of each one's, weighed by its images.
 
     Args:
         gates_BTK: Gates, float, summing to one over attached experts.
         attached_K: bool; detached experts take no part.
         form: ``cv`` or ``switch``.
         load_K: Smooth load per expert, for ``cv``.
+        top_k: How many experts win a token: those with its largest gates.
 
     Returns:
-        Scalar; 0 at perfect balance for ``cv``, 1 for ``switch``. With one expert: 0 or 1 likewise, no gradient.
+        Scalar, float32 or better; 0 at perfect balance for ``cv``, 1 for ``switch``. With one expert: 0 or 1 likewise,
+        no gradient.
     """
     if form not in ("cv", "switch"):
         raise ConfigError(f"gate_balance: form={form!r} is unknown; use 'cv' or 'switch'.")
-    gates_NK = gates_BTK.flatten(0, -2)[:, attached_K]
+    full = torch.promote_types(gates_BTK.dtype, torch.float32)
+    gates_NK = gates_BTK.flatten(0, -2)[:, attached_K].to(full)
     num_experts = gates_NK.shape[-1]
     if num_experts == 0:
-        return gates_BTK.new_zeros(())
-    won_K = torch.bincount(gates_NK.argmax(-1), minlength=num_experts).to(gates_NK.dtype)
+        return gates_NK.new_zeros(())
+    winners = min(top_k, num_experts)
+    won_N = gates_NK.argmax(-1) if winners == 1 else gates_NK.topk(winners, dim=-1).indices.flatten()
+    won_K = torch.bincount(won_N, minlength=num_experts).to(full)
     if form == "switch":
-        return num_experts * (won_K / len(gates_NK) * gates_NK.mean(0)).sum()
-    load = won_K if load_K is None else load_K[attached_K]
+        return num_experts * (won_K / won_N.numel() * gates_NK.mean(0)).sum()
+    load = won_K if load_K is None else load_K[attached_K].to(full)
     return _squared_variation(gates_NK.sum(0)) + _squared_variation(load)
 
 

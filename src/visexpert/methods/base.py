@@ -20,6 +20,7 @@ from visexpert.losses import text_loss, token_nll
 from visexpert.methods.accumulation import StepShares, batches_done
 from visexpert.methods.checkpointed import CheckpointedModule
 from visexpert.methods.evaluation import EvalOutput, Evaluator
+from visexpert.methods.modes import settle_modes
 from visexpert.methods.optimiser import cosine_with_warmup, make_groups
 from visexpert.methods.views import EncoderViews
 from visexpert.types import Batch, ImageSource, LossTerm, StepOutput, Unit, VisionTokens
@@ -66,6 +67,7 @@ class Method(CheckpointedModule):
         self.warmup_steps, self.betas = warmup_steps, betas
         self.caption_images, self.meteor = caption_images, meteor
         self.evaluators: dict[str, Evaluator] = {}
+        self._joined: bool | None = None
         self._step_shares = StepShares()
         self._batch_shares: dict[Unit, float | Tensor] = {}
 
@@ -117,11 +119,26 @@ class Method(CheckpointedModule):
         super().setup(stage)
 
     def train(self, mode: bool = True) -> Method:
-        """Train mode for what trains; frozen parts stay in eval mode."""
+        """Train mode for what trains at present; all else stays in eval mode, without dropout or noise."""
         super().train(mode)
         for module in self.frozen_modules().values():
             module.eval()
+        if mode:
+            self._joined = self.language_joins
+            settle_modes(self, self._training_ids())
         return self
+
+    def _training_ids(self) -> set[int]:
+        """Of the parameters that train in the present step."""
+        modules = [module for group in self.trained_groups() if group.lr > 0 for module in group.modules]
+        found = {id(parameter) for module in modules for parameter in module.parameters()}
+        joined = () if self.language_joins else self.language.parameters()
+        return found - {id(parameter) for parameter in joined}
+
+    def on_train_start(self) -> None:
+        """Settle modes, which Lightning leaves as they are: a model may come from an evaluation."""
+        super().on_train_start()
+        self.train()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed noise and dropout by batch, so that an interrupted run continues as if it had not been."""
@@ -134,6 +151,8 @@ class Method(CheckpointedModule):
         if held_back and self.trainer.strategy.model is self:  # DDP would wait for gradients; here they can be saved
             for module in self.language.trained_modules():
                 module.requires_grad_(self.language_joins)
+        if self._joined != self.language_joins:
+            self.train()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute by :meth:`step`, log here: the loss of this batch always, its parts when a row is written.

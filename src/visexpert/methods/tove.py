@@ -172,12 +172,17 @@ class ToVE(Method):
 
     def _balance(self, gate: GateOutput, has_image_B: Tensor | None) -> Tensor | None:
         """L_aux over samples that have an image; None where none has."""
-        if has_image_B is None:
-            return gate_balance(gate.gates_BTK, self.hub.attached_K, self.balance_form, load_K=gate.load_K)
-        if not bool(has_image_B.any()):
-            return None
-        # The gate's own load counts all samples; that of the gates counts those with an image.
-        return gate_balance(gate.gates_BTK[has_image_B], self.hub.attached_K, self.balance_form)
+        assert self.gate is not None
+        gates_BTK, load_BK = gate.gates_BTK, gate.load_BK
+        if has_image_B is not None:
+            if not bool(has_image_B.any()):
+                return None
+            gates_BTK = gates_BTK[has_image_B]
+            load_BK = None if load_BK is None else load_BK[has_image_B]
+        return gate_balance(
+            gates_BTK, self.hub.attached_K, self.balance_form, load_K=None if load_BK is None else load_BK.sum(0),
+            top_k=self.gate.top_k or 1,
+        )  # fmt: skip
 
     def extra_losses(self, vision: VisionTokens) -> Mapping[str, LossTerm]:
         """L_aux, where a gate chose."""

@@ -30,6 +30,8 @@ class Watch(nn.Module):
         alarm_every: Training steps between two looks.
     """
 
+    keeps_statistics = True
+
     def __init__(self, names: Iterable[str], *, adaptive: Iterable[str], alarm_every: int) -> None:
         super().__init__()
         self._names, self._adaptive = tuple(names), tuple(adaptive)

@@ -21,11 +21,12 @@ class GateOutput:
 
     Args:
         gates_BTK: Softmax over attached experts, 0 for detached ones.
-        load_K: Smooth number of tokens each expert wins (Shazeer et al. 2017, eqs. 8-10); None without noise.
+        load_BK: Smooth number of an image's tokens that each expert wins (Shazeer et al. 2017, eqs. 8-10), float32 or
+            better; None without noise.
     """
 
     gates_BTK: Tensor
-    load_K: Tensor | None = None
+    load_BK: Tensor | None = None
 
 
 class TokenGate(nn.Module):
@@ -86,7 +87,8 @@ class TokenGate(nn.Module):
             return GateOutput(self._softmax(clean_BTK))
         std_BTK = self._noise_std(normed_BTD)
         noisy_BTK = clean_BTK + torch.randn_like(clean_BTK) * std_BTK
-        return GateOutput(self._softmax(noisy_BTK), smooth_load(clean_BTK, noisy_BTK, std_BTK, attached_K))
+        load_BK = smooth_load(clean_BTK, noisy_BTK, std_BTK, attached_K, top_k=self.top_k or 1)
+        return GateOutput(self._softmax(noisy_BTK), load_BK)
 
     def column_keys(self) -> tuple[str, ...]:
         """Names, in the state dict, of the tensors whose first axis runs over experts."""
@@ -131,23 +133,26 @@ class TokenGate(nn.Module):
         return logits_BTK.softmax(-1)
 
 
-def smooth_load(clean_BTK: Tensor, noisy_BTK: Tensor, std_BTK: Tensor, attached_K: Tensor) -> Tensor:
+def smooth_load(clean_BTK: Tensor, noisy_BTK: Tensor, std_BTK: Tensor, attached_K: Tensor, *, top_k: int = 1) -> Tensor:
     """Expected number of tokens that each expert wins, were its own noise drawn anew.
 
-    P(x, k) = Phi((clean_k - max_{j != k} noisy_j) / std_k), summed over tokens (Shazeer et al. 2017, eqs. 8-10, k=1).
-    The only attached expert wins each token.
+    P(x, i) = Phi((clean_i - threshold_i) / std_i), summed over the tokens of an image, with the ``top_k``-th largest
+    noisy logit of the others as the threshold (Shazeer et al. 2017, appendix A). Where no more than ``top_k`` experts
+    are attached, each wins every token.
 
     Returns:
-        (K,), zero for detached experts.
+        (B, K), float32 or better, zero for detached experts.
     """
-    if int(attached_K.sum()) == 1:
-        return attached_K.to(clean_BTK.dtype) * clean_BTK[..., 0].numel()
-    top = noisy_BTK.topk(2, dim=-1)
-    is_first = torch.nn.functional.one_hot(top.indices[..., 0], noisy_BTK.shape[-1]).bool()
-    rival_BTK = torch.where(is_first, top.values[..., 1:2], top.values[..., 0:1])
+    full = torch.promote_types(clean_BTK.dtype, torch.float32)
+    clean_BTK, noisy_BTK, std_BTK = clean_BTK.to(full), noisy_BTK.to(full), std_BTK.to(full)
+    if int(attached_K.sum()) <= top_k:
+        return attached_K.to(full).expand(len(clean_BTK), -1) * clean_BTK.shape[1]
+    top = noisy_BTK.topk(top_k + 1, dim=-1)
+    is_winner = torch.zeros_like(noisy_BTK, dtype=torch.bool).scatter(-1, top.indices[..., :top_k], value=True)
+    threshold_BTK = torch.where(is_winner, top.values[..., top_k:], top.values[..., top_k - 1 : top_k])
     clean_BTK = clean_BTK.masked_fill(~attached_K, 0.0)  # keeps -inf out of the gradient
-    wins_BTK: Tensor = torch.special.ndtr((clean_BTK - rival_BTK) / std_BTK)
-    return wins_BTK.masked_fill(~attached_K, 0.0).flatten(0, 1).sum(0)
+    wins_BTK: Tensor = torch.special.ndtr((clean_BTK - threshold_BTK) / std_BTK)
+    return wins_BTK.masked_fill(~attached_K, 0.0).sum(1)
 
 
 def _rows(linear: nn.Module, rows: Sequence[int]) -> nn.Linear:

@@ -53,6 +53,8 @@ class Standardise(nn.Module):
         dim: Number of channels.
     """
 
+    keeps_statistics = True
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.statistics = nn.BatchNorm1d(dim, affine=False, momentum=None)

@@ -252,6 +252,15 @@ def test_a_caption_that_is_no_text(member: tuple[str, bytes], told: str, tmp_pat
     assert captions == ["one", "two"] and re.search(told, reasons)
 
 
+@pytest.mark.parametrize(
+    ("said", "captions", "told"), [(1, ["one"], "more than the 1 records"), (3, ["one", "two"], "ends before record 2")]
+)
+def test_numbers_that_disagree_with_the_shard(said: int, captions: list[str], told: str, tmp_path: Path) -> None:
+    write_json(tmp_path / "sizes.json", {"0.tar": said})
+    read, reasons = captions_of(tmp_path, GOOD)
+    assert read == captions and told in reasons
+
+
 # -- Names ------------------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -177,7 +177,7 @@ class ShardStream(IterableDataset[Batch]):
     def worker(self, worker: int) -> Iterator[Batch]:
         """Batches of one worker, which gives every ``workers``-th of the sequence."""
         done, stop = (_turns(until, worker, self.plan.workers) for until in (self.skip, self.stop))
-        reader = ShardReader(self.shards)
+        reader = ShardReader(self.shards, self.plan.counts)
         left = stop - done
         for lying, batches in self.plan.windows(self.epoch, worker, skip=done):
             if left <= 0:
@@ -187,7 +187,9 @@ class ShardStream(IterableDataset[Batch]):
             wanted = set(np.concatenate(batches).tolist())
             kept = {place: record for place, record in enumerate(reader.read(lying)) if place in wanted}
             for places in batches:
-                yield self._batch(lying, kept, places.tolist())
+                batch = self._batch(lying, kept, places.tolist())
+                yield replace(batch, skipped=(*batch.skipped, *reader.surplus))
+                reader.surplus.clear()
 
     def _batch(self, lying: np.ndarray[Any, Any], kept: dict[int, Record | DataError], places: list[int]) -> Batch:
         loaded, skipped = [], []

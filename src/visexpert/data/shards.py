@@ -16,6 +16,7 @@ import numpy as np
 
 from visexpert.data.packing import IntArray
 from visexpert.errors import ConfigError, DataError
+from visexpert.types import Skipped
 
 Record = dict[str, Any]
 """What a shard holds of one sample: ``__key__`` and the bytes of each file by suffix (``jpg``, ``txt``, ``json``)."""
@@ -115,10 +116,15 @@ class ShardReader:
 
     Args:
         shards: Path or URL of each shard; whatever webdataset opens (``http:``, ``pipe:``, ``gs:``, ...).
+        counts: How many records each is said to hold; None where nobody says.
+
+    Attributes:
+        surplus: Shards that hold more than that, which would never be read; whoever asks takes them out.
     """
 
-    def __init__(self, shards: Sequence[str]) -> None:
-        self.shards = shards
+    def __init__(self, shards: Sequence[str], counts: Sequence[int] | None = None) -> None:
+        self.shards, self.counts = shards, counts
+        self.surplus: list[Skipped] = []
         self._open: tuple[int, int, Iterator[Record | DataError]] | None = None
 
     def read(self, records: IntArray) -> Iterator[Record | DataError]:
@@ -143,7 +149,18 @@ class ShardReader:
             self._open = (shard, place + 1, iter(()))  # what follows in the shard is lost as well
             return error
         self._open = (shard, place + 1, records)
+        if self.counts is not None and place + 1 == self.counts[shard]:
+            self._look_behind(shard, self.counts[shard], records)
         return record
+
+    def _look_behind(self, shard: int, count: int, records: Iterator[Record | DataError]) -> None:
+        with contextlib.suppress(DataError):
+            if next(records, None) is not None:
+                said = (
+                    f"The shard {self.shards[shard]} holds more than the {count} records that sizes.json or its "
+                    "_stats.json says, which are not read; correct that file, or delete it to have them counted."
+                )
+                self.surplus.append(Skipped(f"{self.shards[shard]}: more records", said, whole=False))
 
 
 def iterate_shard(url: str) -> Iterator[Record | DataError]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers do not fork threads under our workers
 
+from visexpert import trust
 from visexpert.errors import UserError, shown, told_by_machine
 from visexpert.interruption import Interrupted
 
@@ -78,6 +79,8 @@ COMMANDS = {
 
 
 def _dispatch(arguments: list[str]) -> None:
+    arguments, granted = trust.take(arguments)
+    trust.grant(granted)
     if arguments and arguments[0] in COMMANDS:
         import_module(COMMANDS[arguments[0]]).run(arguments[1:])
         return

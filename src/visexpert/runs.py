@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from visexpert.methods import Method
 from visexpert.reading import read_yaml
 from visexpert.resources import load_checkpoint
 from visexpert.training import checkpoint_of, config_of, explain
+from visexpert.trust import refuse_strangers
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,15 @@ class SavedRun:
         return self.data.tokenizer  # type: ignore[attr-defined]
 
 
-def open_run(folder: str | Path) -> SavedRun:
+def open_run(folder: str | Path, *, trust: Sequence[str] = ()) -> SavedRun:
     """Build what a run's ``config.yaml`` names and fill it from ``checkpoints/last.ckpt``.
 
     Args:
         folder: Folder that ``visexpert fit --run`` (or ``merge``, ``detach``) wrote.
+        trust: Modules of yours whose classes its configuration may name, beside those of ``--trust``.
 
     Raises:
-        ConfigError: The folder is no run, is unfinished, or its configuration no longer builds.
+        ConfigError: The folder is no run, is unfinished, its configuration no longer builds, or names foreign code.
         WeightsError: The checkpoint is damaged, could run code, or does not fit the configuration.
     """
     folder = Path(folder)
@@ -61,7 +63,7 @@ def open_run(folder: str | Path) -> SavedRun:
     config = read_config(path)
     with torch.random.fork_rng():
         torch.manual_seed(int(config.get("seed_everything") or 0))  # encoders without weights are random, but the same
-        model, data = build(config, path)
+        model, data = build(config, path, foreign=True, trust=trust)
     if not isinstance(model, Method):
         raise ConfigError(f"'{folder}' trained a {type(model).__name__}, which is no vision-language model.")
     checkpoint = read_checkpoint(checkpoint_path)
@@ -93,11 +95,19 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def build(config: Mapping[str, Any], path: Path) -> tuple[L.LightningModule, LightningDataModule]:
+def build(
+    config: Mapping[str, Any], path: Path, *, foreign: bool = False, trust: Sequence[str] = ()
+) -> tuple[L.LightningModule, LightningDataModule]:
     """Build model and data of a configuration, without weights.
 
+    Args:
+        config: Mapping with ``model`` and ``data``.
+        path: Its file, for messages.
+        foreign: It may be anyone's: refuse classes that are neither known nor trusted.
+        trust: See :func:`open_run`.
+
     Raises:
-        ConfigError: A class or a setting is not known (any more).
+        ConfigError: A class or a setting is not known (any more), or is not trusted.
     """
     parser = ArgumentParser(exit_on_error=False)  # a saved configuration has its interpolations resolved
     parser.add_subclass_arguments(L.LightningModule, "model")
@@ -106,9 +116,13 @@ def build(config: Mapping[str, Any], path: Path) -> tuple[L.LightningModule, Lig
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
+            if foreign:
+                refuse_strangers(wanted, path, trust=trust)
             parsed = parser.parse_object(wanted)
         except ArgumentError as error:
             raise ConfigError(f"{path}: {explain(str(error), [])}") from error
+        if foreign:  # a part may have come from another file that it names
+            refuse_strangers(parsed, path, trust=trust)
         check_settings(parsed.as_dict())
         objects = built(lambda: parser.instantiate_classes(parsed), who=str(path))
     return objects.model, objects.data

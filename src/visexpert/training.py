@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+import yaml
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -39,6 +40,7 @@ from visexpert.interruption import stoppable
 from visexpert.methods import Method
 from visexpert.report.lock import hold
 from visexpert.report.used import holds_run, set_run_aside
+from visexpert.trust import refuse_strangers
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,9 @@ DESCRIPTION = (
     "experts), `export RUN` (for transformers, open_clip, ONNX, torch.export, LLaVA), `caption IMAGE... --run RUN`, "
     "`serve --run RUN` (a page in the browser), `compare RUN...` (many runs on one page). Before "
     "it: `plan --config X` (what a run will cost), `data check X` (what is missing), `import FOLDER` (released MoVE-KD "
-    "weights), `score import` (what lmms-eval measured)."
+    "weights), `score import` (what lmms-eval measured). With every command: `--trust MODULE` lets a run's own "
+    "configuration name classes of a module of yours (repeatable), `--allow_pipe true` lets `pipe:COMMAND` shards "
+    "run their commands; neither is read from a configuration."
 )
 SCORING = ("validate", "test", "predict")
 CHECKPOINT_WORDS = ("last", "best", "hpc", "registry")
@@ -63,6 +67,9 @@ class VisexpertCLI(LightningCLI):
         held: What keeps the run's folder locked until it is closed; None locks nothing.
         kwargs: See LightningCLI.
     """
+
+    reads_only = False
+    """Whether nothing is run, as for a plan."""
 
     def __init__(self, *args: Any, held: ExitStack | None = None, **kwargs: Any) -> None:
         self._held = held
@@ -90,25 +97,49 @@ class VisexpertCLI(LightningCLI):
         """Parse, and refuse what the parser lets through and nothing can use."""
         for path in _config_files(args or ()):
             check_config_file(path)
+        foreign = self._foreign_config(args or ())
+        if foreign is not None:
+            refuse_strangers(yaml.safe_load(foreign.read_text(encoding="utf-8")), foreign)
         try:
             super().parse_arguments(parser, args)
         except OmegaConfBaseException as error:
             raise ConfigError(f"The configuration cannot be filled in ({first_line(error)}); mend it.") from error
         subcommand = self.config.get("subcommand")
+        if foreign is not None:  # a part may have come from another file that it names
+            refuse_strangers(self.config[subcommand] if subcommand else self.config, foreign)
         settings = (self.config[subcommand] if subcommand else self.config).as_dict()
         check_settings(settings)
         check_run(settings, trains=subcommand == "fit")
 
+    def _parse_ckpt_path(self) -> None:
+        """Leave the checkpoint alone: Lightning would lay its ``hyper_parameters`` over the configuration, unasked."""
+
     def before_instantiate_classes(self) -> None:
-        """Never load a checkpoint that could run code; leave out of ``config.yaml`` what is not of this run."""
+        """Never load a checkpoint that could run code; leave out of ``config.yaml`` what is not of this run.
+
+        Raises:
+            ConfigError: ``weights_only`` asks for it.
+        """
+        given = self._value("weights_only")
+        if given not in (None, True):
+            raise ConfigError(
+                f"weights_only is {given!r}, which would let a checkpoint run any code; take it out: checkpoints of "
+                "visexpert hold weights and plain values alone."
+            )
         if not self.subcommand:
             return
         config = self.config[self.subcommand]
-        if config["weights_only"] is None:
-            config["weights_only"] = True
+        config["weights_only"] = True
         self._overwrite, config["overwrite"] = config["overwrite"], False  # another fit of this file must not
         if isinstance(config["trainer.logger"], bool):
             config["trainer.logger"] = None  # neither Lightning's default nor none: the run's own is always there
+
+    def _foreign_config(self, arguments: Sequence[str]) -> Path | None:
+        """A configuration that may be anyone's: a run's own, but for a fit, whose ``--config`` the user chose."""
+        if arguments and arguments[0] == "fit" and not self.reads_only:
+            return None
+        run = Path(_option(list(arguments), "--run") or "")
+        return next((path for path in _config_files(arguments) if path.parent == run or is_of_run(path)), None)
 
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; a user's error comes out as itself, not inside the parser's."""
@@ -377,6 +408,12 @@ def config_of(run: Path) -> Path:
 def last_checkpoint(run: Path) -> Path:
     """Where the newest weights of a run lie, once it has some."""
     return run / "checkpoints" / "last.ckpt"
+
+
+def is_of_run(config: Path) -> bool:
+    """Whether a configuration lies in a run's folder, which may be anyone's."""
+    beside = ("checkpoints", "environment.json", "metrics.json", "merge.json", "detachment.json")
+    return config.is_file() and any((config.parent / name).exists() for name in beside)
 
 
 def checkpoint_of(run: Path) -> Path:

@@ -12,6 +12,7 @@ import torch
 
 from tests.data.formats import jpeg_bytes, tokenizer_folder, write_json, write_shard, write_shards
 from tests.data.recorder import Recorder, trainer
+from visexpert import trust
 from visexpert.data import CC3M
 from visexpert.data.shard_loader import ShardLoader
 from visexpert.errors import ConfigError, DataError
@@ -106,7 +107,8 @@ def test_another_order_than_the_interrupted_one_is_told(tmp_path: Path) -> None:
         loader(tmp_path, num_workers=2).load_state_dict(state)
 
 
-def test_shards_behind_a_url(tmp_path: Path) -> None:
+def test_shards_behind_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(trust.PIPE, "1")
     write_shards(tmp_path / "far", COUNTS)
     sizes = write_json(tmp_path / "sizes.json", {f"0000{k}.tar": count for k, count in enumerate(COUNTS)})
     url = f"pipe:cat {tmp_path}/far/{{00000..00003}}.tar"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.data.formats import write_json, write_shard, write_shards
+from visexpert import trust
 from visexpert.data.shard_counts import shard_counts
 from visexpert.data.shards import ShardPlan, ShardReader, expand_shards, iterate_shard
 from visexpert.errors import ConfigError, DataError
@@ -112,7 +113,35 @@ def test_a_shard_that_is_not_there(tmp_path: Path) -> None:
         next(iterate_shard(str(tmp_path / "none.tar")))
 
 
-def test_a_pipe_is_a_shard(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["pipe:{}", "PIPE:{}", "pIpE:{}"])
+def test_a_shard_that_is_a_command_is_refused(tmp_path: Path, form: str) -> None:
+    marker = tmp_path / "marker"
+    with pytest.raises(ConfigError, match=r"would run a command.*--allow_pipe true"):
+        next(iterate_shard(form.format(f"touch {marker}")))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("form", [" pipe:{}", "pi\tpe:{}", "\npipe:{}", "pip{{e..e}}:{}"])
+def test_no_spelling_of_a_command_is_taken_for_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """webdataset's URLs may have white space before and inside their scheme."""
+    monkeypatch.chdir(tmp_path)
+    for name in expand_shards(form.format("touch marker"), Path(".")):
+        with pytest.raises((ConfigError, DataError)):
+            next(iterate_shard(name))
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("scheme", ["http", "https", "gs", "s3", "hf", "ais"])
+def test_a_url_cannot_become_a_command(tmp_path: Path, scheme: str) -> None:
+    with pytest.raises(ConfigError, match="percent form"):
+        next(iterate_shard(f"{scheme}://host/a.tar'; touch {tmp_path}/marker; '"))
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_pipe_is_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(trust.PIPE, "1")
     write_shards(tmp_path, [3])
     records = iterate_shard(f"pipe:cat {tmp_path}/00000.tar")
     first = next(records)

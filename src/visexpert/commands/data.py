@@ -139,7 +139,8 @@ def build_data(paths: Sequence[Path]) -> LightningDataModule:
     from jsonargparse import ArgumentError, ArgumentParser
     from lightning.pytorch import LightningDataModule
 
-    from visexpert.training import explain
+    from visexpert.training import explain, is_of_run
+    from visexpert.trust import refuse_strangers
 
     named = " + ".join(map(str, paths))
     for path in paths:
@@ -147,12 +148,17 @@ def build_data(paths: Sequence[Path]) -> LightningDataModule:
     config = _merged(paths)
     if not isinstance(config.get("data"), dict):
         raise ConfigError(f"{named} names no data; give the configuration of a run, with a class_path under data.")
+    foreign = next(filter(is_of_run, paths), None)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
+            if foreign is not None:
+                refuse_strangers(config["data"], foreign)
             parsed = parser.parse_object({"data": config["data"]})
+            if foreign is not None:
+                refuse_strangers(parsed, foreign)
         except ArgumentError as error:
             raise ConfigError(f"{named}: {explain(str(error), [])}") from error
         check_settings(parsed.as_dict())

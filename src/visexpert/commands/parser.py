@@ -6,6 +6,7 @@ import argparse
 from typing import NoReturn
 
 from visexpert.errors import ConfigError
+from visexpert.trust import HELP
 
 
 class Parser(argparse.ArgumentParser):
@@ -13,7 +14,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *, prog: str, description: str, epilog: str) -> None:
         super().__init__(
-            prog=prog, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+            prog=prog,
+            description=description,
+            epilog=epilog.rstrip() + "\n" + HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
     def error(self, message: str) -> NoReturn:

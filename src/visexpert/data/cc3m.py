@@ -15,7 +15,7 @@ from visexpert.data.needs import Need
 from visexpert.data.samples import BatchForm, subset
 from visexpert.data.shard_counts import shard_counts
 from visexpert.data.shard_loader import RecordReader, ShardLoader
-from visexpert.data.shards import ShardPlan, expand_shards, is_remote
+from visexpert.data.shards import ShardPlan, check_shard, expand_shards, is_remote
 from visexpert.data.source import CAPTION_PROMPT, SourceData
 from visexpert.errors import ConfigError
 from visexpert.types import ImageSource
@@ -35,7 +35,7 @@ class CC3M(SourceData):
 
     Args:
         train: Names of the training shards with braces, under ``root`` or as URLs (``https:``, ``pipe:aws s3 cp ...``,
-            ``gs:``), joined by ``::``. A ``pipe:`` runs a command, so take it from no one you do not trust.
+            ``gs:``), joined by ``::``. A ``pipe:`` runs a command, so it is read under ``--allow_pipe true`` alone.
         val: The same for validation; null for none.
         sizes: JSON file of shard names and their numbers of records; null looks for ``sizes.json`` and img2dataset's
             ``_stats.json`` beside local shards, and counts where there is neither. Remote shards need it.
@@ -82,6 +82,13 @@ class CC3M(SourceData):
         if self.sizes is not None:
             needs.append(Need(self.sizes, "The numbers of records", "your own shards' maker", "some kB"))
         return needs
+
+    def check(self, parts: Sequence[str]) -> None:
+        """Refuse to start where shards are missing, or are commands that are not allowed."""
+        super().check(parts)
+        for part in parts:
+            for shard in self.shards(part):
+                check_shard(shard)
 
     def prepare_data(self) -> None:
         """Count the records of shards that no one has counted (once per machine)."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from visexpert.data.packing import IntArray
 from visexpert.errors import ConfigError, DataError
+from visexpert.trust import pipe_allowed
 from visexpert.types import Skipped
 
 Record = dict[str, Any]
@@ -168,12 +169,15 @@ def iterate_shard(url: str) -> Iterator[Record | DataError]:
 
     Raises:
         DataError: It cannot be opened, or is damaged from here on.
+        ConfigError: See :func:`check_shard`.
     """
     _require_webdataset()
+    check_shard(url)
     from webdataset.gopen import gopen
 
     try:
-        stream = gopen(url)
+        # A local name never goes through webdataset, which takes " pipe:" and "PIPE:" for commands, too.
+        stream = gopen(url) if is_remote(url) else Path(url).open("rb")
     except Exception as error:  # curl, storage clients and pipes fail in their own ways
         raise DataError(f"The shard {url} cannot be opened ({_told(error)}); check path and access.") from error
     try:
@@ -248,9 +252,28 @@ def expand_shards(pattern: str, root: Path) -> list[str]:
     return [name if is_remote(name) else str(root / name) for name in names]
 
 
+def check_shard(name: str) -> None:
+    """Refuse a shard that is a command, unless the command line allows it, and a URL that could become one.
+
+    Raises:
+        ConfigError: It is.
+    """
+    scheme = name.partition(":")[0].lower() if is_remote(name) else ""
+    if scheme == "pipe" and not pipe_allowed():
+        raise ConfigError(
+            f"The shard {name!r} would run a command; if you know whose it is, add  --allow_pipe true  to the command "
+            "line (no configuration can)."
+        )
+    if scheme and scheme != "pipe" and re.search(r"[\s'\"`\\\x00-\x1f]", name):
+        raise ConfigError(
+            f"The shard {name!r} is a URL with a space, quote, backslash or control character; write it in percent "
+            "form (%20, %27)."
+        )
+
+
 def is_remote(name: str) -> bool:
     """Whether a shard is no local file."""
-    return re.match(r"^[a-z][a-z0-9+.-]*:", name) is not None
+    return re.match(r"^[a-z][a-z0-9+.-]*:", name, flags=re.IGNORECASE) is not None
 
 
 def _require_webdataset() -> None:

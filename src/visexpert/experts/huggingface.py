@@ -92,7 +92,7 @@ class HubModel:
                 if isinstance(getattr(part, name, None), int | list | tuple):
                     setattr(part, name, image_size)
         try:
-            model: nn.Module = self._factory.from_config(config)
+            model: nn.Module = self._factory.from_config(config, trust_remote_code=False)
         except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"{self.owner}: {self.auto} cannot build this model ({reason}).") from error

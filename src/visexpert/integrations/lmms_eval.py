@@ -27,15 +27,16 @@ class VisexpertModel(lmms):  # type: ignore[misc]
     """Whatever ``visexpert caption --run`` can open: a run whole, RUN/detached or RUN/merged.
 
     Prompts are the task's own; they are framed as the run's data framed them in training (``template``). Each
-     question has one image: tasks without images or with several are refused.
+    question has one image: tasks without images or with several are refused.
 
-     Args:
-         run: Folder of the run.
-         device: As torch writes it; None is the GPU where there is one. Under ``accelerate launch`` each process takes
-             its own GPU.
-         batch_size: Questions at once; ``auto`` is 1.
-         max_new_tokens: Longest answer where the task says nothing.
-         kwargs: What lmms-eval hands every model; ``max_batch_size`` has no meaning here, others are refused.
+    Args:
+        run: Folder of the run.
+        device: As torch writes it; None is the GPU where there is one. Under ``accelerate launch`` each process takes
+            its own GPU.
+        batch_size: Questions at once; ``auto`` is 1.
+        max_new_tokens: Longest answer where the task says nothing.
+        trust: Modules of yours whose classes the run's configuration may name, joined by ``+``.
+        kwargs: What lmms-eval hands every model; ``max_batch_size`` has no meaning here, others are refused.
 
      Raises:
          ConfigError: ``run`` is no run, or an argument is unknown.
@@ -49,14 +50,18 @@ class VisexpertModel(lmms):  # type: ignore[misc]
         device: str | None = None,
         batch_size: int | str = 1,
         max_new_tokens: int = 128,
+        trust: str = "",
         **kwargs: Any,
     ) -> None:
         super().__init__()
         if unknown := sorted(kwargs.keys() - {"max_batch_size"}):
-            raise ConfigError(f"--model visexpert has no argument {unknown[0]!r}; it has run and max_new_tokens.")
+            raise ConfigError(
+                f"--model visexpert has no argument {unknown[0]!r}; it has run, max_new_tokens and trust."
+            )
         size = int(batch_size) if str(batch_size).isdigit() else 1
         self.run, self.max_new_tokens, self.batch_size = str(run), int(max_new_tokens), size
-        self._captioner = Captioner(open_run(self.run), device=own_device(device), batch_size=size)
+        opened = open_run(self.run, trust=str(trust).split("+") if trust else ())
+        self._captioner = Captioner(opened, device=own_device(device), batch_size=size)
 
     @property
     def device(self) -> torch.device:

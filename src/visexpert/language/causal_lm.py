@@ -68,10 +68,10 @@ def build_model(settings: PretrainedConfig, *, dtype: torch.dtype, weights_follo
     """A random model; a big one whose weights follow is on the meta device."""
     settings._attn_implementation = "sdpa"
     with torch.device("meta"):
-        empty: nn.Module = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+        empty: nn.Module = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
     if weights_follow and sum(parameter.numel() for parameter in empty.parameters()) >= META_FROM:
         return empty
-    built: nn.Module = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    built: nn.Module = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
     return built
 
 

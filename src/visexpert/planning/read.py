@@ -48,6 +48,7 @@ class Planned:
 class ConfigReader(VisexpertCLI):
     """Parses what ``visexpert fit`` would parse, and stops there: no trainer, which would ask for its GPUs."""
 
+    reads_only = True
     parsed: Mapping[str, Any]
 
     def instantiate_classes(self) -> None:

@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 from transformers.utils import logging as transformers_logging
 
 from visexpert.errors import ConfigError, WeightsError
+from visexpert.language.attention import attention_of
 from visexpert.language.hub import SMALL_FILES, is_here, model_folder
 from visexpert.language.lora import Quantisation, quantised
 from visexpert.reading import read_json
@@ -66,7 +67,7 @@ def torch_dtype(name: Dtype, *, owner: str) -> torch.dtype:
 
 def build_model(settings: PretrainedConfig, *, dtype: torch.dtype, weights_follow: bool) -> nn.Module:
     """A random model; a big one whose weights follow is on the meta device."""
-    settings._attn_implementation = "sdpa"
+    settings._attn_implementation = attention_of(settings)
     with torch.device("meta"):
         empty: nn.Module = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
     if weights_follow and sum(parameter.numel() for parameter in empty.parameters()) >= META_FROM:
@@ -104,7 +105,7 @@ def read_model(
     try:
         with _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, config=settings, dtype=dtype, attn_implementation="sdpa", local_files_only=True,
+                folder, config=settings, dtype=dtype, attn_implementation=attention_of(settings), local_files_only=True,
                 trust_remote_code=False, weights_only=True, output_loading_info=True, **options,
             )  # fmt: skip
     except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError, SafetensorError) as error:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from visexpert.errors import ConfigError, DataError
-from visexpert.language.base import additive
+from visexpert.language.attention import check_packing, layer_masks
 from visexpert.language.causal_lm import Dtype
 from visexpert.language.generation import Decoding
 from visexpert.language.hf_generation import seeded, strategy, until
@@ -80,12 +81,30 @@ class PrefixLM(PretrainedSide):
         words_BND = self._embed(text.ids_BN.clamp(min=0))
         both_BXD = torch.cat([words_BND, self._image(vision).to(words_BND.dtype)], dim=1)
         embeds_BLD = both_BXD.gather(1, reading.source_BL[..., None].expand(-1, -1, self.width))
-        output = self.model.base_model(
-            inputs_embeds=embeds_BLD, attention_mask=additive(reading.mask_BLL[:, None], embeds_BLD.dtype),
-            position_ids=reading.positions_BL, use_cache=False,
-        )  # fmt: skip
-        logits_MV: Tensor = self.model.get_output_embeddings()(output.last_hidden_state[reading.predicting_BL])
+        masks = layer_masks(self.settings, reading.mask_BLL, reading.positions_BL, embeds_BLD.dtype)
+        with self._head_reads(reading.predicting_BL):
+            output = self.model(
+                inputs_embeds=embeds_BLD, attention_mask=masks, position_ids=reading.positions_BL, use_cache=False
+            )
+        logits_MV: Tensor = output.logits
         return logits_MV.float()
+
+    @contextmanager
+    def _head_reads(self, wanted_BL: Tensor) -> Iterator[None]:
+        """Give the output layer the wanted tokens alone; what the model does to its logits (caps, scales) stays."""
+
+        def select(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (given[0][wanted_BL], *given[1:])
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(select)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _check(self) -> None:
+        check_packing(self.settings, owner=self.owner)
+        super()._check()
 
     def _generate(
         self, vision: VisionTokens, prompts: Sequence[Sequence[int]], *, eos_id: int, decoding: Decoding

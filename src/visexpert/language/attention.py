@@ -1,0 +1,86 @@
+"""Which token each layer of a causal language model may see: all before it, or those in a window or a chunk.
+
+transformers makes such masks by itself only for plain rows; packed items that share an image need their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from visexpert.errors import ConfigError
+from visexpert.language.base import additive
+
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+KINDS = (FULL, SLIDING, CHUNKED)
+"""Kinds of layers, by transformers' names, that a mask can keep packed items apart in."""
+
+Attention = Literal["sdpa", "eager"]
+
+
+def attention_of(settings: PretrainedConfig) -> Attention:
+    """PyTorch's own attention where the model can use it, else the plain one (Gemma-2, GPT-OSS)."""
+    model = _class_of(settings)
+    return "sdpa" if model is None or model._supports_sdpa else "eager"
+
+
+def check_packing(settings: PretrainedConfig, *, owner: str) -> None:
+    """Refuse a language model that would read packed items wrongly.
+
+    Raises:
+        ConfigError: It carries a state along the row (Mamba, RWKV), mixes neighbors (convolutions), takes distances
+            from places in the row instead of positions (ALiBi), makes its masks by itself alone, or embeds token ids
+            once more in every layer, which image tokens do not have.
+    """
+    model, text = _class_of(settings), settings.get_text_config(decoder=True)
+    kinds = set(getattr(text, "layer_types", None) or ())
+    has_own_masks = model is not None and not (model._supports_sdpa or model._supports_attention_backend)
+    problems = {
+        "carries a state along the row": model is not None and model._is_stateful,
+        f"has layers of the kind {', '.join(sorted(kinds - {*KINDS}))}": bool(kinds - {*KINDS}),
+        "takes distances from places in the row (ALiBi)": bool(getattr(text, "alibi", False)),
+        "makes its attention masks by itself": has_own_masks,
+        "reads token ids in every layer": bool(getattr(text, "hidden_size_per_layer_input", None)),
+    }
+    for problem, found in problems.items():
+        if found:
+            raise ConfigError(
+                f"{owner}: a language model of type '{settings.model_type}' {problem}, so it cannot read packed text "
+                "with images as if each item stood alone; take another, such as llama, qwen3, mistral or gemma3_text."
+            )
+
+
+def layer_masks(
+    settings: PretrainedConfig, visible_BLL: Tensor, positions_BL: Tensor, dtype: torch.dtype
+) -> Tensor | dict[str, Tensor]:
+    """What transformers' forward takes as ``attention_mask``: one for all layers, or one by kind of layer.
+
+    Args:
+        settings: The model's configuration.
+        visible_BLL: bool, which token sees which where nothing limits how far.
+        positions_BL: int64 position of each token in its own item; windows and chunks are counted in these.
+        dtype: Of the masks, which are added to the attention's logits, (B, 1, L, L).
+    """
+    text = settings.get_text_config(decoder=True)
+    window, chunk = getattr(text, "sliding_window", None), getattr(text, "attention_chunk_size", None)
+    kinds = getattr(text, "layer_types", None)
+    masks = {FULL: visible_BLL}
+    if window is not None:
+        distance_BLL = positions_BL[:, :, None] - positions_BL[:, None]
+        masks[SLIDING] = visible_BLL & (distance_BLL < int(window))
+    if chunk is not None:
+        number_BL = positions_BL // int(chunk)
+        masks[CHUNKED] = visible_BLL & (number_BL[:, :, None] == number_BL[:, None])
+    if not kinds:  # all layers are of one kind
+        return additive(masks.get(SLIDING, visible_BLL)[:, None], dtype)
+    return {kind: additive(mask_BLL[:, None], dtype) for kind, mask_BLL in masks.items()}
+
+
+def _class_of(settings: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that AutoModelForCausalLM makes of a configuration."""
+    found: Any = AutoModelForCausalLM._model_mapping.get(type(settings), None)
+    made: type[PreTrainedModel] | None = found
+    return made

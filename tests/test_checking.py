@@ -182,3 +182,16 @@ def test_without_a_progress_bar_a_run_goes_through(tmp_path: Path) -> None:
     off = ["--trainer.enable_progress_bar", "false", "--trainer.max_steps", "99999999999"]
     cli = build_cli(["--config", str(SMOKE), "--run", str(tmp_path / "run"), *off], run=False)
     assert cli.trainer.progress_bar_callback is None
+
+
+@pytest.mark.parametrize("config", ["model: 3\ndata: {}\n", "[]", "model: ["])
+@pytest.mark.parametrize(
+    "command", [["caption", "x.png", "--run"], ["merge"], ["export", "--format", "hf", "--out", "o"]]
+)
+def test_a_run_whose_configuration_is_none_is_refused(
+    command: list[str], config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
+    assert "config.yaml" in refused([*command, str(tmp_path)], capsys)

@@ -68,6 +68,16 @@ def check_settings(config: Mapping[str, Any]) -> None:
         _check_arguments(class_path, arguments)
 
 
+def check_seed(name: str, seed: Any) -> None:
+    """Check that all libraries take a seed.
+
+    Raises:
+        ConfigError: It is no whole number, or out of their range.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
+        raise ConfigError(f"{name} is {seed!r}, but must be a whole number from 0 to {LARGEST_SEED}.")
+
+
 def check_run(config: Mapping[str, Any], *, trains: bool) -> None:
     """Check what belongs to the run: seed, folder, intervals of checkpoints, the trainer's numbers.
 
@@ -81,9 +91,7 @@ def check_run(config: Mapping[str, Any], *, trains: bool) -> None:
     for key, base in (("model", "LightningModule"), ("data", "LightningDataModule")):
         if str((config.get(key) or {}).get("class_path", "")).endswith(f".{base}"):
             raise ConfigError(f"{key} names no class; give one as {key}: {{class_path: ..., init_args: ...}}.")
-    seed = config.get("seed_everything")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
-        raise ConfigError(f"seed_everything is {seed!r}, but must be a whole number from 0 to {LARGEST_SEED}.")
+    check_seed("seed_everything", config.get("seed_everything"))
     folder = config.get("run")
     if not isinstance(folder, str) or not folder.strip() or "\0" in folder:
         raise ConfigError(f"run is {folder!r}, but must name the folder of the run, such as runs/first.")

@@ -112,6 +112,9 @@ def build(
     parser = ArgumentParser(exit_on_error=False)  # a saved configuration has its interpolations resolved
     parser.add_subclass_arguments(L.LightningModule, "model")
     parser.add_subclass_arguments(LightningDataModule, "data")
+    for key in ("model", "data"):
+        if not isinstance(config[key], Mapping):
+            raise ConfigError(f"{path}: {key} is {config[key]!r:.80}, but must be a mapping with a class_path.")
     wanted = {"model": _without_start(config["model"]), "data": config["data"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -123,3 +123,25 @@ def test_the_command_stores_and_prints(run: Path, capsys: pytest.CaptureFixture[
         score(["import", str(copy), "--run", str(run / "nowhere")])
     with pytest.raises(ConfigError, match="no scores of 'mme'"):
         score(["import", str(copy), "--run", str(run), "--harness-version", "1", "--task", "mme"])
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("key", ["results", "configs", "config", "n-samples", "n-shot", "versions"])
+@pytest.mark.parametrize("odd", [3, "text", [1], {"tiny_gqa": 3}, {"tiny_gqa": {"exact_match,none": 10**400}}])
+def test_odd_entries_are_refused_in_one_sentence_or_left_out(run: Path, tmp_path: Path, key: str, odd: Any) -> None:
+    path = changed(tmp_path, **{key: odd})
+    try:
+        assert import_lmms(path, run, harness_version="0.7.3", limited=True)
+    except (ConfigError, DataError) as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "lmms.json"])
+@pytest.mark.parametrize("content", ["[]", "3", "null", DEEP])
+def test_a_runs_own_files_of_another_form_are_refused_and_kept(run: Path, name: str, content: str) -> None:
+    (run / name).write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=f"{name}.*(object|JSON)"):
+        import_lmms(REAL, run, harness_version="0.7.3")
+    assert (run / name).read_text(encoding="utf-8") == content

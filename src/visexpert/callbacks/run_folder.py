@@ -21,7 +21,7 @@ from rich.table import Table
 from visexpert.callbacks.identity import score_identity
 from visexpert.errors import DataError, shown
 from visexpert.interruption import Interrupted
-from visexpert.report.files import read_json, set_aside, write_json, write_text
+from visexpert.report.files import read_object, set_aside, write_json, write_text
 from visexpert.report.machine import machine_facts, package_versions
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class RunFolder(Callback):
         self._folder, self._finished = folder_of(trainer), False
         if trainer.is_global_zero:
             path = self._folder / "environment.json"
-            known = read_json(path) if path.exists() else {}
+            known = read_object(path) if path.exists() else {}
             begun = {**environment(), **score_identity(trainer), "outcome": RUNNING}
             write_json(path, {**known, _stage_name(trainer): begun})
 
@@ -105,7 +105,7 @@ class RunFolder(Callback):
         if not trainer.is_global_zero or self._folder is None:
             return
         path = self._folder / "environment.json"
-        known = read_json(path)
+        known = read_object(path)
         stage = _stage_name(trainer)
         write_json(path, {**known, stage: {**known[stage], **facts, "ended": _now()}})
 
@@ -116,7 +116,7 @@ class RunFolder(Callback):
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if earlier and path.exists():
-            metrics = {**read_json(path), **metrics}
+            metrics = {**read_object(path), **metrics}
         write_json(path, dict(sorted(metrics.items())))
         if self._table and metrics:
             console = get_console()  # that of the live bars, which then stay below

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from visexpert.callbacks.phase import Phase, kept_trainer, saved_settings
+from visexpert.checking import check_seed
 from visexpert.errors import ConfigError, shown
 from visexpert.interruption import stoppable
 from visexpert.methods import ToVE
@@ -31,6 +32,8 @@ def run_phase(command: str, phase: type[Phase], arguments: list[str]) -> None:
     parser = _parser(command, phase)
     built = parser.instantiate_classes(parser.parse_args(arguments))
     work = phase(**{name: built[name] for name in signature(phase).parameters})
+    if built.seed is not None:
+        check_seed("--seed", built.seed)
     run = Path(built.folder)
     saved = open_run(run)
     if not isinstance(saved.model, ToVE):

@@ -67,6 +67,20 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} is not readable JSON ({error}): remove it and let the run write it again.") from error
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        DataError: As :func:`read_json`, or it holds something else.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise DataError(
+            f"{path} holds a {type(content).__name__} where an object belongs: remove it, the run writes it again."
+        )
+    return content
+
+
 def set_aside(path: Path) -> Path | None:
     """Rename ``name.ext`` to the first free ``name.1.ext``, ``name.2.ext``, ...; None if there is nothing to rename."""
     if not path.exists():

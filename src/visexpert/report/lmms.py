@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from visexpert.errors import ConfigError, DataError
-from visexpert.report.files import read_json, write_json
+from visexpert.report.files import read_json, read_object, write_json
+
+LARGEST = sys.float_info.max
 
 SIDECAR = "lmms.json"
 """File of a run's folder that says where the scores under ``lmms/`` come from."""
@@ -151,8 +153,8 @@ def import_lmms(
     if absent := sorted(set(tasks) - found.keys()):
         raise ConfigError(f"{path} has no scores of {absent[0]!r}; it has {', '.join(found)}.")
     chosen = {name: task for name, task in found.items() if not tasks or name in tasks}
-    metrics = read_json(run / "metrics.json") if (run / "metrics.json").is_file() else {}
-    noted = read_json(run / SIDECAR) if (run / SIDECAR).is_file() else {}
+    metrics = read_object(run / "metrics.json") if (run / "metrics.json").is_file() else {}
+    noted = read_object(run / SIDECAR) if (run / SIDECAR).is_file() else {}
     known = {name: entry for name, entry in noted.items() if any(key.startswith(f"lmms/{name}/") for key in metrics)}
     for name, task in chosen.items():
         _check(task, known.get(name), run, limited=limited, replace=replace)
@@ -181,7 +183,9 @@ def _scores(entry: Mapping[str, Any]) -> dict[str, float]:
     """Numbers of a task by name; what is handed in for a server to score (lists, files) is left out."""
     scores: dict[str, float] = {}
     for key, value in entry.items():
-        if key in BESIDE or isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if key in BESIDE or isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not abs(value) <= LARGEST:  # infinite, NaN, or an integer that no float holds
             continue
         metric, _, kind = key.partition(",")
         scores[metric if kind in ("", "none") else f"{metric}@{kind}"] = float(value)
@@ -195,23 +199,37 @@ def _version(content: Mapping[str, Any]) -> str | None:
     return written if written and not written.endswith("@unknown") else str(commit) if commit else None
 
 
+def _object(value: Any, name: str) -> Mapping[str, Any]:
+    """A JSON object, empty where there is none.
+
+    Raises:
+        DataError: Something else lies there.
+    """
+    if not isinstance(value or {}, dict):
+        raise DataError(f"The results file has {value!r:.80} under {name}, where an object belongs; is it lmms-eval's?")
+    return value or {}
+
+
 def _provenance(content: Mapping[str, Any], task: str, version: str, file: str, sha256: str) -> Provenance:
-    settings = content["configs"].get(task) or {}
-    model = content.get("config") or {}
+    def of_task(key: str) -> Any:
+        return _object(content.get(key), key).get(task)
+
+    settings = _object(of_task("configs"), f"configs of {task}")
+    model = _object(content.get("config"), "config")
     return Provenance(
         harness="lmms-eval",
         harness_version=version,
-        task_version=settings.get("metadata") or (content.get("versions") or {}).get(task),
+        task_version=settings.get("metadata") or of_task("versions"),
         prompt=settings.get("lmms_eval_specific_kwargs"),
         chat_template=content.get("chat_template"),
         system_instruction=content.get("system_instruction"),
         generation=settings.get("generation_kwargs"),
-        shots=(content.get("n-shot") or {}).get(task),
+        shots=of_task("n-shot"),
         dataset={key: settings.get(key) for key in ("dataset_path", "dataset_name", "test_split")},
-        samples=(content.get("n-samples") or {}).get(task) or {},
+        samples=_object(of_task("n-samples"), f"n-samples of {task}"),
         model={key: model.get(key) for key in ("model", "model_args", "model_backend", "batch_size", "limit")},
         date=content.get("date"),
-        task_hash=(content.get("task_hashes") or {}).get(task),
+        task_hash=of_task("task_hashes"),
         file=file,
         sha256=sha256,
         imported=datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -7,7 +7,7 @@ K experts · R LoRA rank · H heads (or image height beside W) · L text length 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
@@ -33,24 +33,29 @@ Unit = Literal["token", "image"]
 
 UNITS: tuple[Unit, ...] = ("token", "image")
 
-_Self = TypeVar("_Self", bound="_Movable")
+_Self = TypeVar("_Self", bound="TensorRecord")
 
 
 @dataclass(frozen=True)
-class _Movable:
+class TensorRecord:
     """A frozen record of tensors that Lightning can move to a device (it calls ``.to``)."""
 
     def to(self: _Self, device: torch.device | str, **kwargs: Any) -> _Self:
         """Return a copy with each tensor, nested record and mapping of tensors on ``device``."""
-        moved = {f.name: _move(getattr(self, f.name), device, kwargs) for f in fields(self)}
-        return replace(self, **moved)
+        return self.mapped(lambda tensor: tensor.to(device, **kwargs))
+
+    def mapped(self: _Self, change: Callable[[Tensor], Tensor]) -> _Self:
+        """Return a copy with each tensor changed, those of nested records and mappings, too."""
+        return replace(self, **{f.name: _mapped(getattr(self, f.name), change) for f in fields(self)})
 
 
-def _move(value: Any, device: torch.device | str, kwargs: dict[str, Any]) -> Any:
-    if isinstance(value, Tensor | _Movable):
-        return value.to(device, **kwargs)
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, TensorRecord):
+        return value.mapped(change)
     if isinstance(value, Mapping):
-        return {key: _move(item, device, kwargs) for key, item in value.items()}
+        return {key: _mapped(item, change) for key, item in value.items()}
     return value
 
 
@@ -222,7 +227,7 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class TextBatch(_Movable):
+class TextBatch(TensorRecord):
     """The text items of each image packed into one row, so that they share the image's keys and values.
 
     Args:
@@ -257,7 +262,7 @@ class StepCounts:
 
 
 @dataclass(frozen=True)
-class Batch(_Movable):
+class Batch(TensorRecord):
     """What a DataModule yields.
 
     Args:
@@ -299,13 +304,18 @@ class Batch(_Movable):
         return {"token": tokens, "image": len(self) if self.has_image_B is None else int(self.has_image_B.sum())}
 
     def unit_images(self) -> Tensor:
-        """The images as encoders take them: (B, 3, H, W), float in [0, 1]."""
+        """The images as encoders take them: (B, 3, H, W), in [0, 1], float32 or better.
+
+        Encoders resize and normalize at this precision and cast to that of their weights last.
+        """
         images = self.images_BCHW
-        return images.float() / 255.0 if images.dtype == torch.uint8 else images
+        if images.dtype == torch.uint8:
+            return images.to(torch.float32) / 255.0
+        return images.to(torch.promote_types(images.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
-class ExpertTokens(_Movable):
+class ExpertTokens(TensorRecord):
     """Output of a frozen expert.
 
     Args:
@@ -318,7 +328,7 @@ class ExpertTokens(_Movable):
 
 
 @dataclass(frozen=True)
-class VisionTokens(_Movable):
+class VisionTokens(TensorRecord):
     """Tokens that a language side reads.
 
     Args:

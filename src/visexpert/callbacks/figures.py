@@ -70,7 +70,7 @@ class RunFigures(Callback):
         gates_BTK = output.vision.gates_BTK
         if gates_BTK is not None:
             self._images += list(images_BHW3[: max(0, self.num_maps - len(self._images))])
-            self._gates.append(gates_BTK.unflatten(1, output.vision.grid_hw).cpu().numpy())
+            self._gates.append(gates_BTK.unflatten(1, output.vision.grid_hw).float().cpu().numpy())
             if "instance_BHW" in batch.targets:
                 self._regions.append(token_regions(batch.targets["instance_BHW"], output.vision.grid_hw))
         for caption in output.captions[: max(0, self.num_captions - len(self._captions))]:

@@ -15,6 +15,7 @@ from visexpert.data.settings import Settings, Template
 from visexpert.data.source import PARTS, Loader, SourceData, batches_done
 from visexpert.data.stepping import StepLoader
 from visexpert.errors import ConfigError
+from visexpert.precision import convert_records
 from visexpert.types import Batch, ImageSource, TextEncoder
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class MixedData(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read the annotations that ``stage`` needs."""
+        convert_records(self.trainer)
         for name, parts in self._by_source(stage).items():
             source = self.sources[name]
             source.trainer = self.trainer

@@ -19,6 +19,7 @@ from visexpert.data.settings import Settings, Template
 from visexpert.data.stepping import StepLoader
 from visexpert.data.tokenizers import load_tokenizer
 from visexpert.errors import ConfigError
+from visexpert.precision import convert_records
 from visexpert.types import Batch, ImageSource, TextEncoder
 
 PARTS: dict[str | None, tuple[str, ...]] = {
@@ -163,6 +164,7 @@ class SourceData(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read the annotations that ``stage`` needs (fit, validate, test, predict; None for all)."""
+        convert_records(self.trainer)
         self.find_run_folder()
         for part in self.parts_of_stage(stage):
             self.open(part)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visexpert.errors import ConfigError
+from visexpert.precision import like_weights
 from visexpert.resources import weights_digest
 from visexpert.types import ExpertTokens
 
@@ -85,7 +86,7 @@ class VisionExpert(nn.Module, ABC):
 
     def forward(self, images_BCHW: Tensor) -> ExpertTokens:
         """Encode images (B, 3, H, W), float in [0, 1], any size."""
-        return ExpertTokens(self.encode(self.preprocess(images_BCHW)), self.grid_hw)
+        return ExpertTokens(self.encode(like_weights(self.preprocess(images_BCHW), self)), self.grid_hw)
 
 
 def resize_images(images_BCHW: Tensor, size: int) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from visexpert.errors import ConfigError
+from visexpert.precision import like_weights
 
 ProjectorKind = Literal["linear", "mlp2x_gelu", "identity"]
 
@@ -38,5 +39,5 @@ class Projector(nn.Module):
 
     def forward(self, tokens_BTD: Tensor) -> Tensor:
         """(B, T, in_dim) to (B, T, out_dim)."""
-        projected: Tensor = self.layers(self.norm(tokens_BTD))
+        projected: Tensor = self.layers(self.norm(like_weights(tokens_BTD, self)))
         return projected

@@ -21,7 +21,7 @@ from visexpert.methods.accumulation import StepShares, batches_done
 from visexpert.methods.checkpointed import CheckpointedModule
 from visexpert.methods.evaluation import EvalOutput, Evaluator
 from visexpert.methods.modes import settle_modes
-from visexpert.methods.optimiser import cosine_with_warmup, make_groups
+from visexpert.methods.optimiser import adamw, clip_gradients, cosine_with_warmup, make_groups
 from visexpert.methods.views import EncoderViews
 from visexpert.types import Batch, ImageSource, LossTerm, StepOutput, Unit, VisionTokens
 
@@ -201,10 +201,19 @@ class Method(CheckpointedModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over :meth:`trained_groups`, warm-up and cosine by step."""
         groups = make_groups(self.trained_groups(), weight_decay=self.weight_decay)
-        optimiser = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
+        optimiser = adamw(groups, lr=self.lr, betas=self.betas, trainer=self.trainer)
         total = int(self.trainer.estimated_stepping_batches)
         schedule = cosine_with_warmup(optimiser, warmup_steps=self.warmup_steps, total_steps=total)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip in every precision, the optimizer fused or not."""
+        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # -- Evaluation -----------------------------------------------------------------------------------------------
 

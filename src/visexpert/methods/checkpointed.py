@@ -14,6 +14,7 @@ from visexpert.methods.columns import NAMES, Columns, experts_in, refuse_other_o
 from visexpert.methods.matching import refuse_other_model, refuse_other_training
 from visexpert.methods.optimiser import ParameterGroup, make_groups
 from visexpert.methods.start import find_start
+from visexpert.precision import convert_records
 
 
 class CheckpointedModule(L.LightningModule):
@@ -82,6 +83,7 @@ class CheckpointedModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Load weights, settle what trains."""
+        convert_records(self._trainer)
         if not self._loaded:
             if stage == "fit" and not self._continues:
                 self.check_start()

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from visexpert.errors import ConfigError
 from visexpert.grids import resample_tokens
+from visexpert.precision import like_weights
 from visexpert.types import ExpertTokens
 
 
@@ -54,7 +55,7 @@ class TokenAdapter(nn.Module):
             tokens_BTE = self.stem(expert)
         else:
             tokens_BTE = resample_tokens(expert.tokens_BSE, expert.grid_hw, self.out_grid)
-        out: Tensor = self.out(F.gelu(self.hidden(self.norm(tokens_BTE))))
+        out: Tensor = self.out(F.gelu(self.hidden(self.norm(like_weights(tokens_BTE, self.norm)))))
         return out
 
 
@@ -90,5 +91,5 @@ class MapStem(nn.Module):
         """Map cells (B, S, C) to patch tokens (B, T, width)."""
         cells_BSC = resample_tokens(expert.tokens_BSE, expert.grid_hw, self.grid)
         map_BCHW = cells_BSC.transpose(1, 2).reshape(cells_BSC.shape[0], -1, *self.grid)
-        patches: Tensor = self.layers(map_BCHW)
+        patches: Tensor = self.layers(like_weights(map_BCHW, self.layers))
         return patches.flatten(2).transpose(1, 2)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from visexpert.errors import ConfigError
 from visexpert.grids import resample_tokens
+from visexpert.precision import like_weights
 from visexpert.transfer.kd_maps import AdapterKind, ReleasedAdapter, Standardise, token_map
 from visexpert.types import ExpertTokens
 
@@ -150,7 +151,7 @@ class ToStudentHead(KDHead):
     def pair(self, student_BTD: Tensor, teacher: ExpertTokens, has_image_B: Tensor | None) -> KDPair:
         """The student's tokens as they are, the teacher's adapted."""
         tokens = teacher.tokens_BSE.detach() if self.kind == "released" else self.resampled(teacher)
-        return KDPair(student_BTD, self.adapter(tokens))
+        return KDPair(student_BTD, self.adapter(like_weights(tokens, self.adapter)))
 
 
 class ToTeacherHead(KDHead):
@@ -176,7 +177,9 @@ class ToTeacherHead(KDHead):
 
     def pair(self, student_BTD: Tensor, teacher: ExpertTokens, has_image_B: Tensor | None) -> KDPair:
         """The head's prediction (B, T, E), the teacher's tokens standardised."""
-        return KDPair(self.head(student_BTD), self.standardise(self.resampled(teacher), has_image_B))
+        return KDPair(
+            self.head(like_weights(student_BTD, self.head)), self.standardise(self.resampled(teacher), has_image_B)
+        )
 
 
 class FixedHead(KDHead):
@@ -202,4 +205,6 @@ class FixedHead(KDHead):
 
     def pair(self, student_BTD: Tensor, teacher: ExpertTokens, has_image_B: Tensor | None) -> KDPair:
         """The student's tokens as they are, the teacher's standardised and turned."""
-        return KDPair(student_BTD, self.standardise(self.resampled(teacher), has_image_B) @ self.map_ED)
+        return KDPair(
+            student_BTD, self.standardise(self.resampled(teacher), has_image_B) @ self.map_ED.to(torch.float32)
+        )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from visexpert.precision import like_weights
 
 AdapterKind = Literal["released", "linear", "mlp"]
 
@@ -30,7 +33,7 @@ class ReleasedAdapter(nn.Module):
 
     def forward(self, tokens_BSE: Tensor) -> Tensor:
         """Map tokens (B, S, E) to (B, T, D)."""
-        mapped_BDT: Tensor = self.tokens(F.gelu(self.channels(tokens_BSE).transpose(1, 2)))
+        mapped_BDT: Tensor = self.tokens(F.gelu(self.channels(like_weights(tokens_BSE, self)).transpose(1, 2)))
         return mapped_BDT.transpose(1, 2)
 
 
@@ -60,6 +63,16 @@ class Standardise(nn.Module):
         self.statistics = nn.BatchNorm1d(dim, affine=False, momentum=None)
         self._batches: int | None = None
         self.register_load_state_dict_post_hook(_forget_count)  # type: ignore[no-untyped-call]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Standardise:
+        """Move and cast like any module, but keep the statistics in float32: a mean over many batches needs it."""
+        before = [self.statistics.running_mean, self.statistics.running_var]
+        super()._apply(fn, recurse)
+        for name, old in zip(("running_mean", "running_var"), before, strict=True):
+            new = getattr(self.statistics, name)
+            if new is not None and old is not None and torch.finfo(new.dtype).bits < 32:
+                setattr(self.statistics, name, old.to(device=new.device, dtype=torch.float32))
+        return self
 
     def forward(self, tokens_BTE: Tensor, has_image_B: Tensor | None = None) -> Tensor:
         """Standardise (B, T, E); in training, learn the statistics of samples with an image first. No graph."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from visexpert.errors import ConfigError, require_numbers
+from visexpert.precision import like_weights
 from visexpert.resources import ZOO_PREFIX, fill_module, weights_digest
 from visexpert.types import VisionTokens
 from visexpert.vision.mole_settings import MoLESettings
@@ -161,12 +162,16 @@ class ClipEncoder(nn.Module):
         return weights_digest(self.model, facts=json.dumps(facts))
 
     def preprocess(self, images_BCHW: Tensor) -> Tensor:
-        """Resize (bicubic, antialiased, as CLIP's processor) and normalise images (B, 3, H, W) in [0, 1]."""
+        """Resize (bicubic, antialiased, as CLIP's processor) and normalise images (B, 3, H, W) in [0, 1].
+
+        Returns:
+            (B, 3, H, W) of the input's side, in the precision of the weights.
+        """
         size = (self.image_size, self.image_size)
         if images_BCHW.shape[-2:] != size:
             images_BCHW = F.interpolate(images_BCHW, size=size, mode="bicubic", antialias=True, align_corners=False)
             images_BCHW = images_BCHW.clamp(0.0, 1.0)
-        return (images_BCHW - self.mean) / self.std
+        return like_weights((images_BCHW - self.mean) / self.std, self.model)
 
     def forward(self, images_BCHW: Tensor) -> VisionTokens:
         """Encode images (B, 3, H, W), float in [0, 1], any size, into patch tokens (B, T, D) and [CLS] (B, D)."""

@@ -20,6 +20,7 @@ from visexpert.data.tabletop.pool import POOL_SIZES, Pools, ensure_pools
 from visexpert.data.tabletop.tokenizer import tabletop_tokenizer
 from visexpert.data.tabletop.world import TabletopWorld
 from visexpert.errors import ConfigError
+from visexpert.precision import convert_records
 from visexpert.resources import cache_root
 
 TRAIN_MIXTURE: dict[str, int] = {"dense": 1, "relation": 1, "vsr": 3, "vqa": 2, "pope": 1}
@@ -130,6 +131,7 @@ class TabletopData(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Map the splits that ``stage`` needs (fit, validate, test, predict; None for all) and tokenise their texts."""
+        convert_records(self.trainer)
         for split in self._splits_of_stage(stage):
             if split not in self._datasets:
                 self._datasets[split] = self._build(split)

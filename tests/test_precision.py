@@ -119,21 +119,13 @@ def test_gradients_are_clipped_in_every_precision(precision: str, algorithm: str
         plugin = MixedPrecision(cast(Any, precision), "cpu", scaler)
     trainer = trainer_with(plugin, gradient_clip_val=1.0, gradient_clip_algorithm=GradClipAlgorithmType(algorithm))
 
-    class Module(L.LightningModule):
-        @property
-        def trainer(self) -> Any:
-            return trainer
-
-        def clip_gradients(
-            self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
-        ) -> None:
-            plugin.clip_gradients(optimizer, gradient_clip_val, GradClipAlgorithmType(gradient_clip_algorithm))
-
+    module = L.LightningModule()
+    module._trainer = trainer
     weight = nn.Parameter(torch.zeros(2))
     optimizer = adamw([{"params": [weight]}], lr=0.1, betas=(0.9, 0.98), trainer=trainer)
     assert optimizer.defaults["fused"] == (precision != "16-mixed")
     weight.grad = torch.tensor([3.0, 4.0])
-    clip_gradients(Module(), optimizer, 1.0, algorithm)
+    clip_gradients(module, optimizer, 1.0, algorithm)
     expected = [0.6, 0.8] if algorithm == "norm" else [1.0, 1.0]
     torch.testing.assert_close(weight.grad, torch.tensor(expected), atol=1e-5, rtol=0)
 

@@ -67,7 +67,7 @@ class Standardise(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Standardise:
         """Move and cast like any module, but keep the statistics in float32: a mean over many batches needs it."""
         before = [self.statistics.running_mean, self.statistics.running_var]
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in zip(("running_mean", "running_var"), before, strict=True):
             new = getattr(self.statistics, name)
             if new is not None and old is not None and torch.finfo(new.dtype).bits < 32:

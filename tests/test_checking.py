@@ -185,9 +185,7 @@ def test_without_a_progress_bar_a_run_goes_through(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", ["model: 3\ndata: {}\n", "[]", "model: ["])
-@pytest.mark.parametrize(
-    "command", [["caption", "x.png", "--run"], ["merge"], ["export", "--format", "hf", "--out", "o"]]
-)
+@pytest.mark.parametrize("command", [["caption", "x.png", "--run"], ["merge"]])
 def test_a_run_whose_configuration_is_none_is_refused(
     command: list[str], config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,7 @@ from visexpert.losses import text_loss, token_nll
 from visexpert.methods.accumulation import StepShares, batches_done
 from visexpert.methods.checkpointed import CheckpointedModule
 from visexpert.methods.evaluation import EvalOutput, Evaluator
+from visexpert.methods.finite import FiniteGuard, OnNan, refuse_engines
 from visexpert.methods.modes import settle_modes
 from visexpert.methods.optimiser import adamw, clip_gradients, cosine_with_warmup, make_groups
 from visexpert.methods.views import EncoderViews
@@ -39,6 +40,9 @@ class Method(CheckpointedModule):
         betas: Of AdamW. 0.98 forgets sooner, which suits short runs; the scripts of LLaVA and MoVE-KD have 0.999.
         caption_images: Images of the test split that get a generated caption (greedy); 0 for none.
         meteor: Score captions by METEOR, too (Java, about 25 s for 500 captions); null where Java is installed.
+        on_nan: Of a step whose loss or gradient is NaN or infinite, which is never taken: ``stop`` ends the run,
+            ``skip`` goes on with the next one, but ends the run after more than 10 in a row. Its rows are in
+            ``not_finite.jsonl``.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Method(CheckpointedModule):
         betas: tuple[float, float] = (0.9, 0.98),
         caption_images: int = 500,
         meteor: bool | None = None,
+        on_nan: OnNan = "stop",
     ) -> None:
         require_numbers(
             type(self).__name__, least=0, lr=lr, language_lr=language_lr, language_frozen_steps=language_frozen_steps,
@@ -66,6 +71,8 @@ class Method(CheckpointedModule):
         self.language_frozen_steps = language_frozen_steps
         self.warmup_steps, self.betas = warmup_steps, betas
         self.caption_images, self.meteor = caption_images, meteor
+        self.on_nan: OnNan = on_nan
+        self._finite = FiniteGuard(on_nan)
         self.evaluators: dict[str, Evaluator] = {}
         self._joined: bool | None = None
         self._step_shares = StepShares()
@@ -116,6 +123,8 @@ class Method(CheckpointedModule):
         """
         if stage == "fit" and self.language_frozen_steps > 0 and self._trainer is not None:
             refuse_engine(self.trainer.strategy, steps=self.language_frozen_steps)
+        if stage == "fit" and self._trainer is not None:
+            refuse_engines(self.trainer.strategy, self.on_nan)
         super().setup(stage)
 
     def train(self, mode: bool = True) -> Method:
@@ -162,17 +171,27 @@ class Method(CheckpointedModule):
             step, and whose other terms are means over all its images, whatever the number of batches and processes.
         """
         output = self.step(batch)
+        if self._trainer is not None:
+            self._finite.note(batch, output)
         self.log_dict({"train/loss": output.loss.detach()}, prog_bar=True, batch_size=output.batch_size)
         if self._trainer is not None and writes_row(self.trainer):  # a dozen calls of log take a fifth of a small step
             parts = {f"train/{name}": value.detach() for name, value in output.parts.items()}
             self.log_dict(parts, batch_size=output.batch_size)
         return output.shared(self._batch_shares)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As every module, once it is clear that the weights are finite."""
+        self._finite.check_weights(self)
+        super().on_save_checkpoint(checkpoint)
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Drop the gradients of a language side that is not to train yet: no step, no decay, no clipping by them."""
+        """Keep NaN and infinity out of the weights (``on_nan``).
+
+        Drop the gradients of a language side that is not to train yet: no step, no decay, no clipping by them."""
         if not self.language_joins:
             for parameter in self.language.parameters():
                 parameter.grad = None
+        self._finite.look(self)
 
     def on_validation_epoch_start(self) -> None:
         """Fresh scores."""

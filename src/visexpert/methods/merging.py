@@ -83,7 +83,7 @@ class Merging(Method):
         super().__init__(
             language=teacher.language if language_lr == 0 else copy.deepcopy(teacher.language), lr=lr,
             language_lr=language_lr, weight_decay=weight_decay, warmup_steps=warmup_steps,
-            caption_images=caption_images, meteor=meteor,
+            caption_images=caption_images, meteor=meteor, on_nan=teacher.on_nan,
         )  # fmt: skip
         self.teacher = teacher
         self.clip = copy.deepcopy(teacher.clip).requires_grad_(False)

@@ -18,6 +18,7 @@ from visexpert.methods.base import Method
 from visexpert.methods.columns import Columns
 from visexpert.methods.distillation import ANCHOR, STUDENT, Distillation, Distilled, TeacherWeighting, TokenWeighting
 from visexpert.methods.evaluation import EvalOutput
+from visexpert.methods.finite import OnNan
 from visexpert.methods.optimiser import ParameterGroup
 from visexpert.methods.start import start_from
 from visexpert.methods.student import check_weights, mole_parts
@@ -106,11 +107,12 @@ class MoVEKD(Method):
         betas: tuple[float, float] = (0.9, 0.98),
         caption_images: int = 500,
         meteor: bool | None = None,
+        on_nan: OnNan = "stop",
     ) -> None:
         super().__init__(
             language=language, lr=lr, language_lr=language_lr if text_weight > 0 else 0.0,
             language_frozen_steps=language_frozen_steps, weight_decay=weight_decay, warmup_steps=warmup_steps,
-            betas=betas, caption_images=caption_images, meteor=meteor,
+            betas=betas, caption_images=caption_images, meteor=meteor, on_nan=on_nan,
         )  # fmt: skip
         require_numbers("MoVEKD", least=0, clip_lr=clip_lr, mole_lr=mole_lr)
         require_numbers("MoVEKD", least=1, adapter_hidden=adapter_hidden)

@@ -17,6 +17,7 @@ from visexpert.losses import gate_balance
 from visexpert.losses.balance import GateBalanceForm
 from visexpert.methods.base import Method
 from visexpert.methods.columns import Columns
+from visexpert.methods.finite import OnNan
 from visexpert.methods.optimiser import ParameterGroup
 from visexpert.methods.start import start_from
 from visexpert.resources import cache_root
@@ -103,11 +104,12 @@ class ToVE(Method):
         betas: tuple[float, float] = (0.9, 0.98),
         caption_images: int = 500,
         meteor: bool | None = None,
+        on_nan: OnNan = "stop",
     ) -> None:
         super().__init__(
             language=language, lr=lr, language_lr=language_lr, language_frozen_steps=language_frozen_steps,
             weight_decay=weight_decay, warmup_steps=warmup_steps, betas=betas, caption_images=caption_images,
-            meteor=meteor,
+            meteor=meteor, on_nan=on_nan,
         )  # fmt: skip
         if fusion_space not in ("language", "clip"):
             raise ConfigError(f"ToVE: fusion_space={fusion_space!r} is unknown; use 'language' or 'clip'.")
@@ -136,7 +138,7 @@ class ToVE(Method):
         self.init_from = init_from
         self._plain: dict[str, Any] = {
             "projector": projector, "projector_norm": projector_norm, "fusion_space": fusion_space,
-            "caption_images": caption_images, "meteor": meteor,
+            "caption_images": caption_images, "meteor": meteor, "on_nan": on_nan,
         }  # fmt: skip
         folder = cache_root() / "features" if feature_cache == "auto" else feature_cache
         self._cache = None if folder is None else FeatureCache(folder, dtype=feature_dtype)

@@ -178,4 +178,4 @@ def test_adapters_of_another_clip_are_refused(release: Release) -> None:
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         run(["--help"])
-    assert ended.value.code == 0 and "visexpert import MoVE-KD-7b --clip" in capsys.readouterr().out
+    assert ended.value.code == 0 and "visexpert import MoVE-KD-7b-v1.1 --clip" in capsys.readouterr().out

@@ -325,3 +325,35 @@ def test_gates_stand_beside_the_anchor_wherever_it_stands() -> None:
     expected = (a_BT * errors["a"] + b_BT * errors["b"]).mean()
     module = distillation(*teachers, teacher_weighting="gate")
     torch.testing.assert_close(module(tokens(), experts, None, gates_BTK=gates_BTK).loss, expected)
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_adapters_get_the_gradient_of_the_released_code(scale: float) -> None:
+    """The released formulas, written down again: softmax of <cls, z> with a graph, flattened where one dominates."""
+    sizes = Sized()
+    directions: dict[str, Direction] = {"clip": "raw", "eva": "to_student", "sam": "to_student"}
+    heads = {
+        name: make_kd_head(name, sizes, clip_width=WIDTH, clip_grid=GRID, direction=direction).double()
+        for name, direction in directions.items()
+    }
+    options = {"anchor_share": 0.8, "convention": "released", "teacher_weighting": "attention"}
+    module = Distillation(heads, **{**SETTINGS, **options}, detach_weights=False).double().train()
+    given = {name: scale * tokens(seed=seed).double() for seed, name in enumerate(heads, start=1)}
+    student_BTD = tokens(seed=9).double()
+    clip = said(given["clip"])
+    distil(module, student_BTD, given, clip=clip).loss.backward()
+    trained = [p for p in module.heads.parameters() if p.requires_grad]
+    found = [p.grad for p in trained]
+
+    cls_BD = clip.tokens.cls_BD
+    assert cls_BD is not None
+    z = {name: heads[name].adapter(given[name]) for name in ("eva", "sam")}  # type: ignore[operator]
+    scores_BU = torch.stack([(cls_BD[:, None] * z[name]).sum(-1).mean(1) for name in z], dim=1)
+    u_BU = torch.softmax(scores_BU, dim=1)
+    if u_BU.mean(0).max() > 0.8:
+        u_BU = torch.softmax(u_BU + 0.2, dim=1)
+    errors = [((student_BTD - target) ** 2).mean(-1).mean(1) for target in (given["clip"], *z.values())]
+    loss = (0.8 * errors[0] + 0.2 * (u_BU * torch.stack(errors[1:], dim=1)).sum(1)).mean()
+    expected = torch.autograd.grad(loss, trained)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-7)

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 FOLDER holds mm_projector.bin, mole_encoder.bin and encoder_adapter.bin (stage 1), or a whole checkpoint (stage 2).
-Stage 1 also needs --language, the model that it was trained with (Vicuna-1.5).
+Stage 1 also needs --language, the model that it was trained with (Vicuna-1.5). The published ones are
+jiaojuncao/MoVE-KD-7b-v1.0, -7b-v1.1, -13b-v1.0 and -13b-v1.1.
 
-    visexpert import MoVE-KD-7b --clip openai/clip-vit-large-patch14-336 --out runs/move-kd-7b
+    visexpert import MoVE-KD-7b-v1.1 --clip openai/clip-vit-large-patch14-336 --out runs/move-kd-7b
     visexpert caption photo.jpg --run runs/move-kd-7b --prompt "What is in the picture?"
 
 The language model of a stage-2 folder is copied to RUN/language, where config.yaml reads it from. Encoder adapters go

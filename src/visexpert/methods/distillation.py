@@ -52,6 +52,7 @@ class Distillation(Watch):
         token_weighting: ``attention`` - CLIP's [CLS] attention; ``uniform``.
         convention: ``paper`` or ``released``, see :mod:`visexpert.losses.distill`.
         anchor_share: Weight of CLIP among the teachers, where it is one.
+        detach_weights: Keep the loss from training adapters to shift the weights of ``attention`` between teachers.
         alarm_every: Training steps between two looks at whether to raise an alarm.
 
     Raises:
@@ -66,6 +67,7 @@ class Distillation(Watch):
         token_weighting: TokenWeighting,
         convention: Convention,
         anchor_share: float,
+        detach_weights: bool = True,
         alarm_every: int = 50,
     ) -> None:
         for name, value, allowed in (
@@ -88,7 +90,7 @@ class Distillation(Watch):
         self.heads = nn.ModuleDict(dict(heads))
         self.teacher_weighting, self.token_weighting = teacher_weighting, token_weighting
         self.convention: Convention = convention
-        self.anchor_share = anchor_share
+        self.anchor_share, self.detach_weights = anchor_share, detach_weights
 
     def forward(
         self,
@@ -125,6 +127,7 @@ class Distillation(Watch):
             weights = self._teacher_weights(targets, clip, has_image_B)
         compare = gated_kd if weights.ndim == 3 else feature_kd
         loss = compare(predictions, targets, weights, tokens_BT, self.convention, has_image_B=has_image_B)
+        weights = weights.detach()
         shares = {"teachers": self._beside(weights), "tokens": tokens_BT}
         asked = self._asked(targets, weights)
         watched = self.watch({STUDENT: student_BTD, **targets}, shares=shares, asked=asked, has_image_B=has_image_B)
@@ -158,7 +161,12 @@ class Distillation(Watch):
         cls_BD = _given(clip).tokens.cls_BD
         assert cls_BD is not None
         return teacher_weights(
-            cls_BD, targets, anchor_share=self.anchor_share, convention=self.convention, has_image_B=has_image_B
+            cls_BD,
+            targets,
+            anchor_share=self.anchor_share,
+            convention=self.convention,
+            has_image_B=has_image_B,
+            detach=self.detach_weights,
         )
 
     def _beside_anchor(self, gates_BTK: Tensor) -> Tensor:

@@ -56,6 +56,8 @@ class MoVEKD(Method):
             perhaps with others, and a linear gate; the checkpoint keeps it) and frozen.
         token_weighting: ``attention`` (paper) or ``uniform``.
         convention: ``paper`` or ``released`` formulas of weights and loss.
+        detach_weights: Keep the loss from training adapters to shift the weights of teachers; the released code does
+            not.
         kd_weight: Weight of the distillation loss (paper: 0.5).
         text_weight: Weight of the text's loss; 0 with NoLanguage.
         balance_weight: Weight of the routers' balance loss, where there is MoLE (released code: 0.01).
@@ -87,6 +89,7 @@ class MoVEKD(Method):
         teacher_weighting: TeacherWeighting = "uniform",
         token_weighting: TokenWeighting = "attention",
         convention: Convention = "paper",
+        detach_weights: bool = True,
         kd_weight: float = 0.5,
         text_weight: float = 1.0,
         balance_weight: float = 0.01,
@@ -131,7 +134,7 @@ class MoVEKD(Method):
         self.teacher_names = tuple(heads)
         self.distillation = Distillation(
             heads, teacher_weighting=teacher_weighting, token_weighting=token_weighting, convention=convention,
-            anchor_share=0.0 if anchor_share is None else anchor_share,
+            anchor_share=0.0 if anchor_share is None else anchor_share, detach_weights=detach_weights,
         )  # fmt: skip
         self.gate = None
         if teacher_weighting == "gate":

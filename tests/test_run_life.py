@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from visexpert import training
 from visexpert.callbacks import RunFigures
 from visexpert.cli import main
+from visexpert.methods.evaluation import decode
 from visexpert.report import read_metrics
 from visexpert.report.lock import hold
 from visexpert.report.used import holds_run
+from visexpert.runs import open_run
 
 SMOKE = Path(__file__).parents[1] / "configs" / "tove" / "smoke.yaml"
 
@@ -262,3 +265,78 @@ def test_a_second_phase_in_its_folder_is_refused(
     with hold(whole, name):
         assert f"'{whole / name}'" in refused([command, str(whole), *extra], capsys)
     assert not (whole / name).exists()
+
+
+def test_predict_writes_one_line_for_each_text_of_the_test_images(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["predict", "--run", str(whole)])
+    assert str(whole / "predictions.jsonl") in capsys.readouterr().out
+    lines = [json.loads(line) for line in (whole / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["row"] for line in lines] == sorted(line["row"] for line in lines)
+    assert {line["row"] for line in lines} == set(range(8)) and {line["split"] for line in lines} == {"test"}
+    assert {line["kind"] for line in lines} == {"dense", "relation", "vsr", "vqa", "pope"}
+    saved = open_run(whole)
+    saved.data.prepare_data()
+    saved.data.setup("test")
+    first = next(iter(saved.data.test_dataloader()))
+    assert [(line["prompt"], line["answer"]) for line in lines[: len(first.items[0])]] == [
+        (item.prompt, list(item.references) or item.answer) for item in first.items[0]
+    ]
+    with torch.no_grad():  # one by one, by the language side itself
+        vision = saved.model.encode(first)
+        eos = saved.tokenizer.eos_token_id
+        alone = [saved.model.language.generate(vision.rows([0]), [ids], eos_id=eos)[0] for ids in first.prompts[0]]
+    assert [line["text"] for line in lines[: len(alone)]] == [decode(ids, saved.tokenizer) for ids in alone]
+    assert read(whole / "environment.json")["predict"]["outcome"] == "finished"
+    assert not list(whole.glob(".*part"))
+
+
+def test_predict_without_a_language_model_or_a_test_part_is_one_sentence(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    silent = ["--model.init_args.language", "visexpert.language.NoLanguage", "--model.init_args.text_weight", "0"]
+    command = ["predict", "--config", str(SMOKE.parents[1] / "movekd" / "smoke.yaml"), "--run", str(tmp_path)]
+    said = refused([*command, *silent], capsys)
+    assert "predict" in said and "language model" in said and "MoVEKD" in said
+    with monkeypatch.context() as patch:
+        patch.setattr("visexpert.data.TabletopData.predict_dataloader", lambda self: [])  # as a source without the part
+        said = refused(["predict", *fit(tmp_path)[1:]], capsys)
+    assert "test part" in said and "TabletopData" in said
+    assert not list(tmp_path.glob("*predictions*"))
+
+
+def test_users_loggers_work_beside_the_runs_own(
+    whole: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+        EventAccumulator,
+    )
+
+    run, boards = tmp_path / "run", tmp_path / "boards"
+    overlay = tmp_path / "logger.yaml"
+    overlay.write_text(
+        "trainer:\n  logger:\n    - class_path: lightning.pytorch.loggers.TensorBoardLogger\n"
+        f"      init_args: {{save_dir: {boards}, name: tove}}\n",
+        encoding="utf-8",
+    )
+    main(fit(run, "--config", str(overlay), "--trainer.max_steps", "4", "--test_after_fit", "false"))
+    board = EventAccumulator(str(boards / "tove" / "version_0")).Reload()
+    steps, losses = read_metrics(run / "metrics.csv")["train/loss"]
+    assert [event.step for event in board.Scalars("train/loss")] == steps.tolist() == [0, 1, 2, 3]
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(losses.tolist())
+    assert {"checkpoints", "config.yaml", "metrics.json"} <= {path.name for path in run.iterdir()}
+    assert not list(boards.rglob("*.ckpt")) and weights(run)["global_step"] == 4
+    saved = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["trainer"]["logger"]
+    assert [entry["class_path"] for entry in saved] == ["lightning.pytorch.loggers.TensorBoardLogger"]
+    main(["validate", "--run", str(run)])
+    assert (boards / "tove" / "version_1").is_dir() and open_run(run).steps == 4
+
+
+@pytest.mark.parametrize("logger", ["true", "false"])
+def test_a_run_without_loggers_of_the_user_says_so(cache: Path, tmp_path: Path, logger: str) -> None:
+    short = ["--trainer.max_steps", "1", "--test_after_fit", "false", "--trainer.logger", logger]
+    main(fit(tmp_path, *short))
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))["trainer"]["logger"] is None
+    assert (tmp_path / "metrics.csv").is_file() and not (tmp_path / "lightning_logs").exists()

@@ -26,6 +26,7 @@ from visexpert.callbacks import (
     CostReport,
     MetricsContinuation,
     Phase,
+    Predictions,
     RunFigures,
     RunFolder,
     RunLogger,
@@ -34,6 +35,7 @@ from visexpert.callbacks import (
     ThroughputMonitor,
     TrainingProgress,
 )
+from visexpert.callbacks.predictions import check_writes
 from visexpert.checking import built, check_config_file, check_run, check_settings
 from visexpert.errors import ConfigError, first_line
 from visexpert.interruption import stoppable
@@ -131,6 +133,8 @@ class VisexpertCLI(LightningCLI):
         config = self.config[self.subcommand]
         config["weights_only"] = True
         self._overwrite, config["overwrite"] = config["overwrite"], False  # another fit of this file must not
+        if self.subcommand == "predict" and config["return_predictions"] is None:
+            config["return_predictions"] = False  # they are in a file
         if isinstance(config["trainer.logger"], bool):
             config["trainer.logger"] = None  # neither Lightning's default nor none: the run's own is always there
 
@@ -183,7 +187,12 @@ class VisexpertCLI(LightningCLI):
         self._occupy()
         self.settle_start()
 
-    before_test = before_predict = before_validate
+    before_test = before_validate
+
+    def before_predict(self) -> None:
+        """See that there is something to write, then as for the other commands that score."""
+        check_writes(self.model)
+        self.before_validate()
 
     def _occupy(self) -> None:
         """Lock the run's folder, before anything is written.
@@ -460,6 +469,7 @@ def default_callbacks() -> list[L.Callback]:
     """What every run carries: progress, throughput, metrics of earlier starts, run folder, cost, figures."""
     return [
         TrainingProgress(), ThroughputMonitor(), MetricsContinuation(), RunFolder(), CostReport(), RunFigures(),
+        Predictions(),
     ]  # fmt: skip
 
 

@@ -279,6 +279,7 @@ class Batch(TensorRecord):
         source: Name of the source, where a run reads several; its scores stand under this name.
         skipped: Records that this batch would have had, but that cannot be read.
         step: What this batch and its whole optimizer step count; None outside training.
+        keys: What names each image in its source, such as its file; empty in training, and where rows have no names.
     """
 
     images_BCHW: Tensor
@@ -294,6 +295,7 @@ class Batch(TensorRecord):
     source: str = ""
     skipped: tuple[Skipped, ...] = ()
     step: StepCounts | None = None
+    keys: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.images_BCHW.shape[0]

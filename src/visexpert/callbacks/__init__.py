@@ -9,6 +9,7 @@ from visexpert.callbacks.detach import ExpertDetachment
 from visexpert.callbacks.figures import RunFigures
 from visexpert.callbacks.merge import KnowledgeMerging
 from visexpert.callbacks.phase import Phase, PhaseSettings
+from visexpert.callbacks.predictions import Predictions
 from visexpert.callbacks.progress import TrainingProgress
 from visexpert.callbacks.run_folder import RunFolder, SaveRunConfig
 from visexpert.callbacks.run_logger import RunLogger
@@ -23,6 +24,7 @@ __all__ = [
     "MetricsContinuation",
     "Phase",
     "PhaseSettings",
+    "Predictions",
     "RunFigures",
     "RunFolder",
     "RunLogger",

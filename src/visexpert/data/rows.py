@@ -158,7 +158,7 @@ class RowDataset:
         encoded = encode_items(items, self.packer, has_image=bool(sample.image))
         picture = self.reader.read(sample.image, name=sample.image, rng=rng) if sample.image else None
         prompts = prompts_of(items, self.packer, has_image=bool(sample.image)) if self.form.with_items else ()
-        return Loaded(row, picture, items, encoded, prompts)
+        return Loaded(row, picture, items, encoded, prompts, sample.key)
 
     def _choose(self, items: Sequence[TextItem], rng: np.random.Generator) -> tuple[TextItem, ...]:
         order = rng.permutation(len(items))[: self.texts_per_image]

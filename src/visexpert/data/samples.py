@@ -65,6 +65,7 @@ class Loaded:
         items: The texts that were chosen.
         encoded: The same as token ids; None where the batch has no text.
         prompts: Of each text, the ids that the model reads before it answers; empty where nothing is written.
+        key: What names its image in the source.
     """
 
     row: int
@@ -72,6 +73,7 @@ class Loaded:
     items: tuple[TextItem, ...]
     encoded: tuple[EncodedText, ...] | None
     prompts: tuple[tuple[int, ...], ...] = ()
+    key: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +115,7 @@ class BatchForm:
             ).reshape(-1, 2),
             source=self.source,
             skipped=tuple(skipped),
+            keys=tuple(row.key for row in rows) if self.with_items else (),
         )
 
 

@@ -54,7 +54,7 @@ class RecordReader:
         rng = None if self.augment_seed is None else np.random.default_rng([self.augment_seed, epoch, row])
         picture = self.reader.read(image, name=name, rng=rng)
         encoded = encode_items(items, self.packer, has_image=True)
-        return Loaded(row, picture, items, encoded, prompts_of(items, self.packer, has_image=True))
+        return Loaded(row, picture, items, encoded, prompts_of(items, self.packer, has_image=True), name)
 
 
 class ShardLoader:

@@ -19,7 +19,7 @@ from visexpert.language import LanguageSide, NoLanguage, supervised
 from visexpert.losses import text_loss, token_nll
 from visexpert.methods.accumulation import StepShares, batches_done
 from visexpert.methods.checkpointed import CheckpointedModule
-from visexpert.methods.evaluation import EvalOutput, Evaluator
+from visexpert.methods.evaluation import EvalOutput, Evaluator, Written, write_all
 from visexpert.methods.finite import FiniteGuard, OnNan, refuse_engines
 from visexpert.methods.modes import settle_modes
 from visexpert.methods.optimiser import adamw, clip_gradients, cosine_with_warmup, make_groups
@@ -212,6 +212,10 @@ class Method(CheckpointedModule):
     def test_step(self, batch: Batch, batch_idx: int) -> Mapping[str, EvalOutput]:
         """Score one batch, captions included."""
         return {"output": self.evaluate(batch, "test")}
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Written, ...]:
+        """What the model writes to each text of a batch."""
+        return write_all(batch, self.encode(batch), self.language, self.tokenizer)
 
     def on_test_epoch_end(self) -> None:
         """Log scores under ``test/``."""

@@ -66,6 +66,21 @@ class Caption:
 
 
 @dataclass(frozen=True)
+class Written:
+    """What the model wrote to one text item.
+
+    Args:
+        row: Image in its batch.
+        item: What was asked, with the accepted texts.
+        text: What the model wrote.
+    """
+
+    row: int
+    item: TextItem
+    text: str
+
+
+@dataclass(frozen=True)
 class EvalOutput:
     """What an evaluation step hands to callbacks.
 
@@ -260,6 +275,16 @@ def _write(
     eos = FrameTokens.of(tokenizer, purpose="end answers").eos
     written = language.generate(vision.rows([image for image, _ in places]), prompts, eos_id=eos)
     return [decode(ids, tokenizer) for ids in written]
+
+
+def write_all(batch: Batch, vision: VisionTokens, language: LanguageSide, tokenizer: Any) -> tuple[Written, ...]:
+    """What the model writes to every text item of a batch, image by image."""
+    places = [(image, number) for image, items in enumerate(batch.items) for number in range(len(items))]
+    parts = [places[start : start + WRITE_AT_ONCE] for start in range(0, len(places), WRITE_AT_ONCE)]
+    texts = [text for part in parts for text in _write(batch, part, vision, language, tokenizer)]
+    return tuple(
+        Written(image, batch.items[image][number], text) for (image, number), text in zip(places, texts, strict=True)
+    )
 
 
 def _of_all_processes(names: Iterable[str]) -> list[str]:

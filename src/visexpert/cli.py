@@ -26,6 +26,8 @@ def main(argv: list[str] | None = None) -> None:
     A signal that stops a run ends with one sentence and 128 plus its number: 130 for SIGINT, 143 for SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # experts of one's own lie beside the configuration; behind all that is installed
     _set_up_output()
     _quieten()
     try:

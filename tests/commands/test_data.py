@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,49 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["data", "--help"])
     assert "Nothing is downloaded" in capsys.readouterr().out
+
+
+def with_model(root: Path, **init_args: object) -> Path:
+    """A configuration whose data is there, of a model."""
+    write_all(root)
+    path = config(root, tokenizer=tokenizer_folder(root / "words"))
+    content = yaml.safe_load(path.read_text())
+    content["model"] = {"class_path": "visexpert.methods.ToVE", "init_args": init_args}
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_weights_are_listed_with_place_and_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clip = {"class_path": "visexpert.vision.ClipEncoder", "init_args": {"source": "openai/clip-vit-base-patch16"}}
+    clip["init_args"]["architecture"] = "ViT-B-16-quickgelu"  # type: ignore[index]
+    here = {"class_path": "visexpert.experts.TinyExpert", "init_args": {"source": "zoo:depth"}}
+    gone = {"class_path": "visexpert.experts.TimmExpert", "init_args": {"model": "vit_tiny_patch16_224.augreg_in21k"}}
+    made = {"class_path": "visexpert.experts.KorniaEdges", "init_args": {"image_size": 32}}
+    language = {"class_path": "visexpert.language.PrefixLM", "init_args": {"source": "some/language-model"}}
+    experts = {"depth": here, "vit": gone, "edges": made, "unused": gone}
+    path = with_model(tmp_path, clip=clip, experts=experts, use=["depth", "vit", "edges"], language=language)
+    check(path, code=USAGE_ERROR)
+    told = capsys.readouterr()
+    lines = told.out.partition("pretrained weights\n")[2].splitlines()
+    assert len(lines) == 4 and lines[1].split()[:2] == ["ok", "depth:"]
+    # ViT-B/16's image tower has 86 M parameters, ViT-Ti/16 without its head 5.5 M.
+    assert "openai/clip-vit-base-patch16 (about 0.34 GB as float32)" in lines[0] and "hf download" in lines[0]
+    assert "(about 0.022 GB as float32)" in lines[2]
+    assert "language:" in lines[3] and "hf download some/language-model config.json" in lines[3]
+    assert "3 things that the data needs are missing" in told.err
+    check(path, "--no-weights", code=None)
+
+
+def test_an_experts_own_module_lies_beside_the_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As docs/own-expert.md says, with nothing on PYTHONPATH."""
+    page = (Path(__file__).parents[2] / "docs" / "own-expert.md").read_text(encoding="utf-8")
+    code, settings = (page.partition(f"```{kind}\n")[2].partition("```")[0] for kind in ("python", "yaml"))
+    (tmp_path / "my_experts.py").write_text(code, encoding="utf-8")
+    mine = yaml.safe_load(settings)["model"]["init_args"]["experts"]["mine"]
+    path = with_model(tmp_path, experts={"mine": mine})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
+    check(path, code=None)
+    assert capsys.readouterr().out.endswith("pretrained weights\nNothing is missing.\n")

@@ -24,8 +24,9 @@ SAMPLE = 2000
 EPILOG = """\
 Nothing is downloaded and nothing is started. Each thing that the data needs is listed with its place; what is missing
 comes with its source and size. Where the annotations are there, the images that they name are looked for, too: 2000 of
-each part, spread evenly, or every one with --images all. Files that exist may still be damaged: that shows in training,
-where they are skipped and listed in the run's folder (skipped.jsonl).
+each part, spread evenly, or every one with --images all. The pretrained weights of the model are listed, too. Files
+that exist may still be damaged: that shows in training, where they are skipped and listed in the run's folder
+(skipped.jsonl).
 
   visexpert data check configs/tove/paper/vit-b16.yaml
   visexpert data check base.yaml overlay.yaml --parts test
@@ -52,11 +53,22 @@ def run(arguments: list[str]) -> None:
         default="sample",
         help="which images to look for (default: sample)",
     )
+    parser.add_argument(
+        "--no-weights", dest="weights", action="store_false", help="look for data alone, not for pretrained weights"
+    )
     options = parser.parse_args(arguments)
     missing = 0
     for label, source, parts in sources_of(build_data(options.config), options.parts):
         print(shown(label))
         for is_there, line in findings(source, parts, images=options.images):
+            missing += not is_there
+            print(f"  {'ok     ' if is_there else 'MISSING'}  {shown(line)}")
+    model = merged(options.config).get("model")
+    if options.weights and isinstance(model, dict):
+        from visexpert.commands.weights_check import weight_findings
+
+        print("pretrained weights")
+        for is_there, line in weight_findings(model):
             missing += not is_there
             print(f"  {'ok     ' if is_there else 'MISSING'}  {shown(line)}")
     if missing:
@@ -145,7 +157,7 @@ def build_data(paths: Sequence[Path]) -> LightningDataModule:
     named = " + ".join(map(str, paths))
     for path in paths:
         check_config_file(path)
-    config = _merged(paths)
+    config = merged(paths)
     if not isinstance(config.get("data"), dict):
         raise ConfigError(f"{named} names no data; give the configuration of a run, with a class_path under data.")
     foreign = next(filter(is_of_run, paths), None)
@@ -177,7 +189,7 @@ def _laid_over(below: Any, above: Any) -> Any:
     return {**below, **above, "init_args": arguments}
 
 
-def _merged(paths: Sequence[Path]) -> dict[str, Any]:
+def merged(paths: Sequence[Path]) -> dict[str, Any]:
     """Several files laid over one another, with their ``${...}`` filled in."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -186,11 +198,11 @@ def _merged(paths: Sequence[Path]) -> dict[str, Any]:
     try:
         loaded = [OmegaConf.load(path) for path in paths]
         raw: list[Any] = [OmegaConf.to_container(part, resolve=False) for part in loaded]
-        merged: Any = OmegaConf.merge(*loaded)
-        told = [part["data"] for part in raw if isinstance(part, dict) and "data" in part]
-        if told:
-            merged["data"] = reduce(_laid_over, told)
-        config = OmegaConf.to_container(merged, resolve=True)
+        together: Any = OmegaConf.merge(*loaded)
+        for key in ("data", "model"):
+            if told := [part[key] for part in raw if isinstance(part, dict) and key in part]:
+                together[key] = reduce(_laid_over, told)
+        config = OmegaConf.to_container(together, resolve=True)
     except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{' + '.join(map(str, paths))} cannot be read ({reason}); check path and YAML.") from error

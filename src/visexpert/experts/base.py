@@ -69,6 +69,11 @@ class VisionExpert(nn.Module, ABC):
             WeightsError: The weights are missing or do not fit; the message names file and next step.
         """
 
+    @property
+    def weights_from(self) -> str | None:
+        """Folder, file or hub id that :meth:`load_weights` reads; None where it reads none, or does not say."""
+        return None
+
     @abstractmethod
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
         """Map normalised pixels (B, 3, image_size, image_size) to tokens (B, S, E), row-major."""

@@ -61,6 +61,11 @@ class KorniaEdges(MapExpert):
         )
         self.weights = weights if learned else RANDOM
 
+    @property
+    def weights_from(self) -> str | None:
+        """See :attr:`VisionExpert.weights_from`."""
+        return None if self.weights == RANDOM else self.weights
+
     def load_weights(self) -> None:
         """Read DexiNed's weights; the operators have none.
 

@@ -66,6 +66,11 @@ class OpenClipExpert(MapExpert):
         )
         self.source = self_source
 
+    @property
+    def weights_from(self) -> str | None:
+        """See :attr:`VisionExpert.weights_from`."""
+        return None if self.source is None else self.source.text
+
     def load_weights(self) -> None:
         """Read the image tower of the weights; a random network keeps its own.
 

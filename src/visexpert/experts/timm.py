@@ -66,6 +66,11 @@ class TimmExpert(MapExpert):
         self.arguments = self_arguments
         self.weights = weights or settings["hf_hub_id"]
 
+    @property
+    def weights_from(self) -> str | None:
+        """See :attr:`VisionExpert.weights_from`."""
+        return None if self.weights == RANDOM else self.weights
+
     def load_weights(self) -> None:
         """Read the weights, adapted to size and patch by timm's own code; a random network keeps its own.
 

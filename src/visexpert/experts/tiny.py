@@ -62,6 +62,11 @@ class TinyExpert(VisionExpert):
         self.header = header
         self.network = network
 
+    @property
+    def weights_from(self) -> str | None:
+        """See :attr:`VisionExpert.weights_from`."""
+        return None if self.path is None else str(self.path)
+
     def load_weights(self) -> None:
         """Fill the network from the weights file; an expert built from ``arch`` keeps its random weights.
 

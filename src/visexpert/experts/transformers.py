@@ -64,6 +64,11 @@ class HubExpert(MapExpert):
         self.described = described
         self.processor = processor
 
+    @property
+    def weights_from(self) -> str | None:
+        """See :attr:`VisionExpert.weights_from`."""
+        return None if self.described.source is None else self.described.source.text
+
     def load_weights(self) -> None:
         """Read the weights from the folder, the hub's cache or the hub; a random network keeps its own.
 

@@ -37,6 +37,11 @@ class LanguageSide(nn.Module, ABC):
         """
 
     @property
+    def weights_from(self) -> str | None:
+        """Folder, file or hub id that :meth:`load_weights` reads; None where it reads none."""
+        return None
+
+    @property
     def has_source(self) -> bool:
         """Whether it has weights of its own to start from, so that an earlier stage need not bring them."""
         return False

@@ -70,6 +70,11 @@ class CrossAttentionDecoder(LanguageSide):
         nn.init.normal_(self.embed_positions.weight, std=0.02)
         self.head.weight = self.embed_tokens.weight
 
+    @property
+    def weights_from(self) -> str | None:
+        """See :attr:`LanguageSide.weights_from`."""
+        return self.source
+
     def load_weights(self) -> None:
         """Read ``source``, if any."""
         if self.source is not None:

@@ -49,6 +49,7 @@ def is_here(source: str) -> bool:
 def _not_here(source: str, owner: str) -> str:
     return (
         f"{owner}: '{source}' is no folder here and not in the Hugging Face cache {constants.HF_HUB_CACHE}, and the "
-        "hub cannot be reached or has no such model; fetch it where there is a network with "
-        f"`hf download {source}`, or give a folder written by save_pretrained."
+        "hub cannot be reached or has no such model; where there is a network, fetch its config.json for `visexpert "
+        f"plan` (`hf download {source} config.json`) or all of it for training (`hf download {source}`), or give a "
+        "folder written by save_pretrained."
     )

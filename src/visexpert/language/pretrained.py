@@ -81,6 +81,11 @@ class PretrainedSide(LanguageSide):
             fill_module(self.model, state, owner=self.owner, path=path)
 
     @property
+    def weights_from(self) -> str | None:
+        """See :attr:`LanguageSide.weights_from`."""
+        return self.source if self.source is not None else self._weights
+
+    @property
     def has_source(self) -> bool:
         """Whether ``source`` or ``weights`` fill it."""
         return self.source is not None or self._weights is not None

@@ -110,6 +110,11 @@ class ClipEncoder(nn.Module):
         side = self.image_size // _side(self.config.patch_size)
         return side, side
 
+    @property
+    def weights_from(self) -> str | None:
+        """Folder, file or hub id that :meth:`load_weights` reads; None for a random encoder."""
+        return self.source
+
     def load_weights(self) -> None:
         """Read the weights of the source; a random encoder (no source) keeps its own.
 

@@ -1,0 +1,74 @@
+"""Which pretrained weights a configuration needs: where they are, or what fetches them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from torch import nn
+
+from visexpert.checking import built
+from visexpert.errors import UserError
+from visexpert.experts.edges import DEXINED_FILE
+from visexpert.planning.weightless import weightless
+from visexpert.vision.published import OPEN_CLIP_FILES
+from visexpert.vision.sources import WEIGHT_FILES, ModelSource
+
+
+def weight_findings(model: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:
+    """Say of each part of a configuration's model whether its weights are here, and how large they are.
+
+    Args:
+        model: What a configuration says under ``model``.
+
+    Yields:
+        Whether they are there, and a line that says what they are.
+    """
+    seen: set[str] = set()
+    for name, settings in parts_of(model):
+        try:
+            with weightless():
+                part = _built(settings)
+        except UserError as error:  # such as a language model whose config.json is not here
+            yield False, f"{name}: {error}"
+            continue
+        source = getattr(part, "weights_from", None)
+        if source is not None and source not in seen:
+            seen.add(source)
+            yield _finding(name, part, source)
+
+
+def parts_of(model: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The encoders and the language model that a method is made of, by name, as far as they are in use."""
+    arguments = model.get("init_args") or {}
+    for name, value in arguments.items():
+        if isinstance(value, Mapping) and "class_path" in value:
+            yield name, value
+        elif name == "experts" and isinstance(value, Mapping):
+            used = arguments.get("use") or value
+            yield from ((expert, settings) for expert, settings in value.items() if expert in used)
+
+
+def _built(settings: Mapping[str, Any]) -> Any:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(nn.Module, "part")
+    return built(lambda: parser.instantiate_classes(parser.parse_object({"part": settings})), who="data check").part
+
+
+def _finding(name: str, part: nn.Module, text: str) -> tuple[bool, str]:
+    source = ModelSource.parse(text)
+    found = source.file or source.find(*WEIGHT_FILES, *OPEN_CLIP_FILES, DEXINED_FILE)
+    if found is not None and found.is_file():
+        return True, f"{name}: {found}"
+    place = f"the hub's {source.repo}" if source.repo else source.path
+    fetch = (
+        f"fetch them where there is a network with `hf download {source.repo}`" if source.repo else "copy them there"
+    )
+    return False, f"{name}: the weights of {place} ({_size(part)}) are not here; {fetch}."
+
+
+def _size(part: nn.Module) -> str:
+    parameters = list(part.parameters())
+    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    return f"about {size / 1e9:.2g} GB as {str(parameters[0].dtype).removeprefix('torch.')}"

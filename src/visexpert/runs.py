@@ -15,10 +15,10 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningDataModule
 
 from visexpert.checking import built, check_settings
+from visexpert.checkpoints import load_checkpoint
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.methods import Method
 from visexpert.reading import read_yaml
-from visexpert.resources import load_checkpoint
 from visexpert.training import checkpoint_of, config_of, explain
 from visexpert.trust import refuse_strangers
 
@@ -138,7 +138,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         WeightsError: It is damaged, holds code, or has no weights.
     """
     checkpoint = load_checkpoint(path, owner="The run")
-    if "global_step" not in checkpoint:
+    if not isinstance(checkpoint.get("global_step"), int):
         raise WeightsError(
             f"{path} does not say after how many steps it was saved; give the folder that `visexpert fit --run` wrote."
         )

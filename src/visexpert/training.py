@@ -35,8 +35,10 @@ from visexpert.callbacks import (
     ThroughputMonitor,
     TrainingProgress,
 )
+from visexpert.callbacks.checkpoint_io import RunTrainer, use_whole_files
 from visexpert.callbacks.predictions import check_writes
 from visexpert.checking import built, check_config_file, check_run, check_settings
+from visexpert.checkpoints import FOLDER, LAST, checked_checkpoint, is_checkpoint, newest_checkpoint
 from visexpert.errors import ConfigError, first_line
 from visexpert.interruption import stoppable
 from visexpert.methods import Method
@@ -165,6 +167,7 @@ class VisexpertCLI(LightningCLI):
         instantiate = super().instantiate_trainer
         trainer = built(lambda: instantiate(**kwargs), who="The trainer")
         assert isinstance(trainer, L.Trainer)
+        use_whole_files(trainer.strategy)
         return trainer
 
     def _users_loggers(self) -> list[Logger]:
@@ -242,22 +245,29 @@ class VisexpertCLI(LightningCLI):
     def settle_start(self) -> None:
         """Leave the start (``init_from``) alone where a checkpoint replaces it; else see that it is there.
 
-        Before Lightning prepares data, which may take minutes.
+        Before Lightning prepares data, which may take minutes. ``last`` becomes the run's newest whole checkpoint;
+        where there is none, a run begins.
         """
+        checkpoint = self._settle_checkpoint()
         if not isinstance(self.model, Method):
             return
-        if self._continues:
+        if checkpoint is not None:
             self.model.continue_run()
         elif self.subcommand == "fit":
             self.model.check_start()
 
-    @property
-    def _continues(self) -> bool:
-        """Whether a checkpoint is read. Lightning takes ``last`` where there is none for a run that begins."""
+    def _settle_checkpoint(self) -> str | None:
+        """What checkpoint is read, seen to be readable."""
         checkpoint = self._value("ckpt_path")
         if checkpoint == "last":
-            return any((self._run / "checkpoints").glob("last*.ckpt"))
-        return checkpoint is not None or self._requeued
+            found = newest_checkpoint(self._run / FOLDER)
+            checkpoint = None if found is None else str(found)
+            self.config_init[self.subcommand]["ckpt_path"] = checkpoint
+        elif checkpoint is not None and str(checkpoint) not in CHECKPOINT_WORDS and "://" not in str(checkpoint):
+            checked_checkpoint(Path(str(checkpoint)), owner="ckpt_path")
+        elif self._requeued:
+            checkpoint = "hpc"
+        return None if checkpoint is None else str(checkpoint)
 
     @property
     def _test_follows(self) -> bool:
@@ -300,6 +310,7 @@ def build_cli(arguments: list[str], *, run: bool = True, held: ExitStack | None 
         subclass_mode_data=True,
         seed_everything_default=0,
         save_config_callback=SaveRunConfig,
+        trainer_class=RunTrainer,
         trainer_defaults={"enable_model_summary": False},
         parser_class=RunParser,
         parser_kwargs={"parser_mode": "omegaconf", "description": DESCRIPTION},
@@ -426,15 +437,18 @@ def is_of_run(config: Path) -> bool:
 
 
 def checkpoint_of(run: Path) -> Path:
-    """The last checkpoint of a run's folder.
+    """The newest whole checkpoint of a run's folder.
 
     Raises:
         ConfigError: There is none.
+        WeightsError: None of them can be read.
     """
-    last = last_checkpoint(run)
-    if not last.is_file():
-        raise ConfigError(f"The run '{run}' has no checkpoint {last}; let `visexpert fit --run {run}` finish first.")
-    return last
+    newest = newest_checkpoint(run / FOLDER)
+    if newest is None:
+        raise ConfigError(
+            f"The run '{run}' has no checkpoint {run / FOLDER / LAST}; let `visexpert fit --run {run}` finish first."
+        )
+    return newest
 
 
 def is_first_process() -> bool:
@@ -447,7 +461,7 @@ def _lies_in(path: str, folder: Path) -> bool:
 
 
 def _is_checkpoint(value: str) -> bool:
-    return value in CHECKPOINT_WORDS or "://" in value or Path(value).is_file()
+    return value in CHECKPOINT_WORDS or "://" in value or is_checkpoint(Path(value))
 
 
 def _config_files(arguments: Sequence[str]) -> list[Path]:
@@ -483,10 +497,11 @@ class LastCheckpoint(ModelCheckpoint):
 
     def __init__(self, *, run: Path, every_n_steps: int) -> None:
         super().__init__(
-            dirpath=run / "checkpoints", filename="{step}", save_last=True, every_n_train_steps=every_n_steps
-        )
+            dirpath=run / FOLDER, filename="{step}", save_last=True, every_n_train_steps=every_n_steps,
+            enable_version_counter=False,  # what the next command reads has one name
+        )  # fmt: skip
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the final weights; Lightning saves at multiples of ``every_n_steps`` only."""
         super().on_train_end(trainer, pl_module)
-        trainer.save_checkpoint(f"{self.dirpath}/last.ckpt")
+        trainer.save_checkpoint(f"{self.dirpath}/{LAST}")

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
+from visexpert.callbacks.checkpoint_io import WholeFileIO, save_whole
 from visexpert.callbacks.continuation import MetricsContinuation
 from visexpert.callbacks.cost import CostReport
 from visexpert.callbacks.figures import RunFigures
@@ -26,7 +26,7 @@ from visexpert.callbacks.run_folder import RunFolder, folder_of
 from visexpert.callbacks.run_logger import RunLogger
 from visexpert.callbacks.stop import StopOnSignal
 from visexpert.callbacks.throughput import ThroughputMonitor
-from visexpert.errors import ConfigError, DataError
+from visexpert.errors import ConfigError
 from visexpert.interruption import check
 from visexpert.methods import Method, ToVE
 from visexpert.report.files import write_text
@@ -97,7 +97,7 @@ class PhaseSettings:
             accelerator=self.accelerator, devices=self.devices, precision=self.precision, max_steps=max(steps, 1),
             logger=RunLogger(str(folder)), default_root_dir=folder, callbacks=callbacks,
             enable_checkpointing=checkpoint_every is not None, enable_model_summary=False, num_sanity_val_steps=0,
-            log_every_n_steps=self.log_every_n_steps, **options,
+            log_every_n_steps=self.log_every_n_steps, plugins=[WholeFileIO()], **options,
         )  # fmt: skip
 
 
@@ -197,14 +197,7 @@ def write_checkpoint(model: Method, folder: Path, *, steps: int) -> None:
     }
     model.on_save_checkpoint(checkpoint)
     path = folder / "checkpoints" / "last.ckpt"
-    part = path.with_name(".last.ckpt.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, part)
-        part.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        part.unlink(missing_ok=True)
-        raise DataError(f"Cannot write {path} ({str(error)[:120]}): free the disk, then run the same again.") from error
+    save_whole(checkpoint, path)
     (path.parent / TRAINING).unlink(missing_ok=True)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.strategies import Strategy
 from torch import nn
 
 from visexpert.methods.accumulation import MovingBuffers, rewind_to_step
@@ -111,12 +112,14 @@ class CheckpointedModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out frozen parts, which have files of their own; inside an optimizer step, go back to its start.
 
-        It says, too, which experts the columns of a gate are.
+        It says, too, which experts the columns of a gate are. Engines that save shards need the frozen parts, too.
         """
         checkpoint[NAMES] = list(self.columns().names)
         state = checkpoint["state_dict"]
         if self._trainer is not None and rewind_to_step(checkpoint, self.trainer):
             self._moving.put_back(state)
+        if self._trainer is not None and saves_shards(self.trainer.strategy):
+            return
         for key in [key for key in state if self._is_frozen_key(key) and key not in self._kept]:
             del state[key]
 
@@ -127,6 +130,9 @@ class CheckpointedModule(L.LightningModule):
             WeightsError: Under a trainer, a checkpoint of another model, or of a training of other parts.
         """
         self._loaded_steps = int(checkpoint["global_step"])
+        if "state_dict" not in checkpoint:  # an engine that saves shards fills the model by itself, by position
+            refuse_other_order(self.columns(), checkpoint.get(NAMES), path=self._checkpoint_path)
+            return
         state, own = checkpoint["state_dict"], self.state_dict()
         columns, theirs = self.columns(), experts_in(checkpoint)
         if theirs is None or sorted(theirs) == sorted(columns.names):  # else strict loading names the parts that differ
@@ -150,3 +156,10 @@ class CheckpointedModule(L.LightningModule):
 
     def _is_frozen_key(self, key: str) -> bool:
         return key.split(".", 1)[0] in self.frozen_modules()
+
+
+def saves_shards(strategy: Strategy) -> bool:
+    """Whether a strategy writes checkpoints by its own engine, as folders to which each process adds its shard."""
+    if type(strategy).save_checkpoint is Strategy.save_checkpoint:
+        return False
+    return getattr(strategy, "_state_dict_type", "sharded") == "sharded"

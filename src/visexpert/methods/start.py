@@ -9,10 +9,11 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from visexpert.checkpoints import LAST, is_checkpoint, load_checkpoint, newest_checkpoint
 from visexpert.errors import WeightsError
 from visexpert.methods.columns import Columns, experts_in
 from visexpert.methods.matching import KeyDifferences
-from visexpert.resources import load_checkpoint, load_safetensors, resolve_source
+from visexpert.resources import load_safetensors, resolve_source
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +30,15 @@ class Keeper(Protocol):
 
 
 def find_start(source: str) -> Path:
-    """The file that a run is to start from.
+    """The file or folder that a run is to start from; ``last.ckpt`` stands for the run's newest whole checkpoint.
 
     Raises:
-        WeightsError: It is not there.
+        WeightsError: It is not there, or cannot be read.
     """
     path = resolve_source(source)
-    if not path.is_file():
+    if path.name == LAST:
+        path = newest_checkpoint(path.parent) or path
+    if not is_checkpoint(path):
         raise WeightsError(
             f"init_from: there is no checkpoint {path}; let the run that it belongs to finish first, such as stage 1 "
             "before stage 2, or give the path of another run's .ckpt file."

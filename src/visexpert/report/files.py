@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from visexpert import reading
 from visexpert.errors import DataError
+from visexpert.files import whole_file
 
 
 def write_text(path: Path, text: str) -> None:
@@ -20,14 +19,10 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         DataError: The folder or file cannot be written (rights, full disk).
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        with whole_file(path) as part:
+            part.write_text(text, encoding="utf-8")
     except OSError as error:
-        with contextlib.suppress(OSError):  # a folder that became read-only
-            part.unlink(missing_ok=True)
         raise DataError(f"Cannot write {path} ({error.strerror}): free the disk, or name another folder.") from error
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_saver import save
 
 
 def as_fsdp(file: Path, folder: Path) -> Path:
@@ -20,7 +20,7 @@ def as_fsdp(file: Path, folder: Path) -> Path:
     states = {"model": checkpoint.pop("state_dict")}
     for number, state in enumerate(checkpoint.pop("optimizer_states", ())):
         states[f"optimizer_{number}"] = {"param_groups": state["param_groups"]}
-    dcp.save(states, checkpoint_id=folder, no_dist=True)
+    save(states, checkpoint_id=folder, no_dist=True)
     torch.save(checkpoint, folder / "meta.pt")
     return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +11,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from tests.sharded_parts import as_deepspeed, as_fsdp, copy_run
+from tests.test_checkpoints import DAMAGED
 from visexpert import training
+from visexpert.checkpoints import load_checkpoint
 from visexpert.cli import main
+from visexpert.methods.start import start_from
 from visexpert.report import read_metrics
+from visexpert.runs import open_run
 from visexpert.training import explain
 from visexpert.types import Batch
 
@@ -204,3 +210,67 @@ def test_a_report_with_every_kind_of_noise_becomes_one_sentence() -> None:
 def test_a_name_like_no_other_lists_what_there_is() -> None:
     message = "Problem with given class_path 'visexpert.transfer.ResidualTransfer':\n  Option 'zzz' is not accepted"
     assert explain(message, []) == "visexpert.transfer.ResidualTransfer has no setting 'zzz'; known are mode."
+
+
+def test_folders_of_shards_are_read_by_every_command(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = load_checkpoint(run / "checkpoints" / "last.ckpt", owner="test")["state_dict"]
+    for engine in ("fsdp", "deepspeed"):
+        folder = copy_run(run, tmp_path / engine)
+        last = folder / "checkpoints" / "last.ckpt"
+        file = last.rename(tmp_path / f"{engine}.file")
+        if engine == "fsdp":
+            as_fsdp(file, last)
+        else:
+            as_deepspeed(file, last, monkeypatch)
+        saved = open_run(folder)  # as export, detach, merge, caption and serve do
+        assert saved.steps == 8
+        state = saved.model.state_dict()
+        assert all(torch.equal(state[key], value) for key, value in plain.items())
+        method = open_run(copy_run(run, tmp_path / f"{engine}-start")).model
+        torch.nn.init.zeros_(next(method.parameters()))
+        start_from(method, str(last))
+        assert all(torch.equal(method.state_dict()[key], value) for key, value in plain.items())
+    main(["test", "--run", str(tmp_path / "fsdp")])
+    for name, value in metrics_of(tmp_path / "fsdp").items():
+        if name.endswith(("nll", "accuracy")):
+            assert value == pytest.approx(metrics_of(run)[name], abs=1e-6), name
+
+
+def test_a_damaged_last_checkpoint_gives_way_to_a_whole_one_and_says_so(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copy_run(run, tmp_path / "run")
+    last = folder / "checkpoints" / "last.ckpt"
+    shutil.copy2(run / "checkpoints" / "step=6.ckpt", last.parent)
+    last.write_bytes(last.read_bytes()[:5000])
+    main(["fit", "--config", str(SMOKE), "--run", str(folder), "--ckpt_path", "last", "--test_after_fit", "false"])
+    assert "step=6.ckpt" in caplog.text
+    found, wanted = (load_checkpoint(path / "checkpoints" / "last.ckpt", owner="test") for path in (folder, run))
+    assert found["global_step"] == 8 and not list(last.parent.glob("last-v*"))
+    for key, value in wanted["state_dict"].items():
+        torch.testing.assert_close(found["state_dict"][key], value)
+
+
+@pytest.mark.parametrize("kind", ["empty", "cut", "code", "foreign"])
+def test_no_command_shows_a_traceback_for_a_checkpoint_that_cannot_be_read(
+    run: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_run(run, tmp_path / "run")
+    last = folder / "checkpoints" / "last.ckpt"
+    last.write_bytes(DAMAGED[kind](tmp_path))
+    start = ["--model.init_args.init_from", str(last)]
+    for arguments in (
+        ["fit", "--config", str(SMOKE), "--run", str(tmp_path / "new"), "--ckpt_path", str(last)],
+        ["fit", "--config", str(SMOKE), "--run", str(folder), "--ckpt_path", "last"],
+        ["fit", "--config", str(SMOKE), "--run", str(tmp_path / "new"), *start],
+        ["test", "--run", str(folder)],
+        ["test", "--run", str(run), "--ckpt_path", str(last)],
+        ["export", str(folder), "--format", "hf", "--out", str(tmp_path / "out")],
+        ["detach", str(folder), "--keep", "1"],
+        ["merge", str(folder)],
+    ):
+        message = refused(arguments, capsys)
+        assert "last.ckpt" in message and "\n" not in message.strip(), arguments
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "new" / "checkpoints").exists()

@@ -68,8 +68,17 @@ def test_the_part_of_a_writer_that_lives_stays(tmp_path: Path, monkeypatch: pyte
 def test_the_content_is_on_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     rename, force = Path.replace, os.fsync
-    monkeypatch.setattr(os, "fsync", lambda number: (done.append("force"), force(number))[1])
-    monkeypatch.setattr(Path, "replace", lambda self, to: (done.append("rename"), rename(self, to))[1])
+
+    def forced(number: int) -> None:
+        done.append("force")
+        force(number)
+
+    def renamed(part: Path, target: Path) -> Path:
+        done.append("rename")
+        return rename(part, target)
+
+    monkeypatch.setattr(os, "fsync", forced)
+    monkeypatch.setattr(Path, "replace", renamed)
     with whole_file(tmp_path / "a.txt") as part:
         part.write_text("a", encoding="utf-8")
     assert done == ["force", "rename", "force"]  # the file, its name, the folder

@@ -153,5 +153,11 @@ def _told(path: Path, owner: str) -> Iterator[None]:
     except Exception as error:
         raise WeightsError(
             f"{owner}: {path} is no checkpoint that can be read without running code from it: damaged, cut off or of "
-            f"another program ({first_line(error)[:120] or type(error).__name__}); give another, or train it again."
+            f"another program ({_reason(error)}); give another, or train it again."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What the reader says, without torch's advice to trust the file."""
+    text = str(error).partition("WeightsUnpickler error:")[2].strip()
+    return text.partition("\n")[0][:120] or first_line(error)[:120] or type(error).__name__

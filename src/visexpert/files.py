@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +20,8 @@ try:
     import fcntl
 except ImportError:  # Windows: parts of killed processes then stay until they are deleted by hand
     fcntl = None  # type: ignore[assignment]
+
+_HOST = re.sub(r"[^A-Za-z0-9]", "", platform.node())[:32] or "here"
 
 _cleaned: set[Path] = set()
 """Folders in which this process has looked for parts of dead ones."""
@@ -37,7 +42,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_dead_parts(path.parent)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = _part(path)
     try:
         with _locked(part):
             yield part
@@ -50,17 +55,16 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path, *, part: Path | None = None) -> Iterator[Path]:
+def whole_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder beside ``path``, which takes its place at the end.
 
     Args:
         path: Target; an earlier folder or file there stays until the new one is whole.
-        part: Another name for the folder, in the same parent.
 
     Raises:
         OSError: The disk refuses. The part is removed, whatever was raised.
     """
-    part = part or path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = _part(path)
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -109,6 +113,10 @@ def force_folder(folder: Path) -> None:
             os.close(number)
 
 
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{_HOST}-{secrets.token_hex(4)}.part")
+
+
 @contextmanager
 def _locked(part: Path) -> Iterator[None]:
     """Make an empty file and hold the lock that says that its writer lives."""
@@ -124,13 +132,14 @@ def _locked(part: Path) -> Iterator[None]:
 
 
 def _remove_dead_parts(folder: Path) -> None:
-    """Remove what writers into ``folder`` that are no more have left there; looks once per process."""
+    """Remove what writers into ``folder`` that are no more have left there; looks once per process.
+
+    Of this machine alone: not every file system tells locks to others.
+    """
     if fcntl is None or folder in _cleaned:
         return
     _cleaned.add(folder)
-    for part in folder.glob(".*.part"):
-        if not part.name.split(".")[-2].isdecimal():
-            continue
+    for part in folder.glob(f".*.{_HOST}-????????.part"):
         with contextlib.suppress(OSError), part.open("rb") as lock:  # OSError: it is locked, a folder, or gone by now
             fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             part.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any
 
 from visexpert.data.shards import is_remote, split_member
 from visexpert.errors import ConfigError, DataError
+from visexpert.files import whole_file
 from visexpert.reading import read_json
 from visexpert.resources import cache_root
 
@@ -74,10 +74,8 @@ def _counted(path: Path) -> int:
         if note.is_file():
             return int(read_json(note))
         number = _groups(path)
-        note.parent.mkdir(parents=True, exist_ok=True)
-        part = note.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(number), encoding="utf-8")
-        os.replace(part, note)
+        with whole_file(note) as part:
+            part.write_text(json.dumps(number), encoding="utf-8")
     except (OSError, tarfile.TarError, ValueError) as error:
         raise DataError(f"The shard {path} cannot be counted ({error}); fetch it again.") from error
     return number

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from visexpert.data.tabletop.questions import questions
 from visexpert.data.tabletop.relations import facts_of
 from visexpert.data.tabletop.statements import popular_phrases, probes, statements
 from visexpert.errors import DataError
+from visexpert.files import whole_file
 from visexpert.reading import parse_json
 from visexpert.types import SceneGraph, TextItem
 
@@ -105,19 +103,13 @@ def _read(path: Path, num_scenes: int) -> Pools | None:
 
 
 def _write(path: Path, pools: Pools) -> None:
-    """Write under a temporary name and rename: a killed run leaves no half-written file under the final name."""
-    temporary = ""
+    """Write whole or not at all: a killed run leaves no half-written file under the final name."""
     try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False) as file:
-            temporary = file.name
+        with whole_file(path) as part, part.open("w", encoding="utf-8") as file:
             for pool in pools:
                 rows = [[item.kind, item.prompt, item.answer, item.family, item.references] for item in pool]
                 file.write(json.dumps(rows, separators=(",", ":")) + "\n")
-        os.replace(temporary, path)
     except OSError as error:
-        if temporary:
-            with contextlib.suppress(OSError):  # a disk that turned read-only
-                Path(temporary).unlink(missing_ok=True)
         raise DataError(
             f"The texts of the embedded world could not be written to {path}: {error.strerror or error}; "
             "free some space there or choose another `root`."

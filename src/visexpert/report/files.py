@@ -19,23 +19,15 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         DataError: The folder or file cannot be written (rights, full disk).
     """
-    try:
-        with whole_file(path) as part:
-            part.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"Cannot write {path} ({error.strerror}): free the disk, or name another folder.") from error
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file as :func:`write_text` does."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        part.replace(path)
+        with whole_file(path) as part:
+            part.write_bytes(content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
         raise DataError(f"Cannot write {path} ({error.strerror}): free the disk, or name another folder.") from error
 
 

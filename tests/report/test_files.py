@@ -17,11 +17,11 @@ def test_a_full_disk_leaves_the_earlier_file_and_nothing_else(tmp_path: Path, mo
     path = tmp_path / "metrics.json"
     write_text(path, "earlier")
 
-    def full(self: Path, text: str, **kwargs: object) -> int:
+    def full(self: Path, content: bytes) -> int:
         self.touch()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(DataError, match=r"Cannot write .*metrics.json \(No space left on device\)"):
         write_text(path, "later")
     assert path.read_text(encoding="utf-8") == "earlier"

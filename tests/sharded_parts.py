@@ -48,11 +48,16 @@ def as_deepspeed(file: Path, folder: Path, patch: pytest.MonkeyPatch) -> Path:
 
     names = ("LossScaler", "DynamicLossScaler", "ZeroStageEnum", "fragment_address")
     modules: dict[str, dict[str, Any]] = {
-        "deepspeed": {}, "deepspeed.runtime": {}, "deepspeed.runtime.fp16": {}, "deepspeed.runtime.zero": {},
-        "deepspeed.utils": {}, "deepspeed.runtime.fp16.loss_scaler": {}, "deepspeed.runtime.zero.config": {},
+        "deepspeed": {},
+        "deepspeed.runtime": {},
+        "deepspeed.runtime.fp16": {},
+        "deepspeed.runtime.zero": {},
+        "deepspeed.utils": {},
+        "deepspeed.runtime.fp16.loss_scaler": {},
+        "deepspeed.runtime.zero.config": {},
         "deepspeed.utils.tensor_fragment": {},
         "deepspeed.utils.zero_to_fp32": {"get_fp32_state_dict_from_zero_checkpoint": read},
-    }  # fmt: skip
+    }
     for name, content in modules.items():
         module = ModuleType(name)
         for entry, value in {**content, **{each: type(each, (), {}) for each in names}}.items():

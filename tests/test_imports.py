@@ -13,10 +13,19 @@ ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 
 EVERYWHERE = frozenset(
     {
-        "errors", "reading", "checking", "resources", "grids", "interruption", "trust", "precision", "files",
-        "checkpoints", "sharded",
+        "errors",
+        "reading",
+        "checking",
+        "resources",
+        "grids",
+        "interruption",
+        "trust",
+        "precision",
+        "files",
+        "checkpoints",
+        "sharded",
     }
-)  # fmt: skip
+)
 """Modules without a room that any room may import; they import nothing but one another."""
 
 STAGES = frozenset({"types", "data", "experts", "vision", "transfer", "language", "losses"})

@@ -31,21 +31,20 @@ _ROOTS = ("model", "state_dict")
 """Where the weights lie in FSDP's folders, by version."""
 
 _OF_THE_ENGINE = frozenset(
-    {
-        "module", "optimizer", "lr_scheduler", "csr_tensor_module_names", "skipped_steps", "global_steps",
-        "dp_world_size", "mp_world_size", "buffer_names", "param_shapes", "frozen_param_shapes", "shared_params",
-        "frozen_param_fragments", "data_sampler", "random_ltd", "global_samples", "ds_config", "ds_version",
-        "sparse_tensor_module_names", "checkpoint_parallel_dimensions",
-    }
-)  # fmt: skip
+    "module optimizer lr_scheduler csr_tensor_module_names sparse_tensor_module_names skipped_steps global_steps "
+    "global_samples dp_world_size mp_world_size buffer_names param_shapes frozen_param_shapes frozen_param_fragments "
+    "shared_params data_sampler random_ltd ds_config ds_version checkpoint_parallel_dimensions".split()
+)
 """Entries of DeepSpeed's own beside those that Lightning saved."""
 
 _DEEPSPEEDS = frozenset(
     {
-        "deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-        "deepspeed.runtime.zero.config.ZeroStageEnum", "deepspeed.utils.tensor_fragment.fragment_address",
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+        "deepspeed.utils.tensor_fragment.fragment_address",
     }
-)  # fmt: skip
+)
 """Plain classes that DeepSpeed's shards hold."""
 
 
@@ -133,10 +132,12 @@ class _IndexReader(pickle.Unpickler):
 
     _NAMES = frozenset(
         {
-            ("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
+            ("torch", "Size"),
+            ("torch.serialization", "_get_layout"),
+            ("collections", "OrderedDict"),
             ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
         }
-    )  # fmt: skip
+    )
     _METADATA = "torch.distributed.checkpoint.metadata"
 
     def find_class(self, module: str, name: str) -> Any:

@@ -90,9 +90,16 @@ def test_nothing_passes_through_the_temporary_folder(tmp_path: Path, monkeypatch
 def fitted(folder: Path, **options: Any) -> L.Trainer:
     keeper = ModelCheckpoint(dirpath=folder, filename="{step}", save_last=True, every_n_train_steps=1)
     trainer = RunTrainer(
-        accelerator="cpu", max_steps=2, logger=False, callbacks=[keeper], enable_progress_bar=False,
-        enable_model_summary=False, limit_val_batches=0, default_root_dir=folder, **options,
-    )  # fmt: skip
+        accelerator="cpu",
+        max_steps=2,
+        logger=False,
+        callbacks=[keeper],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        default_root_dir=folder,
+        **options,
+    )
     trainer.fit(BoringModel())
     return trainer
 

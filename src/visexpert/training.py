@@ -178,8 +178,8 @@ class VisexpertCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Settle the start; let phases (detachment, merging) wait for the scores of the whole model."""
-        self._occupy()
         self.settle_start()
+        self._occupy()
         self._clear()
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Phase):
@@ -187,8 +187,8 @@ class VisexpertCLI(LightningCLI):
 
     def before_validate(self) -> None:
         """Settle what weights are scored."""
-        self._occupy()
         self.settle_start()
+        self._occupy()
 
     before_test = before_validate
 

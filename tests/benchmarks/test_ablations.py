@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import ablations
 from benchmarks.ablations import CONFIGS, names, run_of
+from benchmarks.runs import Run
 
 
 def files(method: str, name: str) -> list[str]:
@@ -37,3 +39,21 @@ def test_every_ablation_names_files_that_are_there(method: str) -> None:
     assert names(method)
     for name in names(method):
         assert all((CONFIGS / file).is_file() for file in files(method, name)), name
+
+
+@pytest.mark.parametrize(("code", "recorded"), [(143, False), (130, False), (1, True)])
+def test_a_stopped_ablation_is_neither_done_nor_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, recorded: bool
+) -> None:
+    def run_here(run: Run) -> int:
+        run.folder.mkdir(parents=True)
+        (run.folder / "log.txt").write_text("visexpert: the reason\n", encoding="utf-8")
+        return code
+
+    monkeypatch.setattr(ablations, "run_here", run_here)
+    monkeypatch.setattr("sys.argv", ["ablations", "tove", "base", "--scale", "smoke", "--root", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        ablations.main()
+    folder = tmp_path / "smoke" / "tove" / "base" / "seed0"
+    assert (folder / "failed").is_file() is recorded and not (folder / "done").exists()
+    assert recorded or ended.value.code == code

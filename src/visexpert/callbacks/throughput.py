@@ -12,15 +12,17 @@ from lightning.pytorch.utilities.data import extract_batch_size
 
 from visexpert.errors import ConfigError
 from visexpert.methods.base import writes_row
+from visexpert.methods.reduction import sums_over_processes
 from visexpert.types import Batch
 
 
 class ThroughputMonitor(Callback):
     """Logs ``train/images_per_s`` and ``train/data_wait_share`` whenever the trainer logs (``log_every_n_steps``).
 
-    Both are means over the last ``window`` steps. Waiting is the time from the end of one batch to the start of the
-    next; validation and the saving of checkpoints are left out of it. On a GPU, whose work runs behind the Python
-    code, the share says how long the code waited, which is what more data workers can shorten.
+    Both are means over the last ``window`` steps; images are those of all processes, waiting is their mean. Waiting is
+    the time from the end of one batch to the start of the next; validation and the saving of checkpoints are left out
+    of it. On a GPU, whose work runs behind the Python code, the share says how long the code waited, which is what more
+    data workers can shorten.
 
     Args:
         window: Steps that a logged value is the mean of, at least 1.
@@ -41,10 +43,12 @@ class ThroughputMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.clock.step_ends(image_count(batch) * trainer.world_size)
+        self.clock.step_ends(image_count(batch))
         if writes_row(trainer):
-            pl_module.log("train/images_per_s", self.clock.images_per_s, batch_size=1)
-            pl_module.log("train/data_wait_share", self.clock.wait_share, batch_size=1)
+            own = {"images_per_s": self.clock.images_per_s, "data_wait_share": self.clock.wait_share}
+            sums = sums_over_processes(own)
+            pl_module.log("train/images_per_s", sums["images_per_s"], batch_size=1)
+            pl_module.log("train/data_wait_share", sums["data_wait_share"] / trainer.world_size, batch_size=1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.clock.interrupt()

@@ -23,6 +23,7 @@ from visexpert.methods.evaluation import EvalOutput, Evaluator, Written, write_a
 from visexpert.methods.finite import FiniteGuard, OnNan, refuse_engines
 from visexpert.methods.modes import settle_modes
 from visexpert.methods.optimiser import adamw, clip_gradients, cosine_with_warmup, make_groups
+from visexpert.methods.reduction import loss_over_processes, parts_over_processes
 from visexpert.methods.views import EncoderViews
 from visexpert.types import Batch, ImageSource, LossTerm, StepOutput, Unit, VisionTokens
 
@@ -164,7 +165,7 @@ class Method(CheckpointedModule):
             self.train()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute by :meth:`step`, log here: the loss of this batch always, its parts when a row is written.
+        """Compute by :meth:`step`, log: the loss of this batch always, its parts when a row is written.
 
         Returns:
             The batch's part in the loss of its optimizer step, whose text is a mean over all supervised tokens of the
@@ -173,11 +174,20 @@ class Method(CheckpointedModule):
         output = self.step(batch)
         if self._trainer is not None:
             self._finite.note(batch, output)
-        self.log_dict({"train/loss": output.loss.detach()}, prog_bar=True, batch_size=output.batch_size)
-        if self._trainer is not None and writes_row(self.trainer):  # a dozen calls of log take a fifth of a small step
-            parts = {f"train/{name}": value.detach() for name, value in output.parts.items()}
-            self.log_dict(parts, batch_size=output.batch_size)
+        self._log_step(output, batch)
         return output.shared(self._batch_shares)
+
+    def _log_step(self, output: StepOutput, batch: Batch) -> None:
+        """Log what the batches of all processes have as one."""
+        counts = None
+        if self._trainer is not None and self.trainer.world_size > 1:
+            counts = batch.counts() if batch.step is None else batch.step.batch
+        loss = output.loss.detach() if counts is None else loss_over_processes(output, counts)
+        self.log_dict({"train/loss": loss}, prog_bar=True, batch_size=output.batch_size)
+        if self._trainer is not None and writes_row(self.trainer):  # a dozen calls of log take a fifth of a small step
+            own = {name: value.detach() for name, value in output.parts.items()}
+            parts = own if counts is None else parts_over_processes(output, counts)
+            self.log_dict({f"train/{name}": value for name, value in parts.items()}, batch_size=output.batch_size)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As every module, once it is clear that the weights are finite."""
@@ -185,9 +195,10 @@ class Method(CheckpointedModule):
         super().on_save_checkpoint(checkpoint)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Keep NaN and infinity out of the weights (``on_nan``).
+        """Drop gradients of a language side that is not to train yet, and keep NaN and infinity out of the weights.
 
-        Drop the gradients of a language side that is not to train yet: no step, no decay, no clipping by them."""
+        Without a gradient a parameter has no step, no decay and no state of the optimizer, and no part in clipping.
+        """
         if not self.language_joins:
             for parameter in self.language.parameters():
                 parameter.grad = None

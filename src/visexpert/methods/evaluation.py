@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from visexpert.errors import ConfigError
@@ -22,6 +21,8 @@ from visexpert.metrics import (
     VSRAccuracy,
     caption_holds,
 )
+from visexpert.metrics.gather import Key, first_of_all, gathered, key_of
+from visexpert.metrics.smooth import WeightedMeans
 from visexpert.metrics.token_probes import TokenProbes
 from visexpert.types import IGNORE_INDEX, Batch, FrameTokens, SceneGraph, TextBatch, TextItem, VisionTokens
 
@@ -98,12 +99,16 @@ class SourceScores:
 
     Args:
         meteor: Score captions by METEOR, too; None where Java is installed.
+        captions: Number of images that are captioned, over all processes.
     """
 
-    def __init__(self, *, meteor: bool | None) -> None:
+    def __init__(self, *, meteor: bool | None, captions: int) -> None:
         self.nll = TokenNLL()
         self.vqa, self.vsr, self.pope, self.slots = VQAAccuracy(), VSRAccuracy(), POPEScores(), SlotAccuracy()
-        self.captions, self.scene = CaptionScores(meteor=meteor), SceneCaptionAccuracy()
+        self.captions = CaptionScores(meteor=meteor, sync_on_compute=False)  # every process gets those of all
+        self.scene = SceneCaptionAccuracy(sync_on_compute=False)
+        self._limit = captions
+        self._written: dict[Key, tuple[str, TextItem, SceneGraph | None]] = {}
         self._by_kind: dict[str, Callable[[list[Answer]], None]] = {
             "vqa": self._update_vqa,
             "vsr": self._update_vsr,
@@ -120,12 +125,9 @@ class SourceScores:
         if kind in self._by_kind:
             self._by_kind[kind](rows)
 
-    def update_captions(self, texts: list[str], items: list[TextItem], graphs: list[SceneGraph]) -> None:
-        """Score written captions by their references and, where there are any, by scene graphs."""
-        families = [item.family if item.kind == CAPTION else "" for item in items]
-        self.captions.update(texts, [item.references or (item.answer,) for item in items], families)
-        if graphs:
-            self.scene.update(texts, graphs)
+    def add_caption(self, text: str, item: TextItem, graph: SceneGraph | None, *, split: str, row: int) -> None:
+        """Keep a written caption; those of the first rows over all processes are scored."""
+        self._written[key_of(self._written, split, row)] = text, item, graph
 
     def compute(self) -> dict[str, dict[str, float]]:
         """All scores by part."""
@@ -135,8 +137,22 @@ class SourceScores:
             "vsr": self.vsr.compute(),
             "pope": self.pope.compute(),
             "slots": self.slots.compute(),
-            "caption": {**self.captions.compute(), **self.scene.compute()},
+            "caption": self._caption_scores(),
         }
+
+    def _caption_scores(self) -> dict[str, float]:
+        """Scores of captions by their references and, where there are any, by scene graphs."""
+        written = first_of_all(self._written, self._limit)
+        self.captions.reset()
+        self.scene.reset()
+        if not written:
+            return {}
+        families = [item.family if item.kind == CAPTION else "" for _, item, _ in written]
+        references = [item.references or (item.answer,) for _, item, _ in written]
+        self.captions.update([text for text, _, _ in written], references, families)
+        known = [(text, graph) for text, _, graph in written if graph is not None]
+        self.scene.update([text for text, _ in known], [graph for _, graph in known])
+        return {**self.captions.compute(), **self.scene.compute()}
 
     def _update_vqa(self, rows: list[Answer]) -> None:
         families = [row.item.family for row in rows]
@@ -159,8 +175,8 @@ class Evaluator:
     """Collects the scores of one split, for each of its sources.
 
     Args:
-        captions: Number of images of each source to caption. With 0 nothing is written: answers that would be are
-            taken from the packed forward instead, which is quick and close.
+        captions: Number of images of each source to caption, the first of all processes. With 0 nothing is written:
+            answers that would be are taken from the packed forward instead, which is quick and close.
         probe: Collect tokens for linear probes where a batch has dense targets.
         meteor: Score captions by METEOR, too; None where Java is installed.
     """
@@ -170,6 +186,7 @@ class Evaluator:
         self._captioned: dict[str, int] = {}
         self._sources: dict[str, SourceScores] = {}
         self._probes = TokenProbes() if probe else None
+        self._means = WeightedMeans()
 
     def update_text(self, batch: Batch, *, predicted_M: Tensor, nll_M: Tensor, tokenizer: Any) -> None:
         """Score the packed items.
@@ -232,8 +249,9 @@ class Evaluator:
         self._captioned[batch.source] = done + len(places)
         texts = _write(batch, places, vision, language, tokenizer)
         items = [batch.items[image][number] for image, number in places]
-        graphs = [batch.graphs[image] for image, _ in places] if batch.graphs else []
-        self._of(batch.source).update_captions(texts, items, graphs)
+        for (image, _), item, text in zip(places, items, texts, strict=True):
+            graph = batch.graphs[image] if batch.graphs else None
+            self._of(batch.source).add_caption(text, item, graph, split=batch.split, row=int(batch.index_B[image]))
         return tuple(
             Caption(image, item, text, caption_holds(text, batch.graphs[image]) if batch.graphs else None)
             for (image, _), item, text in zip(places, items, texts, strict=True)
@@ -242,7 +260,12 @@ class Evaluator:
     def collect_tokens(self, batch: Batch, vision: VisionTokens) -> None:
         """Keep tokens and dense truth for the probes."""
         if self._probes is not None and batch.targets:
-            self._probes.update(vision.tokens_BTD, vision.grid_hw, batch.targets)
+            rows = batch.index_B.tolist()
+            self._probes.update(vision.tokens_BTD, vision.grid_hw, batch.targets, split=batch.split, rows=rows)
+
+    def add_means(self, values: Mapping[str, Tensor | float], *, images: int) -> None:
+        """Count means over the images of a batch, such as a loss, into those over the split."""
+        self._means.update(values, images)
 
     def compute(self) -> dict[str, float]:
         """All scores, flat: ``vqa/accuracy``, ``pope/adversarial/f1``, ``dense/nll``, ``probe/depth``, ...
@@ -254,11 +277,12 @@ class Evaluator:
             prefix = f"{source}/" if source else ""
             parts |= {f"{prefix}{part}": scores for part, scores in self._of(source).compute().items()}
         parts["probe"] = {} if self._probes is None else self._probes.compute()
-        return {f"{part}/{name}": float(value) for part, scores in parts.items() for name, value in scores.items()}
+        flat = {f"{part}/{name}": float(value) for part, scores in parts.items() for name, value in scores.items()}
+        return flat | self._means.compute()
 
     def _of(self, source: str) -> SourceScores:
         if source not in self._sources:
-            self._sources[source] = SourceScores(meteor=self._meteor)
+            self._sources[source] = SourceScores(meteor=self._meteor, captions=self._captions)
         return self._sources[source]
 
     def _is_written(self, item: TextItem) -> bool:
@@ -289,11 +313,7 @@ def write_all(batch: Batch, vision: VisionTokens, language: LanguageSide, tokeni
 
 def _of_all_processes(names: Iterable[str]) -> list[str]:
     """The names that any process knows, in one order, so that all processes compute the same metrics in turn."""
-    known = [list(names)]
-    if dist.is_available() and dist.is_initialized():
-        known = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(known, list(names))
-    return sorted({name for each in known for name in each} or {""})
+    return sorted({name for known in gathered(list(names)) for name in known} or {""})
 
 
 def item_of_supervised(text: TextBatch) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from visexpert.methods.evaluation import EvalOutput
 from visexpert.methods.merge_student import MergeStudent
 from visexpert.methods.optimiser import ParameterGroup
 from visexpert.methods.tove import ToVE
+from visexpert.metrics.token_error import TokenError
 from visexpert.resources import cache_root, weights_digest
 from visexpert.types import Batch, ImageSource, LossTerm, StepOutput, VisionTokens
 from visexpert.vision import add_mole, collect_routing
@@ -98,6 +99,7 @@ class Merging(Method):
         self.token_weight, self.text_weight = token_weight, text_weight
         self.targets: Targets = targets
         self._stored: FeatureCache | None = None
+        self.error = TokenError()
         self.settle_training()
 
     def encode(self, batch: Batch) -> VisionTokens:
@@ -167,10 +169,22 @@ class Merging(Method):
     def validation_step(self, batch: Batch, batch_idx: int) -> Mapping[str, EvalOutput]:
         """Score the student, and how far its tokens are from the teacher's."""
         tokens_BTD, target_BTD = self._student(batch).tokens_BTD, self._target(batch)
-        error = normalised_mse(tokens_BTD, target_BTD, has_image_B=batch.has_image_B)
-        if images := batch.counts()["image"]:
-            self.log("val/nmse", error, on_step=False, on_epoch=True, batch_size=images)
+        seen = slice(None) if batch.has_image_B is None else batch.has_image_B
+        if batch.counts()["image"]:
+            self.error.update(tokens_BTD[seen], target_BTD[seen])
         return super().validation_step(batch, batch_idx)
+
+    def on_validation_epoch_start(self) -> None:
+        """Fresh scores."""
+        super().on_validation_epoch_start()
+        self.error.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log scores, and the error over all tokens of all processes."""
+        super().on_validation_epoch_end()
+        error = self.error.compute()
+        if error["num_images"]:
+            self.log("val/nmse", error["nmse"], batch_size=1)
 
     def _own_modules(self) -> tuple[nn.Module, ...]:
         """What trains of CLIP itself, without MoLE."""

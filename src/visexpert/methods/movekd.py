@@ -184,8 +184,7 @@ class MoVEKD(Method):
         if self.kd_weight > 0:
             distilled = self._distil(views.whole(seen), batch)
             found = {"kd_loss": distilled.loss, **{f"kd/{name}": value for name, value in distilled.distances.items()}}
-            images = len(batch) if batch.has_image_B is None else int(batch.has_image_B.sum())
-            self.log_dict({f"val/{name}": value for name, value in found.items()}, batch_size=images, sync_dist=True)
+            self.evaluators["val"].add_means(found, images=batch.counts()["image"])
         return {"output": self.score(batch, views.join(self._to_language(seen)), "val")}
 
     def views(self, batch: Batch) -> EncoderViews:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -44,6 +44,29 @@ class TokenNLL(RecordMetric):
                 total[0] += value
                 total[1] += count
         return {name: value / count for name, (value, count) in totals.items() if count}
+
+
+class WeightedMeans(RecordMetric):
+    """Means by name, each value counted with its weight, such as the number of images that it is a mean of."""
+
+    def update(self, values: Mapping[str, Tensor | float], weight: float) -> None:
+        """Add a batch.
+
+        Args:
+            values: Scalars by name.
+            weight: What they count for; 0 leaves them out.
+        """
+        if weight:
+            self.add_rows([name, float(value) * weight, weight] for name, value in values.items())
+
+    def score(self, rows: list[Row]) -> dict[str, float]:
+        """Divide sums by weights."""
+        totals: dict[str, list[float]] = {}
+        for name, value, weight in rows:
+            total = totals.setdefault(name, [0.0, 0.0])
+            total[0] += value
+            total[1] += weight
+        return {name: value / weight for name, (value, weight) in totals.items()}
 
 
 class SlotAccuracy(RecordMetric):

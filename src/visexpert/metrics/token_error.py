@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
+from visexpert.metrics.records import gather_anywhere
+
 
 class TokenError(Metric):
     """Errors of tokens against a reference, each over all tokens of all batches.
@@ -26,7 +28,7 @@ class TokenError(Metric):
     least: Tensor
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(dist_sync_fn=gather_anywhere)
         for name in ("error", "square", "cosine", "tokens", "images"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("sum_D", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")

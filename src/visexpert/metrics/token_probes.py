@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from visexpert.metrics.gather import Key, first_of_all, key_of
 from visexpert.metrics.probes import ridge_accuracy, ridge_r2
 
 OBJECT_SHARE = 0.5
@@ -25,39 +26,53 @@ class TokenProbes:
     Scores, R2 or accuracy in [0, 1]: ``depth`` and ``normals`` over all tokens, ``object_depth``, ``colour``,
     ``shape``, ``size``, ``material`` over tokens that lie on an object.
 
+    Images of all processes count, in the order of their rows, so that scores are those of one process.
+
     Args:
         max_images: Images kept; later ones are ignored.
     """
 
     def __init__(self, *, max_images: int = 600) -> None:
         self.max_images = max_images
-        self._tokens: list[Tensor] = []
-        self._targets: list[dict[str, Tensor]] = []
-        self._images = 0
+        self._seen: dict[Key, tuple[Tensor, dict[str, Tensor]]] = {}
 
-    def update(self, tokens_BTD: Tensor, grid_hw: tuple[int, int], targets: Mapping[str, Tensor]) -> None:
+    def update(
+        self,
+        tokens_BTD: Tensor,
+        grid_hw: tuple[int, int],
+        targets: Mapping[str, Tensor],
+        *,
+        split: str = "",
+        rows: Sequence[int] | None = None,
+    ) -> None:
         """Add images.
 
         Args:
             tokens_BTD: Their tokens, row-major.
             grid_hw: Their grid.
             targets: ``depth_BHW``, ``normals_B3HW`` and class maps ``<name>_BHW`` (-1 = background).
+            split: Split that they are rows of.
+            rows: Their rows in it; None numbers them as they come.
         """
-        keep = min(len(tokens_BTD), self.max_images - self._images)
+        keep = min(len(tokens_BTD), self.max_images - len(self._seen))
         if keep <= 0:
             return
-        self._images += keep
-        self._tokens.append(tokens_BTD[:keep].detach().float().cpu())
-        self._targets.append(cell_targets({name: t[:keep] for name, t in targets.items()}, grid_hw))
+        tokens_BTD = tokens_BTD[:keep].detach().float().cpu()
+        cells = cell_targets({name: t[:keep] for name, t in targets.items()}, grid_hw)
+        first = len(self._seen)
+        for image, row in enumerate(range(first, first + keep) if rows is None else rows[:keep]):
+            own = {name: values[image].clone() for name, values in cells.items()}
+            self._seen[key_of(self._seen, split, row)] = tokens_BTD[image].clone(), own
 
     def compute(self) -> dict[str, float]:
         """Scores by name, without those that too few tokens stand for; empty before four images were seen."""
-        if self._images < 4:
+        images = first_of_all(self._seen, self.max_images)
+        if len(images) < 4:
             return {}
-        tokens_BTD = torch.cat(self._tokens)
-        targets = {name: torch.cat([part[name] for part in self._targets]).flatten(0, 1) for name in self._targets[0]}
-        image_N = torch.arange(self._images).repeat_interleave(tokens_BTD.shape[1])
-        first_N, features_NE = image_N < self._images // 2, tokens_BTD.flatten(0, 1)
+        tokens_BTD = torch.stack([tokens_TD for tokens_TD, _ in images])
+        targets = {name: torch.cat([cells[name] for _, cells in images]) for name in images[0][1]}
+        image_N = torch.arange(len(images)).repeat_interleave(tokens_BTD.shape[1])
+        first_N, features_NE = image_N < len(images) // 2, tokens_BTD.flatten(0, 1)
         everywhere_N, object_N = torch.ones_like(first_N), targets["object"]
         scores: dict[str, float] = {}
         for name, target, where_N in (

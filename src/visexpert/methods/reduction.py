@@ -1,0 +1,53 @@
+"""What a training step logs, over all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from visexpert.metrics.gather import gathered
+from visexpert.types import StepOutput, Unit
+
+
+def loss_over_processes(output: StepOutput, counts: Mapping[Unit, int]) -> Tensor:
+    """The loss that the batches of all processes have as one; one sum over processes, which the host does not wait for.
+
+    Args:
+        output: Of this process.
+        counts: What its terms are means over, by unit.
+    """
+    own = output.loss.detach().float()
+    units: tuple[Unit, ...] = get_args(Unit)
+    sums = {unit: torch.zeros_like(own) for unit in units}
+    for term in output.terms.values():
+        sums[term.unit] = sums[term.unit] + term.weight * term.value.detach().float()
+    counted = own.new_tensor([counts[unit] for unit in units])
+    totals = torch.cat([torch.stack([sums[unit] for unit in units]) * counted, counted])
+    dist.all_reduce(totals)
+    summed, counted = totals.chunk(2)
+    return (summed / counted.clamp_min(1)).sum()
+
+
+def parts_over_processes(output: StepOutput, counts: Mapping[Unit, int]) -> dict[str, float]:
+    """What else there is to log, each a mean over the units of all processes; watched values count by images.
+
+    Processes need not have the same parts: a batch without an image has no balance.
+    """
+    own = {name: (float(term.value), counts[term.unit]) for name, term in output.terms.items()}
+    own |= {name: (float(value), counts["image"]) for name, value in output.watched.items()}
+    sums: dict[str, tuple[float, int]] = {}
+    for parts in gathered(own):
+        for name, (value, count) in parts.items():
+            total, counted = sums.get(name, (0.0, 0))
+            sums[name] = (total + value * count, counted + count) if count else (total, counted)
+    return {name: total / counted for name, (total, counted) in sums.items() if counted}
+
+
+def sums_over_processes(own: Mapping[str, float]) -> dict[str, float]:
+    """Sums of values that every process has under the same names."""
+    everything = gathered(dict(own))
+    return {name: sum(values[name] for values in everything) for name in own}

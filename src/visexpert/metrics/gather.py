@@ -1,0 +1,41 @@
+"""What all processes have seen, in one order, so that scores do not depend on how many there are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias, TypeVar
+
+import torch.distributed as dist
+
+Item = TypeVar("Item")
+Key: TypeAlias = tuple[str, int, int]
+"""Split, row of the split, and how often the row came before."""
+
+
+def gathered(own: Item) -> list[Item]:
+    """What each process has, rank by rank; every process must ask."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [own]
+    everything: list[Item] = [own] * dist.get_world_size()
+    dist.all_gather_object(everything, own)
+    return everything
+
+
+def first_of_all(own: Mapping[Key, Item], limit: int) -> list[Item]:
+    """The first ``limit`` items over all processes, in the order of their keys; no others are sent.
+
+    A row that two processes have seen, such as one that filled up a last batch, counts once.
+    """
+    keys = sorted({key for keys in gathered(list(own)) for key in keys})[:limit]
+    wanted = set(keys)
+    parts = gathered({key: item for key, item in own.items() if key in wanted})
+    items = {key: item for part in parts for key, item in part.items()}
+    return [items[key] for key in keys]
+
+
+def key_of(known: Mapping[Key, object], split: str, row: int) -> Key:
+    """The key under which a row is to be kept beside those that are known."""
+    times = 0
+    while (split, row, times) in known:
+        times += 1
+    return split, row, times

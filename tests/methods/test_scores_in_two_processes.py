@@ -1,0 +1,89 @@
+"""Scores and logged losses of two processes are those of one, of unevenly many images, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from tests.methods.helpers import bare_trainer, shake, tiny_tove
+from tests.methods.movekd_helpers import shaken, tiny_movekd
+from tests.two_processes import in_two_processes
+from visexpert.data import TabletopData
+from visexpert.methods import Merging, Method
+
+KINDS: dict[str, Callable[[], Method]] = {
+    "tove": lambda: shake(tiny_tove(caption_images=7, meteor=False, balance_weight=0.0)),
+    "movekd": lambda: shaken(tiny_movekd(caption_images=7, meteor=False, plain=True, direction="to_student")),
+    "merging": lambda: Merging(
+        teacher=shake(tiny_tove()), caption_images=3, meteor=False, text_weight=0.5, language_lr=1e-3
+    ),
+}
+
+
+class Losses(L.Callback):
+    """What the logger would get at each step."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.rows.append({name: float(value) for name, value in trainer.logged_metrics.items()})
+
+
+def scored(folder: Path, scenes: Path, kind: str, *, batch_size: int, **options: Any) -> dict[str, Any]:
+    """Metrics of validation and test, and the losses of two steps, of one kind."""
+    torch.manual_seed(0)
+    model = KINDS[kind]()
+    data = TabletopData(
+        root=str(scenes), render_workers=0, progress=False, num_train=8, num_val=11, num_test=11,
+        batch_size=batch_size, eval_batch_size=4,
+    )  # fmt: skip
+    found: dict[str, Any] = {}
+    for stage in ("validate", "test"):
+        trainer = bare_trainer(folder, steps=2, limit_val_batches=1.0, **options)
+        getattr(trainer, stage)(model, datamodule=data, verbose=False)
+        found |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+    losses = Losses()
+    bare_trainer(folder, steps=2, callbacks=[losses], log_every_n_steps=1, enable_checkpointing=False, **options).fit(
+        model, datamodule=data
+    )
+    for step, row in enumerate(losses.rows):
+        # What a batch decides as a whole, such as variance across its images, is a mean over processes.
+        own = [name for name in row if "variance" in name or name in ("train/balance_loss", "train/nmse")]
+        found |= {f"{name} of step {step}": value for name, value in row.items() if name not in own}
+    return found
+
+
+def score_all(rank: int, folder: Path, scenes: Path) -> dict[str, dict[str, Any]]:
+    return {kind: scored(folder, scenes, kind, batch_size=4, devices=2, strategy="ddp") for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("alone")
+    return {kind: scored(folder, scenes, kind, batch_size=8) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory, scenes: Path, alone: Any) -> dict[str, dict[str, Any]]:
+    first, second = in_two_processes(score_all, tmp_path_factory.mktemp("two"), scenes)
+    assert first.keys() == second.keys()
+    return first
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_those_of_one_process(
+    alone: dict[str, dict[str, Any]], together: dict[str, dict[str, Any]], kind: str
+) -> None:
+    assert together[kind] == pytest.approx(alone[kind], rel=1e-5, abs=1e-6)
+
+
+def test_what_is_compared_is_there(alone: dict[str, dict[str, Any]]) -> None:
+    assert {"test/probe/depth", "test/caption/cider", "val/nll/nll", "train/loss of step 1"} <= alone["tove"].keys()
+    assert {"val/kd_loss", "val/kd/depth", "train/kd_loss of step 0"} <= alone["movekd"].keys()
+    assert {"val/nmse", "train/token_loss of step 1"} <= alone["merging"].keys()

@@ -107,6 +107,7 @@ def test_movekd_from_llavas_conversations_to_a_llava(
     assert not {"hub", "anchor"} & kept
 
     mixed = write_conversations(tmp_path, style="vicuna_v1", name="llava_v1_5_mix665k.json")
+    mixed["init_args"].pop("val")  # as in configs/movekd/llava/stage2.yaml
     model = parts.model("MoVEKD", clip={"mole": mole}, language={}, **forms, init_from=str(start))
     run = fit(tmp_path / "stage2", model, mixed, parts.llama, max_steps=4)  # two epochs: text alone, too
     scores = scored(run)
@@ -115,6 +116,10 @@ def test_movekd_from_llavas_conversations_to_a_llava(
     captioned(run, image, "what is it?", capsys)
     out = tmp_path / "out"
     main(["export", str(run), "--format", "llava", "--out", str(out)])
+    folded = json.loads((out / "fidelity.json").read_text(encoding="utf-8"))["mole"]
+    assert folded["usage"]["images"] == "training" and folded["usage"]["training_images"] > 0
+    assert folded["against_student_on_training_images"]["fold"]["nmse"] >= 0
+    assert "training images, not" in (out / "fidelity.md").read_text(encoding="utf-8")
     state = LlavaForConditionalGeneration.from_pretrained(out).state_dict()
     trained = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     torch.testing.assert_close(state[HEAD], trained["projector.layers.2.weight"])

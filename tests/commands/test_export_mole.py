@@ -11,12 +11,16 @@ import pytest
 import torch
 import yaml
 from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tests.commands.test_export import LLAVA, refusal, write_run
+from tests.data.formats import write_jpeg
 from visexpert.cli import main
+from visexpert.commands.export_images import FolderImages
 from visexpert.commands.export_mole import sources_of
 from visexpert.data import TabletopData
 from visexpert.errors import ConfigError, DataError
+from visexpert.export.llava import check_language
 from visexpert.runs import SavedRun, build, open_run
 from visexpert.vision import UsageMeter, equipped_blocks, fold
 
@@ -139,3 +143,30 @@ def test_without_the_runs_images_only_exact_works(run: Path, monkeypatch: pytest
         sources_of(saved, ["hf"], layers=None, treatment=None, flatten=(1, 1e-4))
     sources = sources_of(saved, ["onnx", "visexpert"], layers=None, treatment=None, flatten=(1, 1e-4))
     assert all(source.clip is student for source in sources.values())
+
+
+def test_a_fold_on_images_of_a_named_folder(run: Path, tmp_path: Path) -> None:
+    for colour in ("red", "blue"):
+        write_jpeg(tmp_path / "own" / f"{colour}.jpg", colour, size=(40, 30))
+    saved, student = opened(run)
+    source = sources_of(
+        saved, ["hf"], layers=None, treatment=None, flatten=(1, 1e-4), images=tmp_path / "own"
+    )["hf"]  # fmt: skip
+    assert source.mole is not None and source.mole.usage is not None and source.mole.images == "named"
+    assert source.mole.usage.num_images == 2
+    meter = UsageMeter(student)
+    for batch in FolderImages(tmp_path / "own", image_size=student.image_size).val_dataloader():
+        meter.update(batch.unit_images())
+    for block, gates_E in meter.usage().gates.items():
+        torch.testing.assert_close(source.mole.usage.gates[block], gates_E)
+    (tmp_path / "bad.yaml").write_text("model: 1")
+    with pytest.raises(ConfigError, match=r"bad\.yaml has no data"):
+        sources_of(opened(run)[0], ["hf"], layers=None, treatment=None, flatten=(1, 1e-4), images=tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize(("kind", "why"), [("gpt2", "embed_tokens"), ("cohere", "logit_scale"), ("phi", "the bias")])
+def test_a_language_model_that_llava_cannot_hold_is_one_sentence(kind: str, why: str) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes))
+    with pytest.raises(ConfigError, match=why):
+        check_language(model)

@@ -41,7 +41,9 @@ def run(arguments: list[str]) -> None:
     from visexpert.commands.export_mole import sources_of
     from visexpert.runs import open_run
 
-    sources = sources_of(open_run(folder), formats, layers=options.layers, treatment=options.mole, flatten=flatten)
+    sources = sources_of(
+        open_run(folder), formats, layers=options.layers, treatment=options.mole, flatten=flatten, images=options.data
+    )  # fmt: skip
     found = export(sources, options.out, tolerance=options.tolerance)
     for name, fidelity in found.items():
         where = options.out if len(found) == 1 else options.out / name
@@ -82,6 +84,11 @@ def _parser() -> argparse.ArgumentParser:
         help="for a student with MoLE: exact keeps its low-rank experts (onnx, torch_export, visexpert), fold averages "
         "them by their use on the run's validation images into one plain CLIP, flatten also trains that CLIP to give "
         "the student's tokens; fidelity.md says what either loses (default: exact where the format can, else fold)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data", type=Path, metavar="FOLDER|YAML",
+        help="images to fold and flatten on: a folder, or a configuration with `data` (default: the run's validation "
+        "images, or its training images where it has no others)",
     )  # fmt: skip
     parser.add_argument(
         "--steps", type=int, metavar="N", help=f"optimiser steps of --mole flatten (default: {STEPS})"

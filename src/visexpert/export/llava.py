@@ -106,12 +106,8 @@ def opening_token(tokenizer: Any) -> str:
 
 
 def _assemble(source: ExportSource, parts: LanguageParts, image_id: int) -> LlavaForConditionalGeneration:
+    check_language(parts.model)
     head = parts.model.get_output_embeddings()
-    if getattr(head, "bias", None) is not None:
-        raise ConfigError(
-            f"LLaVA has no place for the bias of {type(parts.model).__name__}'s output layer; train with another "
-            "language model, or export as hf."
-        )
     config = LlavaConfig(
         vision_config=copy.deepcopy(source.clip.config), text_config=copy.deepcopy(parts.model.config),
         image_token_index=image_id, image_seq_length=source.clip.grid_hw[0] * source.clip.grid_hw[1],
@@ -125,6 +121,31 @@ def _assemble(source: ExportSource, parts: LanguageParts, image_id: int) -> Llav
     model.model.multi_modal_projector.linear_2.load_state_dict(parts.linear_2.state_dict(), strict=True)
     model.lm_head.load_state_dict(head.state_dict(), strict=True)
     return model
+
+
+def check_language(model: Any) -> None:
+    """Refuse a language model that LLaVA's form cannot hold.
+
+    Args:
+        model: A causal language model of transformers, with or without weights.
+
+    Raises:
+        ConfigError: Its output layer has a bias, its logits are capped or scaled, or its parts bear other names.
+    """
+    text = model.config.get_text_config(decoder=True)
+    scales = {name: getattr(text, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")}
+    scaled = [f"{name}: {value}" for name, value in scales.items() if value is not None and value != 1]
+    problems = {
+        "the bias of the output layer": getattr(model.get_output_embeddings(), "bias", None) is not None,
+        ", ".join(scaled): bool(scaled),
+        "embeddings that are not called embed_tokens": not hasattr(model.base_model, "embed_tokens"),
+    }
+    for problem, found in problems.items():
+        if found:
+            raise ConfigError(
+                f"LLaVA has no place for {problem} of {type(model).__name__}; train with another language model, such "
+                "as llama, mistral or qwen2, or export as hf."
+            )
 
 
 @torch.no_grad()

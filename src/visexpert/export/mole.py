@@ -15,9 +15,12 @@ from visexpert.vision import ClipEncoder, MoLESettings, RouterUsage
 
 Treatment = Literal["exact", "fold", "flatten"]
 
+IMAGES = ("validation", "training", "named")
+"""What images a student was folded by and measured on."""
+
 MEANING = {
     "exact": "The architecture is kept: the export computes what the student computes.",
-    "fold": "One plain CLIP: the low-rank experts of each layer averaged by how much the run's validation images use "
+    "fold": "One plain CLIP: the low-rank experts of each layer averaged by how much images of the run's data use "
     "them. It is not the student; fidelity.md says how far it is from it.",
     "flatten": "One plain CLIP: a fold (experts averaged by their use), then trained for a while to give the student's "
     "tokens. It is not the student; fidelity.md says how far it is from it.",
@@ -37,6 +40,7 @@ class MoLEReport:
         on_val: Errors of patch tokens against the student on the run's validation images, of ``fold`` and, behind it,
             ``flatten``: ``nmse``, ``relative`` (root mean squares), ``mean_cosine``, ``min_cosine``, ``num_images``.
         steps: Optimiser steps of ``flatten``.
+        images: Which images ``usage`` and ``on_val`` are from: ``validation``, ``training`` or ``named`` (--data).
     """
 
     treatment: Treatment
@@ -45,17 +49,24 @@ class MoLEReport:
     on_checks: Mapping[str, Mapping[str, float]] | None = None
     on_val: Mapping[str, Mapping[str, float]] | None = None
     steps: int = 0
+    images: str = "validation"
 
     def facts(self) -> dict[str, Any]:
         """For ``fidelity.json``."""
         facts: dict[str, Any] = {"treatment": self.treatment, "student": asdict(self.settings)}
         if self.usage is not None:
             shares = {str(block): gates_E.tolist() for block, gates_E in self.usage.gates.items()}
-            facts["usage"] = {"validation_images": self.usage.num_images, "mean_gates_by_block": shares}
+            facts["usage"] = {
+                f"{self.images}_images": self.usage.num_images,
+                "images": self.images,
+                "mean_gates_by_block": shares,
+            }
         if self.on_checks is not None:
             facts["against_student_on_check_images"] = {name: dict(entry) for name, entry in self.on_checks.items()}
         if self.on_val is not None:
-            facts["against_student_on_validation_images"] = {name: dict(entry) for name, entry in self.on_val.items()}
+            facts[f"against_student_on_{self.images}_images"] = {
+                name: dict(entry) for name, entry in self.on_val.items()
+            }
         if self.treatment == "flatten":
             facts["steps"] = self.steps
         return facts
@@ -87,8 +98,10 @@ def mole_lines(facts: Mapping[str, Any], layers: Sequence[int]) -> list[str]:
         f"{MEANING[facts['treatment']]}",
         "",
     ]
-    if "against_student_on_validation_images" in facts:
-        lines += _val_table(facts)
+    if "usage" in facts and facts["usage"]["images"] != "validation":
+        lines += [f"Folded and measured on {facts['usage']['images']} images, not on the run's validation images.", ""]
+    if errors := next((facts[key] for key in map(_errors_key, IMAGES) if key in facts), None):
+        lines += _val_table(facts, errors)
     if "against_student_on_check_images" in facts:
         titles = {layer_name(layer): f"hidden state {layer}" for layer in layers}
         lines += [
@@ -102,9 +115,13 @@ def mole_lines(facts: Mapping[str, Any], layers: Sequence[int]) -> list[str]:
     return lines + (_usage_table(facts["usage"]) if "usage" in facts else [])
 
 
-def _val_table(facts: Mapping[str, Any]) -> list[str]:
-    errors = facts["against_student_on_validation_images"]
-    lines = ["| against the student, validation images | images | NMSE | RMS error / RMS | mean cosine | min cosine |"]
+def _errors_key(images: str) -> str:
+    return f"against_student_on_{images}_images"
+
+
+def _val_table(facts: Mapping[str, Any], errors: Mapping[str, Any]) -> list[str]:
+    which = facts["usage"]["images"]
+    lines = [f"| against the student, {which} images | images | NMSE | RMS error / RMS | mean cosine | min cosine |"]
     lines.append("|---|---|---|---|---|---|")
     for name, entry in errors.items():
         title = f"{name}, {facts['steps']} steps" if name == "flatten" else name
@@ -118,7 +135,8 @@ def _val_table(facts: Mapping[str, Any]) -> list[str]:
 def _usage_table(usage: Mapping[str, Any]) -> list[str]:
     shares = usage["mean_gates_by_block"]
     num_experts = len(next(iter(shares.values())))
-    lines = [f"| mean gate, {usage['validation_images']} validation images | "
+    images = usage["images"]
+    lines = [f"| mean gate, {usage[f'{images}_images']} {images} images | "
              + " | ".join(f"expert {index}" for index in range(num_experts)) + " |"]  # fmt: skip
     lines.append("|---" * (num_experts + 1) + "|")
     lines += [f"| block {block} | " + " | ".join(f"{g:.3f}" for g in gates) + " |" for block, gates in shares.items()]

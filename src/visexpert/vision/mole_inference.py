@@ -94,6 +94,11 @@ class UsageMeter:
         self._images += len(images_BCHW)
         self._tokens += record.choice_LBN[0].numel()
 
+    @property
+    def num_images(self) -> int:
+        """Images seen so far."""
+        return self._images
+
     def usage(self) -> RouterUsage:
         """What was seen so far.
 
@@ -101,7 +106,7 @@ class UsageMeter:
             ConfigError: Nothing was.
         """
         if not self._images:
-            raise ConfigError("UsageMeter: no image was seen; give the data some validation images.")
+            raise ConfigError("UsageMeter: no image was seen; give some.")
         return RouterUsage({index: total / self._tokens for index, total in self._sums.items()}, self._images)
 
 

@@ -16,7 +16,7 @@ from tests.methods.helpers import bare_trainer, noise_batch, shake, tiny_experts
 from tests.methods.movekd_helpers import tiny_movekd
 from visexpert.errors import WeightsError
 from visexpert.methods import Method, ToVE
-from visexpert.methods.columns import NAMES
+from visexpert.methods.columns import NAMES, experts_in
 
 GATES: dict[str, dict[str, Any]] = {
     "linear": {},
@@ -103,6 +103,12 @@ def test_more_experts_keep_what_was_learned_and_the_fresh_ones_are_named(
     assert_equal(columns(model), wanted)
     copies = [part.adapters["edges"].get_parameter("out.weight") for part in (model, donor)]
     assert torch.equal(*copies)
+
+
+@pytest.mark.parametrize("names", [3, "edges", [1, 2, 3], None])
+def test_names_that_are_none_are_read_from_the_parts(names: object) -> None:
+    state = dict(tiny_tove().state_dict())
+    assert experts_in({"state_dict": state, NAMES: names}) == ("semantic", "depth", "edges")
 
 
 def test_a_start_without_experts_leaves_the_gate_fresh(tmp_path: Path) -> None:

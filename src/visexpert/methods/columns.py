@@ -82,8 +82,9 @@ def experts_in(checkpoint: Mapping[str, Any]) -> tuple[str, ...] | None:
 
     Checkpoints of earlier versions do not name them, but hold a part for each, in the order of the columns.
     """
-    if NAMES in checkpoint:
-        return tuple(checkpoint[NAMES])
+    names = checkpoint.get(NAMES)
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        return tuple(names)
     return tuple(dict.fromkeys(_owners(checkpoint["state_dict"]))) or None
 
 

@@ -152,8 +152,8 @@ def _told(path: Path, owner: str) -> Iterator[None]:
         ) from error
     except Exception as error:
         raise WeightsError(
-            f"{owner}: {path} is no checkpoint that can be read without running code from it: damaged, cut off or of "
-            f"another program ({_reason(error)}); give another, or train it again."
+            f"{owner}: {path} is no plain checkpoint: damaged, cut off, of another program, or with code in it "
+            f"({_reason(error)}); give another, or train it again."
         ) from error
 
 

@@ -59,8 +59,9 @@ def open_run(folder: str | Path, *, trust: Sequence[str] = ()) -> SavedRun:
         WeightsError: The checkpoint is damaged, could run code, or does not fit the configuration.
     """
     folder = Path(folder)
-    path, checkpoint_path = config_of(folder), checkpoint_of(folder)
+    path = config_of(folder)
     config = read_config(path)
+    checkpoint_path = checkpoint_of(folder)
     with torch.random.fork_rng():
         torch.manual_seed(int(config.get("seed_everything") or 0))  # encoders without weights are random, but the same
         model, data = build(config, path, foreign=True, trust=trust)

@@ -135,9 +135,7 @@ def _read(path: Path, *, lazily: bool = False) -> dict[str, Any]:
         if not lazily or "mmap can only be used" not in str(error):
             raise
         loaded = torch.load(path, map_location="cpu", weights_only=True)  # the format of old versions
-    if not isinstance(loaded, dict):
-        raise ValueError(f"a {type(loaded).__name__} instead of a dictionary")
-    return loaded
+    return loaded if isinstance(loaded, dict) else {}
 
 
 @contextmanager

@@ -294,3 +294,28 @@ def test_cached_teachers_give_the_loss_of_live_ones(tmp_path: Path, data: MakeDa
     bare_trainer(tmp_path, steps=2, callbacks=[cached]).fit(model, datamodule=data())
     assert cached.losses == pytest.approx(live.losses, abs=1e-5)
     assert len(calls) == 4 * len(teachers)  # train and validation images: the shape, then one batch of all
+
+
+@pytest.mark.parametrize("clip_lr", [0.0, 1e-3])
+@pytest.mark.parametrize("depth", [3, 4])
+def test_with_mole_behind_the_tokens_all_that_is_to_train_has_a_gradient_and_nothing_else(
+    clip_lr: float, depth: int
+) -> None:
+    """The released form: what DDP would wait for is exactly what the balance loss reaches behind the tokens."""
+    model = shaken(tiny_movekd(depth=depth, mole={"layers": "all"}, clip_lr=clip_lr))
+    if depth == 4:
+        model.clip.layer = -3  # two blocks behind: the first one's experts are read by the second one's router
+    model.setup("fit")
+    model.train()
+    model.step(noise_batch()).loss.backward()
+    trained = {id(p) for group in model.trained_groups() for m in group.modules for p in m.parameters()}
+    own = {name: p for name, p in model.named_parameters() if name.split(".")[0] not in model.frozen_modules()}
+    reached = {name for name, p in own.items() if p.grad is not None}
+    assert reached == {name for name, p in own.items() if id(p) in trained and p.requires_grad}
+    last = f"clip.model.encoder.layers.{depth - 1}.mlp"
+    assert f"{last}.router.weight" in reached and not any(name.startswith(f"{last}.fc") for name in reached)
+
+
+def test_mole_that_no_loss_reaches_is_refused() -> None:
+    with pytest.raises(ConfigError, match="behind the tokens, which only balance_weight reaches, and it is 0"):
+        tiny_movekd(mole={"layers": "all"}, balance_weight=0.0)

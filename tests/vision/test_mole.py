@@ -17,6 +17,7 @@ from transformers.models.clip.modeling_clip import CLIPMLP
 
 from tests.vision.test_clip import FIELDS
 from visexpert.errors import ConfigError
+from visexpert.losses import router_balance
 from visexpert.vision import ClipEncoder, MoLEFeedForward, add_mole, collect_routing, merge_for_inference
 
 WIDTH, HIDDEN, EXPERTS, RANK, ALPHA = 16, 32, 3, 4, 6.0
@@ -240,10 +241,36 @@ def test_layers_that_get_no_gradient_are_left_alone() -> None:
     assert len(experts) == 16 and all(parameter.grad is not None for parameter in experts)
 
 
-@pytest.mark.parametrize("layers", [[2], [0, 0], [], [-1]])
+def test_blocks_behind_the_tokens_are_run_for_their_routers_alone() -> None:
+    """As in the release, with hidden state -2 of three blocks: the third counts in the balance and changes no token."""
+    clip, images = equipped(layers="all")
+    assert [isinstance(block.mlp, MoLEFeedForward) for block in clip.model.encoder.layers] == [True] * 3
+    alone = clip(images)
+    with collect_routing(clip) as routing:
+        watched = clip(images)
+    record = routing.record()
+    assert record is not None and record.layers == (0, 1, 2) and not clip.routing_watched
+    assert torch.equal(alone.tokens_BTD, watched.tokens_BTD) and torch.equal(alone.cls_BD, watched.cls_BD)
+    # What the third router reads is what transformers' own block makes for its MLP.
+    seen: list[Tensor] = []
+    third: Any = clip.model.encoder.layers[2]
+    hook = third.layer_norm2.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        clip.model(pixel_values=clip.preprocess(images))
+    hook.remove()
+    torch.testing.assert_close(record.probs_LBNE[2], third.mlp.router(seen[0]).probs_BNE)
+    router_balance(record.probs_LBNE, record.choice_LBN).backward()
+    assert third.mlp.router.weight.grad is not None and third.self_attn.q_proj.weight.grad is not None
+    assert third.mlp.fc1_experts.A_weight.grad is None and third.mlp.fc2.weight.grad is None
+
+
+@pytest.mark.parametrize("layers", [[3], [0, 0], [], [-1]])
 def test_other_layers_are_refused(layers: list[int]) -> None:
     clip = ClipEncoder(config=FIELDS)
-    with pytest.raises(ConfigError, match=r"must name different blocks of 0..1.*the others would get no gradient"):
+    with pytest.raises(
+        ConfigError,
+        match=r"must name different blocks of 0..2.*depends on 0..1, the others learn from the balance loss alone",
+    ):
         add_mole(clip, layers=layers)
     assert not any(isinstance(module, MoLEFeedForward) for module in clip.modules())
 

@@ -41,13 +41,11 @@ def write_run(
     out: Path = options.out
     sizes = CLIPVisionConfig(**describe_clip(options.clip).fields)
     layer = int(released.config.get("mm_vision_select_layer", -2))
-    told = []
+    told: list[str] = []
     if shape is not None and mole is not None:
-        read = range(int(sizes.num_hidden_layers) + 1 + layer)
-        kept = [block for block in shape.blocks if block in read]
-        mole["layers"] = None if kept == list(read) else kept
-        if unread := [str(block) for block in shape.blocks if block not in read]:
-            told.append(f"MoLE of block {', '.join(unread)} is left out: hidden state {layer} does not depend on it.")
+        depth, blocks = int(sizes.num_hidden_layers), list(shape.blocks)
+        forms: dict[str | None, list[int]] = {None: list(range(depth + 1 + layer)), "all": list(range(depth))}
+        mole["layers"] = next((form for form, named in forms.items() if named == blocks), blocks)
     out.mkdir(parents=True, exist_ok=True)
     try:
         told += _write(released, mole, layer, sizes, options)

@@ -142,6 +142,11 @@ class MoVEKD(Method):
         attends = "attention" in (teacher_weighting, token_weighting)
         self.anchor = clip.plain_copy() if attends or self.gate is not None or anchor_share is not None else None
         self.kd_weight, self.text_weight, self.balance_weight = kd_weight, text_weight, balance_weight
+        if self.balance_weight == 0 and clip.routed_blocks_behind():
+            raise ConfigError(
+                "MoVEKD: clip's mole.layers name blocks behind the tokens, which only balance_weight reaches, and it "
+                "is 0; raise it, or leave layers out."
+            )
         self.balance_form: RouterBalanceForm = balance_form
         self.clip_lr, self.mole_lr = clip_lr, lr if mole_lr is None else mole_lr
         self.init_from, self.init_complete = init_from, init_complete
@@ -210,7 +215,7 @@ class MoVEKD(Method):
         fusion += [self.projector] if self.text_weight > 0 else []
         groups = [
             ParameterGroup("fusion", tuple(fusion), self.lr),
-            ParameterGroup("clip", self.clip.plain_modules(), self.clip_lr),
+            ParameterGroup("clip", self.clip.plain_modules(balanced=self.balance_weight > 0), self.clip_lr),
             ParameterGroup("mole", mole_parts(self.clip, balanced=self.balance_weight > 0), self.mole_lr),
         ]
         if self.text_weight > 0:

@@ -23,9 +23,17 @@ def check_weights(language: LanguageSide, **weights: float) -> None:
 
 
 def mole_parts(clip: ClipEncoder, *, balanced: bool) -> tuple[nn.Module, ...]:
-    """What of MoLE has a gradient: a router that only balance teaches has none without a ``balanced`` loss."""
+    """What of MoLE has a gradient.
+
+    A router that only balance teaches has none without a ``balanced`` loss. Behind the tokens nothing has one without
+    it, and with it the experts of the last block have none, since no router reads what they make.
+    """
+    behind = [block.get_submodule("mlp") for block in clip.routed_blocks_behind()]
     parts: list[nn.Module] = []
     for layer in clip.mole_layers():
         router, *experts = layer.added_modules()  # type: ignore[operator]
-        parts += [router, *experts] if balanced or layer.router_learns else experts
+        if layer in behind:
+            parts += [router, *(() if layer is behind[-1] else experts)] if balanced else ()
+        else:
+            parts += [router, *experts] if balanced or layer.router_learns else experts
     return tuple(parts)

@@ -81,6 +81,8 @@ class ClipEncoder(nn.Module):
         if not -depth - 1 <= layer <= -1:
             raise ConfigError(f"ClipEncoder: layer={layer} is outside -{depth + 1}..-1 of a CLIP with {depth} layers.")
         self.layer = layer
+        self.routing_watched = False
+        """Whether somebody collects what routers decide, those behind the tokens included (collect_routing)."""
         if mole is not None:
             from visexpert.vision.mole import add_mole  # which knows CLIP
 
@@ -139,16 +141,27 @@ class ClipEncoder(nn.Module):
         layers = self.model.encoder.layers
         return self.model.embeddings, self.model.pre_layrnorm, *layers[: len(layers) + 1 + self.layer]
 
+    def routed_blocks_behind(self) -> tuple[nn.Module, ...]:
+        """Blocks behind the tokens up to the last one with MoLE: only the routers' balance loss reaches them."""
+        blocks = list(self.model.encoder.layers)
+        first = len(self.read_modules()) - 2
+        last = max((index for index, block in enumerate(blocks) if _has_mole(block)), default=-1)
+        return tuple(blocks[first : last + 1])
+
     def mole_layers(self) -> tuple[nn.Module, ...]:
         """The MLPs that have MoLE, in the order of the blocks."""
-        mlps = [block.get_submodule("mlp") for block in self.model.encoder.layers]
-        return tuple(mlp for mlp in mlps if hasattr(mlp, "added_modules"))
+        return tuple(block.get_submodule("mlp") for block in self.model.encoder.layers if _has_mole(block))
 
-    def plain_modules(self) -> tuple[nn.Module, ...]:
-        """Parts of CLIP itself that the tokens depend on, without what MoLE has added."""
+    def plain_modules(self, *, balanced: bool = False) -> tuple[nn.Module, ...]:
+        """Parts of CLIP itself that get a gradient, without what MoLE has added.
+
+        Args:
+            balanced: There is a balance loss, which also reaches what the routers behind the tokens read.
+        """
         embeddings, norm, *blocks = self.read_modules()
-        inner = [child for block in blocks for name, child in block.named_children() if name != "mlp"]
-        for block in blocks:
+        behind = self.routed_blocks_behind() if balanced else ()
+        inner = [child for block in (*blocks, *behind) for name, child in block.named_children() if name != "mlp"]
+        for block in (*blocks, *behind[:-1]):
             inner += [block.mlp.fc1, block.mlp.fc2]  # type: ignore[union-attr, list-item]
         return embeddings, norm, *inner
 
@@ -183,7 +196,14 @@ class ClipEncoder(nn.Module):
         hidden_BND = self.model.pre_layrnorm(self.model.embeddings(self.preprocess(images_BCHW)))
         for layer in self.read_modules()[2:]:
             hidden_BND = layer(hidden_BND, None)
-        return VisionTokens(hidden_BND[:, 1:], self.grid_hw, cls_BD=hidden_BND[:, 0])
+        tokens = VisionTokens(hidden_BND[:, 1:], self.grid_hw, cls_BD=hidden_BND[:, 0])
+        for layer in self.routed_blocks_behind() if self.routing_watched else ():
+            hidden_BND = layer(hidden_BND, None)
+        return tokens
+
+
+def _has_mole(block: nn.Module) -> bool:
+    return hasattr(block.get_submodule("mlp"), "added_modules")
 
 
 def _side(size: object) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import partial
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -168,7 +168,7 @@ class MoLEFeedForward(nn.Module):
 def add_mole(
     clip: ClipEncoder,
     *,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int] | Literal["all"] | None = None,
     num_experts: int = 3,
     rank: int = 32,
     alpha: float | None = None,
@@ -181,22 +181,22 @@ def add_mole(
 
     Args:
         clip: The encoder, changed in place, its weights loaded or not.
-        layers: Blocks to equip, from 0; None for all that the tokens depend on. The released code also equips those
-            behind the hidden state that is read, where neither text nor teachers reach.
+        layers: Blocks to equip, from 0; None for all that the tokens depend on; ``all`` (the released code) for those
+            behind the hidden state that is read, too, where neither text nor teachers reach.
 
     Returns:
         What was put in, in the order of the blocks; :meth:`MoLEFeedForward.added_modules` is what to train.
 
     Raises:
-        ConfigError: A block that is not read, is named twice or has MoLE already; options that cannot work.
+        ConfigError: A block that is not there, is named twice or has MoLE already; options that cannot work.
     """
     blocks = list(clip.model.encoder.layers)
     read = len(clip.read_modules()) - 2
-    chosen = sorted(range(read) if layers is None else layers)
-    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(read)):
+    chosen = sorted(range(read) if layers is None else range(len(blocks)) if layers == "all" else layers)
+    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(len(blocks))):
         raise ConfigError(
-            f"add_mole: layers={chosen} must name different blocks of 0..{read - 1}, those that hidden state "
-            f"{clip.layer} of a CLIP with {len(blocks)} blocks depends on; the others would get no gradient."
+            f"add_mole: layers={chosen} must name different blocks of 0..{len(blocks) - 1}; hidden state {clip.layer} "
+            f"depends on 0..{read - 1}, the others learn from the balance loss alone."
         )
     options = {"num_experts": num_experts, "rank": rank, "alpha": alpha, "dropout": dropout}
     made = [

@@ -22,7 +22,8 @@ class MoLESettings:
         routing: ``top1`` (release) or ``dense``.
         init: ``identity`` - the student starts as CLIP; ``released`` - A and B random.
         router: How top-1 learns: ``released`` (from the balance loss only), ``scaled`` or ``straight_through``.
-        layers: Blocks to equip, from 0; null for all that are read.
+        layers: Blocks to equip, from 0; null for all that the tokens depend on; ``all`` for those behind them, too, as
+            in the release: neither text nor teachers reach these, only the balance loss does.
     """
 
     num_experts: int = 3
@@ -32,4 +33,4 @@ class MoLESettings:
     routing: Routing = "top1"
     init: MoLEInit = "identity"
     router: RouterKind = "released"
-    layers: list[int] | None = None
+    layers: list[int] | Literal["all"] | None = None

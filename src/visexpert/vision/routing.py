@@ -76,11 +76,13 @@ class RoutingCollector:
 def collect_routing(clip: ClipEncoder) -> Iterator[RoutingCollector]:
     """Keep what the routers of ``clip`` decide: ``with collect_routing(clip) as routing: clip(images)``.
 
-    The modules themselves keep nothing, so no graph outlives the record. Under gradient checkpointing the blocks run
-    again in the backward pass, after the ``with``, unseen; the probabilities kept have a gradient if checkpointing is
-    not reentrant (transformers' default). Under DDP each process has the decisions on its own images.
+    Blocks behind the tokens that have MoLE are run, too, for their routers. The modules themselves keep nothing, so no
+    graph outlives the record. Under gradient checkpointing the blocks run again in the backward pass, after the
+    ``with``, unseen; the probabilities kept have a gradient if checkpointing is not reentrant (transformers' default).
+    Under DDP each process has the decisions on its own images.
     """
     collector = RoutingCollector()
+    watched, clip.routing_watched = clip.routing_watched, True
     handles = []
     for index, block in enumerate(clip.model.encoder.layers):
         router = getattr(block.mlp, "router", None)
@@ -89,6 +91,7 @@ def collect_routing(clip: ClipEncoder) -> Iterator[RoutingCollector]:
     try:
         yield collector
     finally:
+        clip.routing_watched = watched
         for handle in handles:
             handle.remove()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from visexpert import training
 from visexpert.callbacks import RunFigures
 from visexpert.cli import main
+from visexpert.methods import Method, ToVE
 from visexpert.methods.evaluation import decode
 from visexpert.report import read_metrics
 from visexpert.report.lock import hold
@@ -340,3 +342,30 @@ def test_a_run_without_loggers_of_the_user_says_so(cache: Path, tmp_path: Path, 
     main(fit(tmp_path, *short))
     assert yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))["trainer"]["logger"] is None
     assert (tmp_path / "metrics.csv").is_file() and not (tmp_path / "lightning_logs").exists()
+
+
+@pytest.mark.parametrize("end", ["killed", "stopped"])
+@pytest.mark.parametrize("command", ["merge", "detach"])
+def test_a_phase_that_is_ended_and_given_again_has_all_its_metrics(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, end: str
+) -> None:
+    phase = ["--keep", "1", "--timing_seconds", "0", "--retune_steps"] if command == "detach" else ["--steps"]
+    phase += ["2", "--eval_every", "2", "--checkpoint_every", "2"]
+    runs = [tmp_path / "broken", tmp_path / "unbroken"]
+    for run in runs:
+        shutil.copytree(whole, run, ignore=shutil.ignore_patterns(".*", "figures"))
+    with monkeypatch.context() as patch, pytest.raises((SystemExit, Kill)) as ended:
+        if end == "killed":  # after the last step, before the scores
+            patch.setattr(ToVE, "on_test_epoch_start", lambda self: killed())
+        else:  # in the validation after the last step
+            begin = Method.on_validation_epoch_start
+            patch.setattr(Method, "on_validation_epoch_start", lambda self: (sent(signal.SIGTERM)(), begin(self)))
+        main([command, str(runs[0]), *phase])
+    assert getattr(ended.value, "code", 143) == 143
+    name = {"merge": "merged", "detach": "detached"}[command]
+    assert not (runs[0] / name / "checkpoints" / "last.ckpt").exists()
+    for run in runs:
+        main([command, str(run), *phase])
+    broken, unbroken = (read(run / name / "metrics.json") for run in runs)
+    assert broken.keys() == unbroken.keys()
+    assert timeless(broken) == timeless(unbroken)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from visexpert.errors import ConfigError, DataError
+from visexpert.files import whole_folder
 
 
 @contextmanager
 def whole_or_nothing(out: Path) -> Iterator[Path]:
     """Give a hidden folder beside ``out`` that is renamed to ``out`` at the end, or removed if anything goes wrong.
 
-    A process that is killed leaves at most the hidden folder, ``.NAME.partial-PID``.
+    A process that is killed leaves at most the hidden folder, ``.NAME.HOST-NUMBER.part``.
 
     Args:
         out: Target; may exist only as an empty folder.
@@ -25,19 +24,13 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
         DataError: The disk refuses.
     """
     check_target(out)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        if out.is_dir():
-            out.rmdir()
-        os.rename(partial, out)
+        with whole_folder(out) as partial:
+            yield partial
     except OSError as error:
         raise DataError(
             f"'{out}' cannot be written ({error}); choose a folder with room that you may write."
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_target(out: Path) -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from visexpert.errors import DataError
+from visexpert.files import whole_file
 from visexpert.store.numbers import DISK, StoreDtype, pack, unpack
 
 
@@ -123,7 +124,8 @@ def write_features(root: Path, key: FeatureKey, batches: Iterable[Tensor], *, ow
             _reserve(file, key)
             _fill(file, key, batches, owner=owner)
             os.replace(file.name, root / f"{key.name}.npy")
-        (root / f"{key.name}.json").write_text(json.dumps(asdict(key), indent=2), encoding="utf-8")
+        with whole_file(root / f"{key.name}.json") as part:
+            part.write_text(json.dumps(asdict(key), indent=2), encoding="utf-8")
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise _too_full(root, key, f"which it does not get: {error.strerror}") from error

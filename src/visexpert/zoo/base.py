@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from safetensors.torch import save_file
 from torch import Tensor
 
+from visexpert.files import whole_file
 from visexpert.types import Batch
 
 
@@ -81,8 +82,9 @@ def one_cycle(step: int, *, total: int, warmup: float, low: float = 0.04, final:
 
 def write_weights(state: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file that every user of an installed package can read (safetensors makes it private)."""
-    save_file(dict(state), path, metadata={"format": "pt", **(metadata or {})})
-    path.chmod(0o644)
+    with whole_file(path) as part:
+        save_file(dict(state), part, metadata={"format": "pt", **(metadata or {})})
+        part.chmod(0o644)
 
 
 def images_of(batch: Batch) -> Tensor:

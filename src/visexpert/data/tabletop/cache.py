@@ -32,6 +32,7 @@ from visexpert.data.tabletop.scenes import sample_scenes
 from visexpert.data.tabletop.world import TabletopWorld
 from visexpert.data.workers import load
 from visexpert.errors import DataError
+from visexpert.files import take_place
 from visexpert.reading import read_json
 from visexpert.types import SceneGraph
 
@@ -212,9 +213,7 @@ def _render_to(final: Path, spec: Mapping[str, Any], world: TabletopWorld, num_w
                 bar.update(len(arrays["rgb"]))
         with open(partial / _MANIFEST, "w", encoding="utf-8") as manifest:
             json.dump(spec, manifest, indent=2)
-            manifest.flush()
-            os.fsync(manifest.fileno())
-        partial.rename(final)
+        take_place(partial, final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

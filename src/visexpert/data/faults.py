@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from visexpert.errors import DataError
+from visexpert.errors import DataError, shown
 from visexpert.reading import dump_json, parse_json
 from visexpert.types import Batch, Skipped
 
@@ -61,7 +61,7 @@ class FaultLog:
         if not new:
             return
         if not self._keys:
-            log.warning("%s: left out, because it cannot be used: %s", self.source, new[0].reason)
+            log.warning("%s: left out, because it cannot be used: %s", self.source, shown(new[0].reason))
         self._keys.update(fault.key for fault in new)
         self._whole += sum(fault.whole for fault in new)
         self.last = new[-1].reason

@@ -22,15 +22,20 @@ from lightning.pytorch.plugins import (
 )
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
+from tests.two_processes import in_two_processes
 from visexpert.callbacks.figures import RunFigures
 from visexpert.cli import main
 from visexpert.language.projector import Projector
+from visexpert.methods import Method
 from visexpert.methods.evaluation import EvalOutput
-from visexpert.methods.optimiser import adamw, clip_gradients
-from visexpert.precision import convert_records
+from visexpert.methods.flattening import Flattening
+from visexpert.methods.optimiser import adamw
+from visexpert.precision import ClippedModule, clip_gradients, convert_records
 from visexpert.transfer.kd_maps import Standardise
 from visexpert.types import Batch, StepCounts, TextBatch, TextItem, VisionTokens
+from visexpert.zoo.base import ZooModule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -128,6 +133,43 @@ def test_gradients_are_clipped_in_every_precision(precision: str, algorithm: str
     clip_gradients(module, optimizer, 1.0, algorithm)
     expected = [0.6, 0.8] if algorithm == "norm" else [1.0, 1.0]
     torch.testing.assert_close(weight.grad, torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+def clipped_shards(rank: int, algorithm: str) -> list[list[float]]:
+    """Gradients of a layer under FSDP after a module has clipped them; rank 1 has another image than rank 0."""
+    layer = nn.Linear(2, 2, bias=False)
+    root = FullyShardedDataParallel(layer, device_id=torch.device("cpu"), use_orig_params=True)
+    given = torch.tensor([[3.0, 4.0]] if rank == 0 else [[1.0, 0.0]])
+    root(given).sum().backward()
+    module = ClippedModule()
+    plugin = FSDPPrecision("bf16-mixed")
+    module._trainer = trainer_with(plugin, strategy=SimpleNamespace(model=root), gradient_clip_val=1.0,
+                                   gradient_clip_algorithm=GradClipAlgorithmType(algorithm))  # fmt: skip
+    optimizer = adamw([{"params": list(root.parameters())}], lr=0.1, betas=(0.9, 0.98), trainer=module.trainer)
+    module.configure_gradient_clipping(optimizer, 1.0, algorithm)
+    return [p.grad.tolist() for p in root.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize(("algorithm", "expected"), [("norm", 0.5), ("value", 1.0)])
+def test_shards_of_gradients_are_clipped_by_the_norm_of_the_whole(algorithm: str, expected: float) -> None:
+    """The mean gradient is 2 in each of four places, so its norm is 4; that of a shard is less."""
+    for shards in in_two_processes(clipped_shards, algorithm):
+        for shard in shards:
+            assert shard == pytest.approx([expected] * 2, abs=1e-4)
+
+
+def trained_modules(kind: type[L.LightningModule]) -> Iterator[type[L.LightningModule]]:
+    """Classes of this package that have an optimizer."""
+    for child in kind.__subclasses__():
+        if child.__module__.startswith("visexpert.") and "configure_optimizers" in vars(child):
+            yield child
+        yield from trained_modules(child)
+
+
+def test_whatever_has_an_optimizer_clips_in_every_precision() -> None:
+    found = set(trained_modules(L.LightningModule))
+    assert {Method, Flattening, ZooModule} <= found
+    assert [kind.__name__ for kind in found if not issubclass(kind, ClippedModule)] == []
 
 
 def test_gates_in_bfloat16_are_kept_for_the_figures() -> None:

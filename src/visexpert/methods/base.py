@@ -22,7 +22,7 @@ from visexpert.methods.checkpointed import CheckpointedModule
 from visexpert.methods.evaluation import EvalOutput, Evaluator, Written, write_all
 from visexpert.methods.finite import FiniteGuard, OnNan, refuse_engines
 from visexpert.methods.modes import settle_modes
-from visexpert.methods.optimiser import adamw, clip_gradients, cosine_with_warmup, make_groups
+from visexpert.methods.optimiser import adamw, cosine_with_warmup, make_groups
 from visexpert.methods.reduction import loss_over_processes, parts_over_processes
 from visexpert.methods.views import EncoderViews
 from visexpert.types import Batch, ImageSource, LossTerm, StepOutput, Unit, VisionTokens
@@ -239,15 +239,6 @@ class Method(CheckpointedModule):
         total = int(self.trainer.estimated_stepping_batches)
         schedule = cosine_with_warmup(optimiser, warmup_steps=self.warmup_steps, total_steps=total)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip in every precision, the optimizer fused or not."""
-        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # -- Evaluation -----------------------------------------------------------------------------------------------
 

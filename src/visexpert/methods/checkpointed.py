@@ -6,7 +6,6 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import lightning as L
 from lightning.pytorch.strategies import Strategy
 from torch import nn
 
@@ -15,10 +14,10 @@ from visexpert.methods.columns import NAMES, Columns, experts_in, refuse_other_o
 from visexpert.methods.matching import refuse_other_model, refuse_other_training
 from visexpert.methods.optimiser import ParameterGroup, make_groups
 from visexpert.methods.start import find_start
-from visexpert.precision import convert_records
+from visexpert.precision import ClippedModule, convert_records
 
 
-class CheckpointedModule(L.LightningModule):
+class CheckpointedModule(ClippedModule):
     """A module of which frozen parts are read from their own files and the rest is kept in checkpoints.
 
     Args:

@@ -10,6 +10,7 @@ from torch import Tensor
 from visexpert.losses import token_distance
 from visexpert.methods.optimiser import ParameterGroup, cosine_with_warmup, make_groups
 from visexpert.metrics.token_error import TokenError
+from visexpert.precision import ClippedModule
 from visexpert.types import Batch, VisionTokens
 from visexpert.vision import ClipEncoder, UsageMeter
 
@@ -33,7 +34,7 @@ class RouterUse(L.LightningModule):
             self.meter.update(images_BCHW)
 
 
-class Flattening(L.LightningModule):
+class Flattening(ClippedModule):
     """A plain CLIP learns the tokens of a student, [CLS] included: mean squared error at the layer that is read.
 
     Only images take part: no text, no teacher. Blocks behind that layer stay as they are.

@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins import MixedPrecision, Precision
-from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -67,20 +65,6 @@ def adamw(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float]
     """
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
     return AdamW(groups, lr=lr, betas=betas, fused=not (scaled and trainer.gradient_clip_val))
-
-
-def clip_gradients(module: LightningModule, optimizer: Optimizer, value: float | None, algorithm: str | None) -> None:
-    """Clip gradients as Lightning does, but under ``bf16-mixed``, too.
-
-    Lightning refuses to clip for any fused optimizer in mixed precision, because one such might undo the scale of
-    gradients itself. Without a scale there is nothing to undo.
-    """
-    plugin = module.trainer.precision_plugin
-    if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
-        kind = GradClipAlgorithmType(algorithm or GradClipAlgorithmType.NORM)
-        Precision.clip_gradients(plugin, optimizer, value or 0.0, kind)
-    else:
-        module.clip_gradients(optimizer, gradient_clip_val=value, gradient_clip_algorithm=algorithm)
 
 
 def cosine_with_warmup(optimiser: Optimizer, *, warmup_steps: int, total_steps: int) -> LambdaLR:

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from safetensors.torch import save_file
 from torch import Tensor
 
 from visexpert.files import whole_file
+from visexpert.precision import ClippedModule
 from visexpert.types import Batch
 
 
-class ZooModule(LightningModule, ABC):
+class ZooModule(ClippedModule, ABC):
     """Base of the zoo's LightningModules: AdamW with warm-up and cosine decay to zero over the run's steps.
 
     Args:

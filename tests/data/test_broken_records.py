@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.data.formats import jpeg_bytes, tokenizer_folder, write_coco, write_jpeg, write_json, write_json_lines
 from tests.data.test_benchmarks import annotation, vqa_files
@@ -214,11 +215,18 @@ def test_a_compressed_shard(tmp_path: Path) -> None:
     assert captions_of(tmp_path, GOOD, mode="w:gz") == (["one", "two"], "")
 
 
+def test_every_listed_format_may_lie_in_a_shard(tmp_path: Path) -> None:
+    with io.BytesIO() as buffer:
+        Image.new("RGB", (8, 8), "red").save(buffer, format="BMP")
+        captions, reasons = captions_of(tmp_path, [("b.BMP", buffer.getvalue()), ("b.txt", b"bitmap"), *GOOD])
+    assert captions == ["bitmap", "one", "two"] and not reasons
+
+
 def test_members_of_a_record_that_lie_apart(tmp_path: Path) -> None:
     captions, reasons = captions_of(tmp_path, [GOOD[0], GOOD[2], GOOD[1], GOOD[3], ("m.jpg", IMAGE), ("m.txt", b"m")])
     assert captions == ["m"]
     assert "has no caption (.txt, .json), only .jpg; where the rest lies elsewhere in the shard" in reasons
-    assert "has no image (.jpg, .jpeg, .png, .webp), only .txt" in reasons
+    assert "has no image (.jpg, .jpeg, .png, .webp, " in reasons and "), only .txt" in reasons
 
 
 def test_a_member_that_is_there_twice(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ from visexpert.data.samples import BatchForm, Loaded, encode_items, prompts_of
 from visexpert.data.shards import Record, ShardPlan, ShardReader
 from visexpert.data.workers import load
 from visexpert.errors import DataError
-from visexpert.reading import parse_json
+from visexpert.reading import IMAGE_FORMATS, parse_json
 from visexpert.types import Batch, Skipped, TextEncoder, TextItem
 
-_IMAGES = ("jpg", "jpeg", "png", "webp")
+_IMAGES = tuple(suffix[1:] for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 _SHARD = 10_000_000
 """Row numbers: shard times this, plus the place in the shard."""
 

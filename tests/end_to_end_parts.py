@@ -103,10 +103,10 @@ def write_captions(root: Path) -> Any:
     }
 
 
-def write_conversations(root: Path, *, style: str, name: str) -> Any:
-    """LLaVA's conversations, every other one of text alone, and POPE's probes; settings that use both."""
+def write_chats(root: Path, name: str, *, style: str, images: str = ".", count: int = 6) -> None:
+    """LLaVA's conversations and their images; every other one is of text alone, but for ``plain``."""
     records = []
-    for number in range(6):
+    for number in range(count):
         image = {} if number % 2 and style != "plain" else {"image": f"coco/{number}.jpg"}
         mark = "<image>\n" if image else ""
         said = [("human", f"{mark}what colour is it?"), ("gpt", COLOURS[number % 3])]
@@ -114,8 +114,13 @@ def write_conversations(root: Path, *, style: str, name: str) -> Any:
         turns = [{"from": who, "value": text} for who, text in said]
         records.append({"id": str(number), **image, "conversations": turns})
         if image:
-            write_jpeg(root / image["image"], COLOURS[number % 3])
+            write_jpeg(root / images / image["image"], COLOURS[number % 3])
     write_json(root / name, records)
+
+
+def write_conversations(root: Path, *, style: str, name: str) -> Any:
+    """LLaVA's conversations and POPE's probes; settings that use both."""
+    write_chats(root, name, style=style)
     probe = {"image": "COCO_val2014_000000000007.jpg", "text": "Is there a dog in the image?", "label": "no"}
     write_json_lines(root / "pope" / "coco_pope_random.json", [{"question_id": 1, **probe}])
     write_jpeg(root / "pope" / "val2014" / probe["image"], "blue")

@@ -136,6 +136,34 @@ def write_shards(root: Path, counts: Sequence[int], *, stats: bool = True) -> li
     return captions
 
 
+def write_vqa(
+    root: Path, part: str, questions: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]]
+) -> None:
+    """VQA v2's two files of a part."""
+    head = {"info": {}, "task_type": "Open-Ended", "data_type": "mscoco", "license": {}}
+    head["data_subtype"] = f"{part}2014"
+    write_json(root / f"v2_OpenEnded_mscoco_{part}2014_questions.json", {**head, "questions": list(questions)})
+    write_json(root / f"v2_mscoco_{part}2014_annotations.json", {**head, "annotations": list(annotations)})
+
+
+def annotation(question: int, image: int, answers: list[str], kind: str) -> dict[str, Any]:
+    """The answers to a question, as in VQA v2's file."""
+    return {
+        "question_type": "what", "multiple_choice_answer": max(answers, key=answers.count), "image_id": image,
+        "answers": [{"answer": a, "answer_confidence": "yes", "answer_id": k} for k, a in enumerate(answers, 1)],
+        "answer_type": kind, "question_id": question,
+    }  # fmt: skip
+
+
+def statement(image: str, link: str, caption: str, label: int, relation: str) -> dict[str, Any]:
+    """A line of VSR's files."""
+    return {
+        "image": image, "image_link": f"http://images.cocodataset.org/{link}/{image}", "caption": caption,
+        "label": label, "relation": relation, "annotator_id": 31, "vote_true_validator_id": [2, 6],
+        "vote_false_validator_id": [],
+    }  # fmt: skip
+
+
 def close_to(pixels_HW3: Any, colour: str) -> bool:
     """Whether all pixels are of a colour, but for what JPEG changes."""
     return bool((np.abs(np.asarray(pixels_HW3, dtype=float) - np.array(COLOURS[colour])) < 6).all())

@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 
-from tests.data.formats import close_to, tokenizer_folder, write_coco, write_jpeg, write_json, write_json_lines
+from tests.data.formats import (
+    annotation,
+    close_to,
+    statement,
+    tokenizer_folder,
+    write_coco,
+    write_jpeg,
+    write_json,
+    write_json_lines,
+    write_vqa,
+)
 from visexpert.data import POPE, VSR, NoCaps, VQAv2
 from visexpert.errors import ConfigError, DataError
 
@@ -42,21 +52,6 @@ def test_nocaps_has_domains(tmp_path: Path) -> None:
         data.train_dataloader()
 
 
-def vqa_files(root: Path, part: str, questions: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> None:
-    head = {"info": {}, "task_type": "Open-Ended", "data_type": "mscoco", "license": {}}
-    head["data_subtype"] = f"{part}2014"
-    write_json(root / f"v2_OpenEnded_mscoco_{part}2014_questions.json", head | {"questions": questions})
-    write_json(root / f"v2_mscoco_{part}2014_annotations.json", head | {"annotations": annotations})
-
-
-def annotation(question: int, image: int, answers: list[str], kind: str) -> dict[str, Any]:
-    return {
-        "question_type": "what", "multiple_choice_answer": max(answers, key=answers.count), "image_id": image,
-        "answers": [{"answer": a, "answer_confidence": "yes", "answer_id": k} for k, a in enumerate(answers, 1)],
-        "answer_type": kind, "question_id": question,
-    }  # fmt: skip
-
-
 @pytest.fixture
 def vqa(tmp_path: Path) -> Path:
     for part, images in (("train", (9,)), ("val", (42, 73))):
@@ -69,9 +64,9 @@ def vqa(tmp_path: Path) -> Path:
         annotation(42000, 42, ["green"] * 9 + ["red"], "other"),
         annotation(42001, 42, ["yes"] * 4 + ["no"] * 6, "yes/no"),
     ]
-    vqa_files(tmp_path, "val", questions, answers)
+    write_vqa(tmp_path, "val", questions, answers)
     train = [{"image_id": 9, "question": "What is this?", "question_id": 9000}]
-    vqa_files(tmp_path, "train", train, [annotation(9000, 9, ["dog"] * 5 + ["cat"] * 5, "other")])
+    write_vqa(tmp_path, "train", train, [annotation(9000, 9, ["dog"] * 5 + ["cat"] * 5, "other")])
     return tmp_path
 
 
@@ -133,17 +128,9 @@ def test_visual_genomes_questions_are_trained_on_as_well(vqa: Path) -> None:
 
 
 def test_a_question_without_its_text_is_a_broken_record(vqa: Path) -> None:
-    vqa_files(vqa, "val", [], [annotation(1, 42, ["yes"] * 10, "yes/no")])
+    write_vqa(vqa, "val", [], [annotation(1, 42, ["yes"] * 10, "yes/no")])
     with pytest.raises(DataError, match="question 1 is not among the questions"):
         VQAv2(images=str(vqa / "coco"), **options(vqa)).setup("test")
-
-
-def statement(image: str, link: str, caption: str, label: int, relation: str) -> dict[str, Any]:
-    return {
-        "image": image, "image_link": f"http://images.cocodataset.org/{link}/{image}", "caption": caption,
-        "label": label, "relation": relation, "annotator_id": 31, "vote_true_validator_id": [2, 6],
-        "vote_false_validator_id": [],
-    }  # fmt: skip
 
 
 STATEMENTS = [

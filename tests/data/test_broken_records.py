@@ -14,8 +14,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.formats import jpeg_bytes, tokenizer_folder, write_coco, write_jpeg, write_json, write_json_lines
-from tests.data.test_benchmarks import annotation, vqa_files
+from tests.data.formats import (
+    annotation,
+    jpeg_bytes,
+    tokenizer_folder,
+    write_coco,
+    write_jpeg,
+    write_json,
+    write_json_lines,
+    write_vqa,
+)
 from visexpert.data import CC3M, POPE, COCOCaptions, LLaVAInstruct, NoCaps, VQAv2
 from visexpert.data.annotations import BrokenRecordError, checked, read_json_lines, read_json_list
 from visexpert.data.faults import FaultLog
@@ -90,14 +98,14 @@ def test_an_answer_that_is_no_text_costs_no_other(tmp_path: Path) -> None:
     question = {"image_id": 9, "question": "what ?", "question_id": 1}
     answers = annotation(1, 9, ["red"] * 8 + ["", "blue"], "other")
     answers["answers"][0]["answer"] = None
-    vqa_files(tmp_path, "val", [question], [answers])
+    write_vqa(tmp_path, "val", [question], [answers])
     data = VQAv2(**options(tmp_path))
     ((item,),) = [sample.items for sample in data.table("test")]
     assert item.references == ("red",) * 7 + ("", "blue") and "a human answer is None" in data.fault_logs[0].last
 
 
 def test_a_question_of_visual_genome_costs_no_other(tmp_path: Path) -> None:
-    vqa_files(tmp_path, "train", [], [])
+    write_vqa(tmp_path, "train", [], [])
     qas = [{"question": "what ?", "answer": answer} for answer in ("A dog.", ".", "")]
     write_json(tmp_path / "question_answers.json", [{"id": 1, "qas": qas}, {"id": 2, "qas": []}])
     data = VQAv2(visual_genome=str(tmp_path), **options(tmp_path))
@@ -152,7 +160,7 @@ def test_an_image_that_is_listed_twice_is_scored_once(tmp_path: Path) -> None:
 def test_a_question_that_is_answered_twice_is_scored_once(tmp_path: Path) -> None:
     question = {"image_id": 9, "question": "what ?", "question_id": 1}
     answers = annotation(1, 9, ["red"] * 10, "other") | {"answer_type": None}
-    vqa_files(tmp_path, "val", [question], [answers, answers])
+    write_vqa(tmp_path, "val", [question], [answers, answers])
     ((item,),) = [sample.items for sample in VQAv2(**options(tmp_path)).table("test")]
     assert item.family == ""
 
@@ -172,7 +180,7 @@ def test_held_out_conversations_are_not_trained_on(num_val: int, train: int | No
 def test_images_of_validation_are_not_trained_on_by_way_of_visual_genome(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    vqa_files(tmp_path, "train", [], [])
+    write_vqa(tmp_path, "train", [], [])
     qas = [{"question": "what ?", "answer": "A dog."}]
     write_json(tmp_path / "question_answers.json", [{"id": number, "qas": qas} for number in (1, 2, 3)])
 
@@ -180,7 +188,7 @@ def test_images_of_validation_are_not_trained_on_by_way_of_visual_genome(
         return [Path(s.image).stem for s in VQAv2(visual_genome=str(tmp_path), **options(tmp_path)).table("train")]
 
     assert trained() == ["1", "2", "3"] and "image_data.json" in caplog.text
-    vqa_files(tmp_path, "val", [{"image_id": 77, "question": "what ?", "question_id": 1}], [])
+    write_vqa(tmp_path, "val", [{"image_id": 77, "question": "what ?", "question_id": 1}], [])
     known = [{"image_id": 1, "coco_id": None}, {"image_id": 2, "coco_id": 77}, {"image_id": 3, "coco_id": 78}]
     write_json(tmp_path / "image_data.json", known)
     assert trained() == ["1", "3"]

@@ -1,0 +1,190 @@
+"""Files under configs/ at tiny size: random models, some records in the real formats, one CPU, few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from safetensors.torch import save_file
+from transformers import (
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    DPTImageProcessor,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    SamImageProcessor,
+    SamVisionConfig,
+    SamVisionModel,
+)
+
+from tests.data.formats import (
+    annotation,
+    statement,
+    write_coco,
+    write_jpeg,
+    write_json_lines,
+    write_karpathy,
+    write_shards,
+    write_vqa,
+)
+from tests.end_to_end_parts import COLOURS, EXPERT_SIZE, TIMM, write_chats, write_parts
+from tests.experts.tiny_models import DEPTH, SAM
+from tests.language.tokenizers_made import written_to
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+CONVNEXT = "test_convnext.r160_in1k"
+"""timm's own small ConvNeXt, made for tests."""
+
+STEPS = 2
+
+LIMITS: dict[str, int] = {
+    "image_size": 64, "map_size": 16, "batch_size": 2, "eval_batch_size": 2, "num_workers": 0, "render_workers": 0,
+    "num_train": 8, "num_val": 4, "num_test": 4, "max_tokens": 384, "warmup_steps": 1, "caption_images": 2,
+    "adapter_hidden": 32, "rank": 4, "max_steps": STEPS, "val_check_interval": STEPS, "log_every_n_steps": 1,
+    "steps": STEPS, "eval_every": STEPS, "devices": 1, "num_nodes": 1, "timing_images": 1, "timing_seconds": 0,
+}  # fmt: skip
+"""Settings that are cut down to these wherever they are larger."""
+
+METHODS = ("visexpert.methods.ToVE", "visexpert.methods.MoVEKD")
+
+GIVEN = ("architecture", "config", "processor")
+"""What a configuration says of models that are not there yet; the tiny ones say it themselves."""
+
+
+def write_models(root: Path) -> dict[str, str]:
+    """Write random models; folders or files by the names that configurations have for them."""
+    parts = write_parts(root)
+    torch.manual_seed(0)
+    save_file(timm.create_model(CONVNEXT).state_dict(), root / "convnext.safetensors")
+    SamVisionModel(SamVisionConfig(**_fields(SAM))).save_pretrained(root / "sam")
+    SamImageProcessor(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64}).save_pretrained(root / "sam")
+    DepthAnythingForDepthEstimation(DepthAnythingConfig(**_fields(DEPTH))).save_pretrained(root / "depth")
+    DPTImageProcessor(size={"height": 56, "width": 56}, keep_aspect_ratio=True, ensure_multiple_of=14).save_pretrained(
+        root / "depth"
+    )
+    tokenizer = written_to(root / "roberta")
+    roberta = RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=130, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    RobertaForMaskedLM(roberta).save_pretrained(root / "roberta")
+    names = ("openai/clip-vit-large-patch14-336", "openai/clip-vit-large-patch14", "openai/clip-vit-base-patch16")
+    return {
+        **dict.fromkeys(names, parts.clip),
+        **dict.fromkeys(("lmsys/vicuna-7b-v1.5", "lmsys/vicuna-13b-v1.5"), parts.llama),
+        "FacebookAI/roberta-base": str(root / "roberta"),
+        "facebook/sam-vit-large": str(root / "sam"),
+        "depth-anything/Depth-Anything-V2-Small-hf": str(root / "depth"),
+        TIMM: parts.expert,
+        CONVNEXT: str(root / "convnext.safetensors"),
+    }
+
+
+def _fields(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key != "model_type"}
+
+
+def write_data(root: Path) -> None:
+    """Write the data sets that configurations name, each with a few records, under ``root`` (their ``data/``)."""
+    write_chats(root / "llava-pretrain", "blip_laion_cc_sbu_558k.json", style="plain", images="images")
+    write_chats(root / "llava-instruct", "llava_v1_5_mix665k.json", style="vicuna_v1", count=8)
+    splits = [("train", "train2014")] * 4 + [("restval", "val2014"), ("val", "val2014"), ("test", "val2014")]
+    images = [(part, folder, COLOURS[place % 3], ["a square.", "it is"]) for place, (part, folder) in enumerate(splits)]
+    write_karpathy(root / "coco", images)
+    write_shards(root / "cc3m", (3, 3))
+    write_jpeg(root / "nocaps" / "val" / "1.jpg", "red")
+    nocaps = [{"id": 1, "file_name": "1.jpg", "width": 12, "height": 8, "domain": "in-domain", "open_images_id": "1"}]
+    write_coco(root / "nocaps" / "nocaps_val_4500_captions.json", nocaps, [(1, "a square.")])
+    _write_questions(root)
+
+
+def _write_questions(root: Path) -> None:
+    """VQA v2, POPE and VSR, on images of COCO."""
+    for part, count in (("train", 4), ("val", 2)):
+        for image in range(1, count + 1):
+            write_jpeg(root / "coco" / f"{part}2014" / f"COCO_{part}2014_{100 + image:012d}.jpg", "green")
+        asked = [
+            {"image_id": 100 + image, "question": "What is it?", "question_id": image} for image in range(1, count + 1)
+        ]
+        answered = [
+            annotation(image, 100 + image, ["red"] * 7 + ["blue"] * 3, "other") for image in range(1, count + 1)
+        ]
+        write_vqa(root / "vqav2", part, asked, answered)
+    for kind in ("random", "popular", "adversarial"):
+        probe = {"question_id": 1, "image": "COCO_val2014_000000000101.jpg", "text": "Is it a dog?", "label": "no"}
+        write_json_lines(root / "pope" / f"coco_pope_{kind}.json", [probe])
+    for folder in ("train2017", "val2017"):
+        write_jpeg(root / "coco" / folder / "000000000009.jpg", "blue")
+    for name, folder in (("train", "train2017"), ("dev", "train2017"), ("test", "val2017")):
+        said = [
+            statement("000000000009.jpg", folder, f"It is {place} the mat.", place == "on", place)
+            for place in ("on", "by")
+        ]
+        write_json_lines(
+            root / "vsr" / "zeroshot" / f"{name}.jsonl", [{**line, "label": int(line["label"])} for line in said]
+        )
+
+
+def shrunk(value: Any, models: Mapping[str, str]) -> Any:
+    """A configuration with tiny models and data, one CPU and few steps; all else, and what it lacks, as it was.
+
+    Args:
+        value: Content of a YAML file, or a part of it.
+        models: From :func:`write_models`.
+    """
+    if isinstance(value, list):
+        return [shrunk(entry, models) for entry in value]
+    if not isinstance(value, dict):
+        return models.get(value, value) if isinstance(value, str) else value
+    given = dict(value)
+    if given.get("source") in models:
+        given = {key: entry for key, entry in given.items() if key not in GIVEN}
+    if str(given.get("class_path", "")).endswith("TimmExpert"):
+        given["init_args"] = _timm(given["init_args"], models)
+        return given
+    found = {key: _limited(key, shrunk(entry, models)) for key, entry in given.items()}
+    if "trainer" in found:
+        found["trainer"] = _on_a_cpu(found["trainer"])
+    if found.get("class_path") in METHODS:
+        found["init_args"]["meteor"] = False  # Java
+    return found
+
+
+def _limited(key: str, value: Any) -> Any:
+    """The value, cut down where it is too large; ``train: "{00000..00331}.tar"`` becomes the shards that are there."""
+    if key == "train" and isinstance(value, str):
+        return value.replace("{00000..00331}", "{00000..00001}")
+    limit = LIMITS.get(key)
+    return min(value, limit) if limit is not None and isinstance(value, int | float) else value
+
+
+def _on_a_cpu(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """The trainer without GPUs; precision, clipping, accumulation and callbacks are its own."""
+    found = dict(trainer)
+    if "accelerator" in found:
+        found["accelerator"] = "cpu"
+    if "strategy" in found:
+        found["strategy"] = "auto"
+    return found
+
+
+def _timm(given: Mapping[str, Any], models: Mapping[str, str]) -> dict[str, Any]:
+    """timm's own small ViT or ConvNeXt in the place of a large one."""
+    conv = "convnext" in given["model"]
+    name = CONVNEXT if conv else TIMM
+    kept = {key: value for key, value in given.items() if key not in ("model", "arguments", "image_size")}
+    return {**kept, "model": name, "weights": models[name], "image_size": 64 if conv else EXPERT_SIZE}
+
+
+def write_configs(root: Path, models: Mapping[str, str]) -> None:
+    """Write every file under configs/ at tiny size to the same place under ``root``."""
+    for path in CONFIGS.rglob("*.yaml"):
+        target = root / "configs" / path.relative_to(CONFIGS)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        content = shrunk(yaml.safe_load(path.read_text(encoding="utf-8")), models)
+        target.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 EVERYWHERE = frozenset(
     {
         "errors",
+        "chat_jinja",
         "reading",
         "checking",
         "resources",

@@ -199,6 +199,30 @@ class TextEncoder(ABC):
         """
 
     @abstractmethod
+    def prompt_text(self, question: str, *, history: Sequence[tuple[str, str]] = (), has_image: bool = True) -> str:
+        """Return the prompt as text: special tokens are written out, ``<image>`` stands where the image goes.
+
+        A tokenizer that reads it as one text may differ from :meth:`prompt` in the word marks around special tokens.
+
+        Args:
+            question: The words of the user.
+            history: Earlier (question, answer) turns.
+            has_image: Whether the sample has an image.
+
+        Raises:
+            DataError: The question names a place for an image that is not there.
+        """
+
+    @property
+    @abstractmethod
+    def chat_template(self) -> str:
+        """Jinja that renders :meth:`prompt_text` from messages, with ``add_generation_prompt``.
+
+        A message's ``content`` is a string, in which ``<image>`` may stand, or a list of parts of the types ``image``
+        and ``text``; without an image in any of them it is the prompt of a sample without one.
+        """
+
+    @abstractmethod
     def encode(self, item: TextItem, *, has_image: bool = True) -> EncodedText:
         """Tokenise one item.
 

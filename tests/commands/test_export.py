@@ -10,14 +10,14 @@ from typing import Any, get_args
 import pytest
 import torch
 import yaml
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
 from visexpert.cli import main
 from visexpert.commands import export as command
 from visexpert.commands.export import run_with_clip
 from visexpert.commands.export_source import source_of
 from visexpert.errors import ConfigError
-from visexpert.export import FORMATS, TOLERANCE, Treatment
+from visexpert.export import FORMATS, TOLERANCE, Projection, Treatment
 from visexpert.runs import build, open_run
 
 SMOKE = Path(__file__).parents[2] / "configs" / "tove" / "smoke.yaml"
@@ -143,6 +143,20 @@ def test_whether_the_pooled_output_was_trained_is_read_from_the_weights(
     torch.save(checkpoint, path)
     source = source_of(open_run(run), None, with_language=False)
     assert source.pooled_trained is trained and source.licences == {"clip": "MIT"}
+
+
+def test_the_projection_that_stays_behind_is_told(tmp_path: Path) -> None:
+    vision: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 9}
+    config = CLIPConfig(vision_config=vision, text_config=text | {"bos_token_id": 0, "eos_token_id": 1})
+    config.projection_dim = 12
+    CLIPModel(config).save_pretrained(tmp_path / "clip")
+    run = write_run(tmp_path / "run", clip={"source": str(tmp_path / "clip")})
+    source = source_of(open_run(run), None, with_language=False)
+    assert source.projection == Projection(12, str(tmp_path / "clip"))
+    FORMATS["hf"].write(source, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["projection_dim"] == 12
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from visexpert.export import ExportSource, LanguageParts
+from visexpert.export import ExportSource, LanguageParts, Projection
 from visexpert.language import PrefixLM, Projector
 from visexpert.types import IGNORE_INDEX, TextBatch, VisionTokens
 from visexpert.vision import ClipEncoder
@@ -47,7 +47,8 @@ def scramble(module: nn.Module) -> None:
 def tiny_source(**fields: Any) -> ExportSource:
     """That CLIP, two layers asked for."""
     licences = {"clip": "MIT", "expert depth": "CC-BY-NC-4.0"}
-    return ExportSource(tiny_clip(**fields), (-2, -1), False, licences, {"run": "runs/tiny"})
+    left = Projection(10, "org/clip")
+    return ExportSource(tiny_clip(**fields), (-2, -1), False, licences, {"run": "runs/tiny"}, projection=left)
 
 
 def words_only() -> PreTrainedTokenizerFast:

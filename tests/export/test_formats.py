@@ -45,6 +45,14 @@ def checked(name: str, out: Path) -> dict[str, Any]:
     return facts
 
 
+def told_of_projection(out: Path) -> bool:
+    return all(
+        "(`visual_projection`, to 10 dimensions) is not in this folder" in (text := (out / name).read_text("utf-8"))
+        and "the run started from has it: org/clip" in text
+        for name in ("README.md", "fidelity.md")
+    )
+
+
 @pytest.mark.parametrize("name", ["hf", "open_clip"])
 def test_a_library_loads_the_folder(name: str, tmp_path: Path) -> None:
     source = tiny_source(hidden_act="gelu" if name == "open_clip" else "quick_gelu")
@@ -56,6 +64,7 @@ def test_a_library_loads_the_folder(name: str, tmp_path: Path) -> None:
     assert facts["licences"] == {"clip": "MIT", "expert depth": "CC-BY-NC-4.0"} and facts["pooled_trained"] is False
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "| licence of expert depth | CC-BY-NC-4.0 |" in card and "did not train the pooled output" in card
+    assert told_of_projection(tmp_path / "out") and facts["projection"] == {"dim": 10, "source": "org/clip"}
     assert "| hidden state -2 |" in (tmp_path / "out" / "fidelity.md").read_text(encoding="utf-8")
 
 
@@ -74,6 +83,7 @@ def test_graphs_run_any_batch(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(names)
     for name in names:
         facts = checked(name, tmp_path / "out" / name)
+        assert told_of_projection(tmp_path / "out" / name)
         assert facts["patch_tokens"]["relative"] < 1e-5
         assert facts["reload"]["batch_sizes"] == [1, 2, 5] and "transformers" in facts["reload"]["not_importable"]
         assert ("torch" in facts["reload"]["versions"]) is (name == "torch_export")
@@ -82,6 +92,9 @@ def test_graphs_run_any_batch(tmp_path: Path) -> None:
 def test_llava_answers_as_the_prefix_lm_does(tmp_path: Path) -> None:
     facts = exported(tiny_llava(), "llava", tmp_path / "out")
     assert facts["logits"]["relative"] < 1e-5 and facts["pooled_trained"] is None
+    assert facts["projection"] is None and "visual_projection" not in (tmp_path / "out" / "README.md").read_text(
+        "utf-8"
+    )
     # The tokenizer had no <image>: it got one, whose logit is the mean of the others and so never the highest.
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert config["image_token_index"] == len(WORDS) and config["vision_feature_layer"] == -2

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from tests.data.formats import write_jpeg, write_json_lines
@@ -137,3 +140,106 @@ def test_evaluation_asks_as_caption_does(template: str, tmp_path: Path) -> None:
         assert batch.text is not None
         before = int((batch.text.labels_BN[0] != -100).int().argmax())
         assert list(prompt) == batch.text.ids_BN[0, :before].tolist()
+
+
+HISTORY = (("What colour?", "Red."), ("And now ?", " It's 3\nor \\n 4. "))
+OWN = (
+    "{%- if messages[0]['role'] == 'system' -%}{{ messages[0]['content'] }}{%- set messages = messages[1:] -%}"
+    "{%- endif %}\n"
+    "{%- for m in messages %}\n    {{- '<|' + m.role + '|>\\n' + m.content + eos_token + '\\n' }}\n{%- endfor %}\n"
+    "{%- if add_generation_prompt %}\n    {{- '<|assistant|> ' }}\n{%- endif %}\n"
+)
+"""Of several lines, as language models bring them."""
+
+
+def conversation(
+    question: str, history: Sequence[tuple[str, str]], *, has_image: bool, parts: bool
+) -> list[dict[str, Any]]:
+    """The messages of a user, contents as parts or as strings."""
+    messages: list[dict[str, Any]] = []
+    for asked, answer in (*history, (question, None)):
+        marked = has_image and not messages
+        content: Any = f"<image>\n{asked}" if marked else asked
+        if parts:
+            content = [{"type": "image"}] * marked + [{"type": "text", "text": asked}]
+        messages.append({"role": "user", "content": content})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}] if parts else answer})
+    return messages
+
+
+def written_encoders(tokenizer: PreTrainedTokenizerBase) -> dict[str, TextEncoder]:
+    tokenizer.chat_template = OWN
+    system = "Say it's {{ so }} \\ \n你好."
+    return encoders(tokenizer) | {
+        "own": ChatPacker(tokenizer), "own, image in front": ChatPacker(tokenizer, image_in_text=False),
+        "vicuna, system": LlavaTemplate(tokenizer, system=system),
+        "vicuna, no system": LlavaTemplate(tokenizer, system=""),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", tokenizer_kinds.GENERATIVE)
+def test_the_chat_template_writes_the_prompt_of_training(kind: str) -> None:
+    tokenizer = tokenizer_kinds.GENERATIVE[kind]()
+    for name, encoder in written_encoders(tokenizer).items():
+        for history in ((), HISTORY) if name not in ("none", "plain") else ((),):
+            for has_image, parts in product((True, False), repeat=2):
+                rendered = tokenizer.apply_chat_template(
+                    conversation("  How many? ", history, has_image=has_image, parts=parts),
+                    chat_template=encoder.chat_template, tokenize=False, add_generation_prompt=True,
+                )  # fmt: skip
+                expected = encoder.prompt_text("  How many? ", history=history, has_image=has_image)
+                assert rendered == expected, (name, history, has_image, parts)
+                assert rendered.count("<image>") == has_image
+
+
+@pytest.mark.parametrize("kind", tokenizer_kinds.GENERATIVE)
+def test_the_written_prompt_is_what_is_asked(kind: str) -> None:
+    """Cut at its special tokens and tokenised as LLaVA does, it gives the ids of the prompt."""
+    tokenizer = tokenizer_kinds.GENERATIVE[kind]()
+    for name, encoder in written_encoders(tokenizer).items():
+        for history in ((), HISTORY) if name not in ("none", "plain") else ((),):
+            for has_image in (True, False):
+                text = encoder.prompt_text(QUESTION, history=history, has_image=has_image)
+                asked = encoder.prompt(QUESTION, history=history, has_image=has_image)
+                front = has_image and IMAGE_TOKEN not in asked
+                chunks = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("<image>")]
+                bos = FrameTokens.of(tokenizer, purpose="open a text").bos
+                if chunks[0] and chunks[0][0] == bos and isinstance(encoder, LlavaTemplate):
+                    start = text.split("<image>")[0].removeprefix(str(tokenizer.convert_ids_to_tokens(bos)))
+                    chunks[0] = [bos, *tokenizer(start, add_special_tokens=False)["input_ids"]]
+                if isinstance(encoder, TextPacker):
+                    chunks[-1] = [bos, *tokenizer(QUESTION, add_special_tokens=False)["input_ids"]]
+                ids = [*chunks[0], *(token for chunk in chunks[1:] for token in (IMAGE_TOKEN, *chunk))]
+                assert ids == [IMAGE_TOKEN] * front + asked, (name, history, has_image)
+
+
+@pytest.mark.parametrize("style", ["vicuna_v1", "llama_2", "mistral", "plain", "none"])
+def test_a_whole_conversation_is_written_as_it_is_learned(style: str) -> None:
+    tokenizer = tokenizer_kinds.byte_level()  # whose ids are those of its text, whatever stands before
+    encoder = encoders(tokenizer)[style]
+    history = () if style in ("none", "plain") else HISTORY
+    for has_image in (True, False):
+        messages = conversation(QUESTION, history, has_image=has_image, parts=True)
+        messages.append({"role": "assistant", "content": "Blue."})
+        text = str(tokenizer.apply_chat_template(messages, chat_template=encoder.chat_template, tokenize=False))
+        learned = encoder.encode(TextItem("vqa", QUESTION, "Blue.", history=history), has_image=has_image).ids
+        ids = tokenizer(text.replace("<image>", ""), add_special_tokens=False)["input_ids"]
+        assert ids == [token for token in learned.tolist() if token != IMAGE_TOKEN]
+        assert text.count("<image>") == has_image
+
+
+@pytest.mark.parametrize(
+    ("style", "messages", "said"),
+    [
+        ("vicuna_v1", [{"role": "system", "content": "Be brief."}], "role system"),
+        ("vicuna_v1", [{"role": "user", "content": "<image> and <image>"}], "one image"),
+        ("mistral", [{"role": "user", "content": [{"type": "video"}]}], "no video"),
+        ("none", conversation(QUESTION, HISTORY, has_image=True, parts=True), "one question at a time"),
+        ("plain", conversation(QUESTION, HISTORY, has_image=True, parts=True), "one text per image"),
+    ],
+)
+def test_what_training_never_wrote_is_refused(style: str, messages: list[dict[str, Any]], said: str) -> None:
+    tokenizer = tokenizer_kinds.byte_level()
+    with pytest.raises(TemplateError, match=said):
+        tokenizer.apply_chat_template(messages, chat_template=encoders(tokenizer)[style].chat_template, tokenize=False)

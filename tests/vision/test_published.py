@@ -99,6 +99,24 @@ def test_a_folder_of_open_clip(open_clip_folder: Path) -> None:
     torch.testing.assert_close(encoder.std.flatten(), torch.tensor([0.2, 0.3, 0.4]))
 
 
+def test_the_width_of_the_projection_is_that_of_the_files(
+    transformers_folder: Path, open_clip_folder: Path, tmp_path: Path
+) -> None:
+    """``vision_config`` of a whole CLIP says 512, which nothing reads; the projection itself is decisive."""
+    config = json.loads((transformers_folder / "config.json").read_text(encoding="utf-8"))
+    assert config["projection_dim"] == 10 and config["vision_config"]["projection_dim"] == 512
+    for folder in (transformers_folder, open_clip_folder):
+        assert describe_clip(str(folder)).fields["projection_dim"] == 10
+        encoder = loaded(source=str(folder))
+        assert encoder.projection_dim == encoder.config.projection_dim == 10
+    alone = tmp_path / "alone.safetensors"
+    save_file(load_file(transformers_folder / "model.safetensors"), alone)
+    encoder = loaded(source=str(alone), config=FIELDS)
+    assert encoder.projection_dim == encoder.config.projection_dim == 10
+    CLIPVisionModel.from_pretrained(transformers_folder).save_pretrained(tmp_path / "vision")
+    assert loaded(source=str(tmp_path / "vision")).projection_dim is None
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".bin"])
 @pytest.mark.parametrize("quick_gelu", [True, False])
 def test_a_file_of_open_clip(tmp_path: Path, suffix: str, quick_gelu: bool) -> None:

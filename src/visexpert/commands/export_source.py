@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from visexpert.errors import ConfigError
-from visexpert.export import ExportSource, LanguageParts
+from visexpert.export import ExportSource, LanguageParts, Projection
 from visexpert.language import PrefixLM
 from visexpert.methods import Method, ToVE
 from visexpert.report.files import read_json
@@ -49,9 +49,10 @@ def source_of(saved: SavedRun, layers: Sequence[int] | None, *, with_language: b
     name = saved.folder.resolve()
     origin = {"run": f"{name.parent.name}/{name.name}", "optimiser steps in all": str(saved.steps)}
     origin |= {f"merge: {key.replace('_', ' ')}": str(facts[key]) for key in TOLD if facts.get(key) is not None}
+    start = _start_of(clip)
     return ExportSource(
-        clip, wanted, _pooled_trained(clip), _licences(model, facts), origin,
-        _language_parts(saved) if with_language else None,
+        clip, wanted, None if start is None else _pooled_trained(clip, start), _licences(model, facts), origin,
+        _language_parts(saved) if with_language else None, projection=None if start is None else _projection(start),
     )  # fmt: skip
 
 
@@ -64,14 +65,24 @@ def _licences(model: Any, facts: Mapping[str, Any]) -> dict[str, str]:
     return {"clip": clip, **{f"expert {name}": str(licence) for name, licence in experts.items()}}
 
 
-def _pooled_trained(clip: ClipEncoder) -> bool | None:
-    """Whether the final LayerNorm, which the pooled output alone reads, has left the weights of CLIP's source."""
+def _start_of(clip: ClipEncoder) -> ClipEncoder | None:
+    """CLIP as its source has it, without MoLE; None for one that began at random."""
     if clip.source is None:
         return None
-    before = clip.plain_copy()
-    before.load_weights()
-    pairs = zip(before.model.post_layernorm.parameters(), clip.model.post_layernorm.parameters(), strict=True)
+    start = clip.plain_copy()
+    start.load_weights()
+    return start
+
+
+def _pooled_trained(clip: ClipEncoder, start: ClipEncoder) -> bool:
+    """Whether the final LayerNorm, which the pooled output alone reads, has left the weights of CLIP's source."""
+    pairs = zip(start.model.post_layernorm.parameters(), clip.model.post_layernorm.parameters(), strict=True)
     return not all(torch.equal(old, new) for old, new in pairs)
+
+
+def _projection(start: ClipEncoder) -> Projection | None:
+    """What its source has beyond a ``CLIPVisionModel``."""
+    return None if start.projection_dim is None else Projection(start.projection_dim, str(start.source))
 
 
 def _language_parts(saved: SavedRun) -> LanguageParts:

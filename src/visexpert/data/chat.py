@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from visexpert.chat_jinja import MARK, READ, say
 from visexpert.data.packing import BoolArray, IntArray
 from visexpert.errors import ConfigError, DataError
 from visexpert.types import IMAGE_TOKEN, EncodedText, FrameTokens, TextEncoder, TextItem
@@ -14,7 +15,17 @@ from visexpert.types import IMAGE_TOKEN, EncodedText, FrameTokens, TextEncoder, 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MARK = "<image>"
+
+_TURNS = (
+    "{% for message in ns.messages %}{% if message['role'] == 'user' %}"
+    f"{{% set words = message['content'] | replace('{MARK}', '') | trim %}}"
+    "{% if PLACED and ns.images and not ns.asked %}"
+    f"{{% set words = '{MARK}\\n' + words %}}"
+    "{% endif %}{% set ns.asked = true %}"
+    "{% else %}{% set words = message['content'] | trim if message['role'] == 'assistant' else message['content'] %}"
+    "{% endif %}{% set ns.turns = ns.turns + [dict(message, content=words)] %}{% endfor %}"
+)
+"""Makes ``ns.turns``: the messages as :meth:`ChatPacker._render` words them."""
 
 
 class ChatPacker(TextEncoder):
@@ -89,6 +100,28 @@ class ChatPacker(TextEncoder):
         ids: list[int] = self._tokenise(text, with_image=with_image)[0].tolist()
         return ids
 
+    def prompt_text(self, question: str, *, history: Sequence[tuple[str, str]] = (), has_image: bool = True) -> str:
+        """The conversation up to where the next answer begins; see :meth:`TextEncoder.prompt_text`.
+
+        Raises:
+            ConfigError: The template rewrites what earlier turns became.
+        """
+        text, _ = self._render([*history, (question, None)], has_image and self.image_in_text)
+        return MARK * (has_image and not self.image_in_text) + text
+
+    @property
+    def chat_template(self) -> str:
+        """The template with the image's place; see :attr:`TextEncoder.chat_template`."""
+        own = self.tokenizer.get_chat_template(self.template)
+        front = "" if self.image_in_text else f"{{% if ns.images %}}{say(MARK)}{{% endif %}}"
+        turns = _TURNS.replace("PLACED", str(self.image_in_text).lower())
+        return (
+            f"{READ}{front}{{% set ns.turns = [] %}}{{% set ns.asked = false %}}{turns}"
+            # Plus signs keep the spaces of the template; its last line break is one that Jinja drops at an end.
+            f"{{% set messages = ns.turns %}}{{% set text +%}}{own.removesuffix(chr(10))}{{%+ endset %}}"
+            "{{ text.rstrip(' ') if add_generation_prompt else text }}"
+        )
+
     def _render(self, turns: Sequence[tuple[str, str | None]], with_image: bool) -> tuple[str, list[tuple[int, int]]]:
         """The conversation as text, and where in it each answer begins and ends.
 
@@ -101,9 +134,9 @@ class ChatPacker(TextEncoder):
         for prompt, answer in turns:
             if answer is not None and not answer.strip():
                 raise DataError(f"An answer to {prompt[:80]!r} is empty; correct the annotation or leave the item out.")
-            content = prompt.replace(_MARK, "").strip()
+            content = prompt.replace(MARK, "").strip()
             if with_image and not messages:
-                content = f"{_MARK}\n{content}"
+                content = f"{MARK}\n{content}"
             messages.append({"role": "user", "content": content})
             opened = self._text(messages, open_answer=True).rstrip(" ")
             if answer is None:
@@ -127,9 +160,9 @@ class ChatPacker(TextEncoder):
 
     def _tokenise(self, text: str, *, with_image: bool) -> tuple[IntArray, IntArray, IntArray]:
         """Ids and the characters at which each begins and ends, the image's mark as one."""
-        place = text.index(_MARK) if with_image else 0
+        place = text.index(MARK) if with_image else 0
         stretches = [(0, text[:place])] if place else []
-        stretches.append((place + len(_MARK) * with_image, text[place + len(_MARK) * with_image :]))
+        stretches.append((place + len(MARK) * with_image, text[place + len(MARK) * with_image :]))
         rows: list[list[tuple[int, int, int]]] = []
         for begin, stretch in stretches:
             encoded = self.tokenizer(stretch, add_special_tokens=False, return_offsets_mapping=True)

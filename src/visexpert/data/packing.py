@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from visexpert.chat_jinja import MARK, READ, STRAY_ROLE, say, written
 from visexpert.errors import ConfigError, DataError
 from visexpert.types import IGNORE_INDEX, EncodedText, FrameTokens, TextBatch, TextEncoder, TextItem
 
@@ -57,6 +58,29 @@ class TextPacker(TextEncoder):
         if history:
             raise ConfigError(_NO_TURNS)
         return [self.bos_id, *self._ids([question.strip()])["input_ids"][0]]
+
+    def prompt_text(self, question: str, *, history: Sequence[tuple[str, str]] = (), has_image: bool = True) -> str:
+        """``<image><bos>question``; see :meth:`TextEncoder.prompt_text`.
+
+        Raises:
+            ConfigError: There are earlier turns.
+        """
+        if history:
+            raise ConfigError(_NO_TURNS)
+        return MARK * has_image + written(self.tokenizer, self.bos_id) + question.strip()
+
+    @property
+    def chat_template(self) -> str:
+        """See :attr:`TextEncoder.chat_template`; it refuses earlier turns."""
+        words = f"message['content'] | replace('{MARK}', '') | trim"
+        return (
+            f"{READ}{{% if ns.images %}}{say(MARK)}{{% endif %}}{say(written(self.tokenizer, self.bos_id))}"
+            "{% for message in ns.messages %}{% if loop.index > 2 %}"
+            "{{ raise_exception('The model was trained on one question at a time; leave earlier turns out.') }}"
+            f"{{% elif message['role'] == 'user' %}}{{{{ {words} }}}}"
+            f"{{% elif message['role'] == 'assistant' %}}{say(' ')}{{{{ message['content'] | trim }}}}"
+            f"{say(written(self.tokenizer, self.eos_id))}{{% else %}}{STRAY_ROLE}{{% endif %}}{{% endfor %}}"
+        )
 
     def encode(self, item: TextItem, *, has_image: bool = True) -> EncodedText:
         """Tokenise one item; whether there is an image makes no difference, since it stands in front of all text.

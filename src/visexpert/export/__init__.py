@@ -6,7 +6,7 @@ from visexpert.export.exporter import FORMATS, KEEP_MOLE, check_formats, export
 from visexpert.export.fidelity import TOLERANCE
 from visexpert.export.folder import check_target
 from visexpert.export.mole import MoLEReport, Treatment, differences
-from visexpert.export.source import ExportSource, LanguageParts
+from visexpert.export.source import ExportSource, LanguageParts, Projection
 
 __all__ = [
     "FORMATS",
@@ -15,6 +15,7 @@ __all__ = [
     "ExportSource",
     "LanguageParts",
     "MoLEReport",
+    "Projection",
     "Treatment",
     "check_formats",
     "check_target",

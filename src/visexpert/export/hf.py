@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -29,12 +30,20 @@ from random weights and go on."""
 
 def write(source: ExportSource, folder: Path) -> None:
     """Write ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``, for ``transformers`` 4 and 5."""
-    config = copy.deepcopy(source.clip.config)
+    config = vision_config(source)
     config.architectures, config.dtype = [type(source.clip.model).__name__], torch.float32
     config.save_pretrained(folder)
     state = {PREFIX + key: value.contiguous() for key, value in source.clip.model.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     image_processor(source).save_pretrained(folder)
+
+
+def vision_config(source: ExportSource) -> Any:
+    """A copy of CLIP's configuration that says how wide the projection was, though it is not in the folder."""
+    config = copy.deepcopy(source.clip.config)
+    if source.projection is not None:
+        config.projection_dim = source.projection.dim
+    return config
 
 
 def image_processor(source: ExportSource) -> CLIPImageProcessor:

@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from visexpert.errors import ConfigError
-from visexpert.export.hf import PREFIX, image_processor, quiet
+from visexpert.export.hf import PREFIX, image_processor, quiet, vision_config
 from visexpert.export.source import ExportSource, LanguageParts
 
 IMAGE_TOKEN = "<image>"
@@ -109,7 +109,7 @@ def _assemble(source: ExportSource, parts: LanguageParts, image_id: int) -> Llav
     check_language(parts.model)
     head = parts.model.get_output_embeddings()
     config = LlavaConfig(
-        vision_config=copy.deepcopy(source.clip.config), text_config=copy.deepcopy(parts.model.config),
+        vision_config=vision_config(source), text_config=copy.deepcopy(parts.model.config),
         image_token_index=image_id, image_seq_length=source.clip.grid_hw[0] * source.clip.grid_hw[1],
         projector_hidden_act="gelu", vision_feature_layer=source.clip.layer, vision_feature_select_strategy="default",
         multimodal_projector_bias=True, tie_word_embeddings=bool(parts.model.config.tie_word_embeddings),

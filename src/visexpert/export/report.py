@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def report_facts(source: ExportSource, name: str, form: Format, fidelity: Fideli
         "layers": layers,
         **{key: value for key, value in fidelity.outputs.items() if key not in named},
         "pooled_trained": source.pooled_trained,
+        "projection": None if source.projection is None else asdict(source.projection),
         "activation": {"hidden_act": act, "quick_gelu": act == "quick_gelu"},
         "preprocessing": {**source.preprocessing, "difference_in_levels_of_255": fidelity.levels},
         "licences": dict(source.licences),
@@ -72,6 +74,7 @@ def fidelity_text(facts: dict[str, Any]) -> str:
         errors = " | ".join(f"{entry[key]:.2e}" for key in ("max_abs", "mean_abs", "relative"))
         lines.append(f"| {title} | {errors} | {entry['min_cosine']:.8f} | {entry['mean_cosine']:.8f} |")
     lines += ["", f"Allowed: max error / RMS of {facts['tolerance']:.0e}. {POOLED_TEXT[facts['pooled_trained']]}", ""]
+    lines += _projection_lines(facts)
     if "mole" in facts:
         lines += mole_lines(facts["mole"], [int(layer) for layer in facts["layers"]])
     lines += [*_facts_table(facts), ""]
@@ -92,6 +95,7 @@ def card(source: ExportSource, name: str, form: Format, facts: dict[str, Any]) -
         f"Read hidden state {clip.layer} without [CLS] and without the final LayerNorm: those are the tokens that the "
         f"run worked on. {POOLED_TEXT[source.pooled_trained]}",
         "",
+        *_projection_lines(facts),
         *_mole_notice(facts),
         "```python",
         usage,
@@ -118,6 +122,18 @@ def _facts_table(facts: dict[str, Any]) -> list[str]:
     rows |= {f"licence of {key}": value for key, value in facts["licences"].items()}
     rows |= facts["origin"]
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+
+
+def _projection_lines(facts: dict[str, Any]) -> list[str]:
+    """Say that CLIP's own image embedding cannot be had from this folder, and where its last step is."""
+    left = facts["projection"]
+    if left is None:
+        return []
+    return [
+        f"CLIP's projection of the pooled output into the space of its text tower (`visual_projection`, to "
+        f"{left['dim']} dimensions) is not in this folder; the CLIP that the run started from has it: {left['source']}",
+        "",
+    ]
 
 
 def _mole_notice(facts: dict[str, Any]) -> list[str]:

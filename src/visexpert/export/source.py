@@ -41,6 +41,19 @@ class LanguageParts:
 
 
 @dataclass(frozen=True)
+class Projection:
+    """What CLIP's source has and ``CLIPVisionModel`` has no place for: the way into the space of its text tower.
+
+    Args:
+        dim: Width of that space.
+        source: The CLIP that has the weights, as the run's configuration names it.
+    """
+
+    dim: int
+    source: str
+
+
+@dataclass(frozen=True)
 class ExportSource:
     """What is exported.
 
@@ -52,6 +65,7 @@ class ExportSource:
         origin: How it came about, for the report: title to value.
         language: The language side, where LLaVA has a place for it.
         mole: What becomes of the student's MoLE; None where it never had one.
+        projection: What stays behind in CLIP's source; None where that has no projection.
     """
 
     clip: ClipEncoder
@@ -61,6 +75,7 @@ class ExportSource:
     origin: Mapping[str, str] = field(default_factory=dict)
     language: LanguageParts | None = None
     mole: MoLEReport | None = None
+    projection: Projection | None = None
 
     @property
     def preprocessing(self) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import numpy as np
 
+from visexpert.chat_jinja import MARK as MARKER
+from visexpert.chat_jinja import READ, STRAY_ROLE, say, written
 from visexpert.errors import ConfigError, DataError
 from visexpert.types import IMAGE_TOKEN, EncodedText, FrameTokens, TextEncoder, TextItem
 
@@ -19,8 +21,6 @@ ChatStyle = Literal["vicuna_v1", "llama_2", "mistral", "plain"]
 
 Turns: TypeAlias = Sequence[tuple[str, str | None]]
 """What the user says and what the assistant answers, in turn; None where it is to be written."""
-
-MARKER = "<image>"
 
 SYSTEMS: dict[ChatStyle, str] = {
     "vicuna_v1": "A chat between a curious user and an artificial intelligence assistant. "
@@ -107,6 +107,43 @@ class LlavaTemplate(TextEncoder):
         ids: list[int] = self._tokenise(self._parts(turns)).ids.tolist()
         return ids
 
+    def prompt_text(self, question: str, *, history: Sequence[tuple[str, str]] = (), has_image: bool = True) -> str:
+        """The conversation up to where the next answer begins; see :meth:`TextEncoder.prompt_text`.
+
+        Raises:
+            DataError: As :meth:`encode`.
+        """
+        parts = self._parts(self._with_marker([*history, (question, None)], has_image))
+        return "".join(self._written(part) for part in parts)
+
+    def _written(self, part: _Part) -> str:
+        if part.token is None:
+            return part.text
+        return MARKER if part.token == IMAGE_TOKEN else written(self.tokenizer, part.token)
+
+    @property
+    def chat_template(self) -> str:
+        """See :attr:`TextEncoder.chat_template`; the system text is in it."""
+        bos, eos = (say(written(self.tokenizer, token)) for token in (self.bos_id, self.eos_id))
+        answer, call = "{{ message['content'] }}", ""
+        if self.style == "plain":
+            opening, asked = f"{{% if ns.images %}}{say(MARKER)}{{% endif %}}", _ONE_TURN
+            closed = answer + say("\n")
+        elif self.style == "vicuna_v1":
+            opening, call = "", say(" ASSISTANT:")
+            asked = _first(say(self.system + " " if self.system else "")) + say("USER: ") + _ASKED
+            closed = call + say(" ") + answer + eos
+        else:
+            opening, system = "", f"<<SYS>>\n{self.system}\n<</SYS>>\n\n" if self.system else ""
+            asked = (_first("", bos) if self.style == "llama_2" else "") + say("[INST] ") + _first(say(system))
+            asked += _ASKED + say(" [/INST]")
+            closed = say(" ") + answer + say(" ") + eos
+        return (
+            f"{READ}{bos}{opening}{{% for message in ns.messages %}}{{% if message['role'] == 'user' %}}{asked}"
+            f"{{% elif message['role'] == 'assistant' %}}{closed}{{% else %}}{STRAY_ROLE}{{% endif %}}{{% endfor %}}"
+            f"{{% if add_generation_prompt %}}{call}{{% endif %}}"
+        )
+
     def _with_marker(self, turns: Turns, has_image: bool) -> Turns:
         """The image's marker in the first question, unless a question has it."""
         count = sum(question.count(MARKER) for question, _ in turns)
@@ -188,6 +225,24 @@ class _Part:
     text: str = ""
     token: int | None = None
     learned: bool = False
+
+
+_ASKED = (
+    f"{{% if '{MARKER}' in message['content'] %}}{say(MARKER)}"
+    f"{{% set words = message['content'] | replace('{MARKER}', '') | trim %}}"
+    "{% if words %}{{ '\\n' + words }}{% endif %}{% else %}{{ message['content'] }}{% endif %}"
+)
+"""What :func:`_question` does, in Jinja."""
+
+_ONE_TURN = (
+    "{% if not loop.first %}"
+    "{{ raise_exception('The model was trained on one text per image; leave earlier turns out.') }}{% endif %}"
+)
+
+
+def _first(text: str, otherwise: str = "") -> str:
+    """Jinja for a text that depends on whether the message is the first."""
+    return f"{{% if loop.first %}}{text}{{% else %}}{otherwise}{{% endif %}}" if text or otherwise else ""
 
 
 _LEADS = ("", "\n", ".", "\n\n", "</")

@@ -81,6 +81,9 @@ class ClipEncoder(nn.Module):
         if not -depth - 1 <= layer <= -1:
             raise ConfigError(f"ClipEncoder: layer={layer} is outside -{depth + 1}..-1 of a CLIP with {depth} layers.")
         self.layer = layer
+        self.projection_dim: int | None = None
+        """Width of the space that the source projects the pooled output into, beside its text tower; None where it has
+        no such projection, or :meth:`load_weights` has not looked."""
         self.routing_watched = False
         """Whether somebody collects what routers decide, those behind the tokens included (collect_routing)."""
         if mole is not None:
@@ -129,6 +132,9 @@ class ClipEncoder(nn.Module):
         self.mean.copy_(torch.tensor(self.published.mean).view(1, 3, 1, 1))
         self.std.copy_(torch.tensor(self.published.std).view(1, 3, 1, 1))
         found = self.published.load()
+        self.projection_dim = found.projection_dim
+        if found.projection_dim is not None:
+            self.config.projection_dim = found.projection_dim
         state = dict(found.tensors)
         if self.resized and POSITIONS in state:
             state[POSITIONS] = resize_positions(state[POSITIONS], to_hw=self.grid_hw, prefix=1)

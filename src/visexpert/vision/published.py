@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
 from visexpert.errors import ConfigError, WeightsError
-from visexpert.vision.convert import clip_config, from_hugging_face, from_open_clip
-from visexpert.vision.sources import WEIGHT_FILES, LoadedState, ModelSource
+from visexpert.vision.convert import VisionTower, clip_config, from_hugging_face, from_open_clip
+from visexpert.vision.sources import WEIGHT_FILES, ModelSource
 
 OWNER = "ClipEncoder"
 OPEN_CLIP_PREFIX = "open_clip:"
@@ -22,6 +23,21 @@ OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class LoadedClip:
+    """Weights of a CLIP's vision side.
+
+    Args:
+        path: The file that they were read from, for messages; of a split one, its index.
+        tensors: Under the names of ``CLIPVisionModel``.
+        projection_dim: Width of the space shared with the text tower; None where the file has no projection into it.
+    """
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    projection_dim: int | None
 
 
 @dataclass(frozen=True)
@@ -63,22 +79,28 @@ class PublishedClip:
         _must_agree(self.fields, theirs.fields, self.source)
         return theirs
 
-    def load(self) -> LoadedState:
-        """Weights under the names of ``CLIPVisionModel``.
+    def load(self) -> LoadedClip:
+        """Weights under the names of ``CLIPVisionModel``, and whether a projection was beside them.
 
         Raises:
             WeightsError: They are nowhere, or of no plain ViT.
         """
         assert self.source is not None
         found = self.source.state(*WEIGHT_FILES, *OPEN_CLIP_FILES, owner=OWNER)
-        return replace(found, tensors=vision_state(found.tensors))
+        tower = _tower(found.tensors)
+        projection_DP = tower.projection_DP
+        return LoadedClip(found.path, tower.state, None if projection_DP is None else int(projection_DP.shape[1]))
 
 
 def vision_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The vision tower of any CLIP's state dict under the names of ``CLIPVisionModel``, without its projection."""
+    return dict(_tower(tensors).state)
+
+
+def _tower(tensors: Mapping[str, Tensor]) -> VisionTower:
     if any(key.removeprefix("visual.") == "conv1.weight" for key in tensors):
-        return dict(from_open_clip(tensors).state)
-    return dict(from_hugging_face(tensors).state)
+        return from_open_clip(tensors)
+    return from_hugging_face(tensors)
 
 
 def describe_clip(
@@ -140,6 +162,8 @@ def _own_config(files: ModelSource) -> PublishedClip | None:
         return None
     nested = settings.get("vision_config")
     fields = dict(nested) if isinstance(nested, Mapping) else settings
+    if "projection_dim" in settings:  # of a whole CLIP, whose vision_config repeats another, unread one
+        fields = {**fields, "projection_dim": settings["projection_dim"]}
     prepared = files.read_json("preprocessor_config.json", owner=OWNER)
     if prepared is None:
         return PublishedClip(fields, files, own=True)

@@ -10,14 +10,18 @@ from typing import Any, get_args
 import pytest
 import torch
 import yaml
+from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
+from visexpert.captioning import Captioner, text_encoder_of
 from visexpert.cli import main
 from visexpert.commands import export as command
 from visexpert.commands.export import run_with_clip
 from visexpert.commands.export_source import source_of
 from visexpert.errors import ConfigError
 from visexpert.export import FORMATS, TOLERANCE, Projection, Treatment
+from visexpert.export.prompt import QUESTION
+from visexpert.language import Decoding
 from visexpert.runs import build, open_run
 
 SMOKE = Path(__file__).parents[2] / "configs" / "tove" / "smoke.yaml"
@@ -30,6 +34,11 @@ PREFIX: dict[str, Any] = {
         }
     },
 }  # fmt: skip
+TALKATIVE: dict[str, Any] = PREFIX | {
+    "init_args": {"config": PREFIX["init_args"]["config"] | {"tie_word_embeddings": False, "initializer_range": 0.5}}
+}
+"""Weights so wide that it does not say one word all the time."""
+
 LLAVA: dict[str, Any] = {"language": PREFIX, "projector": "mlp2x_gelu", "projector_norm": False}
 
 
@@ -69,7 +78,8 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_a_merged_run_becomes_a_llava_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", trained=False)
-    merged = write_run(run / "merged", **LLAVA)
+    torch.manual_seed(0)
+    merged = write_run(run / "merged", **LLAVA | {"language": TALKATIVE})
     facts = {"experts": {"depth": "CC-BY-NC-4.0"}, "clip_licence": "MIT", "steps": 5, "distance": "mse"}
     (merged / "merge.json").write_text(json.dumps(facts), encoding="utf-8")
     main(["export", str(run), "--format", "llava", "--out", str(tmp_path / "out")])
@@ -81,6 +91,33 @@ def test_a_merged_run_becomes_a_llava_folder(tmp_path: Path, capsys: pytest.Capt
     assert report["origin"]["run"] == "run/merged" and report["origin"]["merge: distance"] == "mse"
     assert report["layer_read"] == -2 and set(report["layers"]) == {"-2", "-1"}
     assert report["logits"]["relative"] < 1e-5
+    readme_answers_as_caption_does(merged, tmp_path / "out")
+
+
+def readme_answers_as_caption_does(run: Path, out: Path) -> None:
+    """Execute the code of an exported LLaVA's README, and ask the run the same."""
+    saved = open_run(run)
+    model: Any = saved.model
+    side = model.clip.image_size
+    pixels_HW3 = torch.randint(0, 256, (side, side, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    found: dict[str, Any] = {"FOLDER": str(out), "image": Image.fromarray(pixels_HW3.numpy())}
+    readme = (out / "README.md").read_text(encoding="utf-8")
+    exec(readme.split("```python\n")[1].split("```")[0], found)
+    captioner = Captioner(saved, device="cpu")
+    assert captioner.side == side
+    written: list[list[int]] = []
+    generate = model.language.generate
+
+    def kept(*given: Any, **settings: Any) -> Any:
+        written.extend(generate(*given, **settings))
+        return written
+
+    model.language.generate = kept
+    picture = captioner.frame(pixels_HW3.permute(2, 0, 1))
+    (answer,) = captioner.answer([picture], QUESTION, decoding=Decoding(max_new_tokens=32))
+    assert written[0] == found["ids"][0].tolist()[: len(written[0])] and len(set(written[0])) > 1
+    assert answer.text == found["answer"]
+    assert found["prompt"] == text_encoder_of(saved).prompt_text(QUESTION) and f"```text\n{found['prompt']}\n" in readme
 
 
 def test_a_run_without_a_trained_clip_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

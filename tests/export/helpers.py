@@ -10,6 +10,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from visexpert.data import TextPacker
 from visexpert.export import ExportSource, LanguageParts, Projection
 from visexpert.language import PrefixLM, Projector
 from visexpert.types import IGNORE_INDEX, TextBatch, VisionTokens
@@ -79,5 +80,6 @@ def tiny_llava() -> ExportSource:
     assert isinstance(layers, nn.Sequential)
     first, last = layers[0], layers[2]
     assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
-    parts = LanguageParts(language.model, first, last, words_only(), logits)
+    tokenizer = words_only()
+    parts = LanguageParts(language.model, first, last, tokenizer, TextPacker(tokenizer), logits)
     return ExportSource(clip, (-2, -1), None, {"clip": "MIT"}, {}, parts)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from visexpert.captioning import text_encoder_of
 from visexpert.errors import ConfigError
 from visexpert.export import ExportSource, LanguageParts, Projection
 from visexpert.language import PrefixLM
@@ -111,7 +113,8 @@ def _language_parts(saved: SavedRun) -> LanguageParts:
     assert isinstance(language, PrefixLM)
     first, last = layers[0], layers[-1]
     assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
-    return LanguageParts(language.plain_model(), first, last, saved.tokenizer, lambda *given: _logits(model, *given))
+    logits = partial(_logits, model)
+    return LanguageParts(language.plain_model(), first, last, saved.tokenizer, text_encoder_of(saved), logits)
 
 
 def _logits(model: Method, images_BCHW: Tensor, ids_BN: Tensor) -> Tensor:

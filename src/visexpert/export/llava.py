@@ -15,6 +15,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 
 from visexpert.errors import ConfigError
 from visexpert.export.hf import PREFIX, image_processor, quiet, vision_config
+from visexpert.export.prompt import writes_no_frame
 from visexpert.export.source import ExportSource, LanguageParts
 
 IMAGE_TOKEN = "<image>"
@@ -24,8 +25,11 @@ USAGE = """\
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 processor, model = AutoProcessor.from_pretrained(FOLDER), LlavaForConditionalGeneration.from_pretrained(FOLDER)
-inputs = processor(images=image, text="<image>{bos}QUESTION", add_special_tokens=False, return_tensors="pt")
-ids = model.generate(**inputs, max_new_tokens=32)  # the image stands before {bos}, as in training"""
+content = [{{"type": "image"}}, {{"type": "text", "text": "{question}"}}]
+prompt = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True)
+inputs = processor(images=image, text=prompt, add_special_tokens=False, return_tensors="pt")
+ids = model.generate(**inputs, do_sample=False, max_new_tokens=32)[:, inputs["input_ids"].shape[1] :]
+answer = processor.batch_decode(ids, skip_special_tokens=True)[0].strip()"""
 
 
 def write(source: ExportSource, folder: Path) -> None:
@@ -41,14 +45,28 @@ def write(source: ExportSource, folder: Path) -> None:
     _pad_vocabulary(model, known=source.language.model.get_input_embeddings().weight.shape[0], image_id=image_id)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.generation_config, name, getattr(tokenizer, name))
-    processor = LlavaProcessor(
-        image_processor=image_processor(source), tokenizer=tokenizer, patch_size=source.clip.config.patch_size,
-        vision_feature_select_strategy="default", image_token=IMAGE_TOKEN, num_additional_image_tokens=1,
-    )  # fmt: skip
+    model.generation_config.eos_token_id = source.language.encoder.eos_id
+    processor = processor_of(source, tokenizer)
     with quiet():
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
     _restore_prefix(folder)
+
+
+def processor_of(source: ExportSource, tokenizer: Any) -> LlavaProcessor:
+    """The processor, with the prompt of training as its chat template and its tokenizer's.
+
+    Args:
+        source: What is exported, with a language side.
+        tokenizer: A copy of its tokenizer that has ``<image>``; changed.
+    """
+    assert source.language is not None
+    tokenizer.chat_template = source.language.encoder.chat_template
+    return LlavaProcessor(
+        image_processor=image_processor(source), tokenizer=writes_no_frame(tokenizer),
+        chat_template=tokenizer.chat_template, patch_size=source.clip.config.patch_size,
+        vision_feature_select_strategy="default", image_token=IMAGE_TOKEN, num_additional_image_tokens=1,
+    )  # fmt: skip
 
 
 def _restore_prefix(folder: Path) -> None:

@@ -145,6 +145,7 @@ def run_torch_export(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
 
 def run_llava(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
     """``LlavaForConditionalGeneration`` and ``AutoProcessor`` by path; logits of the text behind the image."""
+    import numpy as np
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -161,6 +162,9 @@ def run_llava(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
     for name, image in photos(inputs):
         made = processor(images=image, text=facts["text"], add_special_tokens=False, return_tensors="np")
         processed |= {name: made["pixel_values"], "input_ids": made["input_ids"]}
+    prompt = processor.apply_chat_template(facts["conversation"], add_generation_prompt=True)
+    made = processor(images=next(photos(inputs))[1], text=prompt, return_tensors="np")
+    processed |= {"prompt": np.frombuffer(prompt.encode(), np.uint8), "prompt_ids": made["input_ids"][0]}
     return joined(runs) | processed
 
 

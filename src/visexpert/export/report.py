@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from visexpert.export.llava import opening_token
 from visexpert.export.mole import MEANING, mole_lines
+from visexpert.export.prompt import QUESTION, prompt_lines
 from visexpert.export.reload import BATCHES, FORBIDDEN
 from visexpert.export.source import ExportSource, Format, for_inference, layer_name
 from visexpert.export.verify import Fidelity
@@ -49,6 +49,7 @@ def report_facts(source: ExportSource, name: str, form: Format, fidelity: Fideli
         "licences": dict(source.licences),
         "origin": dict(source.origin),
         "parameters": sum(parameter.numel() for parameter in clip.model.parameters()),
+        **({} if fidelity.prompt is None else {"prompt": fidelity.prompt.facts()}),
         **({} if source.mole is None else {"mole": source.mole.facts()}),
         "reload": {
             "batch_sizes": list(BATCHES), "images_compared": fidelity.num_images,
@@ -84,9 +85,8 @@ def fidelity_text(facts: dict[str, Any]) -> str:
 def card(source: ExportSource, name: str, form: Format, facts: dict[str, Any]) -> str:
     """What the folder is, how it loads, and whose licences bind it."""
     clip = source.clip
-    bos = "" if source.language is None else opening_token(source.language.tokenizer)
     index = clip.config.num_hidden_layers + clip.layer
-    usage = form.usage.format(layer=clip.layer, index=index, side=clip.image_size, bos=bos)
+    usage = form.usage.format(layer=clip.layer, index=index, side=clip.image_size, question=QUESTION)
     grid = "x".join(map(str, clip.grid_hw))
     lines = [
         f"# CLIP vision encoder, {name} export",
@@ -101,6 +101,11 @@ def card(source: ExportSource, name: str, form: Format, facts: dict[str, Any]) -
         usage,
         "```",
         "",
+        *(
+            []
+            if source.language is None or "prompt" not in facts
+            else prompt_lines(facts["prompt"], source.language.tokenizer)
+        ),
         *_facts_table(facts),
         "",
         "How faithful the export is: fidelity.md, fidelity.json.",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from visexpert.types import TextEncoder
 from visexpert.vision import ClipEncoder, equipped_blocks, merge_for_inference
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class LanguageParts:
         linear_1: First layer of the projector, CLIP's width to the language width.
         linear_2: Second layer, behind a GELU.
         tokenizer: Its fast tokenizer.
+        encoder: What frames a question in training, with that tokenizer.
         logits: Images (B, 3, H, W) in [0, 1] and token ids (B, N) of one text per image to the logits (B, N - 1, V) of
             its tokens from the second on, by visexpert's own forward: what the export is compared with.
     """
@@ -37,6 +39,7 @@ class LanguageParts:
     linear_1: nn.Linear
     linear_2: nn.Linear
     tokenizer: Any
+    encoder: TextEncoder
     logits: Callable[[Tensor, Tensor], Tensor]
 
 

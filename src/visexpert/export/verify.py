@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from visexpert.export import reload
 from visexpert.export.fidelity import check_levels, compare, equal_ids, levels
 from visexpert.export.inputs import CheckInputs, check_inputs
 from visexpert.export.llava import check_text
+from visexpert.export.prompt import CONVERSATION, PromptCheck, check_prompt
 from visexpert.export.reload import BATCHES
 from visexpert.export.source import LOGITS, ExportSource, Format, layer_name, reference_outputs
 from visexpert.vision import ClipEncoder, decision_margins
@@ -42,6 +44,7 @@ class Fidelity:
         tolerance: Limit that ``relative`` kept.
         versions: Libraries of the fresh process.
         num_images: Images whose outputs were compared.
+        prompt: How the processor frames a question; None where the format has none.
     """
 
     outputs: dict[str, dict[str, float]]
@@ -49,6 +52,7 @@ class Fidelity:
     tolerance: float
     versions: dict[str, str]
     num_images: int = sum(BATCHES)
+    prompt: PromptCheck | None = None
 
 
 def verify(source: ExportSource, name: str, form: Format, folder: Path, *, tolerance: float) -> Fidelity:
@@ -77,7 +81,16 @@ def verify(source: ExportSource, name: str, form: Format, folder: Path, *, toler
         results = {key: value[rows] if key in reference else value for key, value in results.items()}
         reference = {key: value[rows] for key, value in reference.items()}
     compared = compare(results, reference, tolerance=tolerance, what=name)
-    return Fidelity(compared, found, tolerance, versions, len(rows))
+    return Fidelity(compared, found, tolerance, versions, len(rows), _prompt(source, results))
+
+
+def _prompt(source: ExportSource, results: Mapping[str, Tensor]) -> PromptCheck | None:
+    """What the processor of the reloaded folder made of a question."""
+    if "prompt" not in results or source.language is None:
+        return None
+    text = bytes(results["prompt"].tolist()).decode()
+    image_id = check_text(source.language.tokenizer).image_id
+    return check_prompt(source.language.encoder, text, results["prompt_ids"].tolist(), image_id=image_id)
 
 
 UNDECIDED = 2e-6
@@ -116,7 +129,9 @@ def _check(source: ExportSource, form: Format, inputs: CheckInputs) -> _Check:
     batch = len(pixels_BCHW)
     tensors["input_ids"] = torch.tensor([[text.image_id] * num_image + list(text.ids)]).repeat(batch, 1)
     reference[LOGITS] = source.language.logits(inputs.images_BCHW, torch.tensor([text.ids]).repeat(batch, 1))
-    return _Check(tensors, {**facts, "text": text.prompt, "num_image_tokens": num_image}, reference)
+    return _Check(
+        tensors, {**facts, "text": text.prompt, "num_image_tokens": num_image, "conversation": CONVERSATION}, reference
+    )
 
 
 def _photos(form: Format, inputs: CheckInputs) -> list[tuple[str, Tensor]]:

@@ -20,7 +20,9 @@ from visexpert.callbacks import RunFigures
 from visexpert.cli import main
 from visexpert.methods import Method, ToVE
 from visexpert.methods.evaluation import decode
+from visexpert.methods.finite import FILE as NOT_FINITE
 from visexpert.report import read_metrics
+from visexpert.report.lmms import SIDECAR
 from visexpert.report.lock import hold
 from visexpert.report.used import holds_run
 from visexpert.runs import open_run
@@ -211,6 +213,9 @@ def test_overwrite_keeps_the_earlier_run_whole_and_is_not_remembered(
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "merge.json").write_text("{}", encoding="utf-8")
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    beside = {SIDECAR, NOT_FINITE}  # of its scores and its steps
+    for name in beside:
+        (tmp_path / name).write_text("{}", encoding="utf-8")
     with hold(tmp_path, "merged"):
         assert "merged" in refused(fit(tmp_path, *short, "--overwrite"), capsys)
     main(fit(tmp_path, *short, "--overwrite", "--model.init_args.lr", "1e-2"))
@@ -218,8 +223,9 @@ def test_overwrite_keeps_the_earlier_run_whole_and_is_not_remembered(
     assert all(torch.equal(value, weights(kept)["state_dict"][key]) for key, value in first.items())
     assert not all(torch.equal(value, weights(tmp_path)["state_dict"][key]) for key, value in first.items())
     names = {path.name for path in kept.iterdir()}
-    assert {"config.yaml", "environment.json", "metrics.csv", "metrics.json", "checkpoints", "merged"} <= names
+    assert {"config.yaml", "environment.json", "metrics.csv", "metrics.json", "checkpoints", "merged", *beside} <= names
     assert not list(tmp_path.glob("*.1.*")) and not (tmp_path / "merged").exists()
+    assert not any((tmp_path / name).exists() for name in beside)
     assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"
     capsys.readouterr()
     again = ["fit", "--config", str(tmp_path / "config.yaml"), "--run", str(tmp_path)]

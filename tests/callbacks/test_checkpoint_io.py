@@ -152,3 +152,13 @@ def test_what_is_damaged_is_refused_by_the_trainer(tmp_path: Path) -> None:
     trainer = RunTrainer(accelerator="cpu", logger=False, plugins=[WholeFileIO()], default_root_dir=tmp_path)
     with pytest.raises(WeightsError, match=r"last\.ckpt"):
         trainer.fit(BoringModel(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+
+
+def test_saving_without_a_word_on_the_optimizer_keeps_it_and_says_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = fitted(tmp_path, plugins=[WholeFileIO()])
+    with caplog.at_level("INFO"):
+        trainer.save_checkpoint(tmp_path / "again.ckpt")
+    assert "weights_only" not in caplog.text
+    assert load_checkpoint(tmp_path / "again.ckpt", owner="test")["optimizer_states"]

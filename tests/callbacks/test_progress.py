@@ -40,6 +40,15 @@ def test_plain_lines_carry_step_loss_speed_wait_and_time_left(capsys: pytest.Cap
     assert lines[-1].endswith("0:00:00 left")
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_the_count_of_batches_ends_with_training(capsys: pytest.CaptureFixture[str], accumulated: int) -> None:
+    """4 batches an epoch; 6 of them are taken: all of the first epoch, two of the second."""
+    ends = {"max_epochs": -1, "max_steps": 6 // accumulated, "accumulate_grad_batches": accumulated}
+    _fit(TrainingProgress(line_every_s=0, interactive=False), **ends)
+    counts = re.findall(r"batch (\d/\d)", "\n".join(re.findall(r"train: .*", capsys.readouterr().out)))
+    assert counts == ["1/4", "2/4", "3/4", "4/4", "1/2", "2/2"]
+
+
 def test_plain_lines_are_rate_limited_and_the_end_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     _fit(TrainingProgress(line_every_s=1000, interactive=False))
     lines = [line for line in capsys.readouterr().out.splitlines() if "train" in line]

@@ -77,6 +77,7 @@ class RunTrainer(L.Trainer):
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any = None
     ) -> None:
         """Save as Lightning does; a folder of shards takes its place when every process has written its own."""
+        weights_only = bool(weights_only)  # of None, Lightning says that it was not set
         if not saves_shards(self.strategy):
             super().save_checkpoint(filepath, weights_only, storage_options)
             return

@@ -91,7 +91,8 @@ class TrainingProgress(RichProgressBar):
         if self._live:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         else:
-            self._line(trainer, batch_idx + 1, self.total_train_batches, self._loss_text() + self.status)
+            done = batch_idx + 1
+            self._line(trainer, done, self._epoch_batches(trainer, done), self._loss_text() + self.status)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
@@ -171,6 +172,14 @@ class TrainingProgress(RichProgressBar):
             return False
         self._shown_at = now
         return True
+
+    def _epoch_batches(self, trainer: Trainer, done: int) -> float:
+        """Batches of this epoch, or fewer where training ends before; Lightning's own count is of those to come."""
+        if trainer.max_steps < 0:
+            return trainer.num_training_batches
+        step = trainer.accumulate_grad_batches
+        ends = done // step * step + (trainer.max_steps - trainer.global_step) * step
+        return min(trainer.num_training_batches, max(done, ends))
 
     def _train_status(self, trainer: Trainer) -> str:
         done = trainer.global_step - self._began_step

@@ -6,13 +6,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from visexpert.errors import DataError
+from visexpert.report.lmms import SIDECAR
 from visexpert.report.lock import hold
 
 OWN = (
     "config*.yaml", "environment.json", "metrics*.csv", "metrics*.json", "figures", "checkpoints", "hpc_ckpt_*.ckpt",
-    "predictions*.jsonl", "skipped*.jsonl",
+    "predictions*.jsonl", "skipped*.jsonl", "not_finite*.jsonl", SIDECAR,
 )  # fmt: skip
-"""What a run writes."""
+"""What a run writes, and what is stored of its scores."""
 
 PHASE_FACTS = ("merge.json", "detachment.json")
 """A folder that holds one of these is that of a phase."""

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from lightning.pytorch import Callback
 
 from tests.data.formats import write_shards
 from visexpert import trust
@@ -22,7 +23,7 @@ from visexpert.data import CC3M
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.runs import open_run
 from visexpert.training import VisexpertCLI
-from visexpert.trust import Granted, grant, refuse_strangers, take
+from visexpert.trust import Granted, grant, guarded, refuse_strangers, take
 
 SMOKE = Path(__file__).parents[1] / "configs" / "tove" / "smoke.yaml"
 
@@ -206,6 +207,63 @@ def test_a_part_in_another_file_is_looked_at(
     assert not marker.exists()
 
 
+HIDDEN: dict[str, dict[str, Any]] = {
+    "text": {f"{ARGUMENTS}.language": "stranger.MyExpert"},
+    "text in a mapping": {f"{ARGUMENTS}.experts.semantic": "stranger.MyExpert"},
+    "interpolation": {"run": "stranger.MyExpert", f"{ARGUMENTS}.language": {"class_path": "${run}"}},
+    "file that names a file": {f"{ARGUMENTS}.language": "sub/part.yaml"},
+    "large file": {f"{ARGUMENTS}.language": "large.yaml"},
+    "model": {"model": "stranger.MyExpert"},
+    "data": {"data": "stranger.MyExpert"},
+    "callback": {"trainer.callbacks": ["stranger.MyCallback"]},
+    "logger": {"trainer.logger": "stranger.MyCallback"},
+    "plugin": {"trainer.plugins": ["stranger.MyCallback"]},
+}
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+@pytest.mark.parametrize("command", ["validate", "plan", "data", "caption"])
+def test_to_name_a_class_in_other_ways_imports_nothing(
+    kind: str, command: str, tmp_path: Path, marker: Path, stranger: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = hostile(tmp_path, change=HIDDEN[kind])
+    if kind == "interpolation":
+        text = (folder / "config.yaml").read_text(encoding="utf-8")
+        (folder / "config.yaml").write_text(text.replace(f"run: {folder}", "run: stranger.MyExpert"), encoding="utf-8")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "part.yaml").write_text("class_path: stranger.MyExpert\n", encoding="utf-8")
+    (folder / "large.yaml").write_text(f"# {'x' * 1_000_000}\nclass_path: stranger.MyExpert\n", encoding="utf-8")
+    (tmp_path / "a.png").write_bytes(b"")
+    arguments = {
+        "validate": ["validate", "--run", str(folder)],
+        "plan": ["plan", "--config", str(folder / "config.yaml")],
+        "data": ["data", "check", str(folder / "config.yaml")],
+        "caption": ["caption", str(tmp_path / "a.png"), "--run", str(folder)],
+    }[command]
+    with pytest.raises(SystemExit):
+        main(arguments)
+        raise SystemExit(0)  # some commands have no need of some parts
+    assert not marker.exists() and "stranger" not in sys.modules
+    if kind == "text" and command != "data":  # which builds what has a class_path
+        assert "names 'stranger.MyExpert'" in capsys.readouterr().err
+
+
+def test_what_a_stranger_may_not_name_one_may_oneself(tmp_path: Path, marker: Path, stranger: str) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callback", type=Callback)
+    path = Path("config.yaml")
+    with pytest.raises(ConfigError, match="names 'stranger.MyCallback'.*--trust stranger"), guarded(path):
+        parser.parse_object({"callback": "stranger.MyCallback"})
+    assert not marker.exists()
+    with guarded(path):
+        parser.parse_object({"callback": "lightning.pytorch.callbacks.Timer"})
+    with guarded(path, trust=["stranger"]):
+        parser.parse_object({"callback": "stranger.MyCallback"})
+    with guarded(path), pytest.raises(ArgumentError):
+        parser.parse_object({"callback": "stranger.MyCallback"})
+    parser.parse_object({"callback": "stranger.MyCallback"})  # nothing of it stays
+
+
 def test_what_a_parser_has_looked_up_is_looked_at() -> None:
     path = Path("config.yaml")
     for value in (os.system, subprocess.Popen, eval, pickle.loads):
@@ -297,8 +355,10 @@ def test_a_checkpoint_never_runs_code(
     arguments = [command, "--run", str(folder)]
     arguments += ["--config", str(folder / "config.yaml"), "--ckpt_path", "last"] if command == "fit" else []
     arguments += ["--weights_only", "false"] if where == "line" else []
-    assert "weights_only is False" in refused(arguments, capsys)
+    refused(arguments, capsys)
     assert not marker.exists()
+    torch.save({"state_dict": {}, "global_step": 1}, folder / "checkpoints/last.ckpt")
+    assert "weights_only is False" in refused(arguments, capsys)
 
 
 def test_a_shard_that_is_a_command_needs_the_flag(

@@ -20,7 +20,7 @@ from visexpert.errors import ConfigError, WeightsError
 from visexpert.methods import Method
 from visexpert.reading import read_yaml
 from visexpert.training import checkpoint_of, config_of, explain
-from visexpert.trust import refuse_strangers
+from visexpert.trust import guarded, refuse_strangers
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ def build(
         try:
             if foreign:
                 refuse_strangers(wanted, path, trust=trust)
-            parsed = parser.parse_object(wanted)
+            with guarded(path if foreign else None, trust=trust):
+                parsed = parser.parse_object(wanted)
         except ArgumentError as error:
             raise ConfigError(f"{path}: {explain(str(error), [])}") from error
         if foreign:  # a part may have come from another file that it names

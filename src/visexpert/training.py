@@ -44,7 +44,7 @@ from visexpert.interruption import stoppable
 from visexpert.methods import Method
 from visexpert.report.lock import hold
 from visexpert.report.used import holds_run, set_run_aside
-from visexpert.trust import refuse_strangers
+from visexpert.trust import guarded, may_import, refuse_strangers
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,8 @@ class VisexpertCLI(LightningCLI):
         if foreign is not None:
             refuse_strangers(yaml.safe_load(foreign.read_text(encoding="utf-8")), foreign)
         try:
-            super().parse_arguments(parser, args)
+            with guarded(foreign):
+                super().parse_arguments(parser, args)
         except OmegaConfBaseException as error:
             raise ConfigError(f"The configuration cannot be filled in ({first_line(error)}); mend it.") from error
         subcommand = self.config.get("subcommand")
@@ -380,7 +381,9 @@ def _parameters(class_path: str) -> list[str]:
 
 
 def _load(path: str) -> Any:
-    """Whatever lies at a dotted path, or None."""
+    """Whatever lies at a dotted path, or None where there is nothing or it may not be imported."""
+    if not may_import(path):
+        return None
     module, _, name = path.rpartition(".")
     try:
         return getattr(import_module(module), name, None) if module else import_module(name)

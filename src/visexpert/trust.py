@@ -6,13 +6,17 @@ What the user grants comes from the command line alone (``--trust MODULE``, ``--
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import set_parsing_settings
+from jsonargparse._common import denying_import_path_entry, get_parsing_setting, parsing_settings
 
 from visexpert.errors import ConfigError
 
@@ -56,6 +60,9 @@ class Granted:
 
 
 _granted = Granted()
+
+_POLICY = ("import_path_verdicts", "import_paths_enforced")
+"""Settings of the parser that say what may be imported because a value names it."""
 
 
 def take(arguments: Iterable[str]) -> tuple[list[str], Granted]:
@@ -112,10 +119,70 @@ def refuse_strangers(config: Any, path: Path, *, trust: Iterable[str] = ()) -> N
     for named in _named(config, path.parent):
         if not (_is_known(named, trusted) if isinstance(named, str) else _is_harmless(named, trusted)):
             name = named if isinstance(named, str) else f"{named.__module__}.{named.__qualname__}"
-            raise ConfigError(
-                f"{path} names {name!r}, which is no class of visexpert or Lightning and could run anything; if you "
-                f"trust it, add  --trust {name.rpartition('.')[0] or name}."
-            )
+            raise _refusal(path, name)
+
+
+class UntrustedError(ConfigError):
+    """A stranger's configuration names what could run any code."""
+
+
+def _refusal(path: Path, name: str) -> UntrustedError:
+    return UntrustedError(
+        f"{path} names {name!r}, which is no class of visexpert or Lightning and could run anything; if you trust it, "
+        f"add  --trust {name.rpartition('.')[0] or name}."
+    )
+
+
+@contextmanager
+def guarded(path: Path | None, *, trust: Iterable[str] = ()) -> Iterator[None]:
+    """Let parsers import nothing in here that a stranger's configuration names and :func:`refuse_strangers` refuses.
+
+    To import a module runs it, and a class can be named in more ways than by ``class_path``: as plain text, by an
+    interpolation, in a file that a file names.
+
+    Args:
+        path: The configuration; None where it is the user's own, which changes nothing.
+        trust: See :func:`refuse_strangers`.
+
+    Raises:
+        UntrustedError: It names such a class.
+    """
+    if path is None:
+        yield
+        return
+    before = {name: get_parsing_setting(name) for name in _POLICY}
+    set_parsing_settings(
+        import_path_denylist=["*", *(f"{OURS[0]}.{part}" for part in NOT_OURS)],
+        import_path_allowlist=[*OURS, *LIGHTNING, *filter(_is_module, (*_granted.modules, *trust))],
+    )
+    try:
+        yield
+    except Exception as error:
+        denied = _denied(error)
+        if denied is None:
+            raise
+        raise _refusal(path, denied) from error
+    finally:
+        parsing_settings.update(before)
+
+
+def _is_module(name: str) -> bool:
+    return all(part.isidentifier() for part in name.split(".")) and not _inside(name, ("jsonargparse",))
+
+
+def may_import(class_path: str) -> bool:
+    """Whether nothing forbids at present to import what a value names."""
+    return not get_parsing_setting("import_paths_enforced") or denying_import_path_entry(class_path) is None
+
+
+def _denied(error: BaseException | None) -> str | None:
+    """What a parser was not allowed to import, by the report of the error or of what it came from."""
+    while error is not None:
+        found = re.search(r"Importing '([^']+)' is not allowed", str(error))
+        if found is not None:
+            return found[1]
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _named(config: Any, folder: Path) -> Iterator[Any]:

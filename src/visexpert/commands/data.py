@@ -68,7 +68,7 @@ def run(arguments: list[str]) -> None:
         from visexpert.commands.weights_check import weight_findings
 
         print("pretrained weights")
-        for is_there, line in weight_findings(model):
+        for is_there, line in weight_findings(model, foreign=foreign_of(options.config)):
             missing += not is_there
             print(f"  {'ok     ' if is_there else 'MISSING'}  {shown(line)}")
     if missing:
@@ -151,8 +151,8 @@ def build_data(paths: Sequence[Path]) -> LightningDataModule:
     from jsonargparse import ArgumentError, ArgumentParser
     from lightning.pytorch import LightningDataModule
 
-    from visexpert.training import explain, is_of_run
-    from visexpert.trust import refuse_strangers
+    from visexpert.training import explain
+    from visexpert.trust import guarded, refuse_strangers
 
     named = " + ".join(map(str, paths))
     for path in paths:
@@ -160,7 +160,7 @@ def build_data(paths: Sequence[Path]) -> LightningDataModule:
     config = merged(paths)
     if not isinstance(config.get("data"), dict):
         raise ConfigError(f"{named} names no data; give the configuration of a run, with a class_path under data.")
-    foreign = next(filter(is_of_run, paths), None)
+    foreign = foreign_of(paths)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data")
     with warnings.catch_warnings():
@@ -168,7 +168,8 @@ def build_data(paths: Sequence[Path]) -> LightningDataModule:
         try:
             if foreign is not None:
                 refuse_strangers(config["data"], foreign)
-            parsed = parser.parse_object({"data": config["data"]})
+            with guarded(foreign):
+                parsed = parser.parse_object({"data": config["data"]})
             if foreign is not None:
                 refuse_strangers(parsed, foreign)
         except ArgumentError as error:
@@ -176,6 +177,13 @@ def build_data(paths: Sequence[Path]) -> LightningDataModule:
         check_settings(parsed.as_dict())
         data: LightningDataModule = built(lambda: parser.instantiate_classes(parsed), who=named).data
     return data
+
+
+def foreign_of(paths: Sequence[Path]) -> Path | None:
+    """The first configuration that lies in a run's folder, which may be anyone's."""
+    from visexpert.training import is_of_run
+
+    return next(filter(is_of_run, paths), None)
 
 
 def _laid_over(below: Any, above: Any) -> Any:

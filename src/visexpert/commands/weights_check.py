@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -12,24 +13,33 @@ from visexpert.checking import built
 from visexpert.errors import UserError
 from visexpert.experts.edges import DEXINED_FILE
 from visexpert.planning.weightless import weightless
+from visexpert.trust import UntrustedError, guarded, refuse_strangers
 from visexpert.vision.published import OPEN_CLIP_FILES
 from visexpert.vision.sources import WEIGHT_FILES, ModelSource
 
 
-def weight_findings(model: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:
+def weight_findings(model: Mapping[str, Any], *, foreign: Path | None = None) -> Iterator[tuple[bool, str]]:
     """Say of each part of a configuration's model whether its weights are here, and how large they are.
 
     Args:
         model: What a configuration says under ``model``.
+        foreign: Its file where that may be anyone's.
 
     Yields:
         Whether they are there, and a line that says what they are.
+
+    Raises:
+        UntrustedError: A stranger's configuration names classes that are not trusted.
     """
+    if foreign is not None:
+        refuse_strangers(model, foreign)
     seen: set[str] = set()
     for name, settings in parts_of(model):
         try:
             with weightless():
-                part = _built(settings)
+                part = _built(settings, foreign)
+        except UntrustedError:
+            raise
         except UserError as error:  # such as a language model whose config.json is not here
             yield False, f"{name}: {error}"
             continue
@@ -50,10 +60,18 @@ def parts_of(model: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
             yield from ((expert, settings) for expert, settings in value.items() if expert in used)
 
 
-def _built(settings: Mapping[str, Any]) -> Any:
+def _built(settings: Mapping[str, Any], foreign: Path | None) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(nn.Module, "part")
-    return built(lambda: parser.instantiate_classes(parser.parse_object({"part": settings})), who="data check").part
+
+    def build() -> Any:
+        with guarded(foreign):
+            parsed = parser.parse_object({"part": settings})
+        if foreign is not None:
+            refuse_strangers(parsed, foreign)
+        return parser.instantiate_classes(parsed)
+
+    return built(build, who="data check").part
 
 
 def _finding(name: str, part: nn.Module, text: str) -> tuple[bool, str]:

@@ -19,7 +19,7 @@ from visexpert.commands import export as command
 from visexpert.commands.export import run_with_clip
 from visexpert.commands.export_source import source_of
 from visexpert.errors import ConfigError
-from visexpert.export import FORMATS, TOLERANCE, Projection, Treatment
+from visexpert.export import FORMATS, TOLERANCE, Dtype, Projection, Treatment
 from visexpert.export.prompt import QUESTION
 from visexpert.language import Decoding
 from visexpert.runs import build, open_run
@@ -137,7 +137,18 @@ def test_bad_options_are_refused_before_anything_is_read(tmp_path: Path, capsys:
     absent, out = str(tmp_path / "absent"), ["--out", str(tmp_path / "out")]
     assert "is not empty" in refusal([absent, "--format", "hf", "--out", str(tmp_path / "full")], capsys)
     assert "--format coreml is unknown; use one of hf" in refusal([absent, "--format", "hf,coreml", *out], capsys)
+    onnx = [absent, "--format", "hf,onnx", *out, "--dtype", "float16"]
+    assert "--dtype float16: --format onnx holds float32 weights alone" in refusal(onnx, capsys)
     assert "must be above 0" in refusal([absent, "--format", "hf", *out, "--tolerance", "0"], capsys)
+
+
+def test_the_dtype_reaches_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("visexpert.export.export", lambda sources, *_, **__: given.update(sources) or {})
+    run, out = write_run(tmp_path / "run"), ["--out", str(tmp_path / "out")]
+    for wanted, dtype in ((["--dtype", "bfloat16"], torch.bfloat16), ([], None)):
+        main(["export", str(run), "--format", "hf,open_clip", *wanted, *out])
+        assert [source.dtype for source in given.values()] == [dtype, dtype]
 
 
 def test_the_folder_that_is_opened(tmp_path: Path) -> None:
@@ -219,5 +230,5 @@ def test_what_llava_has_no_place_for_is_named(settings: dict[str, Any], named: s
 def test_help_says_what_the_room_has(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.NAMES == tuple(FORMATS)
     options = command._parser().parse_args(["run", "--format", "hf", "--out", "x", "--layers", "-2", "-1"])
-    assert command.MOLE == get_args(Treatment)
+    assert command.MOLE == get_args(Treatment) and command.DTYPES == get_args(Dtype)
     assert options.tolerance == TOLERANCE and options.layers == [-2, -1]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from visexpert.data import TextPacker
-from visexpert.export import ExportSource, LanguageParts, Projection
+from visexpert.export import Dtype, ExportSource, LanguageParts, Projection
 from visexpert.language import PrefixLM, Projector
 from visexpert.types import IGNORE_INDEX, TextBatch, VisionTokens
 from visexpert.vision import ClipEncoder
@@ -61,9 +61,9 @@ def words_only() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def tiny_llava() -> ExportSource:
-    """A CLIP with projector and prefix LM."""
-    clip, language = tiny_clip(), PrefixLM(config=LLAMA).eval()
+def tiny_llava(dtype: Dtype = "float32") -> ExportSource:
+    """A CLIP with projector and prefix LM, whose weights are of a dtype of its own."""
+    clip, language = tiny_clip(), PrefixLM(config=LLAMA, dtype=dtype).eval()
     projector = Projector(in_dim=clip.width, out_dim=WIDTH, kind="mlp2x_gelu").eval()
     scramble(language)
     scramble(projector)
@@ -81,5 +81,5 @@ def tiny_llava() -> ExportSource:
     first, last = layers[0], layers[2]
     assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
     tokenizer = words_only()
-    parts = LanguageParts(language.model, first, last, tokenizer, TextPacker(tokenizer), logits)
+    parts = LanguageParts(language.model, first, last, tokenizer, TextPacker(tokenizer), language, logits)
     return ExportSource(clip, (-2, -1), None, {"clip": "MIT"}, {}, parts)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration
 
 from tests.export.helpers import WORDS, tiny_clip, tiny_llava, tiny_source
 from visexpert.errors import ConfigError
-from visexpert.export import FORMATS, ExportSource, export
+from visexpert.export import FORMATS, ExportSource, differences, export
 from visexpert.export.open_clip import write as write_open_clip
 
 FILES = {
@@ -112,6 +115,66 @@ def test_what_a_format_has_no_place_for_is_refused(tmp_path: Path) -> None:
         export({"open_clip": tiny_source(hidden_act="relu")}, tmp_path / "out")
     with pytest.raises(ConfigError, match=r"no tokens before the first block \(layer -4\)"):
         write_open_clip(ExportSource(tiny_clip(layer=-4), (-1,), None, {}), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("hf", torch.bfloat16), ("hf", torch.float16), ("open_clip", torch.bfloat16), ("llava", torch.bfloat16)],
+)
+def test_weights_are_rounded_and_what_that_changes_is_told(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    source = replace(tiny_llava() if name == "llava" else tiny_source(), dtype=dtype)
+    own = {key: value.clone() for key, value in source.clip.model.state_dict().items()}
+    facts = exported(source, name, tmp_path / "out")
+    assert all(torch.equal(value, own[key]) for key, value in source.clip.model.state_dict().items())
+    state = load_file(tmp_path / "out" / FILES_OF_WEIGHTS[name])
+    assert {value.dtype for value in state.values()} == {dtype}
+    ends = ("encoder.layers.0.mlp.fc1.weight", "visual.transformer.resblocks.0.mlp.c_fc.weight")
+    (kept,) = [value for key, value in state.items() if key.endswith(ends)]
+    assert torch.equal(kept, own["encoder.layers.0.mlp.fc1.weight"].to(dtype))
+    told = str(dtype).removeprefix("torch.")
+    if name != "open_clip":  # whose configuration has no place for it
+        config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+        assert config["dtype"] == told
+    assert facts["weights"] == told and f"| weights | {told} |" in (tmp_path / "out" / "README.md").read_text("utf-8")
+    changed = [*facts["rounding"]["layers"].values(), *([facts["rounding"]["logits"]] if name == "llava" else [])]
+    for entry in changed:
+        assert 1e-4 < entry["relative"] < 1 and 0.5 < entry["min_cosine"] < 1 - 1e-8
+    if name == "hf":
+        by_hand = copy.deepcopy(source.clip)
+        torch.nn.Module.to(by_hand, dtype).float()
+        found = differences(source.clip, by_hand, (-2,))["layer_minus_2"]
+        assert facts["rounding"]["layers"]["-2"]["relative"] == pytest.approx(found["relative"], rel=1e-3)
+    text = (tmp_path / "out" / "fidelity.md").read_text("utf-8")
+    assert "| rounded against float32 weights |" in text and text.count("| hidden state -2 |") == 2
+
+
+FILES_OF_WEIGHTS = {"hf": "model.safetensors", "open_clip": "open_clip_model.safetensors", "llava": "model.safetensors"}
+
+
+def test_a_language_model_in_bfloat16_stays_so_and_loses_nothing(tmp_path: Path) -> None:
+    source = tiny_llava("bfloat16")
+    facts = exported(source, "llava", tmp_path / "out")
+    assert facts["logits"]["relative"] < 1e-5 and "rounding" not in facts
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    kinds: dict[torch.dtype, set[str]] = {}
+    for key, value in state.items():
+        kinds.setdefault(value.dtype, set()).add(key.split(".")[0])
+    assert kinds == {torch.bfloat16: {"language_model"}, torch.float32: {"vision_tower", "multi_modal_projector"}}
+    assert facts["weights"].startswith("bfloat16 of the language model, as in the run, else float32")
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert source.language is not None and source.language.side.model.dtype == torch.bfloat16
+
+
+def test_what_cannot_be_rounded_is_refused(tmp_path: Path) -> None:
+    for name in ("onnx", "torch_export", "visexpert"):
+        with pytest.raises(ConfigError, match=rf"--dtype float16: --format {name} .* hf, open_clip, llava"):
+            export({name: replace(tiny_source(), dtype=torch.float16)}, tmp_path / "out")
+    source = replace(tiny_source(), dtype=torch.float16)
+    source.clip.model.post_layernorm.weight.data.fill_(7e4)
+    with pytest.raises(ConfigError, match=r"7e\+04 is beyond the range of float16"):
+        export({"hf": source}, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

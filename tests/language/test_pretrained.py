@@ -246,6 +246,12 @@ def test_lora_on_named_layers_stays_float32_beside_bfloat16(folder: Path) -> Non
     trained = {name: p.dtype for name, p in side.named_parameters() if p.requires_grad}
     assert len(trained) == 4 and set(trained.values()) == {torch.float32} and all("q_proj" in name for name in trained)
     side(vision(1), one_item(*item(6, 2))).square().mean().backward()
+    down, up = (p for name, p in side.named_parameters() if p.requires_grad and "layers.0" in name)
+    nn.init.constant_(up, 1e-4)  # too small a step for bfloat16
+    own = side.model.model.layers[0].self_attn.q_proj.base_layer.weight
+    merged = side.plain_model().model.layers[0].self_attn.q_proj.weight
+    assert merged.dtype == torch.float32 and own.dtype == torch.bfloat16
+    torch.testing.assert_close(merged, own.float() + up @ down)
     with pytest.raises(ConfigError, match=r"targets \['query'\] name no linear layer of the model; it has .*'q_proj'"):
         PrefixLM(source=str(folder), lora=LoRASettings(targets=["query"]))
     with pytest.raises(ConfigError, match="rank=0, .* cannot work"):

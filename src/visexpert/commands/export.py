@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from visexpert.errors import ConfigError, shown
@@ -13,6 +14,7 @@ log = logging.getLogger(__name__)
 NAMES = ("hf", "open_clip", "onnx", "torch_export", "llava", "visexpert")
 """Formats, said here so that --help need not import them."""
 
+DTYPES = ("float32", "bfloat16", "float16")
 MERGED = "merged"
 MOLE = ("exact", "fold", "flatten")
 STEPS, RATE = 300, 1e-4
@@ -28,22 +30,27 @@ def run(arguments: list[str]) -> None:
         WeightsError: An export differs after reloading; nothing is left behind.
     """
     options = _parser().parse_args(arguments)
-    from visexpert.export import check_formats, check_target, export  # heavy: after --help
+    from visexpert.export import check_dtype, check_formats, check_target, export  # heavy: after --help
 
     formats = list(dict.fromkeys(name.strip() for entry in options.format for name in entry.split(",")))
     check_formats(formats)
+    check_dtype(formats, options.dtype)
     check_target(options.out)
     if not options.tolerance > 0:
         raise ConfigError(f"--tolerance {options.tolerance} must be above 0.")
     flatten = _flatten_settings(options)
     folder = run_with_clip(options.run)
     log.info("Opening %s", folder)
+    import torch
+
     from visexpert.commands.export_mole import sources_of
     from visexpert.runs import open_run
 
     sources = sources_of(
         open_run(folder), formats, layers=options.layers, treatment=options.mole, flatten=flatten, images=options.data
     )  # fmt: skip
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    sources = {name: replace(source, dtype=dtype) for name, source in sources.items()}
     found = export(sources, options.out, tolerance=options.tolerance)
     for name, fidelity in found.items():
         where = options.out if len(found) == 1 else options.out / name
@@ -78,6 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tolerance", type=float, default=1e-4, metavar="X",
         help="largest error allowed, over the root mean square of the output (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=DTYPES,
+        help="round all weights and store them so (hf, open_clip, llava); fidelity.md says what that changes (default: "
+        "float32, but a language model as the run has it)",
     )  # fmt: skip
     parser.add_argument(
         "--mole", choices=MOLE,

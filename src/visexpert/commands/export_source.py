@@ -113,8 +113,8 @@ def _language_parts(saved: SavedRun) -> LanguageParts:
     assert isinstance(language, PrefixLM)
     first, last = layers[0], layers[-1]
     assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
-    logits = partial(_logits, model)
-    return LanguageParts(language.plain_model(), first, last, saved.tokenizer, text_encoder_of(saved), logits)
+    encoder, logits = text_encoder_of(saved), partial(_logits, model)
+    return LanguageParts(language.plain_model(), first, last, saved.tokenizer, encoder, language, logits)
 
 
 def _logits(model: Method, images_BCHW: Tensor, ids_BN: Tensor) -> Tensor:

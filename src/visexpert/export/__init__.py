@@ -6,17 +6,20 @@ from visexpert.export.exporter import FORMATS, KEEP_MOLE, check_formats, export
 from visexpert.export.fidelity import TOLERANCE
 from visexpert.export.folder import check_target
 from visexpert.export.mole import MoLEReport, Treatment, differences
+from visexpert.export.rounding import Dtype, check_dtype
 from visexpert.export.source import ExportSource, LanguageParts, Projection
 
 __all__ = [
     "FORMATS",
     "KEEP_MOLE",
     "TOLERANCE",
+    "Dtype",
     "ExportSource",
     "LanguageParts",
     "MoLEReport",
     "Projection",
     "Treatment",
+    "check_dtype",
     "check_formats",
     "check_target",
     "differences",

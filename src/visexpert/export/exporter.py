@@ -12,6 +12,7 @@ from visexpert.export import hf, llava, native, onnx, open_clip, torch_export
 from visexpert.export.fidelity import TOLERANCE
 from visexpert.export.folder import check_target, whole_or_nothing
 from visexpert.export.report import write_reports
+from visexpert.export.rounding import check_dtype, name_of
 from visexpert.export.source import LOGITS, PATCH_TOKENS, POOLED, ExportSource, Format
 from visexpert.export.verify import Fidelity, verify
 from visexpert.vision import equipped_blocks
@@ -49,6 +50,8 @@ def export(sources: Mapping[str, ExportSource], out: Path, *, tolerance: float =
         WeightsError: A reload failed or differs.
     """
     check_formats(sources)
+    for name, source in sources.items():
+        check_dtype([name], None if source.dtype is None else name_of(source.dtype))  # type: ignore[arg-type]
     check_target(out)
     for name, source in sources.items():
         if equipped_blocks(source.clip) and FORMATS[name].mole is None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import CLIPImageProcessor
 from transformers.utils import logging as hf_logging
 
+from visexpert.export.rounding import stored
 from visexpert.export.source import ExportSource
 
 USAGE = """\
@@ -31,9 +32,9 @@ from random weights and go on."""
 def write(source: ExportSource, folder: Path) -> None:
     """Write ``config.json``, ``model.safetensors`` and ``preprocessor_config.json``, for ``transformers`` 4 and 5."""
     config = vision_config(source)
-    config.architectures, config.dtype = [type(source.clip.model).__name__], torch.float32
+    config.architectures, config.dtype = [type(source.clip.model).__name__], source.dtype or torch.float32
     config.save_pretrained(folder)
-    state = {PREFIX + key: value.contiguous() for key, value in source.clip.model.state_dict().items()}
+    state = {PREFIX + key: stored(value, source.dtype) for key, value in source.clip.model.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     image_processor(source).save_pretrained(folder)
 

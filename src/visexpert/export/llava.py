@@ -16,6 +16,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from visexpert.errors import ConfigError
 from visexpert.export.hf import PREFIX, image_processor, quiet, vision_config
 from visexpert.export.prompt import writes_no_frame
+from visexpert.export.rounding import stored
 from visexpert.export.source import ExportSource, LanguageParts
 
 IMAGE_TOKEN = "<image>"
@@ -47,10 +48,27 @@ def write(source: ExportSource, folder: Path) -> None:
         setattr(model.generation_config, name, getattr(tokenizer, name))
     model.generation_config.eos_token_id = source.language.encoder.eos_id
     processor = processor_of(source, tokenizer)
+    _store_in(model, source.dtype, language=source.language.model.dtype)
     with quiet():
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
     _restore_prefix(folder)
+
+
+def _store_in(model: LlavaForConditionalGeneration, dtype: torch.dtype | None, *, language: torch.dtype) -> None:
+    """Round all weights; or, for None, keep the language model's in the dtype that the run has them in.
+
+    The configuration names one dtype for all: the wider one, so that nothing is lost by loading.
+    """
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data = stored(parameter.data, dtype)
+    if dtype is None:
+        model.model.language_model.to(language)
+        model.lm_head.to(language)
+    whole: Any = model.config
+    for config in (whole, whole.text_config, whole.vision_config):
+        config.dtype = dtype or torch.float32
 
 
 def processor_of(source: ExportSource, tokenizer: Any) -> LlavaProcessor:

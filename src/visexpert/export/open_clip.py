@@ -11,6 +11,7 @@ from open_clip import CLIP
 from safetensors.torch import save_file
 
 from visexpert.errors import ConfigError
+from visexpert.export.rounding import stored
 from visexpert.export.source import ExportSource
 from visexpert.vision.convert import open_clip_config, to_open_clip
 
@@ -49,7 +50,9 @@ def write(source: ExportSource, folder: Path) -> None:
     (folder / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")
     state = {f"visual.{key}": value for key, value in to_open_clip(source.clip.model.state_dict()).items()}
     state |= _no_text(model_cfg)
-    save_file({key: value.contiguous() for key, value in state.items()}, folder / "open_clip_model.safetensors")
+    save_file(
+        {key: stored(value, source.dtype) for key, value in state.items()}, folder / "open_clip_model.safetensors"
+    )
 
 
 def _no_text(model_cfg: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -88,7 +88,7 @@ def run_hf(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
     import torch
     from transformers import AutoImageProcessor, CLIPVisionModel
 
-    model = CLIPVisionModel.from_pretrained(folder, local_files_only=True)
+    model = CLIPVisionModel.from_pretrained(folder, local_files_only=True).float()
     processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     with torch.no_grad():
         runs = [
@@ -149,7 +149,7 @@ def run_llava(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(folder, local_files_only=True)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, local_files_only=True).float()
     processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     runs = []
     for pixels, ids in zip(batches(inputs, "pixel_values"), batches(inputs, "input_ids"), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from visexpert.export.mole import MEANING, mole_lines
 from visexpert.export.prompt import QUESTION, prompt_lines
 from visexpert.export.reload import BATCHES, FORBIDDEN
+from visexpert.export.rounding import weights_told
 from visexpert.export.source import ExportSource, Format, for_inference, layer_name
 from visexpert.export.verify import Fidelity
 
@@ -34,20 +36,20 @@ def report_facts(source: ExportSource, name: str, form: Format, fidelity: Fideli
     """What ``fidelity.json`` holds."""
     clip = for_inference(source.clip) if form.mole == "merged" else source.clip
     act = str(source.clip.config.hidden_act)
-    layers = {str(layer): fidelity.outputs[layer_name(layer)] for layer in source.layers}
-    named = {layer_name(layer) for layer in source.layers}
+    outputs = _by_layer(source, fidelity.outputs)
     return {
         "format": name,
         "layer_read": source.clip.layer,
         "tolerance": fidelity.tolerance,
-        "layers": layers,
-        **{key: value for key, value in fidelity.outputs.items() if key not in named},
+        **outputs,
         "pooled_trained": source.pooled_trained,
         "projection": None if source.projection is None else asdict(source.projection),
         "activation": {"hidden_act": act, "quick_gelu": act == "quick_gelu"},
         "preprocessing": {**source.preprocessing, "difference_in_levels_of_255": fidelity.levels},
         "licences": dict(source.licences),
         "origin": dict(source.origin),
+        "weights": weights_told(source),
+        **({"rounding": _by_layer(source, fidelity.rounding)} if fidelity.rounding else {}),
         "parameters": sum(parameter.numel() for parameter in clip.model.parameters()),
         **({} if fidelity.prompt is None else {"prompt": fidelity.prompt.facts()}),
         **({} if source.mole is None else {"mole": source.mole.facts()}),
@@ -58,10 +60,38 @@ def report_facts(source: ExportSource, name: str, form: Format, fidelity: Fideli
     }  # fmt: skip
 
 
+def _by_layer(source: ExportSource, outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of hidden states under ``layers``, by number; the others as they are."""
+    names = {layer_name(layer): str(layer) for layer in source.layers}
+    others = {key: value for key, value in outputs.items() if key not in names}
+    return {"layers": {names[key]: outputs[key] for key in names}, **others}
+
+
+def _titles(outputs: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Differences by what their rows are called."""
+    rows = {f"hidden state {layer}": entry for layer, entry in outputs["layers"].items()}
+    return rows | {key.replace("_", " "): value for key, value in outputs.items() if _is_difference(value)}
+
+
+def _rounding_lines(facts: dict[str, Any]) -> list[str]:
+    """The section of ``fidelity.md`` on weights in fewer bits."""
+    if "rounding" not in facts:
+        return []
+    lines = [
+        f"The model above has its weights rounded to {facts['weights']}, as they are stored, and computes in float32. "
+        "What rounding alone changed:",
+        "",
+        "| rounded against float32 weights | max error / RMS | min cosine | mean cosine |",
+        "|---|---|---|---|",
+    ]
+    for title, entry in _titles(facts["rounding"]).items():
+        lines.append(f"| {title} | {entry['relative']:.2e} | {entry['min_cosine']:.8f} | {entry['mean_cosine']:.8f} |")
+    return [*lines, ""]
+
+
 def fidelity_text(facts: dict[str, Any]) -> str:
     """The same for reading."""
-    rows = {f"hidden state {layer}": entry for layer, entry in facts["layers"].items()}
-    rows |= {key.replace("_", " "): value for key, value in facts.items() if _is_difference(value)}
+    rows = _titles(facts)
     lines = [
         f"# Fidelity of the {facts['format']} export",
         "",
@@ -75,7 +105,7 @@ def fidelity_text(facts: dict[str, Any]) -> str:
         errors = " | ".join(f"{entry[key]:.2e}" for key in ("max_abs", "mean_abs", "relative"))
         lines.append(f"| {title} | {errors} | {entry['min_cosine']:.8f} | {entry['mean_cosine']:.8f} |")
     lines += ["", f"Allowed: max error / RMS of {facts['tolerance']:.0e}. {POOLED_TEXT[facts['pooled_trained']]}", ""]
-    lines += _projection_lines(facts)
+    lines += [*_rounding_lines(facts), *_projection_lines(facts)]
     if "mole" in facts:
         lines += mole_lines(facts["mole"], [int(layer) for layer in facts["layers"]])
     lines += [*_facts_table(facts), ""]
@@ -117,6 +147,7 @@ def card(source: ExportSource, name: str, form: Format, facts: dict[str, Any]) -
 def _facts_table(facts: dict[str, Any]) -> list[str]:
     how, act = facts["preprocessing"], facts["activation"]
     rows = {
+        "weights": facts["weights"],
         "activation": f"{act['hidden_act']} ({'quick-GELU' if act['quick_gelu'] else 'not quick-GELU'})",
         "preprocessing": f"{how['interpolation']} resize to {how['size'][0]}x{how['size'][1]} ({how['resize']}), "
         f"mean {how['mean']}, std {how['std']}",

@@ -31,6 +31,7 @@ class LanguageParts:
         linear_2: Second layer, behind a GELU.
         tokenizer: Its fast tokenizer.
         encoder: What frames a question in training, with that tokenizer.
+        side: The run's language side, whose ``model`` is the same without its low-rank updates added.
         logits: Images (B, 3, H, W) in [0, 1] and token ids (B, N) of one text per image to the logits (B, N - 1, V) of
             its tokens from the second on, by visexpert's own forward: what the export is compared with.
     """
@@ -40,6 +41,7 @@ class LanguageParts:
     linear_2: nn.Linear
     tokenizer: Any
     encoder: TextEncoder
+    side: nn.Module
     logits: Callable[[Tensor, Tensor], Tensor]
 
 
@@ -69,6 +71,7 @@ class ExportSource:
         language: The language side, where LLaVA has a place for it.
         mole: What becomes of the student's MoLE; None where it never had one.
         projection: What stays behind in CLIP's source; None where that has no projection.
+        dtype: What all weights are rounded to and stored in; None for float32, the language model in its own.
     """
 
     clip: ClipEncoder
@@ -79,6 +82,7 @@ class ExportSource:
     language: LanguageParts | None = None
     mole: MoLEReport | None = None
     projection: Projection | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def preprocessing(self) -> dict[str, Any]:

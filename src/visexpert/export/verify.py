@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from torch import Tensor
 
 from visexpert.errors import WeightsError
 from visexpert.export import reload
-from visexpert.export.fidelity import check_levels, compare, equal_ids, levels
+from visexpert.export.fidelity import check_levels, compare, difference, equal_ids, levels
 from visexpert.export.inputs import CheckInputs, check_inputs
 from visexpert.export.llava import check_text
 from visexpert.export.prompt import CONVERSATION, PromptCheck, check_prompt
 from visexpert.export.reload import BATCHES
+from visexpert.export.rounding import computing_in_float32
 from visexpert.export.source import LOGITS, ExportSource, Format, layer_name, reference_outputs
 from visexpert.vision import ClipEncoder, decision_margins
 
@@ -44,6 +45,8 @@ class Fidelity:
         tolerance: Limit that ``relative`` kept.
         versions: Libraries of the fresh process.
         num_images: Images whose outputs were compared.
+        rounding: Differences, by output name, of the model with rounded weights from the one with its own; both
+            compute in float32. Empty where nothing was rounded.
         prompt: How the processor frames a question; None where the format has none.
     """
 
@@ -53,6 +56,7 @@ class Fidelity:
     versions: dict[str, str]
     num_images: int = sum(BATCHES)
     prompt: PromptCheck | None = None
+    rounding: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def verify(source: ExportSource, name: str, form: Format, folder: Path, *, tolerance: float) -> Fidelity:
@@ -69,7 +73,8 @@ def verify(source: ExportSource, name: str, form: Format, folder: Path, *, toler
         WeightsError: It does not load, or differs.
     """
     clip, inputs = source.clip, check_inputs(source.clip.image_size)
-    check = _check(source, form, inputs)
+    with computing_in_float32(source, source.dtype):
+        check = _check(source, form, inputs)
     results, versions = _fresh_process(name, folder, check.tensors, check.facts)
     if LOGITS in results:  # rows of tokens that the export added come last
         results[LOGITS] = results[LOGITS][..., : check.reference[LOGITS].shape[-1]]
@@ -81,7 +86,19 @@ def verify(source: ExportSource, name: str, form: Format, folder: Path, *, toler
         results = {key: value[rows] if key in reference else value for key, value in results.items()}
         reference = {key: value[rows] for key, value in reference.items()}
     compared = compare(results, reference, tolerance=tolerance, what=name)
-    return Fidelity(compared, found, tolerance, versions, len(rows), _prompt(source, results))
+    rounding = _rounding(source, form, inputs, check.reference)
+    return Fidelity(compared, found, tolerance, versions, len(rows), _prompt(source, results), rounding)
+
+
+def _rounding(
+    source: ExportSource, form: Format, inputs: CheckInputs, rounded: Mapping[str, Tensor]
+) -> dict[str, dict[str, float]]:
+    """What rounding the weights did to the outputs, nothing where they were not."""
+    if source.dtype in (None, torch.float32):
+        return {}
+    with computing_in_float32(source, None):
+        exact = _check(source, form, inputs).reference
+    return {name: asdict(difference(rounded[name], value)) for name, value in exact.items()}
 
 
 def _prompt(source: ExportSource, results: Mapping[str, Tensor]) -> PromptCheck | None:

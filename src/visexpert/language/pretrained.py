@@ -103,7 +103,7 @@ class PretrainedSide(LanguageSide):
         return self
 
     def plain_model(self) -> Any:
-        """The language model alone, with LoRA's updates added to its weights if there are any; a copy then.
+        """The language model alone, with LoRA's updates added to its weights if there are any; a float32 copy then.
 
         Raises:
             ConfigError: Its weights are quantised.
@@ -115,8 +115,9 @@ class PretrainedSide(LanguageSide):
                 f"{self.owner}: updates cannot be added to weights in {self._quantisation}; open the run with "
                 "quantisation null (the checkpoint holds the updates alone)."
             )
-        tuner: Any = copy.deepcopy(self)._tuner
-        return tuner.merge_and_unload()
+        copied: Any = copy.deepcopy(self)
+        copied.model.float()  # bfloat16 has no room for most of what an update adds
+        return copied._tuner.merge_and_unload()
 
     def _check(self) -> None:
         if self._quantisation is not None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -16,6 +18,11 @@ ZOO = Path(__file__).parent / "zoo" / "weights"
 """Folder of the shipped weights."""
 
 ZOO_PREFIX = "zoo:"
+
+WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
+"""Under which key training scripts keep the weights, beside the optimizer's state and the like."""
+
+T = TypeVar("T")
 
 
 def cache_root(root: str | None = None) -> Path:
@@ -67,18 +74,18 @@ def load_safetensors(path: Path, *, owner: str) -> dict[str, Tensor]:
 def load_state(path: Path, *, owner: str) -> dict[str, Tensor]:
     """Read the weights of a published model: safetensors, or a torch file without running code from it.
 
-    A training checkpoint (``{"state_dict": ...}``) is unwrapped, and the prefix that DistributedDataParallel puts
-    before every key is taken off.
+    A training checkpoint (:data:`WRAPPERS`) is unwrapped, and what DistributedDataParallel puts before every key and
+    ``torch.compile`` into keys is taken off.
 
     Args:
-        path: ``.safetensors``, ``.pt``, ``.pth`` or ``.bin``.
+        path: ``.safetensors``, ``.pt``, ``.pth``, ``.ckpt`` or ``.bin``.
         owner: Who asks, for the message.
 
     Raises:
         WeightsError: The file is missing, damaged, could run code, or holds no tensors by name.
     """
     if path.suffix == ".safetensors":
-        return load_safetensors(path, owner=owner)
+        return _unprefixed(load_safetensors(path, owner=owner))
     if not path.is_file():
         raise WeightsError(f"{owner}: no weights at {path}; check the path, or fetch them first.")
     try:
@@ -88,11 +95,35 @@ def load_state(path: Path, *, owner: str) -> dict[str, Tensor]:
             f"{owner}: {path} cannot be read without running code from it ({str(error)[:120]}); convert it to "
             "safetensors where you trust it."
         ) from error
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    state = _unwrapped(loaded)
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise WeightsError(f"{owner}: {path} holds no tensors by name; give a state dict.")
-    wrapped = bool(state) and all(key.startswith("module.") for key in state)
-    return {key.removeprefix("module.") if wrapped else key: value for key, value in state.items()}
+    return _unprefixed(state)
+
+
+def state_keys(path: Path) -> list[str] | None:
+    """Names of the weights that :func:`load_state` would give, without reading them; None where that cannot be."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as opened:
+                return list(_unprefixed(dict.fromkeys(opened.keys())))
+        state = _unwrapped(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except Exception:  # load_state says what is wrong
+        return None
+    return list(_unprefixed(state)) if isinstance(state, dict) else None
+
+
+def _unwrapped(loaded: Any) -> Any:
+    """The state dict in what a training script has saved."""
+    if not isinstance(loaded, dict):
+        return None
+    return next((loaded[name] for name in WRAPPERS if isinstance(loaded.get(name), dict)), loaded)
+
+
+def _unprefixed(state: dict[str, T]) -> dict[str, T]:
+    plain = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+    wrapped = bool(plain) and all(key.startswith("module.") for key in plain)
+    return {key.removeprefix("module.") if wrapped else key: value for key, value in plain.items()}
 
 
 def fill_module(module: nn.Module, state: dict[str, Tensor], *, owner: str, path: Path) -> None:

@@ -206,8 +206,11 @@ def test_what_is_no_clip_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="names its architecture itself"):
         ClipEncoder(source="open_clip:ViT-B-16/openai", config=FIELDS)
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(ConfigError, match=r"holds weights alone; name their model with architecture"):
+    with pytest.raises(WeightsError, match=r"are named x, and hold no vision tower of CLIP"):
         ClipEncoder(source=str(tmp_path / "x.safetensors"))
+    save_file(open_clip_model().state_dict(), tmp_path / "z.safetensors")
+    with pytest.raises(ConfigError, match=r"holds weights alone; name their model with architecture"):
+        ClipEncoder(source=str(tmp_path / "z.safetensors"))
     with pytest.raises(WeightsError, match="no weights at .*y.pt"):
         ClipEncoder(source=str(tmp_path / "y.pt"))
 

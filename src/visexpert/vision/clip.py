@@ -33,10 +33,11 @@ class ClipEncoder(nn.Module):
     (:mod:`visexpert.vision.convert`). Layers after the one that is read are not run.
 
     Args:
-        source: ``zoo:NAME`` for a shipped one; a folder or hub id (``ORG/NAME``, ``hf:ORG/NAME@REVISION``) of
-            transformers or open_clip; ``open_clip:NAME/TAG`` from open_clip's list, such as
-            ``open_clip:ViT-L-14-336/openai``; or a file of weights of either library, beside ``architecture`` or
-            ``config``. Null for a random encoder.
+        source: ``zoo:NAME`` for a shipped one; a folder (also ``local-dir:PATH``) or hub id (``ORG/NAME``,
+            ``hf:ORG/NAME@REVISION``, also ``hf-hub:``) of transformers or open_clip, or of a LLaVA, whose vision tower
+            is taken; ``open_clip:NAME/TAG`` from open_clip's list, such as ``open_clip:ViT-L-14-336/openai``; or a
+            file of weights of either library (a training checkpoint, too), beside ``architecture`` or ``config``.
+            Null for a random encoder.
         layer: Which hidden state to hand on: -1 the last, -2 the one before (LLaVA's and MoVE-KD's choice), ...
             No final LayerNorm is applied, as in LLaVA.
         config: Fields of ``CLIPVisionConfig``, for a random encoder or for a source whose own configuration is not on

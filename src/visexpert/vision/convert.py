@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,9 @@ _BLOCK = {
     "mlp.fc2": "mlp.c_proj",
 }
 """The same inside a block; each has a weight and a bias."""
+
+_TOWER = re.compile(r"(|.*?\.)(?:(?:vision_model\.)?pre_layrnorm|(?:visual\.)?ln_pre)\.weight")
+"""A weight that every vision tower of CLIP has, and no other encoder, with whatever stands before it."""
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -66,6 +70,26 @@ class VisionTower:
 
     state: Mapping[str, Tensor]
     projection_DP: Tensor | None
+
+
+def without_wrapper(keys: Iterable[str]) -> str | None:
+    """What stands before the names of CLIP's vision tower, for every one of them: ``model.`` of a training script.
+
+    In a LLaVA that is the path to its tower.
+
+    Args:
+        keys: Names of weights.
+
+    Returns:
+        The prefix, empty for plain files; None where no vision tower of CLIP is among the weights.
+
+    Raises:
+        WeightsError: There are several towers.
+    """
+    found = {match[1] for key in keys if (match := _TOWER.fullmatch(key)) is not None}
+    if len(found) > 1:
+        raise WeightsError(f"the weights hold several vision towers, under {sorted(found)}; give a file with one.")
+    return next(iter(found), None)
 
 
 def to_open_clip(state: Mapping[str, Tensor], *, projection_DP: Tensor | None = None) -> dict[str, Tensor]:

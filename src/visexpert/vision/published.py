@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -13,13 +14,17 @@ from torch import Tensor
 from transformers import CLIPVisionConfig
 
 from visexpert.errors import ConfigError, WeightsError
-from visexpert.vision.convert import VisionTower, clip_config, from_hugging_face, from_open_clip
+from visexpert.resources import state_keys
+from visexpert.vision.convert import VisionTower, clip_config, from_hugging_face, from_open_clip, without_wrapper
+from visexpert.vision.families import check_family, check_keys
 from visexpert.vision.sources import WEIGHT_FILES, ModelSource
 
 OWNER = "ClipEncoder"
 OPEN_CLIP_PREFIX = "open_clip:"
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 OPEN_CLIP_CONFIG = "open_clip_config.json"
+
+_OF_TOWER = re.compile(r"vision_tower|vision_model|visual")
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -50,6 +55,7 @@ class PublishedClip:
         own: Whether ``fields`` come from the files themselves; if not, they are compared once the files are there.
         mean: Channel means for normalisation, in [0, 1] units.
         std: Channel standard deviations, likewise.
+        elsewhere: Whose vision tower the files use, where they may lack their own (LLaVA's own form).
     """
 
     fields: Mapping[str, Any]
@@ -57,6 +63,7 @@ class PublishedClip:
     own: bool
     mean: Sequence[float] = OPENAI_MEAN
     std: Sequence[float] = OPENAI_STD
+    elsewhere: str | None = None
 
     def licence(self) -> str | None:
         """As stated by the model card, where it is on this machine."""
@@ -86,7 +93,8 @@ class PublishedClip:
             WeightsError: They are nowhere, or of no plain ViT.
         """
         assert self.source is not None
-        found = self.source.state(*WEIGHT_FILES, *OPEN_CLIP_FILES, owner=OWNER)
+        found = self.source.state(*WEIGHT_FILES, *OPEN_CLIP_FILES, owner=OWNER, holding=_OF_TOWER)
+        check_keys(found.tensors, found.path, elsewhere=self.elsewhere)
         tower = _tower(found.tensors)
         projection_DP = tower.projection_DP
         return LoadedClip(found.path, tower.state, None if projection_DP is None else int(projection_DP.shape[1]))
@@ -98,6 +106,9 @@ def vision_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _tower(tensors: Mapping[str, Tensor]) -> VisionTower:
+    before = without_wrapper(tensors)
+    if before:
+        tensors = {key.removeprefix(before): value for key, value in tensors.items() if key.startswith(before)}
     if any(key.removeprefix("visual.") == "conv1.weight" for key in tensors):
         return from_open_clip(tensors)
     return from_hugging_face(tensors)
@@ -135,6 +146,8 @@ def describe_clip(
     if own is not None and given is not None:
         _must_agree(given.fields, own.fields, files)
     found = own or given
+    if files.file is not None and (keys := state_keys(files.file)) is not None:
+        check_keys(keys, files.file)
     if found is None:
         raise _unknown(files)
     return replace(found, source=files)
@@ -160,8 +173,12 @@ def _own_config(files: ModelSource) -> PublishedClip | None:
     settings = files.read_json("config.json", owner=OWNER)
     if settings is None:
         return None
+    if "mm_vision_tower" in settings:  # LLaVA's own form
+        tower = str(settings["mm_vision_tower"])
+        return replace(describe_clip(tower), source=files, own=True, elsewhere=tower)
     nested = settings.get("vision_config")
     fields = dict(nested) if isinstance(nested, Mapping) else settings
+    check_family(settings, fields, files)
     if "projection_dim" in settings:  # of a whole CLIP, whose vision_config repeats another, unread one
         fields = {**fields, "projection_dim": settings["projection_dim"]}
     prepared = files.read_json("preprocessor_config.json", owner=OWNER)

@@ -17,6 +17,12 @@ from visexpert.errors import WeightsError
 from visexpert.resources import load_state, resolve_source
 
 HUB_PREFIX = "hf:"
+HUB_PREFIXES = ("hf-hub:", "hf_hub:", HUB_PREFIX)
+"""What may stand before a hub id; the longer ones are open_clip's and timm's."""
+
+FOLDER_PREFIX = "local-dir:"
+"""What open_clip and timm put before a folder."""
+
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -26,7 +32,7 @@ WEIGHT_FILES = (
 """Names under which transformers and timm publish weights, best first; an index names the parts of a split file."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
-_SUFFIXES = frozenset({".safetensors", ".pt", ".pth", ".bin"})
+_SUFFIXES = frozenset({".safetensors", ".pt", ".pth", ".ckpt", ".bin"})
 
 
 @dataclass(frozen=True)
@@ -62,17 +68,21 @@ class ModelSource:
     def parse(cls, text: str) -> ModelSource:
         """Read ``zoo:NAME``, a path, or a hub id ``ORG/NAME``, ``hf:ORG/NAME`` or ``hf:ORG/NAME@REVISION``.
 
-        A plain ``ORG/NAME`` that exists on this machine is a path.
+        A plain ``ORG/NAME`` that exists on this machine is a path. open_clip's and timm's ``hf-hub:`` means the same as
+        ``hf:``; what follows their ``local-dir:`` is a path.
 
         Raises:
             WeightsError: What follows ``hf:`` is no id.
         """
-        name = text.removeprefix(HUB_PREFIX)
+        if text.startswith(FOLDER_PREFIX):
+            return cls(text, path=resolve_source(text.removeprefix(FOLDER_PREFIX)))
+        prefix = next((each for each in HUB_PREFIXES if text.startswith(each)), "")
+        name = text.removeprefix(prefix)
         path = resolve_source(name)
         hub = _HUB_ID.fullmatch(name) is not None
-        if text.startswith(HUB_PREFIX) and not hub:
-            raise WeightsError(f"'{text}' names no model of the hub; after '{HUB_PREFIX}' comes ORG/NAME.")
-        if hub and (text.startswith(HUB_PREFIX) or not path.exists()) and path.suffix not in _SUFFIXES:
+        if prefix and not hub:
+            raise WeightsError(f"'{text}' names no model of the hub; after '{prefix}' comes ORG/NAME.")
+        if hub and (prefix or not path.exists()) and path.suffix not in _SUFFIXES:
             repo, _, revision = name.partition("@")
             return cls(text, repo=repo, revision=revision or None)
         return cls(text, path=path)
@@ -118,8 +128,13 @@ class ModelSource:
         path = None if self.file is not None else self.find(*names)
         return None if path is None else read_json(path, owner=owner)
 
-    def state(self, *names: str, owner: str) -> LoadedState:
+    def state(self, *names: str, owner: str, holding: re.Pattern[str] | None = None) -> LoadedState:
         """Weights of the first of these files, all parts of a split one together.
+
+        Args:
+            names: Files, best first.
+            owner: Who asks, for messages.
+            holding: Of a split one, read those parts alone that list a weight of such a name; all where none does.
 
         Raises:
             WeightsError: They are nowhere, damaged, or an index names a file outside its folder.
@@ -128,21 +143,23 @@ class ModelSource:
         if path.suffix != ".json":
             return LoadedState(path, load_state(path, owner=owner))
         tensors: dict[str, Tensor] = {}
-        for part in self.parts(path, owner=owner):
+        for part in self.parts(path, owner=owner, holding=holding):
             tensors |= load_state(self.fetch(part, owner=owner), owner=owner)
         return LoadedState(path, tensors)
 
-    def parts(self, index: Path, *, owner: str) -> list[str]:
-        """Names of the files that an index (``*.index.json``) lists.
+    def parts(self, index: Path, *, owner: str, holding: re.Pattern[str] | None = None) -> list[str]:
+        """Names of the files that an index (``*.index.json``) lists; of those that hold such weights, if any do.
 
         Raises:
             WeightsError: It lists none, or one outside its own folder.
         """
         listed = read_json(index, owner=owner).get("weight_map")
-        names = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else []
+        listed = listed if isinstance(listed, dict) else {}
+        names = sorted({str(name) for name in listed.values()})
         if not names or any(Path(name).name != name for name in names):
             raise WeightsError(f"{owner}: {index} lists the files {names[:3]}; names in its own folder are needed.")
-        return names
+        wanted = {str(name) for key, name in listed.items() if holding is not None and holding.search(str(key))}
+        return sorted(wanted) or names
 
     def licence(self) -> str | None:
         """The licence that the model card (``README.md``) states, where the card is on this machine."""

@@ -1,0 +1,86 @@
+"""Whether a published encoder is a CLIP: by what its configuration says, or by the names of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from visexpert.errors import WeightsError
+from visexpert.vision.convert import without_wrapper
+from visexpert.vision.sources import ModelSource
+
+OWNER = "ClipEncoder"
+
+CLIPS = frozenset({"clip", "clip_vision_model"})
+"""transformers' ``model_type`` of encoders with CLIP's network and CLIP's names of weights."""
+
+_HINT = "clip takes CLIPs alone (openai/clip-vit-base-patch16 is one)"
+
+_SIGNS: Mapping[str, str] = {
+    "embeddings.patch_embedding.bias": "SigLIP",
+    "image_encoder.patch_embed": "SAM",
+    "vision_encoder.patch_embed": "SAM",
+    "visual.trunk.": "a timm encoder inside open_clip",
+    "visual.layer1.": "CLIP's ResNet",
+    "embeddings.register_tokens": "DINOv2 with registers or DINOv3",
+    "layer_scale1.lambda1": "DINOv2 or DINOv3",
+    "blocks.0.ls1.gamma": "DINOv2",
+    "encoder.layer.0.attention.attention.query": "ViT or DINO",
+    "blocks.0.attn.qkv": "a ViT of timm",
+    "stages.0.blocks.0": "a ConvNeXt of timm",
+    "encoder.stages.0": "ConvNeXt or Swin",
+    "visual.transformer.resblocks": "an open_clip encoder that is no plain CLIP",
+    "lm_head.weight": "a language model",
+    "text_model.": "a text encoder",
+}
+"""Parts of names of weights, and whose they are; the first that is found counts."""
+
+
+def check_family(settings: Mapping[str, Any], vision: Mapping[str, Any], files: ModelSource) -> None:
+    """Refuse the ``config.json`` of another family.
+
+    Args:
+        settings: All of it.
+        vision: Its ``vision_config``, or all of it where there is none.
+        files: Whose it is, for the message.
+
+    Raises:
+        WeightsError: It is of no CLIP.
+    """
+    kind = vision.get("model_type", settings.get("model_type"))
+    if kind is None and "architecture" in settings:  # as timm writes it
+        raise WeightsError(
+            f"{OWNER}: '{files.text}' is timm's model {settings['architecture']!r}, but {_HINT}; it can be a teacher: "
+            "class_path: visexpert.experts.TimmExpert."
+        )
+    if kind is not None and kind not in CLIPS:
+        raise WeightsError(
+            f"{OWNER}: the encoder of '{files.text}' is of model_type {kind!r}, but {_HINT}; it can be a teacher: "
+            "class_path: visexpert.experts.TransformersExpert."
+        )
+
+
+def check_keys(keys: Collection[str], path: Path, *, elsewhere: str | None = None) -> None:
+    """Refuse weights among which there is no vision tower of CLIP.
+
+    Args:
+        keys: Their names.
+        path: Where they are from, for the message.
+        elsewhere: Whose tower is used beside them, if their configuration says so.
+
+    Raises:
+        WeightsError: There is none, or there are several.
+    """
+    try:
+        if without_wrapper(keys) is not None:
+            return
+    except WeightsError as error:
+        raise WeightsError(f"{OWNER}: {path}: {error}") from None
+    if elsewhere is not None:
+        raise WeightsError(
+            f"{OWNER}: {path} has no vision tower of its own, it uses that of '{elsewhere}'; give that as source."
+        )
+    kind = next((name for sign, name in _SIGNS.items() if any(sign in key for key in keys)), None)
+    looks = f"look like those of {kind}" if kind else f"are named {', '.join(sorted(keys)[:3]) or 'nothing'}"
+    raise WeightsError(f"{OWNER}: the weights in {path} {looks}, and hold no vision tower of CLIP; {_HINT}.")

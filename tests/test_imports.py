@@ -25,6 +25,7 @@ EVERYWHERE = frozenset(
         "files",
         "checkpoints",
         "sharded",
+        "overlays",
     }
 )
 """Modules without a room that any room may import; they import nothing but one another."""

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from difflib import get_close_matches
-from importlib import import_module
 from inspect import Parameter, signature
 from itertools import pairwise
 from pathlib import Path
@@ -42,9 +41,10 @@ from visexpert.checkpoints import FOLDER, LAST, checked_checkpoint, is_checkpoin
 from visexpert.errors import ConfigError, first_line
 from visexpert.interruption import stoppable
 from visexpert.methods import Method
+from visexpert.overlays import load_path, unrelated_settings_dropped
 from visexpert.report.lock import hold
 from visexpert.report.used import holds_run, set_run_aside
-from visexpert.trust import guarded, may_import, refuse_strangers
+from visexpert.trust import guarded, refuse_strangers
 
 log = logging.getLogger(__name__)
 
@@ -323,7 +323,15 @@ def build_cli(arguments: list[str], *, run: bool = True, held: ExitStack | None 
 
 
 class RunParser(LightningArgumentParser):
-    """Lightning's parser, whose errors are one sentence instead of the whole usage."""
+    """Lightning's parser, whose errors are one sentence instead of the whole usage.
+
+    A class that takes the place of an unrelated one takes none of its settings over (:mod:`visexpert.overlays`).
+    """
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse a command line with its configuration files."""
+        with unrelated_settings_dropped():
+            return super().parse_args(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a ConfigError; parsers of nested classes report to this one, as they always do."""
@@ -350,9 +358,9 @@ def explain(message: str, known: Iterable[str]) -> str:
             return f"There is no setting '{name}'; {_hint(name, known)}"
         name = name.split(".")[0]
         return f"{classes[-1]} has no setting '{name}'; {_hint(name, _parameters(classes[-1]))}"
-    if classes and _load(classes[-1]) is None:
+    if classes and load_path(classes[-1]) is None:
         module, _, name = classes[-1].rpartition(".")
-        return f"There is no class '{classes[-1]}'; {_hint(name, getattr(_load(module), '__all__', ()))}"
+        return f"There is no class '{classes[-1]}'; {_hint(name, getattr(load_path(module), '__all__', ()))}"
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     kept = " ".join(line for line in lines if not line.startswith(_NOISE))
     kept = re.sub(r"Parser key \"([^\"]+)\"", r"\1", re.sub(r"Problem with given class_path '([^']+)'", r"\1", kept))
@@ -374,21 +382,10 @@ def _hint(name: str, known: Iterable[str]) -> str:
 
 
 def _parameters(class_path: str) -> list[str]:
-    target = _load(class_path)
+    target = load_path(class_path)
     parameters = {} if target is None else signature(target).parameters
     catch_all = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     return [key for key, value in parameters.items() if value.kind not in catch_all]
-
-
-def _load(path: str) -> Any:
-    """Whatever lies at a dotted path, or None where there is nothing or it may not be imported."""
-    if not may_import(path):
-        return None
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(import_module(module), name, None) if module else import_module(name)
-    except ImportError:
-        return None
 
 
 def complete_from_run(arguments: list[str]) -> list[str]:

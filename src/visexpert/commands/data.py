@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from visexpert.checking import built, check_config_file, check_settings
 from visexpert.commands.parser import Parser
 from visexpert.errors import ConfigError, DataError, UserError, shown
+from visexpert.overlays import are_related
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
@@ -190,7 +191,8 @@ def _laid_over(below: Any, above: Any) -> Any:
     """As `visexpert fit` lays files over one another: settings of a class are merged, their values replaced whole."""
     if not all(isinstance(part, dict) and {"class_path", "init_args"} & part.keys() for part in (below, above)):
         return above
-    if "class_path" in above and above["class_path"] != below.get("class_path"):
+    new_class, old_class = (str(part.get("class_path", "")) for part in (above, below))
+    if new_class and new_class != old_class and not are_related(new_class, old_class):
         return above
     old, new = below.get("init_args") or {}, above.get("init_args") or {}
     arguments = {**old, **{name: _laid_over(old.get(name), value) for name, value in new.items()}}

@@ -72,6 +72,24 @@ def test_a_continued_run_goes_on_counting(tmp_path: Path) -> None:
     assert second.train_seconds > first.train_seconds * 0.5
 
 
+def test_a_continued_run_counts_the_batches_that_the_whole_one_counts(tmp_path: Path) -> None:
+    """Steps get dearer at the third; batches 0 and 4 of 6 are counted, wherever the run is cut."""
+
+    def report() -> CostReport:
+        return CostReport(gflop_every=4)
+
+    options: dict[str, Any] = {"language_frozen_steps": 2}
+    whole, continued, cheap = report(), report(), report()
+    fit(tmp_path, tiny_tove(**options), whole, steps=6)
+    fit(tmp_path, tiny_tove(**options), cheap, steps=1)
+    saving = ModelCheckpoint(dirpath=tmp_path, save_last=True, every_n_train_steps=3)
+    fit(tmp_path, tiny_tove(**options), report(), saving, steps=3)
+    fit(tmp_path, tiny_tove(**options), continued, steps=6, ckpt_path=str(tmp_path / "last.ckpt"))
+    expected = 4 * cheap.train_gflop + 2 * step_gflop()
+    assert expected == pytest.approx(whole.train_gflop) == pytest.approx(continued.train_gflop)
+    assert continued.train_gflop_live == pytest.approx(whole.train_gflop_live)
+
+
 def test_other_modules_are_timed_but_not_counted(tmp_path: Path) -> None:
     report = CostReport()
     bare_trainer(tmp_path, steps=2, callbacks=[report]).fit(TinyModule(), loader())

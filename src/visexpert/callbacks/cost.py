@@ -21,8 +21,9 @@ class CostReport(Callback):
     Of training: ``train_seconds`` (wall clock of the fit, validation included), ``train_images``, ``train_gflop``
     (forward and backward, as run: tokens read from the feature store cost nothing) and ``train_gflop_live`` (the same
     with every encoder run at each step). Filling the store is not counted, since runs share it; nor is the optimiser,
-    which multiplies no matrices. All go on where a run is continued from a checkpoint. A method's steps are counted
-    by torch as they happen, one in ``gflop_every``; those between cost what the last one did.
+    which multiplies no matrices. All go on where a run is continued from a checkpoint, as if it had never ended. A
+    method's steps are counted by torch as they happen, one in ``gflop_every``; those between cost what the last one
+    did.
 
     Args:
         images: Images per call while measuring inference.
@@ -49,6 +50,8 @@ class CostReport(Callback):
         self._images_under_way: int | None = None
         self._saved_per_image = 0.0
         self._until_next = 0
+        self._processes = 1
+        self._sample: dict[str, Any] | None = None
 
     @property
     def train_seconds(self) -> float:
@@ -57,10 +60,14 @@ class CostReport(Callback):
         return self._seconds + running
 
     def state_dict(self) -> dict[str, Any]:
-        """What training took so far."""
+        """What training took so far, and the batch that those to come are counted by."""
+        sample = {
+            "gflop": self.batch_gflop, "gflop_live": self.batch_gflop_live, "saved_per_image": self._saved_per_image,
+            "until_next": self._until_next, "processes": self._processes,
+        }  # fmt: skip
         return {
             "seconds": self.train_seconds, "images": self.train_images, "gflop": self.train_gflop,
-            "gflop_live": self.train_gflop_live,
+            "gflop_live": self.train_gflop_live, "sample": sample,
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -68,11 +75,16 @@ class CostReport(Callback):
         self._seconds, self.train_images = state_dict["seconds"], state_dict["images"]
         self.train_gflop, self.train_gflop_live = state_dict["gflop"], state_dict["gflop_live"]
         self._whole = self.train_images > 0
+        self._sample = state_dict.get("sample")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._whole = self.train_images > 0 or trainer.global_step == 0  # else an earlier start has kept no count
-        self._started, self._until_next = time.perf_counter(), 0
-        self.batch_gflop = self.batch_gflop_live = None
+        self._started, self._processes = time.perf_counter(), trainer.world_size
+        sample, self._sample = self._sample or {}, None
+        if sample.get("processes") != self._processes:  # batches of another size
+            sample = {}
+        self.batch_gflop, self.batch_gflop_live = sample.get("gflop"), sample.get("gflop_live")
+        self._saved_per_image, self._until_next = sample.get("saved_per_image", 0.0), sample.get("until_next", 0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not isinstance(pl_module, Method) or not isinstance(batch, Batch):

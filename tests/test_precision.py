@@ -33,6 +33,7 @@ from visexpert.methods.evaluation import EvalOutput
 from visexpert.methods.flattening import Flattening
 from visexpert.methods.optimiser import adamw
 from visexpert.precision import ClippedModule, clip_gradients, convert_records
+from visexpert.transfer.gate import TokenGate
 from visexpert.transfer.kd_maps import Standardise
 from visexpert.types import Batch, StepCounts, TextBatch, TextItem, VisionTokens
 from visexpert.zoo.base import ZooModule
@@ -100,6 +101,8 @@ def test_pixels_stay_bytes_until_an_encoder_scales_them(plugin: Precision, dtype
 def test_what_meets_weights_is_cast_to_theirs() -> None:
     projector = Projector(in_dim=4, out_dim=3, kind="linear", norm=True).bfloat16()
     assert projector(torch.rand(1, 2, 4)).dtype == torch.bfloat16
+    gate = TokenGate(dim=4, num_experts=2).bfloat16()  # tokens that are read from the store are float32
+    assert gate(torch.rand(1, 2, 4), torch.ones(2, dtype=torch.bool)).gates_BTK.shape == (1, 2, 2)
 
 
 def test_statistics_over_a_run_stay_float32_in_a_model_of_16_bits() -> None:

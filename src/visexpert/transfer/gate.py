@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from visexpert.errors import ConfigError
+from visexpert.precision import like_weights
 
 GateKind = Literal["token", "uniform"]
 NoiseKind = Literal["none", "fixed", "learned"]
@@ -81,7 +82,7 @@ class TokenGate(nn.Module):
         if self.kind == "uniform":
             share_K = attached_K.to(tokens_BTD.dtype) / attached_K.sum()
             return GateOutput(share_K.expand(*tokens_BTD.shape[:2], self.num_experts))
-        normed_BTD = self.norm(tokens_BTD)
+        normed_BTD = self.norm(like_weights(tokens_BTD, self.norm))
         clean_BTK = self.logits(normed_BTD).masked_fill(~attached_K, -torch.inf)
         if not self.training or self.noise == "none":
             return GateOutput(self._softmax(clean_BTK))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from visexpert.checking import check_run, check_settings
@@ -190,6 +191,6 @@ def test_a_run_whose_configuration_is_none_is_refused(
     command: list[str], config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    torch.save({"state_dict": {}, "global_step": 1}, tmp_path / "checkpoints" / "last.ckpt")
     (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
     assert "config.yaml" in refused([*command, str(tmp_path)], capsys)

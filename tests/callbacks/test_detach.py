@@ -29,7 +29,7 @@ from visexpert.types import Batch, VisionTokens
 
 CPU = PhaseSettings(accelerator="cpu")
 NAMES = ("semantic", "depth", "edges")
-QUICK: dict[str, Any] = {"timing_images": 2, "timing_seconds": 0.0}
+QUICK: dict[str, Any] = {"timing_images": 2, "timing_seconds": 0.0, "retune_steps": 0}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -216,7 +216,7 @@ def test_retuning_trains_what_is_left_and_nothing_else(tmp_path: Path) -> None:
             before.update(_state(model))
             return super()._retune(model, *rest)
 
-    work = Watched(keep=2, retune_steps=3, retune_lr=0.01, **QUICK)
+    work = Watched(keep=2, **{**QUICK, "retune_steps": 3}, retune_lr=0.01)
     out = work.apply(model, scenes(), tmp_path, CPU)
     after = dict(model.named_parameters())
     changed = {key for key, value in after.items() if not torch.equal(before[key], value)}
@@ -239,7 +239,7 @@ def test_a_killed_detachment_is_not_finished_and_goes_on(tmp_path: Path, monkeyp
     def die(*arguments: Any, **options: Any) -> None:
         raise KilledError
 
-    work = ExpertDetachment(keep=1, retune_steps=1, **QUICK)
+    work = ExpertDetachment(keep=1, **{**QUICK, "retune_steps": 1})
     with monkeypatch.context() as patch, pytest.raises(KilledError):
         patch.setattr(L.Trainer, "test", die)
         work.apply(trained(), scenes(), tmp_path, CPU)
@@ -255,7 +255,7 @@ def test_a_killed_detachment_is_not_finished_and_goes_on(tmp_path: Path, monkeyp
     assert (out / "metrics.json").stat().st_mtime_ns == scored
     assert all(torch.equal(value, _state(again)[key]) for key, value in _state(first).items())  # re-tuned weights, too
     with pytest.raises(ConfigError, match=r"was begun with keep=1, now 2; give another name, or delete it"):
-        ExpertDetachment(keep=2, retune_steps=1, **QUICK).apply(trained(), scenes(), tmp_path, CPU)
+        ExpertDetachment(keep=2, **{**QUICK, "retune_steps": 1}).apply(trained(), scenes(), tmp_path, CPU)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -382,7 +382,7 @@ def test_a_model_without_experts_has_nothing_to_detach(tmp_path: Path) -> None:
         ({"keep": 1, "latency_budget": 2.0}, "one criterion, but keep=1, latency_budget=2.0 was given"),
         ({"keep": 1, "images": 0}, "images=0 must be at least 1"),
         ({"keep": 1, "retune_steps": -1}, "retune_steps=-1 must be at least 0"),
-        ({"keep": 1, "retune_lr": 0.1}, "retune_lr=0.1 with retune_steps=0 trains nothing"),
+        ({"keep": 1, "retune_lr": 0.1, "retune_steps": 0}, "retune_lr=0.1 with retune_steps=0 trains nothing"),
         ({"keep": 1, "name": "a/b"}, "name='a/b' must be a plain folder name"),
     ],
 )

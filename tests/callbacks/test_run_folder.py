@@ -217,3 +217,11 @@ def test_the_environment_tells_data_tokenizer_and_metrics_apart(tmp_path: Path) 
     other.add_tokens(["unheard-of"])
     assert entry["tokenizer"] == tokenizer_identity(again) != tokenizer_identity(other)
     assert tokenizer_identity(None) is None and data_identity(None) is None
+
+
+def test_the_table_says_what_generated_scores_stand_on() -> None:
+    metrics = {"test/caption/cider": 1.25, "test/caption/images": 2.0, "test/caption/images_of": 5.0, "test/nll": 0.5}
+    table = metrics_table(metrics)
+    rows = list(zip(*(list(column.cells) for column in table.columns), strict=True))
+    assert ("  caption/cider", "1.25", "2 of 5 images") in rows and ("  nll", "0.5", "") in rows
+    assert not any("images_of" in str(row) for row in rows)

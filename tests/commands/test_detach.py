@@ -61,8 +61,13 @@ def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_is_detached_by_the_command_and_scored_by_another(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["detach", str(run), "--keep", "1", "--retune_steps", "2", "--name", "one", *QUICK])
     out = run / "one"
-    assert f"Done: {out}" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert f"Done: {out}" in captured.out
     facts = json.loads((out / "detachment.json").read_text(encoding="utf-8"))
+    told, scored = captured.out + captured.err, json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    assert f"Kept: {facts['kept'][0]}; dropped: {facts['detached'][0]}; re-tuned for 2 steps" in told
+    assert f"test/vqa/accuracy unknown before, {scored['test/vqa/accuracy']:.4g} after" in told
+    assert f"visexpert merge {out}" in told
     saved = open_run(out)
     assert saved.steps == 7
     assert list(saved.config["model"]["init_args"]["experts"]) == facts["kept"]

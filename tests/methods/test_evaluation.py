@@ -168,3 +168,24 @@ def test_many_questions_of_an_image_are_written_in_parts() -> None:
     evaluator = Evaluator(captions=1)
     scored(evaluator, batch, vision, language)
     assert language.calls == [64, 64, 22] and evaluator.compute()["pope/accuracy"] == 1
+
+
+@pytest.mark.parametrize(("quota", "images"), [(None, 3), (2, 2), (10, 3)])
+def test_scores_of_written_text_say_what_they_stand_on(quota: int | None, images: int) -> None:
+    caption = TextItem("caption", "describe", "a red cube", generate=True)
+    batch, vision = batch_of((caption,), (caption, QUESTION), (caption,))
+    says = {(image, "describe"): "a red cube" for image in range(3)}
+    evaluator = Evaluator(captions=quota, meteor=False)
+    scored(evaluator, batch, vision, Parrot({**says, (1, "what colour is the cube ?"): "blue"}))
+    scores = evaluator.compute()
+    assert (scores["caption/images"], scores["caption/images_of"]) == (images, 3)
+    assert (scores["vqa/answers"], scores["vqa/answers_of"]) == (1, 1)
+
+
+def test_answers_that_are_not_written_are_counted_as_such() -> None:
+    batch, vision = batch_of((QUESTION, WORD), (QUESTION, QUESTION))
+    evaluator = Evaluator(captions=0)
+    scored(evaluator, batch, vision, Parrot({}))
+    scores = evaluator.compute()
+    assert (scores["vqa/answers"], scores["vqa/answers_of"]) == (0, 3)
+    assert "caption/images" not in scores and "pope/answers" not in scores

@@ -68,7 +68,7 @@ class ExpertDetachment(Phase):
         images: Validation images to score each subset on; null takes all.
         timing_images: Images per call while measuring milliseconds.
         timing_seconds: Least time to spend on measuring them, twice.
-        retune_steps: Optimiser steps of what is left after detachment; 0 for none.
+        retune_steps: Optimiser steps of what is left after detachment; 0 for none, at a loss.
         retune_lr: Their peak learning rate, for all that trains; null takes the run's own rates.
         eval_every: Steps between scores on the validation images while re-tuning.
         checkpoint_every: Steps between checkpoints while re-tuning.
@@ -88,7 +88,7 @@ class ExpertDetachment(Phase):
         images: int | None = None,
         timing_images: int = 16,
         timing_seconds: float = 2.0,
-        retune_steps: int = 0,
+        retune_steps: int = 200,
         retune_lr: float | None = None,
         eval_every: int = 500,
         checkpoint_every: int = 250,
@@ -126,6 +126,7 @@ class ExpertDetachment(Phase):
             log.info("%s is detached already; delete it, or give another name, to detach again.", out)
             start_from(model, str(finished))
             model.count_steps(steps)
+            print(self._outcome(folder, out), flush=True)
             return out
         cost = CostReport()
         if not self._retune(model, data, out, settings, cost):
@@ -135,6 +136,7 @@ class ExpertDetachment(Phase):
         write_derived_config(folder, out, experts=kept, top_k=top_k)
         settings.trainer(out, cost=cost).test(model, datamodule=data, verbose=False)
         write_checkpoint(model, out, steps=steps)
+        print(self._outcome(folder, out), flush=True)
         return out
 
     def _begun(self, model: ToVE, out: Path) -> Subset | None:
@@ -209,6 +211,20 @@ class ExpertDetachment(Phase):
             trainer.fit(model, datamodule=data, ckpt_path=start, weights_only=True)
         return not trainer.interrupted
 
+    def _outcome(self, folder: Path, out: Path) -> str:
+        """What was kept, what it scores beside the whole run, and what to do next."""
+        facts = read_json(out / FACTS)
+        whole, left = ({} if not path.is_file() else read_json(path) for path in _metrics_of(folder, out))
+        told = [
+            f"{key} {_figure(whole.get(key))} before, {_figure(left.get(key))} after"
+            for key in (f"test/{self.score}", f"test/{self.loss}")
+        ]
+        names = {key: ", ".join(facts[key]) or "none" for key in ("kept", "detached")}
+        return (
+            f"Kept: {names['kept']}; dropped: {names['detached']}; re-tuned for {self.retune_steps} steps. "
+            f"{'; '.join(told)}. Next: visexpert compare {folder} {out}, or visexpert merge {out}."
+        )
+
     def _settings(self) -> dict[str, Any]:
         return {
             **asdict(self.criterion), "search": self.search, "loss": self.loss, "score": self.score,
@@ -280,6 +296,14 @@ class Findings:
             "GFLOP is counted for each subset. Milliseconds are measured for CLIP alone, CLIP with each expert and "
             "with all of them in turn; subsets between them get the sum of their parts.\n"
         )
+
+
+def _metrics_of(*folders: Path) -> list[Path]:
+    return [folder / "metrics.json" for folder in folders]
+
+
+def _figure(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"
 
 
 def _validate(

@@ -21,6 +21,7 @@ from rich.table import Table
 from visexpert.callbacks.identity import score_identity
 from visexpert.errors import DataError, shown
 from visexpert.interruption import Interrupted
+from visexpert.report.counts import generated_counts, is_count
 from visexpert.report.files import read_object, set_aside, write_json, write_text
 from visexpert.report.machine import machine_facts, package_versions
 
@@ -118,6 +119,8 @@ class RunFolder(Callback):
         if earlier and path.exists():
             metrics = {**read_object(path), **metrics}
         write_json(path, dict(sorted(metrics.items())))
+        for part, told in generated_counts(metrics).items():
+            log.info("%s: on %s", part, told)
         if self._table and metrics:
             console = get_console()  # that of the live bars, which then stay below
             console.print(metrics_table(metrics))
@@ -186,15 +189,22 @@ def git_commit(file: Path) -> str | None:
 
 def metrics_table(metrics: Mapping[str, float | None]) -> Table:
     """A table of flat metrics: one section for each first part of the keys (``train``, ``val``, ``test``)."""
+    on = generated_counts(metrics)
     table = Table("metric")
     table.add_column("value", justify="right")
+    if on:
+        table.add_column("on")
     for stage, names in groupby(sorted(metrics), key=lambda name: name.partition("/")[0]):
         table.add_section()
         table.add_row(f"[bold]{stage}[/bold]", "")
         for name in names:
+            if is_count(name) and name.rpartition("/")[0] in on:
+                continue
             value = metrics[name]
             rest = name.partition("/")[2] or name
-            table.add_row(f"  {rest}", "not finite" if value is None else f"{value:.5g}")
+            figure = "not finite" if value is None else f"{value:.5g}"
+            told = next((text for part, text in on.items() if name.startswith(f"{part}/")), "")
+            table.add_row(f"  {rest}", figure, *([told] if on else []))
     return table
 
 

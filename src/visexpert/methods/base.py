@@ -39,7 +39,8 @@ class Method(CheckpointedModule):
         weight_decay: On matrices; never on biases, norms or embeddings.
         warmup_steps: Linear warm-up, then cosine to zero at the end of training.
         betas: Of AdamW. 0.98 forgets sooner, which suits short runs; the scripts of LLaVA and MoVE-KD have 0.999.
-        caption_images: Images of the test split that get a generated caption (greedy); 0 for none.
+        caption_images: Images of the test split that get a generated caption (greedy): the first ones, by row; 0 for
+            none, null for all. What the scores stand on is beside them: ``caption/images``, ``caption/images_of``.
         meteor: Score captions by METEOR, too (Java, about 25 s for 500 captions); null where Java is installed.
         on_nan: Of a step whose loss or gradient is NaN or infinite, which is never taken: ``stop`` ends the run,
             ``skip`` goes on with the next one, but ends the run after more than 10 in a row. Its rows are in
@@ -56,13 +57,13 @@ class Method(CheckpointedModule):
         weight_decay: float = 0.02,
         warmup_steps: int = 100,
         betas: tuple[float, float] = (0.9, 0.98),
-        caption_images: int = 500,
+        caption_images: int | None = None,
         meteor: bool | None = None,
         on_nan: OnNan = "stop",
     ) -> None:
         require_numbers(
             type(self).__name__, least=0, lr=lr, language_lr=language_lr, language_frozen_steps=language_frozen_steps,
-            weight_decay=weight_decay, warmup_steps=warmup_steps, caption_images=caption_images,
+            weight_decay=weight_decay, warmup_steps=warmup_steps, caption_images=caption_images or 0,
         )  # fmt: skip
         for beta in betas:
             require_numbers(type(self).__name__, least=0, below=1, betas=beta)

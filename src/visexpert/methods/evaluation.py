@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,16 +99,18 @@ class SourceScores:
 
     Args:
         meteor: Score captions by METEOR, too; None where Java is installed.
-        captions: Number of images that are captioned, over all processes.
+        captions: Number of images that are captioned, over all processes; None for all.
     """
 
-    def __init__(self, *, meteor: bool | None, captions: int) -> None:
+    def __init__(self, *, meteor: bool | None, captions: int | None) -> None:
         self.nll = TokenNLL()
         self.vqa, self.vsr, self.pope, self.slots = VQAAccuracy(), VSRAccuracy(), POPEScores(), SlotAccuracy()
         self.captions = CaptionScores(meteor=meteor, sync_on_compute=False)  # every process gets those of all
         self.scene = SceneCaptionAccuracy(sync_on_compute=False)
         self._limit = captions
         self._written: dict[Key, tuple[str, TextItem, SceneGraph | None]] = {}
+        self._to_caption: dict[Key, None] = {}
+        self._answers: dict[str, dict[Key, tuple[int, int]]] = {}
         self._by_kind: dict[str, Callable[[list[Answer]], None]] = {
             "vqa": self._update_vqa,
             "vsr": self._update_vsr,
@@ -125,13 +127,24 @@ class SourceScores:
         if kind in self._by_kind:
             self._by_kind[kind](rows)
 
+    def count_captions(self, rows: Iterable[int], *, split: str) -> None:
+        """Note images that could be captioned."""
+        for row in rows:
+            self._to_caption[key_of(self._to_caption, split, row)] = None
+
+    def count_answers(self, kind: str, *, written: int, of: int, split: str, row: int) -> None:
+        """Note how many answers to one image the model wrote, of those that it should have."""
+        known = self._answers.setdefault(kind, {})
+        known[key_of(known, split, row)] = written, of
+
     def add_caption(self, text: str, item: TextItem, graph: SceneGraph | None, *, split: str, row: int) -> None:
         """Keep a written caption; those of the first rows over all processes are scored."""
         self._written[key_of(self._written, split, row)] = text, item, graph
 
     def compute(self) -> dict[str, dict[str, float]]:
         """All scores by part."""
-        return {
+        everyone = gathered(self._answers)
+        scores = {
             "nll": self.nll.compute(),
             "vqa": self.vqa.compute(),
             "vsr": self.vsr.compute(),
@@ -139,10 +152,21 @@ class SourceScores:
             "slots": self.slots.compute(),
             "caption": self._caption_scores(),
         }
+        return {part: {**values, **self._written_of(part, everyone)} for part, values in scores.items()}
+
+    @staticmethod
+    def _written_of(kind: str, everyone: Sequence[Mapping[str, Mapping[Key, tuple[int, int]]]]) -> dict[str, float]:
+        """How many answers were written, of those to be written; a row that two processes saw counts once."""
+        counts = {key: pair for known in everyone for key, pair in known.get(kind, {}).items()}
+        if not counts:
+            return {}
+        written, of = (sum(part) for part in zip(*counts.values(), strict=True))
+        return {"answers": written, "answers_of": of}
 
     def _caption_scores(self) -> dict[str, float]:
         """Scores of captions by their references and, where there are any, by scene graphs."""
         written = first_of_all(self._written, self._limit)
+        possible = len({key for known in gathered(list(self._to_caption)) for key in known})
         self.captions.reset()
         self.scene.reset()
         if not written:
@@ -152,7 +176,8 @@ class SourceScores:
         self.captions.update([text for text, _, _ in written], references, families)
         known = [(text, graph) for text, _, graph in written if graph is not None]
         self.scene.update([text for text, _ in known], [graph for _, graph in known])
-        return {**self.captions.compute(), **self.scene.compute()}
+        counts = {"images": float(len(written)), "images_of": float(possible)}
+        return {**self.captions.compute(), **self.scene.compute(), **counts}
 
     def _update_vqa(self, rows: list[Answer]) -> None:
         families = [row.item.family for row in rows]
@@ -175,13 +200,13 @@ class Evaluator:
     """Collects the scores of one split, for each of its sources.
 
     Args:
-        captions: Number of images of each source to caption, the first of all processes. With 0 nothing is written:
-            answers that would be are taken from the packed forward instead, which is quick and close.
+        captions: Number of images of each source to caption, the first of all processes; None for all. With 0 nothing
+            is written: answers that would be are taken from the packed forward instead, which is quick and close.
         probe: Collect tokens for linear probes where a batch has dense targets.
         meteor: Score captions by METEOR, too; None where Java is installed.
     """
 
-    def __init__(self, *, captions: int, probe: bool = False, meteor: bool | None = None) -> None:
+    def __init__(self, *, captions: int | None, probe: bool = False, meteor: bool | None = None) -> None:
         self._captions, self._meteor = captions, meteor
         self._captioned: dict[str, int] = {}
         self._sources: dict[str, SourceScores] = {}
@@ -224,6 +249,7 @@ class Evaluator:
             for number, item in enumerate(items)
             if self._is_written(item) and scores.scores(item.kind)
         ]
+        self._count_answers(batch, scores)
         answers: dict[str, list[Answer]] = {}
         for start in range(0, len(places), WRITE_AT_ONCE):
             part = places[start : start + WRITE_AT_ONCE]
@@ -242,8 +268,11 @@ class Evaluator:
             for image, items in enumerate(batch.items)
             if any(item.kind in CAPTIONS for item in items)
         ]
+        scores = self._of(batch.source)
+        scores.count_captions([int(batch.index_B[image]) for image, _ in places], split=batch.split)
         done = self._captioned.get(batch.source, 0)
-        places = places[: self._captions - done]
+        if self._captions is not None:
+            places = places[: self._captions - done]
         if not places:
             return ()
         self._captioned[batch.source] = done + len(places)
@@ -251,7 +280,7 @@ class Evaluator:
         items = [batch.items[image][number] for image, number in places]
         for (image, _), item, text in zip(places, items, texts, strict=True):
             graph = batch.graphs[image] if batch.graphs else None
-            self._of(batch.source).add_caption(text, item, graph, split=batch.split, row=int(batch.index_B[image]))
+            scores.add_caption(text, item, graph, split=batch.split, row=int(batch.index_B[image]))
         return tuple(
             Caption(image, item, text, caption_holds(text, batch.graphs[image]) if batch.graphs else None)
             for (image, _), item, text in zip(places, items, texts, strict=True)
@@ -286,7 +315,15 @@ class Evaluator:
         return self._sources[source]
 
     def _is_written(self, item: TextItem) -> bool:
-        return item.generate and self._captions > 0
+        return item.generate and self._captions != 0
+
+    def _count_answers(self, batch: Batch, scores: SourceScores) -> None:
+        for image, items in enumerate(batch.items):
+            wanted = [item for item in items if item.generate and scores.scores(item.kind)]
+            for kind in sorted({item.kind for item in wanted}):
+                of = sum(item.kind == kind for item in wanted)
+                written = sum(item.kind == kind and self._is_written(item) for item in wanted)
+                scores.count_answers(kind, written=written, of=of, split=batch.split, row=int(batch.index_B[image]))
 
 
 def _write(

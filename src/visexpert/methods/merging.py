@@ -74,7 +74,7 @@ class Merging(Method):
         language_lr: float = 0.0,
         weight_decay: float = 0.02,
         warmup_steps: int = 100,
-        caption_images: int = 500,
+        caption_images: int | None = None,
         meteor: bool | None = None,
     ) -> None:
         _check(adaptation, distance, targets, token_weight, text_weight)

@@ -108,7 +108,7 @@ class MoVEKD(Method):
         weight_decay: float = 0.02,
         warmup_steps: int = 100,
         betas: tuple[float, float] = (0.9, 0.98),
-        caption_images: int = 500,
+        caption_images: int | None = None,
         meteor: bool | None = None,
         on_nan: OnNan = "stop",
     ) -> None:

@@ -21,8 +21,8 @@ def gathered(own: Item) -> list[Item]:
     return everything
 
 
-def first_of_all(own: Mapping[Key, Item], limit: int) -> list[Item]:
-    """The first ``limit`` items over all processes, in the order of their keys; no others are sent.
+def first_of_all(own: Mapping[Key, Item], limit: int | None) -> list[Item]:
+    """The first ``limit`` items over all processes (None: all), in the order of their keys; no others are sent.
 
     A row that two processes have seen, such as one that filled up a last batch, counts once.
     """

@@ -90,3 +90,11 @@ def test_seeds_of_unlike_settings_are_named(tmp_path: Path) -> None:
     assert [(one.kind, one.key, one.holders) for one in found] == [
         ("v", "model.top_k", {"0": ("seed 0", "seed 2"), "1": ("seed 1",)})
     ]
+
+
+def test_captions_of_other_numbers_of_images_are_not_compared(tmp_path: Path) -> None:
+    counts = [{"test/caption/images": float(images), "test/caption/images_of": 5.0} for images in (2, 5)]
+    made = [make_run(tmp_path / str(number), metrics=each) for number, each in enumerate(counts)]
+    runs = [Variant(path.name, (read_run(path),)) for path in made]
+    found = mismatches(runs, split="test")
+    assert [(one.kind, one.key) for one in found] == [("evaluation", "test/caption/images")]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from visexpert.errors import ConfigError
+from visexpert.report.counts import is_count
 
 HEADLINES = {
     "vqa/accuracy": "VQA",
@@ -59,6 +60,8 @@ class Score:
 def score_of(key: str, values: Iterable[float], *, title: str = "") -> Score:
     """A score whose direction follows from its key and whose form from its values (accuracies are shown in %)."""
     split, _, rest = key.partition("/")
+    if is_count(key):
+        return Score(key, title or rest, better=0)
     words = rest.split("/")
     better = 1
     if any(word in NEUTRAL for word in words):
@@ -82,7 +85,9 @@ def choose_scores(known: Sequence[str], wanted: Sequence[str], *, split: str) ->
         found.remove(f"{split}/pope/accuracy")
     if f"{split}/nll/kind/dense" in found and f"{split}/nll/nll" in found:
         found.remove(f"{split}/nll/nll")
-    return found or [key for key in known if key.startswith(f"{split}/") and key.count("/") <= 2][:8]
+    return (
+        found or [key for key in known if key.startswith(f"{split}/") and key.count("/") <= 2 and not is_count(key)][:8]
+    )
 
 
 def choose_primary(scores: Sequence[str], wanted: str | None, known: Sequence[str], *, split: str) -> str:

@@ -10,6 +10,7 @@ from visexpert.errors import ConfigError
 from visexpert.report.compare.record import RunRecord
 from visexpert.report.compare.settings import differences, shown
 from visexpert.report.compare.variants import Variant
+from visexpert.report.counts import is_count
 
 TRAINING_DATA = ("data.num_train", "data.train_fraction", "data.train_split", "data.mixture", "data.max_tokens")
 """Settings of the data that say what is trained on; all others say what world it is."""
@@ -58,6 +59,10 @@ def mismatches(variants: Sequence[Variant], *, split: str) -> list[Difference]:
     wanted += [("metrics", "version", lambda run: run.fact("metrics_version"))]
     wanted += [("metrics", "pycocoevalcap", lambda run: run.fact("versions", "pycocoevalcap"))]
     wanted += [("evaluation", key, _setting(key)) for key in EVALUATION]
+    counts = sorted(
+        {key for variant in variants for run in variant.runs for key in run.metrics if _is_count(key, split)}
+    )
+    wanted += [("evaluation", key, _metric(key)) for key in counts]
     return _differing(variants, wanted)
 
 
@@ -140,6 +145,14 @@ def _told(run: RunRecord, key: str, value_of: Callable[[RunRecord], Any]) -> str
 
 def _setting(key: str, *, absent: str | None = None) -> Callable[[RunRecord], Any]:
     return lambda run: run.settings.get(key, absent)
+
+
+def _metric(key: str) -> Callable[[RunRecord], Any]:
+    return lambda run: run.metrics.get(key)
+
+
+def _is_count(key: str, split: str) -> bool:
+    return key.startswith(f"{split}/") and is_count(key)
 
 
 def _machine(key: str) -> Callable[[RunRecord], Any]:

@@ -12,7 +12,7 @@ from visexpert.vision.sources import ModelSource
 
 OWNER = "ClipEncoder"
 
-CLIPS = frozenset({"clip", "clip_vision_model"})
+CLIPS = frozenset({"clip", "clip_vision_model", "visexpert_clip_mole"})
 """transformers' ``model_type`` of encoders with CLIP's network and CLIP's names of weights."""
 
 _HINT = "clip takes CLIPs alone (openai/clip-vit-base-patch16 is one)"

@@ -6,11 +6,13 @@ import errno
 import os
 import signal
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 import pytest
 from torch.utils.data import Dataset, IterableDataset
 
+from visexpert.data.source import SourceData
 from visexpert.data.workers import load
 from visexpert.errors import ConfigError, DataError, UserError, WeightsError
 
@@ -90,3 +92,8 @@ def test_workers_that_cannot_be_started_are_too_many(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("multiprocessing.process.BaseProcess.start", refuse)
     with pytest.raises(DataError, match="64 workers cannot be started.*unavailable.*lower num_workers"):
         list(load(Items(), num_workers=64))
+
+
+def test_default_workers_are_no_more_than_the_cores() -> None:
+    given = signature(SourceData.__init__).parameters["num_workers"].default
+    assert given == min(4, len(os.sched_getaffinity(0)))

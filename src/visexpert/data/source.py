@@ -18,6 +18,7 @@ from visexpert.data.resize import Resize
 from visexpert.data.settings import Settings, Template
 from visexpert.data.stepping import StepLoader
 from visexpert.data.tokenizers import load_tokenizer
+from visexpert.data.workers import DEFAULT_WORKERS
 from visexpert.errors import ConfigError
 from visexpert.precision import convert_records
 from visexpert.types import Batch, ImageSource, TextEncoder
@@ -64,7 +65,7 @@ class SourceData(LightningDataModule):
         num_test: Most images of the test part; null for all.
         seed: Seed of the choice that ``train_fraction``, ``num_val`` and ``num_test`` make.
         order_seed: Seed of the order of batches, of the choice of texts and of augmentation; null takes the run's own.
-        num_workers: Worker processes that read and decode.
+        num_workers: Worker processes that read and decode; by default 4, or the number of cores if that is less.
         max_broken: Largest share of images or records that may be broken; they are skipped and listed in the run's
             folder (``skipped.jsonl``). Above it the run ends.
 
@@ -92,7 +93,7 @@ class SourceData(LightningDataModule):
         num_test: int | None = None,
         seed: int = 0,
         order_seed: int | None = None,
-        num_workers: int = 4,
+        num_workers: int = DEFAULT_WORKERS,
         max_broken: float = 0.01,
     ) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,6 +13,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from visexpert.errors import DataError, UserError, first_line, told_by_machine
 
 T_co = TypeVar("T_co", covariant=True)
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+"""Cores that this process may use."""
+
+DEFAULT_WORKERS = min(4, CORES)
+"""Worker processes where none are asked for: more than there are cores only slow each other down."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -80,6 +81,10 @@ class HubModel:
     def _factory(self) -> Any:
         return getattr(transformers, self.auto)
 
+    def _built(self, config: PreTrainedConfig) -> nn.Module:
+        model: nn.Module = self._factory.from_config(config, trust_remote_code=False)
+        return model
+
     def build(self, image_size: int) -> nn.Module:
         """The network for images of this size, with random weights and fused attention wherever it exists.
 
@@ -87,12 +92,16 @@ class HubModel:
             ConfigError: transformers has no such network.
         """
         config = copy.deepcopy(self.config)
-        for part in (config, getattr(config, "backbone_config", None)):
-            for name in NATIVE_SIZE:
-                if isinstance(getattr(part, name, None), int | list | tuple):
-                    setattr(part, name, image_size)
         try:
-            model: nn.Module = self._factory.from_config(config, trust_remote_code=False)
+            model = self._built(config)
+            if not own_interpolation(model):
+                for part in (config, getattr(config, "backbone_config", None)):
+                    for name in NATIVE_SIZE:
+                        side = getattr(part, name, None)
+                        if isinstance(side, int | list | tuple):
+                            setattr(part, name, image_size if isinstance(side, int) else [image_size] * len(side))
+                if config.to_dict() != self.config.to_dict():
+                    model = self._built(config)
         except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"{self.owner}: {self.auto} cannot build this model ({reason}).") from error
@@ -130,10 +139,11 @@ class HubModel:
         except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
             reason = " ".join(str(error).split())[:300]
             raise WeightsError(f"{self.owner}: {path} cannot be read ({reason}); fetch it again.") from error
+        state = dict(loaded.state_dict())
         absent = sorted(key for key in report["missing_keys"] if not _unused(key))
         if absent:
             raise WeightsError(f"{self.owner}: {path} lacks {absent[:3]}; use the weights of this model.")
-        state = fit_positions(loaded.state_dict(), model.state_dict())
+        state = fit_positions(state, model.state_dict())
         fill_module(model, state, owner=self.owner, path=path)
 
 
@@ -184,6 +194,36 @@ def _must_agree(written: Mapping[str, Any], given: Any, own: Any, whose: str) ->
 def _unused(key: str) -> bool:
     """Keys behind the patch tokens, which checkpoints without a head lack."""
     return key.startswith(("pooler.", "head."))
+
+
+def own_interpolation(model: nn.Module) -> bool:
+    """Whether the model's own code fits its position embeddings to the size of an image."""
+    return any(
+        hasattr(part, "interpolate_pos_encoding") or type(part).__name__.startswith("Interpolate")
+        for part in model.modules()
+    )
+
+
+def interpolates(model: nn.Module) -> bool:
+    """Whether the model does so only when it is asked to."""
+    return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+
+
+def prefix_and_suffix(model: nn.Module, image_size: int, count: int) -> tuple[int | None, int]:
+    """How many of ``count`` tokens stand before and behind the grid that the configuration speaks of.
+
+    Returns:
+        None as the first where the configuration speaks of another grid (a pyramid's last stage is smaller).
+    """
+    config = getattr(model, "config", None)
+    patch = getattr(config, "patch_size", None)
+    patch = patch[0] if isinstance(patch, list | tuple) and len(set(patch)) == 1 else patch
+    suffix = int(getattr(config, "num_detection_tokens", 0) or 0)
+    if not isinstance(patch, int) or not patch:
+        return None, suffix
+    first = count - suffix - (image_size // patch) ** 2
+    registers = int(getattr(config, "num_register_tokens", 0) or 0)
+    return (first if first in (0, registers, 1 + registers, 2) else None), suffix
 
 
 @contextmanager

@@ -8,12 +8,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def map_of(features: Tensor, *, prefix: int | None = None, channels_last: bool | None = None) -> Tensor:
+def map_of(
+    features: Tensor, *, prefix: int | None = None, suffix: int = 0, channels_last: bool | None = None
+) -> Tensor:
     """Bring the features of a square image into the form (B, E, h, w).
 
     Args:
         features: Tokens (B, N, E), row-major after those without a place ([CLS], registers), or a map.
         prefix: How many have none; None for as few as leave a square.
+        suffix: How many behind the grid have none (YOLOS' detection tokens).
         channels_last: Of a map: (B, h, w, E) instead of (B, E, h, w); None where nothing says so, then the two equal
             sides tell (SAM keeps maps so between its blocks, SAM 2 everywhere).
 
@@ -27,11 +30,11 @@ def map_of(features: Tensor, *, prefix: int | None = None, channels_last: bool |
     if features.ndim != 3:
         raise ValueError(f"features of shape {tuple(features.shape)} are neither tokens nor a map")
     count = features.shape[1]
-    side = math.isqrt(count if prefix is None else max(0, count - prefix))
-    first = count - side * side if prefix is None else prefix
-    if side == 0 or first + side * side != count:
-        raise ValueError(f"{count} tokens are not {first} and a square grid")
-    return features[:, first:].transpose(1, 2).reshape(len(features), -1, side, side)
+    side = math.isqrt(max(0, count - (prefix or 0) - suffix))
+    first = count - suffix - side * side if prefix is None else prefix
+    if side == 0 or first + side * side + suffix != count:
+        raise ValueError(f"{count} tokens are not {first + suffix} without a place and a square grid")
+    return features[:, first : first + side * side].transpose(1, 2).reshape(len(features), -1, side, side)
 
 
 def resize_map(map_BEHW: Tensor, side: int | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any
 
@@ -13,7 +14,7 @@ from visexpert.experts.pretrained import RANDOM, MapExpert
 from visexpert.experts.recipe import Framing, InputRecipe, Interpolation
 from visexpert.resources import fill_module
 from visexpert.vision.positions import fit_positions
-from visexpert.vision.published import OPEN_CLIP_FILES
+from visexpert.vision.published import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES, shared_preparation
 from visexpert.vision.sources import WEIGHT_FILES, ModelSource
 
 OWNER = "OpenClipExpert"
@@ -48,7 +49,8 @@ class OpenClipExpert(MapExpert):
         interpolation: Interpolation | None = None,
         licence: str | None = None,
     ) -> None:
-        settings, tagged = named(model, weights)
+        own_settings = own_of(weights)
+        settings, tagged = own_settings or named(model, weights)
         vision = settings["vision_cfg"]
         own = vision.get("image_size", 224)
         recipe = InputRecipe(
@@ -65,6 +67,8 @@ class OpenClipExpert(MapExpert):
             facts={"layer": layer, "model": model, "quick_gelu": quick},
         )
         self.source = self_source
+        self.described = own_settings is not None or "hf_hub" in tagged or self_source is None or not self_source.repo
+        self.settings = settings, tagged
 
     @property
     def weights_from(self) -> str | None:
@@ -80,6 +84,8 @@ class OpenClipExpert(MapExpert):
         if self.source is None:
             return
         found = self.source.state(*OPEN_CLIP_FILES, *WEIGHT_FILES, owner=OWNER)
+        if not self.described:
+            self._check_own()
         visual = self.network.get_submodule("visual")
         tower = {k.removeprefix("visual."): v for k, v in found.tensors.items() if k.startswith("visual.")}
         if not tower:
@@ -87,6 +93,22 @@ class OpenClipExpert(MapExpert):
                 f"{OWNER}: {found.path} holds no image tower of open_clip ('visual. ...'); give another."
             )
         fill_module(visual, fit_positions(tower, visual.state_dict(), antialias=True), owner=OWNER, path=found.path)
+
+    def _check_own(self) -> None:
+        """Compare a repository's own configuration, here only now, with what the network was built from."""
+        assert self.source is not None
+        with suppress(WeightsError):  # not every repository has one
+            self.source.fetch(OPEN_CLIP_CONFIG, owner=OWNER)
+        own = own_of(self.source.text)
+        if own is None:
+            return
+        same = all(_plain(own[1][key]) == _plain(self.settings[1][key]) for key in ("mean", "std", "interpolation"))
+        vision, quick = own[0]["vision_cfg"], own[0].get("quick_gelu", False)
+        if not same or vision != self.settings[0]["vision_cfg"] or quick != self.settings[0].get("quick_gelu", False):
+            raise ConfigError(
+                f"{OWNER}: '{self.source.text}' brings settings of its own ({OPEN_CLIP_CONFIG}), which were not "
+                "on this machine when the model was built; they are now: start again."
+            )
 
 
 class OpenClipMap(nn.Module):
@@ -112,6 +134,30 @@ class OpenClipMap(nn.Module):
         return map_BEHW  # type: ignore[no-any-return]
 
 
+def own_of(weights: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """What an open_clip folder or repository says of itself in the form of :func:`named`; None where it is not here.
+
+    Raises:
+        WeightsError: Its file cannot be read, or describes no image tower.
+    """
+    from open_clip.transform import PreprocessCfg
+
+    source = None if weights == RANDOM or "/" not in weights else ModelSource.parse(weights.rstrip("/"))
+    written = None if source is None else source.read_json(OPEN_CLIP_CONFIG, owner=OWNER)
+    if written is None:
+        return None
+    settings = written.get("model_cfg")
+    if not isinstance(settings, dict) or not isinstance(settings.get("vision_cfg"), dict):
+        raise WeightsError(
+            f"{OWNER}: {OPEN_CLIP_CONFIG} of '{weights}' has no model_cfg with a vision_cfg; fetch it again."
+        )
+    return settings, {**vars(PreprocessCfg()), **(written.get("preprocess_cfg") or {})}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else value
+
+
 def named(model: str, weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """open_clip's settings of a model, and of the weights of a tag; those it takes for granted where they are no tag.
 
@@ -126,7 +172,10 @@ def named(model: str, weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if settings is None:
         near = get_close_matches(model, list_models(), n=3)
         raise ConfigError(f"{OWNER}: open_clip has no model {model!r}; the nearest are {near}.")
-    return dict(settings), {**vars(PreprocessCfg()), **get_pretrained_cfg(model, weights)}
+    return dict(settings), {
+        **vars(PreprocessCfg()),
+        **(get_pretrained_cfg(model, weights) or shared_preparation(model)),
+    }
 
 
 def framing_of(tagged: Mapping[str, Any]) -> Framing:

@@ -15,6 +15,12 @@ from visexpert.errors import ConfigError
 LONG = 1024
 """Sequence from which on attention logits count as large: 16 heads of 1024 x 1024 take 64 MB per image in float32."""
 
+RANDOM = frozenset(
+    {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "bernoulli_"}
+    | {"multinomial", "normal", "normal_", "uniform_", "random_", "exponential_"}
+)
+"""Names of torch's functions that draw random numbers."""
+
 
 def probe_map(network: nn.Module, image_size: int, *, owner: str) -> torch.Size:
     """Shape (1, E, h, w) of what a network gives for one image, from its code alone, whatever device it is on.
@@ -31,7 +37,7 @@ def probe_map(network: nn.Module, image_size: int, *, owner: str) -> torch.Size:
     meta = {name: torch.empty_like(value, device="meta") for name, value in _tensors(network).items()}
     pixels_BCHW = torch.empty(1, 3, image_size, image_size, device="meta")
     try:
-        with torch.no_grad(), torch.device("meta"), LogitsWatch(image_size) as watch:
+        with torch.no_grad(), torch.device("meta"), ChanceWatch() as chance, LogitsWatch(image_size) as watch:
             found = functional_call(network, meta, (pixels_BCHW,))
     except (
         RuntimeError,
@@ -46,6 +52,11 @@ def probe_map(network: nn.Module, image_size: int, *, owner: str) -> torch.Size:
             f"{owner}: the model gives no map of images of {image_size} px ({_first_line(error)}); use another "
             "image_size or layer, or an expert of your own (docs/own-expert.md)."
         ) from error
+    if chance.drawn:
+        raise ConfigError(
+            f"{owner}: the model draws random numbers ({chance.drawn}), so one image gets other tokens every time; "
+            "use a model without random masks or dropout (of MAE, timm's vit_base_patch16_224.mae)."
+        )
     if watch.largest:
         raise ConfigError(
             f"{owner}: at {image_size} px this model holds attention logits of {watch.largest} in memory; use a "
@@ -54,6 +65,28 @@ def probe_map(network: nn.Module, image_size: int, *, owner: str) -> torch.Size:
     if not isinstance(found, Tensor) or found.ndim != 4:
         raise ConfigError(f"{owner}: the model gives no map of tokens at {image_size} px; use another model or layer.")
     return found.shape
+
+
+class ChanceWatch(TorchFunctionMode):
+    """Looks for functions of torch that draw random numbers; dropout that is switched off draws none."""
+
+    drawn = ""
+    """Name of the last one called; empty where there was none."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run ``func`` and note whether it draws."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in RANDOM:
+            self.drawn = name
+        elif "dropout" in name and torch.is_tensor(args[0] if args else None):
+            training = kwargs.get("training", args[2] if len(args) > 2 else name == "dropout")
+            share = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+            if training and share:
+                self.drawn = name
+        return func(*args, **kwargs)
 
 
 class LogitsWatch(TorchFunctionMode):

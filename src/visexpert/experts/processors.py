@@ -99,7 +99,7 @@ def _own_settings(source: ModelSource, owner: str) -> dict[str, Any] | None:
 def _recipe(
     settings: Mapping[str, Any], owner: str, size: int | None, interpolation: Interpolation | None
 ) -> InputRecipe:
-    normalise = settings.get("do_normalize", True)
+    normalise = settings.get("do_normalize", True) and settings.get("image_mean") is not None  # GLPN's has none
     resample = _RESAMPLING.get(int(settings.get("resample") or 2))
     if resample is None and interpolation is None:
         raise ConfigError(

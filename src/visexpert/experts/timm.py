@@ -137,6 +137,9 @@ class TimmMap(nn.Module):
             )  # fmt: skip
             return map_BEHW  # type: ignore[no-any-return]
         features: Tensor = self.model.forward_features(pixels_BCHW)
+        classes = getattr(self.model, "cls_token", None)
+        if features.ndim == 3 and isinstance(classes, Tensor) and features.shape[1] == classes.shape[1]:
+            raise ValueError(f"{type(self.model).__name__} ends in its class token alone; give layer: -1")
         channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
         return map_of(features, channels_last=channels_last, prefix=getattr(self.model, "num_prefix_tokens", 0))
 
@@ -192,6 +195,7 @@ def build(model: str, arguments: dict[str, Any]) -> nn.Module:
     import timm
 
     try:
-        return timm.create_model(model, pretrained=False, num_classes=0, **arguments)
+        network: nn.Module = timm.create_model(model, pretrained=False, num_classes=0, **arguments)
     except (TypeError, AssertionError, ValueError) as error:
         raise ConfigError(f"{OWNER}: {model} does not take {arguments} ({error}).") from error
+    return network.eval()  # in train mode BatchNorm refuses the one image of the probe

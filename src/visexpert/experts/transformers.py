@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from visexpert.experts.base import TokenKind
-from visexpert.experts.huggingface import HubModel
+from visexpert.experts.huggingface import HubModel, interpolates, prefix_and_suffix
 from visexpert.experts.maps import map_of
 from visexpert.experts.pretrained import MapExpert
 from visexpert.experts.processors import must_agree, recipe_of
@@ -116,13 +116,18 @@ class EncoderMap(nn.Module):
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Feature map of the last or the chosen layer."""
         encoder = _without_head(self.model) if self.headed else self.model
+        size = int(pixels_BCHW.shape[-1])
+        asked = {"interpolate_pos_encoding": True} if interpolates(encoder) else {}
+        output = encoder(pixels_BCHW, **asked, **({} if self.layer is None else {"output_hidden_states": True}))
+        maps = output.get("feature_maps") if self.layer is None else None  # of a backbone
         if self.layer is not None:
-            return map_of(encoder(pixels_BCHW, output_hidden_states=True).hidden_states[self.layer])
-        output = encoder(pixels_BCHW)
-        maps = output.get("feature_maps")  # of a backbone
-        if maps is not None:
-            return map_of(maps[-1])
-        return map_of(output.get("last_hidden_state", output.get("encoder_last_hidden_state")))
+            features = output.hidden_states[self.layer]
+        elif maps is not None:
+            features = maps[-1]
+        else:
+            features = output.get("last_hidden_state", output.get("encoder_last_hidden_state"))
+        prefix, suffix = prefix_and_suffix(encoder, size, int(features.shape[1]) if features.ndim == 3 else 0)
+        return map_of(features, prefix=prefix, suffix=suffix)
 
 
 def _without_head(model: nn.Module) -> nn.Module:

@@ -216,9 +216,21 @@ def _named(name: str, tag: str | None) -> PublishedClip:
         tags = list_pretrained_tags_by_model(name)
         raise ConfigError(f"{OWNER}: open_clip has no weights {tag!r} of {name} on the hub; its tags are {tags}.")
     files = ModelSource(f"{OPEN_CLIP_PREFIX}{name}/{tag}", repo=tagged["hf_hub"].rstrip("/")) if tag else None
+    prepared = tagged or shared_preparation(name)
     # What the weights were trained with decides, whatever the name says (open_clip warns of the difference).
     quick = tagged.get("quick_gelu", model_cfg.get("quick_gelu", False))
-    return replace(_from_open_clip({**model_cfg, "quick_gelu": quick}, tagged, files), own=tag is not None)
+    return replace(_from_open_clip({**model_cfg, "quick_gelu": quick}, prepared, files), own=tag is not None)
+
+
+def shared_preparation(name: str) -> dict[str, Any]:
+    """How images are prepared for an open_clip model by name: what all its published weights have in common."""
+    from open_clip import list_pretrained_tags_by_model
+    from open_clip.pretrained import get_pretrained_cfg
+
+    tagged = [get_pretrained_cfg(name, tag) for tag in list_pretrained_tags_by_model(name)]
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    shared = {key: tagged[0][key] for key in keys if tagged and key in tagged[0]}
+    return {key: value for key, value in shared.items() if all(other.get(key) == value for other in tagged)}
 
 
 def _from_open_clip(

@@ -186,7 +186,7 @@ def test_a_fixed_map_of_a_narrow_teacher_keeps_distances() -> None:
 
 
 def test_statistics_go_on_as_those_of_batch_norm_after_loading_them() -> None:
-    """The count of batches is kept on the host; what is loaded must replace it."""
+    """What is loaded replaces the count of batches, too."""
     batches = [torch.randn(4, 5, 3) * scale + scale for scale in (1.0, 2.0, 4.0, 8.0)]
     reference, ours, other = nn.BatchNorm1d(3, affine=False, momentum=None), Standardise(3), Standardise(3)
     other(batches[3])
@@ -226,3 +226,20 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 def test_words_that_do_not_go_together_are_refused(words: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(TWIN, **words)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("when", [0, 1])
+def test_a_batch_that_is_not_finite_teaches_nothing(bad: float, when: int) -> None:
+    """``on_nan: skip`` passes over the step; the statistics must be those of the other batches alone."""
+    batches = [torch.randn(4, 5, 3) * scale + scale for scale in (1.0, 2.0, 3.0)]
+    sound, met = Standardise(3).train(), Standardise(3).train()
+    for number, batch in enumerate(batches):
+        sound(batch)
+        if number == when:
+            spoilt = torch.randn(4, 5, 3)
+            spoilt[1, 2, 0] = bad
+            met(spoilt)
+        met(batch)
+    for name, value in sound.state_dict().items():
+        torch.testing.assert_close(met.state_dict()[name], value)

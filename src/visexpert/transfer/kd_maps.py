@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +61,6 @@ class Standardise(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.statistics = nn.BatchNorm1d(dim, affine=False, momentum=None)
-        self._batches: int | None = None
-        self.register_load_state_dict_post_hook(_forget_count)  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Standardise:
         """Move and cast like any module, but keep the statistics in float32: a mean over many batches needs it."""
@@ -90,21 +88,14 @@ class Standardise(nn.Module):
         return F.batch_norm(tokens_BTE.flatten(0, 1), mean_E, var_E, eps=statistics.eps).view_as(tokens_BTE)
 
     def _learn(self, tokens_ME: Tensor) -> None:
-        """As BatchNorm1d learns, but with a count on the host: reading its own each time would wait for the device."""
-        tracked = self.statistics.num_batches_tracked
+        """As BatchNorm1d learns; a batch that is not finite teaches nothing. Nothing here waits for the device."""
+        statistics, seen = self.statistics, tokens_ME.new_zeros(2, tokens_ME.shape[1])
+        assert statistics.running_mean is not None and statistics.running_var is not None
+        tracked = statistics.num_batches_tracked
         assert tracked is not None
-        self._batches = 1 + (int(tracked) if self._batches is None else self._batches)
-        tracked.add_(1)
-        F.batch_norm(
-            tokens_ME,
-            self.statistics.running_mean,
-            self.statistics.running_var,
-            training=True,
-            momentum=1.0 / self._batches,
-        )
-
-
-def _forget_count(module: nn.Module, incompatible_keys: Any) -> None:
-    """Statistics that were loaded have a count of their own."""
-    assert isinstance(module, Standardise)
-    module._batches = None
+        F.batch_norm(tokens_ME, seen[0], seen[1], training=True, momentum=1.0)  # its own mean and variance, quickly
+        fine = seen.isfinite().all()
+        tracked.add_(fine.to(tracked.dtype))
+        share = torch.where(fine, 1.0 / tracked.clamp_min(1), torch.zeros_like(seen[0, 0]))
+        for own_E, seen_E in zip((statistics.running_mean, statistics.running_var), seen, strict=True):
+            own_E.mul_(1.0 - share).add_(share * torch.where(fine, seen_E, torch.zeros_like(seen_E)))

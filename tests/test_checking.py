@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from visexpert.checking import check_run, check_settings
+from visexpert.checking import check_machine, check_run, check_settings
 from visexpert.cli import main
 from visexpert.errors import ConfigError
 
@@ -194,3 +194,24 @@ def test_a_run_whose_configuration_is_none_is_refused(
     torch.save({"state_dict": {}, "global_step": 1}, tmp_path / "checkpoints" / "last.ckpt")
     (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
     assert "config.yaml" in refused([*command, str(tmp_path)], capsys)
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda"])
+def test_a_machine_without_a_gpu_is_told_what_to_type(accelerator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError) as refused:
+        check_machine({"accelerator": accelerator, "devices": 8, "strategy": "deepspeed_stage_2"})
+    for part in (f"accelerator is {accelerator}", "--trainer.accelerator cpu", "--trainer.devices 1", "num_nodes 1"):
+        assert part in str(refused.value)
+    check_machine({"accelerator": "auto", "devices": "auto", "strategy": "auto"})
+
+
+@pytest.mark.parametrize(
+    "strategy", ["deepspeed_stage_2", {"class_path": "lightning.pytorch.strategies.DeepSpeedStrategy"}]
+)
+def test_a_missing_deepspeed_names_the_extra(strategy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("visexpert.checking.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"DeepSpeed is not installed; .*'visexpert\[deepspeed\]'"):
+        check_machine({"accelerator": "cpu", "strategy": strategy})
+    monkeypatch.setattr("visexpert.checking.find_spec", lambda name: object())
+    check_machine({"accelerator": "cpu", "strategy": strategy})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tests.sharded_parts import as_deepspeed, as_fsdp, copy_run
@@ -274,3 +275,16 @@ def test_no_command_shows_a_traceback_for_a_checkpoint_that_cannot_be_read(
         message = refused(arguments, capsys)
         assert "last.ckpt" in message and "\n" not in message.strip(), arguments
     assert not (tmp_path / "ran").exists() and not (tmp_path / "new" / "checkpoints").exists()
+
+
+def test_validation_at_a_share_of_an_epoch_in_a_run_that_starts_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The shipped configurations count steps, ``check_val_every_n_epoch: null``, which goes with whole numbers."""
+    folder = tmp_path / "share"
+    options = ["--trainer.val_check_interval", "0.25", "--trainer.max_steps", "1", "--test_after_fit", "false"]
+    main(["fit", "--config", str(SMOKE), "--run", str(folder), *options, "--ckpt_path", "last"])
+    assert f"'{folder}' has no checkpoint, so this starts anew" in caplog.text
+    trainer = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["trainer"]
+    assert (trainer["val_check_interval"], trainer["check_val_every_n_epoch"]) == (0.25, 1)
+    assert "val/nll/nll" in metrics_of(folder)

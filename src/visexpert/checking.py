@@ -9,6 +9,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -100,6 +101,29 @@ def check_run(config: Mapping[str, Any], *, trains: bool) -> None:
         raise ConfigError(f"checkpoint_every is {every}, but must be at least 1 step.")
     trainer = config.get("trainer")
     _check_trainer(trainer if isinstance(trainer, Mapping) else vars(trainer) if trainer else {}, trains=trains)
+
+
+def check_machine(trainer: Mapping[str, Any]) -> None:
+    """Check that the machine has what the trainer asks for.
+
+    Raises:
+        ConfigError: There is no GPU, or DeepSpeed is not installed.
+    """
+    import torch  # heavy: what reads a configuration alone needs none
+
+    strategy = trainer.get("strategy")
+    name = str(strategy.get("class_path") if isinstance(strategy, Mapping) else strategy or "")
+    if trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"trainer.accelerator is {trainer['accelerator']}, but this machine has no GPU that PyTorch sees; to try "
+            "the configuration here, add --trainer.accelerator cpu --trainer.devices 1 --trainer.num_nodes 1 "
+            "--trainer.strategy auto --trainer.precision 32-true."
+        )
+    if "deepspeed" in name.lower() and find_spec("deepspeed") is None:
+        raise ConfigError(
+            f"trainer.strategy is {name}, but DeepSpeed is not installed; install it with pip install "
+            "'visexpert[deepspeed]', or add --trainer.strategy ddp (more memory per GPU) or fsdp."
+        )
 
 
 def built(build: Callable[[], T], *, who: str = "A setting") -> T:

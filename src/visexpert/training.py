@@ -36,7 +36,7 @@ from visexpert.callbacks import (
 )
 from visexpert.callbacks.checkpoint_io import RunTrainer, use_whole_files
 from visexpert.callbacks.predictions import check_writes
-from visexpert.checking import built, check_config_file, check_run, check_settings
+from visexpert.checking import built, check_config_file, check_machine, check_run, check_settings
 from visexpert.checkpoints import FOLDER, LAST, checked_checkpoint, is_checkpoint, newest_checkpoint
 from visexpert.errors import ConfigError, first_line
 from visexpert.interruption import stoppable
@@ -134,6 +134,11 @@ class VisexpertCLI(LightningCLI):
         if not self.subcommand:
             return
         config = self.config[self.subcommand]
+        if not self.reads_only:
+            check_machine(config["trainer"].as_dict())
+        share = config["trainer.val_check_interval"]
+        if isinstance(share, float) and share <= 1:  # of an epoch, so epochs count
+            config["trainer.check_val_every_n_epoch"] = config["trainer.check_val_every_n_epoch"] or 1
         config["weights_only"] = True
         self._overwrite, config["overwrite"] = config["overwrite"], False  # another fit of this file must not
         if self.subcommand == "predict" and config["return_predictions"] is None:
@@ -263,6 +268,8 @@ class VisexpertCLI(LightningCLI):
         if checkpoint == "last":
             found = newest_checkpoint(self._run / FOLDER)
             checkpoint = None if found is None else str(found)
+            if found is None and is_first_process():
+                log.warning("--ckpt_path last: '%s' has no checkpoint, so this starts anew.", self._run)
             self.config_init[self.subcommand]["ckpt_path"] = checkpoint
         elif checkpoint is not None and str(checkpoint) not in CHECKPOINT_WORDS and "://" not in str(checkpoint):
             checked_checkpoint(Path(str(checkpoint)), owner="ckpt_path")

@@ -23,7 +23,8 @@ def test_later_configurations_and_arguments_lie_over_earlier_ones(
     arguments = ["--config", SMOKE, "--config", str(overlay), "--data.init_args.batch_size", "4", "--json"]
     run([*arguments, "--gpu", "v100", "--mfu", "0.5"])
     found = json.loads(capsys.readouterr().out)
-    assert found["amount"] == {"batch_size": 4, "rows": 32, "samples": 4 * 3 * 5, "steps": 5}
+    counts = {"batch_size": 4, "rows": 32, "samples": 4 * 3 * 5, "steps": 5}
+    assert found["amount"] == counts | {"per_step": 4 * 3, "by_steps": True}
     assert [part["name"] for part in found["parts"] if part["role"] == "teachers"] == ["expert semantic"]
     assert found["asked"]["gpus"] == 3 and found["gpu"]["label"].startswith("NVIDIA V100")
     parts = sum(part["forward"] + part["backward"] for part in found["parts"])

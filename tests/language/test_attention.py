@@ -42,6 +42,7 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     "llama4_text": SIZES | CHUNKS,
     "gpt2": GPT2_SIZES | {"bos_token_id": 0, "eos_token_id": 1},
     "opt": SIZES | {"ffn_dim": 32, "word_embed_proj_dim": 16},
+    "bert": SIZES | {"is_decoder": True},
 }
 
 
@@ -110,6 +111,9 @@ def test_a_window_is_felt() -> None:
     [
         ({"model_type": "mamba", "vocab_size": VOCAB, "hidden_size": 16}, "'mamba' carries a state along the row"),
         ({"model_type": "lfm2", **SIZES, "layer_types": ["conv", "full_attention"]}, "layers of the kind conv"),
+        ({"model_type": "xglm", "vocab_size": VOCAB, "d_model": 16}, "'xglm' makes its attention masks"),
+        ({"model_type": "ctrl", "vocab_size": VOCAB, "n_embd": 16}, "'ctrl' cannot generate from embeddings"),
+        ({"model_type": "bert", **SIZES}, "'bert' reads text in both directions (is_decoder is false)"),
         ({"model_type": "bloom", "vocab_size": VOCAB, "hidden_size": 16}, "'bloom' makes its attention masks"),
         ({"model_type": "falcon", "vocab_size": VOCAB, "hidden_size": 16, "alibi": True}, "ALiBi"),
         ({"model_type": "gemma3n_text", **SIZES, "hidden_size_per_layer_input": 8}, "token ids in every layer"),

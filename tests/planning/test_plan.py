@@ -16,6 +16,7 @@ from visexpert.planning import Asked, Plan, Planned, make_plan, read_configs
 from visexpert.planning.parts import ready_to_train
 from visexpert.planning.plan import Row
 from visexpert.planning.sample import sample_of
+from visexpert.planning.show import steps_in_epochs
 from visexpert.runs import build
 
 TOVE, MOVEKD = "configs/tove/smoke.yaml", "configs/movekd/smoke.yaml"
@@ -152,3 +153,14 @@ def test_a_checkpoint_holds_what_trains_twice_over_and_no_teacher() -> None:
 def test_impossible_wishes_are_refused_in_a_sentence(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize(("gpus", "epochs", "epoch"), [(2, "0.80", 5), (1, "0.40", 10), (4, "1.60", 3)])
+def test_steps_are_told_in_epochs(gpus: int, epochs: str, epoch: int) -> None:
+    """4 steps of 4 images per GPU, of 40: with half the GPUs, the same steps are half the epochs."""
+    options = ("--trainer.max_steps=4", "--data.init_args.batch_size=4")
+    plan = make_plan(read(TOVE, *options), Asked(gpus=gpus, samples=40, text_tokens=TEXT))
+    assert (plan.amount.per_step, plan.amount.epoch_steps) == (4 * gpus, epoch)
+    told = steps_in_epochs(plan)
+    assert f"max_steps: 4 of {4 * gpus} samples ({gpus} GPUs) are {16 * gpus} samples, {epochs} epochs of 40" in told
+    assert told.endswith(f"one epoch is max_steps: {epoch}.")

@@ -5,6 +5,7 @@ transformers makes such masks by itself only for plain rows; packed items that s
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal
 
 import torch
@@ -32,10 +33,12 @@ def check_packing(settings: PretrainedConfig, *, owner: str) -> None:
 
     Raises:
         ConfigError: It carries a state along the row (Mamba, RWKV), mixes neighbors (convolutions), takes distances
-            from places in the row instead of positions (ALiBi), makes its masks by itself alone, or embeds token ids
-            once more in every layer, which image tokens do not have.
+            from places in the row instead of positions (ALiBi), makes its masks by itself alone, embeds token ids
+            once more in every layer, which image tokens do not have, sees what follows (BERT), or generates from token
+            ids alone (CTRL).
     """
-    model, text = _class_of(settings), settings.get_text_config(decoder=True)
+    model: Any = _class_of(settings)
+    text = settings.get_text_config(decoder=True)
     kinds = set(getattr(text, "layer_types", None) or ())
     has_own_masks = model is not None and not (model._supports_sdpa or model._supports_attention_backend)
     problems = {
@@ -44,6 +47,10 @@ def check_packing(settings: PretrainedConfig, *, owner: str) -> None:
         "takes distances from places in the row (ALiBi)": bool(getattr(text, "alibi", False)),
         "makes its attention masks by itself": has_own_masks,
         "reads token ids in every layer": bool(getattr(text, "hidden_size_per_layer_input", None)),
+        "reads text in both directions (is_decoder is false)": getattr(text, "is_decoder", True) is False
+        and "is_decoder" in inspect.signature(type(text).__init__).parameters,
+        "cannot generate from embeddings": model is not None
+        and "inputs_embeds" not in inspect.signature(model.prepare_inputs_for_generation).parameters,
     }
     for problem, found in problems.items():
         if found:

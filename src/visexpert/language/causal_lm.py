@@ -33,6 +33,15 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 """How a folder in ``save_pretrained`` form names its weights, or the list of their parts; the first found is read."""
 
 
+IN_WHOLE = {
+    r"^(?:model\.)?language_model\.model\.": "model.",
+    r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
+    r"^(?:model\.)?language_model\.": "model.",
+    r"^model\.text_model\.": "model.",
+}
+"""Where a model that also sees keeps its language model, and the names of that model alone."""
+
+
 def build_config(config: Mapping[str, Any] | None, source: str | None, *, owner: str) -> PretrainedConfig:
     """The configuration from fields with ``model_type``, or of a folder or hub id.
 
@@ -41,7 +50,7 @@ def build_config(config: Mapping[str, Any] | None, source: str | None, *, owner:
         WeightsError: The source is not to be had, or its configuration cannot be read.
     """
     if config is not None:
-        return _from_fields(dict(config), owner)
+        return text_part(_from_fields(dict(config), owner), owner=owner)
     folder = model_folder(str(source), owner=owner)
     try:
         loaded: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -50,7 +59,30 @@ def build_config(config: Mapping[str, Any] | None, source: str | None, *, owner:
             f"{owner}: {folder / 'config.json'} is of no model that transformers knows without running its code "
             f"({str(error).splitlines()[0][:120]}); give another."
         ) from error
-    return loaded
+    return text_part(loaded, owner=owner)
+
+
+def text_part(settings: PretrainedConfig, *, owner: str) -> PretrainedConfig:
+    """The configuration of the language model inside one that also sees or hears; of any other, itself.
+
+    Its weights are in the same files (Gemma-3, Llama-4, Mistral-3, LLaVA), under :data:`IN_WHOLE`.
+
+    Raises:
+        ConfigError: The text part cannot stand alone (Qwen2-VL).
+    """
+    text = settings.get_text_config(decoder=True)
+    known = AutoModelForCausalLM._model_mapping
+    whole = "" if text is settings else f", the text part of '{settings.model_type}',"
+    if type(text) not in known:
+        raise ConfigError(
+            f"{owner}: a model of type '{text.model_type}'{whole} is no causal language model that transformers runs "
+            "by itself; take one, such as llama, qwen3, mistral or gemma3_text."
+        )
+    if text is not settings and not hasattr(text, "hidden_size"):
+        raise ConfigError(f"{owner}: '{text.model_type}'{whole} has no hidden_size; take another.")
+    if getattr(settings, "tie_word_embeddings", False):  # the whole model's word counts (Mistral-3)
+        text.tie_word_embeddings = True
+    return text
 
 
 def torch_dtype(name: Dtype, *, owner: str) -> torch.dtype:
@@ -106,7 +138,8 @@ def read_model(
         with _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, config=settings, dtype=dtype, attn_implementation=attention_of(settings), local_files_only=True,
-                trust_remote_code=False, weights_only=True, output_loading_info=True, **options,
+                trust_remote_code=False, weights_only=True, output_loading_info=True,
+                key_mapping=IN_WHOLE if _is_whole(folder, settings) else None, **options,
             )  # fmt: skip
     except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError, SafetensorError) as error:
         raise WeightsError(
@@ -116,6 +149,11 @@ def read_model(
     check_report(report, folder, owner=owner, fresh=fresh)
     filled: nn.Module = model
     return filled
+
+
+def _is_whole(folder: Path, settings: PretrainedConfig) -> bool:
+    """Whether a folder's model has more than the language model that is wanted of it."""
+    return bool(read_json(folder / "config.json").get("model_type") != settings.model_type)
 
 
 def check_report(report: Mapping[str, Any], folder: Path, *, owner: str, fresh: tuple[str, ...] = ()) -> None:

@@ -62,6 +62,7 @@ class PrefixLM(PretrainedSide):
             quantisation=quantisation, gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
         self.position_scale = position_scale
+        self.width = int(self.model.get_input_embeddings().embedding_dim)  # OPT-350m projects narrower ones
         self.image_newline = nn.Embedding(1, self.width, dtype=self._dtype) if image_newline else None
         if self.image_newline is not None:
             nn.init.normal_(self.image_newline.weight, std=self.width**-0.5)

@@ -25,12 +25,21 @@ class Amount:
         rows: Training images; None where the data is not here and no one said.
         samples: Images that pass through training, all epochs; None likewise.
         steps: Optimiser steps; None likewise.
+        per_step: Samples of an optimizer step, all processes.
+        by_steps: Whether steps end the fit (``max_steps``), whatever that is in epochs.
     """
 
     batch_size: int
     rows: int | None
     samples: int | None
     steps: int | None
+    per_step: int = 1
+    by_steps: bool = False
+
+    @property
+    def epoch_steps(self) -> int | None:
+        """Optimizer steps of an epoch; None where the number of images is not known."""
+        return None if self.rows is None else math.ceil(self.rows / self.per_step)
 
 
 def amount_of(
@@ -48,10 +57,10 @@ def amount_of(
     per_step = batch * gpus * int(trainer.get("accumulate_grad_batches") or 1)
     max_steps, epochs = trainer.get("max_steps"), trainer.get("max_epochs")
     if max_steps is not None and max_steps >= 0:
-        return Amount(batch, rows, max_steps * per_step, max_steps)
+        return Amount(batch, rows, max_steps * per_step, max_steps, per_step, by_steps=True)
     if rows is None or epochs is None or epochs < 0:
-        return Amount(batch, rows, None, None)
-    return Amount(batch, rows, epochs * rows, epochs * math.ceil(rows / per_step))
+        return Amount(batch, rows, None, None, per_step)
+    return Amount(batch, rows, epochs * rows, epochs * math.ceil(rows / per_step), per_step)
 
 
 def batch_size_of(data: LightningDataModule) -> int:

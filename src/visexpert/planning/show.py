@@ -61,7 +61,21 @@ def _compute(plan: Plan) -> str:
         total = (plan.gflop * (amount.samples or 0) + plan.gflop_stored * (amount.rows or 0)) * 1e9
         read = f"{amount.samples:,} samples in {amount.steps:,} steps"
         lines.append(f"{read}: {total:.2e} FLOP, {duration(plan.hours)} on {machine}.")
+    if amount.by_steps:
+        lines.append(steps_in_epochs(plan))
     return "\n".join(lines)
+
+
+def steps_in_epochs(plan: Plan) -> str:
+    """What the number of steps comes to in epochs, and how many steps one epoch has."""
+    amount, gpus = plan.amount, plan.asked.gpus
+    each = f"max_steps: {amount.steps} of {amount.per_step} samples ({gpus} GPUs) are {amount.samples:,} samples"
+    if amount.rows is None or amount.samples is None:
+        return f"{each}; give --samples to see how many epochs that is."
+    return (
+        f"{each}, {amount.samples / amount.rows:.2f} epochs of {amount.rows:,}; one epoch is max_steps: "
+        f"{amount.epoch_steps}."
+    )
 
 
 def _memory(plan: Plan) -> Table:

@@ -41,7 +41,7 @@ LAW: dict[str, frozenset[str]] = {
     "language": frozenset({"types"}),
     "losses": frozenset({"types"}),
     "methods": STAGES | {"metrics", "store"},
-    "callbacks": frozenset({"types", "methods", "transfer", "losses", "report"}),
+    "callbacks": frozenset({"types", "methods", "language", "vision", "transfer", "losses", "report", "export"}),
     "metrics": frozenset({"types"}),
     "store": frozenset({"types"}),
     "export": frozenset({"types", "vision"}),

@@ -7,6 +7,7 @@ from visexpert.callbacks.continuation import MetricsContinuation
 from visexpert.callbacks.cost import CostReport
 from visexpert.callbacks.detach import ExpertDetachment
 from visexpert.callbacks.figures import RunFigures
+from visexpert.callbacks.meant_for import MeantFor
 from visexpert.callbacks.merge import KnowledgeMerging
 from visexpert.callbacks.phase import Phase, PhaseSettings
 from visexpert.callbacks.predictions import Predictions
@@ -21,6 +22,7 @@ __all__ = [
     "CostReport",
     "ExpertDetachment",
     "KnowledgeMerging",
+    "MeantFor",
     "MetricsContinuation",
     "Phase",
     "PhaseSettings",

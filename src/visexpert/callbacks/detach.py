@@ -45,6 +45,7 @@ from visexpert.transfer.detach import (
 log = logging.getLogger(__name__)
 
 FACTS = "detachment.json"
+ACCURACY = "vqa/accuracy"
 
 
 class ExpertDetachment(Phase):
@@ -64,7 +65,8 @@ class ExpertDetachment(Phase):
         search: ``exhaustive`` tries all 2^K subsets; ``greedy`` takes out one expert after another; ``auto`` is
             exhaustive for up to 6 experts.
         loss: Validation figure that decides, lower is better.
-        score: Validation figure of the table and the Pareto front, higher is better.
+        score: Validation figure of the table and the Pareto front, higher is better; null takes ``vqa/accuracy``
+            where the validation data has it, else the loss with its sign changed.
         images: Validation images to score each subset on; null takes all.
         timing_images: Images per call while measuring milliseconds.
         timing_seconds: Least time to spend on measuring them, twice.
@@ -84,7 +86,7 @@ class ExpertDetachment(Phase):
         budget_measure: Measure = "ms",
         search: Search = "auto",
         loss: str = "nll/nll",
-        score: str = "vqa/accuracy",
+        score: str | None = None,
         images: int | None = None,
         timing_images: int = 16,
         timing_seconds: float = 2.0,
@@ -182,18 +184,27 @@ class ExpertDetachment(Phase):
         finally:
             attach_only(model, everything)
         found = Findings(choice, self.criterion, scoring.gate_mass, scoring.seen, again[()], again[choice.kept])
-        found.write(folder / self.name, score_name=self.score, settings=self._settings(), weights=weights)
+        name = self._score_name(scoring.figures[choice.kept])
+        found.write(folder / self.name, score_name=name, settings=self._settings(), weights=weights)
         return choice.kept
 
     def _score(self, subset: Subset, scoring: SubsetScoring, milliseconds: Mapping[Subset, float]) -> SubsetScore:
         figures = scoring.figures[subset]
-        for name in (self.loss, self.score):
-            if name not in figures:
+        name = self._score_name(figures)
+        for wanted in (self.loss, name.removeprefix("-")):
+            if wanted not in figures:
                 raise ConfigError(
-                    f"ExpertDetachment: the validation data gives no {name!r}; it gives {', '.join(sorted(figures))}."
+                    f"ExpertDetachment: the validation data gives no {wanted!r}; it gives {', '.join(sorted(figures))}."
                 )
+        score = -figures[self.loss] if name.startswith("-") else figures[name]
         cost = interpolated_cost(subset, milliseconds)
-        return SubsetScore(subset, figures[self.loss], figures[self.score], cost, scoring.gflop[subset])
+        return SubsetScore(subset, figures[self.loss], score, cost, scoring.gflop[subset])
+
+    def _score_name(self, figures: Mapping[str, float]) -> str:
+        """The score that counts; with a minus, the loss of the other sign."""
+        if self.score is not None:
+            return self.score
+        return ACCURACY if ACCURACY in figures else f"-{self.loss}"
 
     def _retune(
         self, model: ToVE, data: LightningDataModule, out: Path, settings: PhaseSettings, cost: CostReport
@@ -274,7 +285,7 @@ class Findings:
             worth_figure(choice.worths, self.gate_mass, out / "figures" / "worth.png")
         tables = worth_table(choice.worths, self.gate_mass, kept=choice.kept)
         tables += "\n" + subset_table(choice.scores, front=front, kept=choice.kept, experts=experts)
-        write_text(out / "detachment.md", f"{self._summary(experts, settings)}\n{tables}")
+        write_text(out / "detachment.md", f"{self._summary(experts, settings, score_name)}\n{tables}")
         facts = {
             "settings": settings, "weights": weights, "experts": experts, "kept": choice.kept,
             "detached": choice.detached, "search": choice.search, "images": self.images,
@@ -284,13 +295,13 @@ class Findings:
         }  # fmt: skip
         write_json(out / FACTS, facts)
 
-    def _summary(self, experts: Subset, settings: Mapping[str, Any]) -> str:
+    def _summary(self, experts: Subset, settings: Mapping[str, Any], score_name: str) -> str:
         given = ("min_worth", "keep", "latency_budget")
         by = next(f"{name} = {settings[name]}" for name in given if settings[name] is not None)
         unit = f" ({self.criterion.measure})" if self.criterion.latency_budget is not None else ""
         return (
             f"# Expert detachment\n\nKept: {subset_label(self.choice.kept, experts)}, by {by}{unit}, "
-            f"{self.choice.search} search; {settings['loss']} and {settings['score']} on {self.images} validation "
+            f"{self.choice.search} search; {settings['loss']} and {score_name} on {self.images} validation "
             f"images. Measured once more, side by side, what is kept takes {self.kept_ms:.3f} ms per image, "
             f"{self.kept_ms / self.clip_ms:.2f} x plain CLIP.\n\nCosts are those of the vision side, encoders live. "
             "GFLOP is counted for each subset. Milliseconds are measured for CLIP alone, CLIP with each expert and "

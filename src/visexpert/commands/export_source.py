@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visexpert.callbacks.meant_for import llava_problems
 from visexpert.captioning import text_encoder_of
 from visexpert.errors import ConfigError
 from visexpert.export import ExportSource, LanguageParts, Projection
@@ -95,21 +96,13 @@ def _language_parts(saved: SavedRun) -> LanguageParts:
     """
     model: Any = saved.model
     language, projector = model.language, model.projector
-    layers = list(projector.layers) if isinstance(projector.layers, nn.Sequential) else []
     attached = list(model.hub.attached) if isinstance(model, ToVE) else []  # MoVE-KD's teachers are not read
-    problems = {
-        f"language: {type(language).__name__} (it needs PrefixLM)": not isinstance(language, PrefixLM),
-        f"position_scale: {getattr(language, 'position_scale', 0)} (it needs 0)": getattr(
-            language, "position_scale", 0
-        ),
-        "a projector other than mlp2x_gelu": len(layers) != 3,
-        "projector_norm: true (it needs false)": not isinstance(projector.norm, nn.Identity),
-        f"use: {attached} (its language side reads experts: merge first)": attached,
-        "blind: true": getattr(model, "blind", False),
-    }
-    for problem, found in problems.items():
-        if found:
-            raise ConfigError(f"--format llava has no place for {problem}; export '{saved.folder}' as hf, or train so.")
+    problems = llava_problems(model)
+    if attached:
+        problems.append(f"use: {attached} (its language side reads experts: merge first)")
+    if problems:
+        raise ConfigError(f"--format llava has no place for {problems[0]}; export '{saved.folder}' as hf, or train so.")
+    layers = list(projector.layers)
     assert isinstance(language, PrefixLM)
     first, last = layers[0], layers[-1]
     assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)

@@ -1,0 +1,85 @@
+"""What a run is meant for, so that what could not be exported is refused before it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from visexpert.errors import ConfigError
+from visexpert.export import check_formats
+from visexpert.export.llava import check_language
+from visexpert.language import PrefixLM
+from visexpert.methods import Method, ToVE
+from visexpert.vision import TiledClipEncoder, mole_settings
+
+
+class MeantFor(Callback):
+    """Refuse before training what `visexpert export` could not write afterwards.
+
+    Experts of ToVE are no obstacle: `visexpert merge` comes before the export.
+
+    Args:
+        formats: Formats of `visexpert export` that the run is to be written in, such as ``[hf, llava]``.
+
+    Raises:
+        ConfigError: An unknown format, or one whose packages are missing.
+    """
+
+    def __init__(self, *, formats: list[str]) -> None:
+        check_formats(formats)
+        self.formats = tuple(formats)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the model before a fit, when it is built and its weights need not be there.
+
+        Raises:
+            ConfigError: A format has no place for the model.
+        """
+        if stage == "fit":
+            check_exportable(pl_module, self.formats)
+
+
+def check_exportable(model: LightningModule, formats: Sequence[str]) -> None:
+    """Refuse a model that could not be written in some formats.
+
+    Raises:
+        ConfigError: The first obstacle.
+    """
+    if not isinstance(model, Method) or not hasattr(model, "clip"):
+        raise ConfigError(f"MeantFor: {type(model).__name__} has no CLIP to export; remove it from the callbacks.")
+    clip: Any = model.clip
+    depth = int(clip.config.num_hidden_layers)
+    for name in formats:
+        if name == "llava":
+            problems = llava_problems(model)
+            if problems:
+                raise ConfigError(
+                    f"MeantFor: llava has no place for {problems[0]}; train otherwise, or take llava out of formats."
+                )
+            check_language(model.language.model)
+        if name == "open_clip" and clip.layer < -depth:
+            raise ConfigError(f"MeantFor: open_clip hands out no tokens of layer {clip.layer}; take another, or hf.")
+        if name == "visexpert" and mole_settings(clip) is None and not isinstance(model, ToVE):
+            raise ConfigError("MeantFor: visexpert is for a CLIP with MoLE, which this one lacks; take hf.")
+
+
+def llava_problems(model: Method) -> list[str]:
+    """Settings of a method's language side, projector and CLIP that LLaVA's form has no place for."""
+    language, projector = model.language, model.projector
+    layers = getattr(projector, "layers", None)
+    scale = getattr(language, "position_scale", 0)
+    problems = {
+        f"language: {type(language).__name__} (it needs PrefixLM)": not isinstance(language, PrefixLM),
+        f"position_scale: {scale} (it needs 0)": scale,
+        "image_newline: true (tiles)": getattr(language, "image_newline", None) is not None,
+        f"clip: {type(getattr(model, 'clip', None)).__name__} (tiles)": isinstance(
+            getattr(model, "clip", None), TiledClipEncoder
+        ),
+        "a projector other than mlp2x_gelu": not isinstance(layers, nn.Sequential) or len(layers) != 3,
+        "projector_norm: true (it needs false)": not isinstance(getattr(projector, "norm", None), nn.Identity),
+        "blind: true": getattr(model, "blind", False),
+    }
+    return [problem for problem, found in problems.items() if found]

@@ -178,6 +178,9 @@ def test_a_header(name: str, walk: Walk) -> None:
         if command[0] in ("fit", "merge", "detach"):
             assert made is not None
             read_run(Path(made))
+            if command[0] == "detach":
+                found = json.loads((Path(made) / "detachment.json").read_text(encoding="utf-8"))
+                assert all(score["score"] == -score["loss"] for score in found["scores"])  # captions have no accuracy
         elif command[0] == "export":
             assert made is not None
             READERS[option(command, "--format") or ""](Path(made))

@@ -65,8 +65,8 @@ class ExpertDetachment(Phase):
         search: ``exhaustive`` tries all 2^K subsets; ``greedy`` takes out one expert after another; ``auto`` is
             exhaustive for up to 6 experts.
         loss: Validation figure that decides, lower is better.
-        score: Validation figure of the table and the Pareto front, higher is better; null takes ``vqa/accuracy``
-            where the validation data has it, else the loss with its sign changed.
+        score: Validation figure of the table and the Pareto front, higher is better; a minus before its name changes
+            its sign. null takes ``vqa/accuracy`` where the validation data has it, else ``-`` and the loss.
         images: Validation images to score each subset on; null takes all.
         timing_images: Images per call while measuring milliseconds.
         timing_seconds: Least time to spend on measuring them, twice.
@@ -196,12 +196,12 @@ class ExpertDetachment(Phase):
                 raise ConfigError(
                     f"ExpertDetachment: the validation data gives no {wanted!r}; it gives {', '.join(sorted(figures))}."
                 )
-        score = -figures[self.loss] if name.startswith("-") else figures[name]
+        score = -figures[name[1:]] if name.startswith("-") else figures[name]
         cost = interpolated_cost(subset, milliseconds)
         return SubsetScore(subset, figures[self.loss], score, cost, scoring.gflop[subset])
 
     def _score_name(self, figures: Mapping[str, float]) -> str:
-        """The score that counts; with a minus, the loss of the other sign."""
+        """Name of the score that counts; behind a minus, of a loss whose sign is changed."""
         if self.score is not None:
             return self.score
         return ACCURACY if ACCURACY in figures else f"-{self.loss}"
@@ -228,7 +228,7 @@ class ExpertDetachment(Phase):
         whole, left = ({} if not path.is_file() else read_json(path) for path in _metrics_of(folder, out))
         told = [
             f"{key} {_figure(whole.get(key))} before, {_figure(left.get(key))} after"
-            for key in (f"test/{self.score}", f"test/{self.loss}")
+            for key in (f"test/{self.score or ACCURACY}", f"test/{self.loss}")
         ]
         names = {key: ", ".join(facts[key]) or "none" for key in ("kept", "detached")}
         return (

@@ -116,8 +116,9 @@ def _usage(saved: SavedRun, student: ClipEncoder) -> tuple[RouterUsage, Part]:
         use = RouterUse(student)
         _run(saved, use, "Measuring the use of experts", part=part)
         if use.meter.num_images:
+            if part != "validation":
+                log.warning("The data has no validation images; training images are folded by (--data names others).")
             return use.meter.usage(), part
-        log.warning("The data has no %s images; folding looks at training images instead (--data names others).", part)
     raise DataError(f"'{saved.folder}' has no images to fold by; name some with --data FOLDER.")
 
 

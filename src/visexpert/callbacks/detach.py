@@ -184,7 +184,7 @@ class ExpertDetachment(Phase):
         finally:
             attach_only(model, everything)
         found = Findings(choice, self.criterion, scoring.gate_mass, scoring.seen, again[()], again[choice.kept])
-        name = self._score_name(scoring.figures[choice.kept])
+        name = self._score_name(next(iter(scoring.figures.values())))  # all subsets have the same
         found.write(folder / self.name, score_name=name, settings=self._settings(), weights=weights)
         return choice.kept
 

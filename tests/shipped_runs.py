@@ -1,0 +1,344 @@
+"""Runs of the files under configs/ as they are shipped, in two optimizer steps: one parser, one cache, one folder.
+
+Only sizes, devices and numbers of steps are replaced, and METEOR is off, which needs Java. Data lie where the files
+say, under a folder of the test's own; published models lie in a hub cache by their names, with few and random weights.
+Figures are built but not painted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from jsonargparse import Namespace
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins import DeepSpeedPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.trainer.connectors import accelerator_connector
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tests.tiny_configs import CONFIGS, write_data, write_models
+from tests.vision.hub import put_in_cache
+from visexpert.methods.checkpointed import CheckpointedModule
+from visexpert.training import VisexpertCLI, build_cli
+
+NORM = 10.0
+"""What gradients are scaled to before they are clipped, so that every clipping has something to do."""
+
+LIMITS: dict[str, float] = {
+    "batch_size": 2, "eval_batch_size": 2, "num_workers": 0, "render_workers": 0, "num_train": 24, "num_val": 4,
+    "num_test": 4, "max_steps": 2, "steps": 2, "val_check_interval": 2, "eval_every": 2, "checkpoint_every": 2,
+    "warmup_steps": 1, "language_frozen_steps": 1, "map_size": 16, "devices": 1, "num_nodes": 1,
+    "caption_images": 2, "timing_images": 1, "timing_seconds": 0,
+}  # fmt: skip
+"""Settings that are cut down to these wherever they are larger, in whatever class."""
+
+
+class EngineLikePrecision(DeepSpeedPrecision):
+    """Lightning's plugin for DeepSpeed around what the engine does, which needs a GPU.
+
+    Weights are in 16 bits without autocast, the optimizer has float32 masters of them, and gradients are clipped by
+    the engine alone, which gets ``gradient_clip_val`` from Lightning's strategy.
+    """
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        self._masters: dict[nn.Parameter, Tensor] = {}
+        return super().convert_module(module).to(self._desired_dtype)
+
+    backward = Precision.backward
+
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Optimizer, model: L.LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        closure()
+        self._after_closure(model, optimizer)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for parameter in parameters:
+            gradient, parameter.grad = parameter.grad, None
+            parameter.data = self._masters.get(parameter, parameter.data).float()
+            parameter.grad = None if gradient is None else gradient.float()
+        nn.utils.clip_grad_norm_(parameters, model.trainer.gradient_clip_val or float("inf"))
+        optimizer.step(**kwargs)
+        for parameter in parameters:
+            self._masters[parameter], parameter.grad = parameter.data, None
+            parameter.data = parameter.data.to(self._desired_dtype)
+
+
+class EngineLike(DeepSpeedStrategy):
+    """A DeepSpeedStrategy of one process whose model is not wrapped; see :class:`EngineLikePrecision`."""
+
+    def __init__(self, stage: int) -> None:
+        DDPStrategy.__init__(self)
+        self.stage = stage
+
+    setup_environment = Strategy.setup_environment
+    setup = Strategy.setup
+    setup_optimizers = Strategy.setup_optimizers
+    save_checkpoint = Strategy.save_checkpoint
+    tensor_init_context = Strategy.tensor_init_context
+    model_sharded_context = Strategy.model_sharded_context
+    handles_gradient_accumulation = Strategy.handles_gradient_accumulation
+    restore_checkpoint_after_setup = Strategy.restore_checkpoint_after_setup
+
+
+@dataclass
+class Group:
+    """What became of a group of the optimizer.
+
+    Args:
+        moved: Names of parameters that a step has changed.
+        still: Of the others.
+        lr: Highest rate.
+    """
+
+    moved: set[str] = field(default_factory=set)
+    still: set[str] = field(default_factory=set)
+    lr: float = 0.0
+
+
+class Watch(Callback):
+    """Looks at each optimizer step where it is taken: clipped gradients, what moves and what must not."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+        self.groups: dict[str, Group] = {}
+        self.changed: set[str] = set()
+        self._before: dict[str, Tensor] = {}
+        self._start: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start = {name: value.clone() for name, value in _must_stay(pl_module).items()}
+        optimizer, names = trainer.optimizers[0], {p: name for name, p in pl_module.named_parameters()}
+        optimizer.register_step_pre_hook(lambda given, *_: self._keep(given, names))
+        optimizer.register_step_post_hook(lambda given, *_: self._look(given, names))
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        gradients = _gradients(optimizer)
+        factor = NORM / _norm(gradients)
+        for gradient in gradients:
+            gradient.mul_(factor)
+
+    def _keep(self, optimizer: Optimizer, names: dict[Any, str]) -> None:
+        given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._before = {names[parameter]: parameter.detach().clone() for parameter in given}
+
+    def _look(self, optimizer: Optimizer, names: dict[Any, str]) -> None:
+        self.norms.append(_norm(_gradients(optimizer)))
+        for group in optimizer.param_groups:
+            known = self.groups.setdefault(group["name"] if "name" in group else str(group["weight_decay"]), Group())
+            known.lr = max(known.lr, group["lr"])
+            for parameter in group["params"]:
+                same = torch.equal(parameter, self._before[names[parameter]])
+                (known.still if same else known.moved).add(names[parameter])
+            known.still -= known.moved
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        end = _must_stay(pl_module)
+        self.changed = {name for name, value in self._start.items() if not torch.equal(value, end[name])}
+
+
+def _must_stay(module: L.LightningModule) -> dict[str, Tensor]:
+    """What no optimizer has, and all that is in frozen parts, buffers included."""
+    frozen = tuple(f"{name}." for name in module.frozen_modules()) if isinstance(module, CheckpointedModule) else ()
+    trained = {id(p) for group in module.trainer.optimizers[0].param_groups for p in group["params"]}
+    stay = {name: p.detach() for name, p in module.named_parameters() if id(p) not in trained}
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name.startswith(frozen)} if frozen else {}
+    return {**stay, **buffers}
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def _norm(gradients: Sequence[Tensor]) -> float:
+    return float(torch.stack([gradient.float().norm() for gradient in gradients]).norm())
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that was carried out.
+
+    Args:
+        folder: Its folder.
+        steps: Optimizer steps.
+        finished: Whether the trainer says that it is done.
+        callbacks: All that took part.
+        watch: What was seen of its steps.
+        clip: What the configuration clips gradients to; None for nothing.
+    """
+
+    folder: Path
+    steps: int
+    finished: bool
+    callbacks: Sequence[Callback]
+    watch: Watch
+    clip: float | None
+
+
+class OneParser(VisexpertCLI):
+    """The command line, whose parser is built once and used for many runs: building it takes longer than a run."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Wait for :meth:`carry_out`."""
+
+    def parsed(self, files: Sequence[str]) -> Namespace:
+        """The configuration of ``fit`` with these files."""
+        self.parse_arguments(
+            self.parser, ["fit", *(part for file in files for part in ("--config", str(CONFIGS / file)))]
+        )
+        config: Namespace = self.config
+        return config
+
+    def carry_out(self, config: Namespace, watch: Watch) -> None:
+        """Fit, as the command line would."""
+        self.config, self.subcommand = config, "fit"
+        self._set_seed()
+        self.before_instantiate_classes()
+        self.instantiate_classes()
+        self.trainer.callbacks.append(watch)  # type: ignore[attr-defined]
+        super()._run_subcommand("fit")
+
+
+class ShippedRuns:
+    """Carries out files under configs/ laid over each other, each chain once, and first what it starts from.
+
+    Args:
+        root: Empty folder; becomes the working directory.
+        patch: Undoes all that is set here.
+        start_of: Files of the run that a chain starts from, and where in its folder that start is.
+    """
+
+    def __init__(
+        self, root: Path, patch: pytest.MonkeyPatch, start_of: Callable[[tuple[str, ...]], tuple[tuple[str, ...], str]]
+    ) -> None:
+        self._start_of, self._done = start_of, dict[tuple[str, ...], Run]()
+        self._begun = 0
+        patch.setenv("PL_GLOBAL_SEED", "0")
+        patch.setenv("VISEXPERT_CACHE", str(root / "cache"))
+        patch.setattr("sys.argv", ["visexpert"])
+        (root / "models").mkdir()
+        for name, place in write_models(root / "models").items():
+            if Path(place).is_dir():
+                put_in_cache(patch, root / "hub", name, Path(place))
+        write_data(root / "data")
+        _leave_one_batch_of_text(root / "data" / "llava-instruct" / "llava_v1_5_mix665k.json")
+        patch.chdir(root)
+        for stage in (2, 3):
+            patch.setitem(StrategyRegistry[f"deepspeed_stage_{stage}"], "strategy", EngineLike)
+        patch.setattr(accelerator_connector, "DeepSpeedPrecision", EngineLikePrecision)
+        patch.setattr("matplotlib.figure.Figure.savefig", _leave_unpainted)
+        patch.setattr("visexpert.training.VisexpertCLI", OneParser)
+        cli = build_cli(["fit", "--config", str(CONFIGS / "tove" / "smoke.yaml")])
+        assert isinstance(cli, OneParser)
+        self._cli = cli
+
+    def run(self, files: Sequence[str]) -> Run:
+        """Fit two steps."""
+        chain = tuple(files)
+        if chain not in self._done:
+            self._done[chain] = self._fit(chain)
+        return self._done[chain]
+
+    def _fit(self, chain: tuple[str, ...]) -> Run:
+        config = self._cli.parsed(chain)
+        given = config["fit"]
+        if given["model"]["init_args"].get("init_from"):
+            start, place = self._start_of(chain)
+            given["model"]["init_args"]["init_from"] = str(self.run(start).folder / place)
+        shrink(given)
+        if "meteor" in given["model"]["init_args"]:
+            given["model"]["init_args"]["meteor"] = False  # phases score, and this one needs Java
+        given["trainer"]["accelerator"], given["trainer"]["log_every_n_steps"] = "cpu", 1
+        given["test_after_fit"] = False
+        self._begun += 1
+        given["run"] = f"runs/{self._begun}"
+        watch, environment = Watch(), dict(os.environ)
+        try:
+            self._cli.carry_out(config, watch)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            os.environ.clear()
+            os.environ.update(environment)
+        trainer = self._cli.trainer
+        assert isinstance(trainer, L.Trainer)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return Run(
+            Path(given["run"]).absolute(), trainer.global_step, trainer.state.finished, callbacks, watch,
+            given["trainer"]["gradient_clip_val"],
+        )  # fmt: skip
+
+
+def _leave_one_batch_of_text(path: Path) -> None:
+    """Of conversations without an image keep two, so that of two steps one sees images."""
+    records = json.loads(path.read_text(encoding="utf-8"))
+    text = [record for record in records if "image" not in record]
+    path.write_text(json.dumps([record for record in records if record not in text[2:]]), encoding="utf-8")
+
+
+def _leave_unpainted(figure: Any, target: Any, **options: Any) -> None:
+    """Build a figure, but no pixels of it, which take longer than a run; tests of figures paint them."""
+
+
+def shrink(value: Any) -> None:
+    """Cut down what is large, in place, by what each class offers for it; classes stay."""
+    if isinstance(value, list):
+        for entry in value:
+            shrink(entry)
+    if not isinstance(value, Namespace | dict):
+        return
+    kind = str(value.get("class_path") or "").rpartition(".")[2]
+    if kind in SHRUNK:
+        SHRUNK[kind](value["init_args"])
+    for key, entry in list(vars(value).items() if isinstance(value, Namespace) else value.items()):
+        if key in LIMITS and isinstance(entry, int | float) and not isinstance(entry, bool):
+            value[key] = min(entry, LIMITS[key])
+        else:
+            shrink(entry)
+
+
+def _shrink_timm(given: Any) -> None:
+    convolutional = "convnext" in given["model"]
+    small = {"depths": [1] * 4, "dims": [8] * 4} if convolutional else {"depth": 2, "embed_dim": 32, "num_heads": 2}
+    given["arguments"] = {**(given["arguments"] or {}), **small}
+    patch = given["arguments"].get("patch_size", 14)
+    given["weights"], given["image_size"] = "random", 64 if convolutional else 4 * patch
+
+
+def _shrink_published(given: Any) -> None:
+    """What a file says of a model that is not there yet: the small one in the cache says it itself."""
+    for name in ("architecture", "config", "processor"):
+        if given.get("source") and given.get(name) is not None and not given["source"].startswith("zoo:"):
+            given[name] = None
+
+
+def _shrink_images(given: Any) -> None:
+    given["image_size"] = 64
+    if given.get("max_tokens"):
+        given["max_tokens"] = 96  # the small tokenizer knows letters, hardly any words
+
+
+def _shrink_shards(given: Any) -> None:
+    given["train"] = given["train"].replace("{00000..00331}", "{00000..00001}")
+
+
+SHRUNK: dict[str, Callable[[Any], None]] = {
+    "TimmExpert": _shrink_timm,
+    "TransformersExpert": _shrink_published,
+    "DepthExpert": _shrink_published,
+    "ClipEncoder": _shrink_published,
+    "TiledClipEncoder": _shrink_published,
+    "KorniaEdges": _shrink_images,
+    "LLaVAInstruct": _shrink_images,
+    "MixedData": _shrink_images,
+    "CC3M": _shrink_shards,
+}

@@ -180,14 +180,13 @@ class Method(CheckpointedModule):
 
     def _log_step(self, output: StepOutput, batch: Batch) -> None:
         """Log what the batches of all processes have as one."""
-        counts = None
-        if self._trainer is not None and self.trainer.world_size > 1:
-            counts = batch.counts() if batch.step is None else batch.step.batch
-        loss = output.loss.detach() if counts is None else loss_over_processes(output, counts)
+        together = self._trainer is not None and self.trainer.world_size > 1
+        is_row = self._trainer is not None and writes_row(self.trainer)
+        counts = _counts(batch) if together or is_row else {}  # they may wait for the device
+        loss = loss_over_processes(output, counts) if together else output.loss.detach()
         self.log_dict({"train/loss": loss}, prog_bar=True, batch_size=output.batch_size)
-        if self._trainer is not None and writes_row(self.trainer):  # a dozen calls of log take a fifth of a small step
-            own = {name: value.detach() for name, value in output.parts.items()}
-            parts = own if counts is None else parts_over_processes(output, counts)
+        if is_row:  # a dozen calls of log take a fifth of a small step
+            parts = parts_over_processes(output, counts)
             self.log_dict({f"train/{name}": value for name, value in parts.items()}, batch_size=output.batch_size)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -310,6 +309,10 @@ def refuse_engine(strategy: Strategy, *, steps: int) -> None:
             f"language_frozen_steps={steps} drops the gradients of the language side, which {type(strategy).__name__} "
             "keeps to itself; set it to 0, or train with strategy ddp."
         )
+
+
+def _counts(batch: Batch) -> Mapping[Unit, int]:
+    return batch.counts() if batch.step is None else batch.step.batch
 
 
 def writes_row(trainer: L.Trainer) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import get_args
 
@@ -35,10 +36,12 @@ def loss_over_processes(output: StepOutput, counts: Mapping[Unit, int]) -> Tenso
 def parts_over_processes(output: StepOutput, counts: Mapping[Unit, int]) -> dict[str, float]:
     """What else there is to log, each a mean over the units of all processes; watched values count by images.
 
-    Processes need not have the same parts: a batch without an image has no balance.
+    Processes need not have the same parts: a batch without an image has no balance, and no distillation either. What
+    nobody has a number for is left out: a watched value is NaN where there are too few images for it.
     """
     own = {name: (float(term.value), counts[term.unit]) for name, term in output.terms.items()}
-    own |= {name: (float(value), counts["image"]) for name, value in output.watched.items()}
+    watched = {name: float(value) for name, value in output.watched.items()}
+    own |= {name: (value, 0 if math.isnan(value) else counts["image"]) for name, value in watched.items()}
     sums: dict[str, tuple[float, int]] = {}
     for parts in gathered(own):
         for name, (value, count) in parts.items():

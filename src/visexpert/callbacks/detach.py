@@ -115,6 +115,16 @@ class ExpertDetachment(Phase):
         self.retune_steps, self.retune_lr = retune_steps, retune_lr
         self.eval_every, self.checkpoint_every = eval_every, checkpoint_every
 
+    needs_validation = True
+
+    def check_start(self, model: ToVE) -> None:
+        """See :meth:`Phase.check_start`.
+
+        Raises:
+            ConfigError: There are no experts, or fewer than are to be kept.
+        """
+        check(model.hub.attached, self.criterion, self.search)
+
     def apply(self, model: ToVE, data: LightningDataModule, folder: Path, settings: PhaseSettings) -> Path:
         """Search, detach, train on, score, save. See :meth:`Phase.apply`."""
         out = folder / self.name

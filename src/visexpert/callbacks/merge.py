@@ -103,6 +103,15 @@ class KnowledgeMerging(Phase):
             "lr": lr, "language_lr": language_lr, "weight_decay": weight_decay, "warmup_steps": warmup_steps,
         }  # fmt: skip
 
+    def check_start(self, model: ToVE) -> None:
+        """See :meth:`Phase.check_start`.
+
+        Raises:
+            ConfigError: There is no expert to merge.
+        """
+        if not model.hub.attached:
+            raise ConfigError("KnowledgeMerging: the model uses no expert, so there is nothing to merge; take it out.")
+
     def apply(self, model: ToVE, data: LightningDataModule, folder: Path, settings: PhaseSettings) -> Path:
         """Train the student, score it, save it. See :meth:`Phase.apply`."""
         out = folder / self.name

@@ -112,6 +112,9 @@ class Phase(Callback):
         name: Folder inside the run's.
     """
 
+    needs_validation = False
+    """Whether the phase scores on validation images."""
+
     def __init__(self, *, name: str) -> None:
         if not name or Path(name).name != name:
             raise ConfigError(f"{type(self).__name__}: name={name!r} must be a plain folder name, such as 'merged'.")
@@ -141,6 +144,29 @@ class Phase(Callback):
             The phase's own folder.
         """
 
+    def check_start(self, model: ToVE) -> None:
+        """Refuse, before anything trains, what would fail when the phase begins.
+
+        Args:
+            model: Built; its weights may be yet to come.
+
+        Raises:
+            ConfigError: The phase cannot work on it.
+        """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Before a fit: see that model, processes and validation images are there for the phase behind it."""
+        if stage != "fit":
+            return
+        self.check_start(self._fitting(trainer, pl_module))
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        has_val = type(data).val_dataloader is not LightningDataModule.val_dataloader and len(data.val_dataloader())
+        if self.needs_validation and not has_val:
+            raise ConfigError(
+                f"{type(self).__name__} scores on validation images, but {type(data).__name__} has none; give the data "
+                "some (num_val, or a val part), or take the callback out."
+            )
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Work now, unless a test follows."""
         if not self.test_follows:
@@ -151,10 +177,8 @@ class Phase(Callback):
         if stage == "test":
             self._run(trainer, pl_module)
 
-    def _run(self, trainer: Trainer, model: LightningModule) -> None:
-        if trainer.interrupted:
-            return
-        check()
+    def _fitting(self, trainer: Trainer, model: LightningModule) -> ToVE:
+        """The model, where it is one that the phase can work on, in one process."""
         if trainer.world_size > 1:
             raise ConfigError(
                 f"{type(self).__name__} runs in one process, but this run has {trainer.world_size}; take it out, and "
@@ -162,6 +186,13 @@ class Phase(Callback):
             )
         if not isinstance(model, ToVE):
             raise ConfigError(f"{type(self).__name__} works on ToVE, not on {type(model).__name__}; remove it.")
+        return model
+
+    def _run(self, trainer: Trainer, model: LightningModule) -> None:
+        if trainer.interrupted:
+            return
+        check()
+        model = self._fitting(trainer, model)
         data: LightningDataModule = trainer.datamodule  # type: ignore[attr-defined]
         with kept_trainer(model, data):
             self.carry_out(model, data, folder_of(trainer), PhaseSettings.of(trainer))

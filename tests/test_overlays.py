@@ -88,3 +88,20 @@ def test_classes_are_related_by_descent_alone() -> None:
     assert are_related("visexpert.vision.TiledClipEncoder", "visexpert.vision.ClipEncoder")
     assert not are_related("visexpert.data.COCOCaptions", "visexpert.data.LLaVAInstruct")
     assert not are_related("visexpert.data.COCOCaptions", "no.such.Class")
+
+
+def test_a_setting_inside_a_class_can_be_null_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = {"init_args": {"mole": {"rank": 2}, "layer": -2}}
+    paths = files(tmp_path, {"model": {"init_args": {"clip": clip}}})
+    monkeypatch.setattr("sys.argv", ["visexpert"])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    arguments = [part for path in paths for part in ("--config", str(path))]
+    assert build_cli(arguments, run=False).model.clip.mole_layers()
+    name = "--model.init_args.clip.init_args.mole"
+    for word in (f"{name}=null", f"{name}=~"):
+        assert not build_cli([*arguments, word], run=False).model.clip.mole_layers()
+    assert not build_cli([*arguments, name, "null"], run=False).model.clip.mole_layers()
+    changed = build_cli([*arguments, f"{name}.rank=3"], run=False).model.clip
+    assert {layer.fc1_experts.rank for layer in changed.mole_layers()} == {3}

@@ -335,10 +335,13 @@ class RunParser(LightningArgumentParser):
     A class that takes the place of an unrelated one takes none of its settings over (:mod:`visexpert.overlays`).
     """
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+    def parse_args(self, args: Any = None, *others: Any, **kwargs: Any) -> Any:
         """Parse a command line with its configuration files."""
+        if not self.exit_on_error and args is not None:
+            # A setting inside a class, which jsonargparse hands on as text: a null that it has read becomes 'None'.
+            args = [f"{word.removesuffix('=None')}=null" if word.endswith("=None") else word for word in args]
         with unrelated_settings_dropped():
-            return super().parse_args(*args, **kwargs)
+            return super().parse_args(args, *others, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a ConfigError; parsers of nested classes report to this one, as they always do."""

@@ -6,6 +6,7 @@ import io
 import re
 from typing import Any
 
+import lightning as L
 import pytest
 import rich
 import torch
@@ -120,3 +121,11 @@ def test_the_loss_is_found_in_each_form_of_step_output() -> None:
     assert _loss_of(torch.tensor(2.5)) == 2.5
     assert _loss_of({"loss": torch.tensor(1.5, requires_grad=True)}) == 1.5
     assert _loss_of(None) is None
+
+
+@pytest.mark.parametrize(("max_epochs", "expected"), [(-1, "Epoch 3"), (None, "Epoch 3"), (5, "Epoch 3/4")])
+def test_an_epoch_is_named_of_how_many_only_where_that_is_known(max_epochs: int | None, expected: str) -> None:
+    bar = TrainingProgress(interactive=True)
+    bar._trainer = L.Trainer(accelerator="cpu", max_steps=1, logger=False, enable_progress_bar=False)
+    bar._trainer.fit_loop.max_epochs = max_epochs
+    assert bar._get_train_description(3).strip() == expected

@@ -66,6 +66,12 @@ class TrainingProgress(RichProgressBar):
         assert isinstance(described, TextColumn)
         return [described, bar, count, _StatusColumn(self)]
 
+    def _get_train_description(self, current_epoch: int) -> str:
+        """Name an epoch; of how many only where that is known (Lightning writes "Epoch 0/-2" where it is not)."""
+        if (self.trainer.max_epochs or -1) > 0:
+            return super()._get_train_description(current_epoch)
+        return f"Epoch {current_epoch}".ljust(len(self.validation_description))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._clock.reset()

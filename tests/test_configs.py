@@ -84,11 +84,13 @@ def test_every_file_builds(name: str, cli: VisexpertCLI, bases: dict[tuple[str, 
     base = base_of(name)
     files = [*base, *before(name), name] if is_overlay(name) else [name]
     config = cli.parser.parse_args([part for file in files for part in ("--config", str(CONFIGS / file))])
-    built = cli.parser.instantiate_classes(config)
-    assert isinstance(built.model, L.LightningModule) and isinstance(built.data, L.LightningDataModule)
     assert config.trainer.max_steps > 0
     config.pop("config")
     assert name in base or config.as_dict() != bases[base]  # an overlay changes something
+    if is_overlay(name):
+        return  # test_configs_train.py builds and trains it
+    built = cli.parser.instantiate_classes(config)
+    assert isinstance(built.model, L.LightningModule) and isinstance(built.data, L.LightningDataModule)
     if isinstance(built.model, Method):
         if isinstance(built.model, ToVE | MoVEKD):
             built.model.init_from = None  # another run's checkpoint, which nothing here has trained

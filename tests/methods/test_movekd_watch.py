@@ -116,13 +116,14 @@ def test_samples_without_an_image_do_not_count_in_validation(monkeypatch: pytest
     model = tiny_movekd(token_weighting="uniform").eval()
     whole = noise_batch()
     logged: list[tuple[dict[str, Tensor], int]] = []
-    monkeypatch.setattr(model, "log_dict", lambda values, batch_size, **_: logged.append((values, batch_size)))
+    model.on_validation_epoch_start()
+    monkeypatch.setattr(model.evaluators["val"], "add_means", lambda values, images: logged.append((values, images)))
     monkeypatch.setattr(model, "score", lambda *_: None)
     model.validation_step(replace(whole, has_image_B=torch.tensor([True, False])), 0)
     model.validation_step(replace(whole, images_BCHW=whole.images_BCHW[:1], index_B=whole.index_B[:1]), 0)
     (masked, count), (alone, one) = logged
     assert count == one == 1
-    torch.testing.assert_close(masked["val/kd/clip"], alone["val/kd/clip"])
+    torch.testing.assert_close(masked["kd/clip"], alone["kd/clip"])
 
 
 def test_views_are_attention_and_choices_of_images_alone() -> None:

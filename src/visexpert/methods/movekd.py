@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from visexpert.errors import ConfigError, require_numbers
+from visexpert.errors import ConfigError, DataError, require_numbers
 from visexpert.experts import FeatureCache, VisionExpert
 from visexpert.language import LanguageSide, Projector, supervised
 from visexpert.language.projector import ProjectorKind
@@ -266,6 +267,14 @@ class MoVEKD(Method):
         self.hub.use_cache(cache, sources, resample={})
         if self.anchor is not None:
             store_anchor(self.anchor, cache, sources)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """As every method; where the loss is not finite because a teacher's tokens are not, say so."""
+        try:
+            super().on_before_optimizer_step(optimizer)
+        except DataError:
+            self.distillation.check_finite()
+            raise
 
     def on_train_end(self) -> None:
         """The last steps, too, were with finite teachers."""

@@ -46,7 +46,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("model.init_args.weight_decay", "true", ["weight_decay", "float", "True"]),
         ("model.init_args.adapter_hidden", "0", ["adapter_hidden is 0", "at least 1"]),
         ("model.init_args.language.init_args.heads", "0", ["heads is 0", "at least 1"]),
-        ("model.init_args.language.init_args.depth", "null", ["CrossAttentionDecoder: depth", "int", "None"]),
+        ("model.init_args.language.init_args.depth", "null", ["depth is null", "leave it out for 2"]),
         ("model.init_args.clip.init_args.config.hidden_size", "[1]", ["ClipEncoder cannot be built", "hidden_size"]),
         ("model.init_args.clip.init_args.image_size", "0", ["image_size is 0", "at least 1"]),
         ("data.init_args.num_train", "null", ["num_train is null"]),

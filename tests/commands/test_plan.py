@@ -33,8 +33,9 @@ def test_later_configurations_and_arguments_lie_over_earlier_ones(
 
 
 def test_the_tables_name_the_parts_and_what_is_assumed(capsys: pytest.CaptureFixture[str]) -> None:
-    run(["--config", "configs/movekd/smoke.yaml", "--gpus", "2", "--mfu", "0.3"])
+    run(["--config", "configs/movekd/smoke.yaml", "--gpus", "2", "--mfu", "0.3", "--trainer.devices", "4"])
     shown = capsys.readouterr().out
+    assert "asks for 4 GPUs" in shown
     for words in ("MoLE", "KD heads", "expert edges", "frozen CLIP", "language model", "memory per GPU", "teachers"):
         assert words in shown
     assert "30% of the peak is reached (--mfu)" in shown

@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from visexpert.errors import ConfigError
 from visexpert.methods import Method, ToVE
-from visexpert.planning import Asked, Plan, Planned, make_plan, read_configs
+from visexpert.planning import Asked, Plan, Planned, configured_gpus, make_plan, read_configs
 from visexpert.planning.parts import ready_to_train
 from visexpert.planning.plan import Row
 from visexpert.planning.sample import sample_of
-from visexpert.planning.show import steps_in_epochs
+from visexpert.planning.show import other_gpus, steps_in_epochs
 from visexpert.runs import build
 
 TOVE, MOVEKD = "configs/tove/smoke.yaml", "configs/movekd/smoke.yaml"
@@ -164,3 +164,37 @@ def test_steps_are_told_in_epochs(gpus: int, epochs: str, epoch: int) -> None:
     told = steps_in_epochs(plan)
     assert f"max_steps: 4 of {4 * gpus} samples ({gpus} GPUs) are {16 * gpus} samples, {epochs} epochs of 40" in told
     assert told.endswith(f"one epoch is max_steps: {epoch}.")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "gpus"),
+    [
+        ({"devices": 8, "num_nodes": 2}, 16),
+        ({"devices": [0, 3], "num_nodes": 2}, 4),
+        ({"devices": "0,3"}, 2),
+        ({"devices": "4", "num_nodes": None}, 4),
+        ({"devices": "auto", "num_nodes": 2}, None),
+        ({"devices": -1}, None),
+        ({}, None),
+    ],
+)
+def test_the_configurations_own_gpus_are_devices_times_nodes(trainer: dict[str, object], gpus: int | None) -> None:
+    assert configured_gpus(trainer) == gpus
+
+
+def test_another_number_of_gpus_than_the_configurations_is_told_with_what_it_changes() -> None:
+    """Of 40 images, 4 a GPU: 4 steps on the configuration's 4 GPUs are 64 images, on one GPU 16."""
+    own = ("--trainer.devices=2", "--trainer.num_nodes=2", "--data.init_args.batch_size=4")
+    steps = read(TOVE, *own, "--trainer.max_steps=4", "--trainer.accumulate_grad_batches=3")
+    plan = make_plan(steps, Asked(gpus=1, samples=40, text_tokens=TEXT))
+    assert plan.configured is not None and plan.configured.gpus == 4 and plan.as_json()["configured"]["gpus"] == 4
+    told = other_gpus(plan, plan.configured)
+    assert "asks for 4 GPUs and 48 samples a step, not 1 and 12" in told
+    assert "its 4 steps would read 192 samples, not 48 (4.80 epochs, not 1.20)" in told
+    assert told.endswith("--trainer.accumulate_grad_batches 12 keeps its batch.")
+    epochs = read(TOVE, *own, "--trainer.max_steps=-1", "--trainer.max_epochs=2")
+    plan = make_plan(epochs, Asked(gpus=8, samples=40, text_tokens=TEXT))
+    assert plan.configured is not None
+    told = other_gpus(plan, plan.configured)
+    assert "the same epochs are 6 steps there, not 4" in told and "accumulate" not in told
+    assert make_plan(epochs, Asked(gpus=4, samples=40, text_tokens=TEXT)).configured is None

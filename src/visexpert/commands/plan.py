@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from visexpert.commands.parser import Parser
 from visexpert.errors import ConfigError
@@ -35,13 +33,14 @@ def run(arguments: list[str]) -> None:
     if not options.config:
         raise ConfigError("visexpert plan: no configuration was given; name YAML files by --config.")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported, below
-    from visexpert.planning import Asked, make_plan, read_configs  # heavy: after --help
+    from visexpert.planning import Asked, configured_gpus, make_plan, read_configs  # heavy: after --help
     from visexpert.planning.hardware import gpu_named
 
     gpu_named(options.gpu)
     planned = read_configs(options.config, overrides)
+    gpus = configured_gpus(planned.trainer) or 1 if options.gpus is None else options.gpus
     asked = Asked(
-        gpus=_gpus(planned.trainer) if options.gpus is None else options.gpus, gpu=options.gpu, mfu=options.mfu,
+        gpus=gpus, gpu=options.gpu, mfu=options.mfu,
         samples=options.samples, text_tokens=options.text_tokens, answer_tokens=options.answer_tokens,
     )  # fmt: skip
     plan = make_plan(planned, asked)
@@ -53,13 +52,6 @@ def run(arguments: list[str]) -> None:
     from visexpert.planning.show import show
 
     show(plan, Console())
-
-
-def _gpus(trainer: Mapping[str, Any]) -> int:
-    """Processes that the trainer asks for; 1 where it leaves that open."""
-    devices, nodes = trainer.get("devices"), trainer.get("num_nodes") or 1
-    count = len(devices) if isinstance(devices, list) else int(str(devices)) if str(devices).isdigit() else 1
-    return max(1, count) * int(nodes)
 
 
 def _parser() -> Parser:

@@ -63,6 +63,16 @@ def amount_of(
     return Amount(batch, rows, epochs * rows, epochs * math.ceil(rows / per_step), per_step)
 
 
+def configured_gpus(trainer: Mapping[str, Any]) -> int | None:
+    """Processes that the trainer asks for, ``devices`` times ``num_nodes``; None where it leaves that open."""
+    devices, nodes = trainer.get("devices"), trainer.get("num_nodes") or 1
+    if isinstance(devices, str) and "," in devices:  # numbers of devices, as in a list
+        devices = [number for number in devices.split(",") if number.strip()]
+    text = str(devices)
+    count = len(devices) if isinstance(devices, list | tuple) else int(text) if text.isdigit() else 0
+    return count * int(nodes) or None
+
+
 def batch_size_of(data: LightningDataModule) -> int:
     """Images per training batch and process.
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from torch import nn
 
 from visexpert.methods import Method
-from visexpert.planning.amount import Amount, amount_of, data_needs, image_size_of, stored_bytes
+from visexpert.planning.amount import Amount, amount_of, configured_gpus, data_needs, image_size_of, stored_bytes
 from visexpert.planning.attribution import OTHER
 from visexpert.planning.counting import StepCost, count_step
 from visexpert.planning.hardware import gpu_named
 from visexpert.planning.memory import memory_per_gpu
 from visexpert.planning.parts import ROLES, Part, find_parts, parameter_counts, ready_to_train, trained_parameters
-from visexpert.planning.plan import Asked, Disk, Plan, Row
+from visexpert.planning.plan import Asked, Configured, Disk, Plan, Row
 from visexpert.planning.read import Planned
 from visexpert.planning.sample import sample_of
 from visexpert.planning.strategy import Precision, Strategy
@@ -32,6 +32,9 @@ def make_plan(planned: Planned, asked: Asked) -> Plan:
     strategy, precision = Strategy.of(trainer.get("strategy")), Precision.of(trainer.get("precision"))
     gpu = gpu_named(asked.gpu)
     amount = amount_of(planned.data, trainer, gpus=asked.gpus, samples=asked.samples)
+    own_gpus, configured = configured_gpus(trainer), None
+    if own_gpus not in (None, asked.gpus):
+        configured = Configured(own_gpus, amount_of(planned.data, trainer, gpus=own_gpus, samples=asked.samples))
     ready_to_train(method)
     trained, parts = trained_parameters(method), find_parts(method)
     side = image_size_of(planned.data) or int(getattr(getattr(method, "clip", None), "image_size", 224))
@@ -46,7 +49,7 @@ def make_plan(planned: Planned, asked: Asked) -> Plan:
     return Plan(
         method=type(method).__name__, rows=_rows(parts, trained, cost, stored), amount=amount, memory=memory,
         disk=_disk(planned, trained, stored, amount), gpu=gpu, asked=asked, strategy=strategy, precision=precision,
-        activation_bytes=cost.activation_bytes, image_size=side,
+        activation_bytes=cost.activation_bytes, image_size=side, configured=configured,
     )  # fmt: skip
 
 

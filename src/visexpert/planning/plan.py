@@ -43,6 +43,19 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Configured:
+    """What the configuration itself asks for, where the plan is for another number of GPUs.
+
+    Args:
+        gpus: Its ``devices`` times ``num_nodes``.
+        amount: What it reads on as many.
+    """
+
+    gpus: int
+    amount: Amount
+
+
+@dataclass(frozen=True)
 class Row:
     """A part in the plan.
 
@@ -103,6 +116,7 @@ class Plan:
         precision: How large numbers are.
         activation_bytes: Activations of one sample.
         image_size: Side of the sample's image, as the data gives it.
+        configured: The configuration's own number of GPUs, where the plan is for another.
     """
 
     method: str
@@ -116,6 +130,7 @@ class Plan:
     precision: Precision
     activation_bytes: int
     image_size: int
+    configured: Configured | None = None
 
     @property
     def gflop_live(self) -> float:
@@ -161,5 +176,5 @@ class Plan:
             "activation_bytes_per_sample": self.activation_bytes, "image_size": self.image_size,
             "fits": self.fits, "gpu": asdict(self.gpu),
             "strategy": asdict(self.strategy), "precision": self.precision.name, "disk": asdict(self.disk),
-            "hours": self.hours,
+            "hours": self.hours, "configured": None if self.configured is None else asdict(self.configured),
         }  # fmt: skip

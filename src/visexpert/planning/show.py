@@ -8,7 +8,7 @@ from rich.table import Table
 
 from visexpert.planning.attribution import OTHER
 from visexpert.planning.memory import OVERHEAD
-from visexpert.planning.plan import Plan
+from visexpert.planning.plan import Configured, Plan
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -63,6 +63,8 @@ def _compute(plan: Plan) -> str:
         lines.append(f"{read}: {total:.2e} FLOP, {duration(plan.hours)} on {machine}.")
     if amount.by_steps:
         lines.append(steps_in_epochs(plan))
+    if plan.configured is not None:
+        lines.append(other_gpus(plan, plan.configured))
     return "\n".join(lines)
 
 
@@ -76,6 +78,26 @@ def steps_in_epochs(plan: Plan) -> str:
         f"{each}, {amount.samples / amount.rows:.2f} epochs of {amount.rows:,}; one epoch is max_steps: "
         f"{amount.epoch_steps}."
     )
+
+
+def other_gpus(plan: Plan, configured: Configured) -> str:
+    """What another number of GPUs than the configuration's own changes: batch, steps, share of an epoch."""
+    amount, own, gpus = plan.amount, configured.amount, plan.asked.gpus
+    line = (
+        f"The configuration asks for {configured.gpus} GPUs and {own.per_step} samples a step, not {gpus} and "
+        f"{amount.per_step}"
+    )
+    if amount.by_steps and amount.samples is not None and own.samples is not None:
+        read = f"; its {own.steps:,} steps would read {own.samples:,} samples, not {amount.samples:,}"
+        if amount.rows is not None:
+            read += f" ({own.samples / amount.rows:.2f} epochs, not {amount.samples / amount.rows:.2f})"
+        line += read
+    elif own.steps is not None and amount.steps is not None:
+        line += f"; the same epochs are {own.steps:,} steps there, not {amount.steps:,}"
+    if own.per_step % amount.per_step == 0:
+        accumulated = amount.per_step // (amount.batch_size * gpus) * own.per_step // amount.per_step
+        line += f"; --trainer.accumulate_grad_batches {accumulated} keeps its batch"
+    return f"{line}."
 
 
 def _memory(plan: Plan) -> Table:

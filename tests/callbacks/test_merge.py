@@ -69,7 +69,7 @@ def test_a_merged_run_is_a_run_of_a_plain_clip(run: Path) -> None:
     assert [path.name for path in (merged / "checkpoints").iterdir()] == ["last.ckpt"]
     saved, teacher = open_run(merged), open_run(run)
     assert isinstance(saved.model, ToVE) and saved.model.hub.names == () and saved.steps == 8 + 6
-    before, after = (model.clip.state_dict() for model in (teacher.model, saved.model))  # type: ignore[union-attr]
+    before, after = (model.clip.state_dict() for model in (teacher.model, saved.model))
     assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
     assert not any(key.startswith(("hub.", "adapters.", "gate.")) for key in weights(merged))
     facts = json.loads((merged / "merge.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Samples of text alone and images in tiles through both methods: the language side reads what is there, no more."""
+"""Samples of text alone and images in tiles through each method: the language side reads what is there, no more."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.methods.helpers import CLIP_FIELDS, VOCAB, noise_batch, tiny_experts
+from tests.methods.helpers import CLIP_FIELDS, VOCAB, noise_batch, shake, tiny_experts
 from visexpert.data import pack
+from visexpert.errors import ConfigError
 from visexpert.language import PrefixLM
-from visexpert.methods import Method, MoVEKD, ToVE
-from visexpert.types import Batch
-from visexpert.vision import ClipEncoder, MoLESettings, TiledClipEncoder
+from visexpert.losses import token_distance
+from visexpert.methods import MergeStudent, Merging, Method, MoVEKD, ToVE
+from visexpert.types import IMAGE_TOKEN, Batch
+from visexpert.vision import ClipEncoder, MoLESettings, TiledClipEncoder, views_of
+
+METHODS = ["tove", "movekd", "merging"]
 
 LLAMA = {
     "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
@@ -22,14 +26,20 @@ LLAMA = {
 }  # fmt: skip
 
 
-def model_of(method: str, *, tiles: bool = False) -> Method:
+MOLE = MoLESettings(num_experts=2, rank=2, dropout=0.0)
+
+
+def model_of(method: str, *, tiles: bool = False, **options: Any) -> Method:
     torch.manual_seed(0)
-    mole = MoLESettings(num_experts=2, rank=2, dropout=0.0) if method == "movekd" else None
-    clip = (TiledClipEncoder if tiles else ClipEncoder)(config=CLIP_FIELDS, mole=mole)
+    clip = (TiledClipEncoder if tiles else ClipEncoder)(config=CLIP_FIELDS, mole=MOLE if method == "movekd" else None)
     language = PrefixLM(config=LLAMA, image_newline=tiles)
     if method == "movekd":
-        return MoVEKD(clip=clip, experts=tiny_experts(), language=language).eval()
-    return ToVE(clip=clip, experts=tiny_experts(), language=language).eval()
+        return MoVEKD(clip=clip, experts=tiny_experts(), language=language, **options).eval()
+    model = ToVE(clip=clip, experts=tiny_experts(), language=language)
+    if method == "tove":
+        return model.eval()
+    options = {"teacher": shake(model).eval(), "student": MergeStudent(mole=MOLE), "text_weight": 0.7, **options}
+    return Merging(**options).eval()
 
 
 def mixed(*, pixels: int = 0) -> Batch:
@@ -46,7 +56,7 @@ def logits(model: Method, batch: Batch) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("method", ["tove", "movekd"])
+@pytest.mark.parametrize("method", METHODS)
 def test_text_alone_reads_no_placeholder(method: str) -> None:
     model = model_of(method)
     with torch.no_grad():
@@ -57,7 +67,7 @@ def test_text_alone_reads_no_placeholder(method: str) -> None:
     assert not torch.allclose(with_image[-3:], white[-3:])
 
 
-@pytest.mark.parametrize("method", ["tove", "movekd"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_step_on_mixed_samples_has_a_gradient(method: str) -> None:
     model = model_of(method)
     loss = model.step(mixed()).loss
@@ -68,15 +78,33 @@ def test_a_step_on_mixed_samples_has_a_gradient(method: str) -> None:
     )  # placeholders mean nothing
 
 
-def test_placeholders_take_no_part_in_distillation() -> None:
-    model = model_of("movekd")
+@pytest.mark.parametrize("method", METHODS)
+def test_placeholders_take_no_part_in_any_loss(method: str) -> None:
+    model = model_of(method)
     with torch.no_grad():
-        parts = [model.step(mixed(pixels=pixels)).parts for pixels in (0, 255)]
-    for name in ("kd_loss", "balance_loss"):
-        assert float(parts[0][name]) == pytest.approx(float(parts[1][name]), abs=1e-6), name
+        black, white = (model.step(mixed(pixels=pixels)).parts for pixels in (0, 255))
+    compared = {"tove": set(), "movekd": {"kd_loss"}, "merging": {"token_loss", "nmse"}}[method]
+    assert {"text_loss", "balance_loss", *compared} <= black.keys()
+    for name, value in black.items():
+        assert float(value) == pytest.approx(float(white[name]), abs=1e-6, nan_ok=True), name
 
 
-@pytest.mark.parametrize("method", ["tove", "movekd"])
+@pytest.mark.parametrize("method", METHODS)
+def test_texts_that_say_where_the_image_goes_are_read(method: str) -> None:
+    """A chat template's marker stands in the texts of samples with an image, and in no other."""
+    marked = pack([[([5, IMAGE_TOKEN, 6, 7, 8], 3)], [([9, 10, 11], 1)]], 0)
+    model = model_of(method)
+    with torch.no_grad():
+        black, white = (model.step(replace(mixed(pixels=pixels), text=marked)).parts for pixels in (0, 255))
+        alone: Tensor = model.language.model(input_ids=torch.tensor([[9, 10, 11]])).logits[0, :2]  # type: ignore[operator]
+        both_MV = logits(model, replace(mixed(), text=marked))
+    assert float(black["text_loss"]) == pytest.approx(float(white["text_loss"]), abs=1e-6)
+    torch.testing.assert_close(both_MV[2:], alone)
+    nll = torch.nn.functional.cross_entropy(both_MV, torch.tensor([7, 8, 10, 11]))
+    assert float(black["text_loss"]) == pytest.approx(float(nll), abs=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_tiles_reach_the_language_side(method: str) -> None:
     model = model_of(method, tiles=True)
     batch = noise_batch(size=32)
@@ -88,6 +116,32 @@ def test_tiles_reach_the_language_side(method: str) -> None:
     loss = model.step(wide).loss
     loss.backward()
     assert torch.isfinite(loss)
+
+
+def test_merging_trains_on_what_is_shipped_then() -> None:
+    """Every view of an image in tiles, each against what the teacher makes of the same view."""
+    model = model_of("merging", tiles=True, student=None)
+    assert isinstance(model, Merging)
+    wide = replace(
+        noise_batch(size=32), original_hw_B2=torch.tensor([[32, 64], [64, 32]]), has_image_B=torch.tensor([True, False])
+    )
+    views = views_of(model.clip, wide).batch
+    there_V = torch.tensor([True, False, True, True, False, False])  # the whole images, then two tiles of each
+    with torch.no_grad():
+        own_BTD = model.projector(model.clip(views.unit_images()).tokens_BTD)[there_V]
+        target_BTD = model.teacher.transferred(views).tokens_BTD[there_V]
+        found = model.step(wide).parts["token_loss"]
+        assert float(found) == pytest.approx(float(token_distance(own_BTD, target_BTD)), rel=1e-5)
+        read = model.encode(wide)
+        shipped = model.merged().eval().encode(wide)
+    assert read.lengths_B is not None and shipped.lengths_B is not None
+    assert read.lengths_B.tolist() == shipped.lengths_B.tolist() == [16 + 32 + 4, 0]
+    torch.testing.assert_close(read.tokens_BTD, shipped.tokens_BTD)
+
+
+def test_stored_targets_are_of_whole_images_only() -> None:
+    with pytest.raises(ConfigError, match=r"targets='store'.*tiles.*live"):
+        model_of("merging", tiles=True, targets="store")
 
 
 def test_text_alone_needs_no_image_at_all() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from visexpert.errors import ConfigError, require_numbers
-from visexpert.language import LanguageSide, NoLanguage, supervised
+from visexpert.language import LanguageSide, NoLanguage, Projector, supervised
 from visexpert.losses import text_loss, token_nll
 from visexpert.methods.accumulation import StepShares, batches_done
 from visexpert.methods.checkpointed import CheckpointedModule
@@ -24,8 +25,10 @@ from visexpert.methods.finite import FiniteGuard, OnNan, refuse_engines
 from visexpert.methods.modes import settle_modes
 from visexpert.methods.optimiser import adamw, cosine_with_warmup, make_groups
 from visexpert.methods.reduction import loss_over_processes, parts_over_processes
+from visexpert.methods.seen import Compared, RouterBalance, Seen
 from visexpert.methods.views import EncoderViews
 from visexpert.types import Batch, ImageSource, LossTerm, StepOutput, Unit, VisionTokens
+from visexpert.vision import ClipEncoder, collect_routing, views_of
 
 
 class Method(CheckpointedModule):
@@ -46,6 +49,15 @@ class Method(CheckpointedModule):
             ``skip`` goes on with the next one, but ends the run after more than 10 in a row. Its rows are in
             ``not_finite.jsonl``.
     """
+
+    clip: ClipEncoder
+    """The student."""
+
+    projector: Projector
+    """Its tokens to those of the language side."""
+
+    text_weight: float = 1.0
+    """Weight of the text's loss; at 0 no text is read in training."""
 
     def __init__(
         self,
@@ -81,25 +93,78 @@ class Method(CheckpointedModule):
         self._batch_shares: dict[Unit, float | Tensor] = {}
 
     @abstractmethod
+    def view_tokens(self, batch: Batch) -> VisionTokens:
+        """Tokens of images, as the method trains and compares them, without regard to tiles.
+
+        Args:
+            batch: One view in each row: an image, or a tile of one, which no store knows (``split`` is empty).
+        """
+
+    def to_language(self, tokens: VisionTokens) -> VisionTokens:
+        """Bring what :meth:`view_tokens` gives into the width that the language side reads."""
+        return replace(tokens, tokens_BTD=self.projector(tokens.tokens_BTD))
+
+    def see(self, batch: Batch, *, watch_routers: bool = False) -> Seen:
+        """Cut images into views and encode them.
+
+        Args:
+            batch: A batch.
+            watch_routers: Keep what the routers of MoLE decide, those behind the tokens included.
+        """
+        views = views_of(self.clip, batch)
+        if not watch_routers:
+            return Seen(batch, views, self.view_tokens(views.batch))
+        with collect_routing(self.clip) as routing:
+            tokens = self.view_tokens(views.batch)
+        return Seen(batch, views, tokens, routing.record())
+
+    def read_by_language(self, seen: Seen) -> VisionTokens:
+        """One row of tokens for each sample, tiles joined, as the language side reads them."""
+        return seen.views.join(self.to_language(seen.tokens))
+
     def encode(self, batch: Batch) -> VisionTokens:
-        """Images to the tokens that the language side reads."""
+        """Images to the tokens that the language side reads: (B, T, d_lang)."""
+        return self.read_by_language(self.see(batch))
 
     def unused_modules(self) -> Sequence[nn.Module]:
         """Parts that a deployed model would not load, such as detached experts."""
         return ()
 
     def step(self, batch: Batch) -> StepOutput:
-        """Loss of one batch: encode, read, compare."""
-        assert batch.text is not None
-        vision = self.encode(batch)
-        logits_MV = self.language(vision, batch.text)
-        targets_M, _ = supervised(batch.text)
-        text = LossTerm(text_loss(logits_MV, targets_M), "token")
-        return StepOutput({"text_loss": text, **self.extra_losses(vision)}, len(batch))
+        """Loss of one batch: see, read, compare, balance."""
+        balance = self.router_balance
+        seen = self.see(batch, watch_routers=balance is not None)
+        terms: dict[str, LossTerm] = {}
+        if self.text_weight > 0:
+            terms["text_loss"] = LossTerm(self._text_loss(seen), "token", self.text_weight)
+        compared = self.compare(seen)
+        terms |= compared.terms
+        if balance is not None and seen.routing is not None:
+            terms["balance_loss"] = balance.term(seen)
+        return StepOutput(terms, len(batch), compared.watched)
 
-    def extra_losses(self, vision: VisionTokens) -> Mapping[str, LossTerm]:
-        """Losses beside the text's, by name."""
-        return {}
+    def compare(self, seen: Seen) -> Compared:
+        """Losses beside the text's and the routers' balance."""
+        return Compared()
+
+    def compare_in_validation(self, seen: Seen) -> None:
+        """Keep what there is to score of a validation batch beside what the language side makes of it."""
+
+    @property
+    def router_balance(self) -> RouterBalance | None:
+        """How the routers of the student are balanced; None where they are not, or there are none."""
+        return None
+
+    def _text_loss(self, seen: Seen) -> Tensor:
+        text = seen.batch.text
+        if text is None or not self.reads_text:
+            raise ConfigError(
+                f"{type(self).__name__}: text_weight is above 0, but there is no text or no language side; add them, "
+                "or set it to 0 where the method has it."
+            )
+        logits_MV = self.language(self.read_by_language(seen), text)
+        targets_M, _ = supervised(text)
+        return text_loss(logits_MV, targets_M)
 
     @property
     def reads_text(self) -> bool:
@@ -245,7 +310,10 @@ class Method(CheckpointedModule):
     @torch.no_grad()
     def evaluate(self, batch: Batch, split: str) -> EvalOutput:
         """Encode and score a batch."""
-        return self.score(batch, self.encode(batch), split)
+        seen = self.see(batch)
+        if split == "val":
+            self.compare_in_validation(seen)
+        return self.score(batch, self.read_by_language(seen), split)
 
     @torch.no_grad()
     def score(self, batch: Batch, vision: VisionTokens, split: str) -> EvalOutput:

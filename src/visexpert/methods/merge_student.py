@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import get_args
 
-from torch import Tensor
-
 from visexpert.errors import ConfigError
-from visexpert.losses import router_balance
 from visexpert.losses.balance import RouterBalanceForm
 from visexpert.methods.optimiser import ParameterGroup
-from visexpert.vision import ClipEncoder, MoLESettings, RoutingRecord, equipped_blocks
+from visexpert.methods.seen import RouterBalance
+from visexpert.vision import ClipEncoder, MoLESettings, equipped_blocks
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class MergeStudent:
         parts = [part for mole in equipped_blocks(clip).values() for part in mole.learning_modules(balanced=balanced)]
         return ParameterGroup("mole", tuple(parts), lr if self.mole_lr is None else self.mole_lr)
 
-    def balance(self, record: RoutingRecord | None, *, has_image_B: Tensor | None) -> Tensor:
-        """The routers' balance loss of one forward pass over the samples that have an image; scalar."""
-        assert record is not None
-        return router_balance(record.probs_LBNE, record.choice_LBN, self.balance_form, has_image_B=has_image_B)
+    @property
+    def router_balance(self) -> RouterBalance | None:
+        """How its routers are balanced; None at a weight of 0."""
+        return RouterBalance(self.balance_weight, self.balance_form) if self.balance_weight > 0 else None

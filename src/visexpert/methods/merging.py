@@ -11,18 +11,17 @@ from torch import Tensor, nn
 
 from visexpert.errors import ConfigError
 from visexpert.experts import FeatureCache
-from visexpert.language import supervised
-from visexpert.losses import normalised_mse, text_loss, token_distance
+from visexpert.losses import normalised_mse, token_distance
 from visexpert.losses.merge import TokenDistance
 from visexpert.methods.base import Method
-from visexpert.methods.evaluation import EvalOutput
 from visexpert.methods.merge_student import MergeStudent
 from visexpert.methods.optimiser import ParameterGroup
+from visexpert.methods.seen import Compared, RouterBalance, Seen
 from visexpert.methods.tove import ToVE
 from visexpert.metrics.token_error import TokenError
 from visexpert.resources import cache_root, weights_digest
-from visexpert.types import Batch, ImageSource, LossTerm, StepOutput, VisionTokens
-from visexpert.vision import add_mole, collect_routing
+from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens
+from visexpert.vision import TiledClipEncoder, add_mole
 from visexpert.vision.lora import ClipLora
 
 Adaptation = Literal["full", "lora", "none"]
@@ -48,7 +47,7 @@ class Merging(Method):
         token_weight: Weight of the distance; 0 trains by text alone.
         text_weight: Weight of L_text; 0 needs no text at all.
         targets: ``live`` runs the teacher at each step (its frozen encoders read from its own feature cache, where it
-            has one); ``store`` computes t_fuse of every image once and keeps it on disk.
+            has one); ``store`` computes t_fuse of every image once and keeps it on disk, for a CLIP without tiles.
         lr: Peak learning rate of CLIP and, where the fusion space is the language's, of the projector.
         language_lr: Peak learning rate of the language side; 0 keeps it as the teacher's.
         weight_decay: See :class:`~visexpert.methods.base.Method`.
@@ -80,6 +79,11 @@ class Merging(Method):
         _check(adaptation, distance, targets, token_weight, text_weight)
         if student is None and adaptation == "none":
             raise ConfigError("Merging: adaptation='none' leaves a plain CLIP nothing to learn; use full or lora.")
+        if targets == "store" and isinstance(teacher.clip, TiledClipEncoder):
+            raise ConfigError(
+                "Merging: targets='store' keeps tokens of whole images, but this CLIP reads images in tiles; use "
+                "targets: live."
+            )
         language_lr = language_lr if text_weight > 0 else 0.0
         super().__init__(
             language=teacher.language if language_lr == 0 else copy.deepcopy(teacher.language), lr=lr,
@@ -102,29 +106,36 @@ class Merging(Method):
         self.error = TokenError()
         self.settle_training()
 
-    def encode(self, batch: Batch) -> VisionTokens:
-        """What the merged CLIP gives the language side: (B, T, d_lang), no expert involved."""
-        return self._to_language(self._student(batch))
+    def view_tokens(self, batch: Batch) -> VisionTokens:
+        """Tokens in the fusion space: CLIP's own, or, where that is the language's, the projector's."""
+        tokens: VisionTokens = self.clip(batch.unit_images())
+        return tokens if self.teacher.fusion_space == "clip" else super().to_language(tokens)
 
-    def step(self, batch: Batch) -> StepOutput:
-        """Distance to the teacher's tokens; the text's loss and the routers' balance where they have a weight."""
-        with collect_routing(self.clip) as routing:
-            student = self._student(batch)
-        terms: dict[str, LossTerm] = {}
-        watched: dict[str, Tensor] = {}
-        if self.token_weight > 0:
-            target_BTD = self._target(batch)
-            distance = token_distance(
-                student.tokens_BTD, target_BTD, self.distance, normalise=self.normalise, has_image_B=batch.has_image_B
-            )
-            terms["token_loss"] = LossTerm(distance, "image", self.token_weight)
-            watched["nmse"] = normalised_mse(student.tokens_BTD.detach(), target_BTD, has_image_B=batch.has_image_B)
-        if self.text_weight > 0:
-            terms["text_loss"] = LossTerm(self._text_loss(student, batch), "token", self.text_weight)
-        if self.student is not None and self.student.balance_weight > 0:
-            balance = self.student.balance(routing.record(), has_image_B=batch.has_image_B)
-            terms["balance_loss"] = LossTerm(balance, "image", self.student.balance_weight)
-        return StepOutput(terms, len(batch), watched)
+    def to_language(self, tokens: VisionTokens) -> VisionTokens:
+        """Through the projector, where it has not been yet."""
+        return super().to_language(tokens) if self.teacher.fusion_space == "clip" else tokens
+
+    def compare(self, seen: Seen) -> Compared:
+        """Distance to the teacher's tokens, of every view."""
+        if self.token_weight == 0:
+            return Compared()
+        student_BTD, target_BTD = seen.tokens.tokens_BTD, self._target(seen.views.batch)
+        there_B = seen.views.batch.has_image_B
+        distance = token_distance(student_BTD, target_BTD, self.distance, normalise=self.normalise, has_image_B=there_B)
+        nmse = normalised_mse(student_BTD.detach(), target_BTD, has_image_B=there_B)
+        return Compared({"token_loss": LossTerm(distance, "image", self.token_weight)}, {"nmse": nmse})
+
+    def compare_in_validation(self, seen: Seen) -> None:
+        """How far the student's tokens are from the teacher's."""
+        batch = seen.views.batch
+        there = slice(None) if batch.has_image_B is None else batch.has_image_B
+        if seen.batch.counts()["image"]:
+            self.error.update(seen.tokens.tokens_BTD[there], self._target(batch)[there])
+
+    @property
+    def router_balance(self) -> RouterBalance | None:
+        """That of a student with MoLE."""
+        return None if self.student is None else self.student.router_balance
 
     def frozen_modules(self) -> Mapping[str, nn.Module]:
         """The teacher, experts included."""
@@ -166,14 +177,6 @@ class Merging(Method):
         elif (cache := self.teacher.feature_cache) is not None:
             self.teacher.read_features(cache, self.image_sources(wanted_by="the teacher's feature_cache needs"))
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Mapping[str, EvalOutput]:
-        """Score the student, and how far its tokens are from the teacher's."""
-        tokens_BTD, target_BTD = self._student(batch).tokens_BTD, self._target(batch)
-        seen = slice(None) if batch.has_image_B is None else batch.has_image_B
-        if batch.counts()["image"]:
-            self.error.update(tokens_BTD[seen], target_BTD[seen])
-        return super().validation_step(batch, batch_idx)
-
     def on_validation_epoch_start(self) -> None:
         """Fresh scores."""
         super().on_validation_epoch_start()
@@ -194,17 +197,6 @@ class Merging(Method):
             return self.lora.modules()
         return self.clip.read_modules() if self.student is None else self.clip.plain_modules()
 
-    def _student(self, batch: Batch) -> VisionTokens:
-        tokens: VisionTokens = self.clip(batch.unit_images())
-        if self.teacher.fusion_space == "clip":
-            return VisionTokens(tokens.tokens_BTD, tokens.grid_hw)
-        return VisionTokens(self.projector(tokens.tokens_BTD), tokens.grid_hw)
-
-    def _to_language(self, tokens: VisionTokens) -> VisionTokens:
-        if self.teacher.fusion_space == "language":
-            return tokens
-        return VisionTokens(self.projector(tokens.tokens_BTD), tokens.grid_hw)
-
     @torch.no_grad()
     def _target(self, batch: Batch) -> Tensor:
         if self._stored is not None:
@@ -212,12 +204,6 @@ class Merging(Method):
             if stored is not None:
                 return stored
         return self.teacher.transferred(batch).tokens_BTD
-
-    def _text_loss(self, student: VisionTokens, batch: Batch) -> Tensor:
-        if batch.text is None:
-            raise ConfigError("Merging: text_weight is above 0, but the data has no text; set it to 0 or add texts.")
-        targets_M, _ = supervised(batch.text)
-        return text_loss(self.language(self._to_language(student), batch.text), targets_M)
 
     def _store_targets(self, sources: Mapping[str, ImageSource]) -> None:
         teacher, own = self.teacher, self.teacher.feature_cache

@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from visexpert.errors import ConfigError, DataError, require_numbers
 from visexpert.experts import FeatureCache, VisionExpert
-from visexpert.language import LanguageSide, Projector, supervised
+from visexpert.language import LanguageSide, Projector
 from visexpert.language.projector import ProjectorKind
-from visexpert.losses import router_balance, text_loss
 from visexpert.losses.balance import RouterBalanceForm
 from visexpert.losses.distill import Convention
 from visexpert.methods.base import Method
 from visexpert.methods.columns import Columns
 from visexpert.methods.distillation import ANCHOR, STUDENT, Distillation, Distilled, TeacherWeighting, TokenWeighting
-from visexpert.methods.evaluation import EvalOutput
 from visexpert.methods.finite import OnNan
 from visexpert.methods.optimiser import ParameterGroup
+from visexpert.methods.seen import Compared, RouterBalance, Seen
 from visexpert.methods.start import start_from
 from visexpert.methods.student import check_weights, mole_parts
 from visexpert.methods.teachers import HeadSettings, ask_teachers, hub_of, kd_heads, store_anchor
@@ -28,8 +27,8 @@ from visexpert.methods.views import EncoderViews, view_encoders
 from visexpert.resources import cache_root
 from visexpert.store import StoreDtype
 from visexpert.transfer import AdapterKind, TokenGate
-from visexpert.types import Batch, ImageSource, LossTerm, StepOutput, VisionTokens
-from visexpert.vision import ClipEncoder, collect_routing, views_of
+from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens
+from visexpert.vision import ClipEncoder
 
 
 class MoVEKD(Method):
@@ -154,44 +153,30 @@ class MoVEKD(Method):
         folder = cache_root() / "features" if feature_cache == "auto" else feature_cache
         self._cache = None if folder is None else FeatureCache(folder, dtype=feature_dtype)
 
-    def encode(self, batch: Batch) -> VisionTokens:
-        """What the student gives the language side: (B, T, d_lang), or (B, T, D) without one. No teacher is run."""
-        views = views_of(self.clip, batch)
-        return views.join(self._to_language(self.clip(views.batch.unit_images())))
+    def view_tokens(self, batch: Batch) -> VisionTokens:
+        """What the student makes of images: (B, T, D). No teacher is run."""
+        tokens: VisionTokens = self.clip(batch.unit_images())
+        return tokens
 
-    def step(self, batch: Batch) -> StepOutput:
-        """Student -> text; teachers -> distillation; routers -> balance."""
-        views = views_of(self.clip, batch)
-        with collect_routing(self.clip) as routing:
-            seen: VisionTokens = self.clip(views.batch.unit_images())
-        terms: dict[str, LossTerm] = {}
-        if self.text_weight > 0:
-            text = self._text_loss(views.join(self._to_language(seen)), batch)
-            terms["text_loss"] = LossTerm(text, "token", self.text_weight)
-        student = views.whole(seen)
-        if self.kd_weight > 0:
-            distilled = self._distil(student, batch)
-            terms["kd_loss"] = LossTerm(distilled.loss, "image", self.kd_weight)
-            watched = distilled.watched
-        else:
-            watched = self.distillation.watch({STUDENT: student.tokens_BTD}, has_image_B=batch.has_image_B)
-        record = routing.record()
-        if record is not None and self.balance_weight > 0:
-            balance = router_balance(
-                record.probs_LBNE, record.choice_LBN, self.balance_form, has_image_B=views.batch.has_image_B
-            )
-            terms["balance_loss"] = LossTerm(balance, "image", self.balance_weight)
-        return StepOutput(terms, len(batch), watched)
+    def compare(self, seen: Seen) -> Compared:
+        """Distillation, of whole images only: teachers know no tiles."""
+        if self.kd_weight == 0:
+            sides = {STUDENT: seen.whole.tokens_BTD}
+            return Compared({}, self.distillation.watch(sides, has_image_B=seen.batch.has_image_B))
+        distilled = self._distil(seen)
+        return Compared({"kd_loss": LossTerm(distilled.loss, "image", self.kd_weight)}, distilled.watched)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Mapping[str, EvalOutput]:
-        """Score one batch, and how far the student is from its teachers."""
-        views = views_of(self.clip, batch)
-        seen: VisionTokens = self.clip(views.batch.unit_images())
+    def compare_in_validation(self, seen: Seen) -> None:
+        """How far the student is from its teachers."""
         if self.kd_weight > 0:
-            distilled = self._distil(views.whole(seen), batch)
+            distilled = self._distil(seen)
             found = {"kd_loss": distilled.loss, **{f"kd/{name}": value for name, value in distilled.distances.items()}}
-            self.evaluators["val"].add_means(found, images=batch.counts()["image"])
-        return {"output": self.score(batch, views.join(self._to_language(seen)), "val")}
+            self.evaluators["val"].add_means(found, images=seen.batch.counts()["image"])
+
+    @property
+    def router_balance(self) -> RouterBalance | None:
+        """Where there is MoLE; see ``balance_weight``."""
+        return RouterBalance(self.balance_weight, self.balance_form) if self.balance_weight > 0 else None
 
     def views(self, batch: Batch) -> EncoderViews:
         """[CLS] attention of CLIP, where it is kept, and of the student; what its routers choose."""
@@ -285,18 +270,11 @@ class MoVEKD(Method):
         self.distillation.check_finite()
         super().on_save_checkpoint(checkpoint)
 
-    def _to_language(self, student: VisionTokens) -> VisionTokens:
-        return VisionTokens(self.projector(student.tokens_BTD), student.grid_hw, cls_BD=student.cls_BD)
-
-    def _text_loss(self, vision: VisionTokens, batch: Batch) -> Tensor:
-        if not self.reads_text or batch.text is None:
-            raise ConfigError("MoVEKD: text_weight is above 0, but there is no text or no language side; set it to 0.")
-        targets_M, _ = supervised(batch.text)
-        return text_loss(self.language(vision, batch.text), targets_M)
-
-    def _distil(self, student: VisionTokens, batch: Batch) -> Distilled:
+    def _distil(self, seen: Seen) -> Distilled:
+        batch = seen.batch
         lesson = ask_teachers(self.hub, self.anchor, self.gate, batch, cache=self._cache)
         distilled: Distilled = self.distillation(
-            student.tokens_BTD, lesson.teachers, lesson.clip, gates_BTK=lesson.gates_BTK, has_image_B=batch.has_image_B
-        )
+            seen.whole.tokens_BTD, lesson.teachers, lesson.clip, gates_BTK=lesson.gates_BTK,
+            has_image_B=batch.has_image_B,
+        )  # fmt: skip
         return distilled

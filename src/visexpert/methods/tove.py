@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -19,6 +18,7 @@ from visexpert.methods.base import Method
 from visexpert.methods.columns import Columns
 from visexpert.methods.finite import OnNan
 from visexpert.methods.optimiser import ParameterGroup
+from visexpert.methods.seen import Compared, Seen
 from visexpert.methods.start import start_from
 from visexpert.resources import cache_root
 from visexpert.store import StoreDtype
@@ -26,7 +26,7 @@ from visexpert.transfer import GateOutput, ResidualTransfer, TokenAdapter, Token
 from visexpert.transfer.gate import GateKind, NoiseKind
 from visexpert.transfer.residual import TransferMode
 from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens
-from visexpert.vision import ClipEncoder, views_of
+from visexpert.vision import ClipEncoder
 
 FusionSpace = Literal["language", "clip"]
 
@@ -143,15 +143,15 @@ class ToVE(Method):
         folder = cache_root() / "features" if feature_cache == "auto" else feature_cache
         self._cache = None if folder is None else FeatureCache(folder, dtype=feature_dtype)
 
-    def encode(self, batch: Batch) -> VisionTokens:
-        """CLIP and experts to fused tokens (B, T, d_lang)."""
-        views = views_of(self.clip, batch)
-        vision = self.transferred(views.batch)
+    def view_tokens(self, batch: Batch) -> VisionTokens:
+        """Tokens after the transfer, see :meth:`transferred`."""
+        return self.transferred(batch)
+
+    def to_language(self, tokens: VisionTokens) -> VisionTokens:
+        """Through the projector, where the transfer came before it; nothing but zeros where blind."""
         if self.fusion_space == "clip":
-            vision = replace(vision, tokens_BTD=self.projector(vision.tokens_BTD))
-        if self.blind:
-            vision = VisionTokens(torch.zeros_like(vision.tokens_BTD), vision.grid_hw)
-        return views.join(vision)
+            tokens = super().to_language(tokens)
+        return VisionTokens(torch.zeros_like(tokens.tokens_BTD), tokens.grid_hw) if self.blind else tokens
 
     def transferred(self, batch: Batch) -> VisionTokens:
         """Tokens after the transfer, in the fusion space: what knowledge merging teaches a CLIP to produce.
@@ -186,11 +186,12 @@ class ToVE(Method):
             top_k=self.gate.top_k or 1,
         )  # fmt: skip
 
-    def extra_losses(self, vision: VisionTokens) -> Mapping[str, LossTerm]:
+    def compare(self, seen: Seen) -> Compared:
         """L_aux, where a gate chose."""
-        if vision.balance is None:
-            return {}
-        return {"balance_loss": LossTerm(vision.balance, "image", self.balance_weight)}
+        balance = seen.tokens.balance
+        if balance is None or self.blind:
+            return Compared()
+        return Compared({"balance_loss": LossTerm(balance, "image", self.balance_weight)})
 
     def columns(self) -> Columns:
         """The hub's experts, in the order of the gate's columns."""

@@ -1,6 +1,6 @@
 """CLIP, the encoder that knowledge goes into."""
 
-from visexpert.vision.anyres import TiledClipEncoder, views_of
+from visexpert.vision.anyres import TiledClipEncoder, Views, views_of
 from visexpert.vision.clip import ClipEncoder
 from visexpert.vision.cls_attention import ClsAttention
 from visexpert.vision.mole import MoLEFeedForward, add_mole
@@ -25,6 +25,7 @@ __all__ = [
     "RoutingRecord",
     "TiledClipEncoder",
     "UsageMeter",
+    "Views",
     "add_mole",
     "collect_routing",
     "decision_margins",

@@ -52,6 +52,8 @@ class TrainingProgress(RichProgressBar):
         self._shown_at = 0.0
         self._began_at = 0.0
         self._began_step = 0
+        self._evaluated_since = 0.0
+        self._done = 0
         self._loss: float | None = None
         self.status = ""
 
@@ -66,6 +68,11 @@ class TrainingProgress(RichProgressBar):
         assert isinstance(described, TextColumn)
         return [described, bar, count, _StatusColumn(self)]
 
+    @property
+    def total_train_batches(self) -> float:
+        """Batches of the epoch under way, those before a checkpoint included that training goes on from."""
+        return self._epoch_batches(self.trainer, self._done)
+
     def _get_train_description(self, current_epoch: int) -> str:
         """Name an epoch; of how many only where that is known (Lightning writes "Epoch 0/-2" where it is not)."""
         if (self.trainer.max_epochs or -1) > 0:
@@ -79,6 +86,7 @@ class TrainingProgress(RichProgressBar):
         self._began_step = trainer.global_step
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._done = 0
         super().on_train_epoch_start(trainer, pl_module)
         self._clock.wait_begins()
 
@@ -88,6 +96,7 @@ class TrainingProgress(RichProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._done = batch_idx + 1
         self._clock.step_ends(image_count(batch) * trainer.world_size)
         last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if not self._due(last and self._live):
@@ -97,8 +106,7 @@ class TrainingProgress(RichProgressBar):
         if self._live:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         else:
-            done = batch_idx + 1
-            self._line(trainer, done, self._epoch_batches(trainer, done), self._loss_text() + self.status)
+            self._line(trainer, self._done, self.total_train_batches, self._loss_text() + self.status)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
@@ -116,6 +124,7 @@ class TrainingProgress(RichProgressBar):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_start(trainer, pl_module)
+        self._evaluated_since = time.perf_counter()
         self._clock.interrupt()
 
     def on_validation_batch_end(
@@ -133,7 +142,7 @@ class TrainingProgress(RichProgressBar):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_test_start(trainer, pl_module)
-        self._shown_at = time.perf_counter()
+        self._evaluated_since = self._shown_at = time.perf_counter()
 
     def on_test_batch_end(
         self,
@@ -149,7 +158,7 @@ class TrainingProgress(RichProgressBar):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_predict_start(trainer, pl_module)
-        self._shown_at = time.perf_counter()
+        self._evaluated_since = self._shown_at = time.perf_counter()
 
     def on_predict_batch_end(
         self,
@@ -202,9 +211,12 @@ class TrainingProgress(RichProgressBar):
     def _evaluation_line(
         self, trainer: Trainer, batch_idx: int, totals: Sequence[int | float], dataloader_idx: int
     ) -> None:
-        """A plain line of an evaluation loop, at most every ``line_every_s`` seconds."""
+        """A plain line of an evaluation loop, at most every ``line_every_s`` seconds, with the time left of it all."""
         if not self._live and self._due():
-            self._line(trainer, batch_idx + 1, totals[dataloader_idx], "")
+            done = sum(totals[:dataloader_idx]) + batch_idx + 1
+            passed = time.perf_counter() - self._evaluated_since
+            left = _clock_time(_seconds_left(passed, done, sum(totals)))
+            self._line(trainer, batch_idx + 1, totals[dataloader_idx], f"{left} left")
 
     def _line(self, trainer: Trainer, done: int, total: float, text: str) -> None:
         if not self._enabled:
@@ -225,8 +237,14 @@ class _StatusColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         if task.id == self._owner.train_progress_bar_id:
             return Text(self._owner.status)
-        seconds = math.inf if task.time_remaining is None else task.time_remaining
+        # Rich forgets batches after half a minute, and one that writes captions may take longer.
+        seconds = _seconds_left(task.elapsed or 0.0, task.completed, math.inf if task.total is None else task.total)
         return Text(f"{_clock_time(seconds)} left")
+
+
+def _seconds_left(passed: float, done: float, total: float) -> float:
+    """What is left at the pace so far; endless before the first batch."""
+    return passed / done * (total - done) if done else math.inf
 
 
 def _clock_time(seconds: float) -> str:

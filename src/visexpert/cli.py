@@ -69,6 +69,7 @@ COMMANDS = {
     "demo": "visexpert.demo",
     "plan": "visexpert.commands.plan",
     "compare": "visexpert.commands.compare",
+    "try": "visexpert.commands.try_model",
     "import": "visexpert.commands.import_weights",
     "detach": "visexpert.commands.detach",
     "merge": "visexpert.commands.merge",

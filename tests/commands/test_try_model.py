@@ -1,0 +1,159 @@
+"""``visexpert try`` on tiny folders in the real formats, one for each role, and on what it must refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, AutoModel, CLIPImageProcessor, LlamaConfig, LlamaForCausalLM
+
+from tests.experts.tiny_models import CLIP_VISION, TEXT, randomised, saved
+from tests.language.helpers import llama
+from tests.language.llava_models import randomise
+from visexpert.cli import main
+from visexpert.commands.trial import roles
+from visexpert.experts import TransformersExpert
+from visexpert.experts.transformers import EncoderMap
+from visexpert.language import PrefixLM
+from visexpert.vision import ClipEncoder
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = AutoConfig.for_model("clip", vision_config=CLIP_VISION, text_config=TEXT)
+    return saved(randomised(AutoModel.from_config(config)), CLIPImageProcessor(), tmp_path_factory.mktemp("My-CLIP"))
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    fields = {name: value for name, value in llama().items() if name != "model_type"}
+    randomise(LlamaForCausalLM(LlamaConfig(**fields))).save_pretrained(folder)
+    return folder
+
+
+def tried(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> list[dict[str, Any]]:
+    """What ``--json`` prints, with the exit code that is expected."""
+    capsys.readouterr()
+    if code:
+        with pytest.raises(SystemExit) as caught:
+            main(["try", *map(str, arguments), "--json"])
+        assert caught.value.code == code
+    else:
+        main(["try", *map(str, arguments), "--json"])
+    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_a_clip__expert_and_clip_but_no_language_model(clip_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expert, clip, language = tried(capsys, clip_folder)
+    assert [row["verdict"] for row in (expert, clip, language)] == ["works", "works", "refused"]
+    assert (expert["class"], expert["facts"]["grid"]) == ("TransformersExpert", "4 x 4 = 16 tokens")
+    assert (clip["class"], clip["facts"]["layer"], clip["facts"]["width"]) == ("ClipEncoder", "-2", "16")
+    (seen,), (taught,) = expert["comparisons"], clip["comparisons"]
+    assert seen["with_"] == "transformers: its output, last_hidden_state, tokens 1 to 16 of 17"
+    assert (
+        taught["with_"] == "transformers: encoder.layers.1, tokens 1 to 16 of 17"
+    )  # of three: the one before the last
+    assert max(seen["difference"], taught["difference"]) < 1e-5 and min(seen["scale"], taught["scale"]) > 0.1
+    assert "is no causal language model" in language["message"]
+    # The lines for a configuration build the same.
+    written = yaml.safe_load(expert["yaml"])["model"]["init_args"]["experts"]
+    (name,) = written
+    assert name.startswith("my_clip") and written[name]["class_path"] == "visexpert.experts.TransformersExpert"
+    assert TransformersExpert(**written[name]["init_args"]).grid_hw == (4, 4)
+    assert ClipEncoder(**yaml.safe_load(clip["yaml"])["model"]["init_args"]["clip"]["init_args"]).width == 16
+
+
+def test_options_of_an_encoder(clip_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expert, clip, _ = tried(capsys, clip_folder, "--image_size", 48, "--layer", -1)
+    for row in (expert, clip):
+        assert row["verdict"] == "works" and row["facts"]["grid"] == "6 x 6 = 36 tokens"
+        assert row["comparisons"][0]["with_"] == "transformers: its output, last_hidden_state, tokens 1 to 36 of 37"
+        assert "image_size: 48" in row["yaml"] and "layer: -1" in row["yaml"]
+
+
+def test_a_language_model_is_held_against_rows_of_its_library(
+    llama_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (language,) = tried(capsys, llama_folder, "--as", "language")
+    assert (language["verdict"], language["class"], language["facts"]["family"]) == ("works", "PrefixLM", "llama")
+    plain, behind, answer = language["comparisons"]
+    assert "behind an image" in behind["what"] and "greedy answer" in answer["what"] and answer["difference"] == 0
+    assert max(plain["difference"], behind["difference"]) < 1e-4 < plain["scale"]
+    arguments = yaml.safe_load(language["yaml"])["model"]["init_args"]["language"]["init_args"]
+    assert PrefixLM(**arguments).width == 16
+    expert, clip = tried(capsys, llama_folder, "--as", "expert", code=2) + tried(
+        capsys, llama_folder, "--as", "clip", code=2
+    )
+    assert expert["verdict"] == clip["verdict"] == "refused" and "model_type 'llama'" in clip["message"]
+
+
+def test_a_difference_is_told_and_does_not_work(
+    clip_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = EncoderMap.forward
+    monkeypatch.setattr(EncoderMap, "forward", lambda self, pixels: own(self, pixels) * 1.001)
+    (expert,) = tried(capsys, clip_folder, "--as", "expert", code=2)
+    assert expert["verdict"] == "differs" and not expert["comparisons"][0]["equal"]
+    assert 1e-4 < expert["comparisons"][0]["difference"] < 0.1 and "yaml" not in expert
+
+
+def test_an_expert_that_draws_random_numbers_does_not_work(
+    clip_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = EncoderMap.forward
+    monkeypatch.setattr(EncoderMap, "forward", lambda self, pixels: own(self, pixels) + 1e-7 * torch.empty(1).cauchy_())
+    (expert,) = tried(capsys, clip_folder, "--as", "expert", code=2)
+    assert expert["verdict"] == "differs" and expert["facts"]["deterministic"] == "no"
+
+
+def test_what_nobody_foresaw_is_a_row_with_its_type(
+    clip_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("no such family\nsecond line")
+
+    monkeypatch.setattr(ClipEncoder, "load_weights", broken)
+    expert, clip, _ = tried(capsys, clip_folder)
+    assert expert["verdict"] == "works"
+    assert (clip["verdict"], clip["message"]) == ("error", "ZeroDivisionError: no such family")
+    monkeypatch.setattr(roles, "clip_arguments", broken)
+    (clip,) = tried(capsys, clip_folder, "--as", "clip", code=2)
+    assert (clip["verdict"], clip["class"]) == ("error", "")
+
+
+def test_names_of_libraries(capsys: pytest.CaptureFixture[str]) -> None:
+    expert, clip, language = tried(capsys, "test_vit", "--weights", "random")
+    assert (expert["verdict"], expert["class"]) == ("works", "TimmExpert")
+    assert expert["comparisons"][0]["with_"].startswith("timm: ") and expert["comparisons"][0]["equal"]
+    assert clip["verdict"] == language["verdict"] == "refused" and "is timm's" in clip["message"]
+    (unnamed,) = tried(capsys, "ViT-B-16", "--as", "expert", code=2)
+    assert "--weights TAG" in unnamed["message"] and "laion2b_s34b_b88k" in unnamed["message"]
+
+
+@pytest.mark.parametrize("role", ["expert", "clip", "language"])
+def test_what_is_nowhere_says_what_fetches_it(role: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = tried(capsys, "org/nothing", "--as", role, code=2)
+    assert row["verdict"] == "refused" and "`hf download org/nothing" in row["message"]
+
+
+def test_weights_alone_are_no_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"x": torch.zeros(1)}, tmp_path / "epoch_3.pt")
+    expert, clip, language = tried(capsys, tmp_path / "epoch_3.pt", code=2)
+    assert "--weights FILE" in expert["message"]
+    assert {row["verdict"] for row in (expert, clip, language)} == {"refused"}
+
+
+def test_the_printed_form(clip_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["try", "zoo:depth", "--as", "expert"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "expert: works, TinyExpert" and "  grid: 12 x 12 = 144 tokens" in lines
+    assert any(line.startswith("  not compared: ") for line in lines) and "          depth:" in lines
+    with pytest.raises(SystemExit) as caught:
+        main(["try", "--help"])
+    assert caught.value.code == 0 and "docs/families.md" in capsys.readouterr().out

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from visexpert.methods.finite import FILE as NOT_FINITE
 from visexpert.report import read_metrics
 from visexpert.report.lmms import SIDECAR
 from visexpert.report.lock import hold
-from visexpert.report.used import holds_run
+from visexpert.report.used import OWN, PREVIOUS, holds_run
 from visexpert.runs import open_run
 
 SMOKE = Path(__file__).parents[1] / "configs" / "tove" / "smoke.yaml"
@@ -74,6 +76,24 @@ class At(Callback):
                 act()
 
         setattr(self, hook, react)
+
+
+def files_in_readme() -> list[str]:
+    """The names in the first column of the README's table of a run's folder."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    table = text.partition("| file | what |\n|---|---|\n")[2].partition("\n\n")[0]
+    return [name for row in table.splitlines() for name in re.findall("`([^`]+)`", row.split("|")[1])]
+
+
+def test_the_readme_names_every_file_of_a_runs_folder(whole: Path) -> None:
+    """What ``--overwrite`` knows as written by a run, and what lies in the folder of one."""
+    told = files_in_readme()
+    assert "metrics.csv" in told
+    known = [*(name.replace("*.", ".") for name in OWN if "_ckpt_" not in name), f"{PREVIOUS}.1", ".lock"]
+    assert [name for name in known if name not in told and f"{name}/" not in told] == []
+    there = [path.name for path in whole.iterdir()]
+    patterns = [name.rstrip("/") for name in told]
+    assert [name for name in there if not any(fnmatch(name, each) for each in patterns)] == []
 
 
 def killed() -> None:
@@ -164,13 +184,15 @@ def test_a_signal_saves_says_so_and_the_run_goes_on_to_the_same_end(
 
 
 def test_a_signal_in_the_test_leaves_a_finished_fit(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     assert end_at("on_test_start", 8, sent(signal.SIGTERM), fit(tmp_path), monkeypatch).code == 143
     assert "SIGTERM" in capsys.readouterr().err.strip().splitlines()[-1]
     stages = read(tmp_path / "environment.json")
     assert (stages["fit"]["outcome"], stages["test"]["outcome"]) == ("finished", "interrupted")
     main(fit(tmp_path, "--ckpt_path", "last"))
+    assert "No step is left" in caplog.text and "trainer.max_steps is 8" in caplog.text
     assert_equal_runs(whole, tmp_path)
 
 

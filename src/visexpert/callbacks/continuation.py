@@ -85,7 +85,7 @@ def _limit_of(trainer: Trainer) -> str:
         return f"trainer.max_steps is {trainer.max_steps}"
     if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch:
         return f"trainer.max_epochs is {trainer.max_epochs}"
-    return f"what ends the training has been reached (max_time is {trainer.max_time})"
+    return "what else ends its training (trainer.max_time, early stopping) has come"
 
 
 def _validate(trainer: Trainer, *, batches: int) -> None:

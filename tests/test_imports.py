@@ -26,6 +26,7 @@ EVERYWHERE = frozenset(
         "checkpoints",
         "sharded",
         "overlays",
+        "names",
     }
 )
 """Modules without a room that any room may import; they import nothing but one another."""

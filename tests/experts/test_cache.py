@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from tests.experts.helpers import MemoryImages, NoisyExpert
 from visexpert.errors import DataError
 from visexpert.experts import ExpertHub, FeatureCache
 from visexpert.grids import resample_tokens
+from visexpert.names import EncoderName, Role
 from visexpert.store import StoreDtype
 
 TRAIN, VAL = MemoryImages(7, seed=1), MemoryImages(3, seed=2)
@@ -134,3 +138,46 @@ def test_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, 0))
     with pytest.raises(DataError, match="0 MB are free; free some space, or set feature_cache to null"):
         hub().use_cache(FeatureCache(tmp_path), {"train": TRAIN}, resample={})
+
+
+def test_encoders_of_one_name_and_two_roles_stay_apart(tmp_path: Path) -> None:
+    """Also on disk, where both have the same fingerprint."""
+    cache, index_B = FeatureCache(tmp_path, dtype="float32"), torch.arange(7)
+    names = [EncoderName(role, "it") for role in get_args(Role)]
+    for value, name in enumerate(names):
+        encode = partial(_filled, value=value)
+        cache.prepare(
+            name,
+            "train",
+            TRAIN,
+            fingerprint="same",
+            encode=encode,
+            grid_hw=(1, 1),
+            device=torch.device("cpu"),
+        )
+    for value, name in enumerate(names):
+        tokens_BSE = cache.read(name, "train", index_B)
+        assert tokens_BSE is not None and torch.equal(tokens_BSE, _filled(index_B, value))
+    assert len(names) == 3 == len(list(tmp_path.glob("*.npy")))
+    assert {json.loads(path.read_text(encoding="utf-8"))["role"] for path in tmp_path.glob("*.json")} == set(
+        get_args(Role)
+    )
+
+
+def _filled(images: torch.Tensor, value: int) -> torch.Tensor:
+    return torch.full((len(images), 1, 2), float(value))
+
+
+def test_files_of_an_earlier_version_are_named_when_tokens_are_computed_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "0123.json").write_text('{"data": "d", "encoder": "e"}', encoding="utf-8")
+    (tmp_path / "0123.npy").write_bytes(b"0" * 3_000_000)
+    with caplog.at_level("WARNING"):
+        hub().use_cache(FeatureCache(tmp_path), {"train": TRAIN, "val": VAL}, resample={})
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert str(tmp_path) in said and "3 MB" in said and "delete" in said and "0123.npy" in said
+    caplog.clear()
+    with caplog.at_level("WARNING"):  # all is there
+        hub().use_cache(FeatureCache(tmp_path), {"train": TRAIN, "val": VAL}, resample={})
+    assert not caplog.records

@@ -93,3 +93,17 @@ def test_an_empty_hub_is_no_expert() -> None:
 
 def test_the_mask_is_no_weight() -> None:
     assert not any("attached" in key for key in hub().state_dict())
+
+
+@pytest.mark.parametrize("name", ["clip", "student", "teachers", "tokens", "", "a.b", "keys", "training"])
+def test_a_name_that_means_something_else_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{name}'") as refused:
+        ExpertHub({"a": NoisyExpert(), name: NoisyExpert()})
+    assert "rename" in str(refused.value) and "'a'" not in str(refused.value)
+
+
+def test_only_experts_that_are_used_are_built_in() -> None:
+    experts: dict[str, VisionExpert] = {"a": NoisyExpert(), "b": NoisyExpert(), "clip": NoisyExpert()}
+    assert ExpertHub.chosen(experts, ["b", "a"], owner="ToVE").names == ("a", "b")
+    with pytest.raises(ConfigError, match=r"ToVE: .*\['d'\].*\['a', 'b', 'clip'\]"):
+        ExpertHub.chosen(experts, ["d", "a"], owner="ToVE")

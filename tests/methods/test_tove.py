@@ -11,7 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.methods.helpers import WIDTH, bare_trainer, logits_of, noise_batch, shake, tiny_tove, trained_names
+from tests.methods.helpers import (
+    WIDTH,
+    bare_trainer,
+    logits_of,
+    noise_batch,
+    shake,
+    tiny_experts,
+    tiny_tove,
+    trained_names,
+)
 from visexpert.data import TabletopData, pack
 from visexpert.errors import ConfigError
 from visexpert.methods import ToVE
@@ -260,3 +269,10 @@ def test_the_gate_has_its_own_rate() -> None:
     model = tiny_tove(lr=0.3)
     groups = {group.name: group for group in model.trained_groups()}
     assert groups["gate"].lr == 0.3 and groups["gate"].modules == (model.gate,)
+
+
+def test_no_expert_takes_the_name_of_clip() -> None:
+    """Its tokens once took the place of CLIP's own in the feature cache, without a word."""
+    with pytest.raises(ConfigError, match="'clip'.*rename"):
+        tiny_tove(experts={"clip": tiny_experts()["edges"]})
+    assert tiny_tove(experts={"clip": tiny_experts()["edges"], **tiny_experts()}, use=["depth"]).hub.names == ("depth",)

@@ -22,7 +22,7 @@ from torch import Tensor
 from visexpert.errors import DataError
 from visexpert.store import FeatureKey, StoreDtype, open_features, write_features
 
-KEY = FeatureKey(data="d", encoder="e", rows=5, tokens=4, width=3, grid_hw=(2, 2), dtype="float32")
+KEY = FeatureKey(role="expert", data="d", encoder="e", rows=5, tokens=4, width=3, grid_hw=(2, 2), dtype="float32")
 
 
 def batches(rows: int = 5) -> list[Tensor]:
@@ -59,6 +59,7 @@ def test_the_provenance_lies_beside_the_tokens(tmp_path: Path) -> None:
 def test_every_change_of_the_key_is_another_file(tmp_path: Path) -> None:
     write_features(tmp_path, KEY, batches())
     others = [
+        replace(KEY, role="clip"),
         replace(KEY, data="other"),
         replace(KEY, encoder="other"),
         replace(KEY, rows=6),
@@ -68,7 +69,7 @@ def test_every_change_of_the_key_is_another_file(tmp_path: Path) -> None:
         replace(KEY, dtype="float16"),
         replace(KEY, dtype="bfloat16"),
     ]
-    assert len({KEY.name, *(key.name for key in others)}) == 9
+    assert len({KEY.name, *(key.name for key in others)}) == 10
     assert all(open_features(tmp_path, key) is None for key in others)
     assert open_features(tmp_path, KEY) is not None
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from visexpert.methods import Method
 from visexpert.methods.views import EncoderViews, RoutingViews
+from visexpert.names import CLIP
 from visexpert.report.encoder import cls_attention_maps, router_maps, router_usage
 from visexpert.types import Batch
 
-LABELS = {"clip": "CLIP"}
+LABELS = {CLIP: "CLIP"}
 """Names of encoders as figures write them, where that is not the name itself."""
 
 

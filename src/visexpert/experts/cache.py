@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,8 +10,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from visexpert.store import FeatureFile, FeatureKey, StoreDtype, open_features, write_features
+from visexpert.names import EncoderName
+from visexpert.store import (
+    FeatureFile,
+    FeatureKey,
+    StoreDtype,
+    of_earlier_versions,
+    open_features,
+    write_features,
+)
 from visexpert.types import ImageSource
+
+log = logging.getLogger(__name__)
 
 Encode = Callable[[Tensor], Tensor]
 
@@ -27,11 +38,12 @@ class FeatureCache:
     def __init__(self, root: str | Path, *, dtype: StoreDtype = "float16") -> None:
         self.root = Path(root).expanduser()
         self.dtype: StoreDtype = dtype
-        self._files: dict[tuple[str, str], FeatureFile] = {}
+        self._files: dict[tuple[EncoderName, str], FeatureFile] = {}
+        self._has_looked = False
 
     def prepare(
         self,
-        name: str,
+        name: EncoderName,
         split: str,
         source: ImageSource,
         *,
@@ -44,7 +56,7 @@ class FeatureCache:
         """Open the tokens of one encoder for one split, computing them where no run did before.
 
         Args:
-            name: Encoder's name in this run.
+            name: Whose tokens they are.
             split: Split's name.
             source: Its images.
             fingerprint: Of the encoder.
@@ -56,16 +68,28 @@ class FeatureCache:
         with torch.no_grad():
             sample = encode(_images(source, [0], device))
         key = FeatureKey(
-            data=source.fingerprint, encoder=fingerprint, rows=len(source), tokens=sample.shape[1],
+            role=name.role, data=source.fingerprint, encoder=fingerprint, rows=len(source), tokens=sample.shape[1],
             width=sample.shape[2], grid_hw=grid_hw, dtype=self.dtype,
         )  # fmt: skip
         file = open_features(self.root, key)
         if file is None:
+            self._look_for_earlier_versions()
             batches = _encoded(source, encode, device, batch_size, label=f"{name} tokens of {split}")
-            file = write_features(self.root, key, batches, owner=f"Encoder '{name}'")
+            file = write_features(self.root, key, batches, owner=f"Encoder '{name.name}'")
         self._files[name, split] = file
 
-    def read(self, name: str, split: str, index_B: Tensor) -> Tensor | None:
+    def _look_for_earlier_versions(self) -> None:
+        """Say once what takes space for nothing."""
+        old = [] if self._has_looked else of_earlier_versions(self.root)
+        self._has_looked = True
+        if old:
+            size = sum(path.stat().st_size for path in old) / 1e6
+            log.warning(
+                "The feature store in %s has %d files (%.0f MB, such as %s) of an earlier version, which this one does "
+                "not read: tokens are computed anew; delete them.", self.root, len(old), size, old[0].name,
+            )  # fmt: skip
+
+    def read(self, name: EncoderName, split: str, index_B: Tensor) -> Tensor | None:
         """Cached tokens (B, S, E), float32; None where this encoder and split are not cached."""
         file = self._files.get((name, split))
         return None if file is None else file.read(index_B)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from visexpert.errors import ConfigError
 from visexpert.experts.base import VisionExpert
 from visexpert.experts.cache import FeatureCache
 from visexpert.grids import resample_tokens
+from visexpert.names import RESERVED, EncoderName, reserved_among
 from visexpert.types import ExpertTokens, ImageSource
 
 
@@ -20,12 +21,16 @@ class ExpertHub(nn.Module):
     Args:
         experts: The experts; their order is the order of the gate's columns.
         detached: Names that start detached.
+
+    Raises:
+        ConfigError: A name is reserved (:data:`visexpert.names.RESERVED`), or no module can have it.
     """
 
     attached_K: Tensor
 
     def __init__(self, experts: Mapping[str, VisionExpert], *, detached: Iterable[str] = ()) -> None:
         super().__init__()
+        _check_names(experts)
         self.experts = nn.ModuleDict(dict(experts))
         self.register_buffer("attached_K", torch.ones(len(experts), dtype=torch.bool), persistent=False)
         self._cache: FeatureCache | None = None
@@ -34,6 +39,26 @@ class ExpertHub(nn.Module):
         self.eval()
         for name in detached:
             self.detach(name)
+
+    @classmethod
+    def chosen(
+        cls, experts: Mapping[str, VisionExpert], use: Sequence[str] | None, *, owner: str, detached: Iterable[str] = ()
+    ) -> ExpertHub:
+        """A hub of the experts that are used, in the order of ``experts``.
+
+        Args:
+            experts: All there are.
+            use: Names of those to use; None for all.
+            owner: Who uses them, for messages.
+            detached: Names that start detached.
+
+        Raises:
+            ConfigError: ``use`` names one that is not there.
+        """
+        if unknown := [name for name in use or () if name not in experts]:
+            raise ConfigError(f"{owner}: use names {unknown}, which are not among the experts {sorted(experts)}.")
+        used = {name: expert for name, expert in experts.items() if use is None or name in use}
+        return cls(used, detached=detached)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -99,9 +124,15 @@ class ExpertHub(nn.Module):
 
             for split, source in sources.items():
                 cache.prepare(
-                    name, split, source, fingerprint=expert.fingerprint(), encode=encode, grid_hw=grid,
-                    device=expert.mean.device, batch_size=batch_size,
-                )  # fmt: skip
+                    EncoderName("expert", name),
+                    split,
+                    source,
+                    fingerprint=expert.fingerprint(),
+                    encode=encode,
+                    grid_hw=grid,
+                    device=expert.mean.device,
+                    batch_size=batch_size,
+                )
             self._cache_grids[name] = grid
         self._cache = cache
 
@@ -120,7 +151,7 @@ class ExpertHub(nn.Module):
 
     def _tokens(self, name: str, images_BCHW: Tensor, index_B: Tensor | None, split: str) -> ExpertTokens:
         if self._cache is not None and index_B is not None:
-            cached = self._cache.read(name, split, index_B)
+            cached = self._cache.read(EncoderName("expert", name), split, index_B)
             if cached is not None:
                 return ExpertTokens(cached, self._cache_grids[name])
         tokens: ExpertTokens = self.experts[name](images_BCHW)
@@ -130,3 +161,14 @@ class ExpertHub(nn.Module):
         if name not in self.experts:
             raise ConfigError(f"There is no expert '{name}' in the hub; it holds {list(self.experts)}.")
         return name
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """An expert is a part of several modules, in a checkpoint and in logs, under its name."""
+    impossible = [name for name in names if not name or "." in name or hasattr(nn.ModuleDict(), name)]
+    wrong = [*reserved_among(names), *impossible]
+    if wrong:
+        raise ConfigError(
+            f"An expert cannot be named {' or '.join(map(repr, wrong))}: {', '.join(RESERVED)} are names of our own, "
+            "and a name must be that of a module of torch, without dots; rename it."
+        )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from visexpert.errors import ConfigError
+from visexpert.names import CLIP
 
 Convention = Literal["released", "paper"]
 
@@ -50,7 +51,7 @@ def teacher_weights(
     cls_BD: Tensor,
     targets: Mapping[str, Tensor],
     *,
-    anchor: str | None = "clip",
+    anchor: str | None = CLIP,
     anchor_share: float = 0.8,
     convention: Convention = "paper",
     has_image_B: Tensor | None = None,
@@ -102,7 +103,7 @@ def teacher_weights(
 
 
 def uniform_teacher_weights(
-    targets: Mapping[str, Tensor], *, anchor: str | None = "clip", anchor_share: float = 0.8
+    targets: Mapping[str, Tensor], *, anchor: str | None = CLIP, anchor_share: float = 0.8
 ) -> Tensor:
     """Weights (B, K) that leave the anchor its share and divide the rest evenly: the control to ``teacher_weights``.
 

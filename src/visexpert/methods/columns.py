@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from visexpert.errors import ConfigError, WeightsError
-from visexpert.methods.distillation import ANCHOR, STUDENT
+from visexpert.names import CLIP, STUDENT
 from visexpert.transfer import TokenGate
 
 NAMES = "experts"
@@ -108,7 +108,7 @@ def _owners(keys: Iterable[str]) -> Iterable[str]:
         part, *rest = key.removeprefix("distillation.").split(".")
         if part == "adapters":
             yield rest[0]
-        elif part == "heads" and rest[0] not in (ANCHOR, STUDENT):
+        elif part == "heads" and rest[0] not in (CLIP, STUDENT):
             yield rest[0]
-        elif part.startswith("variance_start_") and part.removeprefix("variance_start_") not in (ANCHOR, STUDENT):
+        elif part.startswith("variance_start_") and part.removeprefix("variance_start_") not in (CLIP, STUDENT):
             yield part.removeprefix("variance_start_")

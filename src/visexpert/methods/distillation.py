@@ -13,17 +13,12 @@ from visexpert.errors import ConfigError
 from visexpert.losses import cls_token_weights, feature_kd, gated_kd, teacher_weights
 from visexpert.losses.distill import Convention, uniform_teacher_weights
 from visexpert.methods.watch import Watch
+from visexpert.names import CLIP, STUDENT
 from visexpert.types import ExpertTokens
 from visexpert.vision import ClsAttention
 
 TeacherWeighting = Literal["attention", "uniform", "gate"]
 TokenWeighting = Literal["attention", "uniform"]
-
-ANCHOR = "clip"
-"""Name of the frozen CLIP among the teachers."""
-
-STUDENT = "student"
-"""Name of the student beside the teachers, in logs."""
 
 
 @dataclass(frozen=True)
@@ -171,17 +166,17 @@ class Distillation(Watch):
 
     def _beside_anchor(self, gates_BTK: Tensor) -> Tensor:
         """The experts' gates (B, T, K) with CLIP's fixed share put in its place."""
-        if ANCHOR not in self.heads:
+        if CLIP not in self.heads:
             return gates_BTK.detach()
         shares = list(((1 - self.anchor_share) * gates_BTK.detach()).unbind(-1))
-        shares.insert(list(self.heads).index(ANCHOR), torch.full_like(gates_BTK[..., 0], self.anchor_share))
+        shares.insert(list(self.heads).index(CLIP), torch.full_like(gates_BTK[..., 0], self.anchor_share))
         return torch.stack(shares, dim=-1)
 
     def _beside(self, weights: Tensor) -> Tensor | None:
         """What is left to teachers beside CLIP, whose share is fixed, divided by its sum; None where nothing is."""
-        if ANCHOR not in self.heads:
+        if CLIP not in self.heads:
             return weights
-        others = [index for index, name in enumerate(self.heads) if name != ANCHOR]
+        others = [index for index, name in enumerate(self.heads) if name != CLIP]
         return weights[..., others] / (1 - self.anchor_share) if self.anchor_share < 1 else None
 
 

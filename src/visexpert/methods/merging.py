@@ -19,6 +19,7 @@ from visexpert.methods.optimiser import ParameterGroup
 from visexpert.methods.seen import Compared, RouterBalance, Seen
 from visexpert.methods.tove import ToVE
 from visexpert.metrics.token_error import TokenError
+from visexpert.names import EncoderName
 from visexpert.resources import cache_root, weights_digest
 from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens
 from visexpert.vision import TiledClipEncoder, add_mole
@@ -26,6 +27,8 @@ from visexpert.vision.lora import ClipLora
 
 Adaptation = Literal["full", "lora", "none"]
 Targets = Literal["live", "store"]
+
+FUSED = EncoderName("teacher", "fused")
 
 
 class Merging(Method):
@@ -200,7 +203,7 @@ class Merging(Method):
     @torch.no_grad()
     def _target(self, batch: Batch) -> Tensor:
         if self._stored is not None:
-            stored = self._stored.read("fused", batch.split, batch.index_B)
+            stored = self._stored.read(FUSED, batch.split, batch.index_B)
             if stored is not None:
                 return stored
         return self.teacher.transferred(batch).tokens_BTD
@@ -220,7 +223,7 @@ class Merging(Method):
 
         for split, source in sources.items():
             cache.prepare(
-                "fused", split, source, fingerprint=weights_digest(trained, facts=repr(parts)),
+                FUSED, split, source, fingerprint=weights_digest(trained, facts=repr(parts)),
                 encode=encode, grid_hw=teacher.clip.grid_hw, device=self.device,
             )  # fmt: skip
         self._stored = cache

@@ -9,21 +9,22 @@ from torch import nn
 from torch.optim import Optimizer
 
 from visexpert.errors import ConfigError, DataError, require_numbers
-from visexpert.experts import FeatureCache, VisionExpert
+from visexpert.experts import ExpertHub, FeatureCache, VisionExpert
 from visexpert.language import LanguageSide, Projector
 from visexpert.language.projector import ProjectorKind
 from visexpert.losses.balance import RouterBalanceForm
 from visexpert.losses.distill import Convention
 from visexpert.methods.base import Method
 from visexpert.methods.columns import Columns
-from visexpert.methods.distillation import ANCHOR, STUDENT, Distillation, Distilled, TeacherWeighting, TokenWeighting
+from visexpert.methods.distillation import Distillation, Distilled, TeacherWeighting, TokenWeighting
 from visexpert.methods.finite import OnNan
 from visexpert.methods.optimiser import ParameterGroup
 from visexpert.methods.seen import Compared, RouterBalance, Seen
 from visexpert.methods.start import start_from
 from visexpert.methods.student import check_weights, mole_parts
-from visexpert.methods.teachers import HeadSettings, ask_teachers, hub_of, kd_heads, store_anchor
+from visexpert.methods.teachers import HeadSettings, ask_teachers, kd_heads, store_anchor
 from visexpert.methods.views import EncoderViews, view_encoders
+from visexpert.names import CLIP, STUDENT
 from visexpert.resources import cache_root
 from visexpert.store import StoreDtype
 from visexpert.transfer import AdapterKind, TokenGate
@@ -121,7 +122,7 @@ class MoVEKD(Method):
         require_numbers("MoVEKD", least=1, adapter_hidden=adapter_hidden)
         check_weights(language, kd_weight=kd_weight, text_weight=text_weight, balance_weight=balance_weight)
         self.clip = clip
-        self.hub = hub_of(experts, use)
+        self.hub = ExpertHub.chosen(experts, use, owner="MoVEKD")
         self.projector = (
             Projector(in_dim=clip.width, out_dim=language.width, kind=projector, norm=projector_norm)
             if self.reads_text
@@ -180,7 +181,7 @@ class MoVEKD(Method):
 
     def views(self, batch: Batch) -> EncoderViews:
         """[CLS] attention of CLIP, where it is kept, and of the student; what its routers choose."""
-        encoders = {} if self.anchor is None else {ANCHOR: self.anchor}
+        encoders = {} if self.anchor is None else {CLIP: self.anchor}
         return view_encoders({**encoders, STUDENT: self.clip}, batch, student=STUDENT)
 
     def columns(self) -> Columns:

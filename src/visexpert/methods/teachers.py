@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from visexpert.errors import ConfigError
-from visexpert.experts import ExpertHub, FeatureCache, VisionExpert
-from visexpert.methods.distillation import ANCHOR, STUDENT
+from visexpert.experts import ExpertHub, FeatureCache
+from visexpert.names import CLIP, EncoderName
 from visexpert.transfer import AdapterKind, Direction, KDHead, TokenGate, make_kd_head
 from visexpert.types import Batch, ExpertTokens, ImageSource
 from visexpert.vision import ClipEncoder, ClsAttention
+
+FROZEN_CLIP = EncoderName("teacher", CLIP)
+"""Its tokens with their [CLS] attention."""
 
 
 @dataclass(frozen=True)
@@ -58,23 +61,6 @@ class Lesson:
     gates_BTK: torch.Tensor | None
 
 
-def hub_of(experts: Mapping[str, VisionExpert], use: Sequence[str] | None) -> ExpertHub:
-    """The experts that are used, frozen.
-
-    Raises:
-        ConfigError: ``use`` names one that is not there, or one has a name of our own.
-    """
-    if unknown := [name for name in use or () if name not in experts]:
-        raise ConfigError(f"MoVEKD: use names {unknown}, which are not among the experts {sorted(experts)}.")
-    hub = ExpertHub({name: expert for name, expert in experts.items() if use is None or name in use})
-    if taken := {ANCHOR, STUDENT} & set(hub.names):
-        raise ConfigError(
-            f"MoVEKD: an expert is named {sorted(taken)}, but {ANCHOR!r} and {STUDENT!r} are names of our own; rename "
-            "the expert."
-        )
-    return hub
-
-
 def kd_heads(
     clip: ClipEncoder, hub: ExpertHub, settings: HeadSettings, *, with_anchor: bool, cls_weighs: bool
 ) -> dict[str, KDHead]:
@@ -95,7 +81,7 @@ def kd_heads(
             "MoVEKD: without experts (use) and with anchor_share null there is no teacher, but there must be at least "
             "one; name an expert, or give CLIP a share."
         )
-    sizes = {ANCHOR: ClipTeacher(clip.width, clip.grid_hw)} if with_anchor else {}
+    sizes = {CLIP: ClipTeacher(clip.width, clip.grid_hw)} if with_anchor else {}
     heads = {
         name: make_kd_head(name, size, clip_width=clip.width, clip_grid=clip.grid_hw, direction="raw")
         for name, size in sizes.items()
@@ -128,7 +114,7 @@ def ask_teachers(
         if gate is not None:
             everything_K = torch.ones(len(hub.names), dtype=torch.bool, device=images_BCHW.device)
             gates_BTK = gate(clip.tokens.tokens_BTD, everything_K).gates_BTK
-        teachers[ANCHOR] = ExpertTokens(clip.tokens.tokens_BTD, clip.tokens.grid_hw)
+        teachers[CLIP] = ExpertTokens(clip.tokens.tokens_BTD, clip.tokens.grid_hw)
     teachers |= hub(images_BCHW, index_B=batch.index_B, split=batch.split)
     return Lesson(teachers, clip, gates_BTK)
 
@@ -137,14 +123,14 @@ def store_anchor(anchor: ClipEncoder, cache: FeatureCache, sources: Mapping[str,
     """Fill or open the store of the frozen CLIP's tokens and [CLS] attention for these images, by split."""
     for split, source in sources.items():
         cache.prepare(
-            ANCHOR, split, source, fingerprint=f"{anchor.fingerprint()} with [CLS] attention",
+            FROZEN_CLIP, split, source, fingerprint=anchor.fingerprint(),
             encode=lambda images_BCHW: ClsAttention.of(anchor, images_BCHW).packed(), grid_hw=anchor.grid_hw,
             device=anchor.mean.device,
         )  # fmt: skip
 
 
 def _stored_anchor(anchor: ClipEncoder, cache: FeatureCache | None, batch: Batch) -> ClsAttention | None:
-    packed_BNF = None if cache is None else cache.read(ANCHOR, batch.split, batch.index_B)
+    packed_BNF = None if cache is None else cache.read(FROZEN_CLIP, batch.split, batch.index_B)
     if packed_BNF is None:
         return None
     return ClsAttention.unpacked(packed_BNF, width=anchor.width, grid_hw=anchor.grid_hw)

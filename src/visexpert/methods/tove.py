@@ -20,6 +20,7 @@ from visexpert.methods.finite import OnNan
 from visexpert.methods.optimiser import ParameterGroup
 from visexpert.methods.seen import Compared, Seen
 from visexpert.methods.start import start_from
+from visexpert.names import CLIP, EncoderName
 from visexpert.resources import cache_root
 from visexpert.store import StoreDtype
 from visexpert.transfer import GateOutput, ResidualTransfer, TokenAdapter, TokenGate
@@ -29,6 +30,8 @@ from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens
 from visexpert.vision import ClipEncoder
 
 FusionSpace = Literal["language", "clip"]
+
+CLIP_TOKENS = EncoderName("clip", CLIP)
 
 
 class ToVE(Method):
@@ -119,7 +122,7 @@ class ToVE(Method):
         )  # fmt: skip
         require_numbers("ToVE", least=1, adapter_hidden=adapter_hidden, gate_hidden=gate_hidden)
         self.clip = clip
-        self.hub = ExpertHub(_chosen(experts, use), detached=detached or ())
+        self.hub = ExpertHub.chosen(experts, use, owner="ToVE", detached=detached or ())
         fused_width = language.width if fusion_space == "language" else clip.width
         self.projector = Projector(in_dim=clip.width, out_dim=language.width, kind=projector, norm=projector_norm)
         self.adapters = nn.ModuleDict(
@@ -301,7 +304,7 @@ class ToVE(Method):
         cached = self._needs_clip and self.clip_lr == 0
         for split, source in sources.items() if cached else ():
             cache.prepare(
-                "clip", split, source, fingerprint=self.clip.fingerprint(),
+                CLIP_TOKENS, split, source, fingerprint=self.clip.fingerprint(),
                 encode=lambda images: self.clip(images).tokens_BTD, grid_hw=self.clip.grid_hw, device=self.device,
             )  # fmt: skip
         encoders = {name: self.clip.grid_hw for name in self.hub.attached if self.hub[name].tokens == "features"}
@@ -321,7 +324,7 @@ class ToVE(Method):
         )
 
     def _clip_tokens(self, images_BCHW: Tensor, batch: Batch) -> VisionTokens:
-        cached = None if self._cache is None else self._cache.read("clip", batch.split, batch.index_B)
+        cached = None if self._cache is None else self._cache.read(CLIP_TOKENS, batch.split, batch.index_B)
         if cached is not None:
             return VisionTokens(cached, self.clip.grid_hw)
         with torch.set_grad_enabled(self.clip_lr > 0 and torch.is_grad_enabled()):
@@ -333,12 +336,3 @@ class ToVE(Method):
             in_dim=expert.token_dim, out_dim=width, out_grid=self.clip.grid_hw, hidden_dim=hidden,
             map_grid=expert.grid_hw if expert.tokens == "prediction" else None, zero_init=transfer == "residual",
         )  # fmt: skip
-
-
-def _chosen(experts: Mapping[str, VisionExpert], use: Sequence[str] | None) -> dict[str, VisionExpert]:
-    if use is None:
-        return dict(experts)
-    unknown = [name for name in use if name not in experts]
-    if unknown:
-        raise ConfigError(f"ToVE: use names {unknown}, which are not among the experts {sorted(experts)}.")
-    return {name: expert for name, expert in experts.items() if name in use}

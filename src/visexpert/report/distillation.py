@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from visexpert.names import STUDENT, WEIGHED
 from visexpert.report.curves import moving_mean, read_metrics
 from visexpert.report.palette import GREY, INK, Floats, NothingToDrawError, canvas, colours, save, styled
 
@@ -24,9 +25,8 @@ PANELS = {
 }
 """Beginnings of logged names, and the title of the panel that shows what they begin."""
 
-STUDENT = "student"
-WEIGHED = {"teachers": "#8C510A", "tokens": GREY}
-"""What has weights, and the colours of their entropies."""
+ENTROPIES = dict(zip(WEIGHED, ("#8C510A", GREY), strict=True))
+"""Colours of the entropies of weights."""
 
 UNITS = {
     "train/weight/": "share",
@@ -79,7 +79,7 @@ def _palette(panels: Mapping[str, Curves]) -> dict[str, str]:
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     teachers = [name for name in names if name not in (STUDENT, *WEIGHED)]
     palette = dict(zip(teachers, colours(len(teachers)), strict=True))
-    return palette | {name: colour for name, colour in {STUDENT: INK, **WEIGHED}.items() if name in names}
+    return palette | {name: colour for name, colour in {STUDENT: INK, **ENTROPIES}.items() if name in names}
 
 
 def _of(logged: Curves, start: str) -> dict[str, tuple[Floats, Floats]]:

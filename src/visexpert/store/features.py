@@ -21,6 +21,8 @@ from torch import Tensor
 
 from visexpert.errors import DataError
 from visexpert.files import whole_file
+from visexpert.names import Role
+from visexpert.reading import read_json
 from visexpert.store.numbers import DISK, StoreDtype, pack, unpack
 
 
@@ -29,6 +31,7 @@ class FeatureKey:
     """Provenance of a file: everything its content depends on.
 
     Args:
+        role: What the encoder is to the runs that read its tokens.
         data: Fingerprint of the images.
         encoder: Fingerprint of the encoder: weights, input size, layer.
         rows: Number of images.
@@ -38,6 +41,7 @@ class FeatureKey:
         dtype: ``float16``, ``bfloat16`` or ``float32``.
     """
 
+    role: Role
     data: str
     encoder: str
     rows: int
@@ -135,6 +139,16 @@ def write_features(root: Path, key: FeatureKey, batches: Iterable[Tensor], *, ow
     written = open_features(root, key)
     assert written is not None
     return written
+
+
+def of_earlier_versions(root: Path) -> list[Path]:
+    """Files of tokens whose provenance says no role: nothing reads them any more."""
+    found = []
+    for facts in sorted(root.glob("*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            if "role" not in read_json(facts) and (tokens := facts.with_suffix(".npy")).is_file():
+                found.append(tokens)
+    return found
 
 
 def remove_leftovers(root: Path) -> None:

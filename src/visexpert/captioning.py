@@ -15,11 +15,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from visexpert.data import TabletopData, TextPacker, read_image
+from visexpert.data import TextPacker, read_image
 from visexpert.data.images import to_tensor
 from visexpert.data.resize import Picture
 from visexpert.data.settings import Settings
-from visexpert.data.tabletop.captions import RELATION_PROMPT
 from visexpert.errors import ConfigError, DataError, shown
 from visexpert.experts import ExpertHub, VisionExpert
 from visexpert.language import Decoding
@@ -101,8 +100,6 @@ class Captioner:
         Raises:
             ConfigError: The run's data has no such words that we know.
         """
-        if isinstance(self.run.data, TabletopData):
-            return RELATION_PROMPT
         if isinstance(prompt := getattr(self.run.data, "prompt", None), str):
             return prompt
         raise ConfigError(

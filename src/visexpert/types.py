@@ -59,43 +59,11 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-@dataclass(frozen=True)
-class ObjectNode:
-    """One object of a scene graph.
+class CaptionTruth(Protocol):
+    """What is known of an image's content, for data that can judge a caption without references."""
 
-    Args:
-        shape: ``sphere``, ``cube`` or ``cylinder``.
-        colour: Colour word.
-        size: ``small``, ``medium`` or ``large`` (true 3-D size class, not apparent size).
-        material: ``matte`` or ``shiny``.
-        u: Horizontal centre in the image, -1 (left edge) to 1 (right edge).
-        v: Vertical centre in the image, -1 (top edge) to 1 (bottom edge).
-        depth: Distance of the centre along the optical axis, scene units.
-        height: Height of the centre above the table, scene units.
-        pixels: Visible pixels in the rendered image.
-    """
-
-    shape: str
-    colour: str
-    size: str
-    material: str
-    u: float
-    v: float
-    depth: float
-    height: float
-    pixels: int
-
-    @property
-    def phrase(self) -> str:
-        """The object's name in text: ``"red cube"``."""
-        return f"{self.colour} {self.shape}"
-
-
-@dataclass(frozen=True)
-class SceneGraph:
-    """The exact content of one image: its objects, in no particular order."""
-
-    objects: tuple[ObjectNode, ...]
+    def judge(self, caption: str) -> Mapping[str, bool]:
+        """Say by name what holds of a caption. It is correct where all does; a name may be left out of some."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +71,7 @@ class TextItem:
     """One text that goes with an image.
 
     Args:
-        kind: Task: ``dense`` or ``relation`` (captions), ``vqa``, ``vsr``, ``pope``; other sources add their own.
+        kind: Name of the task in reports: ``caption``, ``vqa``, ``vsr``, ``pope``, ``chat`` or one that the data adds.
         prompt: What the model reads (a question, a statement, or the words that ask for a caption).
         answer: What it must write.
         family: Finer kind for reports (``colour``, ``distance``, ``left-right``, ``adversarial``, ...).
@@ -111,6 +79,8 @@ class TextItem:
         history: Earlier (prompt, answer) turns of a conversation; their answers are learned like the last one's.
         generate: Score what the model writes by itself; else its choice at each token given the true ones before it,
             which says the same where only one wording is right.
+        scored_as: How the answer is scored: ``caption`` (written in any case), ``vqa``, ``vsr``, ``pope`` or ``slots``
+            (word by word); empty where ``kind`` says so.
     """
 
     kind: str
@@ -120,6 +90,12 @@ class TextItem:
     references: tuple[str, ...] = ()
     history: tuple[tuple[str, str], ...] = ()
     generate: bool = False
+    scored_as: str = ""
+
+    @property
+    def task(self) -> str:
+        """How the answer is scored."""
+        return self.scored_as or self.kind
 
 
 @dataclass(frozen=True)
@@ -297,7 +273,7 @@ class Batch(TensorRecord):
         items: The same text as strings, per image in segment order; filled for evaluation only.
         prompts: Ids that the model reads before it answers each of ``items``, by :meth:`TextEncoder.prompt`.
         targets: Dense ground truth by name (zoo training): e.g. ``depth_BHW``, ``normals_B3HW``.
-        graphs: Scene graphs, where the data has them; filled for evaluation only.
+        truths: What is known of each image, where the data can judge captions by it; filled for evaluation only.
         has_image_B: bool, False for samples of text alone, whose pixels mean nothing; None where all have an image.
         original_hw_B2: int64 height and width of each image before it was resized; None where all were of one size.
         source: Name of the source, where a run reads several; its scores stand under this name.
@@ -313,7 +289,7 @@ class Batch(TensorRecord):
     items: tuple[tuple[TextItem, ...], ...] = ()
     prompts: tuple[tuple[tuple[int, ...], ...], ...] = ()
     targets: Mapping[str, Tensor] = field(default_factory=dict)
-    graphs: tuple[SceneGraph, ...] = ()
+    truths: tuple[CaptionTruth, ...] = ()
     has_image_B: Tensor | None = None
     original_hw_B2: Tensor | None = None
     source: str = ""

@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from tests.captioners import captioner
-from visexpert.app.examples import PROMPTS, example_prompts, write_examples
+from visexpert.app.examples import example_prompts, write_examples
 from visexpert.app.overlay import gate_overlay
 from visexpert.app.session import Session, open_session
 from visexpert.data import read_image
+from visexpert.data.tabletop.datamodule import EXAMPLE_PROMPTS
 from visexpert.errors import ConfigError, DataError
 from visexpert.methods import ToVE
 
@@ -76,8 +77,8 @@ def test_examples_are_scenes_of_the_world_and_prompts_that_it_knows(tmp_path: Pa
     pixels = [np.asarray(Image.open(path)) for path in paths]
     assert [image.shape for image in pixels] == [(96, 96, 3)] * 3
     assert not np.array_equal(pixels[0], pixels[1]) and pixels[0].std() > 5
-    assert example_prompts(caption) == PROMPTS
-    assert all(not caption.unknown_words(prompt) for prompt in PROMPTS)
+    assert example_prompts(caption) == EXAMPLE_PROMPTS
+    assert all(not caption.unknown_words(prompt) for prompt in EXAMPLE_PROMPTS)
 
 
 def test_the_overlay_is_densest_where_the_gate_is_greatest() -> None:

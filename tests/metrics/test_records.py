@@ -11,19 +11,14 @@ from torch import Tensor
 
 from visexpert.metrics import (
     CaptionScores,
+    JudgedCaptions,
     POPEScores,
-    SceneCaptionAccuracy,
     SlotAccuracy,
     TokenNLL,
     VQAAccuracy,
     VSRAccuracy,
 )
 from visexpert.metrics.records import RecordMetric, Row, check_lengths, mean_by_family
-from visexpert.types import ObjectNode, SceneGraph
-
-RED = ObjectNode("cube", "red", "small", "matte", u=-0.5, v=0.0, depth=4.0, height=0.3, pixels=90)
-BLUE = ObjectNode("sphere", "blue", "large", "matte", u=0.5, v=0.0, depth=6.0, height=0.7, pixels=90)
-SCENE = SceneGraph((RED, BLUE))
 
 # Each metric with what rank 0 and rank 1 see.
 CASES: list[tuple[Callable[..., RecordMetric], tuple[Any, ...], tuple[Any, ...]]] = [
@@ -35,11 +30,7 @@ CASES: list[tuple[Callable[..., RecordMetric], tuple[Any, ...], tuple[Any, ...]]
     (VQAAccuracy, (["red", "2"], ["red", ["2"] * 5 + ["3"] * 5], ["colour", "count"]), (["no"], ["yes"], ["exist"])),
     (VSRAccuracy, (["yes", "no"], ["yes", "yes"], ["depth", "size"]), (["hm"], ["no"], ["depth"])),
     (POPEScores, (["yes", "no"], ["yes", "yes"], ["random", "popular"]), (["yes"], ["no"], ["popular"])),
-    (
-        SceneCaptionAccuracy,
-        (["a red cube left of a blue sphere"], [SCENE]),
-        (["a red cube behind a blue sphere"], [SCENE]),
-    ),
+    (JudgedCaptions, ([{"object": True, "relation": False}],), ([{"object": False}],)),
     (
         TokenNLL,
         (torch.tensor([2.0, 3.0]), torch.tensor([1, 2]), ["vqa", "dense"]),

@@ -155,6 +155,11 @@ class MixedData(LightningDataModule):
             for split, images in source.image_sources().items()
         }
 
+    def training_rows(self) -> int | None:
+        """Number of training images of all sources; None where one cannot be counted."""
+        counts = [self.sources[name].training_rows() for name in self.weights]
+        return None if None in counts else sum(count for count in counts if count is not None)
+
     def all_needs(self, parts: Sequence[str]) -> list[Need | TokenizerNeed]:
         """All that these parts need, each once."""
         needs = [

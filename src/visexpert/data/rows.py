@@ -102,6 +102,11 @@ class RowData(SourceData):
             draw_answers=self.draw_answers,
         )  # fmt: skip
 
+    def training_rows(self) -> int | None:
+        """Number of training images; None where a file is not here."""
+        is_here = all(need.found is not None for need in self.needs("train"))
+        return len(self.table("train")) if is_here else None
+
     def image_sources(self) -> dict[str, ImageSource]:
         """Images of the opened parts by row, for the feature store."""
         reader = self.settings.reader()

@@ -162,7 +162,7 @@ def _to_line(sample: Sample) -> bytes:
 
 
 def _to_item(fields: list[object]) -> TextItem:
-    kind, prompt, answer, family, references, history, generate = fields
+    kind, prompt, answer, family, references, history, generate, scored_as = fields
     return TextItem(
         str(kind),
         str(prompt),
@@ -171,4 +171,5 @@ def _to_item(fields: list[object]) -> TextItem:
         tuple(references),  # type: ignore[arg-type]
         tuple((question, reply) for question, reply in history),  # type: ignore[attr-defined]
         bool(generate),
+        str(scored_as),
     )

@@ -190,6 +190,10 @@ class SourceData(LightningDataModule):
 
     # -- Shared by the sources ------------------------------------------------------------------------------------
 
+    def training_rows(self) -> int | None:
+        """Number of training images, where they can be counted without reading them."""
+        return None
+
     @property
     def called(self) -> str:
         """What to call the source in messages."""

@@ -13,22 +13,20 @@ from visexpert.errors import ConfigError
 from visexpert.language import LanguageSide
 from visexpert.metrics import (
     CaptionScores,
+    JudgedCaptions,
     POPEScores,
-    SceneCaptionAccuracy,
     SlotAccuracy,
     TokenNLL,
     VQAAccuracy,
     VSRAccuracy,
-    caption_holds,
 )
 from visexpert.metrics.gather import Key, first_of_all, gathered, key_of
 from visexpert.metrics.smooth import WeightedMeans
 from visexpert.metrics.token_probes import TokenProbes
-from visexpert.types import IGNORE_INDEX, Batch, FrameTokens, SceneGraph, TextBatch, TextItem, VisionTokens
+from visexpert.types import IGNORE_INDEX, Batch, CaptionTruth, FrameTokens, TextBatch, TextItem, VisionTokens
 
 CAPTION = "caption"
-CAPTIONS = frozenset({CAPTION, "relation"})
-"""Kinds of text that the model is asked to write when it captions."""
+"""Task of a text that the model is asked to write when it captions."""
 
 WRITE_AT_ONCE = 64
 """Answers written in one call; an image may have many questions."""
@@ -57,7 +55,7 @@ class Caption:
         row: Image in its batch.
         item: What was asked, with the accepted texts.
         text: What the model wrote.
-        correct: Whether it is true of the scene; None where the data has no scene graph.
+        correct: Whether it is true of the image; None where the data cannot judge it.
     """
 
     row: int
@@ -106,16 +104,16 @@ class SourceScores:
         self.nll = TokenNLL()
         self.vqa, self.vsr, self.pope, self.slots = VQAAccuracy(), VSRAccuracy(), POPEScores(), SlotAccuracy()
         self.captions = CaptionScores(meteor=meteor, sync_on_compute=False)  # every process gets those of all
-        self.scene = SceneCaptionAccuracy(sync_on_compute=False)
+        self.judged = JudgedCaptions(sync_on_compute=False)
         self._limit = captions
-        self._written: dict[Key, tuple[str, TextItem, SceneGraph | None]] = {}
+        self._written: dict[Key, tuple[str, TextItem, CaptionTruth | None]] = {}
         self._to_caption: dict[Key, None] = {}
         self._answers: dict[str, dict[Key, tuple[int, int]]] = {}
         self._by_kind: dict[str, Callable[[list[Answer]], None]] = {
             "vqa": self._update_vqa,
             "vsr": self._update_vsr,
             "pope": self._update_pope,
-            "dense": self._update_slots,
+            "slots": self._update_slots,
         }
 
     def scores(self, kind: str) -> bool:
@@ -137,9 +135,9 @@ class SourceScores:
         known = self._answers.setdefault(kind, {})
         known[key_of(known, split, row)] = written, of
 
-    def add_caption(self, text: str, item: TextItem, graph: SceneGraph | None, *, split: str, row: int) -> None:
+    def add_caption(self, text: str, item: TextItem, truth: CaptionTruth | None, *, split: str, row: int) -> None:
         """Keep a written caption; those of the first rows over all processes are scored."""
-        self._written[key_of(self._written, split, row)] = text, item, graph
+        self._written[key_of(self._written, split, row)] = text, item, truth
 
     def compute(self) -> dict[str, dict[str, float]]:
         """All scores by part."""
@@ -164,20 +162,19 @@ class SourceScores:
         return {"answers": written, "answers_of": of}
 
     def _caption_scores(self) -> dict[str, float]:
-        """Scores of captions by their references and, where there are any, by scene graphs."""
+        """Scores of captions by their references and, where the data can judge them, by what it knows."""
         written = first_of_all(self._written, self._limit)
         possible = len({key for known in gathered(list(self._to_caption)) for key in known})
         self.captions.reset()
-        self.scene.reset()
+        self.judged.reset()
         if not written:
             return {}
-        families = [item.family if item.kind == CAPTION else "" for _, item, _ in written]
+        families = [item.family for _, item, _ in written]
         references = [item.references or (item.answer,) for _, item, _ in written]
         self.captions.update([text for text, _, _ in written], references, families)
-        known = [(text, graph) for text, _, graph in written if graph is not None]
-        self.scene.update([text for text, _ in known], [graph for _, graph in known])
+        self.judged.update([truth.judge(text) for text, _, truth in written if truth is not None])
         counts = {"images": float(len(written)), "images_of": float(possible)}
-        return {**self.captions.compute(), **self.scene.compute(), **counts}
+        return {**self.captions.compute(), **self.judged.compute(), **counts}
 
     def _update_vqa(self, rows: list[Answer]) -> None:
         families = [row.item.family for row in rows]
@@ -235,7 +232,7 @@ class Evaluator:
         for (image, number), ids in tokens.items():
             item = batch.items[image][number]
             if not self._is_written(item):
-                answers.setdefault(item.kind, []).append(Answer(item, decode(ids, tokenizer)))
+                answers.setdefault(item.task, []).append(Answer(item, decode(ids, tokenizer)))
         scores.nll.update(nll_M, torch.ones_like(nll_M), kinds)
         for kind, rows in answers.items():
             scores.update(kind, rows)
@@ -247,7 +244,7 @@ class Evaluator:
             (image, number)
             for image, items in enumerate(batch.items)
             for number, item in enumerate(items)
-            if self._is_written(item) and scores.scores(item.kind)
+            if self._is_written(item) and scores.scores(item.task)
         ]
         self._count_answers(batch, scores)
         answers: dict[str, list[Answer]] = {}
@@ -255,7 +252,7 @@ class Evaluator:
             part = places[start : start + WRITE_AT_ONCE]
             for (image, number), text in zip(part, _write(batch, part, vision, language, tokenizer), strict=True):
                 item = batch.items[image][number]
-                answers.setdefault(item.kind, []).append(Answer(item, text))
+                answers.setdefault(item.task, []).append(Answer(item, text))
         for kind, rows in answers.items():
             scores.update(kind, rows)
 
@@ -264,9 +261,9 @@ class Evaluator:
     ) -> tuple[Caption, ...]:
         """Caption images whose texts include a caption to write, up to the quota of their source."""
         places = [
-            next((image, number) for number, item in enumerate(items) if item.kind in CAPTIONS)
+            next((image, number) for number, item in enumerate(items) if item.task == CAPTION)
             for image, items in enumerate(batch.items)
-            if any(item.kind in CAPTIONS for item in items)
+            if any(item.task == CAPTION for item in items)
         ]
         scores = self._of(batch.source)
         scores.count_captions([int(batch.index_B[image]) for image, _ in places], split=batch.split)
@@ -279,10 +276,10 @@ class Evaluator:
         texts = _write(batch, places, vision, language, tokenizer)
         items = [batch.items[image][number] for image, number in places]
         for (image, _), item, text in zip(places, items, texts, strict=True):
-            graph = batch.graphs[image] if batch.graphs else None
-            scores.add_caption(text, item, graph, split=batch.split, row=int(batch.index_B[image]))
+            truth = batch.truths[image] if batch.truths else None
+            scores.add_caption(text, item, truth, split=batch.split, row=int(batch.index_B[image]))
         return tuple(
-            Caption(image, item, text, caption_holds(text, batch.graphs[image]) if batch.graphs else None)
+            Caption(image, item, text, all(batch.truths[image].judge(text).values()) if batch.truths else None)
             for (image, _), item, text in zip(places, items, texts, strict=True)
         )
 
@@ -319,11 +316,11 @@ class Evaluator:
 
     def _count_answers(self, batch: Batch, scores: SourceScores) -> None:
         for image, items in enumerate(batch.items):
-            wanted = [item for item in items if item.generate and scores.scores(item.kind)]
-            for kind in sorted({item.kind for item in wanted}):
-                of = sum(item.kind == kind for item in wanted)
-                written = sum(item.kind == kind and self._is_written(item) for item in wanted)
-                scores.count_answers(kind, written=written, of=of, split=batch.split, row=int(batch.index_B[image]))
+            wanted = [item for item in items if item.generate and scores.scores(item.task)]
+            for task in sorted({item.task for item in wanted}):
+                of = sum(item.task == task for item in wanted)
+                written = sum(item.task == task and self._is_written(item) for item in wanted)
+                scores.count_answers(task, written=written, of=of, split=batch.split, row=int(batch.index_B[image]))
 
 
 def _write(

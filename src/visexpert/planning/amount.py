@@ -9,8 +9,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from visexpert.data import MixedData, SourceData, TabletopData
-from visexpert.data.rows import RowData
+from visexpert.data import MixedData, SourceData
 from visexpert.errors import ConfigError
 from visexpert.experts import ExpertHub
 from visexpert.methods import Method, MoVEKD, ToVE
@@ -89,21 +88,14 @@ def batch_size_of(data: LightningDataModule) -> int:
 def image_size_of(data: LightningDataModule) -> int | None:
     """Side of the images that batches hold; None where the data does not say."""
     first = next(iter(data.sources.values())) if isinstance(data, MixedData) else data
-    holder = first.world if isinstance(first, TabletopData) else getattr(first, "settings", first)
-    size = getattr(holder, "image_size", None)
+    size = getattr(getattr(first, "settings", first), "image_size", None)
     return size if isinstance(size, int) else None
 
 
 def training_rows(data: LightningDataModule) -> int | None:
     """Training images, where they can be counted without reading them."""
-    if isinstance(data, TabletopData):
-        return max(1, round(data.train_fraction * data.sizes[data.train_split]))
-    if isinstance(data, MixedData):
-        counts = [training_rows(data.sources[name]) for name in data.weights]
-        return None if None in counts else sum(count for count in counts if count is not None)
-    if isinstance(data, RowData) and all(need.found is not None for need in data.needs("train")):
-        return len(data.table("train"))
-    return None
+    count = getattr(data, "training_rows", None)
+    return None if count is None else count()
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from visexpert.data.tabletop.graph import ObjectNode, SceneGraph
 from visexpert.data.tabletop.world import COLOURS, MATERIALS, SHAPES, SIZES, TabletopWorld
-from visexpert.types import ObjectNode, SceneGraph
 
 
 def random_graphs(num: int, seed: int, *, unique_colours: bool = True) -> list[SceneGraph]:

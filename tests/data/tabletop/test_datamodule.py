@@ -53,7 +53,7 @@ def test_a_training_batch_has_images_and_packed_text_only(root: Path) -> None:
     data = ready(root)
     batch = next(iter(data.train_dataloader()))
     assert batch.images_BCHW.shape == (4, 3, 16, 16) and batch.images_BCHW.dtype == torch.uint8
-    assert batch.split == "train" and batch.items == () and batch.graphs == () and batch.targets == {}
+    assert batch.split == "train" and batch.items == () and batch.truths == () and batch.targets == {}
     cache = data.split_cache("train")
     assert torch.equal(batch.images_BCHW.permute(0, 2, 3, 1), torch.from_numpy(cache.rgb[batch.index_B.numpy()]))
     assert batch.text is not None
@@ -64,7 +64,7 @@ def test_an_evaluation_batch_has_strings_in_segment_order_and_graphs(root: Path)
     data = ready(root)
     for batch in data.val_dataloader():
         assert batch.split == "val" and batch.text is not None
-        assert batch.graphs == tuple(data.split_cache("val").graphs[row] for row in batch.index_B.tolist())
+        assert batch.truths == tuple(data.split_cache("val").graphs[row] for row in batch.index_B.tolist())
         for row, items in enumerate(batch.items):
             kinds = [item.kind for item in items]
             assert kinds == sorted(kinds, key=list(EVAL_MIXTURE).index)

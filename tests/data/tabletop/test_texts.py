@@ -12,11 +12,12 @@ import pytest
 from tests.data.tabletop.some_graphs import node, random_graphs
 from visexpert.data.tabletop.balance import Balancer
 from visexpert.data.tabletop.captions import dense_caption, object_captions, relation_captions
+from visexpert.data.tabletop.graph import ObjectNode, SceneGraph
 from visexpert.data.tabletop.pool import POOL_SIZES, Pools, generate_pools
 from visexpert.data.tabletop.questions import questions
 from visexpert.data.tabletop.relations import facts_of
 from visexpert.data.tabletop.statements import popular_phrases, probes, statements
-from visexpert.types import ObjectNode, SceneGraph, TextItem
+from visexpert.types import TextItem
 
 WORDS = ("zero", "one", "two", "three", "four", "five")
 RANK = {"small": 1, "medium": 2, "large": 3}

@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from visexpert.data.tabletop.graph import SceneGraph
 from visexpert.data.tabletop.render import build_graphs, object_table, render
 from visexpert.data.tabletop.scenes import sample_scenes
 from visexpert.data.tabletop.world import TabletopWorld
@@ -34,7 +35,6 @@ from visexpert.data.workers import load
 from visexpert.errors import DataError
 from visexpert.files import take_place
 from visexpert.reading import read_json
-from visexpert.types import SceneGraph
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -65,7 +65,8 @@ class SplitCache:
         instance: uint8 (N, H, W), 0 = table, k = object in slot k - 1.
         edges: bool (N, H, W).
         classes: int8 (N, O, 4): shape, colour, size, material index, -1 in empty slots.
-        geometry: float32 (N, O, 5): u, v, depth, height, visible pixels (see :class:`visexpert.types.ObjectNode`).
+        geometry: float32 (N, O, 5): u, v, depth, height, visible pixels (see
+            :class:`~visexpert.data.tabletop.graph.ObjectNode`).
     """
 
     path: Path

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from numpy.random import Generator
 
+from visexpert.data.tabletop.graph import ObjectNode, SceneGraph
 from visexpert.data.tabletop.relations import FAMILIES, Fact, facts_of
-from visexpert.types import ObjectNode, SceneGraph, TextItem
+from visexpert.types import TextItem
 
 DENSE_PROMPT = "list objects"
 RELATION_PROMPT = "describe the image"
@@ -16,6 +17,9 @@ FAR_FROM = 8.8
 """Depth (scene units) from which a dense caption says ``far``."""
 
 MAX_REFERENCES = 5
+
+SCORED_AS = {"dense": "slots", "relation": "caption"}
+"""How the kinds of text are scored that do not say so themselves."""
 
 
 def dense_caption(graph: SceneGraph) -> TextItem:
@@ -31,7 +35,7 @@ def dense_caption(graph: SceneGraph) -> TextItem:
     """
     ordered = sorted(graph.objects, key=lambda node: (node.u, node.phrase))
     words = [f"{node.size} {node.phrase} {distance_word(node.depth)}" for node in ordered]
-    return TextItem("dense", DENSE_PROMPT, " ".join(words))
+    return TextItem("dense", DENSE_PROMPT, " ".join(words), scored_as=SCORED_AS["dense"])
 
 
 def relation_captions(
@@ -61,7 +65,10 @@ def relation_captions(
     captions = []
     for text in (texts + spare)[:count]:
         others = [other for other in texts + spare if other != text][: MAX_REFERENCES - 1]
-        captions.append(TextItem("relation", RELATION_PROMPT, text, references=(text, *others)))
+        references = (text, *others)
+        captions.append(
+            TextItem("relation", RELATION_PROMPT, text, references=references, scored_as=SCORED_AS["relation"])
+        )
     return captions
 
 

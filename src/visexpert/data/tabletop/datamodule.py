@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from visexpert.data.loader import BatchLoader
@@ -15,8 +16,11 @@ from visexpert.data.packing import TextPacker
 from visexpert.data.stepping import StepLoader
 from visexpert.data.table import TextTable
 from visexpert.data.tabletop.cache import SplitCache, ensure_split
+from visexpert.data.tabletop.captions import DENSE_PROMPT, RELATION_PROMPT
 from visexpert.data.tabletop.dataset import SplitImages, TabletopDataset
 from visexpert.data.tabletop.pool import POOL_SIZES, Pools, ensure_pools
+from visexpert.data.tabletop.render import render
+from visexpert.data.tabletop.scenes import sample_scenes
 from visexpert.data.tabletop.tokenizer import tabletop_tokenizer
 from visexpert.data.tabletop.world import TabletopWorld
 from visexpert.errors import ConfigError
@@ -25,6 +29,20 @@ from visexpert.resources import cache_root
 
 TRAIN_MIXTURE: dict[str, int] = {"dense": 1, "relation": 1, "vsr": 3, "vqa": 2, "pope": 1}
 EVAL_MIXTURE: dict[str, int] = {"dense": 1, "relation": 1, "vsr": 4, "vqa": 8, "pope": 3}
+
+EXAMPLE_SEED = 20_260_101
+"""Of the scenes to show (training and scores take seeds made of a split's name)."""
+
+EXAMPLE_PROMPTS = (
+    RELATION_PROMPT,
+    DENSE_PROMPT,
+    "how many objects are there ?",
+    "is there a red cube in the image ?",
+    "what colour is the cube ?",
+    "what size is the blue sphere ?",
+    "how far is the red cylinder ?",
+    "the red cube is left of the blue sphere ?",
+)
 
 
 class TabletopData(LightningDataModule):
@@ -123,6 +141,30 @@ class TabletopData(LightningDataModule):
         self._caches: dict[str, SplitCache] = {}
         self._pools: dict[str, Pools] = {}
         self._datasets: dict[str, TabletopDataset] = {}
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images, pixels."""
+        return self.world.image_size
+
+    @property
+    def prompt(self) -> str:
+        """The words that ask for a caption."""
+        return RELATION_PROMPT
+
+    @property
+    def example_prompts(self) -> tuple[str, ...]:
+        """One prompt of each kind that models are trained with."""
+        return EXAMPLE_PROMPTS
+
+    def example_images(self, count: int) -> list[Tensor]:
+        """Render scenes that no training or score uses: uint8 (H, W, 3) each."""
+        scenes = sample_scenes(count, seed=EXAMPLE_SEED, world=self.world)
+        return list(render(scenes, size=self.image_size).rgb_NHW3)
+
+    def training_rows(self) -> int:
+        """Number of training images."""
+        return self._num_rows(self.train_split)
 
     def prepare_data(self) -> None:
         """Render and write what the cache lacks (once per machine)."""

@@ -12,8 +12,9 @@ from torch import Tensor
 from visexpert.data.loader import BatchKey
 from visexpert.data.packing import IntArray
 from visexpert.data.table import TextTable
+from visexpert.data.tabletop.graph import SceneGraph
 from visexpert.data.tabletop.world import COLOURS, MATERIALS, SHAPES, SIZES
-from visexpert.types import Batch, SceneGraph, TextBatch, TextItem
+from visexpert.types import Batch, TextBatch, TextItem
 
 if TYPE_CHECKING:
     from visexpert.data.tabletop.cache import SplitCache
@@ -79,7 +80,7 @@ class TabletopDataset:
             items=items,
             prompts=prompts,
             targets=self._targets(rows),
-            graphs=tuple(self.cache.graphs[row] for row in rows.tolist()) if self.for_evaluation else (),
+            truths=tuple(self.cache.graphs[row] for row in rows.tolist()) if self.for_evaluation else (),
         )
 
     def _targets(self, rows: IntArray) -> dict[str, Tensor]:

@@ -11,14 +11,15 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from visexpert.data.tabletop.balance import Balancer
-from visexpert.data.tabletop.captions import dense_caption, object_captions, relation_captions
+from visexpert.data.tabletop.captions import SCORED_AS, dense_caption, object_captions, relation_captions
+from visexpert.data.tabletop.graph import SceneGraph
 from visexpert.data.tabletop.questions import questions
 from visexpert.data.tabletop.relations import facts_of
 from visexpert.data.tabletop.statements import popular_phrases, probes, statements
 from visexpert.errors import DataError
 from visexpert.files import whole_file
 from visexpert.reading import parse_json
-from visexpert.types import SceneGraph, TextItem
+from visexpert.types import TextItem
 
 POOL_SIZES: dict[str, int] = {"dense": 1, "relation": 4, "vsr": 6, "vqa": 8, "pope": 4, "objects": 4}
 """Most items of each kind in a scene's pool; scenes that decide little have fewer."""
@@ -94,7 +95,10 @@ def _read(path: Path, num_scenes: int) -> Pools | None:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         pools = [
-            [TextItem(kind, prompt, answer, family, tuple(texts)) for kind, prompt, answer, family, texts in row]
+            [
+                TextItem(kind, prompt, answer, family, tuple(texts), scored_as=SCORED_AS.get(kind, ""))
+                for kind, prompt, answer, family, texts in row
+            ]
             for row in map(parse_json, lines)
         ]
     except (OSError, ValueError, TypeError):

@@ -9,9 +9,10 @@ from numpy.random import Generator
 
 from visexpert.data.tabletop.balance import Balancer
 from visexpert.data.tabletop.captions import FAR_FROM, NEAR_UNTIL, article
+from visexpert.data.tabletop.graph import SceneGraph
 from visexpert.data.tabletop.relations import LEADING, RELATIONS, leading_matrices, named_objects
 from visexpert.data.tabletop.world import COLOURS, MATERIALS, SHAPES, SIZES
-from visexpert.types import SceneGraph, TextItem
+from visexpert.types import TextItem
 
 SIDES = ("left", "center", "right")
 DISTANCES = ("near", "middle", "far")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from visexpert.types import ObjectNode, SceneGraph
+from visexpert.data.tabletop.graph import ObjectNode, SceneGraph
 
 SIDE_MARGIN = 0.14
 """Least |u - u'| of left / right, in half image widths."""

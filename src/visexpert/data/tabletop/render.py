@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from visexpert.data.tabletop.graph import ObjectNode, SceneGraph
 from visexpert.data.tabletop.raycast import (
     Group,
     Hits,
@@ -26,7 +27,6 @@ from visexpert.data.tabletop.raycast import (
 )
 from visexpert.data.tabletop.scenes import Scenes, generator
 from visexpert.data.tabletop.world import COLOURS, MATERIALS, SHAPES, SIZES, TAN_HALF_FOV
-from visexpert.types import ObjectNode, SceneGraph
 
 CREASE_COSINE = 0.7
 """Normals of neighbouring pixels on one object that differ by more than this cosine (45 degrees) form an edge."""

@@ -9,9 +9,10 @@ from numpy.random import Generator
 
 from visexpert.data.tabletop.balance import Balancer
 from visexpert.data.tabletop.captions import article
+from visexpert.data.tabletop.graph import SceneGraph
 from visexpert.data.tabletop.relations import FAMILIES, RELATIONS, Fact, facts_of
 from visexpert.data.tabletop.world import COLOURS, SHAPES
-from visexpert.types import SceneGraph, TextItem
+from visexpert.types import TextItem
 
 YES_NO = ("yes", "no")
 

@@ -49,14 +49,14 @@ format: $(STAMP) ## Format the code and mend what the linter can mend
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-# The zoo: configs/zoo/NAME.yaml trains what is shipped in src/visexpert/zoo/weights; the language side needs the others.
-WEIGHTS := src/visexpert/zoo/weights
+# The zoo: configs/zoo/NAME.yaml trains what is shipped in src/visexpert/tabletop/zoo/weights; the language side needs the others.
+WEIGHTS := src/visexpert/tabletop/zoo/weights
 EXPERTS := $(patsubst %,$(WEIGHTS)/%.safetensors,depth edges normals segmentation selfsup semantic semantic64)
 TABLETOP := --config configs/tove/tabletop.yaml
 
 .PHONY: zoo
 zoo: $(WEIGHTS)/clip/model.safetensors $(EXPERTS) $(WEIGHTS)/language.safetensors ## Train the shipped models again whose configs changed (about an hour of one core in all)
-	$(PY) -m visexpert.zoo.probe_table --write
+	$(PY) -m visexpert.tabletop.zoo.probe_table --write
 
 $(WEIGHTS)/clip/model.safetensors: configs/zoo/clip.yaml | $(STAMP)
 	$(BIN)/visexpert fit --config $< --overwrite

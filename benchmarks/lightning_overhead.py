@@ -24,13 +24,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from visexpert.callbacks import RunLogger, ThroughputMonitor, TrainingProgress
-from visexpert.data import TabletopData
-from visexpert.experts import FeatureCache, TinyExpert, VisionExpert
+from visexpert.experts import FeatureCache, VisionExpert
 from visexpert.language import CrossAttentionDecoder
 from visexpert.methods import ToVE
 from visexpert.methods.optimiser import make_groups
 from visexpert.report.machine import describe_machine
 from visexpert.resources import cache_root
+from visexpert.tabletop import TabletopData, TinyExpert
 from visexpert.vision import ClipEncoder
 
 Clock = Callable[[], float]

@@ -13,10 +13,10 @@ from multiprocessing.synchronize import Barrier
 
 import torch
 
-from visexpert.data.tabletop.render import render
-from visexpert.data.tabletop.scenes import sample_scenes
-from visexpert.data.tabletop.world import TabletopWorld
 from visexpert.report.machine import describe_machine
+from visexpert.tabletop.render import render
+from visexpert.tabletop.scenes import sample_scenes
+from visexpert.tabletop.world import TabletopWorld
 
 _CHUNK = 64
 

@@ -22,12 +22,12 @@ from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from visexpert.experts import TinyExpert
 from visexpert.grids import resample_tokens
 from visexpert.losses import across_image_variance
 from visexpert.metrics.probes import ridge_r2
 from visexpert.metrics.token_probes import TokenProbes, cell_targets
 from visexpert.runs import SavedRun, open_run
+from visexpert.tabletop import TinyExpert
 from visexpert.types import Batch
 from visexpert.vision import ClipEncoder
 

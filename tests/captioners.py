@@ -10,9 +10,9 @@ from torch import nn
 
 from tests.methods.helpers import shake, tiny_tove
 from visexpert.captioning import Captioner
-from visexpert.data import TabletopData
 from visexpert.methods import ToVE
 from visexpert.runs import SavedRun
+from visexpert.tabletop import TabletopData
 
 
 def lively(model: ToVE) -> ToVE:

@@ -19,11 +19,11 @@ from tests.methods.helpers import tiny_tove
 from visexpert.captioning import Answer, Captioner
 from visexpert.data import COCOCaptions, read_image
 from visexpert.data.resize import Resize
-from visexpert.data.tabletop.tokenizer import tabletop_tokenizer
 from visexpert.errors import ConfigError, DataError
 from visexpert.language import Decoding
 from visexpert.methods import ToVE
 from visexpert.runs import SavedRun
+from visexpert.tabletop.tokenizer import tabletop_tokenizer
 from visexpert.types import Batch
 
 SIDE = 48

@@ -143,9 +143,9 @@ def edited(tmp_path: Path, old: str, new: str) -> list[str]:
          "visexpert.language.CrossAttentionDecoder has no setting 'dept'; did you mean 'depth'"),
         ("max_steps:", "max_stepps:", "There is no setting 'trainer.max_stepps'; did you mean 'trainer.max_steps'"),
         ("arch: {kind: vit,", "archi: {kind: vit,",
-         "visexpert.experts.TinyExpert has no setting 'archi'; did you mean 'arch'"),
-        ("visexpert.data.TabletopData", "visexpert.data.TableTopData",
-         "There is no class 'visexpert.data.TableTopData'; did you mean 'TabletopData'"),
+         "visexpert.tabletop.TinyExpert has no setting 'archi'; did you mean 'arch'"),
+        ("visexpert.tabletop.TabletopData", "visexpert.tabletop.TableTopData",
+         "There is no class 'visexpert.tabletop.TableTopData'; did you mean 'TabletopData'"),
         ("tokens: prediction", "tokens: predictions", "predictions"),
         ("num_train: 32", "num_train: many", "num_train: Expected a <class 'int'>. Got value: many"),
         ("num_train: 32", "num_train: 0", "TabletopData.num_train is 0, but must be at least 1"),
@@ -164,9 +164,9 @@ def test_an_unknown_expert_or_one_without_weights(
 ) -> None:
     depth = "experts.depth.class_path"
     message = refused(
-        ["fit", "--config", str(SMOKE), f"--model.init_args.{depth}", "visexpert.experts.TinyExprt"], capsys
+        ["fit", "--config", str(SMOKE), f"--model.init_args.{depth}", "visexpert.tabletop.TinyExprt"], capsys
     )
-    assert message.startswith("There is no class 'visexpert.experts.TinyExprt'; did you mean 'TinyExpert'")
+    assert message.startswith("There is no class 'visexpert.tabletop.TinyExprt'; did you mean 'TinyExpert'")
     semantic = "arch: {kind: vit, image_size: 48, network: {patch_size: 12, token_dim: 24, depth: 1, num_heads: 2}}"
     message = refused(edited(tmp_path, semantic, 'source: "zoo:smell"'), capsys)
     assert message.startswith("TinyExpert: no weights at") and "smell" in message and "'semantic'" in message

@@ -47,7 +47,7 @@ LAW: dict[str, frozenset[str]] = {
     "store": frozenset({"types"}),
     "export": frozenset({"types", "vision"}),
     "report": frozenset({"types"}),
-    "zoo": frozenset({"types", "data", "experts", "vision", "losses", "metrics"}),
+    "tabletop": frozenset({"types", "data", "experts", "vision", "losses", "metrics"}),
 }
 ROOMS = frozenset(LAW)
 LAW["training"] = ROOMS

@@ -23,7 +23,7 @@ BASE = {
                 "init_args": {"source": "zoo:clip", "layer": -1},
             },
             "experts": {
-                "one": {"class_path": "visexpert.experts.TinyExpert", "init_args": {"source": "zoo:depth"}},
+                "one": {"class_path": "visexpert.tabletop.TinyExpert", "init_args": {"source": "zoo:depth"}},
             },
             "language": {"class_path": "visexpert.language.NoLanguage"},
         },

@@ -33,10 +33,10 @@ from visexpert.methods.evaluation import EvalOutput
 from visexpert.methods.flattening import Flattening
 from visexpert.methods.optimiser import adamw
 from visexpert.precision import ClippedModule, clip_gradients, convert_records
+from visexpert.tabletop.zoo.base import ZooModule
 from visexpert.transfer.gate import TokenGate
 from visexpert.transfer.kd_maps import Standardise
 from visexpert.types import Batch, StepCounts, TextBatch, TextItem, VisionTokens
-from visexpert.zoo.base import ZooModule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -330,7 +330,9 @@ def test_predict_without_a_language_model_or_a_test_part_is_one_sentence(
     said = refused([*command, *silent], capsys)
     assert "predict" in said and "language model" in said and "MoVEKD" in said
     with monkeypatch.context() as patch:
-        patch.setattr("visexpert.data.TabletopData.predict_dataloader", lambda self: [])  # as a source without the part
+        patch.setattr(
+            "visexpert.tabletop.TabletopData.predict_dataloader", lambda self: []
+        )  # as a source without the part
         said = refused(["predict", *fit(tmp_path)[1:]], capsys)
     assert "test part" in said and "TabletopData" in said
     assert not list(tmp_path.glob("*predictions*"))

@@ -31,7 +31,7 @@ MODULE = """
 from pathlib import Path
 
 from lightning.pytorch import Callback
-from visexpert.experts import TinyExpert
+from visexpert.tabletop import TinyExpert
 
 Path({marker!r}).write_text("imported")
 
@@ -282,7 +282,7 @@ def test_what_a_parser_has_looked_up_is_looked_at() -> None:
         "lightning.pytorch.strategies.DDPStrategy",
         "lightning.pytorch.profilers.SimpleProfiler",
         "visexpert.callbacks.ExpertDetachment",
-        "visexpert.zoo.ship.ShipWeights",
+        "visexpert.tabletop.zoo.ship.ShipWeights",
         "visexpert.language.LlavaTemplate",
     ],
 )

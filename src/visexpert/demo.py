@@ -55,8 +55,8 @@ def run(arguments: list[str]) -> None:
     console.print(comparison(scores))
     console.print(
         f"Both start from {START}, a language side that was trained on other scenes (its card: "
-        "src/visexpert/zoo/cards/language.json); adapters, gate and projector are new. Most of the scores rests on "
-        "that start and on the shipped encoders, the difference between the columns on the experts."
+        "src/visexpert/tabletop/zoo/cards/language.json); adapters, gate and projector are new. Most of the scores "
+        "rests on that start and on the shipped encoders, the difference between the columns on the experts."
     )
     console.print(f"Figures: {folders['ToVE'] / 'figures'}   ({time.perf_counter() - started:.0f} s in all)")
 

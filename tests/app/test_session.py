@@ -13,9 +13,9 @@ from visexpert.app.examples import example_prompts, write_examples
 from visexpert.app.overlay import gate_overlay
 from visexpert.app.session import Session, open_session
 from visexpert.data import read_image
-from visexpert.data.tabletop.datamodule import EXAMPLE_PROMPTS
 from visexpert.errors import ConfigError, DataError
 from visexpert.methods import ToVE
+from visexpert.tabletop.datamodule import EXAMPLE_PROMPTS
 
 ALL = ("semantic", "depth", "edges")
 PROMPT = "how many objects are there ?"

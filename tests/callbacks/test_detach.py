@@ -20,11 +20,11 @@ from visexpert.callbacks import phase
 from visexpert.callbacks.detach import ExpertDetachment
 from visexpert.callbacks.phase import PhaseSettings, write_checkpoint
 from visexpert.callbacks.subsets import SubsetTiming, run_once
-from visexpert.data import TabletopData
 from visexpert.errors import ConfigError
 from visexpert.methods import ToVE
 from visexpert.methods.cost import first_images, measure_cost
 from visexpert.runs import build, open_run
+from visexpert.tabletop import TabletopData
 from visexpert.types import Batch, VisionTokens
 
 CPU = PhaseSettings(accelerator="cpu")
@@ -300,7 +300,7 @@ def test_a_saved_detached_run_opens_and_says_what_the_table_says(tmp_path: Path,
 def zoo_run(tmp_path: Path) -> Path:
     """A run of shipped encoders, written by hand: random weights stand for trained ones."""
     experts = {
-        name: {"class_path": "visexpert.experts.TinyExpert", "init_args": {"source": f"zoo:{name}"}}
+        name: {"class_path": "visexpert.tabletop.TinyExpert", "init_args": {"source": f"zoo:{name}"}}
         for name in ("edges", "depth")
     }
     decoder = {"vocab_size": 96, "width": 8, "depth": 1, "heads": 2}
@@ -313,7 +313,7 @@ def zoo_run(tmp_path: Path) -> Path:
     sizes = {"num_train": 8, "num_val": 6, "num_test": 2, "batch_size": 4, "eval_batch_size": 4, "render_workers": 0}
     config = {
         "model": {"class_path": "visexpert.methods.ToVE", "init_args": model},
-        "data": {"class_path": "visexpert.data.TabletopData", "init_args": {**sizes, "progress": False}},
+        "data": {"class_path": "visexpert.tabletop.TabletopData", "init_args": {**sizes, "progress": False}},
         "trainer": {"accelerator": "cpu"},
     }
     folder = tmp_path / "run"

@@ -21,8 +21,8 @@ from tests.callbacks.tiny import TinyModule, loader, trainer
 from visexpert.callbacks import RunFolder, RunLogger, SaveRunConfig
 from visexpert.callbacks.identity import METRICS_VERSION, data_identity, tokenizer_identity
 from visexpert.callbacks.run_folder import git_commit, metrics_table
-from visexpert.data.tabletop.tokenizer import tabletop_tokenizer
 from visexpert.report import read_metrics
+from visexpert.tabletop.tokenizer import tabletop_tokenizer
 
 
 def _read(path: Path) -> Any:

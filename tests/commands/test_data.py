@@ -164,7 +164,7 @@ def with_model(root: Path, **init_args: object) -> Path:
 def test_weights_are_listed_with_place_and_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clip = {"class_path": "visexpert.vision.ClipEncoder", "init_args": {"source": "openai/clip-vit-base-patch16"}}
     clip["init_args"]["architecture"] = "ViT-B-16-quickgelu"  # type: ignore[index]
-    here = {"class_path": "visexpert.experts.TinyExpert", "init_args": {"source": "zoo:depth"}}
+    here = {"class_path": "visexpert.tabletop.TinyExpert", "init_args": {"source": "zoo:depth"}}
     gone = {"class_path": "visexpert.experts.TimmExpert", "init_args": {"model": "vit_tiny_patch16_224.augreg_in21k"}}
     made = {"class_path": "visexpert.experts.KorniaEdges", "init_args": {"image_size": 32}}
     language = {"class_path": "visexpert.language.PrefixLM", "init_args": {"source": "some/language-model"}}

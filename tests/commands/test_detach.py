@@ -34,7 +34,7 @@ def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = {
         "clip": {"class_path": "visexpert.vision.ClipEncoder", "init_args": {"source": "zoo:clip"}},
         "experts": {
-            name: {"class_path": "visexpert.experts.TinyExpert", "init_args": {"source": f"zoo:{name}"}}
+            name: {"class_path": "visexpert.tabletop.TinyExpert", "init_args": {"source": f"zoo:{name}"}}
             for name in ("depth", "edges")
         },
         "language": {
@@ -47,7 +47,7 @@ def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {
         "seed_everything": 0,
         "model": {"class_path": "visexpert.methods.ToVE", "init_args": model},
-        "data": {"class_path": "visexpert.data.TabletopData", "init_args": data},
+        "data": {"class_path": "visexpert.tabletop.TabletopData", "init_args": data},
         "trainer": {"accelerator": "cpu"},
     }
     folder = tmp_path_factory.mktemp("runs") / "run"

@@ -18,10 +18,10 @@ from tests.data.formats import write_jpeg
 from visexpert.cli import main
 from visexpert.commands.export_images import FolderImages
 from visexpert.commands.export_mole import sources_of
-from visexpert.data import TabletopData
 from visexpert.errors import ConfigError, DataError
 from visexpert.export.llava import check_language
 from visexpert.runs import SavedRun, build, open_run
+from visexpert.tabletop import TabletopData
 from visexpert.vision import UsageMeter, equipped_blocks, fold
 
 SMOKE = Path(__file__).parents[2] / "configs" / "movekd" / "smoke.yaml"

@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from visexpert.data.packing import TextPacker, pack
-from visexpert.data.tabletop.tokenizer import tabletop_tokenizer
 from visexpert.errors import ConfigError, DataError
+from visexpert.tabletop.tokenizer import tabletop_tokenizer
 from visexpert.types import IGNORE_INDEX, TextItem
 
 X = IGNORE_INDEX

@@ -22,10 +22,10 @@ from visexpert.experts import (
     OpenClipExpert,
     SegmentationExpert,
     TimmExpert,
-    TinyExpert,
     TransformersExpert,
     VisionExpert,
 )
+from visexpert.tabletop import TinyExpert
 
 TOWER = {
     "embed_dim": 10,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from visexpert.data import TabletopData
+from visexpert.tabletop import TabletopData
 
 
 @pytest.fixture(autouse=True)

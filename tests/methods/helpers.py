@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from visexpert.data import pack
-from visexpert.experts import TinyExpert, VisionExpert
+from visexpert.experts import VisionExpert
 from visexpert.language import CrossAttentionDecoder
 from visexpert.methods import Method, ToVE
+from visexpert.tabletop import TinyExpert
 from visexpert.types import Batch
 from visexpert.vision import ClipEncoder
 

@@ -17,9 +17,9 @@ from tests.methods.helpers import (
     bare_trainer,
     tiny_experts,
 )
-from visexpert.data import TabletopData
 from visexpert.language import CrossAttentionDecoder, LanguageSide
 from visexpert.methods import MoVEKD
+from visexpert.tabletop import TabletopData
 from visexpert.types import Batch, ExpertTokens
 from visexpert.vision import ClipEncoder, MoLESettings
 

@@ -15,9 +15,9 @@ from tests.methods.helpers import bare_trainer, shake, tiny_tove
 from tests.methods.movekd_helpers import tiny_movekd
 from tests.methods.uneven import MODELS, STILL, ListData, batches_of, distance, gradients
 from tests.two_processes import in_two_processes
-from visexpert.data import TabletopData
 from visexpert.errors import ConfigError
 from visexpert.methods import Method, ToVE
+from visexpert.tabletop import TabletopData
 from visexpert.types import Batch
 
 MakeData = Callable[..., TabletopData]

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.methods.helpers import bare_trainer, noise_batch, shake, tiny_tove
-from visexpert.data import TabletopData
 from visexpert.methods.cost import cached_gflop, first_images, measure_cost, parameter_counts, step_counter
+from visexpert.tabletop import TabletopData
 from visexpert.types import Batch
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from visexpert.data import TextPacker, pack
-from visexpert.data.tabletop.tokenizer import tabletop_tokenizer
 from visexpert.language import Decoding, LanguageSide
 from visexpert.methods.evaluation import Evaluator, decode, item_of_supervised
+from visexpert.tabletop.tokenizer import tabletop_tokenizer
 from visexpert.types import Batch, TextBatch, TextItem, VisionTokens
 
 TOKENIZER = tabletop_tokenizer()

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from tests.methods.helpers import tiny_tove
 from tests.two_processes import in_two_processes
-from visexpert.data import TabletopData
 from visexpert.errors import ConfigError, DataError
 from visexpert.methods import ToVE
 from visexpert.methods.finite import MOST_IN_A_ROW, refuse_engines
+from visexpert.tabletop import TabletopData
 from visexpert.types import Batch, LossTerm, StepOutput
 
 MakeData = Callable[..., TabletopData]

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from tests.methods.helpers import CLIP_FIELDS, bare_trainer, noise_batch
-from visexpert.data import TabletopData
 from visexpert.methods.flattening import Flattening, RouterUse, images_of
 from visexpert.metrics.token_error import TokenError
+from visexpert.tabletop import TabletopData
 from visexpert.vision import ClipEncoder, MoLESettings, equipped_blocks, fold
 
 MakeData = Callable[..., TabletopData]

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from tests.methods.helpers import bare_trainer, logits_of, noise_batch, shake, tiny_tove
-from visexpert.data import TabletopData
 from visexpert.errors import ConfigError
 from visexpert.losses import token_distance
 from visexpert.losses.balance import router_balance
 from visexpert.methods import MergeStudent, Merging, ToVE
+from visexpert.tabletop import TabletopData
 from visexpert.vision import MoLESettings, collect_routing, equipped_blocks
 
 MakeData = Callable[..., TabletopData]

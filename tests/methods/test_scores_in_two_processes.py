@@ -13,8 +13,8 @@ import torch
 from tests.methods.helpers import bare_trainer, shake, tiny_tove
 from tests.methods.movekd_helpers import shaken, tiny_movekd
 from tests.two_processes import in_two_processes
-from visexpert.data import TabletopData
 from visexpert.methods import Merging, Method
+from visexpert.tabletop import TabletopData
 
 KINDS: dict[str, Callable[[], Method]] = {
     "tove": lambda: shake(tiny_tove(caption_images=7, meteor=False, balance_weight=0.0)),

@@ -21,9 +21,10 @@ from tests.methods.helpers import (
     tiny_tove,
     trained_names,
 )
-from visexpert.data import TabletopData, pack
+from visexpert.data import pack
 from visexpert.errors import ConfigError
 from visexpert.methods import ToVE
+from visexpert.tabletop import TabletopData
 from visexpert.types import Batch, VisionTokens
 
 Space = Literal["language", "clip"]

@@ -15,10 +15,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from tests.methods.helpers import bare_trainer, shake, tiny_tove
-from visexpert.data import TabletopData
 from visexpert.errors import ConfigError
 from visexpert.methods import ToVE
 from visexpert.methods.base import refuse_engine
+from visexpert.tabletop import TabletopData
 
 MakeData = Callable[..., TabletopData]
 

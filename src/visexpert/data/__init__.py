@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from visexpert.data.pope import POPE
     from visexpert.data.source import SourceData
     from visexpert.data.stepping import StepLoader
-    from visexpert.data.tabletop.datamodule import TabletopData
     from visexpert.data.vqav2 import VQAv2
     from visexpert.data.vsr import VSR
 
@@ -39,7 +38,6 @@ __all__ = [
     "NoCaps",
     "SourceData",
     "StepLoader",
-    "TabletopData",
     "TextPacker",
     "VQAv2",
     "pack",
@@ -58,7 +56,6 @@ _HOMES = {
     "POPE": "pope",
     "SourceData": "source",
     "StepLoader": "stepping",
-    "TabletopData": "tabletop.datamodule",
     "TextPacker": "packing",
     "VQAv2": "vqav2",
     "VSR": "vsr",

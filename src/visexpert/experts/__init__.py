@@ -9,7 +9,6 @@ from visexpert.experts.normals import NormalsFromDepth
 from visexpert.experts.open_clip import OpenClipExpert
 from visexpert.experts.segmentation import SegmentationExpert
 from visexpert.experts.timm import TimmExpert
-from visexpert.experts.tiny import TinyExpert
 from visexpert.experts.transformers import TransformersExpert
 
 __all__ = [
@@ -21,7 +20,6 @@ __all__ = [
     "OpenClipExpert",
     "SegmentationExpert",
     "TimmExpert",
-    "TinyExpert",
     "TokenKind",
     "TransformersExpert",
     "VisionExpert",

@@ -18,7 +18,7 @@ CONFIG: dict[str, Any] = {
     "model": {
         "class_path": "visexpert.methods.ToVE",
         "init_args": {
-            "experts": {"depth": {"class_path": "visexpert.experts.TinyExpert", "init_args": {"source": "zoo:depth"}}},
+            "experts": {"depth": {"class_path": "visexpert.tabletop.TinyExpert", "init_args": {"source": "zoo:depth"}}},
             "language": {"class_path": "visexpert.language.CrossAttentionDecoder", "init_args": {"width": 64}},
             "use": None,
             "top_k": None,
@@ -26,7 +26,7 @@ CONFIG: dict[str, Any] = {
             "caption_images": 8,
         },
     },
-    "data": {"class_path": "visexpert.data.TabletopData", "init_args": {"seed": 0, "num_test": 16, "batch_size": 4,
+    "data": {"class_path": "visexpert.tabletop.TabletopData", "init_args": {"seed": 0, "num_test": 16, "batch_size": 4,
                                                                         "train_fraction": 1.0}},
 }  # fmt: skip
 

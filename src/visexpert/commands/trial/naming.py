@@ -19,7 +19,7 @@ from visexpert.experts import (
     TransformersExpert,
     VisionExpert,
 )
-from visexpert.experts.tiny import HEADER_KEY
+from visexpert.tabletop.tiny import HEADER_KEY
 from visexpert.resources import ZOO_PREFIX
 from visexpert.vision.published import OPEN_CLIP_CONFIG, OPEN_CLIP_PREFIX
 from visexpert.vision.sources import ModelSource

@@ -1,0 +1,25 @@
+"""The embedded world: ray-cast scenes on a table with exact truth, texts written from it, and small experts.
+
+The names below are imported on first use: processes that only render need neither Lightning nor transformers, whose
+imports take seconds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from visexpert.tabletop.datamodule import TabletopData
+    from visexpert.tabletop.tiny import TinyExpert
+    from visexpert.tabletop.world import TabletopWorld
+
+__all__ = ["TabletopData", "TabletopWorld", "TinyExpert"]
+
+_HOMES = {"TabletopData": "datamodule", "TabletopWorld": "world", "TinyExpert": "tiny"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

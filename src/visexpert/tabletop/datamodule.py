@@ -1,0 +1,315 @@
+"""The embedded world as a LightningDataModule: renders and writes its scenes on first use, then maps them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from visexpert.data.loader import BatchLoader
+from visexpert.data.packing import TextPacker
+from visexpert.data.stepping import StepLoader
+from visexpert.data.table import TextTable
+from visexpert.errors import ConfigError
+from visexpert.precision import convert_records
+from visexpert.resources import cache_root
+from visexpert.tabletop.cache import SplitCache, ensure_split
+from visexpert.tabletop.captions import DENSE_PROMPT, RELATION_PROMPT
+from visexpert.tabletop.dataset import SplitImages, TabletopDataset
+from visexpert.tabletop.pool import POOL_SIZES, Pools, ensure_pools
+from visexpert.tabletop.render import render
+from visexpert.tabletop.scenes import sample_scenes
+from visexpert.tabletop.tokenizer import tabletop_tokenizer
+from visexpert.tabletop.world import TabletopWorld
+
+TRAIN_MIXTURE: dict[str, int] = {"dense": 1, "relation": 1, "vsr": 3, "vqa": 2, "pope": 1}
+EVAL_MIXTURE: dict[str, int] = {"dense": 1, "relation": 1, "vsr": 4, "vqa": 8, "pope": 3}
+
+EXAMPLE_SEED = 20_260_101
+"""Of the scenes to show (training and scores take seeds made of a split's name)."""
+
+EXAMPLE_PROMPTS = (
+    RELATION_PROMPT,
+    DENSE_PROMPT,
+    "how many objects are there ?",
+    "is there a red cube in the image ?",
+    "what colour is the cube ?",
+    "what size is the blue sphere ?",
+    "how far is the red cylinder ?",
+    "the red cube is left of the blue sphere ?",
+)
+
+
+class TabletopData(LightningDataModule):
+    """Tabletop: ray-cast scenes with exact truth, and captions, questions and statements written from it.
+
+    Args:
+        root: Folder of the cache; null takes ``$VISEXPERT_CACHE``, else ``~/.cache/visexpert``.
+        num_train: Training scenes that are rendered.
+        num_val: Validation scenes.
+        num_test: Test scenes.
+        seed: Seed of the scenes and their texts.
+        order_seed: Seed of the order of batches and of the choice of texts per epoch; null takes the run's own
+            (``seed_everything``), so that repeated runs differ in their order too.
+        batch_size: Images per training batch and process.
+        eval_batch_size: Images per batch of validation, test and prediction.
+        mixture: Texts per training image by kind (``dense``, ``relation``, ``vsr``, ``vqa``, ``pope``, ``objects``),
+            drawn anew each epoch from the scene's pool; null is 1 dense, 1 relation, 3 vsr, 2 vqa, 1 pope; empty gives
+            batches without text.
+        eval_mixture: The same for evaluation, where they are always the first of the pool; null is 1 dense,
+            1 relation, 4 vsr, 8 vqa, 3 pope.
+        max_tokens: Longest text in tokens, longer answers are cut; null for no limit (own texts take up to 26).
+        with_targets: Add the dense ground truth to each batch (see
+            :class:`~visexpert.tabletop.dataset.TabletopDataset`); batches of the test split always have it.
+        train_fraction: Share of the training scenes that is used, in (0, 1]; smaller shares lie inside larger ones.
+        train_split: Name of the training scenes; another name gives other scenes (the zoo trains on ``zoo``).
+        num_workers: Worker processes that build batches; 0 is best on CPU, where a batch takes about 1 ms.
+        render_workers: Processes that render, on first use; 0 renders in this one.
+        image_size: Height and width of the images, pixels; null takes the world's.
+        world: Settings of the world; null takes its defaults.
+        tokenizer: Turns texts into ids; null takes the embedded world's own word-level tokenizer.
+        progress: Show progress bars while rendering and writing.
+
+    Raises:
+        ConfigError: If a number, a share, a name of a split or a kind of text cannot be.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str | None = None,
+        num_train: int = 10_000,
+        num_val: int = 500,
+        num_test: int = 1000,
+        seed: int = 0,
+        order_seed: int | None = None,
+        batch_size: int = 32,
+        eval_batch_size: int = 64,
+        mixture: dict[str, int] | None = None,
+        eval_mixture: dict[str, int] | None = None,
+        max_tokens: int | None = None,
+        with_targets: bool = False,
+        train_fraction: float = 1.0,
+        train_split: str = "train",
+        num_workers: int = 0,
+        render_workers: int = 2,
+        image_size: int | None = None,
+        world: TabletopWorld | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        progress: bool = True,
+    ) -> None:
+        super().__init__()
+        self.mixture = _checked_mixture("mixture", TRAIN_MIXTURE if mixture is None else mixture)
+        self.eval_mixture = _checked_mixture("eval_mixture", EVAL_MIXTURE if eval_mixture is None else eval_mixture)
+        if not 0 < train_fraction <= 1:
+            raise ConfigError(
+                f"TabletopData.train_fraction is {train_fraction}, but must lie in (0, 1]; 1 uses all scenes."
+            )
+        if train_split in ("val", "test") or not train_split.isidentifier():
+            raise ConfigError(
+                f"TabletopData.train_split is {train_split!r}, but must be one word other than val and test; "
+                "take train, or zoo."
+            )
+        numbers = {"num_train": num_train, "num_val": num_val, "num_test": num_test}
+        numbers |= {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        least = dict.fromkeys(numbers, 1) | {"num_workers": 0, "render_workers": 0}
+        numbers |= {"num_workers": num_workers, "render_workers": render_workers}
+        for name, number in numbers.items():
+            if number < least[name]:
+                raise ConfigError(f"TabletopData.{name} is {number}, but must be at least {least[name]}; raise it.")
+        self.root = cache_root(root)
+        self.sizes = {train_split: num_train, "val": num_val, "test": num_test}
+        self.train_split = train_split
+        self.seed = seed
+        self.order_seed = int(os.environ.get("PL_GLOBAL_SEED", seed)) if order_seed is None else order_seed
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.with_targets = with_targets
+        self.train_fraction = train_fraction
+        self.num_workers = num_workers
+        self.render_workers = render_workers
+        world = world or TabletopWorld()
+        self.world = world if image_size is None else replace(world, image_size=image_size)
+        self.tokenizer = tabletop_tokenizer() if tokenizer is None else tokenizer
+        self.packer = TextPacker(self.tokenizer, max_tokens=max_tokens)
+        self.progress = progress
+        self._caches: dict[str, SplitCache] = {}
+        self._pools: dict[str, Pools] = {}
+        self._datasets: dict[str, TabletopDataset] = {}
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images, pixels."""
+        return self.world.image_size
+
+    @property
+    def prompt(self) -> str:
+        """The words that ask for a caption."""
+        return RELATION_PROMPT
+
+    @property
+    def example_prompts(self) -> tuple[str, ...]:
+        """One prompt of each kind that models are trained with."""
+        return EXAMPLE_PROMPTS
+
+    def example_images(self, count: int) -> list[Tensor]:
+        """Render scenes that no training or score uses: uint8 (H, W, 3) each."""
+        scenes = sample_scenes(count, seed=EXAMPLE_SEED, world=self.world)
+        return list(render(scenes, size=self.image_size).rgb_NHW3)
+
+    def training_rows(self) -> int:
+        """Number of training images."""
+        return self._num_rows(self.train_split)
+
+    def prepare_data(self) -> None:
+        """Render and write what the cache lacks (once per machine)."""
+        for split in self._splits_of_stage():
+            self._load(split)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Map the splits that ``stage`` needs (fit, validate, test, predict; None for all) and tokenise their texts."""
+        convert_records(self.trainer)
+        for split in self._splits_of_stage(stage):
+            if split not in self._datasets:
+                self._datasets[split] = self._build(split)
+
+    def train_dataloader(self) -> StepLoader:
+        """Return the training batches: shuffled per epoch, continued in mid-epoch after an interruption."""
+        batches = BatchLoader(
+            self._datasets[self.train_split],
+            batch_size=self.batch_size,
+            shuffle=True,
+            drop_last=True,
+            seed=self.order_seed,
+            num_workers=self.num_workers,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1,
+            position=self._batches_done if self.trainer else None,
+        )
+        return StepLoader(batches, trainer=self.trainer)
+
+    def val_dataloader(self) -> BatchLoader:
+        """Return the validation batches, in order, with strings and scene graphs."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> BatchLoader:
+        """Return the test batches, in order, with strings and scene graphs."""
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> BatchLoader:
+        """Return the test batches."""
+        return self._eval_loader("test")
+
+    def image_dataloader(self, split: str, *, batch_size: int | None = None) -> BatchLoader:
+        """Return a split's images alone, in order: to fill a feature store or to fit probes.
+
+        Args:
+            split: ``val``, ``test`` or the name of the training split.
+            batch_size: Images per batch; None takes ``eval_batch_size``.
+        """
+        if split not in self.sizes:
+            raise ConfigError(f"The split {split!r} does not exist; there are {', '.join(self.sizes)}.")
+        source = self._dataset(split, table=None, with_targets=self.with_targets)
+        return BatchLoader(source, batch_size=batch_size or self.eval_batch_size, num_workers=self.num_workers)
+
+    def image_sources(self) -> dict[str, SplitImages]:
+        """Return the images of the splits that are in use, for the feature store."""
+        return {split: SplitImages(self._caches[split]) for split in self._datasets}
+
+    def pools(self, split: str) -> Pools:
+        """Return all texts of a split's scenes, rendering and writing them on first use."""
+        self._load(split)
+        return self._pools[split]
+
+    def split_cache(self, split: str) -> SplitCache:
+        """Return the rendered split with its dense truth and scene graphs, rendering it on first use."""
+        self._load(split)
+        return self._caches[split]
+
+    def _splits_of_stage(self, stage: str | None = None) -> tuple[str, ...]:
+        if stage is None and self.trainer is not None and self.trainer.state.fn is not None:
+            stage = self.trainer.state.fn.value
+        by_stage: Mapping[str | None, tuple[str, ...]] = {
+            TrainerFn.FITTING.value: (self.train_split, "val"),
+            TrainerFn.VALIDATING.value: ("val",),
+            TrainerFn.TESTING.value: ("test",),
+            TrainerFn.PREDICTING.value: ("test",),
+        }
+        return by_stage.get(stage, tuple(self.sizes))
+
+    def _load(self, split: str) -> None:
+        if split in self._pools:
+            return
+        cache = ensure_split(
+            self.root,
+            split=split,
+            num_scenes=self.sizes[split],
+            seed=self.seed,
+            world=self.world,
+            num_workers=self.render_workers,
+            progress=self.progress,
+        )
+        self._caches[split] = cache
+        self._pools[split] = ensure_pools(
+            cache.graphs,
+            beside=cache.path,
+            split=split,
+            seed=self.seed,
+            fingerprint=cache.fingerprint,
+            progress=self.progress,
+        )
+
+    def _build(self, split: str) -> TabletopDataset:
+        self._load(split)
+        mixture = self.mixture if split == self.train_split else self.eval_mixture
+        pools = self._pools[split][: self._num_rows(split)]
+        table = TextTable(pools, packer=self.packer, mixture=mixture) if mixture else None
+        return self._dataset(split, table=table, with_targets=self.with_targets or split == "test")
+
+    def _dataset(self, split: str, *, table: TextTable | None, with_targets: bool) -> TabletopDataset:
+        self._load(split)
+        training = split == self.train_split
+        return TabletopDataset(
+            cache=self._caches[split],
+            split=split,
+            num_rows=self._num_rows(split),
+            table=table,
+            choice_seed=self.order_seed if training else None,
+            for_evaluation=not training and table is not None,
+            with_targets=with_targets,
+        )
+
+    def _num_rows(self, split: str) -> int:
+        share = self.train_fraction if split == self.train_split else 1.0
+        return max(1, round(share * self.sizes[split]))
+
+    def _eval_loader(self, split: str) -> BatchLoader:
+        return BatchLoader(
+            self._datasets[split],
+            batch_size=self.eval_batch_size,
+            num_workers=self.num_workers,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1,
+        )
+
+    def _batches_done(self) -> int:
+        """Return how many training batches the trainer counts as finished, over all epochs."""
+        trainer = self.trainer
+        # With overfit_batches each epoch has to begin anew, with the same few batches.
+        if trainer is None or not trainer.training or getattr(trainer, "overfit_batches", False):
+            return 0
+        return int(trainer.fit_loop.epoch_loop.batch_progress.total.completed)
+
+
+def _checked_mixture(name: str, mixture: Mapping[str, int]) -> dict[str, int]:
+    for kind, number in mixture.items():
+        if kind not in POOL_SIZES:
+            raise ConfigError(f"TabletopData.{name} names {kind!r}, but the kinds are {', '.join(POOL_SIZES)}.")
+        if not 0 <= number <= POOL_SIZES[kind]:
+            raise ConfigError(f"TabletopData.{name} wants {number} x {kind}, but a scene has 0 to {POOL_SIZES[kind]}.")
+    return {kind: number for kind, number in mixture.items() if number}

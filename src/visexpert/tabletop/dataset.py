@@ -1,0 +1,139 @@
+"""Whole batches of the embedded world out of memory-mapped renders and a text table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from visexpert.data.loader import BatchKey
+from visexpert.data.packing import IntArray
+from visexpert.data.table import TextTable
+from visexpert.tabletop.graph import SceneGraph
+from visexpert.tabletop.world import COLOURS, MATERIALS, SHAPES, SIZES
+from visexpert.types import Batch, TextBatch, TextItem
+
+if TYPE_CHECKING:
+    from visexpert.tabletop.cache import SplitCache
+
+_ATTRIBUTES = {"colour": COLOURS, "shape": SHAPES, "material": MATERIALS, "size": SIZES}
+
+
+class TabletopDataset:
+    """Builds a batch from a :class:`~visexpert.data.loader.BatchKey`; it has no state, so any worker gives the same.
+
+    Args:
+        cache: The rendered split.
+        split: Its name, as batches carry it.
+        num_rows: Rows in use, the first ones.
+        table: Texts of the rows; None for images alone.
+        choice_seed: Seed of the random choice of texts, which then changes with the epoch; None takes the first ones.
+        for_evaluation: Let batches carry texts as strings and scene graphs.
+        with_targets: Let batches carry the dense ground truth: ``depth_BHW`` float32 (scene units), ``normals_B3HW``
+            float32 (unit length), ``instance_BHW`` int64 (0 = table, k = the graph's k-th object from 1), ``edges_BHW``
+            float32 (0 or 1), and ``colour_BHW``, ``shape_BHW``, ``material_BHW``, ``size_BHW`` int64 (index into the
+            constants of ``world.py``, -1 = table).
+    """
+
+    def __init__(
+        self,
+        *,
+        cache: SplitCache,
+        split: str,
+        num_rows: int,
+        table: TextTable | None,
+        choice_seed: int | None,
+        for_evaluation: bool,
+        with_targets: bool,
+    ) -> None:
+        self.cache = cache
+        self.split = split
+        self.num_rows = num_rows
+        self.table = table
+        self.choice_seed = choice_seed
+        self.for_evaluation = for_evaluation
+        self.classes = _class_table(cache.graphs[:num_rows]) if with_targets else None
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, key: BatchKey) -> Batch:
+        rows = key.rows
+        text: TextBatch | None = None
+        items: tuple[tuple[TextItem, ...], ...] = ()
+        prompts: tuple[tuple[tuple[int, ...], ...], ...] = ()
+        if self.table is not None:
+            chosen = self.table.select(rows, None if self.choice_seed is None else (self.choice_seed, key.epoch))
+            text = self.table.pack(*chosen, num_rows=len(rows))
+            if self.for_evaluation:
+                items = self.table.strings(*chosen, rows=rows)
+                prompts = self.table.prompts_of(items)
+        return Batch(
+            # A view: channels last in memory, which is what the renders have and convolutions like.
+            images_BCHW=torch.from_numpy(np.ascontiguousarray(self.cache.rgb[rows])).permute(0, 3, 1, 2),
+            index_B=torch.from_numpy(rows.copy()),
+            split=self.split,
+            text=text,
+            items=items,
+            prompts=prompts,
+            targets=self._targets(rows),
+            truths=tuple(self.cache.graphs[row] for row in rows.tolist()) if self.for_evaluation else (),
+        )
+
+    def _targets(self, rows: IntArray) -> dict[str, Tensor]:
+        if self.classes is None:
+            return {}
+        instance_BHW = self.cache.instance[rows].astype(np.int64)
+        normals_BHW3 = self.cache.normals[rows]
+        normals_B3HW = torch.from_numpy(np.ascontiguousarray(normals_BHW3.transpose(0, 3, 1, 2))).float()
+        # Summed by hand: torch's norm over a dimension of three is fifty times slower.
+        length_BHW = torch.sqrt(normals_B3HW[:, 0] ** 2 + normals_B3HW[:, 1] ** 2 + normals_B3HW[:, 2] ** 2)
+        num_classes = next(iter(self.classes.values())).shape[1]
+        flat_BHW = rows[:, None, None] * num_classes + instance_BHW
+        return {
+            "depth_BHW": torch.from_numpy(self.cache.depth[rows].astype(np.float32)),
+            "normals_B3HW": normals_B3HW / length_BHW[:, None],
+            "instance_BHW": torch.from_numpy(instance_BHW),
+            "edges_BHW": torch.from_numpy(self.cache.edges[rows].astype(np.float32)),
+            **{
+                f"{name}_BHW": torch.from_numpy(classes_NO.reshape(-1).take(flat_BHW))
+                for name, classes_NO in self.classes.items()
+            },
+        }
+
+
+class SplitImages:
+    """All images of a rendered split, as the feature store reads them (:class:`~visexpert.types.ImageSource`).
+
+    Args:
+        cache: The rendered split.
+    """
+
+    def __init__(self, cache: SplitCache) -> None:
+        self._cache = cache
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the pixels."""
+        return self._cache.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._cache)
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """Images (len(rows), 3, H, W), uint8."""
+        return torch.from_numpy(np.ascontiguousarray(self._cache.rgb[list(rows)])).permute(0, 3, 1, 2)
+
+
+def _class_table(graphs: Sequence[SceneGraph]) -> dict[str, IntArray]:
+    """Return per attribute the class of each scene's instances, int64 (N, 1 + most objects), -1 for the table."""
+    most = max((len(graph.objects) for graph in graphs), default=0)
+    tables = {name: np.full((len(graphs), 1 + most), -1, dtype=np.int64) for name in _ATTRIBUTES}
+    for row, graph in enumerate(graphs):
+        for slot, node in enumerate(graph.objects, start=1):
+            for name, values in _ATTRIBUTES.items():
+                tables[name][row, slot] = values.index(getattr(node, name))
+    return tables

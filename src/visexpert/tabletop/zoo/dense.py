@@ -1,0 +1,132 @@
+"""Training of an expert on one dense ground truth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visexpert.errors import ConfigError
+from visexpert.tabletop.tiny import TinyExpert, half_state, header_metadata
+from visexpert.tabletop.zoo.augment import SpatialAugment
+from visexpert.tabletop.zoo.base import ZooModule, images_of, parameter_count, write_weights
+from visexpert.tabletop.zoo.heads import DenseTask, Ratio
+from visexpert.types import Batch
+
+
+class DenseExpert(ZooModule):
+    """A :class:`TinyExpert` learning one dense task on its own truth.
+
+    Args:
+        arch: Architecture for :class:`TinyExpert`; the head's outputs and activation are the task's.
+        task: What is predicted.
+        augment: Geometric augmentation, for tasks that allow it.
+        lr: Highest learning rate.
+        weight_decay: AdamW weight decay.
+        warmup: Share of the steps in which the rate rises.
+    """
+
+    def __init__(
+        self,
+        *,
+        arch: dict[str, Any],
+        task: DenseTask,
+        augment: SpatialAugment | None = None,
+        lr: float = 2e-3,
+        weight_decay: float = 0.05,
+        warmup: float = 0.05,
+    ) -> None:
+        super().__init__(lr=lr, weight_decay=weight_decay, warmup=warmup)
+        network = {**arch.get("network", {}), "outputs": task.outputs, "activation": task.activation}
+        self.expert = TinyExpert(arch={**arch, "network": network})
+        self.task = task
+        self.augment = augment
+        self.headline = task.headline
+        self.score_definition = task.score_definition
+        self._totals: dict[str, Ratio] = {}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Predict the map, compare it with the truth."""
+        images_BCHW, targets = images_of(batch), needed_targets(self.task, batch)
+        if self.augment is not None:
+            images_BCHW, targets = self.augment(images_BCHW, targets)
+        loss = self.task.loss(self.expert.predict(images_BCHW), self._target(targets))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add the batch to the held-out scores."""
+        map_BCHW = self.expert.predict(images_of(batch))
+        add_ratios(self._totals, self.task.scores(map_BCHW, self._target(needed_targets(self.task, batch))))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores over all held-out scenes."""
+        self.log_dict({f"val/{name}": value for name, value in divide(self._totals).items()}, prog_bar=True)
+        self._totals = {}
+
+    def ship(self, folder: Path, name: str) -> list[Path]:
+        """Write ``NAME.safetensors`` with the architecture in its header."""
+        path = folder / f"{name}.safetensors"
+        write_weights(half_state(self.expert.network), path, metadata=header_metadata(self.expert.header))
+        return [path]
+
+    def facts(self) -> dict[str, Any]:
+        """Kind, sizes and truth for the card."""
+        return expert_facts(self.expert) | {"trained_on": f"{type(self.task).__name__}: {', '.join(self.task.needs)}"}
+
+    def _target(self, targets: Mapping[str, Tensor]) -> Tensor:
+        return self.task.target(targets, self.expert.network.map_hw)
+
+
+def needed_targets(task: DenseTask, batch: Batch) -> dict[str, Tensor]:
+    """The batch's truths that the task reads.
+
+    Raises:
+        ConfigError: The batch carries none of that name.
+    """
+    absent = [name for name in task.needs if name not in batch.targets]
+    if absent:
+        raise ConfigError(
+            f"{type(task).__name__} needs the dense truth {absent}, but the data yields {sorted(batch.targets)}; "
+            "set with_targets: true on TabletopData."
+        )
+    return {name: batch.targets[name] for name in task.needs}
+
+
+@torch.no_grad()
+def score_expert(expert: TinyExpert, task: DenseTask, batches: Iterable[Batch]) -> dict[str, float]:
+    """Held-out scores of a trained expert: what its card quotes, for any scenes."""
+    expert.eval()
+    totals: dict[str, Ratio] = {}
+    for batch in batches:
+        map_BCHW = expert.predict(images_of(batch))
+        truth_BCHW = task.target(needed_targets(task, batch), expert.network.map_hw)
+        add_ratios(totals, task.scores(map_BCHW, truth_BCHW))
+    return divide(totals)
+
+
+def add_ratios(totals: dict[str, Ratio], ratios: Mapping[str, Ratio]) -> None:
+    """Add numerators and denominators to the running sums, in float64."""
+    for name, (top, bottom) in ratios.items():
+        old_top, old_bottom = totals.get(name, (torch.zeros(()), torch.zeros(())))
+        totals[name] = (old_top + top.detach().double(), old_bottom + bottom.detach().double())
+
+
+def divide(totals: Mapping[str, Ratio]) -> dict[str, float]:
+    """Turn summed ratios into scores; a score without a case is left out."""
+    return {name: float(top / bottom) for name, (top, bottom) in totals.items() if bottom}
+
+
+def expert_facts(expert: TinyExpert) -> dict[str, Any]:
+    """Card entries that any tiny expert has."""
+    return {
+        "kind": expert.header["kind"],
+        "input_px": expert.image_size,
+        "grid": list(expert.grid_hw),
+        "token_dim": expert.token_dim,
+        "parameters": parameter_count(expert.network),
+        "licence": expert.licence,
+    }

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import visexpert.experts
+import visexpert.tabletop
 from tests.experts.tiny_models import CLIP_VISION, DEPTH, DINOV2, SAM, SEGFORMER, TIMM, TIMM_ARGUMENTS
 from visexpert.experts import (
     DepthExpert,
@@ -63,7 +64,9 @@ def tiny_tower(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_expert_of_the_package_is_below() -> None:
     modules = [
-        importlib.import_module(f"visexpert.experts.{m.name}") for m in pkgutil.iter_modules(visexpert.experts.__path__)
+        importlib.import_module(f"{package.__name__}.{found.name}")
+        for package in (visexpert.experts, visexpert.tabletop)
+        for found in pkgutil.iter_modules(package.__path__)
     ]
     found = {item for module in modules for item in vars(module).values() if inspect.isclass(item)}
     experts = {item for item in found if issubclass(item, VisionExpert) and not inspect.isabstract(item)}

@@ -22,7 +22,7 @@ from visexpert.tabletop.zoo.heads import DepthTask, EdgeTask
 from visexpert.tabletop.zoo.selfsup import MaskedExpert
 from visexpert.tabletop.zoo.ship import ShipWeights
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "zoo"
+CONFIGS = Path(__file__).parents[3] / "configs" / "zoo"
 STEPS = 10
 
 

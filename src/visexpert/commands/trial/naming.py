@@ -15,12 +15,12 @@ from visexpert.experts import (
     OpenClipExpert,
     SegmentationExpert,
     TimmExpert,
-    TinyExpert,
     TransformersExpert,
     VisionExpert,
 )
-from visexpert.tabletop.tiny import HEADER_KEY
 from visexpert.resources import ZOO_PREFIX
+from visexpert.tabletop import TinyExpert
+from visexpert.tabletop.tiny import HEADER_KEY
 from visexpert.vision.published import OPEN_CLIP_CONFIG, OPEN_CLIP_PREFIX
 from visexpert.vision.sources import ModelSource
 

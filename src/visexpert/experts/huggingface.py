@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -20,11 +20,15 @@ from transformers.utils import logging
 
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts.sam_attention import chunk_attention
-from visexpert.resources import fill_module
+from visexpert.experts.towers import build_network, factory_of, key_mapping, vision_part
+from visexpert.resources import fill_module, state_keys
 from visexpert.vision.positions import fit_positions
-from visexpert.vision.sources import WEIGHT_FILES, ModelSource
+from visexpert.vision.sources import WEIGHT_FILES, ModelSource, read_json
 
 NATIVE_SIZE = ("image_size", "img_size")
+
+UNUSED = ("pooler.", "head.")
+"""How names begin of weights behind the patch tokens, which checkpoints without a head lack."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,8 @@ class HubModel:
                     return side
         return None
 
-    @property
-    def _factory(self) -> Any:
-        return getattr(transformers, self.auto)
-
     def _built(self, config: PreTrainedConfig) -> nn.Module:
-        model: nn.Module = self._factory.from_config(config, trust_remote_code=False)
-        return model
+        return build_network(config, auto=self.auto, owner=self.owner)
 
     def build(self, image_size: int) -> nn.Module:
         """The network for images of this size, with random weights and fused attention wherever it exists.
@@ -132,19 +131,29 @@ class HubModel:
             _must_agree(self.given, given, own, f"{self.owner}: the weights of '{self.source.text}'")
         try:
             with quiet():
-                loaded, report = self._factory.from_pretrained(
+                loaded, report = factory_of(own, auto=self.auto, owner=self.owner).from_pretrained(
                     str(config_path.parent), config=own, dtype=torch.float32, local_files_only=True,
-                    output_loading_info=True,
+                    output_loading_info=True, key_mapping=self._key_mapping(path, model),
                 )  # fmt: skip
         except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
             reason = " ".join(str(error).split())[:300]
             raise WeightsError(f"{self.owner}: {path} cannot be read ({reason}); fetch it again.") from error
         state = dict(loaded.state_dict())
-        absent = sorted(key for key in report["missing_keys"] if not _unused(key))
+        absent = sorted(key for key in report["missing_keys"] if not key.startswith(UNUSED))
         if absent:
             raise WeightsError(f"{self.owner}: {path} lacks {absent[:3]}; use the weights of this model.")
         state = fit_positions(state, model.state_dict())
         fill_module(model, state, owner=self.owner, path=path)
+
+    def _key_mapping(self, path: Path, model: nn.Module) -> dict[str, str] | None:
+        """See :func:`~visexpert.experts.towers.key_mapping`."""
+        if path.suffix == ".json":
+            keys: Collection[str] = read_json(path, owner=self.owner).get("weight_map") or {}
+        else:
+            keys = state_keys(path) or ()
+        assert self.source is not None
+        whole = str((self.source.read_json("config.json", owner=self.owner) or {}).get("model_type"))
+        return key_mapping(keys, model, whole=whole, optional=UNUSED, whose=f"{self.owner}: {path}")
 
 
 def config_of(fields: Mapping[str, Any], *, owner: str, strict: bool = False) -> PreTrainedConfig:
@@ -158,15 +167,23 @@ def config_of(fields: Mapping[str, Any], *, owner: str, strict: bool = False) ->
     Raises:
         ConfigError: The kind of model is unknown, or a field is.
     """
+    if "model_type" not in fields and "architecture" in fields:  # as timm writes it
+        raise ConfigError(
+            f"{owner}: this is timm's model {fields['architecture']!r}; use class_path: visexpert.experts.TimmExpert."
+        )
     kind = str(fields.get("model_type"))
+    if kind not in CONFIG_MAPPING and "auto_map" in fields:
+        raise ConfigError(
+            f"{owner}: the code of model_type {kind!r} comes with the model (auto_map) instead of transformers, and is "
+            "never run here; take a conversion to transformers' format, or an expert of your own (docs/own-expert.md)."
+        )
     if kind not in CONFIG_MAPPING:
         near = get_close_matches(kind, CONFIG_MAPPING.keys(), n=3)
         raise ConfigError(f"{owner}: transformers has no model_type {kind!r}; the nearest are {near}.")
     config = CONFIG_MAPPING[kind](**{key: value for key, value in fields.items() if key != "model_type"})
     if strict:
         _known_fields(fields, config, owner)
-    vision = getattr(config, "vision_config", None)
-    return vision if isinstance(vision, PreTrainedConfig) else config
+    return vision_part(config)
 
 
 def _known_fields(fields: Mapping[str, Any], config: PreTrainedConfig, owner: str) -> None:
@@ -182,18 +199,13 @@ def _known_fields(fields: Mapping[str, Any], config: PreTrainedConfig, owner: st
 
 def _must_agree(written: Mapping[str, Any], given: Any, own: Any, whose: str) -> None:
     """Refuse a setting that differs from the model's own; heads and activations would load without a word."""
-    nested = written.get("vision_config")
-    for name in nested if isinstance(nested, Mapping) else written:
+    written = vision_part(written)
+    for name in written:
         ours, theirs = getattr(given, name, None), getattr(own, name, None)
         if isinstance(ours, PreTrainedConfig):
             _must_agree(written[name], ours, theirs, whose)
         elif ours != theirs:
             raise ConfigError(f"{whose} were made with {name}={theirs!r}, not {ours!r}; correct it, or leave it out.")
-
-
-def _unused(key: str) -> bool:
-    """Keys behind the patch tokens, which checkpoints without a head lack."""
-    return key.startswith(("pooler.", "head."))
 
 
 def own_interpolation(model: nn.Module) -> bool:

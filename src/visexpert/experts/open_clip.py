@@ -126,9 +126,10 @@ class OpenClipMap(nn.Module):
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Feature map of the last or the chosen layer."""
+        pooled = getattr(self.visual, "attn_pool", None) is not None  # CoCa: its norm comes behind the pooling
         found = self.visual.forward_intermediates(
             pixels_BCHW, indices=1 if self.layer is None else [self.layer], stop_early=True, intermediates_only=True,
-            normalize_intermediates=self.layer is None, output_fmt="NCHW",
+            normalize_intermediates=self.layer is None and not pooled, output_fmt="NCHW",
         )  # fmt: skip
         (map_BEHW,) = found["image_intermediates"]
         return map_BEHW  # type: ignore[no-any-return]

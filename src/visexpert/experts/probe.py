@@ -40,14 +40,8 @@ def probe_map(network: nn.Module, image_size: int, *, owner: str) -> torch.Size:
         with torch.no_grad(), torch.device("meta"), ChanceWatch() as chance, LogitsWatch(image_size) as watch:
             found = functional_call(network, meta, (pixels_BCHW,))
     except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        AssertionError,
-        AttributeError,
-        IndexError,
-        NotImplementedError,
-    ) as error:
+        ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError,
+    ) as error:  # fmt: skip
         raise ConfigError(
             f"{owner}: the model gives no map of images of {image_size} px ({_first_line(error)}); use another "
             "image_size or layer, or an expert of your own (docs/own-expert.md)."
@@ -62,7 +56,7 @@ def probe_map(network: nn.Module, image_size: int, *, owner: str) -> torch.Size:
             f"{owner}: at {image_size} px this model holds attention logits of {watch.largest} in memory; use a "
             "smaller image_size, or a model whose attention is windowed or fused (SAM: TransformersExpert)."
         )
-    if not isinstance(found, Tensor) or found.ndim != 4:
+    if not isinstance(found, Tensor) or found.ndim != 4 or len(found) != 1:
         raise ConfigError(f"{owner}: the model gives no map of tokens at {image_size} px; use another model or layer.")
     return found.shape
 
@@ -121,6 +115,8 @@ class LogitsWatch(TorchFunctionMode):
 
 
 def _first_line(error: Exception) -> str:
+    if "meta tensors" in str(error):
+        return "its code looks at the values of pixels to decide what it does"
     return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
 
 from visexpert.experts.base import TokenKind
 from visexpert.experts.huggingface import HubModel, interpolates, prefix_and_suffix
@@ -118,16 +119,39 @@ class EncoderMap(nn.Module):
         encoder = _without_head(self.model) if self.headed else self.model
         size = int(pixels_BCHW.shape[-1])
         asked = {"interpolate_pos_encoding": True} if interpolates(encoder) else {}
-        output = encoder(pixels_BCHW, **asked, **({} if self.layer is None else {"output_hidden_states": True}))
-        maps = output.get("feature_maps") if self.layer is None else None  # of a backbone
-        if self.layer is not None:
-            features = output.hidden_states[self.layer]
-        elif maps is not None:
-            features = maps[-1]
-        else:
-            features = output.get("last_hidden_state", output.get("encoder_last_hidden_state"))
+        unrolled = hasattr(encoder, "unroll_schedule")
+        states = {"output_hidden_states": True} if unrolled or self.layer is not None else {}
+        features = _features(encoder(pixels_BCHW, **asked, **states), self.layer, unrolled=unrolled)
+        if hasattr(encoder.config, "num_group_tokens"):
+            raise ValueError("its tokens are groups of patches, which have no place")
         prefix, suffix = prefix_and_suffix(encoder, size, int(features.shape[1]) if features.ndim == 3 else 0)
         return map_of(features, prefix=prefix, suffix=suffix)
+
+
+def _features(output: Any, layer: int | None, *, unrolled: bool) -> Tensor:
+    """What a model calls its last features, or one of its hidden states.
+
+    Args:
+        output: Of the model.
+        layer: Which of its hidden states; None for the last features.
+        unrolled: Its tokens are sorted by window (Hiera); ``reshaped_hidden_states`` has them by rows.
+
+    Raises:
+        ValueError: Nothing in the output has one of the names that transformers gives to features.
+    """
+    named = output if isinstance(output, ModelOutput) else {}
+    if unrolled:
+        found = output.reshaped_hidden_states[-1 if layer is None else layer]
+    elif layer is not None:
+        states = named.get("hidden_states")
+        found = None if states is None else states[layer]
+    else:
+        maps = named.get("feature_maps")  # of a backbone
+        names = ("last_hidden_state", "encoder_last_hidden_state")
+        found = maps[-1] if maps else next((named[name] for name in names if named.get(name) is not None), None)
+    if not isinstance(found, Tensor):
+        raise ValueError(f"it hands on {list(named) or type(output).__name__}, and no features of patches among them")
+    return found
 
 
 def _without_head(model: nn.Module) -> nn.Module:

@@ -1,0 +1,160 @@
+"""The vision part of a model that has others as well: its configuration, its network, and its place in the weights."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
+
+import transformers
+from torch import nn
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from visexpert.errors import ConfigError, WeightsError
+
+PARTS = ("vision_config", "image_config", "encoder")
+"""Under which names whole models keep the configuration of their vision part, most telling first."""
+
+_EXPERTS = {
+    "DepthExpert": ("MODEL_FOR_DEPTH_ESTIMATION_MAPPING",),
+    "SegmentationExpert": ("MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING", "MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING"),
+}
+"""Experts for models that have a head and no network without one."""
+
+Whole = TypeVar("Whole", PreTrainedConfig, Mapping[str, Any])
+
+
+def vision_part(whole: Whole) -> Whole:
+    """The vision part of a configuration, or of the fields that one is made of; all of it where it has no such part.
+
+    The part nearest to the top counts: that of ``vlm_config`` is found inside it.
+    """
+    kind = PreTrainedConfig if isinstance(whole, PreTrainedConfig) else Mapping
+    for name in PARTS:
+        level: list[Any] = [whole]
+        while level:
+            inside = [each if isinstance(each, Mapping) else vars(each) for each in level]
+            for fields in inside:
+                if isinstance(fields.get(name), kind):
+                    found: Whole = fields[name]
+                    return found
+            level = [value for fields in inside for value in fields.values() if isinstance(value, kind)]
+    return whole
+
+
+def build_network(config: PreTrainedConfig, *, auto: str, owner: str) -> nn.Module:
+    """The network of a configuration, with random weights.
+
+    Args:
+        config: Of a whole model, or of a vision part alone.
+        auto: Name of the ``AutoModel...`` class that builds it.
+        owner: Who asks, for messages.
+
+    Raises:
+        ConfigError: transformers has no such network.
+    """
+    factory = factory_of(config, auto=auto, owner=owner)
+    options = {"trust_remote_code": False} if factory.__name__ == auto else {}
+    build = factory.from_config if factory.__name__ == auto else factory
+    model: nn.Module = build(config, **options)
+    return model
+
+
+def factory_of(config: PreTrainedConfig, *, auto: str, owner: str) -> Any:
+    """The class whose ``from_pretrained`` reads such a network: ``AutoModel...``, or that of a vision part alone.
+
+    ``AutoModel`` does not know the vision parts of many models (BLIP, OWL-ViT, ...), though they have a class.
+
+    Raises:
+        ConfigError: transformers has no such network.
+    """
+    if auto != "AutoModel" or type(config) in MODEL_MAPPING:
+        return getattr(transformers, auto)
+    try:
+        module = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
+    except ModuleNotFoundError:
+        raise _without_network(config, owner) from None
+    for name, each in vars(module).items():
+        own = isinstance(each, type) and issubclass(each, PreTrainedModel) and each.__module__ == module.__name__
+        if own and each.config_class is type(config) and "For" not in name and not name.endswith(_NO_NETWORKS):
+            return each
+    raise _without_network(config, owner)
+
+
+_NO_NETWORKS = ("PreTrainedModel", "WithProjection")
+
+
+def _without_network(config: PreTrainedConfig, owner: str) -> ConfigError:
+    other = next(
+        (f"use visexpert.experts.{name}" for name, maps in _EXPERTS.items()
+         if name != owner and any(type(config) in getattr(transformers, each) for each in maps)),
+        "use another model, or an expert of your own (docs/own-expert.md)",
+    )  # fmt: skip
+    return ConfigError(
+        f"{owner}: transformers has no encoder of images alone for model_type {config.model_type!r}; {other}."
+    )
+
+
+def key_mapping(
+    keys: Collection[str], network: Any, *, whole: str, optional: tuple[str, ...], whose: str
+) -> dict[str, str] | None:
+    """What transformers' loader must do with the names of weights where they are those of a larger model.
+
+    The prefix of the part is taken away. The loader renames what older files call differently, but by the part alone;
+    renamings of the whole model (AltCLIP's) are added where more names fit with them.
+
+    Args:
+        keys: Names in the file.
+        network: The network.
+        whole: ``model_type`` of the whole model.
+        optional: How names begin that may be absent.
+        whose: Owner and file, for the message.
+
+    Returns:
+        Regular expressions and what takes their place, in this order; None where nothing is to be done.
+
+    Raises:
+        WeightsError: Several such networks are in the file.
+    """
+    needed = {key for key in network.state_dict() if not key.startswith(optional)}
+    before, most = _prefix(keys, needed, whose)
+    renamings = {} if most == len(needed) or whole == network.config.model_type else _renamings(whole)
+    if renamings:
+        renamed = set(keys)
+        for pattern, target in renamings.items():
+            renamed = {re.sub(pattern, target, key) for key in renamed}
+        other, count = _prefix(renamed, needed, whose)
+        before, renamings = (other, renamings) if count > most else (before, {})
+    return renamings | ({f"^{re.escape(before)}": ""} if before else {}) or None
+
+
+def _renamings(model_type: str) -> dict[str, str]:
+    """Plain renamings of a model's weights, from the names in files to those in the network."""
+    listed = get_checkpoint_conversion_mapping(model_type) or []
+    return {
+        each.source_patterns[0]: each.target_patterns[0]
+        for each in listed
+        if type(each) is WeightRenaming and len(each.source_patterns) == len(each.target_patterns) == 1
+    }
+
+
+def _prefix(keys: Collection[str], needed: Collection[str], whose: str) -> tuple[str, int]:
+    """What stands before the names of a network in a file, such as ``model.vision_tower.``, and how many fit with it.
+
+    Empty where the names stand there as they are, or not at all. Where most names fit decides.
+    """
+    fitting: Counter[str] = Counter()
+    for key in keys:
+        parts = key.split(".")
+        for start in range(len(parts)):
+            if ".".join(parts[start:]) in needed:
+                fitting["".join(f"{part}." for part in parts[:start])] += 1
+    most = max(fitting.values(), default=0)
+    found = sorted(before for before, count in fitting.items() if count == most)
+    if len(found) > 1 and most == len(needed) and "" not in found:
+        raise WeightsError(f"{whose} holds several such encoders, under {found}; give a file with one.")
+    return (found[0] if len(found) == 1 else ""), most

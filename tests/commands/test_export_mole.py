@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tests.commands.test_export import LLAVA, refusal, write_run
-from tests.data.formats import write_jpeg
+from tests.data.formats import tokenizer_folder, write_jpeg, write_json
 from visexpert.cli import main
 from visexpert.commands.export_images import FolderImages
 from visexpert.commands.export_mole import sources_of
@@ -159,8 +160,8 @@ def test_a_fold_on_images_of_a_named_folder(run: Path, tmp_path: Path) -> None:
         meter.update(batch.unit_images())
     for block, gates_E in meter.usage().gates.items():
         torch.testing.assert_close(source.mole.usage.gates[block], gates_E)
-    (tmp_path / "bad.yaml").write_text("model: 1")
-    with pytest.raises(ConfigError, match=r"bad\.yaml has no data"):
+    (tmp_path / "bad.yaml").write_text("seed_everything: 1")
+    with pytest.raises(ConfigError, match=r"bad\.yaml.* names no data.*; name a folder of images"):
         sources_of(opened(run)[0], ["hf"], layers=None, treatment=None, flatten=(1, 1e-4), images=tmp_path / "bad.yaml")
 
 
@@ -170,3 +171,43 @@ def test_a_language_model_that_llava_cannot_hold_is_one_sentence(kind: str, why:
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes))
     with pytest.raises(ConfigError, match=why):
         check_language(model)
+
+
+def training_only(folder: Path, *, batch_size: Any = 2) -> dict[str, Any]:
+    """LLaVA's conversations of three images and one text alone: training data without a validation part."""
+    colours = ("red", "blue", "green")
+    turns = [{"from": "human", "value": "what is it ?"}, {"from": "gpt", "value": "a box ."}]
+    records: list[dict[str, Any]] = [{"id": "text", "conversations": turns}]
+    for colour in colours:
+        write_jpeg(folder / f"{colour}.jpg", colour, size=(40, 30))
+        records.append({"id": colour, "image": f"{colour}.jpg", "conversations": turns})
+    write_json(folder / "talk.json", records)
+    arguments = {"root": str(folder), "annotations": "talk.json", "image_size": 64, "batch_size": batch_size}
+    arguments |= {"tokenizer": tokenizer_folder(folder / "words"), "num_workers": 0, "group_by_length": False}
+    return {"class_path": "visexpert.data.LLaVAInstruct", "init_args": arguments}
+
+
+def test_a_flattening_on_training_images_where_there_are_no_others(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(run, own)
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    (own / "config.yaml").write_text(yaml.safe_dump(config | {"data": training_only(tmp_path / "data")}))
+    source = sources_of(open_run(own), ["hf"], layers=None, treatment="flatten", flatten=(40, 3e-3))["hf"]
+    assert "The data has no validation images; training images are folded by" in caplog.text
+    report = source.mole
+    assert report is not None and report.images == "training" and report.steps == 40
+    assert report.usage is not None and report.usage.num_images == 3
+    assert report.on_val is not None and report.on_val["flatten"]["nmse"] < report.on_val["fold"]["nmse"]
+
+
+def test_a_working_file_names_other_images(run: Path, tmp_path: Path) -> None:
+    """As `visexpert fit` reads it: with ${...} filled in, and a tokenizer that the run's model knows nothing of."""
+    working = tmp_path / "working.yaml"
+    data = training_only(tmp_path / "data", batch_size="${trainer.accumulate_grad_batches}")
+    working.write_text(yaml.safe_dump({"trainer": {"accumulate_grad_batches": 4}, "data": data}))
+    saved, student = opened(run)
+    source = sources_of(saved, ["hf"], layers=None, treatment="flatten", flatten=(2, 1e-4), images=working)["hf"]
+    assert source.mole is not None and source.mole.usage is not None and source.mole.images == "named"
+    assert source.mole.usage.num_images == 3 and source.mole.steps == 2

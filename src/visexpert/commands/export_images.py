@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,11 +10,11 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from visexpert.commands.data import build_data
 from visexpert.commands.image_files import find_images
 from visexpert.data.resize import ImageReader, Resize
 from visexpert.errors import ConfigError
-from visexpert.reading import read_yaml
-from visexpert.runs import SavedRun, build
+from visexpert.runs import SavedRun
 from visexpert.types import Batch
 
 Part = Literal["validation", "training", "named"]
@@ -98,9 +97,8 @@ def with_images(saved: SavedRun, named: Path | None) -> SavedRun:
         how: Any = getattr(getattr(saved.data, "settings", None), "resize", "crop")
         return replace(saved, data=FolderImages(named, image_size=model.clip.image_size, resize=how))
     try:
-        config = read_yaml(named)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--data {named} cannot be read ({str(error).splitlines()[0]}); name a folder.") from error
-    if not isinstance(config, Mapping) or "data" not in config:
-        raise ConfigError(f"--data {named} has no data; name a folder of images, or a configuration that has some.")
-    return replace(saved, data=build({"model": saved.config["model"], "data": config["data"]}, named)[1])
+        return replace(saved, data=build_data([named]))
+    except ConfigError as error:
+        raise ConfigError(
+            f"--data {named}: {str(error).rstrip('.')}; name a folder of images, or a configuration that has data."
+        ) from error

@@ -27,6 +27,10 @@ CHUNKS: dict[str, Any] = {
     "moe_layers": [], "layer_types": ["chunked_attention", "full_attention"],
 }  # fmt: skip
 QWEN = WINDOW | {"use_sliding_window": True, "max_window_layers": 1}
+LATENT: dict[str, Any] = {
+    "q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "head_dim": 4,
+    "num_key_value_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+}  # fmt: skip
 SUPPORTED: dict[str, dict[str, Any]] = {
     "mistral": SIZES | WINDOW,
     "phi3": SIZES | WINDOW,
@@ -43,6 +47,10 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     "gpt2": GPT2_SIZES | {"bos_token_id": 0, "eos_token_id": 1},
     "opt": SIZES | {"ffn_dim": 32, "word_embed_proj_dim": 16},
     "bert": SIZES | {"is_decoder": True},
+    # Latent attention: values narrower than keys, positions on a part of each key.
+    "deepseek_v3": SIZES | LATENT | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "minicpm3": SIZES | LATENT,
+    "dory": SIZES | BOTH | {"n_input_layers": 0, "n_output_layers": 0},  # layers in loops, a cache per loop
 }
 
 
@@ -116,6 +124,9 @@ def test_a_window_is_felt() -> None:
         ({"model_type": "bert", **SIZES}, "'bert' reads text in both directions (is_decoder is false)"),
         ({"model_type": "bloom", "vocab_size": VOCAB, "hidden_size": 16}, "'bloom' makes its attention masks"),
         ({"model_type": "falcon", "vocab_size": VOCAB, "hidden_size": 16, "alibi": True}, "ALiBi"),
+        ({"model_type": "bart", "vocab_size": VOCAB, "d_model": 16}, "'bart' takes no position_ids"),
+        ({"model_type": "plbart", "vocab_size": VOCAB, "d_model": 16}, "'plbart' takes no position_ids"),
+        ({"model_type": "moshi", **SIZES, **WINDOW}, "'moshi' keeps to its sliding_window in generation alone"),
         ({"model_type": "gemma3n_text", **SIZES, "hidden_size_per_layer_input": 8}, "token ids in every layer"),
     ],
 )
@@ -123,3 +134,19 @@ def test_a_model_that_would_read_packed_items_wrongly_is_refused(config: dict[st
     with pytest.raises(ConfigError) as refused:
         PrefixLM(config=config)
     assert why in str(refused.value) and "llama" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "llama", "hidden_size": 33}, "'llama' (Class validation error for validator"),
+        ({"model_type": "llama", "num_attention_heads": "x"}, "'num_attention_heads' expected int, got str"),
+        ({"model_type": "llama", **SIZES, "pad_token_id": VOCAB}, "cannot build a 'llama' of these fields"),
+        ({"model_type": "ministral", **SIZES, "head_dim": None}, "cannot build a 'ministral' of these fields"),
+        ({"model_type": "blt"}, "'blt' has no hidden_size"),
+    ],
+)
+def test_fields_that_no_model_can_have_are_one_sentence(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        PrefixLM(config=config)
+    assert said in str(refused.value) and "\n" not in str(refused.value)

@@ -6,6 +6,7 @@ transformers makes such masks by itself only for plain rows; packed items that s
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any, Literal
 
 import torch
@@ -34,8 +35,9 @@ def check_packing(settings: PretrainedConfig, *, owner: str) -> None:
     Raises:
         ConfigError: It carries a state along the row (Mamba, RWKV), mixes neighbors (convolutions), takes distances
             from places in the row instead of positions (ALiBi), makes its masks by itself alone, embeds token ids
-            once more in every layer, which image tokens do not have, sees what follows (BERT), or generates from token
-            ids alone (CTRL).
+            once more in every layer, which image tokens do not have, sees what follows (BERT), counts positions along
+            the row whatever it is told (BART), has a window in its cache and none in its masks (Moshi), or generates
+            from token ids alone (CTRL).
     """
     model: Any = _class_of(settings)
     text = settings.get_text_config(decoder=True)
@@ -46,6 +48,12 @@ def check_packing(settings: PretrainedConfig, *, owner: str) -> None:
         f"has layers of the kind {', '.join(sorted(kinds - {*KINDS}))}": bool(kinds - {*KINDS}),
         "takes distances from places in the row (ALiBi)": bool(getattr(text, "alibi", False)),
         "makes its attention masks by itself": has_own_masks,
+        "takes no position_ids": model is not None
+        and "position_ids" not in inspect.signature(model.forward).parameters,
+        "keeps to its sliding_window in generation alone": model is not None
+        and getattr(text, "sliding_window", None) is not None
+        and not (kinds or hasattr(sys.modules[model.__module__], "create_sliding_window_causal_mask")),
+        "decodes what an encoder read": bool(getattr(settings, "is_encoder_decoder", False)),
         "reads token ids in every layer": bool(getattr(text, "hidden_size_per_layer_input", None)),
         "reads text in both directions (is_decoder is false)": getattr(text, "is_decoder", True) is False
         and "is_decoder" in inspect.signature(type(text).__init__).parameters,

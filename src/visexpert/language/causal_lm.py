@@ -54,10 +54,10 @@ def build_config(config: Mapping[str, Any] | None, source: str | None, *, owner:
     folder = model_folder(str(source), owner=owner)
     try:
         loaded: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # huggingface_hub's errors of fields that contradict one another have no base of theirs
         raise WeightsError(
             f"{owner}: {folder / 'config.json'} is of no model that transformers knows without running its code "
-            f"({str(error).splitlines()[0][:120]}); give another."
+            f"({_reason(error)}); give another."
         ) from error
     return text_part(loaded, owner=owner)
 
@@ -78,7 +78,7 @@ def text_part(settings: PretrainedConfig, *, owner: str) -> PretrainedConfig:
             f"{owner}: a model of type '{text.model_type}'{whole} is no causal language model that transformers runs "
             "by itself; take one, such as llama, qwen3, mistral or gemma3_text."
         )
-    if text is not settings and not hasattr(text, "hidden_size"):
+    if not hasattr(text, "hidden_size"):
         raise ConfigError(f"{owner}: '{text.model_type}'{whole} has no hidden_size; take another.")
     if getattr(settings, "tie_word_embeddings", False):  # the whole model's word counts (Mistral-3)
         text.tie_word_embeddings = True
@@ -97,11 +97,21 @@ def torch_dtype(name: Dtype, *, owner: str) -> torch.dtype:
     return found
 
 
-def build_model(settings: PretrainedConfig, *, dtype: torch.dtype, weights_follow: bool) -> nn.Module:
-    """A random model; a big one whose weights follow is on the meta device."""
+def build_model(settings: PretrainedConfig, *, dtype: torch.dtype, weights_follow: bool, owner: str) -> nn.Module:
+    """A random model; a big one whose weights follow is on the meta device.
+
+    Raises:
+        ConfigError: transformers cannot build one of this configuration.
+    """
     settings._attn_implementation = attention_of(settings)
-    with torch.device("meta"):
-        empty: nn.Module = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            empty: nn.Module = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # fields that contradict one another fail anywhere in the model's own code
+        raise ConfigError(
+            f"{owner}: transformers cannot build a '{settings.model_type}' of these fields "
+            f"({type(error).__name__}: {_reason(error)}); give it the fields of a released config.json."
+        ) from error
     if weights_follow and sum(parameter.numel() for parameter in empty.parameters()) >= META_FROM:
         return empty
     built: nn.Module = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
@@ -143,7 +153,7 @@ def read_model(
             )  # fmt: skip
     except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError, SafetensorError) as error:
         raise WeightsError(
-            f"{owner}: the weights in {folder} cannot be read ({str(error).splitlines()[0][:160]}); fetch them again."
+            f"{owner}: the weights in {folder} cannot be read ({_reason(error)}); fetch them again."
         ) from error
     model, report = loaded
     check_report(report, folder, owner=owner, fresh=fresh)
@@ -241,5 +251,15 @@ def _from_fields(settings: dict[str, Any], owner: str) -> PretrainedConfig:
         near = get_close_matches(kind, CONFIG_MAPPING, n=3)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "take one that transformers knows."
         raise ConfigError(f"{owner}: model_type={kind!r} is unknown; {hint}")
-    built: PretrainedConfig = AutoConfig.for_model(kind, **settings)
+    try:
+        built: PretrainedConfig = AutoConfig.for_model(kind, **settings)
+    except Exception as error:  # see build_config
+        raise ConfigError(
+            f"{owner}: transformers takes no such fields for a '{kind}' ({_reason(error)}); correct config."
+        ) from error
     return built
+
+
+def _reason(error: Exception) -> str:
+    """What transformers or PyTorch say, in one line; the cause of a refused field stands in its second."""
+    return " ".join(str(error).split())[:200]

@@ -46,7 +46,7 @@ class PretrainedSide(LanguageSide):
         self._is_frozen, self._checkpointing = frozen or lora is not None, gradient_checkpointing
         self._check()
         self.model: Any = None
-        self._take(build_model(settings, dtype=self._dtype, weights_follow=source is not None))
+        self._take(build_model(settings, dtype=self._dtype, weights_follow=source is not None, owner=self.owner))
         if self._is_frozen:
             leave_out_of_checkpoints(self, self._frozen_names)
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.cli import LightningCLI
 
+from tests.data.formats import write_json
 from visexpert.checking import check_machine, check_run, check_settings
 from visexpert.cli import main
 from visexpert.errors import ConfigError
@@ -215,3 +217,50 @@ def test_a_missing_deepspeed_names_the_extra(strategy: Any, monkeypatch: pytest.
         check_machine({"accelerator": "cpu", "strategy": strategy})
     monkeypatch.setattr("visexpert.checking.find_spec", lambda name: object())
     check_machine({"accelerator": "cpu", "strategy": strategy})
+
+
+CONFIGS = SMOKE.parents[1]
+ON_CPU = [
+    "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto",
+    "--trainer.precision=32-true",
+]  # fmt: skip
+
+
+@pytest.fixture
+def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets no model, data or trainer be built as for training."""
+
+    def build(self: LightningCLI) -> None:
+        raise AssertionError("models are built")
+
+    monkeypatch.setattr(LightningCLI, "instantiate_classes", build)
+
+
+@pytest.mark.parametrize(
+    ("config", "missing"),
+    [
+        ("movekd/llava/stage1.yaml", "blip_laion_cc_sbu_558k.json"),
+        ("movekd/llava/stage2.yaml", "llava_v1_5_mix665k.json"),
+        ("tove/paper/vit-b16.yaml", "dataset_coco.json"),
+    ],
+)
+def test_missing_data_is_one_sentence_before_models_are_built(
+    no_models: None, config: str, missing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(["fit", "--config", str(CONFIGS / config), *ON_CPU], capsys)
+    assert missing in line and "get it from" in line and "more are missing: visexpert data check" in line
+
+
+def test_data_of_the_test_is_looked_for_before_a_fit(
+    no_models: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_json(tmp_path / "talk.json", [])
+    talk = {"class_path": "visexpert.data.LLaVAInstruct", "init_args": {"root": ".", "annotations": "talk.json"}}
+    coco = {"class_path": "visexpert.data.COCOCaptions", "init_args": {"root": "nowhere"}}
+    arguments = {"sources": {"talk": talk, "coco": coco}, "train": {"talk": 1}, "test": ["coco"]}
+    overlay = {"data": {"class_path": "visexpert.data.MixedData", "init_args": arguments}}
+    (tmp_path / "mixed.yaml").write_text(yaml.safe_dump(overlay), encoding="utf-8")
+    fit = ["fit", "--config", str(SMOKE), "--config", "mixed.yaml"]
+    line = refused(fit, capsys)
+    assert "nowhere" in line and "--test_after_fit false" in line
+    assert "models are built" in refused([*fit, "--test_after_fit", "false"], capsys)

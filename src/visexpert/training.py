@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import lightning as L
 import yaml
+from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -38,7 +39,8 @@ from visexpert.callbacks.checkpoint_io import RunTrainer, use_whole_files
 from visexpert.callbacks.predictions import check_writes
 from visexpert.checking import built, check_config_file, check_machine, check_run, check_settings
 from visexpert.checkpoints import FOLDER, LAST, checked_checkpoint, is_checkpoint, newest_checkpoint
-from visexpert.errors import ConfigError, first_line
+from visexpert.data import MixedData, SourceData
+from visexpert.errors import ConfigError, UserError, first_line
 from visexpert.interruption import stoppable
 from visexpert.methods import Method
 from visexpert.overlays import load_path, unrelated_settings_dropped
@@ -155,7 +157,33 @@ class VisexpertCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; a user's error comes out as itself, not inside the parser's."""
+        if self.subcommand:
+            self._look_for_data()
         built(super().instantiate_classes)
+
+    def _look_for_data(self) -> None:
+        """See that the files of our own data are there before models are built, which may take minutes.
+
+        Raises:
+            DataError: They are not, those of the test after a fit included.
+            WeightsError: The tokenizer is not.
+        """
+        data = self._value("data")
+        source = None if not data else load_path(str(data.get("class_path")))
+        if not isinstance(source, type) or not issubclass(source, SourceData | MixedData):
+            return
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_subclass_arguments(L.LightningDataModule, "data")
+        made = built(lambda: parser.instantiate_classes(Namespace(data=data)), who="The data").data
+        made.check_stage(self.subcommand)
+        if self.subcommand == "fit" and self._value("test_after_fit"):
+            try:
+                made.check_stage("test")
+            except UserError as error:
+                raise type(error)(
+                    f"{str(error).rstrip('.')}; the test after this fit needs it: --test_after_fit false leaves that "
+                    "out."
+                ) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """A trainer that writes into the run's folder."""

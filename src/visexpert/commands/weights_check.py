@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from torch import nn
 
 from visexpert.checking import built
-from visexpert.errors import UserError
+from visexpert.errors import UserError, WeightsError
 from visexpert.experts.edges import DEXINED_FILE
 from visexpert.planning.weightless import weightless
 from visexpert.trust import UntrustedError, guarded, refuse_strangers
@@ -41,7 +41,8 @@ def weight_findings(model: Mapping[str, Any], *, foreign: Path | None = None) ->
         except UntrustedError:
             raise
         except UserError as error:  # such as a language model whose config.json is not here
-            yield False, f"{name}: {error}"
+            size = " Its size is not known without its config.json." if isinstance(error, WeightsError) else ""
+            yield False, f"{name}: {error}{size}"
             continue
         source = getattr(part, "weights_from", None)
         if source is not None and source not in seen:

@@ -98,6 +98,11 @@ class MixedData(LightningDataModule):
             self.sources[name].check(parts)
             _ = self.sources[name].packer
 
+    def check_stage(self, stage: str) -> None:
+        """Refuse to start where something that a stage reads is missing."""
+        for name, parts in self._by_source(stage).items():
+            self.sources[name].check(parts)
+
     def setup(self, stage: str | None = None) -> None:
         """Read the annotations that ``stage`` needs."""
         convert_records(self.trainer)

@@ -203,6 +203,10 @@ class SourceData(LightningDataModule):
         """Refuse to start where something that these parts need is missing."""
         require(self.all_needs(parts), source=self.called)
 
+    def check_stage(self, stage: str) -> None:
+        """Refuse to start where something that a stage reads is missing."""
+        self.check(self.parts_of_stage(stage))
+
     def all_needs(self, parts: Sequence[str]) -> list[Need | TokenizerNeed]:
         """All that these parts need, each once."""
         needs: list[Need | TokenizerNeed] = [need for part in parts for need in self.needs(part)]

@@ -174,7 +174,8 @@ class VisexpertCLI(LightningCLI):
             return
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(L.LightningDataModule, "data")
-        made = built(lambda: parser.instantiate_classes(Namespace(data=data)), who="The data").data
+        alone = Namespace(data=data)  # type: ignore[no-untyped-call]
+        made = built(lambda: parser.instantiate_classes(alone), who="The data").data
         made.check_stage(self.subcommand)
         if self.subcommand == "fit" and self._value("test_after_fit"):
             try:

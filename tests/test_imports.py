@@ -26,6 +26,7 @@ EVERYWHERE = frozenset(
         "checkpoints",
         "sharded",
         "overlays",
+        "timing",
         "names",
     }
 )

@@ -345,6 +345,9 @@ def test_milliseconds_are_ratios_to_clip_in_the_same_turn(monkeypatch: pytest.Mo
     clip_ms = 1000 * 1.5**2 / 2  # the second of three turns after the one that warms up
     expected = {(): clip_ms, ("depth",): 3 * clip_ms, ("depth", "edges"): 6 * clip_ms}
     assert timing.milliseconds == pytest.approx(expected)
+    # Turns of 1.5, 1.5**2 and 1.5**3: quartiles halfway to the median.
+    spread = (1.5**3 - 1.5) / 2 / 1.5**2
+    assert min(timing.unsteadiness.values()) >= spread - 1e-9
 
 
 def test_a_module_runs_once_and_is_itself_again() -> None:

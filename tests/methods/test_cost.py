@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,3 +77,19 @@ def test_inference_is_counted_with_encoders_live_and_without_a_gradient() -> Non
         model.encode(Batch(batch.images_BCHW, batch.index_B, split=""))
     assert cost["gflop_vision"] == pytest.approx(counter.get_total_flops() / len(batch) / 1e9)
     assert cost["gflop_language"] > 0 and cost["images_per_s"] > 0
+
+
+def test_speed_is_the_median_of_repeats_with_their_spread_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repeats take 1, 1, 1, 2, 2 s: 2 images in a median of 1 s, quartiles of 1 and 2 s."""
+    model, batch = tiny_tove().eval(), noise_batch(size=32)
+    took, at, calls = iter([0.0, 1.0, 1.0, 1.0, 2.0, 2.0]), [0.0], model.encode  # the first call is counted, not timed
+
+    def encode(batch: Batch) -> Any:
+        at[0] += next(took)
+        return calls(batch)
+
+    monkeypatch.setattr(model, "encode", encode)
+    monkeypatch.setattr("visexpert.methods.cost.time.perf_counter", lambda: at[0])
+    cost = measure_cost(model, batch, seconds=1.0)
+    assert cost["images_per_s"] == len(batch) and cost["images_per_s_spread"] == 1.0
+    assert 0 <= cost.get("others_cpu_share", 0.0) <= 1

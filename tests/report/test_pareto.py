@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +139,20 @@ def test_the_table_of_experts_says_what_their_removal_does() -> None:
     assert lines[2] == "| depth | +0.3000 | -0.1000 | 0.250 | 1.000 | 2.0000 | kept |"
     assert lines[3] == "| edges | -0.0200 | +0.0100 | 0.750 | 2.000 | 0.5000 | detached |"
     assert lines[4] == "| normals | +0.1000 | -0.0200 | – | 0.500 | 0.2500 | detached |"
+
+
+def test_milliseconds_that_were_measured_unsteadily_are_marked(tmp_path: Path) -> None:
+    doubtful = [replace(SCORES[0], unsteadiness=0.5), replace(SCORES[1], unsteadiness=0.1), *SCORES[2:]]
+    table = subset_table(doubtful, front=ON_FRONT, kept=("depth",), experts=EXPERTS)
+    assert "~2.000" in table and table.count("~") == 1
+    assert "~1.000" in worth_table([replace(WORTHS[0], unsteadiness=0.3)], {}, kept=("depth",))
+    sure, unsure = (
+        pareto_figure(scores, tmp_path / f"{number}.png", front=ON_FRONT, kept=("depth",), experts=EXPERTS)
+        for number, scores in enumerate((SCORES, doubtful))
+    )
+    assert sure.read_bytes() != unsure.read_bytes()
+    work = [
+        pareto_figure(scores, tmp_path / "gflop.png", front=ON_FRONT, kept=(), experts=EXPERTS, measure="gflop")
+        .read_bytes() for scores in (SCORES, doubtful)
+    ]  # fmt: skip
+    assert work[0] == work[1]  # work is counted, not timed

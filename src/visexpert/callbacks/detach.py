@@ -29,6 +29,7 @@ from visexpert.methods.start import start_from
 from visexpert.report.files import read_json, set_aside, write_json, write_text
 from visexpert.report.palette import spared
 from visexpert.report.pareto import pareto_figure, subset_label, subset_table, worth_figure, worth_table
+from visexpert.timing import MARK, TOLD, UNSTEADY
 from visexpert.transfer.detach import (
     Choice,
     Criterion,
@@ -177,28 +178,42 @@ class ExpertDetachment(Phase):
         scoring = SubsetScoring(model, images=self.images)
         timing = SubsetTiming(model, images=self.timing_images, seconds=self.timing_seconds)
 
-        def measure(subsets: Sequence[Subset]) -> Mapping[Subset, float]:
+        def measure(subsets: Sequence[Subset]) -> tuple[Mapping[Subset, float], Mapping[Subset, float]]:
             timing.subsets = tuple(dict.fromkeys(subsets))
             _validate(timing, data, settings, folder, limit_val_batches=1)
-            return timing.milliseconds
+            return dict(timing.milliseconds), dict(timing.unsteadiness)
 
         def evaluate(subsets: Sequence[Subset]) -> list[SubsetScore]:
             scoring.subsets = tuple(subsets)
             _validate(scoring, data, settings, folder)
-            return [self._score(subset, scoring, milliseconds) for subset in subsets]
+            return [self._score(subset, scoring, milliseconds, unsteadiness) for subset in subsets]
 
         try:
-            milliseconds = measure([(), *((name,) for name in everything), everything])
+            milliseconds, unsteadiness = measure([(), *((name,) for name in everything), everything])
             choice = choose(everything, self.criterion, evaluate, search=self.search)
-            again = measure([(), choice.kept])
+            again, unsteady = measure([(), choice.kept])
         finally:
             attach_only(model, everything)
-        found = Findings(choice, self.criterion, scoring.gate_mass, scoring.seen, again[()], again[choice.kept])
+        found = Findings(
+            choice,
+            self.criterion,
+            scoring.gate_mass,
+            scoring.seen,
+            again[()],
+            again[choice.kept],
+            max(unsteady.values()),
+        )
         name = self._score_name(next(iter(scoring.figures.values())))  # all subsets have the same
         found.write(folder / self.name, score_name=name, settings=self._settings(), weights=weights)
         return choice.kept
 
-    def _score(self, subset: Subset, scoring: SubsetScoring, milliseconds: Mapping[Subset, float]) -> SubsetScore:
+    def _score(
+        self,
+        subset: Subset,
+        scoring: SubsetScoring,
+        milliseconds: Mapping[Subset, float],
+        unsteadiness: Mapping[Subset, float],
+    ) -> SubsetScore:
         figures = scoring.figures[subset]
         name = self._score_name(figures)
         for wanted in (self.loss, name.removeprefix("-")):
@@ -208,7 +223,8 @@ class ExpertDetachment(Phase):
                 )
         score = -figures[name[1:]] if name.startswith("-") else figures[name]
         cost = interpolated_cost(subset, milliseconds)
-        return SubsetScore(subset, figures[self.loss], score, cost, scoring.gflop[subset])
+        doubt = unsteadiness.get(subset, max(unsteadiness.values()))  # subsets between get sums of the others
+        return SubsetScore(subset, figures[self.loss], score, cost, scoring.gflop[subset], doubt)
 
     def _score_name(self, figures: Mapping[str, float]) -> str:
         """Name of the score that counts; behind a minus, of a loss whose sign is changed."""
@@ -264,6 +280,7 @@ class Findings:
         images: Validation images that subsets were scored on.
         clip_ms: Time per image of plain CLIP, measured beside that of what is kept.
         kept_ms: Time per image of what is kept.
+        unsteadiness: Of these two; see :class:`~visexpert.transfer.detach.SubsetScore`.
     """
 
     choice: Choice
@@ -272,6 +289,7 @@ class Findings:
     images: int
     clip_ms: float
     kept_ms: float
+    unsteadiness: float = 0.0
 
     def write(self, out: Path, *, score_name: str, settings: Mapping[str, Any], weights: str) -> None:
         """Write figures, ``detachment.md`` and, last, ``detachment.json``.
@@ -301,7 +319,8 @@ class Findings:
             "detached": choice.detached, "search": choice.search, "images": self.images,
             "worths": [asdict(worth) for worth in choice.worths], "gate_mass": self.gate_mass,
             "scores": [{**asdict(score), "front": score.experts in front} for score in choice.scores],
-            "measured": {"clip_ms": self.clip_ms, "kept_ms": self.kept_ms, "ratio": self.kept_ms / self.clip_ms},
+            "measured": {"clip_ms": self.clip_ms, "kept_ms": self.kept_ms, "ratio": self.kept_ms / self.clip_ms,
+                         "unsteadiness": self.unsteadiness},
         }  # fmt: skip
         write_json(out / FACTS, facts)
 
@@ -309,14 +328,21 @@ class Findings:
         given = ("min_worth", "keep", "latency_budget")
         by = next(f"{name} = {settings[name]}" for name in given if settings[name] is not None)
         unit = f" ({self.criterion.measure})" if self.criterion.latency_budget is not None else ""
+        mark = MARK * (self.unsteadiness > UNSTEADY)
         return (
             f"# Expert detachment\n\nKept: {subset_label(self.choice.kept, experts)}, by {by}{unit}, "
             f"{self.choice.search} search; {settings['loss']} and {score_name} on {self.images} validation "
-            f"images. Measured once more, side by side, what is kept takes {self.kept_ms:.3f} ms per image, "
+            f"images. Measured once more, side by side, what is kept takes {mark}{self.kept_ms:.3f} ms per image, "
             f"{self.kept_ms / self.clip_ms:.2f} x plain CLIP.\n\nCosts are those of the vision side, encoders live. "
             "GFLOP is counted for each subset. Milliseconds are measured for CLIP alone, CLIP with each expert and "
-            "with all of them in turn; subsets between them get the sum of their parts.\n"
+            f"with all of them in turn; subsets between them get the sum of their parts.{self._footnote}\n"
         )
+
+    @property
+    def _footnote(self) -> str:
+        """What a marked time means, where there is one."""
+        doubts = (self.unsteadiness, *(score.unsteadiness for score in self.choice.scores))
+        return f" {TOLD}." if max(doubts) > UNSTEADY else ""
 
 
 def _metrics_of(*folders: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from visexpert.errors import ConfigError
 from visexpert.methods import ToVE
 from visexpert.methods.cost import first_images, measure_cost
 from visexpert.methods.evaluation import Evaluator
+from visexpert.timing import Meanwhile, spread_of
 from visexpert.transfer.detach import Subset
 from visexpert.types import Batch
 
@@ -102,11 +103,14 @@ class SubsetTiming(L.LightningModule):
         self.model, self.images, self.turns, self.seconds = model, images, turns, seconds
         self.subsets: tuple[Subset, ...] = ((),)
         self.milliseconds: Mapping[Subset, float] = {}
+        self.unsteadiness: Mapping[Subset, float] = {}
+        """Spread of each subset's repeats, or the share of the machine that others kept busy, if that is more."""
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Measure; the empty subset must be among them."""
         live = replace(first_images(batch, self.images), split="")  # no cache knows this split
         turns: list[dict[Subset, float]] = []
+        meanwhile = Meanwhile()
         started = time.perf_counter()
         while len(turns) < 1 + self.turns or time.perf_counter() - started < self.seconds:
             turns.append({subset: self._seconds(subset, live) for subset in self.subsets})
@@ -114,6 +118,10 @@ class SubsetTiming(L.LightningModule):
         self.milliseconds = {
             subset: clip_ms * statistics.median(turn[subset] / turn[()] for turn in turns[1:])
             for subset in self.subsets
+        }
+        others = meanwhile.others_share() or 0.0
+        self.unsteadiness = {
+            subset: max(others, spread_of([turn[subset] for turn in turns[1:]])) for subset in self.subsets
         }
 
     def _seconds(self, subset: Subset, batch: Batch) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from typing import Any
 
@@ -10,7 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from visexpert.methods.base import Method
+from visexpert.timing import OTHERS, SPREAD, Meanwhile, spread_of
 from visexpert.types import Batch, TextBatch
+
+LEAST_REPEATS = 5
 
 
 def parameter_counts(method: Method) -> dict[str, float]:
@@ -35,7 +39,9 @@ def measure_cost(method: Method, batch: Batch, *, seconds: float = 1.0) -> dict[
 
     GFLOP counts 1 multiply-add as 2, over matrix products, convolutions and attention (torch's FlopCounterMode), for
     the vision side and for the language side on the batch's own text. Images per second are those of the vision side
-    on this machine, now: compare them only within one run of a benchmark.
+    on this machine, now, by the median of the repeats: compare them only within one run of a benchmark. How far they
+    can be trusted is beside them: the spread of the repeats (interquartile range over median) and, on Linux, the share
+    of the machine that other processes kept busy.
 
     Args:
         method: In eval mode.
@@ -48,19 +54,28 @@ def measure_cost(method: Method, batch: Batch, *, seconds: float = 1.0) -> dict[
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as language_counter:
         if method.reads_text and batch.text is not None:
             method.language(vision, batch.text)
-    started, rounds = time.perf_counter(), 0
-    while rounds < 2 or time.perf_counter() - started < seconds:
-        method.encode(live)
-        if live.images_BCHW.is_cuda:
-            torch.cuda.synchronize()
-        rounds += 1
-    elapsed = time.perf_counter() - started
+    times, others = _repeated(method, live, seconds)
     return {
         "gflop_vision": vision_counter.get_total_flops() / len(batch) / 1e9,
         "gflop_language": language_counter.get_total_flops() / len(batch) / 1e9,
-        "images_per_s": rounds * len(batch) / elapsed,
+        "images_per_s": len(batch) / statistics.median(times),
+        SPREAD: spread_of(times),
+        **({} if others is None else {OTHERS: others}),
         **parameter_counts(method),
     }
+
+
+def _repeated(method: Method, live: Batch, seconds: float) -> tuple[list[float], float | None]:
+    """Times of the vision side again and again, and what others used of the machine meanwhile."""
+    times: list[float] = []
+    meanwhile = Meanwhile()
+    while len(times) < (LEAST_REPEATS if seconds else 2) or sum(times) < seconds:
+        started = time.perf_counter()
+        method.encode(live)
+        if live.images_BCHW.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return times, meanwhile.others_share()
 
 
 @torch.no_grad()

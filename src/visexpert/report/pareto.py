@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from visexpert.report.palette import GREY, INK, OKABE_ITO, canvas, save, styled
+from visexpert.timing import MARK, TOLD, UNSTEADY
 
 Subset = tuple[str, ...]
 
@@ -27,6 +28,8 @@ class Costed(Protocol):
     def milliseconds(self) -> float: ...
     @property
     def gflop(self) -> float: ...
+    @property
+    def unsteadiness(self) -> float: ...
 
 
 class Scored(Costed, Protocol):
@@ -75,7 +78,13 @@ def pareto_figure(
     )  # fmt: skip
     costs, values = zip(*place.values(), strict=True)
     axes.scatter(costs, values, s=22, color="#B5B5B5")
-    handles = [numbered(axes, number, place[one], subset_label(one, experts)) for number, one in enumerate(front, 1)]
+    marked = {score.experts for score in scores if measure == "ms" and score.unsteadiness > UNSTEADY}
+    if marked:
+        axes.set_xlabel(f"{axes.get_xlabel()}\n{TOLD}", fontsize=7)
+    handles = [
+        numbered(axes, number, place[one], MARK * (one in marked) + subset_label(one, experts))
+        for number, one in enumerate(front, 1)
+    ]
     axes.plot(*zip(*(place[one] for one in front), strict=True), color=FRONT, linewidth=1.4, drawstyle="steps-post")
     ring = axes.scatter(
         *place[kept], s=260, facecolors="none", edgecolors=KEPT, linewidths=2, zorder=4,
@@ -119,7 +128,7 @@ def subset_table(scores: Sequence[Scored], *, front: Collection[Subset], kept: S
     rows = [
         [
             subset_label(score.experts, experts), f"{score.loss:.4f}", f"{score.score:.4f}",
-            f"{score.milliseconds:.3f}", f"{score.milliseconds / clip.milliseconds:.2f}", f"{score.gflop:.4f}",
+            _ms(score), f"{score.milliseconds / clip.milliseconds:.2f}", f"{score.gflop:.4f}",
             f"{score.gflop / clip.gflop:.2f}", "yes" if score.experts in front else "",
             "**kept**" if score.experts == kept else "",
         ]
@@ -140,7 +149,7 @@ def worth_table(worths: Sequence[Valued], gate_mass: Mapping[str, float], *, kep
     rows = [
         [
             worth.expert, f"{worth.loss:+.4f}", f"{0 - worth.score:+.4f}",
-            f"{gate_mass[worth.expert]:.3f}" if worth.expert in gate_mass else "–", f"{worth.milliseconds:.3f}",
+            f"{gate_mass[worth.expert]:.3f}" if worth.expert in gate_mass else "–", _ms(worth),
             f"{worth.gflop:.4f}", "kept" if worth.expert in kept else "detached",
         ]
         for worth in worths
@@ -168,6 +177,11 @@ def numbered(
         str(number), at, color="white", fontsize=7, fontweight="bold", ha="center", va="center", zorder=level + 0.5
     )
     return Line2D([], [], linestyle="none", marker="o", color=colour, markersize=6, label=f"{number}  {label}")
+
+
+def _ms(costed: Costed) -> str:
+    """Milliseconds, marked where they were measured unsteadily."""
+    return f"{MARK * (costed.unsteadiness > UNSTEADY)}{costed.milliseconds:.3f}"
 
 
 def _cost(score: Scored, measure: str) -> float:

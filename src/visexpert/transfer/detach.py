@@ -33,6 +33,8 @@ class SubsetScore:
         score: Validation score, higher is better.
         milliseconds: Time of the vision side per image.
         gflop: Work of the vision side per image, 10^9 operations.
+        unsteadiness: How far ``milliseconds`` cannot be trusted: the spread of the repeats (interquartile range over
+            median) or the share of the machine that other processes kept busy, if that is more.
     """
 
     experts: Subset
@@ -40,6 +42,7 @@ class SubsetScore:
     score: float
     milliseconds: float
     gflop: float
+    unsteadiness: float = 0.0
 
     def cost(self, measure: Measure) -> float:
         """Cost in milliseconds or in GFLOP."""
@@ -99,6 +102,7 @@ class Worth:
         score: Fall of the validation score without it.
         milliseconds: Time saved without it.
         gflop: Work saved without it.
+        unsteadiness: Of ``milliseconds``; see :class:`SubsetScore`.
     """
 
     expert: str
@@ -106,6 +110,7 @@ class Worth:
     score: float
     milliseconds: float
     gflop: float
+    unsteadiness: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -189,7 +194,7 @@ def leave_one_out(experts: Sequence[str], scores: Iterable[SubsetScore]) -> tupl
         worths.append(
             Worth(
                 name, less.loss - full.loss, full.score - less.score, full.milliseconds - less.milliseconds,
-                full.gflop - less.gflop,
+                full.gflop - less.gflop, max(full.unsteadiness, less.unsteadiness),
             )
         )  # fmt: skip
     return tuple(worths)

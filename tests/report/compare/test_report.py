@@ -182,3 +182,17 @@ def test_a_click_sorts_a_table(out: Path) -> None:
         browser.close()
     assert rising == [EVIL, "clip-only", "tove"] and falling == rising[::-1] and sorted(before) == sorted(rising)
     assert errors == []
+
+
+def test_milliseconds_of_a_busy_machine_are_marked_in_table_figure_and_words(tmp_path: Path) -> None:
+    """One of two seeds was measured beside others; the other variant recorded no such thing."""
+    for seed in (0, 1):
+        make_run(tmp_path / "runs" / "old" / f"seed{seed}", seed=seed)
+        make_run(tmp_path / "runs" / "busy" / f"seed{seed}", seed=seed, model={"lr": 0.5},
+                 metrics={"cost/others_cpu_share": 0.6 * seed, "cost/images_per_s_spread": 0.0})  # fmt: skip
+    folders, _ = find_runs([tmp_path / "runs"])
+    write_report(compare_runs(folders, Choices()), tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    costs = text.partition("## Costs")[2].partition("\n## ")[0]
+    rows = {row.split("|")[2].strip(): row for row in costs.splitlines() if row.startswith("|")}
+    assert "| ~2 |" in rows["busy"] and "~" not in rows["old"] and "by more than 20%" in costs

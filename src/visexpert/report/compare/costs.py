@@ -7,6 +7,10 @@ from pathlib import Path
 
 from visexpert.report.compare.record import PHASES, RunRecord, is_run, read_run
 from visexpert.report.compare.scores import Score
+from visexpert.report.compare.variants import Variant
+from visexpert.timing import is_unsteady
+
+MS = "cost/ms_vision"
 
 COSTS = (
     Score("cost/parameters_trained", "trained, M", -1),
@@ -18,7 +22,7 @@ COSTS = (
     Score("cost/train_hours", "training hours", -1),
     Score("cost/all_train_gflop_live", "GFLOP, live, with its start", -1),
     Score("cost/all_train_hours", "hours with its start", -1),
-    Score("cost/ms_vision", "vision ms/image", -1),
+    Score(MS, "vision ms/image", -1),
     Score("cost/gflop_vision", "vision GFLOP/image", -1),
     Score("cost/gflop_language", "language GFLOP/image", -1),
 )
@@ -39,10 +43,15 @@ def with_costs(run: RunRecord) -> RunRecord:
     return replace(run, metrics=_derived(run, _DEEPEST))
 
 
+def unsteady(variant: Variant) -> bool:
+    """Whether the milliseconds of any of its runs are to be marked."""
+    return any(MS in run.metrics and is_unsteady(run.metrics) for run in variant.runs)
+
+
 def _derived(run: RunRecord, deepest: int) -> dict[str, float]:
     metrics = dict(run.metrics)
     if metrics.get("cost/images_per_s"):
-        metrics["cost/ms_vision"] = 1000 / metrics["cost/images_per_s"]
+        metrics[MS] = 1000 / metrics["cost/images_per_s"]
     own = _own(run)
     metrics |= {f"cost/{name}": value for name, value in own.items() if value is not None}
     before = _before(run, deepest)

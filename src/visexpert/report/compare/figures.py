@@ -11,15 +11,17 @@ from matplotlib.axes import Axes
 
 from visexpert.errors import DataError
 from visexpert.report.compare.comparison import Comparison
+from visexpert.report.compare.costs import MS, unsteady
 from visexpert.report.compare.scores import Score
 from visexpert.report.compare.variants import Variant
 from visexpert.report.curves import learning_curves, read_metrics
 from visexpert.report.palette import GREY, INK, Floats, canvas, save, styled
 from visexpert.report.pareto import FRONT, numbered
+from visexpert.timing import MARK, TOLD
 
 COST_AXES = {
     "gflop": ("cost/gflop_vision", "vision side, GFLOP per image"),
-    "ms": ("cost/ms_vision", "vision side, ms per image (on the machine of the run)"),
+    "ms": (MS, "vision side, ms per image (on the machine of the run)"),
 }
 PER_FIGURE = 6
 """Most curves in one figure."""
@@ -51,12 +53,17 @@ def pareto(comparison: Comparison, out: Path, *, measure: str = "gflop") -> Path
         figure.add_subplot(), title=f"{score.title} against cost at inference", xlabel=label, ylabel=_axis(score)
     )
     numbers = {variant.name: number for number, variant in enumerate(comparison.variants, start=1)}
+    marked = {variant.name for variant in comparison.variants if key == MS and unsteady(variant)}
+    if marked & places.keys():
+        axes.set_xlabel(f"{label}\n{TOLD}", fontsize=7)
     handles = {}
     for name in sorted(places, key=lambda each: each in ahead):  # the front on top
         cost, value, half = places[name]
         colour, level = (FRONT, 4) if name in ahead else (_BEHIND, 3)
         axes.errorbar(cost, value, yerr=half, color=colour, elinewidth=1, capsize=2, zorder=2)
-        handles[name] = numbered(axes, numbers[name], (cost, value), _short(name), colour=colour, level=level)
+        handles[name] = numbered(
+            axes, numbers[name], (cost, value), MARK * (name in marked) + _short(name), colour=colour, level=level
+        )
     axes.plot(*zip(*(places[name][:2] for name in ahead), strict=True), color=FRONT, linewidth=1.3,
               drawstyle="steps-post", zorder=1)  # fmt: skip
     costs = [cost for cost, _, _ in places.values()]

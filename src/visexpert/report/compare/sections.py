@@ -8,6 +8,7 @@ from pathlib import Path
 
 from visexpert.report.compare import figures
 from visexpert.report.compare.comparison import Comparison
+from visexpert.report.compare.costs import unsteady
 from visexpert.report.compare.document import Cell, Document, Picture, Section, Table
 from visexpert.report.compare.record import RunRecord
 from visexpert.report.compare.scores import skill_groups
@@ -21,6 +22,7 @@ from visexpert.report.compare.tables import (
     setting_table,
 )
 from visexpert.report.compare.terms import unequal_terms, uneven_variants
+from visexpert.timing import TOLD
 
 STRIPS = {
     "gate_maps": "Gate maps: which expert each token listens to",
@@ -104,6 +106,8 @@ def _results(comparison: Comparison) -> Iterator[Section]:
         "did. Images seen are steps times batch where a run has not counted them. With its start: what the run took "
         "that this one went on from is added."
     )
+    if any(unsteady(variant) for variant in comparison.variants):
+        told += f" {TOLD}."
     yield Section("Costs", (told,), (cost_table(comparison),))
 
 

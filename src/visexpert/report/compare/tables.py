@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from visexpert.report.compare.comparison import Comparison
-from visexpert.report.compare.costs import COSTS
+from visexpert.report.compare.costs import COSTS, MS, unsteady
 from visexpert.report.compare.document import ABSENT, NOT_RECORDED, Cell, Table, cells
 from visexpert.report.compare.record import RunRecord
 from visexpert.report.compare.scores import Score
@@ -13,6 +13,7 @@ from visexpert.report.compare.settings import differences, shown
 from visexpert.report.compare.statistics import PairedTest, Summary
 from visexpert.report.compare.terms import Difference
 from visexpert.report.compare.variants import Variant
+from visexpert.timing import MARK
 
 SIGNIFICANT = 0.05
 
@@ -142,6 +143,8 @@ def _cost_cell(variant: Variant, score: Score) -> Cell:
         return NOT_RECORDED
     mean = sum(values) / len(values)
     scaled = mean * _MILLIONS if "parameters" in score.key else mean
+    if score.key == MS and unsteady(variant):
+        return Cell(f"{MARK}{_compact(scaled)}", mean)
     return Cell(_compact(scaled), mean)
 
 

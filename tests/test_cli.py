@@ -288,3 +288,16 @@ def test_validation_at_a_share_of_an_epoch_in_a_run_that_starts_anew(
     trainer = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["trainer"]
     assert (trainer["val_check_interval"], trainer["check_val_every_n_epoch"]) == (0.25, 1)
     assert "val/nll/nll" in metrics_of(folder)
+
+
+def test_help_names_all_subcommands_and_shows_the_one_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, shown in {
+        ("--help",): ["fit", "validate", "test", "predict"],
+        ("validate", "--help"): ["--verbose", "--trainer.max_steps", "--model", "--data", "--run", "--ckpt_path"],
+        ("predict", "--help"): ["--return_predictions", "--trainer.max_steps", "--model", "--data", "--run"],
+    }.items():
+        with pytest.raises(SystemExit) as ended:
+            main(list(arguments))
+        told = capsys.readouterr().out
+        assert ended.value.code == 0 and [name for name in shown if name not in told] == []
+        assert ("--return_predictions" in told) == (arguments[0] == "predict")

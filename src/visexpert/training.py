@@ -80,7 +80,15 @@ class VisexpertCLI(LightningCLI):
     def __init__(self, *args: Any, held: ExitStack | None = None, **kwargs: Any) -> None:
         self._held = held
         self._overwrite = False
+        self._asked = next(iter(kwargs.get("args") or ()), None)
         super().__init__(*args, **kwargs)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Give arguments to the subcommand that is asked for; the others, a tenth of a second each, stay names."""
+        if self._asked in self.subcommands() and self._asked != subcommand:
+            return self.init_parser(**kwargs)
+        parser: LightningArgumentParser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Arguments of our own."""
@@ -371,6 +379,11 @@ class RunParser(LightningArgumentParser):
             args = [f"{word.removesuffix('=None')}=null" if word.endswith("=None") else word for word in args]
         with unrelated_settings_dropped():
             return super().parse_args(args, *others, **kwargs)
+
+    def dump(self, cfg: Any, *others: Any, **kwargs: Any) -> str:
+        """Write a configuration as text; it was checked when it was parsed, and to check it again takes longest."""
+        text: str = super().dump(cfg, *others, **{"skip_validation": True, **kwargs})
+        return text
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a ConfigError; parsers of nested classes report to this one, as they always do."""

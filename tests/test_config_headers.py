@@ -116,12 +116,18 @@ def test_commands_fit_each_other() -> None:
 
 def shortened(command: Command) -> list[str]:
     """The command with few steps, where it has or would take many."""
-    if command[0] not in ("merge", "detach"):
+    if command[0] not in SHORT:
         return list(command)
-    found = [str(STEPS) if flag == "--steps" else word for flag, word in zip(("", *command), command, strict=False)]
-    if command[0] == "merge" and "--steps" not in command:
-        found += ["--steps", str(STEPS)]
-    return [*found, *(("--warmup_steps", "1") if command[0] == "merge" else ("--timing_seconds", "0.01"))]
+    steps, others = SHORT[command[0]]
+    found = [str(STEPS) if flag == steps else word for flag, word in zip(("", *command), command, strict=False)]
+    return [*found, *(() if steps in command else (steps, str(STEPS))), *others]
+
+
+SHORT = {
+    "merge": ("--steps", ("--warmup_steps", "1")),
+    "detach": ("--retune_steps", ("--timing_seconds", "0.01", "--timing_images", "1")),
+}
+"""Of commands that train by themselves, the option for their steps, and what else takes long."""
 
 
 class Walk:

@@ -5,6 +5,7 @@ Folders are written by ``save_pretrained``, the whole model with the image proce
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.experts.test_hubs import build
-from tests.experts.tiny_models import SAM, randomised, saved
-from visexpert.experts import VisionExpert
+from tests.experts.tiny_models import DEPTH, SAM, randomised, saved
+from visexpert.errors import ConfigError, WeightsError
+from visexpert.experts import TransformersExpert, VisionExpert
+from visexpert.experts.huggingface import interpolates
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 VIT = SIZES | {"image_size": 32, "patch_size": 8}
@@ -29,7 +33,7 @@ SMALL = {"projection_dim": 8}
 CLIP_LIKE: dict[str, Any] = {"vision_config": VIT, "text_config": TEXT, **SMALL}
 STAGES: dict[str, Any] = {"depths": [1] * 4, "hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 1, 2, 2]}
 HIERA: dict[str, Any] = {
-    "embed_dim": 8, "image_size": [32, 32], "depths": [1, 1], "num_heads": [1, 2], "masked_unit_size": [4, 4],
+    "embed_dim": 8, "image_size": [32, 32], "depths": [1, 1, 1], "num_heads": [1, 2, 2], "masked_unit_size": [4, 4],
     "num_query_pool": 1,
 }  # fmt: skip
 SWIN: dict[str, Any] = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "image_size": 32, "window_size": 2}
@@ -225,3 +229,132 @@ def test_the_folder_of_a_whole_model(tmp_path: Path, name: str) -> None:
     reference = expected(tower, pixels_BCHW, family.prefix, family.grid**2)
     assert tokens_BSE.std() > 1e-3
     torch.testing.assert_close(tokens_BSE, reference, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["metaclip_2", "clipseg", "blip", "owlvit", "flava", "internvl", "internvl_lists"])
+def test_another_size_equals_the_librarys_interpolation(tmp_path: Path, name: str) -> None:
+    tower = written(name, tmp_path)
+    expert = loaded(tmp_path, image_size=48)
+    assert expert.grid_hw == (6, 6)
+    images_BCHW = torch.rand(1, 3, 48, 48)
+    asked = {"interpolate_pos_encoding": True} if interpolates(tower) else {}
+    with torch.no_grad():
+        tokens_BSE = expert(images_BCHW).tokens_BSE
+    reference = expected(tower, (images_BCHW - expert.mean) / expert.std, 1, 36, **asked)
+    torch.testing.assert_close(tokens_BSE, reference, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [None, 0, 1, -1])
+def test_tokens_of_hiera_are_row_by_row(tmp_path: Path, layer: int | None) -> None:
+    """Inside, they are sorted by window: 4 x 4 patches, of which 2 x 2 tokens are left behind the only pooling.
+
+    As many channels as rows, as Hiera has them at 384 px, do not make rows of channels.
+    """
+    config = transformers.HieraConfig(**HIERA)
+    model = randomised(transformers.HieraModel(config))
+    saved(model, transformers.BitImageProcessor(), tmp_path)
+    expert = loaded(tmp_path, layer=layer)
+    images_BCHW = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        output = model((images_BCHW - expert.mean) / expert.std, output_hidden_states=True)
+        tokens_BSE = expert(images_BCHW).tokens_BSE
+    reference_BHWE = output.reshaped_hidden_states[-1 if layer is None else layer]
+    assert expert.grid_hw == reference_BHWE.shape[1:3]
+    torch.testing.assert_close(tokens_BSE, reference_BHWE.flatten(1, 2), atol=1e-5, rtol=1e-5)
+    assert not torch.equal(output.hidden_states[-1 if layer is None else layer], tokens_BSE)
+
+
+def test_a_processor_without_a_mean_leaves_pixels_as_they_are(tmp_path: Path) -> None:
+    written("glpn", tmp_path)
+    expert = loaded(tmp_path, image_size=64)
+    images_BCHW = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(expert.preprocess(images_BCHW), images_BCHW)
+
+
+@pytest.mark.parametrize("before", ["", "clip_model.", "model.teacher.vision_model."])
+def test_weights_are_found_by_what_stands_before_their_names(tmp_path: Path, before: str) -> None:
+    written("blip", tmp_path)
+    first = loaded(tmp_path).fingerprint()
+    path = tmp_path / "model.safetensors"
+    state = {before + name: value for name, value in load_file(path).items()}
+    save_file(state, path, metadata={"format": "pt"})
+    assert loaded(tmp_path).fingerprint() == first
+
+
+def test_a_split_file_of_torch(tmp_path: Path) -> None:
+    model = whole(FAMILIES["metaclip_2"])
+    saved(model, transformers.CLIPImageProcessor(), tmp_path)
+    first = loaded(tmp_path).fingerprint()
+    (tmp_path / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert loaded(tmp_path).fingerprint() == first
+
+
+def test_two_encoders_of_a_kind_are_refused(tmp_path: Path) -> None:
+    tower = written("metaclip_2", tmp_path)
+    state = {f"{name}.{key}": value for name in ("student", "teacher") for key, value in tower.state_dict().items()}
+    save_file({key: value.clone() for key, value in state.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"several such encoders, under \['student.', 'teacher.'\]"):
+        loaded(tmp_path)
+
+
+def test_weights_of_another_family_are_refused(tmp_path: Path) -> None:
+    tower = written("blip", tmp_path)
+    state = {f"visual.{key}x": value.clone() for key, value in tower.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=r"model.safetensors lacks \['embeddings.class_embedding'.* this model"):
+        loaded(tmp_path)
+
+
+def test_what_was_given_must_agree_with_the_vision_part(tmp_path: Path) -> None:
+    written("flava", tmp_path)
+    wrong = {"model_type": "flava", "image_config": VIT | {"num_attention_heads": 4}}
+    with pytest.raises(ConfigError, match="were made with num_attention_heads=2, not 4"):
+        TransformersExpert(source=str(tmp_path), config=wrong)
+    right = {"model_type": "flava", "image_config": VIT}
+    assert TransformersExpert(source=str(tmp_path), config=right).grid_hw == (4, 4)
+
+
+VIDEO = VIT | {"num_frames": 2}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "depth_anything": (DEPTH, "model_type 'depth_anything'; use visexpert.experts.DepthExpert"),
+    "upernet": (
+        {"model_type": "upernet", "backbone_config": {"model_type": "convnext", "hidden_sizes": [8] * 4}},
+        "model_type 'upernet'; use visexpert.experts.SegmentationExpert",
+    ),
+    "vitpose": ({"model_type": "vitpose"}, "model_type 'vitpose'; use another model, or an expert of your own"),
+    "idefics": ({"model_type": "idefics"}, "model_type 'idefics_vision'; use another model"),
+    "groupvit": (
+        {
+            "model_type": "groupvit",
+            "vision_config": VIT | {"depths": [1] * 3, "num_group_tokens": [4, 2, 0], "num_output_groups": [4, 2, 2]},
+        },
+        "tokens are groups of patches, which have no place",
+    ),
+    "xclip": ({"model_type": "xclip", "vision_config": VIDEO}, "gives no map of images of 32 px"),
+    "videomae": ({"model_type": "videomae", **VIDEO}, "gives no map of images of 32 px"),
+    "bridgetower": (
+        {"model_type": "bridgetower", "vision_config": {"hidden_size": 64, "num_hidden_layers": 1, "image_size": 32}},
+        "it hands on Tensor, and no features of patches",
+    ),
+    "idefics2": ({"model_type": "idefics2", "vision_config": VIT}, "looks at the values of pixels"),
+    "qwen2_5_vl": ({"model_type": "qwen2_5_vl", "vision_config": {"depth": 1}}, "'grid_thw'"),
+    "vit_mae": ({"model_type": "vit_mae", **VIT}, "draws random numbers"),
+    "remote": (
+        {"model_type": "internvl_chat", "auto_map": {"AutoModel": "modeling.Chat"}},
+        r"code of model_type 'internvl_chat' comes with the model \(auto_map\).* never run here; take a conversion",
+    ),
+    "timm": ({"architecture": "resnet18", "num_classes": 0}, "timm's model 'resnet18'; use .*TimmExpert"),
+}
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_what_is_no_encoder_of_images_is_refused_with_a_next_step(tmp_path: Path, name: str) -> None:
+    fields, message = REFUSED[name]
+    (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    transformers.BitImageProcessor().save_pretrained(tmp_path)
+    options = {} if "image_size" in json.dumps(fields) else {"image_size": 32}
+    with torch.device("meta"), pytest.raises(ConfigError, match=message) as caught:
+        TransformersExpert(source=str(tmp_path), **options)
+    assert "\n" not in str(caught.value)

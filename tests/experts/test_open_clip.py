@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,27 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     published(tmp_path / "wide.safetensors", VIT, width=36)
     with pytest.raises(WeightsError, match="of another shape"):
         loaded(model="tiny-vit", weights=str(tmp_path / "wide.safetensors"))
+
+
+@pytest.mark.parametrize(("pool", "shared"), [(True, 10), ("parallel", 24), ("cascade", 24)])
+def test_coca_gives_the_features_before_its_pooling(tmp_path: Path, pool: bool | str, shared: int) -> None:
+    """In a folder as open_clip writes it. The norm comes behind a single pooling, but before one of two."""
+    text = {**STUB_TEXT, "embed_cls": True, "output_tokens": True}
+    vision = {**VIT["vision_cfg"], "attentional_pool": pool, "attn_pooler_heads": 2, "output_tokens": True}
+    settings = {
+        "embed_dim": shared, "vision_cfg": vision, "text_cfg": text,
+        "multimodal_cfg": {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 1, "layers": 1},
+    }  # fmt: skip
+    model: Any = randomised(open_clip.CoCa(**settings, quick_gelu=False))
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    written = {"model_cfg": settings, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(written), encoding="utf-8")
+    expert = loaded(model="coca_ViT-B-32", weights=str(tmp_path))
+    assert expert.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3]) and expert.token_dim == 24
+    seen: list[Tensor] = []
+    before_pooling = model.visual.transformer if pool is True else model.visual.ln_post
+    before_pooling.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    images_BCHW = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        model.visual((images_BCHW - expert.mean) / expert.std)
+        torch.testing.assert_close(expert(images_BCHW).tokens_BSE, seen[0][:, 1:], atol=1e-5, rtol=1e-5)

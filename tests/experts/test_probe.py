@@ -93,6 +93,19 @@ def test_a_network_is_probed_wherever_it_is_and_left_as_it_was(device: str) -> N
     assert device == "meta" or all(torch.equal(before[key], value) for key, value in network.state_dict().items())
 
 
+def test_what_stands_in_two_places_is_left_as_it_was() -> None:
+    """A module in two places, and a weight in two modules."""
+    network, tied = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), nn.Conv2d(3, 3, 1)
+    tied.weight = network[0].weight  # type: ignore[assignment]
+    network.extend([network[0], tied])
+    assert probe_map(network, 8, owner="Test") == (1, 3, 8, 8)
+    assert {key: value.device.type for key, value in network.state_dict().items()} == dict.fromkeys(
+        ("0.weight", "0.bias", "2.weight", "2.bias", "3.weight", "3.bias"), "cpu"
+    )
+    assert network[2] is network[0] and tied.weight is network[0].weight
+    assert network(torch.rand(1, 3, 8, 8)).isfinite().all()
+
+
 def test_what_cannot_be_run_is_one_sentence() -> None:
     with pytest.raises(ConfigError, match=r"Test: the model gives no map of images of 4 px \(.*\); use another image"):
         probe_map(Attends(fused), 4, owner="Test")

@@ -156,3 +156,41 @@ def test_a_model_that_would_hold_logits_is_refused() -> None:
             model="samvit_base_patch16.sa1b", weights="random", image_size=512,
             arguments={"embed_dim": 16, "depth": 3, "num_heads": 2, "global_attn_indexes": (2,)},
         )  # fmt: skip
+
+
+TINY: dict[str, tuple[str, int, dict[str, Any], int, int]] = {
+    "coat": ("coat_lite_tiny.in1k", 224, {"embed_dims": [16] * 4, "serial_depths": [1] * 4}, 1, 7),
+    "xcit": ("xcit_nano_12_p16_224.fb_in1k", 64, {"embed_dim": 16, "depth": 1, "num_heads": 2}, 1, 4),
+    "levit": ("levit_128s.fb_dist_in1k", 224, {"embed_dim": (16,) * 3, "num_heads": (1,) * 3, "depth": (1,) * 3}, 0, 4),
+    "resnest": ("resnest14d.gluon_in1k", 64, {"layers": [1, 1, 1, 1]}, 0, 2),
+    "skresnet": ("skresnet18.ra_in1k", 64, {"layers": [1, 1, 1, 1]}, 0, 2),
+    "rexnet": ("rexnet_100.nav_in1k", 64, {"width_mult": 0.5}, 0, 2),
+    "davit": (
+        "davit_tiny.msft_in1k", 224, {"embed_dims": (8, 8, 16, 16), "depths": (1,) * 4, "num_heads": (1,) * 4}, 0, 7
+    ),
+}  # fmt: skip
+"""Name, side of the images, arguments that make it small, tokens before the grid, side of the grid."""
+
+
+@pytest.mark.parametrize("family", list(TINY))
+def test_families_give_timms_own_features(tmp_path: Path, family: str) -> None:
+    name, size, arguments, prefix, grid = TINY[family]
+    model: Any = randomised(timm.create_model(name, pretrained=False, **arguments))
+    save_file({key: value.clone() for key, value in model.state_dict().items()}, tmp_path / "model.safetensors")
+    expert = loaded(model=name, weights=str(tmp_path), arguments=arguments, image_size=size)
+    assert expert.grid_hw == (grid, grid)
+    images_BCHW = images(size)
+    with torch.no_grad():
+        features = model.forward_features((images_BCHW - expert.mean) / expert.std)
+        tokens_BSE = expert(images_BCHW).tokens_BSE
+    if features.ndim == 4:
+        features = features.flatten(2).transpose(1, 2)
+    scale = features.abs().amax()  # without a head's norm they grow from stage to stage
+    torch.testing.assert_close(tokens_BSE / scale, features[:, prefix:] / scale, atol=1e-5, rtol=1e-5)
+
+
+def test_several_maps_at_once_are_refused_with_what_to_give() -> None:
+    with torch.device("meta"):
+        with pytest.raises(ConfigError, match="hands on several maps at once; give layer: -1"):
+            TimmExpert(model="efficientvim_m1", weights="random")
+        assert TimmExpert(model="efficientvim_m1", weights="random", layer=-1).grid_hw == (4, 4)

@@ -126,10 +126,12 @@ class OpenClipMap(nn.Module):
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Feature map of the last or the chosen layer."""
-        pooled = getattr(self.visual, "attn_pool", None) is not None  # CoCa: its norm comes behind the pooling
+        # CoCa's norm comes behind its pooling, unless it pools twice.
+        pools = [getattr(self.visual, name, None) is not None for name in ("attn_pool", "attn_pool_contrastive")]
+        normed = self.layer is None and pools != [True, False]
         found = self.visual.forward_intermediates(
             pixels_BCHW, indices=1 if self.layer is None else [self.layer], stop_early=True, intermediates_only=True,
-            normalize_intermediates=self.layer is None and not pooled, output_fmt="NCHW",
+            normalize_intermediates=normed, output_fmt="NCHW",
         )  # fmt: skip
         (map_BEHW,) = found["image_intermediates"]
         return map_BEHW  # type: ignore[no-any-return]

@@ -38,7 +38,7 @@ def probe_map(network: nn.Module, image_size: int, *, owner: str) -> torch.Size:
     pixels_BCHW = torch.empty(1, 3, image_size, image_size, device="meta")
     try:
         with torch.no_grad(), torch.device("meta"), ChanceWatch() as chance, LogitsWatch(image_size) as watch:
-            found = functional_call(network, meta, (pixels_BCHW,))
+            found = functional_call(network, meta, (pixels_BCHW,), tie_weights=False)
     except (
         ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError,
     ) as error:  # fmt: skip
@@ -125,4 +125,13 @@ def _numel(shape: Sequence[int]) -> int:
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    """Parameters and buffers, each by one name of every module that has it.
+
+    A module in two places comes once: swapped twice, it would be left with what was swapped in (CoaT's convolutions).
+    """
+    return {
+        f"{path}.{name}" if path else name: value
+        for path, module in network.named_modules()
+        for named in (module.named_parameters, module.named_buffers)
+        for name, value in named(recurse=False, remove_duplicate=False)
+    }

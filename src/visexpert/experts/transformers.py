@@ -141,7 +141,7 @@ def _features(output: Any, layer: int | None, *, unrolled: bool) -> Tensor:
     """
     named = output if isinstance(output, ModelOutput) else {}
     if unrolled:
-        found = output.reshaped_hidden_states[-1 if layer is None else layer]
+        found = output.reshaped_hidden_states[-1 if layer is None else layer].flatten(1, 2)  # of (B, h, w, E)
     elif layer is not None:
         states = named.get("hidden_states")
         found = None if states is None else states[layer]

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     CLIPVisionConfig,
     CLIPVisionModel,
     ConvNextConfig,
@@ -64,6 +65,34 @@ def test_a_whole_model_is_refused_by_the_encoder_in_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip"}), encoding="utf-8")
     with pytest.raises(UserError, match="'siglip'"):
         describe_clip(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "encoder"),
+    [
+        ("metaclip_2", "metaclip_2_vision_model"), ("altclip", "altclip_vision_model"),
+        ("chinese_clip", "chinese_clip_vision_model"), ("clipseg", "clipseg_vision_model"),
+        ("blip", "blip_vision_model"), ("blip-2", "blip_2_vision_model"), ("owlvit", "owlvit_vision_model"),
+        ("owlv2", "owlv2_vision_model"), ("aimv2", "aimv2_vision_model"), ("flava", "flava"),
+        ("xclip", "xclip_vision_model"), ("groupvit", "groupvit_vision_model"), ("siglip2", "siglip2_vision_model"),
+        ("bridgetower", "bridgetower_vision_model"), ("florence2", "florence_vision"), ("vit", "vit"),
+    ],
+)  # fmt: skip
+def test_families_near_clip_are_refused_by_their_model_type(tmp_path: Path, kind: str, encoder: str) -> None:
+    """With the configuration that transformers writes, and without the type of the part, as older ones are."""
+    settings = CONFIG_MAPPING[kind]().to_dict()
+    for told in (encoder, kind):
+        (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+        with pytest.raises(UserError, match=f"model_type '{told}', but .* CLIPs alone.*TransformersExpert") as caught:
+            ClipEncoder(source=str(tmp_path))
+        assert "\n" not in str(caught.value)
+        settings.get("vision_config", {}).pop("model_type", None)
+
+
+def test_a_family_near_clip_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG_MAPPING["metaclip_2"]().to_dict()), encoding="utf-8")
+    with pytest.raises(UserError, match="model_type 'metaclip_2_vision_model'"):
+        read_configs(["configs/tove/smoke.yaml"], [f"--model.init_args.clip.init_args.source={tmp_path}"])
 
 
 def test_a_folder_of_timm_is_refused_by_its_architecture(tmp_path: Path) -> None:

@@ -23,7 +23,11 @@ STUB_TEXT = {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 1, "laye
 
 
 class OpenClipExpert(MapExpert):
-    """Patch tokens of an open_clip image tower.
+    """Patch tokens of an open_clip image tower; of CoCa, those that go into its pooling.
+
+    Where the weights bring an ``open_clip_config.json`` (a folder or hub id), network, activation, normalization and
+    interpolation are as it says, whatever ``model`` is. Else they are those of the tag; of a file, those that all
+    published weights of ``model`` share.
 
     Args:
         model: Name in ``open_clip.list_models()``, such as ``convnext_xxlarge``.

@@ -1,4 +1,4 @@
-"""Experts from transformers' vision models: CLIP, SigLIP, DINOv2 and v3, SAM's encoder, ViT, ConvNeXt and others."""
+"""Experts from transformers: its vision models, and the vision part of its whole models."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ class HubExpert(MapExpert):
             network.
         config: ``model_type`` and other fields of ``config.json``, for a random network or for a source that is not on
             this machine yet; where it is, they must agree.
-        processor: ``image_processor_type`` and other fields of ``preprocessor_config.json``, likewise.
-        image_size: Side of the input in pixels; null for the model's own. Position embeddings are interpolated.
+        processor: ``image_processor_type`` and other fields of ``preprocessor_config.json``, likewise. Mean, standard
+            deviation, interpolation and framing are the file's own; a random network has 0.5, 0.5 and bilinear.
+        image_size: Side of the input in pixels; null for that of the model's position embeddings, else of the
+            processor. Position embeddings are interpolated.
         framing: What becomes of an image that is no square: ``squash`` (as CLIP here), ``crop``, ``pad``, or ``own``
             for the processor's own.
         interpolation: ``bilinear`` or ``bicubic``; null for the processor's own.
@@ -85,7 +87,11 @@ class HubExpert(MapExpert):
 
 
 class TransformersExpert(HubExpert):
-    """Tokens of any vision encoder of transformers; of a model with a text tower, of its vision part.
+    """Tokens of any vision encoder of transformers; of a whole model, of its vision part.
+
+    CLIP and its kin (MetaCLIP 2, AltCLIP, Chinese-CLIP, CLIPSeg), SigLIP, AIMv2, BLIP, OWL-ViT, FLAVA, Florence-2,
+    SAM, SAM 2, and the tower inside LLaVA, InternVL or PaliGemma are read from the folder of the whole model. Models
+    of videos, of images cut into patches beforehand (Qwen2-VL), or with code of their own are refused.
 
     Args:
         layer: Null for the last features as the model gives them, final norm (or SAM's neck) included; else one of

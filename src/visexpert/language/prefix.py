@@ -18,6 +18,7 @@ from visexpert.language.hf_generation import seeded, strategy, until
 from visexpert.language.lora import LoRASettings, Quantisation
 from visexpert.language.position import sincos_2d
 from visexpert.language.pretrained import PretrainedSide
+from visexpert.language.reading_check import check_reading
 from visexpert.language.splice import lay_out, token_counts
 from visexpert.types import IMAGE_TOKEN, TextBatch, VisionTokens
 
@@ -27,7 +28,8 @@ class PrefixLM(PretrainedSide):
 
     Where the text says where the image goes (:data:`~visexpert.types.IMAGE_TOKEN`, as LLaVA's templates do), it stands
     there; else in front, and all items of an image are packed behind one copy. An item sees the image and itself, and
-    its positions count on, so that packing gives the same logits as one row per item.
+    its positions count on, so that packing gives the same logits as one row per item. A model that cannot be read so is
+    refused, by what its configuration tells or by a trial on a few tokens (:mod:`visexpert.language.reading_check`).
 
     Args:
         config: Fields of a Hugging Face config with ``model_type``, for a random model (``vocab_size`` included).
@@ -102,6 +104,10 @@ class PrefixLM(PretrainedSide):
             yield
         finally:
             hook.remove()
+
+    def _take(self, model: nn.Module) -> None:
+        check_reading(model, self.settings, owner=self.owner)
+        super()._take(model)
 
     def _check(self) -> None:
         check_packing(self.settings, owner=self.owner)

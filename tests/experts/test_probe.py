@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.experts.helpers import NoisyExpert
 from visexpert.errors import ConfigError
-from visexpert.experts.probe import LogitsWatch, probe_map
+from visexpert.experts import ExpertHub
+from visexpert.experts.probe import LogitsWatch, check_repeats, probe_map
 
 PATCH = 8
 
@@ -111,3 +115,86 @@ def test_what_cannot_be_run_is_one_sentence() -> None:
         probe_map(Attends(fused), 4, owner="Test")
     with pytest.raises(ConfigError, match="gives no map of tokens at 8 px"):
         probe_map(nn.Flatten(), 8, owner="Test")
+
+
+def masked_at_random(tokens_BSE: Tensor) -> Tensor:
+    """As MAE: a quarter of the tokens, another one each time."""
+    order = torch.rand(tokens_BSE.shape[1]).argsort()
+    return tokens_BSE[:, order[: len(order) // 4].sort().values]
+
+
+NOISES: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropout": lambda tokens: F.dropout(tokens, 0.1),
+    "mask": masked_at_random,
+    "torch": lambda tokens: tokens + 1e-2 * torch.rand(tokens.shape),
+    "numpy": lambda tokens: tokens * float(np.random.uniform(0.5, 1.5)),  # noqa: NPY002 - what users write
+    "python": lambda tokens: tokens * random.uniform(0.5, 1.5),  # noqa: S311
+    "own generator": lambda tokens: tokens + torch.as_tensor(np.random.default_rng().normal(size=tokens.shape)),
+    "sometimes nan": lambda tokens: tokens / (torch.rand(tokens.shape) > 0.5),
+}
+
+
+class Own(NoisyExpert):
+    """A user's expert."""
+
+    def __init__(self, noise: Callable[[Tensor], Tensor] = lambda tokens: tokens) -> None:
+        super().__init__()
+        self.noise = noise
+
+    def encode(self, pixels_BCHW: Tensor) -> Tensor:
+        return self.noise(super().encode(pixels_BCHW))
+
+
+@pytest.mark.parametrize("kind", NOISES)
+def test_any_expert_that_gives_other_tokens_each_time_is_refused(kind: str) -> None:
+    hub = ExpertHub({"good": NoisyExpert(), "mine": Own(NOISES[kind])})
+    with pytest.raises(ConfigError, match=r"'mine' \(Own\) .*largest difference (\d|inf)") as refused:
+        hub.load_weights()
+    assert "good" not in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_the_difference_is_told() -> None:
+    turn = iter((0.0, 0.25))
+    with pytest.raises(ConfigError, match="largest difference 0.25,"):
+        check_repeats(Own(lambda tokens: torch.ones_like(tokens) + next(turn)), "mine")
+
+
+def test_experts_that_repeat_themselves_pass_and_no_generator_moves() -> None:
+    def seeds(tokens_BSE: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        np.random.seed(3)  # noqa: NPY002
+        random.seed(3)
+        return tokens_BSE + torch.rand(tokens_BSE.shape) + float(np.random.rand()) + random.random()  # noqa: NPY002, S311
+
+    def drawn() -> tuple[float, float, float]:
+        return torch.rand(()).item(), float(np.random.rand()), random.random()  # noqa: NPY002, S311
+
+    def start() -> None:
+        torch.manual_seed(1), np.random.seed(1), random.seed(1)  # noqa: NPY002
+
+    hub = ExpertHub({"plain": NoisyExpert(), "seeds": Own(seeds), "nan": Own(lambda tokens: tokens * torch.nan)})
+    start()
+    expected = drawn()
+    start()
+    hub.load_weights()
+    assert drawn() == expected
+
+
+def test_rounding_is_no_chance() -> None:
+    turn = iter((0.0, 1e-6))
+    check_repeats(Own(lambda tokens: torch.ones_like(tokens) + next(turn)), "mine")
+
+
+def test_an_expert_for_another_device_is_warned_of() -> None:
+    def needs_gpu(tokens_BSE: Tensor) -> Tensor:
+        raise NotImplementedError("only CUDA has this kernel")
+
+    with pytest.warns(UserWarning, match=r"'mine' does not run on cpu \(only CUDA has this kernel\)"):
+        ExpertHub({"mine": Own(needs_gpu)}).load_weights()
+
+
+def test_nothing_is_encoded_on_meta() -> None:
+    with torch.device("meta"):
+        expert = Own()
+    check_repeats(expert, "mine")
+    assert expert.calls == 0

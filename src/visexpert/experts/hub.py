@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from visexpert.errors import ConfigError
 from visexpert.experts.base import VisionExpert
 from visexpert.experts.cache import FeatureCache
+from visexpert.experts.probe import check_repeats
 from visexpert.grids import resample_tokens
 from visexpert.names import RESERVED, EncoderName, reserved_among
 from visexpert.types import ExpertTokens, ImageSource
@@ -91,9 +92,15 @@ class ExpertHub(nn.Module):
         self._cache_grids.pop(name, None)
 
     def load_weights(self) -> None:
-        """Load the weights of attached experts; a detached one costs no download."""
+        """Load the weights of attached experts; a detached one costs no download.
+
+        Raises:
+            WeightsError: They are nowhere, or do not fit.
+            ConfigError: An expert gives other tokens each time for the same image.
+        """
         for name in self.attached:
             self[name].load_weights()
+            check_repeats(self[name], name)
 
     def train(self, mode: bool = True) -> ExpertHub:
         """Stay in eval mode: batch statistics and dropout of an expert are as frozen as its weights."""

@@ -1,4 +1,4 @@
-"""What a network makes of an image, found out on the ``meta`` device: nothing is computed, nothing is stored."""
+"""What a network makes of an image: its shapes, found out on ``meta`` from the code alone, and whether it repeats."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from visexpert.errors import ConfigError
+from visexpert.errors import ConfigError, first_line
+from visexpert.experts.base import VisionExpert
 
 LONG = 1024
 """Sequence from which on attention logits count as large: 16 heads of 1024 x 1024 take 64 MB per image in float32."""
@@ -59,6 +62,51 @@ def probe_map(network: nn.Module, image_size: int, *, owner: str) -> torch.Size:
     if not isinstance(found, Tensor) or found.ndim != 4 or len(found) != 1:
         raise ConfigError(f"{owner}: the model gives no map of tokens at {image_size} px; use another model or layer.")
     return found.shape
+
+
+def probe_images(size: int, count: int = 2) -> Tensor:
+    """Images (count, 3, size, size) in [0, 1], smooth and noisy parts together, the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(count, 3, 4, 4, generator=generator)
+    smooth = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=False)
+    return 0.7 * smooth + 0.3 * torch.rand(count, 3, size, size, generator=generator)
+
+
+def check_repeats(expert: VisionExpert, name: str) -> None:
+    """Encode one image twice and compare: random masks, dropout and any other random numbers show.
+
+    The states of all random generators are as before afterwards. Nothing is done on ``meta``. Where the expert cannot
+    run on the device of its weights (code for GPUs alone), a warning says that nothing was checked.
+
+    Args:
+        expert: With its weights.
+        name: Its name in the hub, for messages.
+
+    Raises:
+        ConfigError: The tokens differ by more than rounding: 1e-4 of the largest, or what its number type resolves.
+    """
+    tensors = _tensors(expert)
+    if any(tensor.is_meta for tensor in tensors.values()):
+        return
+    image_BCHW = probe_images(expert.image_size, count=1).to(expert.mean.device)
+    try:
+        with torch.no_grad(), isolate_rng():
+            first, second = expert(image_BCHW).tokens_BSE, expert(image_BCHW).tokens_BSE
+    except (RuntimeError, NotImplementedError) as error:
+        rank_zero_warn(
+            f"Expert '{name}' does not run on {expert.mean.device} ({first_line(error)}), so nothing says whether it "
+            "gives the same tokens each time."
+        )
+        return
+    what = f"Expert '{name}' ({type(expert).__name__}) gives other tokens each time for the same image"
+    step = "switch off its random masks, dropout or other random numbers, or use another model."
+    if first.shape != second.shape:
+        raise ConfigError(f"{what} (of shape {tuple(first.shape)}, then {tuple(second.shape)}); {step}")
+    same = (first == second) | (first.isnan() & second.isnan())
+    difference = torch.where(same, 0.0, (first - second).abs().nan_to_num(torch.inf)).max().item()
+    largest = first.abs().nan_to_num(0.0, posinf=0.0).max().item()
+    if difference > max(1e-4, 4 * torch.finfo(first.dtype).eps) * largest:
+        raise ConfigError(f"{what} (largest difference {difference:.3g}, largest value {largest:.3g}); {step}")
 
 
 class ChanceWatch(TorchFunctionMode):

@@ -24,11 +24,10 @@ from visexpert.commands.trial.naming import (
 from visexpert.errors import UserError, first_line, told_by_machine
 from visexpert.experts import VisionExpert
 from visexpert.experts.huggingface import quiet
+from visexpert.experts.probe import probe_images
 from visexpert.language import BertDecoder, PrefixLM
 from visexpert.language.bert_decoder import FAMILIES
 from visexpert.vision import ClipEncoder
-
-IMAGES = 2
 
 Found = tuple[dict[str, str], Sequence[Comparison], str]
 """Facts, comparisons, and why there are none."""
@@ -163,14 +162,6 @@ def in_millions(module: nn.Module) -> str:
 
 def _numbers(values: Tensor) -> str:
     return ", ".join(f"{value:.4g}" for value in values.flatten().tolist())
-
-
-def probe_images(size: int) -> Tensor:
-    """Images (B, 3, size, size) in [0, 1], smooth and noisy parts together, the same each time."""
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(IMAGES, 3, 4, 4, generator=generator)
-    smooth = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=False)
-    return 0.7 * smooth + 0.3 * torch.rand(IMAGES, 3, size, size, generator=generator)
 
 
 @contextmanager

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+from transformers import pytorch_utils
 
 from visexpert.errors import ConfigError, first_line
 from visexpert.experts.base import VisionExpert
@@ -40,7 +43,13 @@ def probe_map(network: nn.Module, image_size: int, *, owner: str) -> torch.Size:
     meta = {name: torch.empty_like(value, device="meta") for name, value in _tensors(network).items()}
     pixels_BCHW = torch.empty(1, 3, image_size, image_size, device="meta")
     try:
-        with torch.no_grad(), torch.device("meta"), ChanceWatch() as chance, LogitsWatch(image_size) as watch:
+        with (
+            torch.no_grad(),
+            torch.device("meta"),
+            uncached(),
+            ChanceWatch() as chance,
+            LogitsWatch(image_size) as watch,
+        ):
             found = functional_call(network, meta, (pixels_BCHW,), tie_weights=False)
     except (
         ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError,
@@ -62,6 +71,17 @@ def probe_map(network: nn.Module, image_size: int, *, owner: str) -> torch.Size:
     if not isinstance(found, Tensor) or found.ndim != 4 or len(found) != 1:
         raise ConfigError(f"{owner}: the model gives no map of tokens at {image_size} px; use another model or layer.")
     return found.shape
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Keep tensors out of transformers' caches, which live as long as the process.
+
+    BEiT's is asked by the size of the grid alone: an index on ``meta`` would be used with weights on any device, and
+    give numbers that mean nothing.
+    """
+    with patch.object(pytorch_utils, "is_torchdynamo_compiling", return_value=True):  # its caches step aside for it
+        yield
 
 
 def probe_images(size: int, count: int = 2) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,15 @@ FAMILIES: list[tuple[dict[str, Any], int, int]] = [
     ({"model_type": "siglip_vision_model", **CLIP_VISION}, 0, 0),
     (DINOV2, 1, 0),
     ({**DINOV2, "model_type": "dinov2_with_registers", "num_register_tokens": 4}, 5, 0),
+    ({**DINOV2, "model_type": "dinov3_vit", "num_register_tokens": 4}, 5, 0),
     (VIT, 1, 0),
+    ({**VIT, "model_type": "deit"}, 2, 0),
+    ({**VIT, "model_type": "vit_msn"}, 1, 0),
+    ({**VIT, "model_type": "ijepa"}, 0, 0),
+    ({**VIT, "model_type": "beit", "use_absolute_position_embeddings": True}, 1, 0),
+    ({**VIT, "model_type": "beit", "use_relative_position_bias": True}, 1, 0),
+    ({**VIT, "model_type": "data2vec-vision", "use_shared_relative_position_bias": True}, 1, 0),
+    ({**VIT, "model_type": "dpt", "backbone_out_indices": [0, 1, 2, 2]}, 1, 0),
     (YOLOS, 1, 5),
 ]
 
@@ -48,17 +57,70 @@ def test_another_size_equals_the_librarys_own_forward(
     expert = TransformersExpert(source=str(tmp_path), image_size=size).eval()
     expert.load_weights()
     images_BCHW = torch.rand(2, 3, size, size)
-    asked = (
-        {}
-        if config["model_type"] in ("dinov2", "dinov2_with_registers", "yolos")
-        else {"interpolate_pos_encoding": True}
-    )
+    takes = inspect.signature(model.forward).parameters
+    asked = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in takes else {}
     with torch.no_grad():
         expected_BNE = model((images_BCHW - expert.mean) / expert.std, **asked).last_hidden_state
         tokens = expert(images_BCHW)
     assert tokens.grid_hw == (grid, grid)
     expected_BSE = expected_BNE[:, prefix : expected_BNE.shape[1] - suffix]
     torch.testing.assert_close(tokens.tokens_BSE, expected_BSE, atol=1e-5, rtol=1e-5)
+
+
+SWIN = {"embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "image_size": 32}
+STAGES = {"depths": [1, 1, 1, 1], "image_size": 64}
+PYRAMIDS: list[dict[str, Any]] = [
+    {**SWIN, "model_type": "swin", "window_size": 2},
+    {**SWIN, "model_type": "swin", "window_size": 4, "use_absolute_embeddings": True},
+    {**SWIN, "model_type": "swinv2", "window_size": 4},
+    {**STAGES, "model_type": "convnext", "hidden_sizes": [8, 8, 12, 16]},
+    {"model_type": "resnet", "hidden_sizes": [8, 8, 12, 16], "depths": [1, 1, 1, 1], "embedding_size": 8},
+    {**STAGES, "model_type": "pvt_v2", "hidden_sizes": [8] * 4, "num_attention_heads": [1] * 4},
+]
+
+
+@pytest.mark.parametrize("config", PYRAMIDS, ids=lambda config: config["model_type"])
+def test_pyramids_at_another_size_equal_the_librarys_own_forward(tmp_path: Path, config: dict[str, Any]) -> None:
+    model = folder(config, tmp_path)
+    expert = TransformersExpert(source=str(tmp_path), image_size=96).eval()
+    expert.load_weights()
+    images_BCHW = torch.rand(2, 3, 96, 96)
+    takes = inspect.signature(model.forward).parameters
+    asked = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in takes else {}
+    with torch.no_grad():
+        expected = model((images_BCHW - expert.mean) / expert.std, **asked).last_hidden_state
+        found_BSE = expert(images_BCHW).tokens_BSE
+    expected_BSE = expected if expected.ndim == 3 else expected.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(found_BSE, expected_BSE, atol=1e-5, rtol=1e-5)
+
+
+def test_what_the_library_cannot_do_at_another_size_is_refused() -> None:
+    """PVT's own interpolation is broken, and that of Swin v2 with absolute embeddings counts one too many."""
+    pvt = {**STAGES, "model_type": "pvt", "hidden_sizes": [8] * 4, "num_attention_heads": [1] * 4}
+    absolute = {**SWIN, "model_type": "swinv2", "window_size": 4, "use_absolute_embeddings": True}
+    for config in (pvt, absolute):
+        with pytest.raises(ConfigError, match=r"no map of images of 96 px .*use another image_size"):
+            TransformersExpert(config=config, image_size=96)
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_siglip2_reads_patches_as_its_own_processor_cuts_them(tmp_path: Path, side: int) -> None:
+    """At its own size and another; the images go through the library's processor, which pads them."""
+    fields = {key: value for key, value in CLIP_VISION.items() if key != "image_size"}
+    model = randomised(AutoModel.from_config(AutoConfig.for_model("siglip2_vision_model", num_patches=16, **fields)))
+    processor = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=64, do_resize=False)
+    saved(model, processor, tmp_path)
+    assert TransformersExpert(source=str(tmp_path)).image_size == 32
+    expert = TransformersExpert(source=str(tmp_path), image_size=side).eval()
+    expert.load_weights()
+    images_BCHW = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+    with torch.no_grad():
+        prepared = processor(list(images_BCHW), return_tensors="pt", patch_size=8)
+        expected_BNE = model(**prepared).last_hidden_state
+        tokens = expert(images_BCHW / 255)
+    assert tokens.grid_hw == (side // 8, side // 8)
+    count = (side // 8) ** 2
+    torch.testing.assert_close(tokens.tokens_BSE, expected_BNE[:, :count], atol=1e-4, rtol=1e-4)
 
 
 def test_the_grid_is_the_configurations() -> None:

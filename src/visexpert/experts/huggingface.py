@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import logging
 
@@ -26,6 +27,9 @@ from visexpert.vision.positions import fit_positions
 from visexpert.vision.sources import WEIGHT_FILES, ModelSource, read_json
 
 NATIVE_SIZE = ("image_size", "img_size")
+
+INTERPOLATING = ("interpolate_pos_encoding", "_resize_pos_embed", "resize_positional_embeddings")
+"""Names of methods by which models of transformers fit their position embeddings to an image."""
 
 UNUSED = ("pooler.", "head.")
 """How names begin of weights behind the patch tokens, which checkpoints without a head lack."""
@@ -79,7 +83,8 @@ class HubModel:
                 side = side[0] if isinstance(side, list | tuple) and len(set(side)) == 1 else side
                 if isinstance(side, int):
                     return side
-        return None
+        patches = getattr(self.config, "num_patches", None)  # SigLIP 2 reads images of any shape
+        return math.isqrt(patches) * int(self.config.patch_size) if isinstance(patches, int) else None
 
     def _built(self, config: PreTrainedConfig) -> nn.Module:
         return build_network(config, auto=self.auto, owner=self.owner)
@@ -211,7 +216,7 @@ def _must_agree(written: Mapping[str, Any], given: Any, own: Any, whose: str) ->
 def own_interpolation(model: nn.Module) -> bool:
     """Whether the model's own code fits its position embeddings to the size of an image."""
     return any(
-        hasattr(part, "interpolate_pos_encoding") or type(part).__name__.startswith("Interpolate")
+        any(hasattr(part, name) for name in INTERPOLATING) or type(part).__name__.startswith("Interpolate")
         for part in model.modules()
     )
 
@@ -219,6 +224,26 @@ def own_interpolation(model: nn.Module) -> bool:
 def interpolates(model: nn.Module) -> bool:
     """Whether the model does so only when it is asked to."""
     return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+
+
+def takes_patches(model: nn.Module) -> bool:
+    """Whether the model reads patches of images of any shape (SigLIP 2's NaFlex) instead of images."""
+    return "spatial_shapes" in inspect.signature(model.forward).parameters
+
+
+def patches_of(pixels_BCHW: Tensor, patch: int) -> dict[str, Tensor | None]:
+    """Square images as such a model takes them, without padding, as its own image processor cuts them.
+
+    Returns:
+        ``pixel_values`` (B, N, patch x patch x 3), each row by row with the channels last, and the grid of each image.
+    """
+    cells = pixels_BCHW.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, C, h, patch, w, patch)
+    shape = list(cells.shape[2:5:2])
+    return {
+        "pixel_values": cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2),
+        "pixel_attention_mask": None,
+        "spatial_shapes": torch.tensor([shape] * len(pixels_BCHW), device="cpu"),  # it is read, also on ``meta``
+    }
 
 
 def prefix_and_suffix(model: nn.Module, image_size: int, count: int) -> tuple[int | None, int]:

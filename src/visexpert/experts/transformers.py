@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from visexpert.experts.base import TokenKind
-from visexpert.experts.huggingface import HubModel, interpolates, prefix_and_suffix
+from visexpert.experts.huggingface import HubModel, interpolates, patches_of, prefix_and_suffix, takes_patches
 from visexpert.experts.maps import map_of
 from visexpert.experts.pretrained import MapExpert
 from visexpert.experts.processors import must_agree, recipe_of
@@ -127,7 +127,11 @@ class EncoderMap(nn.Module):
         asked = {"interpolate_pos_encoding": True} if interpolates(encoder) else {}
         unrolled = hasattr(encoder, "unroll_schedule")
         states = {"output_hidden_states": True} if unrolled or self.layer is not None else {}
-        features = _features(encoder(pixels_BCHW, **asked, **states), self.layer, unrolled=unrolled)
+        if takes_patches(encoder):
+            output = encoder(**patches_of(pixels_BCHW, int(encoder.config.patch_size)), **states)
+        else:
+            output = encoder(pixels_BCHW, **asked, **states)
+        features = _features(output, self.layer, unrolled=unrolled)
         if hasattr(encoder.config, "num_group_tokens"):
             raise ValueError("its tokens are groups of patches, which have no place")
         prefix, suffix = prefix_and_suffix(encoder, size, int(features.shape[1]) if features.ndim == 3 else 0)

@@ -108,7 +108,7 @@ def test_siglip2_reads_patches_as_its_own_processor_cuts_them(tmp_path: Path, si
     """At its own size and another; the images go through the library's processor, which pads them."""
     fields = {key: value for key, value in CLIP_VISION.items() if key != "image_size"}
     model = randomised(AutoModel.from_config(AutoConfig.for_model("siglip2_vision_model", num_patches=16, **fields)))
-    processor = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=64, do_resize=False)
+    processor: Any = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=64, do_resize=False)
     saved(model, processor, tmp_path)
     assert TransformersExpert(source=str(tmp_path)).image_size == 32
     expert = TransformersExpert(source=str(tmp_path), image_size=side).eval()

@@ -231,12 +231,14 @@ def takes_patches(model: nn.Module) -> bool:
     return "spatial_shapes" in inspect.signature(model.forward).parameters
 
 
-def patches_of(pixels_BCHW: Tensor, patch: int) -> dict[str, Tensor | None]:
+def patches_of(pixels_BCHW: Tensor, model: nn.Module) -> dict[str, Tensor | None]:
     """Square images as such a model takes them, without padding, as its own image processor cuts them.
 
     Returns:
         ``pixel_values`` (B, N, patch x patch x 3), each row by row with the channels last, and the grid of each image.
     """
+    config: Any = model.config
+    patch = int(config.patch_size)
     cells = pixels_BCHW.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, C, h, patch, w, patch)
     shape = list(cells.shape[2:5:2])
     return {

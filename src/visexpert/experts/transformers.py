@@ -128,7 +128,7 @@ class EncoderMap(nn.Module):
         unrolled = hasattr(encoder, "unroll_schedule")
         states = {"output_hidden_states": True} if unrolled or self.layer is not None else {}
         if takes_patches(encoder):
-            output = encoder(**patches_of(pixels_BCHW, int(encoder.config.patch_size)), **states)
+            output = encoder(**patches_of(pixels_BCHW, encoder), **states)
         else:
             output = encoder(pixels_BCHW, **asked, **states)
         features = _features(output, self.layer, unrolled=unrolled)

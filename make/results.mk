@@ -19,3 +19,7 @@ results-movekd: $(STAMP) ## Measure MoVE-KD on Tabletop: main rows, little text,
 .PHONY: results-comparison
 results-comparison: $(STAMP) ## Compare both methods and their mixes: the matrix at the default scale, shares of the scenes (about two hours on two cores, resumable)
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.results_comparison --jobs $(JOBS)
+
+.PHONY: families
+families: $(STAMP) ## Try every family of encoders and language models on tiny random weights, docs/families.md (minutes, resumable)
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.families

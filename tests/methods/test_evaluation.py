@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
 from visexpert.data import TextPacker, pack
-from visexpert.language import Decoding, LanguageSide, Predictions
+from visexpert.language import Decoding, LanguageSide
 from visexpert.methods.evaluation import Evaluator, decode, item_of_supervised
 from visexpert.tabletop.tokenizer import tabletop_tokenizer
 from visexpert.types import Batch, TextBatch, TextItem, VisionTokens
@@ -66,7 +67,7 @@ class Parrot(LanguageSide):
 
     def load_weights(self) -> None: ...
 
-    def forward(self, vision: VisionTokens, text: TextBatch) -> Predictions:
+    def forward(self, vision: VisionTokens, text: TextBatch) -> Tensor:
         raise NotImplementedError
 
     def _generate(

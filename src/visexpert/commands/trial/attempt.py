@@ -71,8 +71,8 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        """Whether the difference is rounding; NaN is not."""
-        return self.difference <= TOLERANCE.get(self.dtype, 1e-4) * self.scale
+        """Whether the difference is rounding; NaN is not, and zeros that equal zeros say nothing."""
+        return self.scale > 0 and self.difference <= TOLERANCE.get(self.dtype, 1e-4) * self.scale
 
     def __str__(self) -> str:
         return f"{self.what} from {self.with_}: {self.difference:.2g}, where the largest value is {self.scale:.2g}"

@@ -119,7 +119,7 @@ def _predicted(expert: VisionExpert, output: Any, tokens_BSE: Tensor) -> Compari
     if "predicted_depth" in output:
         depth_BHW = output.predicted_depth
         least, most = depth_BHW.amin((1, 2), keepdim=True), depth_BHW.amax((1, 2), keepdim=True)
-        map_BEHW = ((depth_BHW - least) / (most - least))[:, None]
+        map_BEHW = ((depth_BHW - least) / (most - least).clamp_min(1e-6))[:, None]
     elif "logits" in output:
         map_BEHW = output.logits.softmax(1)
     else:

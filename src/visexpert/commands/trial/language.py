@@ -47,13 +47,14 @@ class Probe:
         spread = side.model.get_input_embeddings().weight.float().std()
         self.image_TD = torch.randn(GRID[0] * GRID[1], side.width, generator=generator) * spread
         with torch.no_grad():
-            self.ours = {seen: side(self.vision(seen), self.text).logits_MV for seen in (False, True)}
+            self.ours = {seen: side(self.vision(seen), self.text) for seen in (False, True)}
         written = side.generate(self.vision(False), [self.items[0]], eos_id=self.eos, max_new_tokens=NEW_TOKENS)
         self.written = written[0]
 
     def vision(self, seen: bool) -> VisionTokens:
         """The image, or that there is none."""
-        return VisionTokens(self.image_TD[None], GRID, lengths=None if seen else (0,))
+        lengths_B = None if seen else torch.zeros(1, dtype=torch.long)
+        return VisionTokens(self.image_TD[None], GRID, lengths_B=lengths_B)
 
     def predicting(self, logits_LV: Tensor, length: int, *, before: int) -> Tensor:
         """Logits of one item's supervised tokens in a row of the library's."""
@@ -127,18 +128,21 @@ def _until(ids: Sequence[int], eos: int) -> list[int]:
 
 
 def of_transformers(side: Side) -> Any:
-    """The library's own model, loaded by itself; a BertDecoder's cross-attention is fresh, so it stays that of ours."""
+    """The library's own model, loaded by itself in place of ours.
+
+    A BertDecoder's own model stays: its cross-attention is fresh, in no file that could be read again.
+    """
     import transformers
 
     if isinstance(side, BertDecoder):
         return side.model
     folder = model_folder(str(side.source), owner="visexpert try")
+    dtype = next(side.model.parameters()).dtype
+    side.model = None  # one copy in memory at a time
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     auto: Any = transformers.AutoModelForCausalLM
     if type(config) not in auto._model_mapping:
         auto = transformers.AutoModelForImageTextToText
     with quiet():
-        model = auto.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, dtype=next(side.model.parameters()).dtype
-        )
+        model = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False, dtype=dtype)
     return model.eval()

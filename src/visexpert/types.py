@@ -9,8 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import reduce
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from functools import cached_property, reduce
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -40,23 +40,50 @@ _Self = TypeVar("_Self", bound="TensorRecord")
 class TensorRecord:
     """A frozen record of tensors that Lightning can move to a device (it calls ``.to``)."""
 
+    of_host: ClassVar[frozenset[str]] = frozenset()
+    """Fields that stay on the host, which reads them without waiting for the device."""
+
     def to(self: _Self, device: torch.device | str, **kwargs: Any) -> _Self:
         """Return a copy with each tensor, nested record and mapping of tensors on ``device``."""
-        return self.mapped(lambda tensor: tensor.to(device, **kwargs))
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {
+            name: value
+            if name in self.of_host
+            else _mapped(value, lambda tensor: tensor.to(device, **kwargs), lambda record: record.to(device, **kwargs))
+            for name, value in moved.items()
+        }
+        return replace(self, **moved)
 
     def mapped(self: _Self, change: Callable[[Tensor], Tensor]) -> _Self:
         """Return a copy with each tensor changed, those of nested records and mappings, too."""
-        return replace(self, **{f.name: _mapped(getattr(self, f.name), change) for f in fields(self)})
+        changed = {
+            f.name: _mapped(getattr(self, f.name), change, lambda record: record.mapped(change)) for f in fields(self)
+        }
+        return replace(self, **changed)
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def _mapped(value: Any, change: Callable[[Tensor], Tensor], within: Callable[[Any], Any]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, TensorRecord):
-        return value.mapped(change)
+        return within(value)
     if isinstance(value, Mapping):
-        return {key: _mapped(item, change) for key, item in value.items()}
+        return {key: _mapped(item, change, within) for key, item in value.items()}
     return value
+
+
+def imaged(values: Tensor, has_image_B: Tensor | None) -> Tensor:
+    """Rows of samples that have an image.
+
+    Args:
+        values: One row for each sample.
+        has_image_B: bool, on the host, else the device is waited for; None where all have one.
+    """
+    there = None if has_image_B is None else has_image_B.tolist()
+    if there is None or all(there):
+        return values
+    rows = torch.tensor([row for row, has in enumerate(there) if has], dtype=torch.long)
+    return values.index_select(0, rows.to(values.device, non_blocking=True))
 
 
 class CaptionTruth(Protocol):
@@ -245,6 +272,73 @@ class TextBatch(TensorRecord):
     segments_BN: Tensor
     positions_BN: Tensor
 
+    @cached_property
+    def facts(self) -> TextFacts:
+        """What the host must know before it can run a step; counted once, and kept by :meth:`to`.
+
+        Counted where the tensors are: on a device that is waited for.
+        """
+        return TextFacts.of(self)
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> TextBatch:
+        """Return a copy on ``device``, counted before it leaves."""
+        facts, moved = self.facts, super().to(device, **kwargs)
+        moved.__dict__["facts"] = facts.to(device, **kwargs)
+        return moved
+
+
+@dataclass(frozen=True)
+class TextFacts(TensorRecord):
+    """What the host must know of packed text, so that the sizes of a step are known before it runs.
+
+    Args:
+        places_M: int64, row * N + column of each supervised token, in order.
+        lengths_BI: Tokens of each item, 0 where a row has fewer items; numpy's, hence on the host.
+        markers_BI: How many of them are :data:`IMAGE_TOKEN`; likewise.
+        opens_supervised: Whether the first token of a row is supervised, which nothing can predict.
+    """
+
+    places_M: Tensor
+    lengths_BI: npt.NDArray[np.int64]
+    markers_BI: npt.NDArray[np.int64]
+    opens_supervised: bool
+
+    @classmethod
+    def of(cls, text: TextBatch) -> TextFacts:
+        """Count."""
+        ids_BN, labels_BN, segments_BN = (
+            values.cpu().numpy() for values in (text.ids_BN, text.labels_BN, text.segments_BN)
+        )
+        wanted_BN = labels_BN != IGNORE_INDEX
+        num_rows, num_items = len(ids_BN), int(segments_BN.max(initial=0))
+        cell_BN = np.arange(num_rows)[:, None] * (num_items + 1) + segments_BN
+
+        def counted(cells: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+            counts = np.bincount(cells.ravel(), minlength=num_rows * (num_items + 1))
+            return counts.reshape(num_rows, num_items + 1)[:, 1:]
+
+        return cls(
+            places_M=torch.from_numpy(np.flatnonzero(wanted_BN)).to(text.labels_BN.device),
+            lengths_BI=counted(cell_BN),
+            markers_BI=counted(cell_BN[ids_BN == IMAGE_TOKEN]),
+            opens_supervised=bool(wanted_BN[:, :1].any()),
+        )
+
+    @property
+    def num_supervised(self) -> int:
+        """M."""
+        return len(self.places_M)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest item."""
+        return int(self.lengths_BI.max(initial=0))
+
+    @property
+    def has_markers(self) -> bool:
+        """Whether any item says where its image goes."""
+        return bool(self.markers_BI.any())
+
 
 @dataclass(frozen=True)
 class StepCounts:
@@ -267,7 +361,7 @@ class Batch(TensorRecord):
 
     Args:
         images_BCHW: RGB, uint8 0-255 or float in [0, 1], at the data's own size; each encoder resizes on its own.
-        index_B: int64 row of each image in its split, the key of the feature store.
+        index_B: int64 row of each image in its split, the key of the feature store; stays on the host.
         split: Name of the split that ``index_B`` counts in.
         text: Packed text, or None for a batch of images alone.
         items: The same text as strings, per image in segment order; filled for evaluation only.
@@ -275,12 +369,16 @@ class Batch(TensorRecord):
         targets: Dense ground truth by name (zoo training): e.g. ``depth_BHW``, ``normals_B3HW``.
         truths: What is known of each image, where the data can judge captions by it; filled for evaluation only.
         has_image_B: bool, False for samples of text alone, whose pixels mean nothing; None where all have an image.
+            Stays on the host.
         original_hw_B2: int64 height and width of each image before it was resized; None where all were of one size.
+            Stays on the host.
         source: Name of the source, where a run reads several; its scores stand under this name.
         skipped: Records that this batch would have had, but that cannot be read.
         step: What this batch and its whole optimizer step count; None outside training.
         keys: What names each image in its source, such as its file; empty in training, and where rows have no names.
     """
+
+    of_host = frozenset({"index_B", "has_image_B", "original_hw_B2"})
 
     images_BCHW: Tensor
     index_B: Tensor
@@ -302,18 +400,25 @@ class Batch(TensorRecord):
 
     def counts(self) -> dict[Unit, int]:
         """Number of supervised tokens, and of samples that have an image."""
-        tokens = 0 if self.text is None else int((self.text.labels_BN != IGNORE_INDEX).sum())
-        return {"token": tokens, "image": len(self) if self.has_image_B is None else int(self.has_image_B.sum())}
+        images = len(self) if self.has_image_B is None else sum(self.has_image_B.tolist())
+        return {"token": 0 if self.text is None else self.text.facts.num_supervised, "image": images}
 
     def unit_images(self) -> Tensor:
-        """The images as encoders take them: (B, 3, H, W), in [0, 1], float32 or better.
+        """The images as encoders take them: (B, 3, H, W), in [0, 1], float32 or better; scaled once a batch.
 
         Encoders resize and normalize at this precision and cast to that of their weights last.
         """
-        images = self.images_BCHW
-        if images.dtype == torch.uint8:
-            return images.to(torch.float32) / 255.0
-        return images.to(torch.promote_types(images.dtype, torch.float32))
+        return self._unit_images
+
+    @cached_property
+    def _unit_images(self) -> Tensor:
+        return _scaled(self.images_BCHW)
+
+
+def _scaled(images: Tensor) -> Tensor:
+    if images.dtype == torch.uint8:
+        return images.to(torch.float32) / 255.0
+    return images.to(torch.promote_types(images.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
@@ -335,12 +440,12 @@ class VisionTokens(TensorRecord):
 
     Args:
         tokens_BTD: Patch tokens, row-major; D is CLIP's width or, after a projector, the language width.
-        grid_hw: The grid, height x width = T; of images in tiles (``lengths_B`` set, T larger) that of the whole view.
+        grid_hw: The grid, height x width = T; of images in tiles (``lengths`` set, T larger) that of the whole view.
         cls_BD: The [CLS] token of the encoder, where there is one.
         gates_BTK: Gate of every expert per token, softmax over attached experts; None without a gate.
         balance: Scalar load-balancing loss of the gate, or None.
-        lengths_B: int64 number of tokens of each image, the first ones of its row, the rest is padding; 0 for a sample
-            without an image. None where all T are tokens.
+        lengths: Number of tokens of each image, the first ones of its row, the rest is padding; 0 for a sample without
+            an image. None where all T are tokens.
         newline_BT: bool, tokens that end a row of tiles: the language side puts a vector of its own there.
     """
 
@@ -349,7 +454,7 @@ class VisionTokens(TensorRecord):
     cls_BD: Tensor | None = None
     gates_BTK: Tensor | None = None
     balance: Tensor | None = None
-    lengths_B: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
     newline_BT: Tensor | None = None
 
     def rows(self, chosen: Sequence[int]) -> VisionTokens:
@@ -357,7 +462,8 @@ class VisionTokens(TensorRecord):
         index = torch.as_tensor(list(chosen), dtype=torch.long, device=self.tokens_BTD.device)
         picked = {f.name: getattr(self, f.name) for f in fields(self)}
         picked = {name: value[index] for name, value in picked.items() if isinstance(value, Tensor) and value.ndim}
-        return VisionTokens(**picked, grid_hw=self.grid_hw)
+        lengths = None if self.lengths is None else tuple(self.lengths[row] for row in chosen)
+        return VisionTokens(**picked, grid_hw=self.grid_hw, lengths=lengths)
 
 
 @dataclass(frozen=True)

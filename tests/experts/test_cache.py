@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections import namedtuple
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -18,6 +20,7 @@ from visexpert.experts import ExpertHub, FeatureCache
 from visexpert.grids import resample_tokens
 from visexpert.names import EncoderName, Role
 from visexpert.store import StoreDtype
+from visexpert.types import Batch
 
 TRAIN, VAL = MemoryImages(7, seed=1), MemoryImages(3, seed=2)
 
@@ -25,6 +28,12 @@ TRAIN, VAL = MemoryImages(7, seed=1), MemoryImages(3, seed=2)
 def hub() -> ExpertHub:
     torch.manual_seed(4)
     return ExpertHub({"a": NoisyExpert(grid=4), "b": NoisyExpert(grid=2, width=3)})
+
+
+def batch_of(rows: Sequence[int], *, pixels: int | None = None) -> Batch:
+    """Training images, or what is none of them."""
+    images = TRAIN.read(list(rows))
+    return Batch(images if pixels is None else torch.full_like(images, pixels), torch.tensor(list(rows)), "train")
 
 
 def calls(experts: ExpertHub) -> list[int]:
@@ -35,26 +44,26 @@ def calls(experts: ExpertHub) -> list[int]:
 def test_cached_tokens_equal_live_ones(tmp_path: Path, dtype: StoreDtype, tolerance: float) -> None:
     """float16 keeps eleven bits: a token of size 4 is off by at most 2e-3; bfloat16 keeps eight."""
     experts, rows = hub(), [5, 0, 6]
-    index_B, images_BCHW = torch.tensor(rows), TRAIN.read(rows).float() / 255
-    live = experts(images_BCHW)
+    batch = batch_of(rows)
+    live = experts(replace(batch, split=""))
     experts.use_cache(FeatureCache(tmp_path, dtype=dtype), {"train": TRAIN, "val": VAL}, resample={}, batch_size=2)
     before = calls(experts)
-    cached = experts(images_BCHW, index_B=index_B, split="train")
+    cached = experts(batch)
     assert calls(experts) == before
     for name in experts.names:
         assert cached[name].grid_hw == live[name].grid_hw
         assert live[name].tokens_BSE.abs().max() < 4
         torch.testing.assert_close(cached[name].tokens_BSE, live[name].tokens_BSE, atol=tolerance, rtol=0)
-    other = experts(VAL.read([0]).float() / 255, index_B=torch.tensor([0]), split="val")
+    other = experts(Batch(VAL.read([0]), torch.tensor([0]), split="val"))
     assert not torch.allclose(other["a"].tokens_BSE, cached["a"].tokens_BSE[1:2], atol=0.01)
 
 
 def test_tokens_are_stored_on_the_grid_that_was_asked_for(tmp_path: Path) -> None:
     experts = hub()
-    live = experts(TRAIN.read([3]).float() / 255)
+    live = experts(replace(batch_of([3]), split=""))
     cache = FeatureCache(tmp_path, dtype="float32")
     experts.use_cache(cache, {"train": TRAIN}, resample={"a": (3, 3)})
-    cached = experts(torch.zeros(1, 3, 20, 20), index_B=torch.tensor([3]), split="train")
+    cached = experts(batch_of([3], pixels=0))
     assert cached["a"].grid_hw == (3, 3) and cached["b"].grid_hw == (2, 2)
     expected = resample_tokens(live["a"].tokens_BSE, (4, 4), (3, 3))
     torch.testing.assert_close(cached["a"].tokens_BSE, expected, atol=1e-6, rtol=0)
@@ -63,11 +72,11 @@ def test_tokens_are_stored_on_the_grid_that_was_asked_for(tmp_path: Path) -> Non
 
 def test_what_is_not_cached_runs_live(tmp_path: Path) -> None:
     experts = hub()
-    images_BCHW = VAL.read([1]).float() / 255
-    live = experts(images_BCHW)
+    batch = Batch(VAL.read([1]), torch.tensor([1]), split="")
+    live = experts(batch)
     experts.use_cache(FeatureCache(tmp_path, dtype="float32"), {"train": TRAIN}, resample={"a": (3, 3)})
-    other_split = experts(images_BCHW, index_B=torch.tensor([1]), split="val")
-    no_index = experts(images_BCHW)
+    other_split = experts(replace(batch, split="val"))
+    no_index = experts(batch)
     for name in experts.names:
         for tokens in (other_split[name], no_index[name]):
             assert tokens.grid_hw == live[name].grid_hw
@@ -81,11 +90,10 @@ def test_a_second_run_reads_what_the_first_one_wrote(tmp_path: Path) -> None:
     second = hub()
     second.use_cache(FeatureCache(tmp_path), {"train": TRAIN}, resample={}, batch_size=2)
     assert calls(second) == [1, 1]
-    index_B = torch.arange(7)
-    images_BCHW = torch.zeros(7, 3, 20, 20)
+    batch = batch_of(range(7), pixels=0)
     for name in first.names:
-        one = first(images_BCHW, index_B=index_B, split="train")[name].tokens_BSE
-        assert torch.equal(one, second(images_BCHW, index_B=index_B, split="train")[name].tokens_BSE)
+        one = first(batch)[name].tokens_BSE
+        assert torch.equal(one, second(batch)[name].tokens_BSE)
 
 
 def test_other_weights_images_or_precision_are_computed_anew(tmp_path: Path) -> None:
@@ -142,7 +150,7 @@ def test_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_encoders_of_one_name_and_two_roles_stay_apart(tmp_path: Path) -> None:
     """Also on disk, where both have the same fingerprint."""
-    cache, index_B = FeatureCache(tmp_path, dtype="float32"), torch.arange(7)
+    cache, batch = FeatureCache(tmp_path, dtype="float32"), batch_of(range(7))
     names = [EncoderName(role, "it") for role in get_args(Role)]
     for value, name in enumerate(names):
         encode = partial(_filled, value=value)
@@ -156,8 +164,8 @@ def test_encoders_of_one_name_and_two_roles_stay_apart(tmp_path: Path) -> None:
             device=torch.device("cpu"),
         )
     for value, name in enumerate(names):
-        tokens_BSE = cache.read(name, "train", index_B)
-        assert tokens_BSE is not None and torch.equal(tokens_BSE, _filled(index_B, value))
+        tokens_BSE = cache.read(name, batch)
+        assert tokens_BSE is not None and torch.equal(tokens_BSE, _filled(batch.index_B, value))
     assert len(names) == 3 == len(list(tmp_path.glob("*.npy")))
     assert {json.loads(path.read_text(encoding="utf-8"))["role"] for path in tmp_path.glob("*.json")} == set(
         get_args(Role)

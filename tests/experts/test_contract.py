@@ -27,6 +27,7 @@ from visexpert.experts import (
     VisionExpert,
 )
 from visexpert.tabletop import TinyExpert
+from visexpert.types import Batch, ExpertTokens
 
 TOWER = {
     "embed_dim": 10,
@@ -79,18 +80,22 @@ def test_the_contract(name: str) -> None:
     """Images of any size give tokens of the size that was said, each image's its own, frozen, in any precision."""
     expert = BUILDERS[name]()
     hub = ExpertHub({"it": expert})
+
+    def tokens_of(images_BCHW: torch.Tensor) -> ExpertTokens:
+        return hub(Batch(images_BCHW, torch.arange(len(images_BCHW)), split=""))["it"]  # type: ignore[no-any-return]
+
     hub.train()
     expert.load_weights()
     for shape in ((expert.image_size, expert.image_size), (37, 90)):
         images_BCHW = torch.rand(3, 3, *shape)
-        tokens = hub(images_BCHW)["it"]
+        tokens = tokens_of(images_BCHW)
         assert tokens.grid_hw == expert.grid_hw
         assert tokens.tokens_BSE.shape == (3, expert.grid_hw[0] * expert.grid_hw[1], expert.token_dim)
         assert tokens.tokens_BSE.isfinite().all() and not tokens.tokens_BSE.requires_grad
-        alone = hub(images_BCHW[1:2])["it"].tokens_BSE
+        alone = tokens_of(images_BCHW[1:2]).tokens_BSE
         torch.testing.assert_close(alone, tokens.tokens_BSE[1:2], atol=1e-4, rtol=1e-3)
     with torch.autocast("cpu", torch.bfloat16):
-        assert hub(images_BCHW)["it"].tokens_BSE.isfinite().all()
+        assert tokens_of(images_BCHW).tokens_BSE.isfinite().all()
     assert not any(parameter.requires_grad for parameter in hub.parameters())
     assert expert.fingerprint() == expert.fingerprint()
 

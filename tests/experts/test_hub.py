@@ -9,6 +9,7 @@ from tests.experts.helpers import NoisyExpert
 from visexpert.errors import ConfigError
 from visexpert.experts import ExpertHub, VisionExpert
 from visexpert.transfer import TokenAdapter
+from visexpert.types import Batch
 
 
 def hub(**options: object) -> ExpertHub:
@@ -16,8 +17,8 @@ def hub(**options: object) -> ExpertHub:
     return ExpertHub(experts, **options)  # type: ignore[arg-type]
 
 
-def images() -> torch.Tensor:
-    return torch.rand(2, 3, 20, 20)
+def images() -> Batch:
+    return Batch(torch.rand(2, 3, 20, 20), torch.arange(2), split="")
 
 
 def test_no_parameter_requires_a_gradient() -> None:
@@ -32,7 +33,7 @@ def test_eval_mode_survives_train_of_any_module_around() -> None:
     around = torch.nn.ModuleDict({"hub": experts}).train()
     assert around.training and not any(module.training for module in experts.modules())
     state = {key: value.clone() for key, value in experts.state_dict().items()}
-    first, second = experts(images_BCHW := images()), experts(images_BCHW)
+    first, second = experts(batch := images()), experts(batch)
     assert all(torch.equal(first[name].tokens_BSE, second[name].tokens_BSE) for name in "abc")
     assert all(torch.equal(value, experts.state_dict()[key]) for key, value in state.items())
 
@@ -41,8 +42,8 @@ def test_tokens_carry_no_graph_though_a_loss_is_built_on_them() -> None:
     experts = hub()
     for parameter in experts.parameters():
         parameter.requires_grad_(True)  # even if somebody thaws them by mistake
-    images_BCHW = images().requires_grad_()
-    tokens = experts(images_BCHW)["a"]
+    images_BCHW = images().images_BCHW.requires_grad_()
+    tokens = experts(Batch(images_BCHW, torch.arange(2), split=""))["a"]
     assert not tokens.tokens_BSE.requires_grad
     adapter = TokenAdapter(in_dim=5, out_dim=2, out_grid=(4, 4), zero_init=False)
     adapter(tokens).square().sum().backward()
@@ -65,7 +66,7 @@ def test_detach_and_attach() -> None:
     experts = hub(detached=["c"])
     assert experts.attached == ("a", "b") and experts.names == ("a", "b", "c")
     experts.detach("a")
-    assert experts.attached_K.tolist() == [False, True, False]
+    assert experts.attached_mask == (False, True, False)
     assert list(experts(images())) == ["b"]
     experts.attach("c")
     experts.attach("c")

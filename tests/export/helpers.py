@@ -73,7 +73,7 @@ def tiny_llava(dtype: Dtype = "float32") -> ExportSource:
         labels_BN[:, 0] = IGNORE_INDEX
         text = TextBatch(ids_BN, labels_BN, torch.ones_like(ids_BN), torch.arange(ids_BN.shape[1]).expand_as(ids_BN))
         vision = VisionTokens(projector(clip(images_BCHW).tokens_BTD), clip.grid_hw)
-        found: Tensor = language(vision, text)
+        found: Tensor = language(vision, text).logits_MV
         return found.view(len(ids_BN), -1, len(WORDS))
 
     layers = projector.layers

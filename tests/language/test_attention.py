@@ -79,7 +79,7 @@ def test_packed_logits_are_those_of_each_row_alone(kind: str, inside: bool) -> N
     if inside:
         rows = [[([ids[0], IMAGE_TOKEN, *ids[1:]], prompt + 1) for ids, prompt in items] for items in rows]
     with torch.no_grad():
-        found_MV = side(images, pack(rows, 0))
+        found_MV = side(images, pack(rows, 0)).logits_MV
         wanted = []
         for image_TD, items in zip(images.tokens_BTD, rows, strict=True):
             for ids, prompt in items:
@@ -107,11 +107,11 @@ def test_a_window_is_felt() -> None:
     assert side.model.config.sliding_window == 4
     text = pack([[item(12, 8)]], 0)
     tokens = torch.randn(1, GRID[0] * GRID[1], side.width)
-    first = side(VisionTokens(tokens, GRID), text)
+    first = side(VisionTokens(tokens, GRID), text).logits_MV
     changed = tokens.clone()
     changed[0, 0] += 1.0
     # Two layers with a window of 4 reach 6 tokens back, and the image's first token is farther from every prediction.
-    torch.testing.assert_close(side(VisionTokens(changed, GRID), text), first)
+    torch.testing.assert_close(side(VisionTokens(changed, GRID), text).logits_MV, first)
 
 
 @pytest.mark.parametrize(

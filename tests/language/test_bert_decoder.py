@@ -41,9 +41,9 @@ def test_logits_equal_transformers(family: str) -> None:
     ids, prompt = item(7, 3)
     memory = images.tokens_BTD + 0.7 * sincos_2d(GRID, WIDTH)
     wanted = side.model(input_ids=torch.tensor([ids]), encoder_hidden_states=memory).logits[0, prompt - 1 : -1]
-    torch.testing.assert_close(side(images, one_item(ids, prompt)), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(side(images, one_item(ids, prompt)).logits_MV, wanted, atol=1e-5, rtol=1e-5)
     other = VisionTokens(images.tokens_BTD + 1.0, GRID)
-    assert not torch.allclose(side(other, one_item(ids, prompt)), wanted, atol=1e-3)
+    assert not torch.allclose(side(other, one_item(ids, prompt)).logits_MV, wanted, atol=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -52,8 +52,8 @@ def test_packed_items_give_the_logits_of_one_item_per_row(family: str) -> None:
     rows = [[item(5, 2), item(9, 4), item(4, 1)], [item(7, 3)]]
     owner = [image for image, items in enumerate(rows) for _ in items]
     apart = VisionTokens(images.tokens_BTD[owner], images.grid_hw)
-    single_MV = side(apart, pack([[one] for items in rows for one in items], 0))
-    torch.testing.assert_close(side(images, pack(rows, 0)), single_MV, atol=1e-5, rtol=1e-5)
+    single_MV = side(apart, pack([[one] for items in rows for one in items], 0)).logits_MV
+    torch.testing.assert_close(side(images, pack(rows, 0)).logits_MV, single_MV, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -63,7 +63,7 @@ def test_cached_writing_is_what_the_forward_says(family: str) -> None:
     written = side.generate(images, prompts, eos_id=NEVER, max_new_tokens=5)
     for index, (prompt, row) in enumerate(zip(prompts, written, strict=True)):
         alone = VisionTokens(images.tokens_BTD[index : index + 1], GRID)
-        logits_MV = side(alone, one_item([*prompt, *row], len(prompt)))
+        logits_MV = side(alone, one_item([*prompt, *row], len(prompt))).logits_MV
         assert len(row) == 5 and logits_MV.argmax(-1).tolist() == row
 
 
@@ -126,12 +126,12 @@ def test_other_models_are_refused() -> None:
 def test_absent_and_padded_images(family: str) -> None:
     side = decoder(family)
     tokens_BTD = vision(2).tokens_BTD.requires_grad_()
-    see = VisionTokens(tokens_BTD, GRID, lengths_B=torch.tensor([4, 0]))
+    see = VisionTokens(tokens_BTD, GRID, lengths=(4, 0))
     text = pack([[item(5, 1)], [item(5, 1)]], 0)
-    logits_MV = side(see, text)
+    logits_MV = side(see, text).logits_MV
     logits_MV.square().sum().backward()
     assert tokens_BTD.grad is not None and bool(tokens_BTD.grad.isfinite().all())
     assert (tokens_BTD.grad.abs().amax(-1) > 0).tolist() == [[True] * 4 + [False] * 2, [False] * 6]
     short = VisionTokens(tokens_BTD[:1, :4], (2, 2))
     first = pack([[(text.ids_BN[0].tolist(), 1)]], 0)
-    torch.testing.assert_close(side(short, first), logits_MV[:4], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(side(short, first).logits_MV, logits_MV[:4], atol=1e-5, rtol=1e-5)

@@ -23,9 +23,9 @@ def test_without_a_position_code_the_image_is_a_set() -> None:
     images, text = vision(1), one_item(*item(5, 1))
     shuffled = VisionTokens(images.tokens_BTD[:, torch.tensor([3, 1, 5, 0, 2, 4])], images.grid_hw)
     blind = decoder(position_scale=0.0)
-    torch.testing.assert_close(blind(images, text), blind(shuffled, text), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(blind(images, text).logits_MV, blind(shuffled, text).logits_MV, atol=1e-6, rtol=1e-5)
     seeing = decoder(position_scale=0.7)
-    assert (seeing(images, text) - seeing(shuffled, text)).abs().max() > 1e-6
+    assert (seeing(images, text).logits_MV - seeing(shuffled, text).logits_MV).abs().max() > 1e-6
 
 
 def test_embedding_and_head_are_one_matrix_loaded_from_either_form_of_file(tmp_path: Path) -> None:
@@ -37,9 +37,9 @@ def test_embedding_and_head_are_one_matrix_loaded_from_either_form_of_file(tmp_p
     images, text = vision(1), one_item(*item(5, 1))
     for name in ("full", "tied"):
         loaded = decoder(source=str(tmp_path / f"{name}.safetensors"))
-        assert not torch.equal(loaded(images, text), donor(images, text))
+        assert not torch.equal(loaded(images, text).logits_MV, donor(images, text).logits_MV)
         loaded.load_weights()
-        assert torch.equal(loaded(images, text), donor(images, text))
+        assert torch.equal(loaded(images, text).logits_MV, donor(images, text).logits_MV)
         assert loaded.head.weight is loaded.embed_tokens.weight
 
 
@@ -62,6 +62,6 @@ def test_heads_must_divide_the_width() -> None:
 def test_dropout_is_for_training_only() -> None:
     side = decoder(dropout=0.5)
     images, text = vision(1), one_item(*item(5, 1))
-    assert torch.equal(side(images, text), side(images, text))
+    assert torch.equal(side(images, text).logits_MV, side(images, text).logits_MV)
     side.train()
-    assert not torch.equal(side(images, text), side(images, text))
+    assert not torch.equal(side(images, text).logits_MV, side(images, text).logits_MV)

@@ -45,7 +45,7 @@ def test_teacher_forcing_is_right_exactly_where_greedy_decoding_is(kind: str, le
         wrong = list(written)
         wrong[place] = (wrong[place] + 1) % VOCAB
         answers.append(wrong)
-    logits_MV = side(images, pack([[([*prompt, *answer], length) for answer in answers]], 0))
+    logits_MV = side(images, pack([[([*prompt, *answer], length) for answer in answers]], 0)).logits_MV
     predicted = logits_MV.argmax(-1).view(len(answers), 6).tolist()
     assert [row == answer for row, answer in zip(predicted, answers, strict=True)] == [True, False, False, False]
 
@@ -59,7 +59,7 @@ def test_a_written_end_is_a_predicted_end(kind: str) -> None:
     eos = free[place]
     written = side.generate(images, [prompt], eos_id=eos, max_new_tokens=6)[0]
     assert written == free[:place]
-    logits_MV = side(images, one_item([*prompt, *written, eos], 3))
+    logits_MV = side(images, one_item([*prompt, *written, eos], 3)).logits_MV
     assert logits_MV.argmax(-1).tolist() == [*written, eos]
 
 

@@ -92,7 +92,7 @@ def test_beams_find_what_greedy_misses() -> None:
 
 def log_likelihood(side: LanguageSide, images: VisionTokens, prompt: list[int], answers: list[list[int]]) -> Tensor:
     """Sum over each answer's tokens, by one teacher-forced forward, hence without any cache."""
-    logits_MV = side(images, pack([[([*prompt, *answer], len(prompt)) for answer in answers]], 1))
+    logits_MV = side(images, pack([[([*prompt, *answer], len(prompt)) for answer in answers]], 1)).logits_MV
     flat = torch.tensor([token for answer in answers for token in answer])
     gains_M = logits_MV.log_softmax(-1)[torch.arange(len(flat)), flat]
     return torch.stack([part.sum() for part in gains_M.split([len(answer) for answer in answers])])
@@ -202,7 +202,7 @@ def test_cached_greedy_is_the_uncached_argmax(depth: int) -> None:
         image = VisionTokens(images.tokens_BTD[index : index + 1], images.grid_hw)
         row = list(prompt)
         for _ in range(12):  # the next token by a forward over all tokens, a dummy standing where it is to be
-            row.append(int(side(image, pack([[([*row, 5], len(row))]], 0)).argmax(-1)))
+            row.append(int(side(image, pack([[([*row, 5], len(row))]], 0)).logits_MV.argmax(-1)))
         assert cached[index] == row[len(prompt) :]
 
 

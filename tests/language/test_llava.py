@@ -35,7 +35,7 @@ def test_logits_equal_llava_15() -> None:
         pixels = ours.clip.preprocess(image[None])
         wanted = model(input_ids=torch.tensor([widened(row, 16)]), pixel_values=pixels).logits[0]
         after = row.index(IMAGE_TOKEN) + 16  # of the words behind the image; each is predicted one before
-        found = ours.language(ours.see(image[None]), pack([[(row, row.index(IMAGE_TOKEN) + 1)]], 0))
+        found = ours.language(ours.see(image[None]), pack([[(row, row.index(IMAGE_TOKEN) + 1)]], 0)).logits_MV
         torch.testing.assert_close(found, wanted[after - 1 : -1], atol=1e-4, rtol=1e-4)
 
 
@@ -74,11 +74,11 @@ def test_logits_equal_llava_next(size: tuple[int, int]) -> None:
     )  # fmt: skip
     theirs = processor(image, return_tensors="pt")
     vision = next_tokens(ours, Batch(image[None], torch.arange(1), "test"))
-    assert vision.lengths_B is not None
+    assert vision.lengths is not None
     row = prompts()[0]
-    ids = torch.tensor([widened(row, int(vision.lengths_B))])
+    ids = torch.tensor([widened(row, vision.lengths[0])])
     wanted: Tensor = model(input_ids=ids, **theirs).logits[0]
-    found = ours.language(vision, pack([[(row, row.index(IMAGE_TOKEN) + 1)]], 0))
+    found = ours.language(vision, pack([[(row, row.index(IMAGE_TOKEN) + 1)]], 0)).logits_MV
     torch.testing.assert_close(found, wanted[-len(found) - 1 : -1], atol=2e-4, rtol=2e-4)
 
 
@@ -94,8 +94,8 @@ def test_images_of_unlike_tiles_share_a_batch() -> None:
     both, rows = next_tokens(ours, batch), prompts()
     text = pack([[(row, row.index(IMAGE_TOKEN) + 1)] for row in rows], 0)
     singles = [pack([[(row, row.index(IMAGE_TOKEN) + 1)]], 0) for row in rows]
-    expected = torch.cat([ours.language(see, one) for see, one in zip(alone, singles, strict=True)])
-    torch.testing.assert_close(ours.language(both, text), expected, atol=1e-4, rtol=1e-4)
+    expected = torch.cat([ours.language(see, one).logits_MV for see, one in zip(alone, singles, strict=True)])
+    torch.testing.assert_close(ours.language(both, text).logits_MV, expected, atol=1e-4, rtol=1e-4)
     written = ours.language.generate(both, rows, eos_id=NEVER, max_new_tokens=4)
     for see, row, wanted in zip(alone, rows, written, strict=True):
         assert ours.language.generate(see, [row], eos_id=NEVER, max_new_tokens=4) == [wanted]
@@ -103,8 +103,8 @@ def test_images_of_unlike_tiles_share_a_batch() -> None:
     plain = pack([[item(4, 1), item(5, 2)], [item(6, 2)]], 0)
     parts = [pack([[(plain.ids_BN[0, :4].tolist(), 1), (plain.ids_BN[0, 4:9].tolist(), 2)]], 0),
              pack([[(plain.ids_BN[1, :6].tolist(), 2)]], 0)]  # fmt: skip
-    expected = torch.cat([ours.language(see, one) for see, one in zip(alone, parts, strict=True)])
-    torch.testing.assert_close(ours.language(both, plain), expected, atol=1e-4, rtol=1e-4)
+    expected = torch.cat([ours.language(see, one).logits_MV for see, one in zip(alone, parts, strict=True)])
+    torch.testing.assert_close(ours.language(both, plain).logits_MV, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_tiles_need_a_newline_and_no_position_code() -> None:
@@ -121,7 +121,7 @@ def test_tiles_need_a_newline_and_no_position_code() -> None:
 def test_the_newline_learns_in_the_place_of_the_last_column() -> None:
     ours, _ = next_parts()
     vision = next_tokens(ours, Batch(torch.rand(1, 3, 40, 80), torch.arange(1), "test"))
-    ours.language(vision, pack([[item(4, 1)]], 0)).sum().backward()
+    ours.language(vision, pack([[item(4, 1)]], 0)).logits_MV.sum().backward()
     assert ours.language.image_newline is not None
     gradient = ours.language.image_newline.weight.grad
     assert gradient is not None and float(gradient.abs().max()) > 0

@@ -32,7 +32,7 @@ def test_logits_equal_a_plain_forward_with_embeddings() -> None:
     embeds = torch.cat([prefix_BTD, reference.get_input_embeddings()(torch.tensor([ids]))], dim=1)
     logits_NV = reference(inputs_embeds=embeds).logits[0]
     first = GRID[0] * GRID[1] + prompt - 1  # the position that predicts the first answer token
-    torch.testing.assert_close(side(images, one_item(ids, prompt)), logits_NV[first:-1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(side(images, one_item(ids, prompt)).logits_MV, logits_NV[first:-1], atol=1e-5, rtol=1e-5)
 
 
 def test_no_position_code_unless_asked_for() -> None:
@@ -41,7 +41,7 @@ def test_no_position_code_unless_asked_for() -> None:
     ids, prompt = item(5, 2)
     embeds = torch.cat([images.tokens_BTD, side.model.get_input_embeddings()(torch.tensor([ids]))], dim=1)
     expected = side.model(inputs_embeds=embeds).logits[0, 6 + 1 : -1]
-    torch.testing.assert_close(side(images, one_item(ids, prompt)), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(side(images, one_item(ids, prompt)).logits_MV, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -50,11 +50,11 @@ def test_loads_what_save_pretrained_wrote(tmp_path: Path, tied: bool) -> None:
     reference.save_pretrained(tmp_path)
     side = PrefixLM(source=str(tmp_path)).eval()
     ids, prompt = item(6, 1)
-    before = side(images := vision(1), one_item(ids, prompt))
+    before = side(images := vision(1), one_item(ids, prompt)).logits_MV
     side.load_weights()
     embeds = torch.cat([images.tokens_BTD, reference.get_input_embeddings()(torch.tensor([ids]))], dim=1)
     expected = reference(inputs_embeds=embeds).logits[0, 6:-1]
-    after = side(images, one_item(ids, prompt))
+    after = side(images, one_item(ids, prompt)).logits_MV
     torch.testing.assert_close(after, expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(before, after)
     assert side.width == WIDTH

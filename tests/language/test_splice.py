@@ -18,12 +18,13 @@ from visexpert.types import IGNORE_INDEX, IMAGE_TOKEN, TextBatch, VisionTokens
 def test_places_positions_and_masks_by_hand() -> None:
     """Two items of one image of 3 tokens, the second sample of text alone."""
     text = pack([[([1, IMAGE_TOKEN, 5], 2), ([1, 6, IMAGE_TOKEN, 7, 8], 3)], [([1, 9], 1)]], 0)
-    see = VisionTokens(torch.zeros(2, 3, 4), (1, 3), lengths_B=torch.tensor([3, 0]))
+    see = VisionTokens(torch.zeros(2, 3, 4), (1, 3), lengths=(3, 0))
     reading = lay_out(see, text)
     assert reading.source_BL[0].tolist() == [0, 8, 9, 10, 2, 3, 4, 8, 9, 10, 6, 7]
     assert reading.positions_BL[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]
     assert reading.positions_BL[1, :2].tolist() == [0, 1]
-    assert reading.predicting_BL.nonzero().tolist() == [[0, 3], [0, 9], [0, 10], [1, 0]]
+    assert reading.predicting_M.tolist() == [3, 9, 10, 12 + 0]  # the second row begins at 12
+    assert reading.targets_M.tolist() == [5, 7, 8, 9] and reading.longest == 7
     mask_LL = reading.mask_BLL[0].long()
     assert mask_LL[4].tolist() == [1] * 5 + [0] * 7  # the first item's end sees its image and itself
     assert mask_LL[6].tolist() == [0] * 5 + [1] * 2 + [0] * 5  # the second item does not see its image yet
@@ -52,10 +53,10 @@ def packed(rows: list[list[tuple[list[int], list[int]]]]) -> TextBatch:
 def test_packed_conversations_give_the_logits_of_one_per_row() -> None:
     side, images = language_side("prefix"), vision(2)
     rows = [[conversation([3, 2]), conversation([1, 4, 2])], [conversation([5])]]
-    together_MV = side(images, packed(rows))
+    together_MV = side(images, packed(rows)).logits_MV
     owner = [image for image, items in enumerate(rows) for _ in items]
     apart = VisionTokens(images.tokens_BTD[owner], images.grid_hw)
-    single_MV = side(apart, packed([[one] for items in rows for one in items]))
+    single_MV = side(apart, packed([[one] for items in rows for one in items])).logits_MV
     assert len(together_MV) == 3 + 2 + 1 + 4 + 2 + 5
     torch.testing.assert_close(together_MV, single_MV, atol=1e-5, rtol=1e-5)
 
@@ -63,11 +64,11 @@ def test_packed_conversations_give_the_logits_of_one_per_row() -> None:
 def test_an_answer_in_mid_conversation_depends_on_what_was_before_it_only() -> None:
     side, images = language_side("prefix"), vision(1)
     ids, labels = conversation([3, 2])
-    before_MV = side(images, packed([[(ids, labels)]]))
+    before_MV = side(images, packed([[(ids, labels)]])).logits_MV
     changed = [*ids[:-1], ids[-1] % 30 + 3]
-    torch.testing.assert_close(side(images, packed([[(changed, labels)]])), before_MV, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(side(images, packed([[(changed, labels)]])).logits_MV, before_MV, atol=1e-6, rtol=1e-6)
     changed = [*ids[:4], ids[4] % 30 + 3, *ids[5:]]  # the first word of the first answer
-    after_MV = side(images, packed([[(changed, labels)]]))
+    after_MV = side(images, packed([[(changed, labels)]])).logits_MV
     torch.testing.assert_close(after_MV[0], before_MV[0], atol=1e-6, rtol=1e-6)
     assert float((after_MV - before_MV)[1:].detach().abs().amax(-1).min()) > 1e-3
 
@@ -77,20 +78,22 @@ def test_an_image_first_equals_an_image_in_front() -> None:
     side, images = language_side("prefix"), vision(1)
     body = words(6)
     marked = pack([[([IMAGE_TOKEN, *body], 3)]], 0)
-    torch.testing.assert_close(side(images, marked), side(images, pack([[(body, 2)]], 0)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        side(images, marked).logits_MV, side(images, pack([[(body, 2)]], 0)).logits_MV, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_text_alone_reads_no_image() -> None:
     side, images = language_side("prefix"), vision(2)
     ids, labels = conversation([3])
     alone = [1, *words(4)]
-    there = replace(images, lengths_B=torch.tensor([6, 0]))
+    there = replace(images, lengths=(6, 0))
     mixed = packed([[(ids, labels)], [(alone, [IGNORE_INDEX, *alone[1:]])]])
     expected = language_side_logits(side, alone)
-    torch.testing.assert_close(side(there, mixed)[3:], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(side(there, mixed).logits_MV[3:], expected, atol=1e-5, rtol=1e-5)
     only = pack([[(alone, 1)]], 0)
-    absent = VisionTokens(images.tokens_BTD[:1], images.grid_hw, lengths_B=torch.tensor([0]))
-    torch.testing.assert_close(side(absent, only), expected, atol=1e-5, rtol=1e-5)
+    absent = VisionTokens(images.tokens_BTD[:1], images.grid_hw, lengths=(0,))
+    torch.testing.assert_close(side(absent, only).logits_MV, expected, atol=1e-5, rtol=1e-5)
     assert side.generate(absent, [alone], eos_id=0, max_new_tokens=3) == [written_alone(side, alone)]
 
 
@@ -110,8 +113,8 @@ def written_alone(side: torch.nn.Module, ids: list[int]) -> list[int]:
 def test_no_gradient_and_no_nan_from_an_absent_image(kind: str) -> None:
     side = language_side(kind)
     tokens_BTD = vision(2).tokens_BTD.requires_grad_()
-    see = VisionTokens(tokens_BTD, (2, 3), lengths_B=torch.tensor([4, 0]))
-    logits_MV = side(see, pack([[([1, *words(4)], 1)]] * 2, 0))
+    see = VisionTokens(tokens_BTD, (2, 3), lengths=(4, 0))
+    logits_MV = side(see, pack([[([1, *words(4)], 1)]] * 2, 0)).logits_MV
     assert bool(logits_MV.isfinite().all())
     logits_MV.square().sum().backward()
     assert tokens_BTD.grad is not None and bool(tokens_BTD.grad.isfinite().all())
@@ -124,9 +127,9 @@ def test_padding_of_an_image_is_never_read(kind: str) -> None:
     side, images = language_side(kind), vision(1)
     short = VisionTokens(images.tokens_BTD[:, :4], (2, 2))
     side.position_scale = 0.0  # type: ignore[assignment]
-    padded = replace(images, lengths_B=torch.tensor([4]))
+    padded = replace(images, lengths=(4,))
     text = pack([[([1, *words(5)], 2)]], 0)
-    torch.testing.assert_close(side(padded, text), side(short, text), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(side(padded, text).logits_MV, side(short, text).logits_MV, atol=1e-5, rtol=1e-5)
 
 
 def test_counts_of_markers_are_checked() -> None:
@@ -136,7 +139,7 @@ def test_counts_of_markers_are_checked() -> None:
         side(images, pack([[(fine, 2), (twice, 3)], [(fine, 2)]], 0))
     with pytest.raises(DataError, match=r"Text item 1 of sample 1 .* has 0 image tokens .* the sample has 1 image;"):
         side(images, pack([[(fine, 2)], [(none, 2)]], 0))
-    absent = replace(images, lengths_B=torch.tensor([6, 0]))
+    absent = replace(images, lengths=(6, 0))
     with pytest.raises(DataError, match=r"Text item 1 of sample 1 .* has 1 image tokens .* the sample has 0 image;"):
         side(absent, pack([[(fine, 2)], [(fine, 2)]], 0))
     with pytest.raises(DataError, match="A prompt has 2 image tokens .* its sample has 1 image"):

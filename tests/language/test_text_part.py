@@ -73,7 +73,7 @@ def check(side: PrefixLM, body: Any, head: Any) -> None:
     items = [item(7, 2), item(6, 3)]
     tokens_BTD = torch.randn(1, 6, side.width)
     with torch.no_grad():
-        found_MV = side(VisionTokens(tokens_BTD, (2, 3)), pack([items], 0))
+        found_MV = side(VisionTokens(tokens_BTD, (2, 3)), pack([items], 0)).logits_MV
         wanted = []
         for ids, prompt in items:
             embeds = torch.cat([tokens_BTD, body.get_input_embeddings()(torch.tensor([ids]))], dim=1)

@@ -94,7 +94,7 @@ def test_gradient_of_the_whole_loss_reaches_the_noise_width() -> None:
     """The learned width of the noise has a gradient, and a finite one, though one expert is detached."""
     gate = TokenGate(dim=8, num_experts=3, noise="learned").train()
     attached_K = torch.tensor([True, False, True])
-    output = gate(torch.randn(2, 5, 8), attached_K)
+    output = gate(torch.randn(2, 5, 8), attached_K.tolist())
     assert output.load_BK is not None
     gate_balance(output.gates_BTK, attached_K, load_K=output.load_BK.sum(0)).backward()
     assert gate.noise_width is not None and gate.noise_width.weight.grad is not None

@@ -73,7 +73,7 @@ def noise_batch(*, seed: int = 0, size: int = 20) -> Batch:
 def logits_of(model: ToVE, batch: Batch) -> Tensor:
     """Logits of the supervised tokens."""
     assert batch.text is not None
-    logits_MV: Tensor = model.language(model.encode(batch), batch.text)
+    logits_MV: Tensor = model.language(model.encode(batch), batch.text).logits_MV
     return logits_MV
 
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor
 
 from visexpert.data import TextPacker, pack
-from visexpert.language import Decoding, LanguageSide
+from visexpert.language import Decoding, LanguageSide, Predictions
 from visexpert.methods.evaluation import Evaluator, decode, item_of_supervised
 from visexpert.tabletop.tokenizer import tabletop_tokenizer
 from visexpert.types import Batch, TextBatch, TextItem, VisionTokens
@@ -67,7 +66,7 @@ class Parrot(LanguageSide):
 
     def load_weights(self) -> None: ...
 
-    def forward(self, vision: VisionTokens, text: TextBatch) -> Tensor:
+    def forward(self, vision: VisionTokens, text: TextBatch) -> Predictions:
         raise NotImplementedError
 
     def _generate(

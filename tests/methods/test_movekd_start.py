@@ -46,7 +46,7 @@ def test_the_gate_of_a_tove_run_weighs_the_teachers_is_frozen_and_saved(tmp_path
     share_BTK = torch.cat([torch.full_like(expected_BTK[..., :1], 0.3), 0.7 * expected_BTK], dim=-1)
     assert model.anchor is not None
     images_BCHW = unit(batch)
-    teachers = {"clip": as_teacher(model.anchor, images_BCHW)} | model.hub(images_BCHW)
+    teachers = {"clip": as_teacher(model.anchor, images_BCHW)} | model.hub(batch)
     fresh = tiny_movekd(depth=2, teacher_weighting="gate", init_from=start)
     fresh.setup("fit")
     fresh.train()

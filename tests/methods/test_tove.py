@@ -81,11 +81,11 @@ def test_a_detached_expert_equals_a_gate_of_zero_with_the_rest_renormalised(spac
     assert model.gate is not None
     images_BCHW = batch.images_BCHW.float() / 255
     clip = model.clip(images_BCHW).tokens_BTD
-    gates_BTK = model.gate(clip, torch.ones(3, dtype=torch.bool)).gates_BTK.clone()
+    gates_BTK = model.gate(clip, (True,) * 3).gates_BTK.clone()
     gates_BTK[..., 1] = 0.0
     gates_BTK = gates_BTK / gates_BTK.sum(-1, keepdim=True)
     fused = clip if space == "clip" else model.projector(clip)
-    for column, (name, tokens) in enumerate(model.hub(images_BCHW).items()):
+    for column, (name, tokens) in enumerate(model.hub(batch).items()):
         fused = fused + gates_BTK[..., column, None] * model.adapters[name](tokens)
     expected = fused if space == "language" else model.projector(fused)
     before = logits_of(model, batch)
@@ -209,7 +209,7 @@ def test_an_expert_alone_needs_no_clip() -> None:
     ran: list[bool] = []
     model.clip.register_forward_hook(lambda *_: ran.append(True))
     vision = model.encode(batch)
-    tokens = model.hub(batch.images_BCHW.float() / 255)["edges"]
+    tokens = model.hub(batch)["edges"]
     torch.testing.assert_close(vision.tokens_BTD, model.adapters["edges"](tokens))
     assert not ran
 

@@ -52,7 +52,7 @@ def mixed(*, pixels: int = 0) -> Batch:
 
 def logits(model: Method, batch: Batch) -> Tensor:
     assert batch.text is not None
-    found: Tensor = model.language(model.encode(batch), batch.text)
+    found: Tensor = model.language(model.encode(batch), batch.text).logits_MV
     return found
 
 
@@ -112,7 +112,7 @@ def test_tiles_reach_the_language_side(method: str) -> None:
     with torch.no_grad():
         vision = model.encode(wide)
     # 16 tokens of the whole image and 2 tiles of 16; a newline after each row of the joined tiles: 4 rows, or 8.
-    assert vision.lengths_B is not None and vision.lengths_B.tolist() == [16 + 32 + 4, 16 + 32 + 8]
+    assert vision.lengths == (16 + 32 + 4, 16 + 32 + 8)
     loss = model.step(wide).loss
     loss.backward()
     assert torch.isfinite(loss)
@@ -134,8 +134,7 @@ def test_merging_trains_on_what_is_shipped_then() -> None:
         assert float(found) == pytest.approx(float(token_distance(own_BTD, target_BTD)), rel=1e-5)
         read = model.encode(wide)
         shipped = model.merged().eval().encode(wide)
-    assert read.lengths_B is not None and shipped.lengths_B is not None
-    assert read.lengths_B.tolist() == shipped.lengths_B.tolist() == [16 + 32 + 4, 0]
+    assert read.lengths == shipped.lengths == (16 + 32 + 4, 0)
     torch.testing.assert_close(read.tokens_BTD, shipped.tokens_BTD)
 
 

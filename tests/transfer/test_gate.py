@@ -30,7 +30,7 @@ def gate_with_wide_logits(**options: object) -> TokenGate:
 @pytest.mark.parametrize("training", [False, True])
 def test_rows_sum_to_one_over_what_is_attached(hidden_dim: int | None, noise: NoiseKind, training: bool) -> None:
     gate = gate_with_wide_logits(hidden_dim=hidden_dim, noise=noise).train(training)
-    gates_BTK = gate(clip_tokens(), ATTACHED).gates_BTK
+    gates_BTK = gate(clip_tokens(), ATTACHED.tolist()).gates_BTK
     assert gates_BTK.shape == (2, 6, 4)
     assert torch.count_nonzero(gates_BTK[..., 1]) == 0
     assert (gates_BTK[..., ATTACHED] > 0).all()
@@ -40,8 +40,8 @@ def test_rows_sum_to_one_over_what_is_attached(hidden_dim: int | None, noise: No
 def test_detaching_renormalises_the_rest() -> None:
     gate = gate_with_wide_logits().eval()
     tokens_BTD = clip_tokens()
-    everything = gate(tokens_BTD, ALL).gates_BTK
-    without = gate(tokens_BTD, ATTACHED).gates_BTK
+    everything = gate(tokens_BTD, ALL.tolist()).gates_BTK
+    without = gate(tokens_BTD, ATTACHED.tolist()).gates_BTK
     kept = everything * ATTACHED
     torch.testing.assert_close(without, kept / kept.sum(-1, keepdim=True))
 
@@ -49,8 +49,8 @@ def test_detaching_renormalises_the_rest() -> None:
 def test_each_token_has_its_own_gate() -> None:
     gate = gate_with_wide_logits().eval()
     tokens_BTD = clip_tokens()
-    gates_BTK = gate(tokens_BTD, ALL).gates_BTK
-    shuffled = gate(tokens_BTD.flip(1), ALL).gates_BTK
+    gates_BTK = gate(tokens_BTD, ALL.tolist()).gates_BTK
+    shuffled = gate(tokens_BTD.flip(1), ALL.tolist()).gates_BTK
     torch.testing.assert_close(shuffled, gates_BTK.flip(1))
     assert gates_BTK.std(dim=1).max() > 0.05
 
@@ -58,9 +58,9 @@ def test_each_token_has_its_own_gate() -> None:
 def test_top_k_keeps_the_largest_and_renormalises() -> None:
     gate = gate_with_wide_logits(top_k=2).eval()
     tokens_BTD = clip_tokens()
-    gates_BTK = gate(tokens_BTD, ATTACHED).gates_BTK
+    gates_BTK = gate(tokens_BTD, ATTACHED.tolist()).gates_BTK
     gate.top_k = None
-    soft_BTK = gate(tokens_BTD, ATTACHED).gates_BTK
+    soft_BTK = gate(tokens_BTD, ATTACHED.tolist()).gates_BTK
     for row, soft in zip(gates_BTK.flatten(0, 1), soft_BTK.flatten(0, 1), strict=True):
         best = soft.argsort(descending=True)[:2]
         expected = torch.zeros(4)
@@ -74,14 +74,14 @@ def test_top_1_is_one_hot_and_top_k_beyond_what_is_attached_keeps_all() -> None:
     assert sorted(one_hot.unique().tolist()) == [0.0, 1.0]
     gate = gate_with_wide_logits(top_k=3).eval()
     two = torch.tensor([True, False, True, False])
-    wide = gate(tokens_BTD, two).gates_BTK
+    wide = gate(tokens_BTD, two.tolist()).gates_BTK
     gate.top_k = None
-    torch.testing.assert_close(wide, gate(tokens_BTD, two).gates_BTK)
+    torch.testing.assert_close(wide, gate(tokens_BTD, two.tolist()).gates_BTK)
 
 
 def test_uniform_is_the_average_of_what_is_attached() -> None:
     gate = TokenGate(dim=8, num_experts=4, kind="uniform").train()
-    output = gate(clip_tokens(), ATTACHED)
+    output = gate(clip_tokens(), ATTACHED.tolist())
     torch.testing.assert_close(output.gates_BTK, torch.tensor([1 / 3, 0, 1 / 3, 1 / 3]).expand(2, 6, 4))
     assert output.load_BK is None
     assert not list(gate.parameters())
@@ -92,11 +92,11 @@ def test_noise_in_training_only(noise: NoiseKind) -> None:
     gate = gate_with_wide_logits(noise=noise)
     tokens_BTD = clip_tokens()
     gate.eval()
-    first, second = gate(tokens_BTD, ALL), gate(tokens_BTD, ALL)
+    first, second = gate(tokens_BTD, ALL.tolist()), gate(tokens_BTD, ALL.tolist())
     assert torch.equal(first.gates_BTK, second.gates_BTK)
     assert first.load_BK is None
     gate.train()
-    first, second = gate(tokens_BTD, ALL), gate(tokens_BTD, ALL)
+    first, second = gate(tokens_BTD, ALL.tolist()), gate(tokens_BTD, ALL.tolist())
     assert not torch.equal(first.gates_BTK, second.gates_BTK)
     assert first.load_BK is not None
 
@@ -104,7 +104,7 @@ def test_noise_in_training_only(noise: NoiseKind) -> None:
 def test_fixed_noise_has_the_width_that_was_asked_for() -> None:
     """log(g_j / g_k) is the difference of two noisy logits; its variance is twice that of the noise."""
     gate = TokenGate(dim=8, num_experts=2, noise="fixed", noise_std=0.7).train()
-    gates_BTK = gate(torch.zeros(1, 20_000, 8), torch.ones(2, dtype=torch.bool)).gates_BTK
+    gates_BTK = gate(torch.zeros(1, 20_000, 8), [True] * 2).gates_BTK
     spread = (gates_BTK[..., 0].log() - gates_BTK[..., 1].log()).std().item()
     assert spread == pytest.approx(0.7 * 2**0.5, rel=0.03)
 
@@ -144,7 +144,7 @@ def test_a_gate_estimates_the_load_of_as_many_experts_as_it_keeps() -> None:
 
 def test_the_load_is_float32_whatever_the_gate_is() -> None:
     gate = gate_with_wide_logits(noise="fixed", noise_std=2.0).to(torch.bfloat16).train()
-    load_BK = gate(torch.randn(2, 999, 8, dtype=torch.bfloat16), ATTACHED).load_BK
+    load_BK = gate(torch.randn(2, 999, 8, dtype=torch.bfloat16), ATTACHED.tolist()).load_BK
     assert load_BK.dtype == torch.float32
     assert load_BK.sum().item() == pytest.approx(2 * 999, rel=0.1)
 
@@ -196,10 +196,10 @@ def test_impossible_settings_are_refused(options: dict[str, object], message: st
 def test_keeping_columns_equals_detaching_the_others(options: dict[str, object]) -> None:
     tokens_BTD = clip_tokens()
     gate = gate_with_wide_logits(**options).eval()
-    whole = gate(tokens_BTD, ATTACHED).gates_BTK[..., ATTACHED]
+    whole = gate(tokens_BTD, ATTACHED.tolist()).gates_BTK[..., ATTACHED]
     parameters = sum(p.numel() for p in gate.parameters())
     gate.keep([0, 2, 3])
-    assert torch.allclose(gate(tokens_BTD, torch.ones(3, dtype=torch.bool)).gates_BTK, whole, atol=1e-6)
+    assert torch.allclose(gate(tokens_BTD, [True] * 3).gates_BTK, whole, atol=1e-6)
     assert sum(p.numel() for p in gate.parameters()) < parameters or options.get("kind") == "uniform"
     gate.keep([1])
     assert gate.num_experts == 1 and gate.top_k in (None, 1)

@@ -23,9 +23,9 @@ def tiled(pinpoints: list[list[int]] | None = None) -> TiledClipEncoder:
 
 def places(vision: VisionTokens) -> list[list[float]]:
     """Which view token stands where, where tokens are their own numbers; -1 for a newline."""
-    assert vision.lengths_B is not None and vision.newline_BT is not None
+    assert vision.lengths is not None and vision.newline_BT is not None
     numbers = torch.where(vision.newline_BT, -1.0, vision.tokens_BTD[..., 0])
-    return [row[:length].tolist() for row, length in zip(numbers, vision.lengths_B.tolist(), strict=True)]
+    return [row[:length].tolist() for row, length in zip(numbers, vision.lengths, strict=True)]
 
 
 def numbered(views: int) -> VisionTokens:
@@ -84,8 +84,7 @@ def test_samples_without_an_image_get_no_tokens() -> None:
     there = torch.tensor([True, False])
     batch = Batch(torch.rand(2, 3, SIDE, SIDE), torch.arange(2), "train", has_image_B=there)
     plain = views_of(ClipEncoder(config=FIELDS), batch)
-    assert plain.batch is batch and plain.join(numbered(2)).lengths_B is not None
-    assert plain.join(numbered(2)).lengths_B.tolist() == [4, 0]  # type: ignore[union-attr]
+    assert plain.batch is batch and plain.join(numbered(2)).lengths == (4, 0)
     tiles = views_of(tiled([[1, 1]]), batch)
     assert tiles.batch.has_image_B is not None and tiles.batch.has_image_B.tolist() == [True, False, True, False]
     assert [len(row) for row in places(tiles.join(numbered(4)))] == [4 + 6, 0]

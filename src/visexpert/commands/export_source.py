@@ -13,7 +13,7 @@ from visexpert.callbacks.meant_for import llava_problems
 from visexpert.captioning import text_encoder_of
 from visexpert.errors import ConfigError
 from visexpert.export import ExportSource, LanguageParts, Projection
-from visexpert.language import PrefixLM
+from visexpert.language import Predictions, PrefixLM
 from visexpert.methods import Method, ToVE
 from visexpert.report.files import read_json
 from visexpert.runs import SavedRun
@@ -118,5 +118,5 @@ def _logits(model: Method, images_BCHW: Tensor, ids_BN: Tensor) -> Tensor:
     positions_BN = torch.arange(length).expand(batch, -1)
     text = TextBatch(ids_BN, labels_BN, torch.ones_like(ids_BN), positions_BN)
     vision = model.encode(Batch(images_BCHW, torch.arange(batch), split="export"))
-    logits_MV: Tensor = model.language(vision, text)
-    return logits_MV.view(batch, length - 1, -1)
+    found: Predictions = model.language(vision, text)
+    return found.logits_MV.view(batch, length - 1, -1)

@@ -194,12 +194,14 @@ def pack_flat(
         array_BN[row, column] = values
         return torch.from_numpy(array_BN)
 
-    return TextBatch(
+    packed = TextBatch(
         ids_BN=filled(flat_ids, pad_id),
         labels_BN=filled(np.where(supervised, flat_ids, IGNORE_INDEX), IGNORE_INDEX),
         segments_BN=filled(item - first_item[row] + 1, 0),
         positions_BN=filled(position, 0),
     )
+    _ = packed.facts  # counted here, in a worker, and not by the training loop
+    return packed
 
 
 def _joined(item: TextItem) -> str:

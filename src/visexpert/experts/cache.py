@@ -19,7 +19,7 @@ from visexpert.store import (
     open_features,
     write_features,
 )
-from visexpert.types import ImageSource
+from visexpert.types import Batch, ImageSource
 
 log = logging.getLogger(__name__)
 
@@ -89,10 +89,14 @@ class FeatureCache:
                 "not read: tokens are computed anew; delete them.", self.root, len(old), size, old[0].name,
             )  # fmt: skip
 
-    def read(self, name: EncoderName, split: str, index_B: Tensor) -> Tensor | None:
-        """Cached tokens (B, S, E), float32; None where this encoder and split are not cached."""
-        file = self._files.get((name, split))
-        return None if file is None else file.read(index_B)
+    def read(self, name: EncoderName, batch: Batch) -> Tensor | None:
+        """Cached tokens (B, S, E) of a batch, float32, on its device; None where encoder and split are not cached."""
+        file = self._files.get((name, batch.split))
+        if file is None:
+            return None
+        tokens_BSE, device = file.read(batch.index_B), batch.images_BCHW.device
+        # Pinned, so that the host goes on while they are copied.
+        return tokens_BSE.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens_BSE.to(device)
 
 
 def _encoded(

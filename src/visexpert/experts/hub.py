@@ -13,7 +13,7 @@ from visexpert.experts.cache import FeatureCache
 from visexpert.experts.probe import check_repeats
 from visexpert.grids import resample_tokens
 from visexpert.names import RESERVED, EncoderName, reserved_among
-from visexpert.types import ExpertTokens, ImageSource
+from visexpert.types import Batch, ExpertTokens, ImageSource
 
 
 class ExpertHub(nn.Module):
@@ -27,13 +27,11 @@ class ExpertHub(nn.Module):
         ConfigError: A name is reserved (:data:`visexpert.names.RESERVED`), or no module can have it.
     """
 
-    attached_K: Tensor
-
     def __init__(self, experts: Mapping[str, VisionExpert], *, detached: Iterable[str] = ()) -> None:
         super().__init__()
         _check_names(experts)
         self.experts = nn.ModuleDict(dict(experts))
-        self.register_buffer("attached_K", torch.ones(len(experts), dtype=torch.bool), persistent=False)
+        self._attached = set(experts)
         self._cache: FeatureCache | None = None
         self._cache_grids: dict[str, tuple[int, int]] = {}
         self.requires_grad_(False)
@@ -69,7 +67,12 @@ class ExpertHub(nn.Module):
     @property
     def attached(self) -> tuple[str, ...]:
         """Attached experts."""
-        return tuple(name for name, there in zip(self.names, self.attached_K.tolist(), strict=True) if there)
+        return tuple(name for name in self.names if name in self._attached)
+
+    @property
+    def attached_mask(self) -> tuple[bool, ...]:
+        """Whether each expert of :attr:`names` is attached."""
+        return tuple(name in self._attached for name in self.names)
 
     def __getitem__(self, name: str) -> VisionExpert:
         expert = self.experts[self._known(name)]
@@ -78,17 +81,16 @@ class ExpertHub(nn.Module):
 
     def attach(self, name: str) -> None:
         """Take an expert into use."""
-        self.attached_K[self.names.index(self._known(name))] = True
+        self._attached.add(self._known(name))
 
     def detach(self, name: str) -> None:
         """Take an expert out of use: it is not run and its gate logit is -inf."""
-        self.attached_K[self.names.index(self._known(name))] = False
+        self._attached.discard(self._known(name))
 
     def drop(self, name: str) -> None:
         """Remove an expert for good: its weights are freed and its column disappears."""
-        index = self.names.index(self._known(name))
-        del self.experts[name]
-        self.attached_K = torch.cat([self.attached_K[:index], self.attached_K[index + 1 :]])
+        del self.experts[self._known(name)]
+        self._attached.discard(name)
         self._cache_grids.pop(name, None)
 
     def load_weights(self) -> None:
@@ -144,24 +146,18 @@ class ExpertHub(nn.Module):
         self._cache = cache
 
     @torch.no_grad()
-    def forward(
-        self, images_BCHW: Tensor, *, index_B: Tensor | None = None, split: str = ""
-    ) -> dict[str, ExpertTokens]:
-        """Tokens of every attached expert.
+    def forward(self, batch: Batch) -> dict[str, ExpertTokens]:
+        """Tokens of every attached expert: from the store where it has those of the batch's split, else live.
 
-        Args:
-            images_BCHW: Images, float in [0, 1], any size.
-            index_B: Row of each image in its split; with ``split`` the key of cached tokens.
-            split: Name of the split.
+        Images are looked at by live experts alone.
         """
-        return {name: self._tokens(name, images_BCHW, index_B, split) for name in self.attached}
+        return {name: self._tokens(name, batch) for name in self.attached}
 
-    def _tokens(self, name: str, images_BCHW: Tensor, index_B: Tensor | None, split: str) -> ExpertTokens:
-        if self._cache is not None and index_B is not None:
-            cached = self._cache.read(EncoderName("expert", name), split, index_B)
-            if cached is not None:
-                return ExpertTokens(cached, self._cache_grids[name])
-        tokens: ExpertTokens = self.experts[name](images_BCHW)
+    def _tokens(self, name: str, batch: Batch) -> ExpertTokens:
+        cached = None if self._cache is None else self._cache.read(EncoderName("expert", name), batch)
+        if cached is not None:
+            return ExpertTokens(cached, self._cache_grids[name])
+        tokens: ExpertTokens = self.experts[name](batch.unit_images())
         return tokens
 
     def _known(self, name: str) -> str:

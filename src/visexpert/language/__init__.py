@@ -1,6 +1,6 @@
 """Vision tokens and text to logits, and generation."""
 
-from visexpert.language.base import LanguageSide, item_mask, supervised
+from visexpert.language.base import LanguageSide, Predictions, item_mask, supervised
 from visexpert.language.bert_decoder import BertDecoder
 from visexpert.language.chat import LlavaTemplate
 from visexpert.language.cross_attention import CrossAttentionDecoder
@@ -19,6 +19,7 @@ __all__ = [
     "LlavaTemplate",
     "LoRASettings",
     "NoLanguage",
+    "Predictions",
     "PrefixLM",
     "Projector",
     "item_mask",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,18 @@ from torch import Tensor, nn
 from visexpert.errors import DataError
 from visexpert.language.generation import Decoding
 from visexpert.types import IGNORE_INDEX, TextBatch, VisionTokens
+
+
+class Predictions(NamedTuple):
+    """What a language side makes of the supervised tokens of a text.
+
+    Args:
+        logits_MV: Row m is the prediction *for* token m, from the image and what stands before it in its item.
+        targets_M: int64, the tokens themselves.
+    """
+
+    logits_MV: Tensor
+    targets_M: Tensor
 
 
 class LanguageSide(nn.Module, ABC):
@@ -30,10 +43,11 @@ class LanguageSide(nn.Module, ABC):
         """Fill pretrained weights, where a source was given."""
 
     @abstractmethod
-    def forward(self, vision: VisionTokens, text: TextBatch) -> Tensor:
-        """Logits (M, V) of the M supervised tokens, in the order of ``text.labels_BN != IGNORE_INDEX``.
+    def forward(self, vision: VisionTokens, text: TextBatch) -> Predictions:
+        """Predict the M supervised tokens, in the order of ``text.labels_BN != IGNORE_INDEX``.
 
-        Row m holds the prediction *for* that token, made from the tokens before it in its own item and the image.
+        Raises:
+            DataError: A supervised token stands first in its row, where nothing can predict it.
         """
 
     @property
@@ -85,27 +99,34 @@ class LanguageSide(nn.Module, ABC):
 
 
 def supervised(text: TextBatch) -> tuple[Tensor, Tensor]:
-    """Targets (M,) of supervised tokens and the mask (B, N) of the positions that predict them.
+    """Targets (M,) of supervised tokens, and int64 (M,) the places row * N + column that predict them.
 
     Raises:
         DataError: A supervised token stands first in its row, where nothing can predict it.
     """
-    wanted_BN = text.labels_BN != IGNORE_INDEX
-    if bool(wanted_BN[:, 0].any()):
+    if text.facts.opens_supervised:
         raise DataError(
             "TextBatch: a label stands on the first token of a row; items begin with <bos>, which has none."
         )
-    predicting_BN = torch.zeros_like(wanted_BN)
-    predicting_BN[:, :-1] = wanted_BN[:, 1:]
-    return text.labels_BN[wanted_BN], predicting_BN
+    places_M = text.facts.places_M
+    return at_places(text.labels_BN, places_M), places_M - 1
+
+
+def at_places(values_BN: Tensor, places_M: Tensor) -> Tensor:
+    """Values (M, ...) of a tensor (B, N, ...) at places row * N + column."""
+    return values_BN.flatten(0, 1).index_select(0, places_M)
 
 
 def item_mask(text: TextBatch) -> Tensor:
-    """Which text token may see which: its own item's, up to itself. bool (B, 1, N, N), true = visible.
+    """Which text token may see which, see :func:`segment_mask`."""
+    return segment_mask(text.segments_BN)
 
-    Padding sees itself only, so that no row of the softmax is empty.
+
+def segment_mask(segments_BN: Tensor) -> Tensor:
+    """Which token may see which: its own item's, up to itself. bool (B, 1, N, N), true = visible.
+
+    Padding (0) sees itself only, so that no row of the softmax is empty.
     """
-    segments_BN = text.segments_BN
     same_BNN = segments_BN.unsqueeze(2) == segments_BN.unsqueeze(1)
     num_tokens = segments_BN.shape[1]
     causal_NN = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=segments_BN.device).tril()
@@ -121,10 +142,22 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def image_mask(vision: VisionTokens) -> Tensor | None:
     """Which tokens of an image are its own. bool (B, 1, 1, T); None where all are."""
-    if vision.lengths_B is None:
+    if vision.lengths is None:
         return None
-    places_T = torch.arange(vision.tokens_BTD.shape[1], device=vision.lengths_B.device)
-    return (places_T < vision.lengths_B[:, None])[:, None, None]
+    lengths_B = token_counts(vision)
+    places_T = torch.arange(vision.tokens_BTD.shape[1], device=lengths_B.device)
+    return (places_T < lengths_B[:, None])[:, None, None]
+
+
+def token_counts(vision: VisionTokens) -> Tensor:
+    """Number of tokens of each image, int64 (B,), on the device of the tokens."""
+    return torch.tensor(token_lengths(vision)).to(vision.tokens_BTD.device, non_blocking=True)
+
+
+def token_lengths(vision: VisionTokens) -> tuple[int, ...]:
+    """Number of tokens of each image, known on the host."""
+    tokens_BTD = vision.tokens_BTD
+    return (tokens_BTD.shape[1],) * len(tokens_BTD) if vision.lengths is None else vision.lengths
 
 
 def refuse_markers(text: TextBatch, side: LanguageSide) -> None:
@@ -133,7 +166,7 @@ def refuse_markers(text: TextBatch, side: LanguageSide) -> None:
     Raises:
         DataError: The text says where its image goes.
     """
-    if text.ids_BN.numel() and int(text.ids_BN.min()) < 0:
+    if text.facts.has_markers:
         raise DataError(
             f"{type(side).__name__} reads images beside the text, but the text has image tokens (<image>); use no chat "
             "template, or a PrefixLM."

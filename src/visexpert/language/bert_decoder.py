@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from visexpert.errors import ConfigError, DataError
-from visexpert.language.base import additive, image_mask, item_mask, refuse_markers, supervised
+from visexpert.language.base import Predictions, additive, at_places, image_mask, item_mask, refuse_markers, supervised
 from visexpert.language.causal_lm import Dtype
 from visexpert.language.generation import Decoding, write
 from visexpert.language.lora import LoRASettings
@@ -79,14 +79,13 @@ class BertDecoder(PretrainedSide):
         """Longest text item in tokens."""
         return int(self.settings.max_position_embeddings) - self._first_position
 
-    def forward(self, vision: VisionTokens, text: TextBatch) -> Tensor:
+    def forward(self, vision: VisionTokens, text: TextBatch) -> Predictions:
         """See :meth:`LanguageSide.forward`."""
         refuse_markers(text, self)
-        if text.ids_BN.numel():
-            self._check_length(int(text.positions_BN.max()) + 1)
-        _, predicting_BN = supervised(text)
+        self._check_length(text.facts.longest)
+        targets_M, predicting_M = supervised(text)
         hidden_BND = self._run(self._memory(vision), text.ids_BN, text.positions_BN, item_mask(text), None)
-        return self._logits(hidden_BND[predicting_BN])
+        return Predictions(self._logits(at_places(hidden_BND, predicting_M)), targets_M)
 
     def _generate(
         self, vision: VisionTokens, prompts: Sequence[Sequence[int]], *, eos_id: int, decoding: Decoding

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from visexpert.errors import ConfigError, DataError, require_numbers
-from visexpert.language.base import LanguageSide, image_mask, item_mask, refuse_markers, supervised
+from visexpert.language.base import (
+    LanguageSide,
+    Predictions,
+    at_places,
+    image_mask,
+    item_mask,
+    refuse_markers,
+    supervised,
+)
 from visexpert.language.blocks import DecoderBlock, KeysValues, KeyValueCache
 from visexpert.language.generation import Decoding, write
 from visexpert.language.position import sincos_2d
@@ -83,15 +91,14 @@ class CrossAttentionDecoder(LanguageSide):
             state.setdefault("head.weight", state.get("embed_tokens.weight", torch.empty(0)))
             fill_module(self, state, owner="CrossAttentionDecoder", path=path)
 
-    def forward(self, vision: VisionTokens, text: TextBatch) -> Tensor:
+    def forward(self, vision: VisionTokens, text: TextBatch) -> Predictions:
         """See :meth:`LanguageSide.forward`."""
-        _, predicting_BN = supervised(text)
+        targets_M, predicting_M = supervised(text)
         refuse_markers(text, self)
-        if text.ids_BN.numel():
-            self._check_length(int(text.positions_BN.max()) + 1)
+        self._check_length(text.facts.longest)
         hidden_BND = self._run(self._memory(vision), text.ids_BN, text.positions_BN, item_mask(text), None)
-        logits_MV: Tensor = self.head(self.norm(hidden_BND[predicting_BN]))
-        return logits_MV
+        logits_MV: Tensor = self.head(self.norm(at_places(hidden_BND, predicting_M)))
+        return Predictions(logits_MV, targets_M)
 
     def _generate(
         self, vision: VisionTokens, prompts: Sequence[Sequence[int]], *, eos_id: int, decoding: Decoding

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from visexpert.errors import ConfigError
-from visexpert.language.base import LanguageSide
+from visexpert.language.base import LanguageSide, Predictions
 from visexpert.language.generation import Decoding
 from visexpert.types import TextBatch, VisionTokens
 
@@ -21,7 +19,7 @@ class NoLanguage(LanguageSide):
     def load_weights(self) -> None:
         """Nothing."""
 
-    def forward(self, vision: VisionTokens, text: TextBatch) -> Tensor:
+    def forward(self, vision: VisionTokens, text: TextBatch) -> Predictions:
         """Refused."""
         raise ConfigError("This run has no language side (NoLanguage): set text_weight to 0, or give it one.")
 

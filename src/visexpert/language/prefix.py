@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from visexpert.errors import ConfigError, DataError
 from visexpert.language.attention import check_packing, layer_masks
+from visexpert.language.base import Predictions, at_places, token_lengths
 from visexpert.language.causal_lm import Dtype
 from visexpert.language.generation import Decoding
 from visexpert.language.hf_generation import seeded, strategy, until
@@ -19,7 +20,7 @@ from visexpert.language.lora import LoRASettings, Quantisation
 from visexpert.language.position import sincos_2d
 from visexpert.language.pretrained import PretrainedSide
 from visexpert.language.reading_check import check_reading
-from visexpert.language.splice import lay_out, token_counts
+from visexpert.language.splice import lay_out
 from visexpert.types import IMAGE_TOKEN, TextBatch, VisionTokens
 
 
@@ -73,31 +74,31 @@ class PrefixLM(PretrainedSide):
         """The vector that ends rows of tiles."""
         return () if self.image_newline is None else (self.image_newline,)
 
-    def forward(self, vision: VisionTokens, text: TextBatch) -> Tensor:
+    def forward(self, vision: VisionTokens, text: TextBatch) -> Predictions:
         """See :meth:`LanguageSide.forward`.
 
         Raises:
             DataError: The text is too long, or says of samples with an image that there is none, or the reverse.
         """
         reading = lay_out(vision, text)
-        self._check_length(reading.positions_BL)
+        self._check_length(reading.longest)
         words_BND = self._embed(text.ids_BN.clamp(min=0))
         both_BXD = torch.cat([words_BND, self._image(vision).to(words_BND.dtype)], dim=1)
         embeds_BLD = both_BXD.gather(1, reading.source_BL[..., None].expand(-1, -1, self.width))
         masks = layer_masks(self.settings, reading.mask_BLL, reading.positions_BL, embeds_BLD.dtype)
-        with self._head_reads(reading.predicting_BL):
+        with self._head_reads(reading.predicting_M):
             output = self.model(
                 inputs_embeds=embeds_BLD, attention_mask=masks, position_ids=reading.positions_BL, use_cache=False
             )
         logits_MV: Tensor = output.logits
-        return logits_MV.float()
+        return Predictions(logits_MV.float(), reading.targets_M)
 
     @contextmanager
-    def _head_reads(self, wanted_BL: Tensor) -> Iterator[None]:
+    def _head_reads(self, places_M: Tensor) -> Iterator[None]:
         """Give the output layer the wanted tokens alone; what the model does to its logits (caps, scales) stays."""
 
         def select(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (given[0][wanted_BL], *given[1:])
+            return (at_places(given[0], places_M), *given[1:])
 
         hook = self.model.get_output_embeddings().register_forward_pre_hook(select)
         try:
@@ -120,7 +121,7 @@ class PrefixLM(PretrainedSide):
 
         Sampled rows share one stream of random numbers, so that a draw depends on the rows beside it.
         """
-        lengths = token_counts(vision).tolist()
+        lengths = token_lengths(vision)
         image_BTD = self._image(vision)
         for prompt, length in zip(prompts, lengths, strict=True):
             _check_markers(prompt, has_image=length > 0)
@@ -155,9 +156,8 @@ class PrefixLM(PretrainedSide):
             )
         return sys.maxsize if limit is None else int(limit) - length
 
-    def _check_length(self, positions_BL: Tensor) -> None:
+    def _check_length(self, longest: int) -> None:
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        longest = int(positions_BL.max()) + 1
         if limit is not None and longest > limit:
             raise DataError(
                 f"PrefixLM: a text item with its image takes {longest} tokens, more than the {limit} positions of the "

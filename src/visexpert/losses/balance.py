@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from visexpert.errors import ConfigError
+from visexpert.types import imaged
 
 GateBalanceForm = Literal["cv", "switch"]
 RouterBalanceForm = Literal["pooled", "per_layer"]
@@ -44,17 +44,17 @@ def gate_balance(
     if form not in ("cv", "switch"):
         raise ConfigError(f"gate_balance: form={form!r} is unknown; use 'cv' or 'switch'.")
     full = torch.promote_types(gates_BTK.dtype, torch.float32)
-    gates_NK = gates_BTK.flatten(0, -2)[:, attached_K].to(full)
-    num_experts = gates_NK.shape[-1]
-    if num_experts == 0:
-        return gates_NK.new_zeros(())
-    winners = min(top_k, num_experts)
-    won_N = gates_NK.argmax(-1) if winners == 1 else gates_NK.topk(winners, dim=-1).indices.flatten()
-    won_K = torch.bincount(won_N, minlength=num_experts).to(full)
+    # Masked sums: how many experts are attached stays on the device, which is not waited for.
+    gates_NK = gates_BTK.flatten(0, -2).to(full).masked_fill(~attached_K, 0.0)
+    if not gates_NK.numel():
+        return gates_NK.sum()
+    ranked_NK = gates_NK.masked_fill(~attached_K, -1.0)
+    won_N1 = ranked_NK.topk(min(top_k, gates_NK.shape[-1]), dim=-1).indices if top_k > 1 else _first_largest(ranked_NK)
+    won_K = torch.zeros_like(gates_NK).scatter(-1, won_N1, 1.0).sum(0) * attached_K
     if form == "switch":
-        return num_experts * (won_K / won_N.numel() * gates_NK.mean(0)).sum()
-    load = won_K if load_K is None else load_K[attached_K].to(full)
-    return _squared_variation(gates_NK.sum(0)) + _squared_variation(load)
+        return attached_K.sum() * (won_K / won_K.sum().clamp_min(1) * gates_NK.mean(0)).sum()
+    load_K = won_K if load_K is None else load_K.to(full)
+    return _squared_variation(gates_NK.sum(0), attached_K) + _squared_variation(load_K, attached_K)
 
 
 def router_balance(
@@ -87,17 +87,23 @@ def router_balance(
     if form not in ("pooled", "per_layer"):
         raise ConfigError(f"router_balance: form={form!r} is unknown; use 'pooled' or 'per_layer'.")
     probs_LBNE = probs_LBNE.to(torch.promote_types(probs_LBNE.dtype, torch.float32))
-    chosen_LBNE = F.one_hot(choice_LBN, probs_LBNE.shape[-1]).to(probs_LBNE.dtype)
+    experts_E = torch.arange(probs_LBNE.shape[-1], device=choice_LBN.device)
+    chosen_LBNE = (choice_LBN[..., None] == experts_E).to(probs_LBNE.dtype)  # one_hot looks at the values on a CPU
     share_LBE, mean_LBE = chosen_LBNE.mean(2), probs_LBNE.mean(2)
     if form == "pooled":
         share_LBE, mean_LBE = share_LBE.mean(0, keepdim=True), mean_LBE.mean(0, keepdim=True)
     loss_B = (share_LBE * mean_LBE).sum(-1).mean(0)
-    if has_image_B is None:
-        return loss_B.mean()
-    return loss_B[has_image_B].sum() / has_image_B.sum().clamp_min(1)
+    seen_B = imaged(loss_B, has_image_B)
+    return seen_B.sum() / max(len(seen_B), 1)
 
 
-def _squared_variation(values_K: Tensor) -> Tensor:
-    """CV^2 = variance / mean^2 over experts (population variance)."""
-    mean = values_K.mean()
-    return (values_K - mean).square().mean() / mean.square().clamp_min(torch.finfo(values_K.dtype).tiny)
+def _first_largest(values_NK: Tensor) -> Tensor:
+    return values_NK.argmax(-1, keepdim=True)
+
+
+def _squared_variation(values_K: Tensor, attached_K: Tensor) -> Tensor:
+    """CV^2 = variance / mean^2 over attached experts (population variance)."""
+    count = attached_K.sum().clamp_min(1)
+    mean = values_K.masked_fill(~attached_K, 0.0).sum() / count
+    spread = (values_K - mean).square().masked_fill(~attached_K, 0.0).sum() / count
+    return spread / mean.square().clamp_min(torch.finfo(values_K.dtype).tiny)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from visexpert.errors import ConfigError
 from visexpert.names import CLIP
+from visexpert.types import imaged
 
 Convention = Literal["released", "paper"]
 
@@ -252,9 +253,8 @@ def _beside_anchor(shares_BU: Tensor, names: Mapping[str, Tensor], anchor: str |
 
 def _mean_over_images(values_B: Tensor, has_image_B: Tensor | None) -> Tensor:
     """Mean over the samples with an image; 0 without any."""
-    if has_image_B is None:
-        return values_B.mean(0)
-    return values_B[has_image_B].sum(0) / has_image_B.sum().clamp_min(1)
+    seen_B = imaged(values_B, has_image_B)
+    return seen_B.sum(0) / max(len(seen_B), 1)
 
 
 def _full(values: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visexpert.errors import ConfigError
+from visexpert.types import imaged
 
 TokenDistance = Literal["mse", "cosine", "smooth_l1"]
 
@@ -36,8 +37,7 @@ def token_distance(
     Raises:
         ConfigError: An unknown kind.
     """
-    if has_image_B is not None:
-        student_BTD, target_BTD = student_BTD[has_image_B], target_BTD[has_image_B]
+    student_BTD, target_BTD = imaged(student_BTD, has_image_B), imaged(target_BTD, has_image_B)
     student, target = student_BTD.float(), target_BTD.detach().float()
     if not student.numel():
         return student.sum()
@@ -57,8 +57,7 @@ def normalised_mse(student_BTD: Tensor, target_BTD: Tensor, *, has_image_B: Tens
 
     Samples without an image (``has_image_B`` False) take no part; 0 where none has one.
     """
-    if has_image_B is not None:
-        student_BTD, target_BTD = student_BTD[has_image_B], target_BTD[has_image_B]
+    student_BTD, target_BTD = imaged(student_BTD, has_image_B), imaged(target_BTD, has_image_B)
     student, target = student_BTD.float(), target_BTD.float()
     centred = target - target.mean(dim=(0, 1), keepdim=True)
     return (student - target).square().sum() / centred.square().sum().clamp_min(1e-12)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from visexpert.errors import ConfigError, require_numbers
-from visexpert.language import LanguageSide, NoLanguage, Projector, supervised
+from visexpert.language import LanguageSide, NoLanguage, Predictions, Projector
 from visexpert.losses import text_loss, token_nll
 from visexpert.methods.accumulation import StepShares, batches_done
 from visexpert.methods.checkpointed import CheckpointedModule
@@ -162,9 +162,8 @@ class Method(CheckpointedModule):
                 f"{type(self).__name__}: text_weight is above 0, but there is no text or no language side; add them, "
                 "or set it to 0 where the method has it."
             )
-        logits_MV = self.language(self.read_by_language(seen), text)
-        targets_M, _ = supervised(text)
-        return text_loss(logits_MV, targets_M)
+        predicted: Predictions = self.language(self.read_by_language(seen), text)
+        return text_loss(predicted.logits_MV, predicted.targets_M)
 
     @property
     def reads_text(self) -> bool:
@@ -247,7 +246,7 @@ class Method(CheckpointedModule):
         """Log what the batches of all processes have as one."""
         together = self._trainer is not None and self.trainer.world_size > 1
         is_row = self._trainer is not None and writes_row(self.trainer)
-        counts = _counts(batch) if together or is_row else {}  # they may wait for the device
+        counts = _counts(batch)
         loss = loss_over_processes(output, counts) if together else output.loss.detach()
         self.log_dict({"train/loss": loss}, prog_bar=True, batch_size=output.batch_size)
         if is_row:  # a dozen calls of log take a fifth of a small step
@@ -323,11 +322,13 @@ class Method(CheckpointedModule):
             evaluator.collect_tokens(batch, vision)
             return EvalOutput(vision=vision)
         assert batch.text is not None
-        logits_MV = self.language(vision, batch.text)
-        targets_M, _ = supervised(batch.text)
+        predicted: Predictions = self.language(vision, batch.text)
         tokenizer = self.tokenizer
         evaluator.update_text(
-            batch, predicted_M=logits_MV.argmax(-1), nll_M=token_nll(logits_MV, targets_M), tokenizer=tokenizer
+            batch,
+            predicted_M=predicted.logits_MV.argmax(-1),
+            nll_M=token_nll(predicted.logits_MV, predicted.targets_M),
+            tokenizer=tokenizer,
         )
         evaluator.write_answers(batch, vision, self.language, tokenizer)
         captions = evaluator.generate_captions(batch, vision, self.language, tokenizer)

@@ -14,7 +14,7 @@ from visexpert.losses import cls_token_weights, feature_kd, gated_kd, teacher_we
 from visexpert.losses.distill import Convention, uniform_teacher_weights
 from visexpert.methods.watch import Watch
 from visexpert.names import CLIP, STUDENT
-from visexpert.types import ExpertTokens
+from visexpert.types import ExpertTokens, imaged
 from visexpert.vision import ClsAttention
 
 TeacherWeighting = Literal["attention", "uniform", "gate"]
@@ -103,7 +103,7 @@ class Distillation(Watch):
             teachers: Tokens of every teacher that has a head.
             clip: What the frozen CLIP says of the same images; None where no weighting needs it.
             gates_BTK: Gate of each expert per token, in the order of the heads without CLIP's; for ``gate``.
-            has_image_B: bool; samples without an image take no part.
+            has_image_B: bool, on the host; samples without an image take no part.
 
         Raises:
             DataError: Tokens of a teacher are not finite; in training it may take some steps to show.
@@ -140,11 +140,10 @@ class Distillation(Watch):
     @torch.no_grad()
     def _mean_weights(self, weights: Tensor, tokens_BT: Tensor | None, has_image_B: Tensor | None) -> dict[str, Tensor]:
         """Mean weight of each teacher; how many times the mean the heaviest token of an image weighs."""
-        kept = slice(None) if has_image_B is None else has_image_B
-        mean_K = weights[kept].flatten(0, -2).mean(0)
+        mean_K = imaged(weights, has_image_B).flatten(0, -2).mean(0)
         found = {f"weight/{name}": mean for name, mean in zip(self.heads, mean_K, strict=True)}
         if tokens_BT is not None:
-            found["peak/tokens"] = tokens_BT.shape[1] * tokens_BT[kept].amax(1).mean()
+            found["peak/tokens"] = tokens_BT.shape[1] * imaged(tokens_BT, has_image_B).amax(1).mean()
         return found
 
     def _teacher_weights(

@@ -23,7 +23,7 @@ from visexpert.metrics import (
 from visexpert.metrics.gather import Key, first_of_all, gathered, key_of
 from visexpert.metrics.smooth import WeightedMeans
 from visexpert.metrics.token_probes import TokenProbes
-from visexpert.types import IGNORE_INDEX, Batch, CaptionTruth, FrameTokens, TextBatch, TextItem, VisionTokens
+from visexpert.types import Batch, CaptionTruth, FrameTokens, TextBatch, TextItem, VisionTokens
 
 CAPTION = "caption"
 """Task of a text that the model is asked to write when it captions."""
@@ -352,9 +352,8 @@ def _of_all_processes(names: Iterable[str]) -> list[str]:
 
 def item_of_supervised(text: TextBatch) -> tuple[Tensor, Tensor]:
     """Image and item number (from 0) of each supervised token, in their order."""
-    wanted_BN = text.labels_BN != IGNORE_INDEX
-    image_M = wanted_BN.nonzero()[:, 0]
-    return image_M, text.segments_BN[wanted_BN] - 1
+    places_M = text.facts.places_M
+    return places_M // text.ids_BN.shape[1], text.segments_BN.flatten()[places_M] - 1
 
 
 def decode(ids: list[int], tokenizer: Any) -> str:

@@ -11,7 +11,7 @@ from visexpert.losses import token_distance
 from visexpert.methods.optimiser import ParameterGroup, cosine_with_warmup, make_groups
 from visexpert.metrics.token_error import TokenError
 from visexpert.precision import ClippedModule
-from visexpert.types import Batch, VisionTokens
+from visexpert.types import Batch, VisionTokens, imaged
 from visexpert.vision import ClipEncoder, UsageMeter
 
 
@@ -103,8 +103,7 @@ class Flattening(ClippedModule):
 
 def images_of(batch: Batch) -> Tensor:
     """Images (B, 3, H, W) in [0, 1] without those of samples that have none."""
-    images_BCHW = batch.unit_images()
-    return images_BCHW if batch.has_image_B is None else images_BCHW[batch.has_image_B]
+    return imaged(batch.unit_images(), batch.has_image_B)
 
 
 def _with_cls(tokens: VisionTokens) -> Tensor:

@@ -21,7 +21,7 @@ from visexpert.methods.tove import ToVE
 from visexpert.metrics.token_error import TokenError
 from visexpert.names import EncoderName
 from visexpert.resources import cache_root, weights_digest
-from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens
+from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens, imaged
 from visexpert.vision import TiledClipEncoder, add_mole
 from visexpert.vision.lora import ClipLora
 
@@ -131,9 +131,9 @@ class Merging(Method):
     def compare_in_validation(self, seen: Seen) -> None:
         """How far the student's tokens are from the teacher's."""
         batch = seen.views.batch
-        there = slice(None) if batch.has_image_B is None else batch.has_image_B
         if seen.batch.counts()["image"]:
-            self.error.update(seen.tokens.tokens_BTD[there], self._target(batch)[there])
+            there_B = batch.has_image_B
+            self.error.update(imaged(seen.tokens.tokens_BTD, there_B), imaged(self._target(batch), there_B))
 
     @property
     def router_balance(self) -> RouterBalance | None:
@@ -203,7 +203,7 @@ class Merging(Method):
     @torch.no_grad()
     def _target(self, batch: Batch) -> Tensor:
         if self._stored is not None:
-            stored = self._stored.read(FUSED, batch.split, batch.index_B)
+            stored = self._stored.read(FUSED, batch)
             if stored is not None:
                 return stored
         return self.teacher.transferred(batch).tokens_BTD

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import get_args
+from typing import TypeVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from visexpert.metrics.gather import gathered
 from visexpert.types import StepOutput, Unit
+
+_Key = TypeVar("_Key")
 
 
 def loss_over_processes(output: StepOutput, counts: Mapping[Unit, int]) -> Tensor:
@@ -39,15 +41,23 @@ def parts_over_processes(output: StepOutput, counts: Mapping[Unit, int]) -> dict
     Processes need not have the same parts: a batch without an image has no balance, and no distillation either. What
     nobody has a number for is left out: a watched value is NaN where there are too few images for it.
     """
-    own = {name: (float(term.value), counts[term.unit]) for name, term in output.terms.items()}
-    watched = {name: float(value) for name, value in output.watched.items()}
-    own |= {name: (value, 0 if math.isnan(value) else counts["image"]) for name, value in watched.items()}
+    values = on_host(output.parts)
+    own = {name: (values[name], counts[term.unit]) for name, term in output.terms.items()}
+    own |= {name: (values[name], 0 if math.isnan(values[name]) else counts["image"]) for name in output.watched}
     sums: dict[str, tuple[float, int]] = {}
     for parts in gathered(own):
         for name, (value, count) in parts.items():
             total, counted = sums.get(name, (0.0, 0))
             sums[name] = (total + value * count, counted + count) if count else (total, counted)
     return {name: total / counted for name, (total, counted) in sums.items() if counted}
+
+
+def on_host(values: Mapping[_Key, Tensor]) -> dict[_Key, float]:
+    """Scalars as numbers; the device is waited for once."""
+    if not values:
+        return {}
+    together = torch.stack([value.detach().float() for value in values.values()])
+    return dict(zip(values, together.tolist(), strict=True))
 
 
 def sums_over_processes(own: Mapping[str, float]) -> dict[str, float]:

@@ -106,16 +106,14 @@ def ask_teachers(
     hub: ExpertHub, anchor: ClipEncoder | None, gate: TokenGate | None, batch: Batch, *, cache: FeatureCache | None
 ) -> Lesson:
     """Run the teachers, CLIP first, or read what the store has of them."""
-    images_BCHW = batch.unit_images()
     clip, gates_BTK = None, None
     teachers: dict[str, ExpertTokens] = {}
     if anchor is not None:
-        clip = _stored_anchor(anchor, cache, batch) or ClsAttention.of(anchor, images_BCHW)
+        clip = _stored_anchor(anchor, cache, batch) or ClsAttention.of(anchor, batch.unit_images())
         if gate is not None:
-            everything_K = torch.ones(len(hub.names), dtype=torch.bool, device=images_BCHW.device)
-            gates_BTK = gate(clip.tokens.tokens_BTD, everything_K).gates_BTK
+            gates_BTK = gate(clip.tokens.tokens_BTD, (True,) * len(hub.names)).gates_BTK
         teachers[CLIP] = ExpertTokens(clip.tokens.tokens_BTD, clip.tokens.grid_hw)
-    teachers |= hub(images_BCHW, index_B=batch.index_B, split=batch.split)
+    teachers |= hub(batch)
     return Lesson(teachers, clip, gates_BTK)
 
 
@@ -130,7 +128,7 @@ def store_anchor(anchor: ClipEncoder, cache: FeatureCache, sources: Mapping[str,
 
 
 def _stored_anchor(anchor: ClipEncoder, cache: FeatureCache | None, batch: Batch) -> ClsAttention | None:
-    packed_BNF = None if cache is None else cache.read(FROZEN_CLIP, batch.split, batch.index_B)
+    packed_BNF = None if cache is None else cache.read(FROZEN_CLIP, batch)
     if packed_BNF is None:
         return None
     return ClsAttention.unpacked(packed_BNF, width=anchor.width, grid_hw=anchor.grid_hw)

@@ -26,7 +26,7 @@ from visexpert.store import StoreDtype
 from visexpert.transfer import GateOutput, ResidualTransfer, TokenAdapter, TokenGate
 from visexpert.transfer.gate import GateKind, NoiseKind
 from visexpert.transfer.residual import TransferMode
-from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens
+from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens, imaged
 from visexpert.vision import ClipEncoder
 
 FusionSpace = Literal["language", "clip"]
@@ -161,16 +161,15 @@ class ToVE(Method):
 
         (B, T, d_lang) where ``fusion_space`` is ``language``; else (B, T, D), which the projector has yet to read.
         """
-        images_BCHW = batch.unit_images()
         if not self._needs_clip:
-            return self._experts_alone(images_BCHW, batch)
-        clip = self._clip_tokens(images_BCHW, batch)
+            return self._experts_alone(batch)
+        clip = self._clip_tokens(batch)
         base_BTD = clip.tokens_BTD if self.fusion_space == "clip" else self.projector(clip.tokens_BTD)
         if not self.hub.attached:
             return VisionTokens(base_BTD, clip.grid_hw)
         assert self.gate is not None
-        adapted = self._adapted(images_BCHW, batch)
-        gate = self.gate(clip.tokens_BTD, self.hub.attached_K)
+        adapted = self._adapted(batch)
+        gate = self.gate(clip.tokens_BTD, self.hub.attached_mask)
         fused_BTD = self.transfer(base_BTD, adapted, gate.gates_BTK, self.hub.names)
         balance = self._balance(gate, batch.has_image_B)
         return VisionTokens(fused_BTD, clip.grid_hw, gates_BTK=gate.gates_BTK, balance=balance)
@@ -178,16 +177,11 @@ class ToVE(Method):
     def _balance(self, gate: GateOutput, has_image_B: Tensor | None) -> Tensor | None:
         """L_aux over samples that have an image; None where none has."""
         assert self.gate is not None
-        gates_BTK, load_BK = gate.gates_BTK, gate.load_BK
-        if has_image_B is not None:
-            if not bool(has_image_B.any()):
-                return None
-            gates_BTK = gates_BTK[has_image_B]
-            load_BK = None if load_BK is None else load_BK[has_image_B]
-        return gate_balance(
-            gates_BTK, self.hub.attached_K, self.balance_form, load_K=None if load_BK is None else load_BK.sum(0),
-            top_k=self.gate.top_k or 1,
-        )  # fmt: skip
+        gates_BTK = imaged(gate.gates_BTK, has_image_B)
+        if not len(gates_BTK):
+            return None
+        load_K = None if gate.load_BK is None else imaged(gate.load_BK, has_image_B).sum(0)
+        return gate_balance(gates_BTK, gate.attached_K, self.balance_form, load_K=load_K, top_k=self.gate.top_k or 1)
 
     def compare(self, seen: Seen) -> Compared:
         """L_aux, where a gate chose."""
@@ -310,25 +304,25 @@ class ToVE(Method):
         encoders = {name: self.clip.grid_hw for name in self.hub.attached if self.hub[name].tokens == "features"}
         self.hub.use_cache(cache, sources, resample=encoders)
 
-    def _adapted(self, images_BCHW: Tensor, batch: Batch) -> dict[str, Tensor]:
-        experts = self.hub(images_BCHW, index_B=batch.index_B, split=batch.split)
-        return {name: self.adapters[name](tokens) for name, tokens in experts.items()}
+    def _adapted(self, batch: Batch) -> dict[str, Tensor]:
+        return {name: self.adapters[name](tokens) for name, tokens in self.hub(batch).items()}
 
-    def _experts_alone(self, images_BCHW: Tensor, batch: Batch) -> VisionTokens:
+    def _experts_alone(self, batch: Batch) -> VisionTokens:
         """The average of attached experts where CLIP has no say; CLIP is not run."""
-        adapted = self._adapted(images_BCHW, batch)
+        adapted = self._adapted(batch)
         fused_BTD = torch.stack(list(adapted.values())).mean(0)
-        gates_K = self.hub.attached_K.to(fused_BTD.dtype) / len(adapted)
+        shares = [there / len(adapted) for there in self.hub.attached_mask]
+        gates_K = torch.tensor(shares, dtype=fused_BTD.dtype).to(fused_BTD.device, non_blocking=True)
         return VisionTokens(
             fused_BTD, self.clip.grid_hw, gates_BTK=gates_K.expand(*fused_BTD.shape[:2], len(self.hub.names))
         )
 
-    def _clip_tokens(self, images_BCHW: Tensor, batch: Batch) -> VisionTokens:
-        cached = None if self._cache is None else self._cache.read(CLIP_TOKENS, batch.split, batch.index_B)
+    def _clip_tokens(self, batch: Batch) -> VisionTokens:
+        cached = None if self._cache is None else self._cache.read(CLIP_TOKENS, batch)
         if cached is not None:
             return VisionTokens(cached, self.clip.grid_hw)
         with torch.set_grad_enabled(self.clip_lr > 0 and torch.is_grad_enabled()):
-            tokens: VisionTokens = self.clip(images_BCHW)
+            tokens: VisionTokens = self.clip(batch.unit_images())
         return tokens
 
     def _adapter(self, expert: VisionExpert, width: int, hidden: int | None, transfer: TransferMode) -> TokenAdapter:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from visexpert.losses import cls_token_weights
-from visexpert.types import Batch
+from visexpert.types import Batch, imaged
 from visexpert.vision import ClipEncoder, ClsAttention, RoutingRecord, collect_routing
 
 
@@ -52,9 +52,7 @@ def view_encoders(encoders: Mapping[str, ClipEncoder], batch: Batch, *, student:
         batch: A batch of images.
         student: Name of the one whose routers to look at.
     """
-    images_BCHW = batch.unit_images()
-    if batch.has_image_B is not None:
-        images_BCHW = images_BCHW[batch.has_image_B]
+    images_BCHW = imaged(batch.unit_images(), batch.has_image_B)
     attention: dict[str, Tensor] = {}
     with collect_routing(encoders[student]) as routing:
         for name, clip in encoders.items():

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from visexpert.errors import DataError
 from visexpert.losses import across_image_variance
-from visexpert.types import ExpertTokens
+from visexpert.methods.reduction import on_host
+from visexpert.types import ExpertTokens, imaged
 
 log = logging.getLogger(__name__)
 
@@ -61,43 +62,41 @@ class Watch(nn.Module):
             sides: Tokens (B, T, X) by name, some of those that are watched.
             shares: Weights over the last axis by what they weigh (``teachers``, ``tokens``).
             asked: Tokens that the loss draws a side to; where they vary less than it does, their variance is the start.
-            has_image_B: bool; samples without an image take no part.
+            has_image_B: bool, on the host; samples without an image take no part.
 
         Returns:
             ``variance/NAME`` across images (NaN for fewer than two) and ``entropy/NAME`` as a share of the greatest.
+
+        Raises:
+            DataError: In training, tokens that :meth:`note_finite` noted since the last look are not finite.
         """
-        kept = slice(None) if has_image_B is None else has_image_B
-        variances = {name: across_image_variance(tokens[kept]) for name, tokens in sides.items()}
+        variances = {name: across_image_variance(imaged(tokens, has_image_B)) for name, tokens in sides.items()}
         watched = {f"variance/{name}": value for name, value in variances.items()}
         for name, share in (shares or {}).items():
             if share is not None and share.shape[-1] > 1:
-                watched[f"entropy/{name}"] = _entropy(share[kept])
+                watched[f"entropy/{name}"] = _entropy(imaged(share, has_image_B))
         if self.training:
-            drawn = {name: across_image_variance(tokens[kept]) for name, tokens in (asked or {}).items()}
+            drawn = {name: across_image_variance(imaged(tokens, has_image_B)) for name, tokens in (asked or {}).items()}
             self._start({name: torch.minimum(now, drawn.get(name, now)) for name, now in variances.items()})
             if self._looks:
-                self._alarm(variances)
-                if self._steps > 0:  # fresh adapters weigh all alike
-                    self._alarm_of_weights(watched)
+                self._look(variances, watched)
             self._steps += 1
         return watched
 
     @torch.no_grad()
     def note_finite(self, teachers: Mapping[str, ExpertTokens]) -> None:
-        """Note whether tokens of teachers are finite; in training, look only when it is time to.
+        """Note whether tokens of teachers are finite; in training, :meth:`watch` looks when it is time to.
 
         Also where they would be masked: 0 x NaN is NaN in the gradient of an adapter.
 
         Raises:
-            DataError: Some are not, now or since the last look.
+            DataError: In evaluation, some are not.
         """
         # One sum instead of a mask of the tokens' size: any NaN or infinity stays in it.
         now = {name: given.tokens_BSE.sum(dtype=torch.float32).isfinite() for name, given in teachers.items()}
         if not self.training:
-            return _refuse(now)
+            return _refuse(on_host(now))
         self._finite = {name: flag & self._finite.get(name, flag) for name, flag in now.items()}
-        if self._looks:
-            self.check_finite()
 
     def check_finite(self) -> None:
         """Look at what was noted, before a checkpoint is written: none ever holds what came of such tokens.
@@ -106,7 +105,7 @@ class Watch(nn.Module):
             DataError: A teacher gave tokens that are NaN or infinite.
         """
         noted, self._finite = self._finite, {}
-        _refuse(noted)
+        _refuse(on_host(noted))
 
     @property
     def starts(self) -> bool:
@@ -123,24 +122,26 @@ class Watch(nn.Module):
             start = self.get_buffer(_start_of(name))
             start.copy_(torch.where(start.isnan(), now.to(start), start))
 
-    def _alarm(self, variances: Mapping[str, Tensor]) -> None:
-        """Warn, once each, when variance across images falls under a third of its start."""
-        start = torch.stack([self.get_buffer(_start_of(name)) for name in variances])
-        now = torch.stack(list(variances.values())).to(start)
-        for name, is_low in zip(variances, (now < start / 3).tolist(), strict=True):
-            if is_low:
-                self._tell(
-                    f"variance/{name}",
-                    f"Variance of {name}'s tokens across images fell under a third of its start: they shrink, or every "
-                    "image gets nearly the same ones. Use direction to_teacher or fixed, or a stronger CLIP anchor.",
-                )
+    def _look(self, variances: Mapping[str, Tensor], watched: Mapping[str, Tensor]) -> None:
+        """Look at all that is kept on the device, in one transfer.
 
-    def _alarm_of_weights(self, watched: Mapping[str, Tensor]) -> None:
-        """Warn, once each, when weights that were asked to adapt do not, or leave all but one out."""
-        for name in self._adaptive:
-            if f"entropy/{name}" not in watched:
-                continue
-            value = float(watched[f"entropy/{name}"])
+        Warn, once each, when variance across images falls under a third of its start, and when weights that were asked
+        to adapt do not, or leave all but one out; fresh adapters weigh all alike.
+        """
+        noted, self._finite = self._finite, {}
+        low = {name: now < self.get_buffer(_start_of(name)).to(now) / 3 for name, now in variances.items()}
+        entropies = {name: watched[f"entropy/{name}"] for name in self._adaptive if f"entropy/{name}" in watched}
+        groups = {"finite": noted, "low": low, "entropy": entropies if self._steps > 0 else {}}
+        read = on_host({(group, name): value for group, values in groups.items() for name, value in values.items()})
+        _refuse({name: read["finite", name] for name in noted})
+        for name in (name for name in low if read["low", name]):
+            self._tell(
+                f"variance/{name}",
+                f"Variance of {name}'s tokens across images fell under a third of its start: they shrink, or every "
+                "image gets nearly the same ones. Use direction to_teacher or fixed, or a stronger CLIP anchor.",
+            )
+        for name in groups["entropy"]:
+            value = read["entropy", name]
             if value > UNIFORM or value < COLLAPSED:
                 state = "uniform" if value > UNIFORM else "collapsed onto one"
                 self._tell(f"entropy/{name}", f"Weights of {name} are {state} (entropy {value:.4f} of the greatest).")
@@ -155,11 +156,10 @@ def _start_of(name: str) -> str:
     return f"variance_start_{name}"
 
 
-def _refuse(finite: Mapping[str, Tensor]) -> None:
-    """One transfer for all flags."""
-    if not finite or bool(torch.stack(list(finite.values())).all()):
-        return
+def _refuse(finite: Mapping[str, float]) -> None:
     names = [repr(name) for name, flag in finite.items() if not flag]
+    if not names:
+        return
     raise DataError(
         f"Teacher {' and '.join(names)} gave tokens that are NaN or infinite; look at its weights, its images and its "
         "precision (bfloat16 or float32 instead of float16), then continue from the last checkpoint, which is sound."

@@ -22,11 +22,13 @@ class GateOutput:
 
     Args:
         gates_BTK: Softmax over attached experts, 0 for detached ones.
+        attached_K: bool, which those are.
         load_BK: Smooth number of an image's tokens that each expert wins (Shazeer et al. 2017, eqs. 8-10), float32 or
             better; None without noise.
     """
 
     gates_BTK: Tensor
+    attached_K: Tensor
     load_BK: Tensor | None = None
 
 
@@ -67,29 +69,30 @@ class TokenGate(nn.Module):
             self.logits = nn.Sequential(nn.Linear(dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, num_experts))
         self.noise_width = nn.Linear(dim, num_experts) if noise == "learned" else None
 
-    def forward(self, tokens_BTD: Tensor, attached_K: Tensor) -> GateOutput:
+    def forward(self, tokens_BTD: Tensor, attached: Sequence[bool]) -> GateOutput:
         """Gate CLIP tokens.
 
         Args:
             tokens_BTD: CLIP tokens.
-            attached_K: bool, at least one true.
+            attached: Whether each expert is in use; at least one is.
 
         Raises:
             ConfigError: No expert is attached (the caller then hands CLIP's tokens on untouched).
         """
-        if not bool(attached_K.any()):
+        if not any(attached):
             raise ConfigError("TokenGate: no expert is attached, there is nothing to weigh.")
+        attached_K = torch.tensor(attached).to(tokens_BTD.device, non_blocking=True)
         if self.kind == "uniform":
-            share_K = attached_K.to(tokens_BTD.dtype) / attached_K.sum()
-            return GateOutput(share_K.expand(*tokens_BTD.shape[:2], self.num_experts))
+            share_K = attached_K.to(tokens_BTD.dtype) / sum(attached)
+            return GateOutput(share_K.expand(*tokens_BTD.shape[:2], self.num_experts), attached_K)
         normed_BTD = self.norm(like_weights(tokens_BTD, self.norm))
         clean_BTK = self.logits(normed_BTD).masked_fill(~attached_K, -torch.inf)
         if not self.training or self.noise == "none":
-            return GateOutput(self._softmax(clean_BTK))
+            return GateOutput(self._softmax(clean_BTK), attached_K)
         std_BTK = self._noise_std(normed_BTD)
         noisy_BTK = clean_BTK + torch.randn_like(clean_BTK) * std_BTK
         load_BK = smooth_load(clean_BTK, noisy_BTK, std_BTK, attached_K, top_k=self.top_k or 1)
-        return GateOutput(self._softmax(noisy_BTK), load_BK)
+        return GateOutput(self._softmax(noisy_BTK), attached_K, load_BK)
 
     def column_keys(self) -> tuple[str, ...]:
         """Names, in the state dict, of the tensors whose first axis runs over experts."""
@@ -146,14 +149,15 @@ def smooth_load(clean_BTK: Tensor, noisy_BTK: Tensor, std_BTK: Tensor, attached_
     """
     full = torch.promote_types(clean_BTK.dtype, torch.float32)
     clean_BTK, noisy_BTK, std_BTK = clean_BTK.to(full), noisy_BTK.to(full), std_BTK.to(full)
-    if int(attached_K.sum()) <= top_k:
+    if len(attached_K) <= top_k:
         return attached_K.to(full).expand(len(clean_BTK), -1) * clean_BTK.shape[1]
-    top = noisy_BTK.topk(top_k + 1, dim=-1)
+    top = noisy_BTK.masked_fill(~attached_K, -torch.inf).topk(top_k + 1, dim=-1)
     is_winner = torch.zeros_like(noisy_BTK, dtype=torch.bool).scatter(-1, top.indices[..., :top_k], value=True)
     threshold_BTK = torch.where(is_winner, top.values[..., top_k:], top.values[..., top_k - 1 : top_k])
+    alone_BTK = threshold_BTK == -torch.inf  # no more experts than winners: nothing to win against
     clean_BTK = clean_BTK.masked_fill(~attached_K, 0.0)  # keeps -inf out of the gradient
-    wins_BTK: Tensor = torch.special.ndtr((clean_BTK - threshold_BTK) / std_BTK)
-    return wins_BTK.masked_fill(~attached_K, 0.0).sum(1)
+    wins_BTK: Tensor = torch.special.ndtr((clean_BTK - threshold_BTK.masked_fill(alone_BTK, 0.0)) / std_BTK)
+    return wins_BTK.masked_fill(alone_BTK, 1.0).masked_fill(~attached_K, 0.0).sum(1)
 
 
 def _rows(linear: nn.Module, rows: Sequence[int]) -> nn.Linear:

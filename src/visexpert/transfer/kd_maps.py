@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visexpert.precision import like_weights
+from visexpert.types import imaged
 
 AdapterKind = Literal["released", "linear", "mlp"]
 
@@ -77,7 +78,7 @@ class Standardise(nn.Module):
         statistics = self.statistics
         assert statistics.running_mean is not None and statistics.running_var is not None
         tokens_BTE = tokens_BTE.detach().to(statistics.running_mean.dtype)
-        seen_BTE = tokens_BTE if has_image_B is None else tokens_BTE[has_image_B]
+        seen_BTE = imaged(tokens_BTE, has_image_B)
         if seen_BTE.numel() == 0:
             return torch.zeros_like(tokens_BTE)
         if self.training:

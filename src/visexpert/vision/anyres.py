@@ -56,12 +56,12 @@ class Views:
             batch itself.
         index_BM: int64, which token of all views' (V T) stands where; :data:`NEWLINE` ends a row of tiles. None
             without tiles.
-        lengths_B: int64 number of tokens of each image; None where all have the same.
+        lengths: Number of tokens of each image; None where all have the same.
     """
 
     batch: Batch
     index_BM: Tensor | None
-    lengths_B: Tensor | None
+    lengths: tuple[int, ...] | None
 
     def whole(self, seen: VisionTokens) -> VisionTokens:
         """Of tokens of all views those of the whole images, as without tiles."""
@@ -79,7 +79,7 @@ class Views:
 
         What else there is (gates, [CLS]) stays that of the whole images.
         """
-        whole = replace(self.whole(seen), lengths_B=self.lengths_B)
+        whole = replace(self.whole(seen), lengths=self.lengths)
         if self.index_BM is None:
             return whole
         tokens_XD = seen.tokens_BTD.flatten(0, 1)
@@ -97,27 +97,27 @@ def views_of(clip: ClipEncoder, batch: Batch) -> Views:
     if not isinstance(clip, TiledClipEncoder):
         if there_B is None:
             return Views(batch, None, None)
-        return Views(batch, None, there_B.long() * math.prod(clip.grid_hw))
+        return Views(batch, None, tuple(math.prod(clip.grid_hw) * there for there in there_B.tolist()))
     images_BCHW = batch.unit_images()
     sizes = _true_sizes(batch)
     grids = [_best_grid(size, clip) for size in sizes]
     side = (clip.image_size, clip.image_size)
     whole_BCSS = _resized(images_BCHW, side)
     tiles = [cut(image, size, grid, clip) for image, size, grid in zip(images_BCHW, sizes, grids, strict=True)]
+    there = [True] * len(batch) if there_B is None else there_B.tolist()
     rows, first = [], len(tiles)
     for number, (size, grid) in enumerate(zip(sizes, grids, strict=True)):
-        absent = there_B is not None and not bool(there_B[number])
-        rows.append(torch.zeros(0, dtype=torch.long) if absent else _order(number, first, size, grid, clip.grid_hw))
+        order = _order(number, first, size, grid, clip.grid_hw) if there[number] else torch.zeros(0, dtype=torch.long)
+        rows.append(order)
         first += math.prod(grid)
     views_VCSS = torch.cat([whole_BCSS, *tiles])
-    owner_V = torch.cat([torch.full((len(part),), number) for number, part in enumerate(tiles)])
-    index_V = torch.cat([batch.index_B, batch.index_B[owner_V.to(batch.index_B.device)]])
-    there_V = None if there_B is None else torch.cat([there_B, there_B[owner_V.to(there_B.device)]])
+    owners = [*range(len(tiles)), *(number for number, part in enumerate(tiles) for _ in part)]
+    index_V = batch.index_B[owners]
+    there_V = None if there_B is None else torch.tensor([there[number] for number in owners])
     # No split: tokens of whole images that a store may hold are not these.
     seen = Batch(views_VCSS, index_V, split="", has_image_B=there_V)
-    lengths_B = torch.tensor([len(row) for row in rows], device=images_BCHW.device)
-    index_BM = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(images_BCHW.device)
-    return Views(seen, index_BM, lengths_B)
+    index_BM = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(images_BCHW.device, non_blocking=True)
+    return Views(seen, index_BM, tuple(len(row) for row in rows))
 
 
 def cut(image_CHW: Tensor, size_hw: tuple[int, int], grid: tuple[int, int], clip: ClipEncoder) -> Tensor:

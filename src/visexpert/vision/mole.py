@@ -12,7 +12,6 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPMLP
 
@@ -120,7 +119,8 @@ class MoLEFeedForward(nn.Module):
         probs = chosen.probs_BNE
         if self.routing == "dense":
             return probs
-        one_hot = F.one_hot(chosen.choice_BN, probs.shape[-1]).to(probs.dtype)
+        experts_E = torch.arange(probs.shape[-1], device=probs.device)
+        one_hot = (chosen.choice_BN[..., None] == experts_E).to(probs.dtype)
         if self.router_kind == "scaled":
             return one_hot * probs
         if self.router_kind == "straight_through":

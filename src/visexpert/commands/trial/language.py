@@ -47,14 +47,13 @@ class Probe:
         spread = side.model.get_input_embeddings().weight.float().std()
         self.image_TD = torch.randn(GRID[0] * GRID[1], side.width, generator=generator) * spread
         with torch.no_grad():
-            self.ours = {seen: side(self.vision(seen), self.text) for seen in (False, True)}
+            self.ours = {seen: side(self.vision(seen), self.text).logits_MV for seen in (False, True)}
         written = side.generate(self.vision(False), [self.items[0]], eos_id=self.eos, max_new_tokens=NEW_TOKENS)
         self.written = written[0]
 
     def vision(self, seen: bool) -> VisionTokens:
         """The image, or that there is none."""
-        lengths_B = None if seen else torch.zeros(1, dtype=torch.long)
-        return VisionTokens(self.image_TD[None], GRID, lengths_B=lengths_B)
+        return VisionTokens(self.image_TD[None], GRID, lengths=None if seen else (0,))
 
     def predicting(self, logits_LV: Tensor, length: int, *, before: int) -> Tensor:
         """Logits of one item's supervised tokens in a row of the library's."""

@@ -1,0 +1,105 @@
+"""No method makes the host wait for the device more than twice a step, and images are scaled once, if at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.waits import waits_per_step
+from tests.methods.helpers import noise_batch, shake, tiny_tove
+from tests.methods.movekd_helpers import PAPER, tiny_movekd
+from tests.methods.test_views import mixed, model_of
+from visexpert.data import pack
+from visexpert.methods import Merging, Method
+from visexpert.tabletop import TabletopData
+from visexpert.types import IMAGE_TOKEN, Batch
+
+MOST = 2
+
+
+def marked() -> Batch:
+    """Two images, one of which stands for none, with a chat template's texts."""
+    return replace(mixed(), text=pack([[([5, IMAGE_TOKEN, 6, 7, 8], 3)], [([9, 10, 11], 1)]], 0))
+
+
+def in_tiles() -> Batch:
+    batch = noise_batch(size=32)
+    there_B = torch.tensor([True, False])
+    return replace(batch, original_hw_B2=torch.tensor([[32, 64], [64, 32]]), has_image_B=there_B)
+
+
+def merging(**options: Any) -> Method:
+    return Merging(teacher=shake(tiny_tove()), text_weight=0.5, **options)
+
+
+CASES: dict[str, tuple[Callable[[], Method], Callable[[], Batch]]] = {
+    "tove": (tiny_tove, noise_batch),
+    "tove, noisy top-2 gate": (lambda: tiny_tove(gate_noise="fixed", top_k=2, balance_form="switch"), mixed),
+    "tove, marked": (lambda: model_of("tove"), marked),
+    "tove, tiles": (lambda: model_of("tove", tiles=True), in_tiles),
+    "movekd": (tiny_movekd, noise_batch),
+    "movekd, paper": (lambda: tiny_movekd(**PAPER), mixed),
+    "movekd, marked, fixed": (lambda: model_of("movekd"), marked),
+    "movekd, tiles": (lambda: model_of("movekd", tiles=True), in_tiles),
+    "merging": (merging, noise_batch),
+    "merging, marked": (lambda: model_of("merging"), marked),
+    "merging, tiles": (lambda: model_of("merging", tiles=True), in_tiles),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_step_waits_more_than_twice(case: str, tmp_path: Path) -> None:
+    """The first one, which looks at what may raise an alarm, and the last, whose row is written, included."""
+    make_model, make_batch = CASES[case]
+    steps = waits_per_step(make_model(), [make_batch()] * 3, folder=tmp_path)
+    assert len(steps) == 3
+    for waits in steps:
+        assert 0 < len(waits) <= MOST, "\n".join(map(str, waits))  # one is the look at whether all is finite
+
+
+def count_scaled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with each batch whose bytes are scaled; a store is filled from floats."""
+    scaled: list[int] = []
+
+    def scale(images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8:
+            return images
+        scaled.append(len(images))
+        return images.float() / 255
+
+    monkeypatch.setattr("visexpert.types._scaled", scale)
+    return scaled
+
+
+@pytest.mark.parametrize("method", ["tove", "movekd", "merging"])
+def test_no_step_waits_more_often_for_what_is_stored(
+    method: str, tmp_path: Path, data: Callable[..., TabletopData], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is an image scaled, where no encoder looks at it, or more than once, where one does."""
+    monkeypatch.setenv("VISEXPERT_CACHE", str(tmp_path))
+    scaled = count_scaled(monkeypatch)
+    cached: dict[str, Any] = {"feature_cache": str(tmp_path / "store")}
+    make: dict[str, Callable[[], Method]] = {
+        "tove": lambda: tiny_tove(**cached),
+        "movekd": lambda: tiny_movekd(**cached),
+        "merging": lambda: merging(targets="store"),
+    }
+    steps = waits_per_step(make[method](), data(), folder=tmp_path)
+    for waits in steps:
+        assert 0 < len(waits) <= MOST, "\n".join(map(str, waits))
+    assert len(scaled) == (0 if method == "tove" else 3)  # the student's own look
+
+
+def test_images_are_scaled_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    scaled = count_scaled(monkeypatch)
+    models: list[Method] = [tiny_tove(), tiny_movekd(), merging()]
+    for model in models:
+        scaled.clear()
+        model.step(noise_batch())
+        assert len(scaled) == 1

@@ -25,11 +25,11 @@ from torch.utils.data import DataLoader
 
 from visexpert.callbacks import RunLogger, ThroughputMonitor, TrainingProgress
 from visexpert.experts import FeatureCache, VisionExpert
+from visexpert.io.weights import cache_root
 from visexpert.language import CrossAttentionDecoder
 from visexpert.methods import ToVE
 from visexpert.methods.optimiser import make_groups
 from visexpert.report.machine import describe_machine
-from visexpert.resources import cache_root
 from visexpert.tabletop import TabletopData, TinyExpert
 from visexpert.vision import ClipEncoder
 

@@ -26,8 +26,8 @@ from lightning.pytorch.trainer.connectors import accelerator_connector
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tests.io.hub import put_in_cache
 from tests.tiny_configs import CONFIGS, write_data, write_models
-from tests.vision.hub import put_in_cache
 from visexpert.methods.checkpointed import CheckpointedModule
 from visexpert.training import VisexpertCLI, build_cli
 

@@ -173,7 +173,7 @@ def test_what_is_no_file_is_no_configuration(tmp_path: Path, capsys: pytest.Capt
 def test_a_config_of_utf8_with_a_mark_is_read(tmp_path: Path) -> None:
     path = tmp_path / "marked.yaml"
     path.write_bytes(b"\xef\xbb\xbfmodel:\n  class_path: x\n")
-    from visexpert.reading import read_yaml
+    from visexpert.io.reading import read_yaml
 
     assert read_yaml(path) == {"model": {"class_path": "x"}}
 

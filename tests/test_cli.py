@@ -12,11 +12,11 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from tests.io.test_checkpoints import DAMAGED
 from tests.sharded_parts import as_deepspeed, as_fsdp, copy_run
-from tests.test_checkpoints import DAMAGED
 from visexpert import training
-from visexpert.checkpoints import load_checkpoint
 from visexpert.cli import main
+from visexpert.io.checkpoints import load_checkpoint
 from visexpert.methods.start import start_from
 from visexpert.report import read_metrics
 from visexpert.runs import open_run

@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import constants
 from torch import nn
 
-from tests.vision.hub import put_in_cache
+from tests.io.hub import put_in_cache
 from visexpert.data import CC3M, POPE, VSR, COCOCaptions, LLaVAInstruct, MixedData, NoCaps, VQAv2
 from visexpert.language import LlavaTemplate
 from visexpert.methods import MoVEKD, ToVE

@@ -20,13 +20,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from visexpert import training
 from visexpert.callbacks import RunFigures
 from visexpert.cli import main
+from visexpert.io.lock import hold
+from visexpert.io.used import OWN, PREVIOUS, SIDECAR, holds_run
 from visexpert.methods import Method, ToVE
 from visexpert.methods.evaluation import decode
 from visexpert.methods.finite import FILE as NOT_FINITE
 from visexpert.report import read_metrics
-from visexpert.report.lmms import SIDECAR
-from visexpert.report.lock import hold
-from visexpert.report.used import OWN, PREVIOUS, holds_run
 from visexpert.runs import open_run
 
 SMOKE = Path(__file__).parents[1] / "configs" / "tove" / "smoke.yaml"

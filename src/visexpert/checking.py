@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from visexpert.errors import ConfigError, UserError, causes, first_line, require_numbers, told_by_machine, user_error_in
-from visexpert.reading import read_yaml
+from visexpert.io.reading import read_yaml
 
 T = TypeVar("T")
 

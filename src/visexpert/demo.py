@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from visexpert.errors import ConfigError
-from visexpert.report.files import read_json
+from visexpert.io.run_files import read_json
 from visexpert.training import run_lightning
 
 CONFIGS = ("configs/tove/tabletop.yaml", "configs/tove/demo.yaml")

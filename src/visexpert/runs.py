@@ -15,10 +15,10 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningDataModule
 
 from visexpert.checking import built, check_settings
-from visexpert.checkpoints import load_checkpoint
 from visexpert.errors import ConfigError, WeightsError
+from visexpert.io.checkpoints import load_checkpoint
+from visexpert.io.reading import read_yaml
 from visexpert.methods import Method
-from visexpert.reading import read_yaml
 from visexpert.training import checkpoint_of, config_of, explain
 from visexpert.trust import guarded, refuse_strangers
 

@@ -38,14 +38,14 @@ from visexpert.callbacks import (
 from visexpert.callbacks.checkpoint_io import RunTrainer, use_whole_files
 from visexpert.callbacks.predictions import check_writes
 from visexpert.checking import built, check_config_file, check_machine, check_run, check_settings
-from visexpert.checkpoints import FOLDER, LAST, checked_checkpoint, is_checkpoint, newest_checkpoint
 from visexpert.data import MixedData, SourceData
 from visexpert.errors import ConfigError, UserError, first_line
 from visexpert.interruption import stoppable
+from visexpert.io.checkpoints import FOLDER, LAST, checked_checkpoint, is_checkpoint, newest_checkpoint
+from visexpert.io.lock import hold
+from visexpert.io.used import holds_run, set_run_aside
 from visexpert.methods import Method
 from visexpert.overlays import load_path, unrelated_settings_dropped
-from visexpert.report.lock import hold
-from visexpert.report.used import holds_run, set_run_aside
 from visexpert.trust import guarded, refuse_strangers
 
 log = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 
 from visexpert.callbacks.checkpoint_io import RunTrainer, WholeFileIO, save_whole, use_whole_files
-from visexpert.checkpoints import load_checkpoint
 from visexpert.errors import DataError, WeightsError
+from visexpert.io.checkpoints import load_checkpoint
 from visexpert.methods.checkpointed import saves_shards
 
 

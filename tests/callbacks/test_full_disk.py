@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from visexpert.callbacks.run_logger import RunLogger
 from visexpert.cli import main
 from visexpert.errors import DataError
-from visexpert.report.files import write_bytes, write_text
+from visexpert.io.run_files import write_bytes, write_text
 from visexpert.report.palette import canvas, save, spared
 
 SMOKE = Path(__file__).parents[2] / "configs" / "tove" / "smoke.yaml"

@@ -14,7 +14,7 @@ from PIL import Image, features
 
 from visexpert.data.images import MAX_PIXELS, read_image
 from visexpert.errors import DataError
-from visexpert.reading import IMAGE_FORMATS
+from visexpert.io.reading import IMAGE_FORMATS
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.experts.tiny_models import TIMM, TIMM_ARGUMENTS, randomised
-from tests.vision.hub import put_in_cache
+from tests.io.hub import put_in_cache
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts import TimmExpert
 

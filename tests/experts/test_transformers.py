@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from tests.experts.tiny_models import CLIP_VISION, DINOV2, SAM, TEXT, randomised, saved
-from tests.vision.hub import put_in_cache
+from tests.io.hub import put_in_cache
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts import TransformersExpert
 

@@ -26,7 +26,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from tests.vision.hub import put_in_cache
+from tests.io.hub import put_in_cache
 from tests.vision.test_published import FIELDS, loaded, open_clip_model, randomised
 from visexpert.errors import UserError, WeightsError
 from visexpert.planning import read_configs

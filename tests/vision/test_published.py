@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
-from tests.vision.hub import put_in_cache
+from tests.io.hub import put_in_cache
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.vision import ClipEncoder
 from visexpert.vision.positions import resize_positions

@@ -11,7 +11,7 @@ from visexpert.app.overlay import Pixels, gate_overlay
 from visexpert.captioning import Captioner
 from visexpert.data import read_image
 from visexpert.errors import DataError, UserError
-from visexpert.report.files import read_json
+from visexpert.io.run_files import read_json
 from visexpert.report.palette import colours
 from visexpert.runs import open_run
 

@@ -11,9 +11,9 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
-from visexpert.checkpoints import load_checkpoint
 from visexpert.errors import DataError, first_line
-from visexpert.files import remove, take_place, whole_file
+from visexpert.io.checkpoints import load_checkpoint
+from visexpert.io.files import remove, take_place, whole_file
 from visexpert.methods.checkpointed import saves_shards
 
 

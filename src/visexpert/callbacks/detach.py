@@ -24,9 +24,9 @@ from visexpert.callbacks.phase import (
 from visexpert.callbacks.progress import TrainingProgress
 from visexpert.callbacks.subsets import SubsetScoring, SubsetTiming, attach_only
 from visexpert.errors import ConfigError
+from visexpert.io.run_files import read_json, set_aside, write_json, write_text
 from visexpert.methods import ToVE
 from visexpert.methods.start import start_from
-from visexpert.report.files import read_json, set_aside, write_json, write_text
 from visexpert.report.palette import spared
 from visexpert.report.pareto import pareto_figure, subset_label, subset_table, worth_figure, worth_table
 from visexpert.timing import MARK, TOLD, UNSTEADY

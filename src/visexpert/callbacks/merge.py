@@ -21,10 +21,10 @@ from visexpert.callbacks.phase import (
     write_derived_config,
 )
 from visexpert.errors import ConfigError
+from visexpert.io.run_files import read_json, set_aside, write_json
 from visexpert.losses.merge import TokenDistance
 from visexpert.methods import MergeStudent, Merging, ToVE
 from visexpert.methods.merging import Adaptation, Targets
-from visexpert.report.files import read_json, set_aside, write_json
 
 log = logging.getLogger(__name__)
 

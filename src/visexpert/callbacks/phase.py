@@ -28,10 +28,10 @@ from visexpert.callbacks.stop import StopOnSignal
 from visexpert.callbacks.throughput import ThroughputMonitor
 from visexpert.errors import ConfigError
 from visexpert.interruption import check
+from visexpert.io.lock import hold
+from visexpert.io.run_files import write_text
+from visexpert.io.weights import weights_digest
 from visexpert.methods import Method, ToVE
-from visexpert.report.files import write_text
-from visexpert.report.lock import hold
-from visexpert.resources import weights_digest
 
 log = logging.getLogger(__name__)
 

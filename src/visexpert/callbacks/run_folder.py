@@ -21,8 +21,8 @@ from rich.table import Table
 from visexpert.callbacks.identity import score_identity
 from visexpert.errors import DataError, shown
 from visexpert.interruption import Interrupted
+from visexpert.io.run_files import read_object, set_aside, write_json, write_text
 from visexpert.report.counts import generated_counts, is_count
-from visexpert.report.files import read_object, set_aside, write_json, write_text
 from visexpert.report.machine import machine_facts, package_versions
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from visexpert.errors import DataError
-from visexpert.report.files import write_bytes
+from visexpert.io.run_files import write_bytes
 
 
 class RunLogger(CSVLogger):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from visexpert.commands.image_files import find_images
 from visexpert.commands.parser import Parser
 from visexpert.errors import ConfigError, DataError, shown
-from visexpert.reading import dump_json
+from visexpert.io.reading import dump_json
 
 if TYPE_CHECKING:
     from visexpert.captioning import Answer, Captioned, Captioner

@@ -13,9 +13,9 @@ from visexpert.callbacks.meant_for import llava_problems
 from visexpert.captioning import text_encoder_of
 from visexpert.errors import ConfigError
 from visexpert.export import ExportSource, LanguageParts, Projection
+from visexpert.io.run_files import read_json
 from visexpert.language import Predictions, PrefixLM
 from visexpert.methods import Method, ToVE
-from visexpert.report.files import read_json
 from visexpert.runs import SavedRun
 from visexpert.types import IGNORE_INDEX, Batch, TextBatch
 from visexpert.vision import ClipEncoder

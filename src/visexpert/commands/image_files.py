@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visexpert.errors import ConfigError, DataError
-from visexpert.reading import IMAGE_FORMATS
+from visexpert.io.reading import IMAGE_FORMATS
 
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 """Files of a folder that are taken for images; a file that is named itself may be called anything."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from visexpert.errors import WeightsError
-from visexpert.reading import read_json
-from visexpert.resources import load_state
+from visexpert.io.reading import read_json
+from visexpert.io.weights import load_state
 
 OWNER = "visexpert import"
 STAGE_1 = ("mm_projector.bin", "mole_encoder.bin", "encoder_adapter.bin")

@@ -12,10 +12,10 @@ from torch import nn
 from visexpert.checking import built
 from visexpert.errors import UserError, WeightsError
 from visexpert.experts.edges import DEXINED_FILE
+from visexpert.io.source import WEIGHT_FILES, ModelSource
 from visexpert.planning.weightless import weightless
 from visexpert.trust import UntrustedError, guarded, refuse_strangers
 from visexpert.vision.published import OPEN_CLIP_FILES
-from visexpert.vision.sources import WEIGHT_FILES, ModelSource
 
 
 def weight_findings(model: Mapping[str, Any], *, foreign: Path | None = None) -> Iterator[tuple[bool, str]]:

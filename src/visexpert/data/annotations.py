@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from visexpert.data.faults import FaultLog
 from visexpert.errors import DataError
-from visexpert.reading import check_regular, parse_json
+from visexpert.io.reading import check_regular, parse_json
 from visexpert.types import Skipped
 
 T = TypeVar("T")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from visexpert.errors import DataError, shown
-from visexpert.reading import dump_json, parse_json
+from visexpert.io.reading import dump_json, parse_json
 from visexpert.types import Batch, Skipped
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from visexpert.errors import DataError
-from visexpert.reading import IMAGE_FORMATS, check_regular
+from visexpert.io.reading import IMAGE_FORMATS, check_regular
 
 MAX_PIXELS = 64_000_000
 """Largest image that is decoded by default (192 MB as RGB); a small file can claim any size."""

@@ -13,9 +13,9 @@ from typing import Any
 
 from visexpert.data.shards import is_remote, split_member
 from visexpert.errors import ConfigError, DataError
-from visexpert.files import whole_file
-from visexpert.reading import read_json
-from visexpert.resources import cache_root
+from visexpert.io.files import whole_file
+from visexpert.io.reading import read_json
+from visexpert.io.weights import cache_root
 
 
 def shard_counts(shards: Sequence[str], *, sizes: Path | None) -> tuple[int, ...]:

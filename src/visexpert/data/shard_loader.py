@@ -16,7 +16,7 @@ from visexpert.data.samples import BatchForm, Loaded, encode_items, prompts_of
 from visexpert.data.shards import Record, ShardPlan, ShardReader
 from visexpert.data.workers import load
 from visexpert.errors import DataError
-from visexpert.reading import IMAGE_FORMATS, parse_json
+from visexpert.io.reading import IMAGE_FORMATS, parse_json
 from visexpert.types import Batch, Skipped, TextEncoder, TextItem
 
 _IMAGES = tuple(suffix[1:] for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)

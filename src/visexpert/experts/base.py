@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visexpert.errors import ConfigError
+from visexpert.io.weights import weights_digest
 from visexpert.precision import like_weights
-from visexpert.resources import weights_digest
 from visexpert.types import ExpertTokens
 
 TokenKind = Literal["features", "prediction"]

@@ -11,8 +11,8 @@ from visexpert.errors import ConfigError
 from visexpert.experts.maps import resize_map
 from visexpert.experts.pretrained import RANDOM, MapExpert
 from visexpert.experts.recipe import InputRecipe
-from visexpert.resources import fill_module
-from visexpert.vision.sources import ModelSource
+from visexpert.io.source import ModelSource
+from visexpert.io.weights import fill_module
 
 OWNER = "KorniaEdges"
 DEXINED_FILE = "DexiNed_BIPED_10.pth"

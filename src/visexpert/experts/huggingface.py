@@ -22,9 +22,9 @@ from transformers.utils import logging
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts.sam_attention import chunk_attention
 from visexpert.experts.towers import build_network, factory_of, key_mapping, vision_part
-from visexpert.resources import fill_module, state_keys
+from visexpert.io.source import WEIGHT_FILES, ModelSource, read_json
+from visexpert.io.weights import fill_module, state_keys
 from visexpert.vision.positions import fit_positions
-from visexpert.vision.sources import WEIGHT_FILES, ModelSource, read_json
 
 NATIVE_SIZE = ("image_size", "img_size")
 

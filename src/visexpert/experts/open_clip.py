@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts.pretrained import RANDOM, MapExpert
 from visexpert.experts.recipe import Framing, InputRecipe, Interpolation
-from visexpert.resources import fill_module
+from visexpert.io.source import WEIGHT_FILES, ModelSource
+from visexpert.io.weights import fill_module
 from visexpert.vision.positions import fit_positions
 from visexpert.vision.published import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES, shared_preparation
-from visexpert.vision.sources import WEIGHT_FILES, ModelSource
 
 OWNER = "OpenClipExpert"
 STUB_TEXT = {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 1, "layers": 1}

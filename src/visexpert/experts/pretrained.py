@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from visexpert.experts.base import TokenKind, VisionExpert
 from visexpert.experts.probe import probe_map
 from visexpert.experts.recipe import InputRecipe
-from visexpert.resources import weights_digest
+from visexpert.io.weights import weights_digest
 
 RANDOM = "random"
 """What is written in place of weights for a network that keeps its random ones."""

@@ -10,7 +10,7 @@ import transformers
 
 from visexpert.errors import ConfigError
 from visexpert.experts.recipe import Framing, InputRecipe, Interpolation
-from visexpert.vision.sources import ModelSource
+from visexpert.io.source import ModelSource
 
 _RESAMPLING: dict[int, Interpolation] = {2: "bilinear", 3: "bicubic"}
 """Numbers of PIL's filters that can be done on the device."""

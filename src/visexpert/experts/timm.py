@@ -11,8 +11,8 @@ from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts.maps import map_of
 from visexpert.experts.pretrained import RANDOM, MapExpert
 from visexpert.experts.recipe import Framing, InputRecipe, Interpolation
-from visexpert.resources import fill_module
-from visexpert.vision.sources import WEIGHT_FILES, LoadedState, ModelSource
+from visexpert.io.source import WEIGHT_FILES, LoadedState, ModelSource
+from visexpert.io.weights import fill_module
 
 OWNER = "TimmExpert"
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from visexpert.errors import ConfigError, DataError
-from visexpert.files import whole_folder
+from visexpert.io.files import whole_folder
 
 
 @contextmanager

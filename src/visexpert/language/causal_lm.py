@@ -17,10 +17,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 from transformers.utils import logging as transformers_logging
 
 from visexpert.errors import ConfigError, WeightsError
+from visexpert.io.reading import read_json
 from visexpert.language.attention import attention_of
 from visexpert.language.hub import SMALL_FILES, is_here, model_folder
 from visexpert.language.lora import Quantisation, quantised
-from visexpert.reading import read_json
 
 log = logging.getLogger(__name__)
 

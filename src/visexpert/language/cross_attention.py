@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from visexpert.errors import ConfigError, DataError, require_numbers
+from visexpert.io.weights import fill_module, load_safetensors, resolve_source
 from visexpert.language.base import (
     LanguageSide,
     Predictions,
@@ -22,7 +23,6 @@ from visexpert.language.blocks import DecoderBlock, KeysValues, KeyValueCache
 from visexpert.language.generation import Decoding, write
 from visexpert.language.position import sincos_2d
 from visexpert.language.writing import CachedWriting
-from visexpert.resources import fill_module, load_safetensors, resolve_source
 from visexpert.types import TextBatch, VisionTokens
 
 

@@ -9,7 +9,7 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from visexpert.errors import WeightsError
-from visexpert.resources import ZOO_PREFIX, resolve_source
+from visexpert.io.weights import ZOO_PREFIX, resolve_source
 
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 """All that is needed to build a model and its tokenizer, without weights."""

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from visexpert.errors import ConfigError
+from visexpert.io.weights import fill_module, load_safetensors, resolve_source
 from visexpert.language.base import LanguageSide
 from visexpert.language.causal_lm import Dtype, build_config, build_model, read_model, torch_dtype
 from visexpert.language.frozen import leave_out_of_checkpoints
 from visexpert.language.lora import LoRASettings, Quantisation, add_lora, lora_modules, quantised
-from visexpert.resources import fill_module, load_safetensors, resolve_source
 
 
 class PretrainedSide(LanguageSide):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from visexpert.errors import ConfigError
 from visexpert.experts import FeatureCache
+from visexpert.io.weights import cache_root, weights_digest
 from visexpert.losses import normalised_mse, token_distance
 from visexpert.losses.merge import TokenDistance
 from visexpert.methods.base import Method
@@ -20,7 +21,6 @@ from visexpert.methods.seen import Compared, RouterBalance, Seen
 from visexpert.methods.tove import ToVE
 from visexpert.metrics.token_error import TokenError
 from visexpert.names import EncoderName
-from visexpert.resources import cache_root, weights_digest
 from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens, imaged
 from visexpert.vision import TiledClipEncoder, add_mole
 from visexpert.vision.lora import ClipLora

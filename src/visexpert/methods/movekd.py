@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from visexpert.errors import ConfigError, DataError, require_numbers
 from visexpert.experts import ExpertHub, FeatureCache, VisionExpert
+from visexpert.io.weights import cache_root
 from visexpert.language import LanguageSide, Projector
 from visexpert.language.projector import ProjectorKind
 from visexpert.losses.balance import RouterBalanceForm
@@ -25,7 +26,6 @@ from visexpert.methods.student import check_weights, mole_parts
 from visexpert.methods.teachers import HeadSettings, ask_teachers, kd_heads, store_anchor
 from visexpert.methods.views import EncoderViews, view_encoders
 from visexpert.names import CLIP, STUDENT
-from visexpert.resources import cache_root
 from visexpert.store import StoreDtype
 from visexpert.transfer import AdapterKind, TokenGate
 from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens

@@ -9,11 +9,11 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from visexpert.checkpoints import LAST, is_checkpoint, load_checkpoint, newest_checkpoint
 from visexpert.errors import WeightsError
+from visexpert.io.checkpoints import LAST, is_checkpoint, load_checkpoint, newest_checkpoint
+from visexpert.io.weights import load_safetensors, resolve_source
 from visexpert.methods.columns import Columns, experts_in
 from visexpert.methods.matching import KeyDifferences
-from visexpert.resources import load_safetensors, resolve_source
 
 log = logging.getLogger(__name__)
 

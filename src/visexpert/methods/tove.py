@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from visexpert.errors import ConfigError, require_numbers
 from visexpert.experts import ExpertHub, FeatureCache, VisionExpert
+from visexpert.io.weights import cache_root
 from visexpert.language import LanguageSide, Projector
 from visexpert.language.projector import ProjectorKind
 from visexpert.losses import gate_balance
@@ -21,7 +22,6 @@ from visexpert.methods.optimiser import ParameterGroup
 from visexpert.methods.seen import Compared, Seen
 from visexpert.methods.start import start_from
 from visexpert.names import CLIP, EncoderName
-from visexpert.resources import cache_root
 from visexpert.store import StoreDtype
 from visexpert.transfer import GateOutput, ResidualTransfer, TokenAdapter, TokenGate
 from visexpert.transfer.gate import GateKind, NoiseKind

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from visexpert.errors import ConfigError, DataError
-from visexpert.report.files import read_json, read_object, write_json
+from visexpert.io.run_files import read_json, read_object, write_json
+from visexpert.io.used import SIDECAR
 
 LARGEST = sys.float_info.max
-
-SIDECAR = "lmms.json"
-"""File of a run's folder that says where the scores under ``lmms/`` come from."""
 
 BESIDE = frozenset({"alias", "samples", " "})
 """Keys of a task's results that are no scores."""

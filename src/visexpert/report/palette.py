@@ -18,7 +18,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
 from visexpert.errors import DataError, first_line, told_by_machine
-from visexpert.report.files import write_bytes
+from visexpert.io.run_files import write_bytes
 
 log = logging.getLogger(__name__)
 

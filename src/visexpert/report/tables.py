@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from visexpert.errors import ConfigError, DataError
-from visexpert.report.files import read_json, write_json
+from visexpert.io.run_files import read_json, write_json
 
 
 @dataclass(frozen=True)

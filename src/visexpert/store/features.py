@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from visexpert.errors import DataError
-from visexpert.files import whole_file
+from visexpert.io.files import whole_file
+from visexpert.io.reading import read_json
 from visexpert.names import Role
-from visexpert.reading import read_json
 from visexpert.store.numbers import DISK, StoreDtype, pack, unpack
 
 

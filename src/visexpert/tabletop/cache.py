@@ -29,8 +29,8 @@ from tqdm.auto import tqdm
 
 from visexpert.data.workers import load
 from visexpert.errors import DataError
-from visexpert.files import take_place
-from visexpert.reading import read_json
+from visexpert.io.files import take_place
+from visexpert.io.reading import read_json
 from visexpert.tabletop.graph import SceneGraph
 from visexpert.tabletop.render import build_graphs, object_table, render
 from visexpert.tabletop.scenes import sample_scenes

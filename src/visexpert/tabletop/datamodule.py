@@ -16,8 +16,8 @@ from visexpert.data.packing import TextPacker
 from visexpert.data.stepping import StepLoader
 from visexpert.data.table import TextTable
 from visexpert.errors import ConfigError
+from visexpert.io.weights import cache_root
 from visexpert.precision import convert_records
-from visexpert.resources import cache_root
 from visexpert.tabletop.cache import SplitCache, ensure_split
 from visexpert.tabletop.captions import DENSE_PROMPT, RELATION_PROMPT
 from visexpert.tabletop.dataset import SplitImages, TabletopDataset

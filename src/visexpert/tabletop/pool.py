@@ -11,8 +11,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from visexpert.errors import DataError
-from visexpert.files import whole_file
-from visexpert.reading import parse_json
+from visexpert.io.files import whole_file
+from visexpert.io.reading import parse_json
 from visexpert.tabletop.balance import Balancer
 from visexpert.tabletop.captions import SCORED_AS, dense_caption, object_captions, relation_captions
 from visexpert.tabletop.graph import SceneGraph

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts.base import TokenKind, VisionExpert
-from visexpert.reading import parse_json
-from visexpert.resources import ZOO_PREFIX, fill_module, load_safetensors, resolve_source, weights_digest, zoo_names
+from visexpert.io.reading import parse_json
+from visexpert.io.weights import ZOO_PREFIX, fill_module, load_safetensors, resolve_source, weights_digest, zoo_names
 from visexpert.tabletop.tiny_networks import NETWORKS, TinyNetwork
 
 HEADER_KEY = "visexpert"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from visexpert.errors import WeightsError
+from visexpert.io.source import ModelSource
 from visexpert.vision.convert import without_wrapper
-from visexpert.vision.sources import ModelSource
 
 OWNER = "ClipEncoder"
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import CLIPVisionConfig
 
 from visexpert.errors import ConfigError, WeightsError
-from visexpert.resources import state_keys
+from visexpert.io.source import WEIGHT_FILES, ModelSource
+from visexpert.io.weights import state_keys
 from visexpert.vision.convert import VisionTower, clip_config, from_hugging_face, from_open_clip, without_wrapper
 from visexpert.vision.families import check_family, check_keys
-from visexpert.vision.sources import WEIGHT_FILES, ModelSource
 
 OWNER = "ClipEncoder"
 OPEN_CLIP_PREFIX = "open_clip:"

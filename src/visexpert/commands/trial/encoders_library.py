@@ -22,9 +22,9 @@ from visexpert.experts import (
 from visexpert.experts.huggingface import quiet
 from visexpert.experts.pretrained import RANDOM
 from visexpert.experts.transformers import HubExpert
+from visexpert.io.source import WEIGHT_FILES, ModelSource
 from visexpert.vision import ClipEncoder
 from visexpert.vision.published import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES, OPEN_CLIP_PREFIX
-from visexpert.vision.sources import WEIGHT_FILES, ModelSource
 
 Call = Callable[[Tensor], Any]
 

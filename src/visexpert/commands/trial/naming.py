@@ -18,11 +18,11 @@ from visexpert.experts import (
     TransformersExpert,
     VisionExpert,
 )
-from visexpert.resources import ZOO_PREFIX
+from visexpert.io.source import ModelSource
+from visexpert.io.weights import ZOO_PREFIX
 from visexpert.tabletop import TinyExpert
 from visexpert.tabletop.tiny import HEADER_KEY
 from visexpert.vision.published import OPEN_CLIP_CONFIG, OPEN_CLIP_PREFIX
-from visexpert.vision.sources import ModelSource
 
 Candidate = tuple[type[VisionExpert], dict[str, Any]]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from visexpert.errors import ConfigError, DataError
-from visexpert.reading import read_yaml
+from visexpert.io.reading import read_yaml
+from visexpert.io.run_files import read_json
 from visexpert.report.compare.settings import flatten
 from visexpert.report.curves import read_metrics
-from visexpert.report.files import read_json
 
 PHASES = {"merge.json": "merge", "detachment.json": "detachment"}
 """Facts that a phase leaves in its folder, and what its settings are called here."""

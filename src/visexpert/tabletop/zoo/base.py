@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from safetensors.torch import save_file
 from torch import Tensor
 
-from visexpert.files import whole_file
+from visexpert.io.files import whole_file
 from visexpert.precision import ClippedModule
 from visexpert.types import Batch
 

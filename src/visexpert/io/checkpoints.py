@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from visexpert.errors import WeightsError, first_line
-from visexpert.sharded import is_sharded, read_facts, read_sharded
+from visexpert.io.sharded import is_sharded, read_facts, read_sharded
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from huggingface_hub import ModelCard, constants, hf_hub_download, try_to_load_f
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from torch import Tensor
 
-from visexpert import reading
 from visexpert.errors import WeightsError
-from visexpert.resources import load_state, resolve_source
+from visexpert.io import reading
+from visexpert.io.weights import load_state, resolve_source
 
 HUB_PREFIX = "hf:"
 HUB_PREFIXES = ("hf-hub:", "hf_hub:", HUB_PREFIX)

@@ -13,9 +13,9 @@ from visexpert.data.annotations import read_json as read_annotations
 from visexpert.data.annotations import read_json_lines
 from visexpert.data.faults import FaultLog
 from visexpert.errors import DataError
-from visexpert.reading import dump_json, parse_json, read_json, read_text, read_yaml
+from visexpert.io.reading import dump_json, parse_json, read_json, read_text, read_yaml
+from visexpert.io.run_files import read_json as read_record
 from visexpert.report.compare.record import read_run
-from visexpert.report.files import read_json as read_record
 from visexpert.types import Skipped
 
 DEEP = "[" * 100_000 + "]" * 100_000

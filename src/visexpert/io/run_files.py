@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from visexpert import reading
 from visexpert.errors import DataError
-from visexpert.files import whole_file
+from visexpert.io import reading
+from visexpert.io.files import whole_file
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from visexpert.errors import DataError
-from visexpert.report.files import set_aside, write_json, write_text
+from visexpert.io.run_files import set_aside, write_json, write_text
 
 
 def test_a_full_disk_leaves_the_earlier_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from visexpert.errors import DataError
-from visexpert.report.lmms import SIDECAR
-from visexpert.report.lock import hold
+from visexpert.io.lock import hold
+
+SIDECAR = "lmms.json"
+"""File of a run's folder that says where the scores under ``lmms/`` come from."""
 
 OWN = (
     "config*.yaml", "environment.json", "metrics*.csv", "metrics*.json", "figures", "checkpoints", "hpc_ckpt_*.ckpt",

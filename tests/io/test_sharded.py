@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.sharded_parts import as_deepspeed, as_fsdp
-from visexpert.checkpoints import checked_checkpoint, load_checkpoint
 from visexpert.errors import WeightsError
+from visexpert.io.checkpoints import checked_checkpoint, load_checkpoint
 
 ZERO3 = Path(__file__).parent / "zero3"
 """Written by DeepSpeed 0.19 in two processes, third stage; in it what the engine gathered from its weights."""
@@ -137,7 +137,9 @@ def test_no_code_of_a_deepspeed_folder_runs(tmp_path: Path, file: Path, monkeypa
     for read in (load_checkpoint, checked_checkpoint):
         with pytest.raises(WeightsError, match="mkdir"):
             read(folder, owner="test")
-    monkeypatch.setattr("visexpert.sharded.read_facts", lambda folder: {"global_step": 1})  # the second line of defense
+    monkeypatch.setattr(
+        "visexpert.io.sharded.read_facts", lambda folder: {"global_step": 1}
+    )  # the second line of defense
     with pytest.raises(WeightsError, match="is no plain checkpoint"):
         load_checkpoint(folder, owner="test")
     assert not (tmp_path / "ran").exists()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from visexpert import files
-from visexpert.files import take_place, whole_file, whole_folder
+from visexpert.io import files
+from visexpert.io.files import take_place, whole_file, whole_folder
 
 
 def test_the_file_takes_its_place_at_the_end(tmp_path: Path) -> None:

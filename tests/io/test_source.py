@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.vision.hub import put_in_cache
+from tests.io.hub import put_in_cache
 from visexpert.errors import WeightsError
-from visexpert.vision.sources import WEIGHT_FILES, ModelSource
+from visexpert.io.source import WEIGHT_FILES, ModelSource
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from visexpert.errors import ConfigError, WeightsError
 
-ZOO = Path(__file__).parent / "tabletop" / "zoo" / "weights"
+ZOO = Path(__file__).parents[1] / "tabletop" / "zoo" / "weights"
 """Folder of the shipped weights."""
 
 ZOO_PREFIX = "zoo:"

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.io.test_sharded import Attack
 from tests.sharded_parts import as_fsdp
-from tests.test_sharded import Attack
-from visexpert.checkpoints import checked_checkpoint, load_checkpoint, newest_checkpoint
 from visexpert.errors import WeightsError
+from visexpert.io.checkpoints import checked_checkpoint, load_checkpoint, newest_checkpoint
 
 
 def write(path: Path, steps: int, *, at: int) -> Path:

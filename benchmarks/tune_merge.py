@@ -15,12 +15,12 @@ from benchmarks.results_tove import BASE, OVERLAYS
 from benchmarks.runs import Run, execute
 
 TRIALS: dict[str, list[str]] = {
-    "tokens, 2000 steps, rate 2e-3": ["--lr", "2e-3"],
-    "tokens, 2000 steps, rate 4e-3": ["--lr", "4e-3"],
-    "tokens, 2000 steps, rate 8e-3": ["--lr", "8e-3"],
-    "tokens, 3000 steps, rate 4e-3": ["--lr", "4e-3", "--steps", "3000"],
-    "text, decoder frozen, 2000 steps, rate 1e-3": [*TEXT, "--lr", "1e-3"],
-    "text, decoder frozen, 2000 steps, rate 4e-3": [*TEXT, "--lr", "4e-3"],
+    "tokens, 2000 steps, rate 2e-3": ["--optimizer.lr", "2e-3"],
+    "tokens, 2000 steps, rate 4e-3": ["--optimizer.lr", "4e-3"],
+    "tokens, 2000 steps, rate 8e-3": ["--optimizer.lr", "8e-3"],
+    "tokens, 3000 steps, rate 4e-3": ["--optimizer.lr", "4e-3", "--steps", "3000"],
+    "text, decoder frozen, 2000 steps, rate 1e-3": [*TEXT, "--optimizer.lr", "1e-3"],
+    "text, decoder frozen, 2000 steps, rate 4e-3": [*TEXT, "--optimizer.lr", "4e-3"],
 }
 FRESH = {f"text, CLIP and a fresh decoder, 2900 steps, rate {rate}": rate for rate in ("1e-3", "2e-4")}
 SCORES = {"val/nmse": "NMSE", "val/nll/kind/dense": "dense NLL", "val/vqa/accuracy": "VQA", "val/vsr/accuracy": "VSR"}
@@ -59,7 +59,8 @@ def _merge(base: Path, name: str, extra: list[str]) -> Run:
 
 def _fresh(runs: Path, name: str, rate: str) -> Run:
     arguments = (
-        "fit", "--config", BASE, "--config", str(OVERLAYS / "clip-only.yaml"), "--model.init_args.clip_lr", rate,
+        "fit", "--config", BASE, "--config", str(OVERLAYS / "clip-only.yaml"),
+        "--model.init_args.optimizer.clip_lr", rate,
         "--trainer.max_steps", "2900", "--trainer.val_check_interval", "725", "--seed_everything", "0",
         "--data.init_args.seed", "0", "--test_after_fit", "false",
     )  # fmt: skip

@@ -35,24 +35,24 @@ FIXED: dict[str, dict[str, str]] = {
     "weight 1": {"kd_weight": "1.0"},
     "depth and normals": {"use": "[depth, normals]"},
     "normals": {"use": "[normals]"},
-    "CLIP at .1": {"anchor_share": "0.1"},
-    "CLIP no teacher": {"anchor_share": "null"},
-    "CLIP at .1, weight .2": {"anchor_share": "0.1", "kd_weight": "0.2"},
-    "CLIP at .1, depth and normals": {"anchor_share": "0.1", "use": "[depth, normals]"},
+    "CLIP at .1": {"weighting.clip_teacher_weight": "0.1"},
+    "CLIP no teacher": {"weighting.clip_teacher_weight": "null"},
+    "CLIP at .1, weight .2": {"weighting.clip_teacher_weight": "0.1", "kd_weight": "0.2"},
+    "CLIP at .1, depth and normals": {"weighting.clip_teacher_weight": "0.1", "use": "[depth, normals]"},
     "CLIP at .1, depth and normals, token weights by attention": {
-        "anchor_share": "0.1",
+        "weighting.clip_teacher_weight": "0.1",
         "use": "[depth, normals]",
-        "token_weighting": "attention",
+        "weighting.tokens": "attention",
     },
-    "CLIP at .1, rate 1e-2": {"anchor_share": "0.1", "clip_lr": "1e-2"},
-    "heads (to_teacher), CLIP at .3": {"direction": "to_teacher"},
-    "heads (to_teacher), CLIP at .1": {"direction": "to_teacher", "anchor_share": "0.1"},
+    "CLIP at .1, rate 1e-2": {"weighting.clip_teacher_weight": "0.1", "optimizer.clip_lr": "1e-2"},
+    "heads (to_teacher), CLIP at .3": {"heads.alignment": "to_teacher"},
+    "heads (to_teacher), CLIP at .1": {"heads.alignment": "to_teacher", "weighting.clip_teacher_weight": "0.1"},
     "heads (to_teacher), CLIP at .1, depth and normals": {
-        "direction": "to_teacher",
-        "anchor_share": "0.1",
+        "heads.alignment": "to_teacher",
+        "weighting.clip_teacher_weight": "0.1",
         "use": "[depth, normals]",
     },
-    "heads (to_teacher), CLIP no teacher": {"direction": "to_teacher", "anchor_share": "null"},
+    "heads (to_teacher), CLIP no teacher": {"heads.alignment": "to_teacher", "weighting.clip_teacher_weight": "null"},
 }
 """Settings of direction fixed, without MoLE, at the rate of the base: one changed at a time, then beside the best."""
 
@@ -123,7 +123,11 @@ def _cells(name: str) -> list[str]:
 
 def _rate_trial(root: Path, name: str) -> Run:
     kind, rate, weight = TRIALS[name]
-    settings = {"clip_lr": rate, "mole_lr": rate, "language_lr": "6e-4" if rate == "1e-3" else "1e-3"}
+    settings = {
+        "optimizer.clip_lr": rate,
+        "optimizer.mole_lr": rate,
+        "optimizer.language_lr": "6e-4" if rate == "1e-3" else "1e-3",
+    }
     if weight is not None:
         settings["kd_weight"] = weight
     return _trial(root / name, kind, settings)

@@ -13,17 +13,26 @@ from benchmarks.runs import Run, add_arguments, execute
 from visexpert.report import Column, ResultRow, describe_machine, markdown_table
 
 SETTINGS: dict[str, dict[str, str]] = {
-    "all: lr 2e-3, noise": {"lr": "2e-3", "gate_lr": "2e-3", "gate_noise": "fixed", "adapter_hidden": "64"},
-    "all: lr 2e-3": {"lr": "2e-3", "gate_lr": "2e-3", "adapter_hidden": "64"},
-    "all: lr 5e-3": {"lr": "5e-3", "gate_lr": "5e-3", "adapter_hidden": "64"},
-    "all: lr 5e-3, wide": {"lr": "5e-3", "gate_lr": "5e-3", "adapter_hidden": "128"},
-    "all: lr 1e-2": {"lr": "1e-2", "gate_lr": "1e-2", "adapter_hidden": "64"},
-    "all: lr 1e-2, gate 1e-3": {"lr": "1e-2", "gate_lr": "1e-3", "adapter_hidden": "64"},
-    "all: lr 2e-2, gate 2e-3": {"lr": "2e-2", "gate_lr": "2e-3", "adapter_hidden": "64"},
-    "all: lr 1e-2, gate 2e-3, wide (chosen)": {"lr": "1e-2", "gate_lr": "2e-3", "adapter_hidden": "128"},
-    "semantic: lr 5e-3": {"use": "[semantic]", "lr": "5e-3", "adapter_hidden": "64"},
-    "semantic: lr 1e-2": {"use": "[semantic]", "lr": "1e-2", "adapter_hidden": "64"},
-    "semantic: lr 1e-2, wide (chosen)": {"use": "[semantic]", "lr": "1e-2", "adapter_hidden": "128"},
+    "all: lr 2e-3, noise": {
+        "optimizer.lr": "2e-3",
+        "optimizer.gate_lr": "2e-3",
+        "gate.noise": "fixed",
+        "adapter_hidden": "64",
+    },
+    "all: lr 2e-3": {"optimizer.lr": "2e-3", "optimizer.gate_lr": "2e-3", "adapter_hidden": "64"},
+    "all: lr 5e-3": {"optimizer.lr": "5e-3", "optimizer.gate_lr": "5e-3", "adapter_hidden": "64"},
+    "all: lr 5e-3, wide": {"optimizer.lr": "5e-3", "optimizer.gate_lr": "5e-3", "adapter_hidden": "128"},
+    "all: lr 1e-2": {"optimizer.lr": "1e-2", "optimizer.gate_lr": "1e-2", "adapter_hidden": "64"},
+    "all: lr 1e-2, gate 1e-3": {"optimizer.lr": "1e-2", "optimizer.gate_lr": "1e-3", "adapter_hidden": "64"},
+    "all: lr 2e-2, gate 2e-3": {"optimizer.lr": "2e-2", "optimizer.gate_lr": "2e-3", "adapter_hidden": "64"},
+    "all: lr 1e-2, gate 2e-3, wide (chosen)": {
+        "optimizer.lr": "1e-2",
+        "optimizer.gate_lr": "2e-3",
+        "adapter_hidden": "128",
+    },
+    "semantic: lr 5e-3": {"use": "[semantic]", "optimizer.lr": "5e-3", "adapter_hidden": "64"},
+    "semantic: lr 1e-2": {"use": "[semantic]", "optimizer.lr": "1e-2", "adapter_hidden": "64"},
+    "semantic: lr 1e-2, wide (chosen)": {"use": "[semantic]", "optimizer.lr": "1e-2", "adapter_hidden": "128"},
 }
 COLUMNS = [
     Column("val/nll/kind/dense", "dense NLL"),

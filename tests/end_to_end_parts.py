@@ -50,10 +50,9 @@ class Parts:
                 "language": {
                     "class_path": "visexpert.language.PrefixLM", "init_args": {"source": self.llama, **language},
                 },
-                "projector": "mlp2x_gelu",  # LLaVA's form, so that a run can be exported as one
-                "projector_norm": False,
-                "warmup_steps": 1,
-                "meteor": False,
+                "projector": {"kind": "mlp2x_gelu", "norm": False},  # LLaVA's, for the export as one
+                "optimizer": {"warmup_steps": 1},
+                "evaluation": {"meteor": False, "caption_images": 1},
                 **options,
             },
         }  # fmt: skip

@@ -41,11 +41,11 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("setting", "value", "fragments"),
     [
-        ("model.init_args.lr", "-1", [f"{TOVE}: lr is -1", "not be negative"]),
-        ("model.init_args.lr", "1e400", ["lr is inf", "finite"]),
-        ("model.init_args.lr", "null", [f"{TOVE}: lr is null", "0.002"]),
-        ("model.init_args.betas", "[0.9, 1.5]", ["betas", "1.5", "below 1"]),
-        ("model.init_args.weight_decay", "true", ["weight_decay", "float", "True"]),
+        ("model.init_args.optimizer.lr", "-1", [f"{TOVE}: optimizer.lr is -1", "not be negative"]),
+        ("model.init_args.optimizer.lr", "1e400", ["lr is inf", "finite"]),
+        ("model.init_args.optimizer.lr", "null", ["optimizer.lr", "float", "None"]),
+        ("model.init_args.optimizer.betas", "[0.9, 1.5]", ["betas", "1.5", "below 1"]),
+        ("model.init_args.optimizer.weight_decay", "true", ["weight_decay", "float", "True"]),
         ("model.init_args.adapter_hidden", "0", ["adapter_hidden is 0", "at least 1"]),
         ("model.init_args.language.init_args.heads", "0", ["heads is 0", "at least 1"]),
         ("model.init_args.language.init_args.depth", "null", ["depth is null", "leave it out for 2"]),
@@ -118,11 +118,12 @@ def test_an_end_of_training_may_be_set_in_any_way() -> None:
 
 
 def test_null_is_refused_only_where_the_type_has_no_place_for_it() -> None:
-    check_settings({"model": {"class_path": TOVE, "init_args": {"use": None, "gate_lr": None, "meteor": None}}})
+    open_ones = {"use": None, "optimizer": {"gate_lr": None}, "evaluation": {"meteor": None}}
+    check_settings({"model": {"class_path": TOVE, "init_args": open_ones}})
     check_settings({"model": {"class_path": "visexpert.vision.ClipEncoder", "init_args": {"layer": -2}}})
     check_settings({"a": {"class_path": "collections.OrderedDict", "init_args": {"x": None, "y": -3}}})
-    nested = {"experts": {"one": {"class_path": TOVE, "init_args": {"warmup_steps": None}}}}
-    with pytest.raises(ConfigError, match=r"ToVE: warmup_steps is null.*100"):
+    nested = {"experts": {"one": {"class_path": TOVE, "init_args": {"optimizer": {"warmup_steps": None}}}}}
+    with pytest.raises(ConfigError, match=r"ToVE: optimizer.warmup_steps is null.*100"):
         check_settings({"callbacks": [nested]})
 
 

@@ -138,7 +138,7 @@ def edited(tmp_path: Path, old: str, new: str) -> list[str]:
     ("old", "new", "sentence"),
     [
         ("warmup_steps:", "warmup_step:",
-         "visexpert.methods.ToVE has no setting 'warmup_step'; did you mean 'warmup_steps'"),
+         "visexpert.methods.ToVE has no setting 'warmup_step'; did you mean 'optimizer.warmup_steps'"),
         ("depth: 1, heads: 2}", "dept: 1, heads: 2}",
          "visexpert.language.CrossAttentionDecoder has no setting 'dept'; did you mean 'depth'"),
         ("max_steps:", "max_stepps:", "There is no setting 'trainer.max_stepps'; did you mean 'trainer.max_steps'"),

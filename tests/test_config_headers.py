@@ -124,7 +124,7 @@ def shortened(command: Command) -> list[str]:
 
 
 SHORT = {
-    "merge": ("--steps", ("--warmup_steps", "1")),
+    "merge": ("--steps", ("--optimizer.warmup_steps", "1")),
     "detach": ("--retune_steps", ("--timing_seconds", "0.01", "--timing_images", "1")),
 }
 """Of commands that train by themselves, the option for their steps, and what else takes long."""

@@ -107,7 +107,7 @@ def test_movekd_stage_1(cli: VisexpertCLI) -> None:
     assert {group.name: group.lr for group in model.trained_groups()} == {"fusion": 1e-3, "mole": 1e-3}
     assert isinstance(data, LLaVAInstruct) and data.settings.resize == "crop"
     assert 0 <= ALIGNMENT - samples(built.settings, data.settings.batch_size) < 256
-    assert built.settings.model.init_args.warmup_steps == round(0.03 * 2180)
+    assert built.settings.model.init_args.optimizer.warmup_steps == round(0.03 * 2180)
 
 
 def test_movekd_stage_2_with_the_teachers_of_v1_1(cli: VisexpertCLI) -> None:
@@ -131,7 +131,7 @@ def test_movekd_with_13b_as_released(cli: VisexpertCLI) -> None:
     assert model.distillation.convention == "released"
     assert built.data.settings.tokenizer == "lmsys/vicuna-13b-v1.5"
     given = built.settings.model.init_args
-    assert given.clip.init_args.mole.alpha == 1 and given.anchor_share == 0.8
+    assert given.clip.init_args.mole.alpha == 1 and given.weighting.clip_teacher_weight == 0.8
 
 
 def test_movekd_with_llava_nexts_tiles(cli: VisexpertCLI) -> None:

@@ -75,13 +75,13 @@ def test_tove_from_coco_and_cc3m_to_a_merged_clip(
     parts: Parts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_captions(tmp_path)
-    model = parts.model("ToVE", clip={"layer": -2}, language={}, caption_images=1)
+    model = parts.model("ToVE", clip={"layer": -2}, language={})
     run = fit(tmp_path / "tove", model, data, parts.llama, max_steps=6)
     scores = scored(run)
     assert {"test/nll/nll", "test/caption/cider"} <= scores.keys()
     image = write_jpeg(tmp_path / "own.jpg", "green", size=(40, 30))
     captioned(run, image, "a picture of", capsys)
-    quick = ["--steps", "2", "--warmup_steps", "1", "--eval_every", "2", "--checkpoint_every", "2"]
+    quick = ["--steps", "2", "--optimizer.warmup_steps", "1", "--eval_every", "2", "--checkpoint_every", "2"]
     main(["merge", str(run), *quick])
     out = tmp_path / "out"
     main(["export", str(run), "--format", "hf", "--out", str(out)])
@@ -98,10 +98,16 @@ def test_movekd_from_llavas_conversations_to_a_llava(
     parts: Parts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mole = {"num_experts": 2, "rank": 2, "dropout": 0.0}
-    forms: dict[str, Any] = {"direction": "to_student", "adapter": "released", "token_weighting": "attention"}
-    forms |= {"teacher_weighting": "attention", "anchor_share": 0.8}
+    forms: dict[str, Any] = {"heads": {"alignment": "to_student", "adapter": "released"}}
+    forms["weighting"] = {"tokens": "attention", "teachers": "attention", "clip_teacher_weight": 0.8}
     aligned = write_conversations(tmp_path, style="plain", name="blip_laion_cc_sbu_558k.json")
-    model = parts.model("MoVEKD", clip={"mole": mole}, language={}, **forms, clip_lr=0, language_lr=0)
+    model = parts.model(
+        "MoVEKD",
+        clip={"mole": mole},
+        language={},
+        **forms,
+        optimizer={"clip_lr": 0, "language_lr": 0, "warmup_steps": 1},
+    )
     start = fit(tmp_path / "stage1", model, aligned, parts.llama) / "checkpoints" / "last.ckpt"
     kept = {key.split(".")[0] for key in torch.load(start, weights_only=True)["state_dict"]}
     assert not {"hub", "anchor"} & kept

@@ -35,7 +35,7 @@ LAW: dict[str, frozenset[str]] = {
     "data": frozenset({"types"}),
     "experts": frozenset({"types", "vision", "store"}),
     "vision": frozenset({"types"}),
-    "transfer": frozenset({"types"}),
+    "transfer": frozenset({"types", "losses"}),
     "language": frozenset({"types"}),
     "losses": frozenset({"types"}),
     "methods": STAGES | {"metrics", "store"},

@@ -200,7 +200,7 @@ def test_a_whole_run_with_weights_in_16_bits(method: str, tmp_path: Path) -> Non
     main(
         ["fit", "--config", str(CONFIGS / method / "smoke.yaml"), "--run", str(tmp_path), "--trainer.precision",
          "bf16-true", "--trainer.gradient_clip_val", "1.0", "--trainer.max_steps", "2", "--trainer.val_check_interval",
-         "2", "--model.init_args.caption_images", "2", "--trainer.enable_progress_bar", "false"]
+         "2", "--model.init_args.evaluation.caption_images", "2", "--trainer.enable_progress_bar", "false"]
     )  # fmt: skip
     with (tmp_path / "metrics.csv").open(encoding="utf-8") as file:
         losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")]

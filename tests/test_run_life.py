@@ -55,7 +55,7 @@ def whole(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fit(folder: Path, *more: str) -> list[str]:
     """The command of the smoke run, saved every fourth step, validated at steps 4 and 8."""
-    quick = ["--model.init_args.caption_images", "1", "--data.init_args.num_test", "8"]
+    quick = ["--model.init_args.evaluation.caption_images", "1", "--data.init_args.num_test", "8"]
     return ["fit", "--config", str(SMOKE), "--run", str(folder), "--checkpoint_every", "4", *quick, *more]
 
 
@@ -239,7 +239,7 @@ def test_overwrite_keeps_the_earlier_run_whole_and_is_not_remembered(
         (tmp_path / name).write_text("{}", encoding="utf-8")
     with hold(tmp_path, "merged"):
         assert "merged" in refused(fit(tmp_path, *short, "--overwrite"), capsys)
-    main(fit(tmp_path, *short, "--overwrite", "--model.init_args.lr", "1e-2"))
+    main(fit(tmp_path, *short, "--overwrite", "--model.init_args.optimizer.lr", "1e-2"))
     kept = tmp_path / "previous.1"
     assert all(torch.equal(value, weights(kept)["state_dict"][key]) for key, value in first.items())
     assert not all(torch.equal(value, weights(tmp_path)["state_dict"][key]) for key, value in first.items())
@@ -324,7 +324,7 @@ def test_predict_writes_one_line_for_each_text_of_the_test_images(
 def test_predict_without_a_language_model_or_a_test_part_is_one_sentence(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    silent = ["--model.init_args.language", "visexpert.language.NoLanguage", "--model.init_args.text_weight", "0"]
+    silent = ["--model.init_args.language", "visexpert.language.NoLanguage", "--model.init_args.lm_weight", "0"]
     command = ["predict", "--config", str(SMOKE.parents[1] / "movekd" / "smoke.yaml"), "--run", str(tmp_path)]
     said = refused([*command, *silent], capsys)
     assert "predict" in said and "language model" in said and "MoVEKD" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 import traceback
@@ -66,7 +67,8 @@ def check_settings(config: Mapping[str, Any]) -> None:
         if isinstance(value, float) and not math.isfinite(value) or isinstance(value, int) and abs(value) > LARGEST:
             raise ConfigError(f"{name} is {value:.6g}, but must be a finite number up to {LARGEST}.")
     for class_path, arguments in _classes(config):
-        _check_arguments(class_path, arguments)
+        parameters, hints = _signature(class_path)
+        _check_arguments(class_path, "", arguments, parameters, hints)
 
 
 def check_seed(name: str, seed: Any) -> None:
@@ -214,17 +216,28 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _check_arguments(class_path: str, arguments: Mapping[str, Any]) -> None:
-    parameters, hints = _signature(class_path)
+def _check_arguments(
+    class_path: str,
+    group: str,
+    arguments: Mapping[str, Any],
+    parameters: Mapping[str, inspect.Parameter],
+    hints: Mapping[str, Any],
+) -> None:
+    """Check the arguments of a class or, where ``group`` is ``name.``, those of its settings of that name."""
     for name, value in arguments.items():
+        settings = next((kind for kind in _members(hints.get(name)) if dataclasses.is_dataclass(kind)), None)
+        if isinstance(settings, type) and isinstance(value, Mapping):
+            inner = inspect.signature(settings).parameters
+            _check_arguments(class_path, f"{group}{name}.", value, inner, typing.get_type_hints(settings))
+            continue
         if value is None and name in hints and parameters[name].default is not None and not _takes_none(hints[name]):
             default = parameters[name].default
             hint = "" if default is inspect.Parameter.empty else f", or leave it out for {default!r}"
-            raise ConfigError(f"{class_path}: {name} is null, but must have a value; give one{hint}.")
+            raise ConfigError(f"{class_path}: {group}{name} is null, but must have a value; give one{hint}.")
         numbers = value if isinstance(value, list | tuple) else [value]
         negative = [n for n in numbers if isinstance(n, int | float) and not isinstance(n, bool) and n < 0]
         if negative and class_path.startswith(_OURS) and name in parameters and name not in _NEGATIVE:
-            raise ConfigError(f"{class_path}: {name} is {value}, but must not be negative.")
+            raise ConfigError(f"{class_path}: {group}{name} is {value}, but must not be negative.")
 
 
 def _signature(class_path: str) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
@@ -245,6 +258,11 @@ def _signature(class_path: str) -> tuple[dict[str, inspect.Parameter], dict[str,
             except Exception:  # names that exist for type checkers alone
                 continue
     return parameters, hints
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _takes_none(hint: Any) -> bool:

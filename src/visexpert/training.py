@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from inspect import Parameter, signature
 from itertools import pairwise
@@ -408,8 +409,12 @@ def explain(message: str, known: Iterable[str]) -> str:
         name = next(group for group in unknown.groups() if group)
         if not classes:
             return f"There is no setting '{name}'; {_hint(name, known)}"
-        name = name.split(".")[0]
-        return f"{classes[-1]} has no setting '{name}'; {_hint(name, _parameters(classes[-1]))}"
+        known_there = _settings_of(load_path(classes[-1]))
+        first = name.split(".")[0]
+        name = name if any(key.startswith(f"{first}.") for key in known_there.values()) else first
+        near = get_close_matches(name.rpartition(".")[2], known_there, n=1, cutoff=0.6)
+        hint = f"did you mean '{known_there[near[0]]}'?" if near else _hint(name, known_there.values())
+        return f"{classes[-1]} has no setting '{name}'; {hint}"
     if classes and load_path(classes[-1]) is None:
         module, _, name = classes[-1].rpartition(".")
         return f"There is no class '{classes[-1]}'; {_hint(name, getattr(load_path(module), '__all__', ()))}"
@@ -433,11 +438,15 @@ def _hint(name: str, known: Iterable[str]) -> str:
     return f"known are {', '.join(names)}." if 0 < len(names) <= 40 else "see --help for what is allowed."
 
 
-def _parameters(class_path: str) -> list[str]:
-    target = load_path(class_path)
+def _settings_of(target: Any) -> dict[str, str]:
+    """Settings of a class by their own name, each as it is written below the class, such as ``optimizer.lr``."""
     parameters = {} if target is None else signature(target).parameters
     catch_all = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-    return [key for key, value in parameters.items() if value.kind not in catch_all]
+    found = {key: key for key, value in parameters.items() if value.kind not in catch_all}
+    for group, value in parameters.items():
+        if is_dataclass(value.default):
+            found = {field.name: f"{group}.{field.name}" for field in fields(value.default)} | found
+    return found
 
 
 def complete_from_run(arguments: list[str]) -> list[str]:

@@ -42,7 +42,11 @@ def test_two_stages_take_the_steps_of_one_and_the_second_starts_from_the_first()
     first, second = two_stages(0)
     assert sum(int(option(run, "--trainer.max_steps")) for run in (first, second)) == STEPS
     assert option(second, "--model.init_args.init_from").startswith(f"{first.folder}/")
-    assert option(first, "--model.init_args.clip_lr") == option(first, "--model.init_args.language_lr") == "0"
+    assert (
+        option(first, "--model.init_args.optimizer.clip_lr")
+        == option(first, "--model.init_args.optimizer.language_lr")
+        == "0"
+    )
 
 
 def test_what_was_distilled_first_starts_from_a_main_row_of_the_same_seed() -> None:

@@ -48,7 +48,7 @@ def test_training_costs_its_steps(tmp_path: Path) -> None:
 
 
 def test_counting_leaves_the_run_as_it_is(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"gate_noise": "learned", "dropout": 0.1}
+    options: dict[str, Any] = {"noise": "learned", "dropout": 0.1}
     counted = fit(tmp_path, shake(tiny_tove(**options)), CostReport(gflop_every=2), steps=4).state_dict()
     plain = fit(tmp_path, shake(tiny_tove(**options)), steps=4).state_dict()
     assert all(torch.equal(value, counted[key]) for key, value in plain.items())

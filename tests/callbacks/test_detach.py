@@ -270,7 +270,7 @@ def test_a_detachment_of_other_weights_is_set_aside(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("undrawn")
 def test_it_follows_a_fit_and_reads_the_runs_feature_cache(tmp_path: Path) -> None:
-    model = trained(feature_cache=str(tmp_path / "features"), feature_dtype="float32", lr=1e-3)
+    model = trained(folder=str(tmp_path / "features"), dtype="float32", lr=1e-3)
     work = ExpertDetachment(keep=1, **QUICK)
     trainer = bare_trainer(tmp_path, steps=2, callbacks=[work], limit_val_batches=None)
     data = scenes()
@@ -308,7 +308,7 @@ def zoo_run(tmp_path: Path) -> Path:
         "clip": {"class_path": "visexpert.vision.ClipEncoder", "init_args": {"source": "zoo:clip"}},
         "experts": experts,
         "language": {"class_path": "visexpert.language.CrossAttentionDecoder", "init_args": decoder},
-        "top_k": 2, "caption_images": 1, "meteor": False,
+        "gate": {"top_k": 2}, "evaluation": {"caption_images": 1, "meteor": False},
     }  # fmt: skip
     sizes = {"num_train": 8, "num_val": 6, "num_test": 2, "batch_size": 4, "eval_batch_size": 4, "render_workers": 0}
     config = {

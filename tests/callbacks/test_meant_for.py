@@ -43,8 +43,8 @@ def test_a_model_in_llavas_form_passes_before_its_experts_are_merged() -> None:
     ("settings", "named"),
     [
         ({"language": GPT2}, "embed_tokens.*GPT2"),
-        ({"projector": "linear"}, "mlp2x_gelu"),
-        ({"projector_norm": True}, "projector_norm: true"),
+        ({"projector": {"kind": "linear", "norm": False}}, "mlp2x_gelu"),
+        ({"projector": {"kind": "mlp2x_gelu", "norm": True}}, "projector.norm: true"),
         ({"language": {"class_path": "visexpert.language.NoLanguage"}}, "NoLanguage"),
     ],
 )

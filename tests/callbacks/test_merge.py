@@ -18,12 +18,12 @@ from visexpert.callbacks.phase import PhaseSettings, write_checkpoint
 from visexpert.cli import main
 from visexpert.commands.export_mole import sources_of
 from visexpert.errors import ConfigError, DataError, WeightsError
-from visexpert.methods import ToVE
+from visexpert.methods import MergeSettings, MergingOptimizer, ToVE
 from visexpert.runs import open_run
 from visexpert.vision import equipped_blocks
 
 SMOKE = Path(__file__).parents[2] / "configs" / "tove" / "smoke.yaml"
-MERGE = ["--steps", "6", "--warmup_steps", "2", "--eval_every", "3", "--checkpoint_every", "2"]
+MERGE = ["--steps", "6", "--optimizer.warmup_steps", "2", "--eval_every", "3", "--checkpoint_every", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_scoring_it_again_gives_the_same_scores(run: Path) -> None:
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
 def test_a_killed_merge_goes_on_where_it_was(run: Path, tmp_path: Path, adaptation: Any) -> None:
     whole = Path(shutil.copytree(run, tmp_path / "whole"))
-    main(["merge", str(whole), *MERGE, "--adaptation", adaptation])
+    main(["merge", str(whole), *MERGE, "--merging.adaptation", adaptation])
     settings = PhaseSettings(accelerator="cpu", log_every_n_steps=1)
     original = PhaseSettings.trainer
 
@@ -106,14 +106,15 @@ def test_a_killed_merge_goes_on_where_it_was(run: Path, tmp_path: Path, adaptati
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PhaseSettings, "trainer", deadly)
         saved = open_run(run)
-        phase = KnowledgeMerging(steps=6, warmup_steps=2, eval_every=3, checkpoint_every=2, adaptation=adaptation)
+        how, rates = MergeSettings(adaptation=adaptation), MergingOptimizer(warmup_steps=2)
+        phase = KnowledgeMerging(steps=6, merging=how, optimizer=rates, eval_every=3, checkpoint_every=2)
         assert isinstance(saved.model, ToVE)
         with pytest.raises(MemoryError):
             phase.apply(saved.model, saved.data, run, settings)
     assert [path.name for path in (run / "merged" / "checkpoints").iterdir()] == ["training.ckpt"]
     with pytest.raises(ConfigError, match=r"config\.yaml"):
         open_run(run / "merged")  # nothing looks whole
-    main(["merge", str(run), *MERGE, "--adaptation", adaptation])
+    main(["merge", str(run), *MERGE, "--merging.adaptation", adaptation])
     expected, got = weights(whole / "merged"), weights(run / "merged")
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[key], got[key]) for key in expected)
@@ -152,14 +153,17 @@ def test_a_finished_merge_is_kept_and_another_needs_another_name(run: Path) -> N
     main(["merge", str(run), *MERGE])
     assert (run / "merged" / "checkpoints" / "last.ckpt").stat().st_mtime_ns == stamp
     with pytest.raises(SystemExit):
-        main(["merge", str(run), *MERGE, "--lr", "0.5"])
-    main(["merge", str(run), *MERGE, "--lr", "0.5", "--name", "other"])
+        main(["merge", str(run), *MERGE, "--optimizer.lr", "0.5"])
+    main(["merge", str(run), *MERGE, "--optimizer.lr", "0.5", "--name", "other"])
     assert (run / "other" / "metrics.json").is_file()
 
 
 def test_it_is_a_second_phase_of_a_fit(run: Path, tmp_path: Path) -> None:
     overlay = tmp_path / "merge.yaml"
-    phase = {"class_path": "visexpert.callbacks.KnowledgeMerging", "init_args": {"steps": 4, "warmup_steps": 1}}
+    phase = {
+        "class_path": "visexpert.callbacks.KnowledgeMerging",
+        "init_args": {"steps": 4, "optimizer": {"warmup_steps": 1}},
+    }
     overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": [phase]}}), encoding="utf-8")
     folder = tmp_path / "fit"
     main(["fit", "--config", str(SMOKE), "--config", str(overlay), "--run", str(folder)])
@@ -176,7 +180,7 @@ def test_it_is_a_second_phase_of_a_fit(run: Path, tmp_path: Path) -> None:
     [
         (["--steps", "0"], "steps=0 must be at least 1"),
         (["--distanse", "mse"], "no setting 'distanse'"),
-        (["--distance", "l1"], "l1"),
+        (["--merging.distance", "l1"], "l1"),
         (["--name", "../x"], "must be a plain folder name"),
     ],
 )
@@ -259,7 +263,7 @@ def test_a_run_is_scored_though_the_run_that_it_started_from_is_gone(run: Path, 
 
 
 def test_null_steps_are_as_many_as_the_run_had(run: Path) -> None:
-    main(["merge", str(run), "--steps", "null", "--warmup_steps", "2", "--test", "false"])
+    main(["merge", str(run), "--steps", "null", "--optimizer.warmup_steps", "2", "--test", "false"])
     facts = json.loads((run / "merged" / "merge.json").read_text(encoding="utf-8"))
     assert facts["teacher_steps"] == 8 and facts["steps"] == 8
     assert open_run(run / "merged").steps == 16

@@ -41,7 +41,7 @@ def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "class_path": "visexpert.language.CrossAttentionDecoder",
             "init_args": {"vocab_size": 96, "width": 8, "depth": 1, "heads": 2},
         },
-        "caption_images": 0,
+        "evaluation": {"caption_images": 0},
     }
     data = {"num_train": 8, "num_val": 4, "num_test": 2, "batch_size": 4, "render_workers": 0, "progress": False}
     config = {

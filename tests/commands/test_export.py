@@ -39,7 +39,7 @@ TALKATIVE: dict[str, Any] = PREFIX | {
 }
 """Weights so wide that it does not say one word all the time."""
 
-LLAVA: dict[str, Any] = {"language": PREFIX, "projector": "mlp2x_gelu", "projector_norm": False}
+LLAVA: dict[str, Any] = {"language": PREFIX, "projector": {"kind": "mlp2x_gelu", "norm": False}}
 
 
 def write_run(folder: Path, *, trained: bool = True, clip: Mapping[str, Any] | None = None, **settings: Any) -> Path:
@@ -53,7 +53,7 @@ def write_run(folder: Path, *, trained: bool = True, clip: Mapping[str, Any] | N
     """
     config = yaml.safe_load(SMOKE.read_text(encoding="utf-8"))
     arguments = config["model"]["init_args"]
-    arguments.update({"use": [], "clip_lr": 1e-3 if trained else 0.0} | settings)
+    arguments.update({"use": [], "optimizer": {"clip_lr": 1e-3 if trained else 0.0}} | settings)
     if clip is not None:
         arguments["clip"]["init_args"] = dict(clip)
     (folder / "checkpoints").mkdir(parents=True)
@@ -215,8 +215,8 @@ def test_the_projection_that_stays_behind_is_told(tmp_path: Path) -> None:
             LLAVA | {"language": PREFIX | {"init_args": PREFIX["init_args"] | {"position_scale": 0.7}}},
             "position_scale: 0.7",
         ),
-        (LLAVA | {"projector": "linear"}, "a projector other than mlp2x_gelu"),
-        (LLAVA | {"projector_norm": True}, "projector_norm: true"),
+        (LLAVA | {"projector": {"kind": "linear", "norm": False}}, "a projector other than mlp2x_gelu"),
+        (LLAVA | {"projector": {"kind": "mlp2x_gelu", "norm": True}}, "projector.norm: true"),
         (LLAVA | {"use": ["depth"]}, r"use: \['depth'\]"),
         (LLAVA | {"blind": True}, "blind: true"),
     ],

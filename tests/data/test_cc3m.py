@@ -179,7 +179,7 @@ def test_streamed_images_are_not_stored(tmp_path: Path) -> None:
     images = data.image_sources()["train"]
     before = images.fingerprint
     assert len(images) == sum(COUNTS) and before == images.fingerprint
-    with pytest.raises(ConfigError, match="feature_cache to null"):
+    with pytest.raises(ConfigError, match="store.folder to null"):
         images.read([0])
     write_shards(tmp_path, [5, 9, 4, 7])
     assert images.fingerprint != before

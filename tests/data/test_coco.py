@@ -131,7 +131,7 @@ def test_augmented_images_are_not_stored(tmp_path: Path) -> None:
     data = coco(tmp_path, crop_scale=0.5)
     data.setup("fit")
     sources = data.image_sources()
-    with pytest.raises(ConfigError, match="feature_cache to null"):
+    with pytest.raises(ConfigError, match="store.folder to null"):
         sources["train"].read([0])
     assert sources["val"].read([0]).shape == (1, 3, 8, 8)
 

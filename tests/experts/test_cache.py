@@ -144,7 +144,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
 def test_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, 0))
-    with pytest.raises(DataError, match="0 MB are free; free some space, or set feature_cache to null"):
+    with pytest.raises(DataError, match="0 MB are free; free some space, or set store.folder to null"):
         hub().use_cache(FeatureCache(tmp_path), {"train": TRAIN}, resample={})
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from tests.language.test_pretrained import LORA, saved
 from tests.methods.helpers import CLIP_FIELDS, bare_trainer, noise_batch
 from visexpert.language import PrefixLM
-from visexpert.methods import ToVE
+from visexpert.methods import ToVE, ToVEOptimizer
 from visexpert.types import Batch
 from visexpert.vision import ClipEncoder
 
@@ -28,7 +28,8 @@ class Noise(L.LightningDataModule):
 def tove(folder: Path, **options: Any) -> ToVE:
     torch.manual_seed(0)
     clip = ClipEncoder(config=CLIP_FIELDS)
-    return ToVE(clip=clip, experts={}, language=PrefixLM(source=str(folder), **options), lr=0.1, language_lr=0.1)
+    language = PrefixLM(source=str(folder), **options)
+    return ToVE(clip=clip, experts={}, language=language, optimizer=ToVEOptimizer(lr=0.1, language_lr=0.1))
 
 
 @pytest.mark.parametrize("options", [{"lora": LORA, "image_newline": True}, {"frozen": True}])

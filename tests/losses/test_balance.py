@@ -11,7 +11,7 @@ from torch import Tensor
 from visexpert.errors import ConfigError
 from visexpert.losses import gate_balance
 from visexpert.losses.balance import GateBalanceForm
-from visexpert.transfer import TokenGate
+from visexpert.transfer import GateSettings, TokenGate
 
 ALL_4 = torch.ones(4, dtype=torch.bool)
 
@@ -92,7 +92,7 @@ def test_gradient_flows_through_the_smooth_load() -> None:
 
 def test_gradient_of_the_whole_loss_reaches_the_noise_width() -> None:
     """The learned width of the noise has a gradient, and a finite one, though one expert is detached."""
-    gate = TokenGate(dim=8, num_experts=3, noise="learned").train()
+    gate = TokenGate(dim=8, num_experts=3, settings=GateSettings(noise="learned")).train()
     attached_K = torch.tensor([True, False, True])
     output = gate(torch.randn(2, 5, 8), attached_K.tolist())
     assert output.load_BK is not None

@@ -146,7 +146,9 @@ def test_teacher_weights_where_some_are_missing(convention: Convention) -> None:
     torch.testing.assert_close(weights("clip sam", anchor=None), half)
     torch.testing.assert_close(weights("clip"), torch.ones(2, 1))  # only CLIP
     torch.testing.assert_close(weights("eva"), torch.ones(2, 1))  # only one other
-    torch.testing.assert_close(weights("eva sam", anchor="sam", anchor_share=0.3), torch.tensor([[0.7, 0.3]] * 2))
+    torch.testing.assert_close(
+        weights("eva sam", anchor="sam", clip_teacher_weight=0.3), torch.tensor([[0.7, 0.3]] * 2)
+    )
 
 
 @pytest.mark.parametrize("convention", BOTH)
@@ -164,8 +166,8 @@ def test_what_cannot_be_weighed_is_refused() -> None:
         teacher_weights(cls_BD, {"eva": torch.randn(2, 5, 7)}, convention="paper")
     with pytest.raises(ConfigError, match="at least one teacher"):
         teacher_weights(cls_BD, {}, convention="paper")
-    with pytest.raises(ConfigError, match="anchor_share=1.2"):
-        teacher_weights(cls_BD, {"clip": torch.randn(2, 5, 4)}, anchor_share=1.2, convention="paper")
+    with pytest.raises(ConfigError, match="clip_teacher_weight=1.2"):
+        teacher_weights(cls_BD, {"clip": torch.randn(2, 5, 4)}, clip_teacher_weight=1.2, convention="paper")
 
 
 def test_uniform_teacher_weights_keep_the_anchors_share() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from visexpert.data import pack
 from visexpert.experts import VisionExpert
 from visexpert.language import CrossAttentionDecoder
-from visexpert.methods import Method, ToVE
+from visexpert.methods import Merging, Method, ToVE
 from visexpert.tabletop import TinyExpert
 from visexpert.types import Batch
 from visexpert.vision import ClipEncoder
@@ -47,7 +49,25 @@ def tiny_tove(*, seed: int = 0, dropout: float = 0.0, **options: Any) -> ToVE:
     torch.manual_seed(seed)
     clip, experts = ClipEncoder(config=CLIP_FIELDS), tiny_experts()
     language = CrossAttentionDecoder(vocab_size=VOCAB, width=WIDTH, depth=1, heads=2, dropout=dropout)
-    return ToVE(clip=clip, language=language, **{"experts": experts, "warmup_steps": 2, **options})
+    return ToVE(
+        clip=clip, language=language, **sorted_settings(ToVE, {"experts": experts, "warmup_steps": 2, **options})
+    )
+
+
+def merging_of(**options: Any) -> Merging:
+    """Merging with its settings given by their own names."""
+    return Merging(**sorted_settings(Merging, options))
+
+
+def sorted_settings(method: type[Method], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a method, in which settings given by their own names lie in the groups that have them."""
+    groups = {name: p.default for name, p in signature(method).parameters.items() if is_dataclass(p.default)}
+    owners = {field.name: name for name, group in groups.items() for field in fields(group)}
+    given: dict[str, Any] = {name: value for name, value in options.items() if name not in owners}
+    for group in {owners[name] for name in options if name in owners}:
+        changes = {name: value for name, value in options.items() if owners.get(name) == group}
+        given[group] = replace(given.get(group, groups[group]), **changes)
+    return given
 
 
 def shake(model: ToVE, *, seed: int = 1) -> ToVE:

@@ -15,6 +15,7 @@ from tests.methods.helpers import (
     VOCAB,
     WIDTH,
     bare_trainer,
+    sorted_settings,
     tiny_experts,
 )
 from visexpert.language import CrossAttentionDecoder, LanguageSide
@@ -26,11 +27,11 @@ from visexpert.vision import ClipEncoder, MoLESettings
 MakeData = Callable[..., TabletopData]
 MOLE = re.compile(r"^clip\..*\.mlp\.(router|fc1_experts|fc2_experts)\.")
 PAPER: dict[str, Any] = {
-    "anchor_share": 0.8,
-    "direction": "to_student",
+    "clip_teacher_weight": 0.8,
+    "alignment": "to_student",
     "adapter": "released",
-    "teacher_weighting": "attention",
-    "token_weighting": "attention",
+    "teachers": "attention",
+    "tokens": "attention",
 }
 STAGE_1: dict[str, Any] = {"clip_lr": 0.0, "language_lr": 0.0}
 
@@ -43,8 +44,8 @@ def tiny_movekd(
     settings = None if plain else MoLESettings(**{"num_experts": 3, "rank": 2, "dropout": 0.0, **(mole or {})})
     clip = ClipEncoder(config={**CLIP_FIELDS, "num_hidden_layers": depth}, mole=settings)
     parts: dict[str, Any] = {"experts": tiny_experts(), "language": decoder(), "warmup_steps": 2}
-    parts |= {"direction": "to_teacher", "anchor_share": 0.3, "token_weighting": "uniform"}
-    return MoVEKD(clip=clip, **{**parts, **options})
+    parts |= {"alignment": "to_teacher", "clip_teacher_weight": 0.3, "tokens": "uniform"}
+    return MoVEKD(clip=clip, **sorted_settings(MoVEKD, {**parts, **options}))
 
 
 def decoder() -> LanguageSide:

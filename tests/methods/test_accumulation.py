@@ -139,8 +139,8 @@ class Rows(L.Callback):
 
 def noisy(name: str) -> Method:
     if name == "ToVE":
-        return tiny_tove(gate_noise="learned", dropout=0.1)
-    return tiny_movekd(direction="fixed", mole={"dropout": 0.1}, balance_weight=0.1)
+        return tiny_tove(noise="learned", dropout=0.1)
+    return tiny_movekd(alignment="fixed", mole={"dropout": 0.1}, balance_weight=0.1)
 
 
 def state(model: Method) -> dict[str, Tensor]:

@@ -20,8 +20,8 @@ from visexpert.methods.columns import NAMES, experts_in
 
 GATES: dict[str, dict[str, Any]] = {
     "linear": {},
-    "two layers, as wide as there are experts": {"gate_hidden": 3},
-    "learned noise": {"gate_noise": "learned"},
+    "two layers, as wide as there are experts": {"hidden": 3},
+    "learned noise": {"noise": "learned"},
 }
 
 
@@ -91,9 +91,9 @@ def test_fewer_experts_are_weighed_as_if_the_others_were_detached(
 def test_more_experts_keep_what_was_learned_and_the_fresh_ones_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    donor = shake(tiny_tove(use=["semantic", "edges"], gate_noise="learned"))
+    donor = shake(tiny_tove(use=["semantic", "edges"], noise="learned"))
     path = checkpoint(donor, tmp_path)
-    model = tiny_tove(experts=reversed_experts(), gate_noise="learned", init_from=path)
+    model = tiny_tove(experts=reversed_experts(), noise="learned", init_from=path)
     before = columns(model)
     with caplog.at_level(logging.INFO):
         model.setup("fit")
@@ -147,11 +147,11 @@ def test_a_training_does_not_go_on_in_another_order(tmp_path: Path, make: Any) -
 def test_the_gate_that_weighs_teachers_follows_their_names_too(tmp_path: Path) -> None:
     donor = shake(tiny_tove())
     path = checkpoint(donor, tmp_path)
-    model = tiny_movekd(depth=2, experts=reversed_experts(), teacher_weighting="gate", init_from=path)
+    model = tiny_movekd(depth=2, experts=reversed_experts(), teachers="gate", init_from=path)
     model.setup("fit")
     assert_equal(columns(model), columns(donor))
     content = torch.load(checkpoint(model, tmp_path), weights_only=True)
-    again = tiny_movekd(depth=2, teacher_weighting="gate")
+    again = tiny_movekd(depth=2, teachers="gate")
     again.on_load_checkpoint(content)
     again.load_state_dict(content["state_dict"])
     assert_equal(columns(again), columns(donor))

@@ -45,7 +45,7 @@ def test_a_linear_layer_takes_three_products_in_training_and_two_where_it_is_fro
 def test_the_store_saves_what_the_frozen_encoders_take(
     tmp_path: Path, data: Callable[..., TabletopData], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, plain = (shake(tiny_tove(feature_cache=cache)) for cache in (str(tmp_path), None))
+    model, plain = (shake(tiny_tove(folder=cache)) for cache in (str(tmp_path), None))
     bare_trainer(tmp_path, steps=1).fit(model, datamodule=(source := data()))
     batch = next(iter(source.train_dataloader()))
     before = torch.random.get_rng_state()

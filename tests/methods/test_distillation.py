@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from visexpert.errors import DataError
 from visexpert.methods.distillation import Distillation, Distilled
-from visexpert.transfer import Direction, make_kd_head
+from visexpert.methods.settings import WeightingSettings
+from visexpert.transfer import Alignment, make_kd_head
 from visexpert.types import ExpertTokens, VisionTokens
 from visexpert.vision import ClsAttention
 
 GRID, WIDTH = (2, 2), 6
 SETTINGS: dict[str, Any] = {
-    "teacher_weighting": "uniform",
-    "token_weighting": "uniform",
+    "teachers": "uniform",
+    "tokens": "uniform",
     "convention": "paper",
-    "anchor_share": 0.8,
-    "alarm_every": 1,
+    "clip_teacher_weight": 0.8,
 }
 
 
@@ -36,9 +36,10 @@ class Sized:
 def distillation(*names: str, **options: Any) -> Distillation:
     """Raw heads: student and teachers live in one space."""
     heads: dict[str, nn.Module] = {
-        name: make_kd_head(name, Sized(), clip_width=WIDTH, clip_grid=GRID, direction="raw") for name in names
+        name: make_kd_head(name, Sized(), clip_width=WIDTH, clip_grid=GRID, alignment="raw") for name in names
     }
-    return Distillation(heads, **{**SETTINGS, **options})
+    every = options.pop("alarm_every", 1)
+    return Distillation(heads, WeightingSettings(**{**SETTINGS, **options}), alarm_every=every)
 
 
 def tokens(*, seed: int = 0, images: int = 4) -> Tensor:
@@ -80,12 +81,12 @@ def test_fixed_maps_give_the_student_their_scale_which_raises_no_alarm(
 ) -> None:
     """Standardised targets vary less than CLIP's tokens: following them is no collapse, falling below them is."""
     clip_BTD, depth_BTD = 3 * tokens(seed=1), tokens(seed=2)
-    directions: dict[str, Direction] = {"clip": "raw", "depth": "fixed"}
+    alignments: dict[str, Alignment] = {"clip": "raw", "depth": "fixed"}
     heads = {
-        name: make_kd_head(name, Sized(), clip_width=WIDTH, clip_grid=GRID, direction=direction)
-        for name, direction in directions.items()
+        name: make_kd_head(name, Sized(), clip_width=WIDTH, clip_grid=GRID, alignment=alignment)
+        for name, alignment in alignments.items()
     }
-    module = Distillation(heads, **{**SETTINGS, "anchor_share": 0.2}).train()
+    module = Distillation(heads, WeightingSettings(**{**SETTINGS, "clip_teacher_weight": 0.2}), alarm_every=1).train()
     given = {"clip": clip_BTD, "depth": depth_BTD}
     target_BTD = heads["depth"](clip_BTD, ExpertTokens(depth_BTD, GRID)).target_BTX
     asked_BTD = 0.2 * clip_BTD + 0.8 * target_BTD
@@ -133,9 +134,9 @@ def test_entropy_of_teachers_leaves_out_the_share_that_is_fixed() -> None:
     """With CLIP at .8 the entropy of all weights could never come near that of uniform ones."""
     teachers = {name: tokens(seed=seed) for seed, name in enumerate(("clip", "a", "b"))}
     assert run(distillation(*teachers), tokens(), teachers)["entropy/teachers"] == pytest.approx(1.0)
-    assert "entropy/teachers" not in run(distillation(*teachers, anchor_share=1.0), tokens(), teachers)
+    assert "entropy/teachers" not in run(distillation(*teachers, clip_teacher_weight=1.0), tokens(), teachers)
     assert "entropy/teachers" not in run(distillation("clip", "a"), tokens(), teachers)
-    weighing = distillation(*teachers, teacher_weighting="attention")
+    weighing = distillation(*teachers, teachers="attention")
     # [CLS] is ones: scores are 6 ln(3) / sqrt(6) apart at sqrt(6) / 6 per channel, weights 3/4 and 1/4.
     clip_BTD = torch.ones(4, 4, WIDTH)
     step = math.log(3) * WIDTH**0.5 / WIDTH
@@ -147,7 +148,7 @@ def test_entropy_of_teachers_leaves_out_the_share_that_is_fixed() -> None:
 def test_entropy_is_that_of_samples_with_an_image() -> None:
     logits_BHN = torch.zeros(4, 2, 5)
     logits_BHN[2:, :, 1] = 50.0
-    module = distillation("clip", token_weighting="attention")
+    module = distillation("clip", tokens="attention")
     first = torch.tensor([True, True, False, False])
     watched = run(module, tokens(), {"clip": tokens()}, clip=said(tokens(), logits_BHN), has_image_B=first)
     assert watched["entropy/tokens"] == pytest.approx(1.0)
@@ -160,7 +161,7 @@ def test_uniform_weights_raise_an_alarm_only_where_others_were_asked_for(
     asked: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     weighting = "attention" if asked else "uniform"
-    module = distillation("clip", "a", "b", teacher_weighting=weighting, token_weighting=weighting).train()
+    module = distillation("clip", "a", "b", teachers=weighting, tokens=weighting).train()
     same = tokens(seed=1)
     for _ in range(2):
         run(module, tokens(), {"clip": tokens(), "a": same, "b": same}, clip=said(tokens()))
@@ -170,7 +171,7 @@ def test_uniform_weights_raise_an_alarm_only_where_others_were_asked_for(
 
 
 def test_weights_that_leave_one_raise_an_alarm_and_those_between_do_not(caplog: pytest.LogCaptureFixture) -> None:
-    module = distillation("clip", token_weighting="attention").train()
+    module = distillation("clip", tokens="attention").train()
     logits_BHN = torch.zeros(4, 2, 5)
     logits_BHN[..., 1] = 1.0
     for _ in range(2):
@@ -181,7 +182,7 @@ def test_weights_that_leave_one_raise_an_alarm_and_those_between_do_not(caplog: 
 
 
 def test_teachers_that_leave_one_raise_an_alarm(caplog: pytest.LogCaptureFixture) -> None:
-    module = distillation("clip", "a", "b", teacher_weighting="attention").train()
+    module = distillation("clip", "a", "b", teachers="attention").train()
     clip_BTD = torch.ones(4, 4, WIDTH)
     for _ in range(2):
         run(module, tokens(), {"clip": clip_BTD, "a": 9 * clip_BTD, "b": -clip_BTD}, clip=said(clip_BTD))
@@ -191,7 +192,7 @@ def test_teachers_that_leave_one_raise_an_alarm(caplog: pytest.LogCaptureFixture
 
 def test_weights_at_the_very_start_raise_no_alarm(caplog: pytest.LogCaptureFixture) -> None:
     """Fresh adapters give tokens near zero, which no [CLS] token tells apart."""
-    module, same = distillation("clip", "a", "b", teacher_weighting="attention").train(), tokens(seed=1)
+    module, same = distillation("clip", "a", "b", teachers="attention").train(), tokens(seed=1)
     run(module, tokens(), {"clip": tokens(), "a": same, "b": same}, clip=said(tokens()))
     assert not caplog.records
 
@@ -202,7 +203,7 @@ def test_weights_are_logged_by_teacher_and_so_is_the_heaviest_token() -> None:
     given = {"a": torch.full_like(clip_BTD, step), "clip": clip_BTD, "b": torch.zeros_like(clip_BTD)}
     logits_BHN = torch.zeros(4, 2, 5)
     logits_BHN[:2, :, 1] = math.log(3)  # of four tokens the first has 3 / 6 in two of four images
-    module = distillation(*given, teacher_weighting="attention", token_weighting="attention")
+    module = distillation(*given, teachers="attention", tokens="attention")
     watched = run(module, tokens(), given, clip=said(clip_BTD, logits_BHN))
     found = [watched[f"weight/{name}"] for name in given]
     assert found == pytest.approx([0.2 * 0.75, 0.8, 0.2 * 0.25], abs=1e-5)
@@ -216,7 +217,7 @@ def test_weights_are_logged_by_teacher_and_so_is_the_heaviest_token() -> None:
 def test_gates_are_logged_as_their_mean_over_tokens() -> None:
     gates_BTK = torch.rand(4, 4, 2, generator=torch.Generator().manual_seed(3)).softmax(-1)
     teachers = {name: tokens(seed=seed) for seed, name in enumerate(("clip", "a", "b"))}
-    watched = run(distillation(*teachers, teacher_weighting="gate"), tokens(), teachers, gates_BTK=gates_BTK)
+    watched = run(distillation(*teachers, teachers="gate"), tokens(), teachers, gates_BTK=gates_BTK)
     expected = [0.8, *(0.2 * gates_BTK.mean((0, 1))).tolist()]
     assert [watched[f"weight/{name}"] for name in teachers] == pytest.approx(expected)
 
@@ -224,7 +225,7 @@ def test_gates_are_logged_as_their_mean_over_tokens() -> None:
 @pytest.mark.parametrize("convention", ["paper", "released"])
 def test_distances_are_plain_errors_in_evaluation_alone(convention: str) -> None:
     teachers = {name: tokens(seed=seed) for seed, name in enumerate(("clip", "a", "b"), start=1)}
-    module = distillation(*teachers, token_weighting="attention", convention=convention)
+    module = distillation(*teachers, tokens="attention", convention=convention)
     some = torch.tensor([True, True, False, True])
     given: dict[str, Any] = {"clip": said(tokens(), torch.randn(4, 2, 5)), "has_image_B": some}
     assert not distil(module.train(), tokens(), teachers, **given).distances
@@ -287,18 +288,19 @@ def test_large_half_precision_tokens_are_not_mistaken_for_infinite() -> None:
     assert math.isfinite(run(distillation("clip"), tokens(), {"clip": large})["variance/clip"])
 
 
-DIRECTIONS: dict[str, Direction] = {"clip": "raw", "a": "to_teacher", "b": "fixed", "c": "to_student"}
+ALIGNMENTS: dict[str, Alignment] = {"clip": "raw", "a": "to_teacher", "b": "fixed", "c": "to_student"}
 
 
 def test_between_looks_nothing_waits_for_the_device() -> None:
     """Tensors of the meta device have no values: whatever asks for one raises."""
     heads: dict[str, nn.Module] = {
-        name: make_kd_head(name, Sized(), clip_width=WIDTH, clip_grid=GRID, direction=direction)
-        for name, direction in DIRECTIONS.items()
+        name: make_kd_head(name, Sized(), clip_width=WIDTH, clip_grid=GRID, alignment=alignment)
+        for name, alignment in ALIGNMENTS.items()
     }
-    module = Distillation(
-        heads, teacher_weighting="attention", token_weighting="attention", convention="released", anchor_share=0.3
-    ).train()
+    weighting = WeightingSettings(
+        teachers="attention", tokens="attention", convention="released", clip_teacher_weight=0.3
+    )
+    module = Distillation(heads, weighting).train()
     teachers = {name: tokens(seed=seed) for seed, name in enumerate(heads)}
     run(module, tokens(), teachers, clip=said(tokens()))  # the first step looks
     module.to("meta")
@@ -318,12 +320,12 @@ def test_gates_stand_beside_the_anchor_wherever_it_stands() -> None:
     errors = {name: (tokens() - value).square().mean(-1) for name, value in teachers.items()}
     a_BT, b_BT = gates_BTK.unbind(-1)
     expected = (0.2 * a_BT * errors["a"] + 0.8 * errors["clip"] + 0.2 * b_BT * errors["b"]).mean()
-    module = distillation(*teachers, teacher_weighting="gate")
+    module = distillation(*teachers, teachers="gate")
     experts = {name: ExpertTokens(value, GRID) for name, value in teachers.items()}
     torch.testing.assert_close(module(tokens(), experts, None, gates_BTK=gates_BTK).loss, expected)
     del teachers["clip"]
     expected = (a_BT * errors["a"] + b_BT * errors["b"]).mean()
-    module = distillation(*teachers, teacher_weighting="gate")
+    module = distillation(*teachers, teachers="gate")
     torch.testing.assert_close(module(tokens(), experts, None, gates_BTK=gates_BTK).loss, expected)
 
 
@@ -331,13 +333,14 @@ def test_gates_stand_beside_the_anchor_wherever_it_stands() -> None:
 def test_adapters_get_the_gradient_of_the_released_code(scale: float) -> None:
     """The released formulas, written down again: softmax of <cls, z> with a graph, flattened where one dominates."""
     sizes = Sized()
-    directions: dict[str, Direction] = {"clip": "raw", "eva": "to_student", "sam": "to_student"}
+    alignments: dict[str, Alignment] = {"clip": "raw", "eva": "to_student", "sam": "to_student"}
     heads = {
-        name: make_kd_head(name, sizes, clip_width=WIDTH, clip_grid=GRID, direction=direction).double()
-        for name, direction in directions.items()
+        name: make_kd_head(name, sizes, clip_width=WIDTH, clip_grid=GRID, alignment=alignment).double()
+        for name, alignment in alignments.items()
     }
-    options = {"anchor_share": 0.8, "convention": "released", "teacher_weighting": "attention"}
-    module = Distillation(heads, **{**SETTINGS, **options}, detach_weights=False).double().train()
+    options = {"clip_teacher_weight": 0.8, "convention": "released", "teachers": "attention"}
+    weighting = WeightingSettings(**{**SETTINGS, **options, "detach": False})
+    module = Distillation(heads, weighting, alarm_every=1).double().train()
     given = {name: scale * tokens(seed=seed).double() for seed, name in enumerate(heads, start=1)}
     student_BTD = tokens(seed=9).double()
     clip = said(given["clip"])

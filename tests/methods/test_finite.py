@@ -152,7 +152,7 @@ def test_engines_that_step_by_themselves_cannot_skip() -> None:
 def one_spoilt_rank(rank: int, folder: Path, cache: Path, on_nan: Any) -> tuple[list[Tensor], str]:
     """The second process alone has a batch without a number; weights of this one after each step, and its end."""
     data = TabletopData(num_train=16, num_val=4, num_test=4, batch_size=4, eval_batch_size=4, root=str(cache))
-    model = spoilt({1} if rank == 1 else set(), on_nan=on_nan, gate_noise="none")
+    model = spoilt({1} if rank == 1 else set(), on_nan=on_nan, noise="none")
     seen = Weights()
     trainer = L.Trainer(
         max_steps=2, accelerator="cpu", devices=2, strategy="ddp", logger=False, default_root_dir=folder,

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.methods.helpers import VOCAB, WIDTH, bare_trainer, noise_batch, shake, tiny_tove
+from tests.methods.helpers import VOCAB, WIDTH, bare_trainer, merging_of, noise_batch, shake, tiny_tove
 from tests.methods.movekd_helpers import PAPER, STAGE_1, tiny_movekd
 from tests.two_processes import in_two_processes
 from visexpert.language import BertDecoder, LanguageSide, LoRASettings, NoLanguage, PrefixLM
-from visexpert.methods import MergeStudent, Merging, Method
+from visexpert.methods import MergeStudent, Method
+from visexpert.transfer import GateSettings
 from visexpert.types import Batch
 from visexpert.vision import MoLESettings
 
@@ -33,7 +34,7 @@ BERT = {
 
 def merging(**options: Any) -> Method:
     space = options.pop("space", "language")
-    return Merging(teacher=shake(tiny_tove(fusion_space=space)), warmup_steps=2, **options)
+    return merging_of(teacher=shake(tiny_tove(fusion_space=space)), warmup_steps=2, **options)
 
 
 def reading(language: LanguageSide, **options: Any) -> Method:
@@ -56,14 +57,14 @@ KINDS: dict[str, Callable[[Path], Method]] = {
     "tove, some used": lambda _: tiny_tove(use=["edges", "semantic"]),
     "tove, one used": lambda _: tiny_tove(use=["edges"]),
     "tove, none used": lambda _: tiny_tove(use=[]),
-    "tove, uniform": lambda _: tiny_tove(gate="uniform"),
-    "tove, top 1": lambda _: tiny_tove(top_k=1, gate_noise="learned"),
-    "tove, no balance": lambda _: tiny_tove(balance_weight=0.0, gate_noise="learned"),
+    "tove, uniform": lambda _: tiny_tove(gate=GateSettings(kind="uniform")),
+    "tove, top 1": lambda _: tiny_tove(top_k=1, noise="learned"),
+    "tove, no balance": lambda _: tiny_tove(balance_weight=0.0, noise="learned"),
     "tove, clip trains": lambda _: tiny_tove(clip_lr=1e-3),
-    "tove, before the projector": lambda _: tiny_tove(fusion_space="clip", gate_hidden=4),
-    "tove, experts alone": lambda _: tiny_tove(transfer="replacement", gate="uniform"),
+    "tove, before the projector": lambda _: tiny_tove(fusion_space="clip", hidden=4),
+    "tove, experts alone": lambda _: tiny_tove(transfer="replacement", gate=GateSettings(kind="uniform")),
     "tove, experts alone before the projector": lambda _: tiny_tove(
-        transfer="replacement", gate="uniform", fusion_space="clip", clip_lr=1e-3
+        transfer="replacement", gate=GateSettings(kind="uniform"), fusion_space="clip", clip_lr=1e-3
     ),
     "tove, one expert alone": lambda _: tiny_tove(transfer="replacement", use=["edges"]),
     "tove, blind": lambda _: tiny_tove(blind=True),
@@ -79,14 +80,14 @@ KINDS: dict[str, Callable[[Path], Method]] = {
     "movekd, no balance": lambda _: tiny_movekd(balance_weight=0.0),
     "movekd, scaled router": lambda _: tiny_movekd(balance_weight=0.0, mole={"router": "scaled"}),
     "movekd, no distillation": lambda _: tiny_movekd(kd_weight=0.0),
-    "movekd, no text": lambda _: tiny_movekd(text_weight=0.0),
-    "movekd, no language": lambda _: tiny_movekd(text_weight=0.0, language=NoLanguage()),
-    "movekd, fixed": lambda _: tiny_movekd(direction="fixed", plain=True),
+    "movekd, no text": lambda _: tiny_movekd(lm_weight=0.0),
+    "movekd, no language": lambda _: tiny_movekd(lm_weight=0.0, language=NoLanguage()),
+    "movekd, fixed": lambda _: tiny_movekd(alignment="fixed", plain=True),
     "merging": lambda _: merging(),
     "merging, LoRA": lambda _: merging(adaptation="lora", space="clip"),
     "merging, MoLE": lambda _: merging(adaptation="none", student=MergeStudent(MoLESettings(num_experts=2, rank=2))),
     "merging, MoLE without balance": lambda _: merging(student=MergeStudent(MoLESettings(), balance_weight=0.0)),
-    "merging, by text": lambda _: merging(token_weight=0.0, text_weight=1.0, language_lr=1e-3),
+    "merging, by text": lambda _: merging(token_weight=0.0, lm_weight=1.0, language_lr=1e-3),
     "merging, language without text": lambda _: merging(language_lr=1e-3),
 }
 """What unlike settings leave without a gradient."""

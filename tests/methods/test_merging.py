@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.methods.helpers import bare_trainer, logits_of, noise_batch, shake, tiny_tove
+from tests.methods.helpers import bare_trainer, logits_of, merging_of, noise_batch, shake, tiny_tove
 from visexpert.errors import ConfigError
 from visexpert.losses import token_distance
 from visexpert.losses.balance import router_balance
-from visexpert.methods import MergeStudent, Merging, ToVE
+from visexpert.methods import MergeStudent, ToVE
 from visexpert.tabletop import TabletopData
 from visexpert.vision import MoLESettings, collect_routing, equipped_blocks
 
@@ -29,7 +29,7 @@ def teacher(**options: Any) -> ToVE:
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
 def test_the_student_starts_as_clip_only(space: Any, adaptation: Any) -> None:
     model, batch = teacher(fusion_space=space), noise_batch()
-    student = Merging(teacher=model, adaptation=adaptation).eval()
+    student = merging_of(teacher=model, adaptation=adaptation).eval()
     alone = teacher(fusion_space=space)
     for name in alone.hub.names:
         alone.hub.detach(name)
@@ -39,7 +39,7 @@ def test_the_student_starts_as_clip_only(space: Any, adaptation: Any) -> None:
 @pytest.mark.parametrize("space", ["language", "clip"])
 def test_the_loss_is_the_distance_to_the_fused_tokens(space: Any) -> None:
     model, batch = teacher(fusion_space=space), noise_batch()
-    student = Merging(teacher=model, distance="smooth_l1", token_weight=2.0).eval()
+    student = merging_of(teacher=model, distance="smooth_l1", token_weight=2.0).eval()
     clip_BTD = model.clip(batch.images_BCHW.float() / 255).tokens_BTD
     own_BTD = clip_BTD if space == "clip" else model.projector(clip_BTD)
     expected = 2 * token_distance(own_BTD, model.transferred(batch).tokens_BTD, "smooth_l1")
@@ -50,7 +50,7 @@ def test_the_loss_is_the_distance_to_the_fused_tokens(space: Any) -> None:
 
 def test_text_alone_is_the_language_loss_of_the_students_tokens() -> None:
     model, batch = teacher(), noise_batch()
-    student = Merging(teacher=model, token_weight=0.0, text_weight=1.0).eval()
+    student = merging_of(teacher=model, token_weight=0.0, lm_weight=1.0).eval()
     twin = teacher()
     for name in twin.hub.names:
         twin.hub.detach(name)
@@ -62,7 +62,7 @@ def test_text_alone_is_the_language_loss_of_the_students_tokens() -> None:
     [
         ({}, {"clip", "projector"}),
         ({"adaptation": "lora"}, {"clip", "projector"}),
-        ({"language_lr": 1e-3, "text_weight": 1.0}, {"clip", "projector", "language"}),
+        ({"language_lr": 1e-3, "lm_weight": 1.0}, {"clip", "projector", "language"}),
     ],
 )
 def test_the_trained_set_is_exact_and_all_of_it_moves(
@@ -70,7 +70,7 @@ def test_the_trained_set_is_exact_and_all_of_it_moves(
 ) -> None:
     model = teacher()
     before_teacher = copy.deepcopy(model.state_dict())
-    student = Merging(teacher=model, warmup_steps=1, **options)
+    student = merging_of(teacher=model, warmup_steps=1, **options)
     chosen = {id(p) for group in student.trained_groups() for m in group.modules for p in m.parameters()}
     names = {name for name, p in student.named_parameters() if id(p) in chosen}
     assert {name.split(".")[0] for name in names} == expected
@@ -89,7 +89,7 @@ def test_the_trained_set_is_exact_and_all_of_it_moves(
 def test_what_comes_out_is_a_plain_clip(tmp_path: Path, data: MakeData, adaptation: Any) -> None:
     model, batch = teacher(), noise_batch()
     shapes = {key: value.shape for key, value in model.clip.state_dict().items()}
-    student = Merging(teacher=model, adaptation=adaptation, warmup_steps=1, lr=1e-2)
+    student = merging_of(teacher=model, adaptation=adaptation, warmup_steps=1, lr=1e-2)
     bare_trainer(tmp_path, steps=3).fit(student, datamodule=data())
     tokens_BTD = student.eval().encode(batch).tokens_BTD
     merged = student.merged().eval()
@@ -107,8 +107,8 @@ def with_mole(**settings: Any) -> MergeStudent:
 @pytest.mark.parametrize("adaptation", ["full", "lora", "none"])
 def test_merging_into_mole(tmp_path: Path, data: MakeData, adaptation: Any) -> None:
     model, batch = teacher(), noise_batch()
-    student = Merging(teacher=model, student=with_mole(), adaptation=adaptation, warmup_steps=1, lr=1e-2)
-    alone = Merging(teacher=teacher()).eval().encode(batch).tokens_BTD
+    student = merging_of(teacher=model, student=with_mole(), adaptation=adaptation, warmup_steps=1, lr=1e-2)
+    alone = merging_of(teacher=teacher()).eval().encode(batch).tokens_BTD
     assert torch.allclose(student.eval().encode(batch).tokens_BTD, alone, atol=1e-6)  # MoLE starts as nothing
     chosen = {id(p) for group in student.trained_groups() for m in group.modules for p in m.parameters()}
     names = {name for name, p in student.named_parameters() if id(p) in chosen}
@@ -130,7 +130,7 @@ def test_merging_into_mole(tmp_path: Path, data: MakeData, adaptation: Any) -> N
 def test_the_routers_of_the_student_are_balanced() -> None:
     model, batch = teacher(), noise_batch()
     torch.manual_seed(2)
-    student = Merging(teacher=model, student=with_mole(balance_weight=0.5, balance_form="per_layer")).eval()
+    student = merging_of(teacher=model, student=with_mole(balance_weight=0.5, balance_form="per_layer")).eval()
     with collect_routing(student.clip) as routing:
         student.clip(batch.unit_images())
     record = routing.record()
@@ -143,12 +143,12 @@ def test_the_routers_of_the_student_are_balanced() -> None:
 
 
 def test_rate_and_balance_decide_what_learns_of_mole() -> None:
-    student = Merging(teacher=teacher(), student=with_mole(mole_lr=0.25, balance_weight=0.0), lr=0.5)
+    student = merging_of(teacher=teacher(), student=with_mole(mole_lr=0.25, balance_weight=0.0), lr=0.5)
     (group,) = [group for group in student.trained_groups() if group.name == "mole"]
     routers = {id(mole.router) for mole in equipped_blocks(student.clip).values()}
     assert group.lr == 0.25 and routers and not routers & {id(module) for module in group.modules}
     assert "balance_loss" not in student.eval().step(noise_batch()).parts
-    student = Merging(teacher=teacher(), student=with_mole(), lr=0.5)
+    student = merging_of(teacher=teacher(), student=with_mole(), lr=0.5)
     (group,) = [group for group in student.trained_groups() if group.name == "mole"]
     routers = {id(mole.router) for mole in equipped_blocks(student.clip).values()}
     assert group.lr == 0.5 and routers <= {id(module) for module in group.modules}
@@ -173,13 +173,13 @@ def test_tokens_from_disk_give_the_loss_of_live_ones(
     monkeypatch.setenv("VISEXPERT_CACHE", str(tmp_path))
     losses = {}
     for targets in ("live", "store"):
-        student = Merging(teacher=teacher(), targets=targets, warmup_steps=1)
+        student = merging_of(teacher=teacher(), targets=targets, warmup_steps=1)
         trainer = bare_trainer(tmp_path, steps=3, callbacks=[])
         trainer.fit(student, datamodule=data())
         losses[targets] = float(trainer.callback_metrics["train/token_loss"])
     assert losses["store"] == pytest.approx(losses["live"], rel=2e-3)  # kept as float16
     assert len(list((tmp_path / "features").glob("*.npy"))) == 2
-    other = Merging(teacher=shake(tiny_tove(), seed=9), targets="store", warmup_steps=1)
+    other = merging_of(teacher=shake(tiny_tove(), seed=9), targets="store", warmup_steps=1)
     bare_trainer(tmp_path, steps=1).fit(other, datamodule=data())
     assert len(list((tmp_path / "features").glob("*.npy"))) == 4  # another teacher, other tokens
 
@@ -188,11 +188,11 @@ def test_no_expert_runs_when_the_targets_are_on_disk(
     tmp_path: Path, data: MakeData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VISEXPERT_CACHE", str(tmp_path))
-    bare_trainer(tmp_path, steps=1).fit(Merging(teacher=teacher(), targets="store"), datamodule=data())
+    bare_trainer(tmp_path, steps=1).fit(merging_of(teacher=teacher(), targets="store"), datamodule=data())
     model = teacher()
     sizes: list[int] = []
     model.hub["edges"].register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
-    bare_trainer(tmp_path, steps=2).fit(Merging(teacher=model, targets="store"), datamodule=data())
+    bare_trainer(tmp_path, steps=2).fit(merging_of(teacher=model, targets="store"), datamodule=data())
     assert sizes == [1, 1]  # only the shape is asked for, of training and validation images
 
 
@@ -201,7 +201,7 @@ def test_merging_draws_the_student_to_its_teacher(tmp_path: Path, data: MakeData
     source = data(num_train=4, batch_size=4)
     source.prepare_data()
     source.setup("fit")
-    student = Merging(teacher=model, warmup_steps=1, lr=1e-2)
+    student = merging_of(teacher=model, warmup_steps=1, lr=1e-2)
     batch = next(iter(source.train_dataloader()))
     before = float(student.eval().step(batch).parts["nmse"])
     bare_trainer(tmp_path, steps=120).fit(student, datamodule=source)
@@ -209,7 +209,7 @@ def test_merging_draws_the_student_to_its_teacher(tmp_path: Path, data: MakeData
 
 
 def test_the_teacher_is_in_no_checkpoint(tmp_path: Path, data: MakeData) -> None:
-    student = Merging(teacher=teacher())
+    student = merging_of(teacher=teacher())
     trainer = bare_trainer(tmp_path, steps=1)
     trainer.fit(student, datamodule=data())
     trainer.save_checkpoint(tmp_path / "x.ckpt")
@@ -224,19 +224,19 @@ def test_the_teacher_is_in_no_checkpoint(tmp_path: Path, data: MakeData) -> None
         ({"distance": "l1"}, "distance='l1' is unknown"),
         ({"targets": "disk"}, "targets='disk' is unknown; use one of live, store"),
         ({"token_weight": 0.0}, "one must be above 0"),
-        ({"text_weight": -1.0}, "must not be negative"),
+        ({"lm_weight": -1.0}, "lm_weight is -1.0, .*at least 0"),
         ({"adaptation": "none"}, "adaptation='none' leaves a plain CLIP nothing to learn"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Merging(teacher=teacher(), **options)
+        merging_of(teacher=teacher(), **options)
 
 
 def test_dropping_experts_equals_detaching_them() -> None:
     batch = noise_batch()
     for gone in (["depth"], ["semantic", "edges"], ["semantic", "depth", "edges"]):
-        detached, dropped = teacher(gate_hidden=6, gate_noise="learned"), teacher(gate_hidden=6, gate_noise="learned")
+        detached, dropped = teacher(hidden=6, noise="learned"), teacher(hidden=6, noise="learned")
         for name in gone:
             detached.hub.detach(name)
         dropped.drop_experts(gone)

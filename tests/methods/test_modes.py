@@ -11,11 +11,21 @@ import pytest
 import torch
 from torch import nn
 
-from tests.methods.helpers import CLIP_FIELDS, VOCAB, WIDTH, bare_trainer, noise_batch, shake, tiny_experts, tiny_tove
+from tests.methods.helpers import (
+    CLIP_FIELDS,
+    VOCAB,
+    WIDTH,
+    bare_trainer,
+    merging_of,
+    noise_batch,
+    shake,
+    tiny_experts,
+    tiny_tove,
+)
 from tests.methods.movekd_helpers import STAGE_1, tiny_movekd
 from tests.methods.uneven import ListData
 from visexpert.language import CrossAttentionDecoder, PrefixLM
-from visexpert.methods import Merging, Method, ToVE
+from visexpert.methods import Method, ToVE, ToVEOptimizer
 from visexpert.vision import ClipEncoder
 
 MakeModel = Callable[..., Method]
@@ -58,7 +68,7 @@ def movekd(dropout: float, **options: Any) -> Method:
 
 
 def merging(dropout: float, **options: Any) -> Method:
-    return Merging(teacher=shake(tiny_tove(dropout=dropout)), text_weight=1.0, warmup_steps=2, **options)
+    return merging_of(teacher=shake(tiny_tove(dropout=dropout)), lm_weight=1.0, warmup_steps=2, **options)
 
 
 @pytest.mark.parametrize("make", [tove, movekd, merging])
@@ -88,13 +98,13 @@ def test_mole_heads_and_gate_at_rate_0_are_in_eval_mode(tmp_path: Path) -> None:
     still_parts = (".router", "_experts", "_experts.dropout", "depth.head", "projector")
     assert not {name for name in seen if name.endswith(still_parts)}
     assert {"distillation", "distillation.heads.depth.standardise"} <= seen  # statistics go on being learned
-    quiet, noisy = (tiny_tove(gate_noise="fixed", gate_lr=rate) for rate in (0.0, 1e-3))
+    quiet, noisy = (tiny_tove(noise="fixed", gate_lr=rate) for rate in (0.0, 1e-3))
     assert "gate" not in fitted(tmp_path, quiet, steps=1).training[0]
     assert "gate" in fitted(tmp_path, noisy, steps=1).training[0]
 
 
 def test_a_model_that_comes_from_an_evaluation_trains_as_any(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"dropout": 0.5, "gate_noise": "fixed"}
+    options: dict[str, Any] = {"dropout": 0.5, "noise": "fixed"}
     fresh, scored = tiny_tove(**options), tiny_tove(**options)
     scored.eval()
     assert fitted(tmp_path, fresh).losses == fitted(tmp_path, scored).losses
@@ -118,7 +128,8 @@ def test_a_frozen_language_model_goes_on_saving_memory(tmp_path: Path) -> None:
         "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "attention_dropout": 0.5,
     }  # fmt: skip
     language = PrefixLM(config=fields, gradient_checkpointing=True)
-    model = ToVE(clip=ClipEncoder(config=CLIP_FIELDS), experts=tiny_experts(), language=language, language_lr=0.0)
+    frozen = ToVEOptimizer(language_lr=0.0)
+    model = ToVE(clip=ClipEncoder(config=CLIP_FIELDS), experts=tiny_experts(), language=language, optimizer=frozen)
     attention = Calls(language.model.model.layers[0].self_attn)
     seen = fitted(tmp_path, model, steps=1)
     assert attention.number == 2

@@ -76,7 +76,7 @@ def balance_by_hand(model: MoVEKD, batch: Batch) -> Tensor:
 
 @pytest.mark.parametrize("convention", ["paper", "released"])
 def test_the_loss_is_text_plus_distillation_plus_balance(convention: str) -> None:
-    weights: dict[str, Any] = {"text_weight": 0.7, "kd_weight": 0.5, "balance_weight": 0.3}
+    weights: dict[str, Any] = {"lm_weight": 0.7, "kd_weight": 0.5, "balance_weight": 0.3}
     model = shaken(tiny_movekd(convention=convention, **PAPER, **weights), std=0.05)
     model.setup("fit")
     model.train()
@@ -112,9 +112,9 @@ def stage_names(model: MoVEKD, stage: int) -> set[str]:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("direction", ["to_student", "to_teacher", "fixed"])
-def test_what_trains_in_a_stage_is_exact_and_nothing_else_gets_a_gradient(stage: int, direction: str) -> None:
-    model = shaken(tiny_movekd(direction=direction, **(STAGE_1 if stage == 1 else {})))
+@pytest.mark.parametrize("alignment", ["to_student", "to_teacher", "fixed"])
+def test_what_trains_in_a_stage_is_exact_and_nothing_else_gets_a_gradient(stage: int, alignment: str) -> None:
+    model = shaken(tiny_movekd(alignment=alignment, **(STAGE_1 if stage == 1 else {})))
     model.setup("fit")
     model.train()
     expected = stage_names(model, stage)
@@ -132,7 +132,7 @@ def test_a_router_that_nothing_teaches_and_parts_that_no_loss_reaches_stay_out()
     assert not any(".router." in name for name in trained_names(tiny_movekd(balance_weight=0.0)))
     scaled = tiny_movekd(balance_weight=0.0, mole={"router": "scaled"})
     assert any(".router." in name for name in trained_names(scaled))
-    textless = tiny_movekd(text_weight=0.0)
+    textless = tiny_movekd(lm_weight=0.0)
     assert not any(name.startswith(("language.", "projector.")) for name in trained_names(textless))
     textless.setup("fit")
     assert not any(p.requires_grad for part in (textless.language, textless.projector) for p in part.parameters())
@@ -203,12 +203,12 @@ def test_an_interrupted_run_ends_with_the_weights_of_one_never_interrupted(tmp_p
                            make().clip.model.state_dict()["embeddings.class_embedding"])  # fmt: skip
 
 
-@pytest.mark.parametrize("direction", ["to_student", "to_teacher"])
-def test_samples_without_an_image_take_no_part_in_distillation_and_balance(direction: str) -> None:
+@pytest.mark.parametrize("alignment", ["to_student", "to_teacher"])
+def test_samples_without_an_image_take_no_part_in_distillation_and_balance(alignment: str) -> None:
     whole = noise_batch()
     first = replace(whole, images_BCHW=whole.images_BCHW[:1], index_B=whole.index_B[:1], text=None)
     mixed = replace(whole, has_image_B=torch.tensor([True, False]))
-    options: dict[str, Any] = {"direction": direction, "token_weighting": "attention", "text_weight": 0.0}
+    options: dict[str, Any] = {"alignment": alignment, "tokens": "attention", "lm_weight": 0.0}
 
     def parts(batch: Batch) -> Mapping[str, Tensor]:
         model = shaken(tiny_movekd(**options))
@@ -226,7 +226,7 @@ def test_samples_without_an_image_take_no_part_in_distillation_and_balance(direc
 
 
 def test_distillation_without_a_language_side_trains_and_is_probed(tmp_path: Path, data: MakeData) -> None:
-    model = tiny_movekd(language=NoLanguage(), text_weight=0.0)
+    model = tiny_movekd(language=NoLanguage(), lm_weight=0.0)
     before = model.clip.model.state_dict()["embeddings.class_embedding"].clone()
     trainer = bare_trainer(tmp_path, steps=2, limit_val_batches=1, val_check_interval=2, check_val_every_n_epoch=None)
     source = data(mixture={}, num_test=20)
@@ -244,15 +244,15 @@ BAD: list[tuple[dict[str, Any], str]] = [
         r"use names \['sematic'\], which are not among the experts \['depth', 'edges', 'semantic'\]",
     ),
     ({"kd_weight": -0.1}, "must not be negative"),
-    ({"text_weight": 0.0, "kd_weight": 0.0}, "text or kd must have one above 0"),
-    ({"language": NoLanguage()}, "NoLanguage reads no text; set text_weight to 0"),
-    ({"use": [], "anchor_share": None}, "there must be at least one"),
-    ({"anchor_share": 1.5}, r"anchor_share=1.5"),
-    ({"teacher_weighting": "some"}, "teacher_weighting='some' is unknown; use one of attention, uniform, gate"),
-    ({"token_weighting": "gate"}, "token_weighting='gate' is unknown; use one of attention, uniform"),
+    ({"lm_weight": 0.0, "kd_weight": 0.0}, "text or kd must have one above 0"),
+    ({"language": NoLanguage()}, "NoLanguage reads no text; set lm_weight to 0"),
+    ({"use": [], "clip_teacher_weight": None}, "there must be at least one"),
+    ({"clip_teacher_weight": 1.5}, r"clip_teacher_weight is 1.5"),
+    ({"teachers": "some"}, "teachers='some' is unknown; use one of attention, uniform, gate"),
+    ({"tokens": "gate"}, "tokens='gate' is unknown; use one of attention, uniform"),
     ({"convention": "draft"}, "convention='draft' is unknown"),
-    ({"direction": "back"}, "direction='back' is unknown"),
-    ({"direction": "fixed", "adapter": "mlp"}, "has no adapter='mlp'"),
+    ({"alignment": "back"}, "alignment='back' is unknown"),
+    ({"alignment": "fixed", "adapter": "mlp"}, "has no adapter='mlp'"),
 ]
 
 
@@ -272,12 +272,12 @@ def test_weights_that_compare_spaces_of_unlike_widths_are_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"\[CLS\] token, 16 wide, .* as wide as \{'semantic': 12.*; use to_student or"
     ):
-        tiny_movekd(teacher_weighting="attention")
-    tiny_movekd(teacher_weighting="attention", direction="fixed")
+        tiny_movekd(teachers="attention")
+    tiny_movekd(teachers="attention", alignment="fixed")
 
 
 def test_text_without_texts_is_refused() -> None:
-    with pytest.raises(ConfigError, match="text_weight is above 0, but there is no text"):
+    with pytest.raises(ConfigError, match="lm_weight is above 0, but there is no text"):
         tiny_movekd().step(replace(noise_batch(), text=None))
 
 
@@ -285,7 +285,7 @@ def test_text_without_texts_is_refused() -> None:
 def test_cached_teachers_give_the_loss_of_live_ones(tmp_path: Path, data: MakeData, form: Mapping[str, Any]) -> None:
     live, cached = Recorder(), Recorder()
     bare_trainer(tmp_path, steps=2, callbacks=[live]).fit(tiny_movekd(**form), datamodule=data())
-    model = tiny_movekd(feature_cache=str(tmp_path / "store"), feature_dtype="float32", **form)
+    model = tiny_movekd(folder=str(tmp_path / "store"), dtype="float32", **form)
     assert model.anchor is not None
     teachers = [model.anchor, *(model.hub[name] for name in model.hub.names)]
     calls: list[int] = []

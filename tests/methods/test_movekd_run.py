@@ -24,7 +24,7 @@ def scores_of(run: Path) -> dict[str, float]:
 def test_a_run_is_scored_alike_again_and_opens(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VISEXPERT_CACHE", str(scenes))
     run = tmp_path / "run"
-    main(["fit", "--config", str(SMOKE), "--run", str(run), "--model.init_args.meteor", "false"])
+    main(["fit", "--config", str(SMOKE), "--run", str(run), "--model.init_args.evaluation.meteor", "false"])
     first = scores_of(run)
     watched = {f"train/{kind}/{name}" for kind, names in WATCHED.items() for name in names}
     assert watched | {"train/kd_loss", "train/balance_loss", "train/text_loss", "val/kd_loss"} <= first.keys()
@@ -79,7 +79,7 @@ def test_a_run_begins_with_its_start_and_goes_on_without_it(
     assert f"init_from: {start}" in (run / "config.yaml").read_text(encoding="utf-8")
     main(["validate", "--run", str(run)])
     assert "val/kd_loss" in scores_of(run)
-    message = refused("--model.init_args.direction", "fixed", "--ckpt_path", str(last))
+    message = refused("--model.init_args.heads.alignment", "fixed", "--ckpt_path", str(last))
     assert message.startswith(f"The checkpoint {last} is of another model: missing")
 
 
@@ -87,7 +87,7 @@ ENCODER_ONLY = """
 model:
   init_args:
     language: {{class_path: visexpert.language.NoLanguage}}
-    text_weight: 0.0
+    lm_weight: 0.0
     init_from: {start}
 data: {{init_args: {{mixture: {{}}}}}}
 test_after_fit: false

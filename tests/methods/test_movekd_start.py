@@ -27,12 +27,13 @@ from tests.methods.movekd_helpers import (
     unit,
 )
 from visexpert.errors import ConfigError, WeightsError
+from visexpert.transfer import GateSettings
 
 
 def test_the_gate_of_a_tove_run_weighs_the_teachers_is_frozen_and_saved(tmp_path: Path, data: MakeData) -> None:
-    tove = shake(tiny_tove(gate_noise="learned"))
+    tove = shake(tiny_tove(noise="learned"))
     start = saved(tmp_path, tove, data)
-    model = tiny_movekd(depth=2, teacher_weighting="gate", init_from=start, anchor_share=0.3)
+    model = tiny_movekd(depth=2, teachers="gate", init_from=start, clip_teacher_weight=0.3)
     seen: list[Tensor] = []
     model.distillation.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["gates_BTK"]), with_kwargs=True
@@ -47,7 +48,7 @@ def test_the_gate_of_a_tove_run_weighs_the_teachers_is_frozen_and_saved(tmp_path
     assert model.anchor is not None
     images_BCHW = unit(batch)
     teachers = {"clip": as_teacher(model.anchor, images_BCHW)} | model.hub(batch)
-    fresh = tiny_movekd(depth=2, teacher_weighting="gate", init_from=start)
+    fresh = tiny_movekd(depth=2, teachers="gate", init_from=start)
     fresh.setup("fit")
     fresh.train()
     errors = []
@@ -57,7 +58,7 @@ def test_the_gate_of_a_tove_run_weighs_the_teachers_is_frozen_and_saved(tmp_path
     kd = (torch.stack(errors, dim=-1) * share_BTK).sum(-1).mean()
     torch.testing.assert_close(output.parts["kd_loss"], kd, rtol=1e-4, atol=1e-6)
 
-    trained = tiny_movekd(depth=2, teacher_weighting="gate", init_from=start)
+    trained = tiny_movekd(depth=2, teachers="gate", init_from=start)
     path = saved(tmp_path, trained, data, "hybrid.ckpt")
     state = torch.load(path, weights_only=True)["state_dict"]
     for key, value in tove.state_dict().items():
@@ -68,16 +69,16 @@ def test_the_gate_of_a_tove_run_weighs_the_teachers_is_frozen_and_saved(tmp_path
 
 def test_a_gate_that_does_not_fit_is_refused(tmp_path: Path, data: MakeData) -> None:
     with pytest.raises(ConfigError, match="reads the gate of a ToVE run; name its checkpoint by init_from"):
-        tiny_movekd(teacher_weighting="gate").setup("fit")
-    tiny_movekd(teacher_weighting="gate").setup("test")  # a finished run has it in its own checkpoint
+        tiny_movekd(teachers="gate").setup("fit")
+    tiny_movekd(teachers="gate").setup("test")  # a finished run has it in its own checkpoint
     start = saved(tmp_path, tiny_tove(use=["semantic", "edges"]), data)
     with pytest.raises(ConfigError, match=r"weighs \['semantic', 'edges'\], not \['depth'\], which are experts here"):
-        tiny_movekd(depth=2, teacher_weighting="gate", init_from=start).setup("fit")
-    others: dict[str, dict[str, Any]] = {"two": {"gate_hidden": 4}, "even": {"gate": "uniform"}}
+        tiny_movekd(depth=2, teachers="gate", init_from=start).setup("fit")
+    others: dict[str, dict[str, Any]] = {"two": {"hidden": 4}, "even": {"gate": GateSettings(kind="uniform")}}
     for name, options in others.items():
         start = saved(tmp_path, tiny_tove(**options), data, f"{name}.ckpt")
         with pytest.raises(WeightsError, match=r"lacks .*'gate.logits.weight'.*, which must come from there"):
-            tiny_movekd(depth=2, teacher_weighting="gate", init_from=start).setup("fit")
+            tiny_movekd(depth=2, teachers="gate", init_from=start).setup("fit")
 
 
 def test_the_second_stage_starts_from_all_of_the_first(tmp_path: Path, data: MakeData) -> None:
@@ -99,8 +100,8 @@ def test_the_second_stage_starts_from_all_of_the_first(tmp_path: Path, data: Mak
 
 
 def test_a_start_from_another_method_takes_its_own_variance_as_start(tmp_path: Path, data: MakeData) -> None:
-    start = saved(tmp_path, tiny_movekd(use=["semantic"], direction="to_student"), data)
-    model = tiny_movekd(init_from=start)  # other teachers, another direction
+    start = saved(tmp_path, tiny_movekd(use=["semantic"], alignment="to_student"), data)
+    model = tiny_movekd(init_from=start)  # other teachers, another alignment
     model.setup("fit")
     assert all(value.isnan() for key, value in model.state_dict().items() if "variance_start" in key)
 

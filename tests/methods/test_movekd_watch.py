@@ -75,7 +75,7 @@ def test_the_end_of_training_looks_at_the_teachers_too(tmp_path: Path, data: Mak
 
 
 def test_validation_logs_distances_and_leaves_training_as_it_was(tmp_path: Path, data: MakeData) -> None:
-    options: dict[str, Any] = {"mole": {"dropout": 0.2}, "token_weighting": "attention"}
+    options: dict[str, Any] = {"mole": {"dropout": 0.2}, "tokens": "attention"}
     without, models = Recorder(), [tiny_movekd(**options), tiny_movekd(**options)]
     bare_trainer(tmp_path, steps=4, callbacks=[without], enable_checkpointing=False).fit(models[0], datamodule=data())
     watching, source = Recorder(), data(num_val=6, eval_batch_size=4)
@@ -113,7 +113,7 @@ def test_without_distillation_validation_asks_no_teacher(tmp_path: Path, data: M
 
 
 def test_samples_without_an_image_do_not_count_in_validation(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_movekd(token_weighting="uniform").eval()
+    model = tiny_movekd(tokens="uniform").eval()
     whole = noise_batch()
     logged: list[tuple[dict[str, Tensor], int]] = []
     model.on_validation_epoch_start()
@@ -143,6 +143,6 @@ def test_views_are_attention_and_choices_of_images_alone() -> None:
         assert torch.equal(views.routing.probs_BLHWE.argmax(-1), views.routing.choice_BLHW)
     second = model.views(replace(batch, has_image_B=torch.tensor([False, True])))
     torch.testing.assert_close(second.attention["clip"], views.attention["clip"][1:])
-    plain = tiny_movekd(plain=True, anchor_share=None).eval().views(batch)
+    plain = tiny_movekd(plain=True, clip_teacher_weight=None).eval().views(batch)
     assert plain.routing is None and set(plain.attention) == {"student"}
     assert tiny_tove().views(batch) is None

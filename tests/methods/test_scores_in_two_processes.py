@@ -10,17 +10,17 @@ import lightning as L
 import pytest
 import torch
 
-from tests.methods.helpers import bare_trainer, shake, tiny_tove
+from tests.methods.helpers import bare_trainer, merging_of, shake, tiny_tove
 from tests.methods.movekd_helpers import shaken, tiny_movekd
 from tests.two_processes import in_two_processes
-from visexpert.methods import Merging, Method
+from visexpert.methods import Method
 from visexpert.tabletop import TabletopData
 
 KINDS: dict[str, Callable[[], Method]] = {
     "tove": lambda: shake(tiny_tove(caption_images=7, meteor=False, balance_weight=0.0)),
-    "movekd": lambda: shaken(tiny_movekd(caption_images=7, meteor=False, plain=True, direction="to_student")),
-    "merging": lambda: Merging(
-        teacher=shake(tiny_tove()), caption_images=3, meteor=False, text_weight=0.5, language_lr=1e-3
+    "movekd": lambda: shaken(tiny_movekd(caption_images=7, meteor=False, plain=True, alignment="to_student")),
+    "merging": lambda: merging_of(
+        teacher=shake(tiny_tove()), caption_images=3, meteor=False, lm_weight=0.5, language_lr=1e-3
     ),
 }
 

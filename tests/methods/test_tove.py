@@ -23,8 +23,10 @@ from tests.methods.helpers import (
 )
 from visexpert.data import pack
 from visexpert.errors import ConfigError
+from visexpert.language.projector import ProjectorSettings
 from visexpert.methods import ToVE
 from visexpert.tabletop import TabletopData
+from visexpert.transfer import GateSettings
 from visexpert.types import Batch, VisionTokens
 
 Space = Literal["language", "clip"]
@@ -66,7 +68,7 @@ def twin(model: ToVE, **options: Any) -> ToVE:
 @pytest.mark.parametrize("space", ["language", "clip"])
 @pytest.mark.parametrize("training", [True, False])
 def test_at_step_0_it_equals_its_clip_only_twin_to_the_bit(space: Space, training: bool) -> None:
-    model = tiny_tove(fusion_space=space, gate_noise="learned")
+    model = tiny_tove(fusion_space=space, noise="learned")
     clip_only, batch = twin(model, fusion_space=space), noise_batch()
     model.train(training), clip_only.train(training)
     assert torch.equal(logits_of(model, batch), logits_of(clip_only, batch))
@@ -110,7 +112,7 @@ def test_with_every_expert_detached_it_is_clip_only(transfer: Literal["residual"
 
 
 def test_the_loss_is_the_text_loss_plus_the_weighted_balance() -> None:
-    model, batch = shake(tiny_tove(balance_weight=0.3, gate_noise="none")), noise_batch()
+    model, batch = shake(tiny_tove(balance_weight=0.3, noise="none")), noise_batch()
     output = model.step(batch)
     assert batch.text is not None
     targets_M = batch.text.labels_BN[batch.text.labels_BN >= 0]
@@ -131,7 +133,7 @@ def test_the_smooth_load_is_that_of_samples_with_an_image(top_k: int | None) -> 
     """A sample of text alone changes neither the balance loss nor its gradient, noise being equal."""
 
     def gradient(batch: Batch) -> tuple[Tensor, Tensor]:
-        model = shake(tiny_tove(gate_noise="fixed", top_k=top_k)).train()
+        model = shake(tiny_tove(noise="fixed", top_k=top_k)).train()
         torch.manual_seed(7)
         balance = model.step(batch).parts["balance_loss"]
         balance.backward()
@@ -156,14 +158,14 @@ def test_what_trains_is_exactly_this() -> None:
     assert trained_names(tiny_tove(detached=["depth"])) == everything - adapters("depth")
     alone = tiny_tove(use=["depth"], transfer="replacement")
     assert trained_names(alone) == LANGUAGE | adapters("depth")  # neither CLIP nor a choice among one
-    uniform = tiny_tove(gate="uniform")
+    uniform = tiny_tove(gate=GateSettings(kind="uniform"))
     assert trained_names(uniform) == everything - GATE
 
 
 @pytest.mark.parametrize("space", ["language", "clip"])
 @pytest.mark.parametrize("noise", ["none", "learned"])
 def test_a_gradient_reaches_all_that_trains_and_nothing_else(space: Space, noise: Any) -> None:
-    model = shake(tiny_tove(fusion_space=space, gate_noise=noise))
+    model = shake(tiny_tove(fusion_space=space, noise=noise))
     model.setup("fit")
     model.train()
     model.step(noise_batch()).loss.backward()
@@ -227,10 +229,10 @@ def test_the_output_names_gates_and_grid() -> None:
     [
         ({"use": ["semantic", "dept"]}, r"use names \['dept'\], .* among the experts \['depth', 'edges', 'semantic'\]"),
         ({"detached": ["dept"]}, r"no expert 'dept' in the hub; it holds \['semantic', 'depth', 'edges'\]"),
-        ({"fusion_space": "pixel"}, "fusion_space='pixel' is unknown; use 'language' or 'clip'"),
+        ({"fusion_space": "pixel"}, "fusion_space='pixel' is unknown; use one of language, clip"),
         ({"transfer": "sum"}, "mode='sum' is unknown"),
         ({"top_k": 4}, r"top_k=4 is outside 1..3"),
-        ({"projector": "identity"}, "cannot map width 16 to 8"),
+        ({"projector": ProjectorSettings(kind="identity")}, "cannot map width 16 to 8"),
     ],
 )
 def test_impossible_settings_are_refused(options: dict[str, Any], message: str) -> None:

@@ -19,6 +19,7 @@ from visexpert.errors import ConfigError
 from visexpert.methods import ToVE
 from visexpert.methods.base import refuse_engine
 from visexpert.tabletop import TabletopData
+from visexpert.transfer import GateSettings
 
 MakeData = Callable[..., TabletopData]
 
@@ -49,7 +50,7 @@ def weights(module: L.LightningModule) -> dict[str, Tensor]:
 
 
 def noisy_tove(**options: Any) -> ToVE:
-    return tiny_tove(gate_noise="learned", dropout=0.1, **options)
+    return tiny_tove(noise="learned", dropout=0.1, **options)
 
 
 @pytest.mark.parametrize("die_after", [3, 5])
@@ -126,7 +127,7 @@ def test_cached_features_give_the_loss_of_live_ones(
 ) -> None:
     live, cached = Recorder(), Recorder()
     bare_trainer(tmp_path, steps=3, callbacks=[live]).fit(shake(tiny_tove()), datamodule=data())
-    model = shake(tiny_tove(feature_cache=str(tmp_path / "store"), feature_dtype=dtype))
+    model = shake(tiny_tove(folder=str(tmp_path / "store"), dtype=dtype))
     calls = {"clip": 0, "semantic": 0, "depth": 0, "edges": 0}
 
     def counted(name: str) -> Callable[..., None]:
@@ -146,7 +147,7 @@ def test_cached_features_give_the_loss_of_live_ones(
 
 
 def test_training_images_of_another_name_are_cached_too(tmp_path: Path, data: MakeData) -> None:
-    model = tiny_tove(use=["edges"], feature_cache=str(tmp_path))
+    model = tiny_tove(use=["edges"], folder=str(tmp_path))
     ran: list[int] = []
     model.clip.register_forward_hook(lambda module, inputs, output: ran.append(len(inputs[0])))
     source = data(train_split="ground", num_train=5, num_val=2, batch_size=5)
@@ -155,7 +156,7 @@ def test_training_images_of_another_name_are_cached_too(tmp_path: Path, data: Ma
 
 
 def test_data_without_images_by_row_cannot_be_cached(tmp_path: Path, data: MakeData) -> None:
-    model = tiny_tove(feature_cache=str(tmp_path))
+    model = tiny_tove(folder=str(tmp_path))
     source = data()
     source.prepare_data()
     source.setup("fit")
@@ -211,7 +212,9 @@ def test_a_start_from_an_earlier_run(tmp_path: Path, data: MakeData, caplog: pyt
     trainer = bare_trainer(tmp_path, steps=1)
     trainer.fit(donor, datamodule=data())
     trainer.save_checkpoint(tmp_path / "donor.ckpt")
-    model = tiny_tove(seed=5, init_from=str(tmp_path / "donor.ckpt"), use=["semantic", "edges"], gate="uniform")
+    model = tiny_tove(
+        seed=5, init_from=str(tmp_path / "donor.ckpt"), use=["semantic", "edges"], gate=GateSettings(kind="uniform")
+    )
     fresh = model.adapters["edges"].get_parameter("hidden.weight").clone()
     with caplog.at_level(logging.INFO):
         model.setup("fit")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.methods.helpers import CLIP_FIELDS, VOCAB, noise_batch, shake, tiny_experts
+from tests.methods.helpers import CLIP_FIELDS, VOCAB, merging_of, noise_batch, shake, tiny_experts
 from visexpert.data import pack
 from visexpert.errors import ConfigError
 from visexpert.language import PrefixLM
@@ -38,8 +38,8 @@ def model_of(method: str, *, tiles: bool = False, **options: Any) -> Method:
     model = ToVE(clip=clip, experts=tiny_experts(), language=language)
     if method == "tove":
         return model.eval()
-    options = {"teacher": shake(model).eval(), "student": MergeStudent(mole=MOLE), "text_weight": 0.7, **options}
-    return Merging(**options).eval()
+    options = {"teacher": shake(model).eval(), "student": MergeStudent(mole=MOLE), "lm_weight": 0.7, **options}
+    return merging_of(**options).eval()
 
 
 def mixed(*, pixels: int = 0) -> Batch:

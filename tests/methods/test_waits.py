@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.waits import waits_per_step
-from tests.methods.helpers import noise_batch, shake, tiny_tove
+from tests.methods.helpers import merging_of, noise_batch, shake, tiny_tove
 from tests.methods.movekd_helpers import PAPER, tiny_movekd
 from tests.methods.test_views import mixed, model_of
 from visexpert.data import pack
-from visexpert.methods import Merging, Method
+from visexpert.methods import Method
 from visexpert.tabletop import TabletopData
-from visexpert.types import IGNORE_INDEX, IMAGE_TOKEN, Batch
+from visexpert.types import IMAGE_TOKEN, Batch
 
 MOST = 2
 
@@ -35,12 +35,12 @@ def in_tiles() -> Batch:
 
 
 def merging(**options: Any) -> Method:
-    return Merging(teacher=shake(tiny_tove()), text_weight=0.5, **options)
+    return merging_of(teacher=shake(tiny_tove()), lm_weight=0.5, **options)
 
 
 CASES: dict[str, tuple[Callable[[], Method], Callable[[], Batch]]] = {
     "tove": (tiny_tove, noise_batch),
-    "tove, noisy top-2 gate": (lambda: tiny_tove(gate_noise="fixed", top_k=2, balance_form="switch"), mixed),
+    "tove, noisy top-2 gate": (lambda: tiny_tove(noise="fixed", top_k=2, balance_form="switch"), mixed),
     "tove, marked": (lambda: model_of("tove"), marked),
     "tove, tiles": (lambda: model_of("tove", tiles=True), in_tiles),
     "movekd": (tiny_movekd, noise_batch),
@@ -84,7 +84,7 @@ def test_no_step_waits_more_often_for_what_is_stored(
     """Nor is an image scaled, where no encoder looks at it, or more than once, where one does."""
     monkeypatch.setenv("VISEXPERT_CACHE", str(tmp_path))
     scaled = count_scaled(monkeypatch)
-    cached: dict[str, Any] = {"feature_cache": str(tmp_path / "store")}
+    cached: dict[str, Any] = {"folder": str(tmp_path / "store")}
     make: dict[str, Callable[[], Method]] = {
         "tove": lambda: tiny_tove(**cached),
         "movekd": lambda: tiny_movekd(**cached),
@@ -103,24 +103,3 @@ def test_images_are_scaled_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         scaled.clear()
         model.step(noise_batch())
         assert len(scaled) == 1
-
-
-def test_what_the_host_needs_is_counted_before_a_batch_moves() -> None:
-    """``meta`` has no values: whatever is read of a batch there was known before."""
-    moved = replace(marked(), original_hw_B2=torch.tensor([[32, 64], [64, 32]])).to("meta")
-    assert moved.text is not None and moved.images_BCHW.is_meta and moved.text.ids_BN.is_meta
-    assert moved.text.facts.places_M.is_meta
-    assert moved.counts() == {"token": 4, "image": 1}
-    facts = moved.text.facts
-    assert facts.longest == 5 and facts.has_markers and not facts.opens_supervised
-    assert facts.lengths_BI.tolist() == [[5], [3]] and facts.markers_BI.tolist() == [[1], [0]]
-    host = {name: getattr(moved, name) for name in moved.of_host}
-    assert sorted(host) == ["has_image_B", "index_B", "original_hw_B2"]
-    assert not any(tensor.is_meta for tensor in host.values())
-
-
-def test_texts_that_are_changed_are_counted_anew() -> None:
-    text = marked().text
-    assert text is not None and text.facts.num_supervised == 4
-    fewer = replace(text, labels_BN=torch.where(text.labels_BN == 7, IGNORE_INDEX, text.labels_BN)).to("cpu")
-    assert fewer.facts.num_supervised == 3 and fewer.facts.places_M.tolist() == [4, 6, 7]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tests.methods.helpers import VOCAB, bare_trainer, shake, tiny_tove
+from tests.methods.helpers import VOCAB, bare_trainer, merging_of, shake, tiny_tove
 from tests.methods.movekd_helpers import PAPER, shaken, tiny_movekd
 from visexpert.data import StepLoader, pack
-from visexpert.methods import MergeStudent, Merging, Method
+from visexpert.methods import MergeStudent, Method
 from visexpert.types import Batch
 from visexpert.vision import MoLESettings
 
@@ -116,7 +116,7 @@ def still_movekd() -> Method:
 
 def still_merging() -> Method:
     student = MergeStudent(mole=MoLESettings(num_experts=3, rank=2, dropout=0.0, init="released"), balance_weight=0.3)
-    return Merging(teacher=shake(tiny_tove()), student=student, text_weight=0.7, language_lr=1e-12, **STILL)
+    return merging_of(teacher=shake(tiny_tove()), student=student, lm_weight=0.7, language_lr=1e-12, **STILL)
 
 
 MODELS: dict[str, Callable[[], Method]] = {"ToVE": still_tove, "MoVEKD": still_movekd, "Merging": still_merging}

@@ -117,7 +117,7 @@ def test_hours_and_samples_follow_from_steps_or_epochs() -> None:
 
 
 def test_a_store_moves_the_teachers_out_of_the_steps_onto_the_disk() -> None:
-    live, stored = planned(TOVE), planned(TOVE, "--model.init_args.feature_cache", "auto")
+    live, stored = planned(TOVE), planned(TOVE, "--model.init_args.store.folder", "auto")
     assert {row.name for row in stored.rows if row.is_stored} == {"CLIP", "expert semantic", "expert depth"}
     assert stored.gflop == pytest.approx(live.gflop * (1 - live.shares["teachers"] - live.shares["student"]))
     method = read(TOVE).method
@@ -126,9 +126,9 @@ def test_a_store_moves_the_teachers_out_of_the_steps_onto_the_disk() -> None:
     per_image = 2 * (T * D + T * 24 + depth.grid_hw[0] * depth.grid_hw[1])  # float16; features on CLIP's grid
     assert stored.disk.store == 32 * per_image
     assert live.disk.store == 0
-    kept = planned(MOVEKD, "--model.init_args.feature_cache", "auto")
+    kept = planned(MOVEKD, "--model.init_args.store.folder", "auto")
     assert row(kept, "frozen CLIP").is_stored and not row(kept, "CLIP").is_stored
-    alone = planned(MOVEKD, "--model.init_args.feature_cache", "auto", "--model.init_args.use", "[]")
+    alone = planned(MOVEKD, "--model.init_args.store.folder", "auto", "--model.init_args.use", "[]")
     assert alone.disk.store == 32 * 2 * (T + 1) * (D + 2)  # hidden states and [CLS] attention of two heads, float16
 
 

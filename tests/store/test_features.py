@@ -125,7 +125,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypa
     Usage = namedtuple("Usage", "total used free")
     key = replace(KEY, rows=10_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 2 * 10**6, 2 * 10**6))
-    with pytest.raises(DataError, match=r"needs 480 MB, 2 MB are free; free some space, or set feature_cache to null"):
+    with pytest.raises(DataError, match=r"needs 480 MB, 2 MB are free; free some space, or set store.folder to null"):
         write_features(tmp_path, key, [])
     assert list(tmp_path.iterdir()) == []
 
@@ -253,7 +253,7 @@ def test_the_largest_and_smallest_that_fit(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(DataError, match=r"cannot use .*; set feature_cache to another folder"):
+    with pytest.raises(DataError, match=r"cannot use .*; set store.folder to another one"):
         write_features(tmp_path / "file" / "store", KEY, batches())
 
 

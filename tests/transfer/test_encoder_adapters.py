@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from visexpert.errors import ConfigError
 from visexpert.grids import resample_tokens
 from visexpert.transfer.encoder_adapters import (
-    Direction,
+    Alignment,
     FixedHead,
     KDHead,
     KDPair,
@@ -39,7 +39,7 @@ class Sizes:
 
 
 WIDE, NARROW, TWIN = Sizes(12, (4, 4)), Sizes(5, (6, 6)), Sizes(8, (3, 3))
-FORMS: list[tuple[Sizes, Direction, str | None]] = [
+FORMS: list[tuple[Sizes, Alignment, str | None]] = [
     (TWIN, "raw", None),
     *((teacher, "to_student", kind) for teacher in (WIDE, NARROW) for kind in ("released", "linear", "mlp")),
     *((teacher, "to_teacher", kind) for teacher in (WIDE, NARROW) for kind in ("linear", "mlp")),
@@ -47,8 +47,8 @@ FORMS: list[tuple[Sizes, Direction, str | None]] = [
 ]
 
 
-def make(teacher: Sizes, direction: Direction, adapter: Any = None, **options: Any) -> KDHead:
-    return make_kd_head("eva", teacher, direction=direction, adapter=adapter, **CLIP, **options)
+def make(teacher: Sizes, alignment: Alignment, adapter: Any = None, **options: Any) -> KDHead:
+    return make_kd_head("eva", teacher, alignment=alignment, adapter=adapter, **CLIP, **options)
 
 
 def student(batch: int = 2) -> Tensor:
@@ -77,28 +77,28 @@ def test_the_released_adapter_is_channels_then_gelu_then_tokens() -> None:
     torch.testing.assert_close(adapter(tokens_BSE), expected)
 
 
-@pytest.mark.parametrize(("teacher", "direction", "adapter"), FORMS)
-def test_both_sides_meet_in_one_shape(teacher: Sizes, direction: Direction, adapter: str | None) -> None:
-    head = make(teacher, direction, adapter)
+@pytest.mark.parametrize(("teacher", "alignment", "adapter"), FORMS)
+def test_both_sides_meet_in_one_shape(teacher: Sizes, alignment: Alignment, adapter: str | None) -> None:
+    head = make(teacher, alignment, adapter)
     pair = head(student(), teacher.tokens())
     assert isinstance(pair, KDPair)
-    width = teacher.token_dim if direction == "to_teacher" else 8
+    width = teacher.token_dim if alignment == "to_teacher" else 8
     assert pair.prediction_BTX.shape == pair.target_BTX.shape == (2, 9, width)
 
 
-@pytest.mark.parametrize(("teacher", "direction", "adapter"), FORMS)
-def test_who_gets_gradient(teacher: Sizes, direction: Direction, adapter: str | None) -> None:
-    head, student_BTD, tokens = make(teacher, direction, adapter), student(), teacher.tokens()
+@pytest.mark.parametrize(("teacher", "alignment", "adapter"), FORMS)
+def test_who_gets_gradient(teacher: Sizes, alignment: Alignment, adapter: str | None) -> None:
+    head, student_BTD, tokens = make(teacher, alignment, adapter), student(), teacher.tokens()
     tokens.tokens_BSE.requires_grad_()
     pair = head(student_BTD, tokens)
     F.mse_loss(pair.prediction_BTX, pair.target_BTX).backward()
     assert student_BTD.grad is not None and student_BTD.grad.abs().max() > 0
     assert tokens.tokens_BSE.grad is None  # the teacher never does
-    trained = direction in ("to_student", "to_teacher")
+    trained = alignment in ("to_student", "to_teacher")
     assert (count(head) > 0) == trained
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in head.parameters())
-    assert pair.target_BTX.requires_grad == (direction == "to_student")  # only there the target is trained, too
-    assert (pair.prediction_BTX is student_BTD) == (direction != "to_teacher")
+    assert pair.target_BTX.requires_grad == (alignment == "to_student")  # only there the target is trained, too
+    assert (pair.prediction_BTX is student_BTD) == (alignment != "to_teacher")
 
 
 def test_linear_adapters_map_resampled_tokens() -> None:
@@ -117,10 +117,10 @@ def test_raw_is_the_teacher_itself_on_the_students_grid() -> None:
     assert torch.equal(make(larger, "raw")(student(), tokens).target_BTX, expected)
 
 
-@pytest.mark.parametrize("direction", ["to_teacher", "fixed"])
-def test_targets_are_standardised_and_settle_with_training(direction: Direction) -> None:
+@pytest.mark.parametrize("alignment", ["to_teacher", "fixed"])
+def test_targets_are_standardised_and_settle_with_training(alignment: Alignment) -> None:
     teacher = Sizes(8, (3, 3))
-    head = make(teacher, direction)
+    head = make(teacher, alignment)
     for _ in range(30):
         pair = head(student(32), teacher.tokens(32))
     means, variances = pair.target_BTX.mean((0, 1)), pair.target_BTX.var((0, 1))
@@ -170,7 +170,7 @@ def test_the_fixed_map_is_orthogonal_seeded_and_saved(teacher: Sizes) -> None:
     gram = head.map_ED @ head.map_ED.T if teacher.token_dim <= 8 else head.map_ED.T @ head.map_ED
     torch.testing.assert_close(gram, torch.eye(len(gram)), atol=1e-5, rtol=1e-5)
     same, other = make(teacher, "fixed"), make(teacher, "fixed", seed=1)
-    named = make_kd_head("sam", teacher, direction="fixed", **CLIP)
+    named = make_kd_head("sam", teacher, alignment="fixed", **CLIP)
     assert torch.equal(same.get_buffer("map_ED"), head.map_ED)
     assert not torch.allclose(other.get_buffer("map_ED"), head.map_ED)
     assert not torch.allclose(named.get_buffer("map_ED"), head.map_ED)
@@ -200,7 +200,7 @@ def test_statistics_go_on_as_those_of_batch_norm_after_loading_them() -> None:
 
 def test_the_width_of_what_is_compared() -> None:
     assert make(WIDE, "to_teacher").width == 12
-    assert {make(WIDE, direction).width for direction in ("to_student", "fixed")} == {8} == {make(TWIN, "raw").width}
+    assert {make(WIDE, alignment).width for alignment in ("to_student", "fixed")} == {8} == {make(TWIN, "raw").width}
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
@@ -216,11 +216,11 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"direction": "sideways"}, "direction='sideways' is unknown; use one of raw, to_student, to_teacher, fixed"),
-        ({"direction": "to_teacher", "adapter": "released"}, "has no adapter='released'; use one of mlp, linear"),
-        ({"direction": "fixed", "adapter": "mlp"}, "has no adapter='mlp'; leave adapter out"),
-        ({"direction": "raw", "hidden_dim": 4}, "hidden_dim=4 needs adapter='mlp'"),
-        ({"direction": "to_student", "hidden_dim": 4}, "hidden_dim=4 needs adapter='mlp'"),
+        ({"alignment": "sideways"}, "alignment='sideways' is unknown; use one of raw, to_student, to_teacher, fixed"),
+        ({"alignment": "to_teacher", "adapter": "released"}, "has no adapter='released'; use one of mlp, linear"),
+        ({"alignment": "fixed", "adapter": "mlp"}, "has no adapter='mlp'; leave adapter out"),
+        ({"alignment": "raw", "hidden_dim": 4}, "hidden_dim=4 needs adapter='mlp'"),
+        ({"alignment": "to_student", "hidden_dim": 4}, "hidden_dim=4 needs adapter='mlp'"),
     ],
 )
 def test_words_that_do_not_go_together_are_refused(words: Any, message: str) -> None:

@@ -146,7 +146,7 @@ class ExpertDetachment(Phase):
             return out
         model.count_steps(steps)
         top_k = None if model.gate is None else model.gate.top_k
-        write_derived_config(folder, out, experts=kept, top_k=top_k)
+        write_derived_config(folder, out, experts=kept, gate={"top_k": top_k})
         settings.trainer(out, cost=cost).test(model, datamodule=data, verbose=False)
         write_checkpoint(model, out, steps=steps)
         print(self._outcome(folder, out), flush=True)

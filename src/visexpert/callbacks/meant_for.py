@@ -79,7 +79,7 @@ def llava_problems(model: Method) -> list[str]:
             getattr(model, "clip", None), TiledClipEncoder
         ),
         "a projector other than mlp2x_gelu": not isinstance(layers, nn.Sequential) or len(layers) != 3,
-        "projector_norm: true (it needs false)": not isinstance(getattr(projector, "norm", None), nn.Identity),
+        "projector.norm: true (it needs false)": not isinstance(getattr(projector, "norm", None), nn.Identity),
         "blind: true": getattr(model, "blind", False),
     }
     return [problem for problem, found in problems.items() if found]

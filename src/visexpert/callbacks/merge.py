@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,8 @@ from visexpert.callbacks.phase import (
 )
 from visexpert.errors import ConfigError
 from visexpert.io.run_files import read_json, set_aside, write_json
-from visexpert.losses.merge import TokenDistance
 from visexpert.methods import MergeStudent, Merging, ToVE
-from visexpert.methods.merging import Adaptation, Targets
+from visexpert.methods.settings import MergeSettings, MergingOptimizer
 
 log = logging.getLogger(__name__)
 
@@ -42,20 +42,8 @@ class KnowledgeMerging(Phase):
         steps: Optimiser steps; null is as many as the run had.
         student: Merge into a CLIP with MoLE, as MoVE-KD's student has; null for a plain one. `visexpert export` can
             keep it or fold it into a plain CLIP.
-        adaptation: ``full`` trains every weight of CLIP that is read; ``lora`` low-rank updates, folded in at the end;
-            ``none`` leaves CLIP's own weights as they are, so that the student's MoLE alone learns.
-        lora_rank: Rank of the updates.
-        lora_alpha: Their scale times the rank.
-        distance: Distance of the student's tokens to t_fuse: ``mse``, ``cosine`` or ``smooth_l1``.
-        normalise: LayerNorm on the tokens of both sides before the distance.
-        token_weight: Weight of the distance; 0 fine-tunes CLIP by text alone (the control).
-        text_weight: Weight of the text's loss, read by the same language side; 0 needs no text.
-        targets: ``live`` runs the teacher at each step (frozen encoders from its feature cache, where it has one);
-            ``store`` computes t_fuse of every training image once and keeps it on disk.
-        lr: Peak learning rate of CLIP and of the projector.
-        language_lr: Peak learning rate of the language side; 0 keeps the teacher's, so that both can share it.
-        weight_decay: On matrices.
-        warmup_steps: Linear warm-up, then cosine to zero.
+        merging: What trains, and against what.
+        optimizer: Rates and schedule.
         data: Other images to merge on, with or without text (the token distance needs none); null takes the run's.
         eval_every: Steps between scores on the validation scenes.
         checkpoint_every: Steps between checkpoints.
@@ -69,18 +57,8 @@ class KnowledgeMerging(Phase):
         *,
         steps: int | None = 2000,
         student: MergeStudent | None = None,
-        adaptation: Adaptation = "full",
-        lora_rank: int = 16,
-        lora_alpha: float = 32.0,
-        distance: TokenDistance = "mse",
-        normalise: bool = False,
-        token_weight: float = 1.0,
-        text_weight: float = 0.0,
-        targets: Targets = "live",
-        lr: float = 1e-3,
-        language_lr: float = 0.0,
-        weight_decay: float = 0.02,
-        warmup_steps: int = 100,
+        merging: MergeSettings = MergeSettings(),
+        optimizer: MergingOptimizer = MergingOptimizer(),
         data: LightningDataModule | None = None,
         eval_every: int = 500,
         checkpoint_every: int = 250,
@@ -97,11 +75,7 @@ class KnowledgeMerging(Phase):
         self.data = data
         self.student = student
         self.caption_images, self.test = caption_images, test
-        self.options: dict[str, Any] = {
-            "adaptation": adaptation, "lora_rank": lora_rank, "lora_alpha": lora_alpha, "distance": distance,
-            "normalise": normalise, "token_weight": token_weight, "text_weight": text_weight, "targets": targets,
-            "lr": lr, "language_lr": language_lr, "weight_decay": weight_decay, "warmup_steps": warmup_steps,
-        }  # fmt: skip
+        self.merging, self.optimizer = merging, optimizer
 
     def check_start(self, model: ToVE) -> None:
         """See :meth:`Phase.check_start`.
@@ -122,11 +96,14 @@ class KnowledgeMerging(Phase):
         if not model.hub.attached:
             raise ConfigError(f"KnowledgeMerging: '{folder}' uses no expert, so there is nothing to merge.")
         write_json(out / FACTS, self._facts(model, folder))
-        captions = model.caption_images if self.caption_images is None else self.caption_images
+        evaluation = model.evaluation
+        if self.caption_images is not None:
+            evaluation = replace(evaluation, caption_images=self.caption_images)
         with torch.random.fork_rng():
             torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")))  # low-rank updates start at random
             student = Merging(
-                teacher=model, student=self.student, caption_images=captions, meteor=model.meteor, **self.options
+                teacher=model, student=self.student, merging=self.merging, optimizer=self.optimizer,
+                evaluation=evaluation,
             )  # fmt: skip
         teacher_steps = model.trained_steps
         cost = CostReport()
@@ -135,7 +112,7 @@ class KnowledgeMerging(Phase):
         merged = student.merged()
         merged.count_steps(teacher_steps + self.steps)
         mole = {} if self.student is None else {"mole": asdict(self.student.mole)}
-        write_derived_config(folder, out, experts=(), clip=mole, clip_lr=self.options["lr"])
+        write_derived_config(folder, out, experts=(), clip=mole, optimizer={"clip_lr": self.optimizer.lr})
         if self.test:
             settings.trainer(out, cost=cost).test(merged, datamodule=data, verbose=False)
         write_checkpoint(merged, out, steps=teacher_steps + self.steps)
@@ -158,7 +135,8 @@ class KnowledgeMerging(Phase):
 
     def _settings(self) -> dict[str, Any]:
         student = None if self.student is None else asdict(self.student)
-        return {"steps": self.steps, "student": student, **self.options}
+        settings = {"steps": self.steps, "student": student, **asdict(self.merging), **asdict(self.optimizer)}
+        return dict(json.loads(json.dumps(settings)))  # as they are read back
 
     def _facts(self, model: ToVE, folder: Path) -> dict[str, Any]:
         return {

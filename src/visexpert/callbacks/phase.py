@@ -242,7 +242,7 @@ def write_derived_config(
         folder: The phase's folder.
         experts: Names of the experts that are left.
         clip: Arguments of CLIP that change.
-        init_args: Arguments of the method that change.
+        init_args: Arguments of the method that change; of those that are mappings, the entries.
     """
     source = run / "config.yaml"
     if not source.is_file():
@@ -253,7 +253,9 @@ def write_derived_config(
     model["experts"] = {name: model["experts"][name] for name in experts}
     if clip:
         model["clip"]["init_args"] = {**(model["clip"].get("init_args") or {}), **clip}
-    model.update(use=None, detached=None, init_from=None, **init_args)
+    for name, value in init_args.items():
+        model[name] = {**(model.get(name) or {}), **value} if isinstance(value, Mapping) else value
+    model.update(use=None, detached=None, init_from=None)
     config["run"] = str(folder)
     callbacks = config.get("trainer", {}).get("callbacks")
     if isinstance(callbacks, list):

@@ -22,7 +22,7 @@ from visexpert.vision import ClipEncoder
 
 FACTS = "merge.json"
 TOLD = (
-    "steps", "student", "distance", "adaptation", "normalise", "token_weight", "text_weight", "fusion_space",
+    "steps", "student", "distance", "adaptation", "normalize", "token_weight", "lm_weight", "fusion_space",
     "teacher_steps",
 )  # fmt: skip
 """Entries of ``merge.json`` that the report repeats."""

@@ -90,9 +90,13 @@ def run_config(
         "clip": {"class_path": "visexpert.vision.ClipEncoder", "init_args": clip},
         "experts": {},
         "language": {"class_path": "visexpert.language.PrefixLM", "init_args": text},
-        "anchor_share": 0.8, "direction": "to_student", "adapter": "released", "teacher_weighting": "attention",
-        "token_weighting": "attention", "convention": "released", "kd_weight": 0.5, "balance_weight": 0.01,
-        "projector": "mlp2x_gelu", "projector_norm": False, "lr": 2e-5, "clip_lr": 2e-5, "language_lr": 0.0,
+        "heads": {"alignment": "to_student", "adapter": "released"},
+        "weighting": {
+            "clip_teacher_weight": 0.8, "teachers": "attention", "tokens": "attention", "convention": "released",
+        },
+        "kd_weight": 0.5, "balance_weight": 0.01,
+        "projector": {"kind": "mlp2x_gelu", "norm": False},
+        "optimizer": {"lr": 2e-5, "clip_lr": 2e-5, "language_lr": 0.0},
     }  # fmt: skip
     data = {
         "root": options.data, "tokenizer": language, "template": template, "resize": "pad", "image_size": image_size,

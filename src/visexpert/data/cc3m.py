@@ -169,7 +169,7 @@ class StreamedImages:
             ConfigError: Always.
         """
         raise ConfigError(
-            f"{self._source} reads its images in a stream, so their tokens cannot be stored; set feature_cache to null."
+            f"{self._source} reads its images in a stream, so their tokens cannot be stored; set store.folder to null."
         )
 
 

@@ -211,7 +211,7 @@ class RowImages:
         """
         if self._changing:
             raise ConfigError(
-                f"{self._source} augments its images (crop_scale, flip), so tokens cannot be stored; set feature_cache "
+                f"{self._source} augments its images (crop_scale, flip), so tokens cannot be stored; set store.folder "
                 "to null, or crop_scale to null and flip to false."
             )
         return torch.stack([self._image(self._table[row].image) for row in rows])

@@ -21,7 +21,7 @@ class NoLanguage(LanguageSide):
 
     def forward(self, vision: VisionTokens, text: TextBatch) -> Predictions:
         """Refused."""
-        raise ConfigError("This run has no language side (NoLanguage): set text_weight to 0, or give it one.")
+        raise ConfigError("This run has no language side (NoLanguage): set lm_weight to 0, or give it one.")
 
     def _generate(
         self, vision: VisionTokens, prompts: Sequence[Sequence[int]], *, eos_id: int, decoding: Decoding

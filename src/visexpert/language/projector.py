@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
@@ -10,6 +11,19 @@ from visexpert.errors import ConfigError
 from visexpert.precision import like_weights
 
 ProjectorKind = Literal["linear", "mlp2x_gelu", "identity"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorSettings:
+    """CLIP tokens to the language width.
+
+    Args:
+        kind: ``linear``, ``mlp2x_gelu`` (LLaVA-1.5, MoVE-KD's paper) or ``identity`` for tokens that already fit.
+        norm: LayerNorm before it (LLaVA has none; frozen encoders of unlike scale profit).
+    """
+
+    kind: ProjectorKind = "linear"
+    norm: bool = True
 
 
 class Projector(nn.Module):

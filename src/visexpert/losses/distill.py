@@ -53,15 +53,15 @@ def teacher_weights(
     targets: Mapping[str, Tensor],
     *,
     anchor: str | None = CLIP,
-    anchor_share: float = 0.8,
+    clip_teacher_weight: float = 0.8,
     convention: Convention = "paper",
     has_image_B: Tensor | None = None,
     detach: bool = True,
 ) -> Tensor:
     """How much each teacher counts for an image: how well its tokens agree with the [CLS] token of CLIP.
 
-    The anchor keeps ``anchor_share``; the others share the rest by the softmax of mean_m <cls, z_tm>, which ``paper``
-    divides by sqrt(D). ``released`` does not, and where one teacher's mean over the batch exceeds .8 it takes
+    The anchor keeps ``clip_teacher_weight``; the others share the rest by the softmax of mean_m <cls, z_tm>, which
+    ``paper`` divides by sqrt(D). ``released`` does not, and where one teacher's mean over the batch exceeds .8 it takes
     softmax(u + .2) = softmax(u) of all weights u, so that one image changes the weights of the others. Without the
     anchor among the targets the others share everything; alone, it has weight 1.
 
@@ -69,7 +69,7 @@ def teacher_weights(
         cls_BD: [CLS] token of CLIP, in the space of the targets.
         targets: Tokens (B, T, D) by teacher, in any order.
         anchor: Name of the teacher whose share is fixed (CLIP itself); None for none.
-        anchor_share: Its weight, 0 to 1.
+        clip_teacher_weight: Its weight, 0 to 1.
         convention: ``paper`` or ``released``.
         has_image_B: bool; samples without an image take no part in the batch mean of ``released``. None: all have one.
         detach: Keep the loss from training targets to shift weights. The released code does not detach.
@@ -89,7 +89,7 @@ def teacher_weights(
             )
     others = [name for name in targets if name != anchor]
     if not others:
-        return _beside_anchor(cls_BD.new_zeros(len(cls_BD), 0), targets, anchor, anchor_share)
+        return _beside_anchor(cls_BD.new_zeros(len(cls_BD), 0), targets, anchor, clip_teacher_weight)
     cls_BD = _full(cls_BD)
     scores_BU = torch.stack([(_full(targets[name]).mean(1) * cls_BD).sum(-1) for name in others], dim=1)
     if detach:
@@ -100,18 +100,18 @@ def teacher_weights(
         weights_BU = scores_BU.softmax(-1)
         dominant = _mean_over_images(weights_BU.detach(), has_image_B).amax() > DOMINANT
         weights_BU = torch.where(dominant, (weights_BU + 0.2).softmax(-1), weights_BU)
-    return _beside_anchor(weights_BU, targets, anchor, anchor_share)
+    return _beside_anchor(weights_BU, targets, anchor, clip_teacher_weight)
 
 
 def uniform_teacher_weights(
-    targets: Mapping[str, Tensor], *, anchor: str | None = CLIP, anchor_share: float = 0.8
+    targets: Mapping[str, Tensor], *, anchor: str | None = CLIP, clip_teacher_weight: float = 0.8
 ) -> Tensor:
     """Weights (B, K) that leave the anchor its share and divide the rest evenly: the control to ``teacher_weights``.
 
     Args:
         targets: Tokens (B, T, any width) by teacher; only names and the batch size are read.
         anchor: As in :func:`teacher_weights`.
-        anchor_share: As in :func:`teacher_weights`.
+        clip_teacher_weight: As in :func:`teacher_weights`.
 
     Raises:
         ConfigError: No target, or a share outside 0 to 1.
@@ -119,7 +119,7 @@ def uniform_teacher_weights(
     others = sum(name != anchor for name in targets)
     first = next(iter(targets.values()), torch.zeros(0))
     even_BU = torch.full((len(first), others), 1.0 / max(others, 1), device=first.device)
-    return _beside_anchor(even_BU, targets, anchor, anchor_share)
+    return _beside_anchor(even_BU, targets, anchor, clip_teacher_weight)
 
 
 def feature_kd(
@@ -236,17 +236,19 @@ def _over_tokens(error_BT: Tensor, token_weights_BT: Tensor | None, convention: 
     return weighted_B if convention == "paper" else mean_B + weighted_B
 
 
-def _beside_anchor(shares_BU: Tensor, names: Mapping[str, Tensor], anchor: str | None, anchor_share: float) -> Tensor:
+def _beside_anchor(
+    shares_BU: Tensor, names: Mapping[str, Tensor], anchor: str | None, clip_teacher_weight: float
+) -> Tensor:
     """Insert the anchor's share (B, K) among the weights (B, U) of the others, which are scaled to what remains."""
-    if not names or not 0 <= anchor_share <= 1:
+    if not names or not 0 <= clip_teacher_weight <= 1:
         raise ConfigError(
             f"Teacher weights need at least one teacher and a share in [0, 1]; got {list(names)} and "
-            f"anchor_share={anchor_share}."
+            f"clip_teacher_weight={clip_teacher_weight}."
         )
     if anchor is None or anchor not in names:
         return shares_BU
-    fixed_B1 = shares_BU.new_full((len(shares_BU), 1), anchor_share if shares_BU.shape[1] else 1.0)
-    columns: Sequence[Tensor] = ((1 - anchor_share) * shares_BU).split(1, dim=1)
+    fixed_B1 = shares_BU.new_full((len(shares_BU), 1), clip_teacher_weight if shares_BU.shape[1] else 1.0)
+    columns: Sequence[Tensor] = ((1 - clip_teacher_weight) * shares_BU).split(1, dim=1)
     place = list(names).index(anchor)
     return torch.cat([*columns[:place], fixed_B1, *columns[place:]], dim=1)
 

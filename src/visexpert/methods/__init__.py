@@ -1,9 +1,35 @@
-"""LightningModules: the only room where the stages meet."""
+"""The LightningModules: the one room where the stages meet."""
 
 from visexpert.methods.base import Method
 from visexpert.methods.merge_student import MergeStudent
 from visexpert.methods.merging import Merging
 from visexpert.methods.movekd import MoVEKD
+from visexpert.methods.settings import (
+    EvaluationSettings,
+    HeadSettings,
+    MergeSettings,
+    MergingOptimizer,
+    MoVEKDOptimizer,
+    OptimizerSettings,
+    StoreSettings,
+    ToVEOptimizer,
+    WeightingSettings,
+)
 from visexpert.methods.tove import ToVE
 
-__all__ = ["MergeStudent", "Merging", "Method", "MoVEKD", "ToVE"]
+__all__ = [
+    "EvaluationSettings",
+    "HeadSettings",
+    "MergeSettings",
+    "MergeStudent",
+    "Merging",
+    "MergingOptimizer",
+    "Method",
+    "MoVEKD",
+    "MoVEKDOptimizer",
+    "OptimizerSettings",
+    "StoreSettings",
+    "ToVE",
+    "ToVEOptimizer",
+    "WeightingSettings",
+]

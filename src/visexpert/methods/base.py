@@ -15,7 +15,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from visexpert.errors import ConfigError, require_numbers
+from visexpert.errors import ConfigError
+from visexpert.experts import FeatureCache
 from visexpert.language import LanguageSide, NoLanguage, Predictions, Projector
 from visexpert.losses import text_loss, token_nll
 from visexpert.methods.accumulation import StepShares, batches_done
@@ -26,6 +27,7 @@ from visexpert.methods.modes import settle_modes
 from visexpert.methods.optimiser import adamw, cosine_with_warmup, make_groups
 from visexpert.methods.reduction import loss_over_processes, parts_over_processes
 from visexpert.methods.seen import Compared, RouterBalance, Seen
+from visexpert.methods.settings import EvaluationSettings, OptimizerSettings
 from visexpert.methods.views import EncoderViews
 from visexpert.types import Batch, ImageSource, LossTerm, StepOutput, Unit, VisionTokens
 from visexpert.vision import ClipEncoder, collect_routing, views_of
@@ -35,19 +37,9 @@ class Method(CheckpointedModule):
     """A method turns images into vision tokens; the language side reads them; the base trains, scores and saves.
 
     Args:
-        language: Language side.
-        lr: Peak learning rate of AdamW, for everything but the language side.
-        language_lr: Peak learning rate of the language side; 0 freezes it.
-        language_frozen_steps: The language side trains from this step on only (fresh adapters settle first).
-        weight_decay: On matrices; never on biases, norms or embeddings.
-        warmup_steps: Linear warm-up, then cosine to zero at the end of training.
-        betas: Of AdamW. 0.98 forgets sooner, which suits short runs; the scripts of LLaVA and MoVE-KD have 0.999.
-        caption_images: Images of the test split that get a generated caption (greedy): the first ones, by row; 0 for
-            none, null for all. What the scores stand on is beside them: ``caption/images``, ``caption/images_of``.
-        meteor: Score captions by METEOR, too (Java, about 25 s for 500 captions); null where Java is installed.
-        on_nan: Of a step whose loss or gradient is NaN or infinite, which is never taken: ``stop`` ends the run,
-            ``skip`` goes on with the next one, but ends the run after more than 10 in a row. Its rows are in
-            ``not_finite.jsonl``.
+        language: Language model.
+        optimizer: Rates and schedule.
+        evaluation: What is scored beside the loss and the answers.
     """
 
     clip: ClipEncoder
@@ -56,37 +48,26 @@ class Method(CheckpointedModule):
     projector: Projector
     """Its tokens to those of the language side."""
 
-    text_weight: float = 1.0
+    _cache: FeatureCache | None = None
+
+    lm_weight: float = 1.0
     """Weight of the text's loss; at 0 no text is read in training."""
 
     def __init__(
         self,
         *,
         language: LanguageSide,
-        lr: float = 2e-3,
-        language_lr: float = 2e-3,
-        language_frozen_steps: int = 0,
-        weight_decay: float = 0.02,
-        warmup_steps: int = 100,
-        betas: tuple[float, float] = (0.9, 0.98),
-        caption_images: int | None = None,
-        meteor: bool | None = None,
-        on_nan: OnNan = "stop",
+        optimizer: OptimizerSettings,
+        evaluation: EvaluationSettings,
     ) -> None:
-        require_numbers(
-            type(self).__name__, least=0, lr=lr, language_lr=language_lr, language_frozen_steps=language_frozen_steps,
-            weight_decay=weight_decay, warmup_steps=warmup_steps, caption_images=caption_images or 0,
-        )  # fmt: skip
-        for beta in betas:
-            require_numbers(type(self).__name__, least=0, below=1, betas=beta)
-        super().__init__(weight_decay=weight_decay)
+        super().__init__(weight_decay=optimizer.weight_decay)
         self.language = language
-        self.lr, self.language_lr = lr, language_lr
-        self.language_frozen_steps = language_frozen_steps
-        self.warmup_steps, self.betas = warmup_steps, betas
-        self.caption_images, self.meteor = caption_images, meteor
-        self.on_nan: OnNan = on_nan
-        self._finite = FiniteGuard(on_nan)
+        self.lr, self.language_lr = optimizer.lr, optimizer.language_lr
+        self.language_frozen_steps = optimizer.language_frozen_steps
+        self.warmup_steps, self.betas = optimizer.warmup_steps, optimizer.betas
+        self.evaluation = evaluation
+        self.on_nan: OnNan = optimizer.on_nan
+        self._finite = FiniteGuard(self.on_nan)
         self.evaluators: dict[str, Evaluator] = {}
         self._joined: bool | None = None
         self._step_shares = StepShares()
@@ -135,8 +116,8 @@ class Method(CheckpointedModule):
         balance = self.router_balance
         seen = self.see(batch, watch_routers=balance is not None)
         terms: dict[str, LossTerm] = {}
-        if self.text_weight > 0:
-            terms["text_loss"] = LossTerm(self._text_loss(seen), "token", self.text_weight)
+        if self.lm_weight > 0:
+            terms["text_loss"] = LossTerm(self._text_loss(seen), "token", self.lm_weight)
         compared = self.compare(seen)
         terms |= compared.terms
         if balance is not None and seen.routing is not None:
@@ -159,7 +140,7 @@ class Method(CheckpointedModule):
         text = seen.batch.text
         if text is None or not self.reads_text:
             raise ConfigError(
-                f"{type(self).__name__}: text_weight is above 0, but there is no text or no language side; add them, "
+                f"{type(self).__name__}: lm_weight is above 0, but there is no text or no language side; add them, "
                 "or set it to 0 where the method has it."
             )
         predicted: Predictions = self.language(self.read_by_language(seen), text)
@@ -174,6 +155,11 @@ class Method(CheckpointedModule):
     def language_joins(self) -> bool:
         """Whether the language side trains in the present step."""
         return self.language_lr > 0 and self.global_step >= self.language_frozen_steps
+
+    @property
+    def feature_cache(self) -> FeatureCache | None:
+        """Where tokens of frozen encoders are kept, if anywhere."""
+        return self._cache
 
     def views(self, batch: Batch) -> EncoderViews | None:
         """What happens inside the encoders on a batch, for figures; None where there is nothing to show."""
@@ -282,7 +268,9 @@ class Method(CheckpointedModule):
 
     def on_test_epoch_start(self) -> None:
         """Fresh scores."""
-        self.evaluators["test"] = Evaluator(captions=self.caption_images, probe=True, meteor=self.meteor)
+        self.evaluators["test"] = Evaluator(
+            captions=self.evaluation.caption_images, probe=True, meteor=self.evaluation.meteor
+        )
 
     def test_step(self, batch: Batch, batch_idx: int) -> Mapping[str, EvalOutput]:
         """Score one batch, captions included."""

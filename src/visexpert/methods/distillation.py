@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from visexpert.errors import ConfigError
 from visexpert.losses import cls_token_weights, feature_kd, gated_kd, teacher_weights
-from visexpert.losses.distill import Convention, uniform_teacher_weights
+from visexpert.losses.distill import uniform_teacher_weights
+from visexpert.methods.settings import WeightingSettings
 from visexpert.methods.watch import Watch
 from visexpert.names import CLIP, STUDENT
 from visexpert.types import ExpertTokens, imaged
 from visexpert.vision import ClsAttention
-
-TeacherWeighting = Literal["attention", "uniform", "gate"]
-TokenWeighting = Literal["attention", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -42,50 +39,26 @@ class Distillation(Watch):
 
     Args:
         heads: One per teacher, by name (:func:`visexpert.transfer.make_kd_head`).
-        teacher_weighting: ``attention`` - agreement with CLIP's [CLS] token; ``uniform``; ``gate`` - ToVE's gate on
-            CLIP's tokens weighs the experts token by token.
-        token_weighting: ``attention`` - CLIP's [CLS] attention; ``uniform``.
-        convention: ``paper`` or ``released``, see :mod:`visexpert.losses.distill`.
-        anchor_share: Weight of CLIP among the teachers, where it is one.
-        detach_weights: Keep the loss from training adapters to shift the weights of ``attention`` between teachers.
+        weighting: How teachers and tokens are weighed.
         alarm_every: Training steps between two looks at whether to raise an alarm.
-
-    Raises:
-        ConfigError: An unknown word, or a share outside 0 to 1.
     """
 
     def __init__(
         self,
         heads: Mapping[str, nn.Module],
+        weighting: WeightingSettings,
         *,
-        teacher_weighting: TeacherWeighting,
-        token_weighting: TokenWeighting,
-        convention: Convention,
-        anchor_share: float,
-        detach_weights: bool = True,
         alarm_every: int = 50,
     ) -> None:
-        for name, value, allowed in (
-            ("teacher_weighting", teacher_weighting, TeacherWeighting),
-            ("token_weighting", token_weighting, TokenWeighting),
-            ("convention", convention, Convention),
-        ):
-            if value not in get_args(allowed):
-                raise ConfigError(f"MoVEKD: {name}={value!r} is unknown; use one of {', '.join(get_args(allowed))}.")
-        if not 0 <= anchor_share <= 1:
-            raise ConfigError(
-                f"MoVEKD: anchor_share={anchor_share} is no share; give 0 to 1, or null for no CLIP teacher."
-            )
-        asked = {"teachers": teacher_weighting, "tokens": token_weighting}
+        asked = {"teachers": weighting.teachers, "tokens": weighting.tokens}
         super().__init__(
             (STUDENT, *heads),
-            adaptive=[name for name, weighting in asked.items() if weighting != "uniform"],
+            adaptive=[name for name, how in asked.items() if how != "uniform"],
             alarm_every=alarm_every,
         )
         self.heads = nn.ModuleDict(dict(heads))
-        self.teacher_weighting, self.token_weighting = teacher_weighting, token_weighting
-        self.convention: Convention = convention
-        self.anchor_share, self.detach_weights = anchor_share, detach_weights
+        self.weighting = weighting
+        self.clip_teacher_weight = weighting.clip_teacher_weight or 0.0
 
     def forward(
         self,
@@ -113,15 +86,15 @@ class Distillation(Watch):
         predictions = {name: pair.prediction_BTX for name, pair in pairs.items()}
         targets = {name: pair.target_BTX for name, pair in pairs.items()}
         tokens_BT = None
-        if self.token_weighting == "attention":
-            tokens_BT = cls_token_weights(_given(clip).cls_logits_BHN, self.convention)
-        if self.teacher_weighting == "gate":
+        if self.weighting.tokens == "attention":
+            tokens_BT = cls_token_weights(_given(clip).cls_logits_BHN, self.weighting.convention)
+        if self.weighting.teachers == "gate":
             assert gates_BTK is not None
             weights = self._beside_anchor(gates_BTK)
         else:
             weights = self._teacher_weights(targets, clip, has_image_B)
         compare = gated_kd if weights.ndim == 3 else feature_kd
-        loss = compare(predictions, targets, weights, tokens_BT, self.convention, has_image_B=has_image_B)
+        loss = compare(predictions, targets, weights, tokens_BT, self.weighting.convention, has_image_B=has_image_B)
         weights = weights.detach()
         shares = {"teachers": self._beside(weights), "tokens": tokens_BT}
         asked = self._asked(targets, weights)
@@ -150,25 +123,25 @@ class Distillation(Watch):
         self, targets: Mapping[str, Tensor], clip: ClsAttention | None, has_image_B: Tensor | None
     ) -> Tensor:
         """(B, K) in the order of the heads."""
-        if self.teacher_weighting == "uniform":
-            return uniform_teacher_weights(targets, anchor_share=self.anchor_share)
+        if self.weighting.teachers == "uniform":
+            return uniform_teacher_weights(targets, clip_teacher_weight=self.clip_teacher_weight)
         cls_BD = _given(clip).tokens.cls_BD
         assert cls_BD is not None
         return teacher_weights(
             cls_BD,
             targets,
-            anchor_share=self.anchor_share,
-            convention=self.convention,
+            clip_teacher_weight=self.clip_teacher_weight,
+            convention=self.weighting.convention,
             has_image_B=has_image_B,
-            detach=self.detach_weights,
+            detach=self.weighting.detach,
         )
 
     def _beside_anchor(self, gates_BTK: Tensor) -> Tensor:
         """The experts' gates (B, T, K) with CLIP's fixed share put in its place."""
         if CLIP not in self.heads:
             return gates_BTK.detach()
-        shares = list(((1 - self.anchor_share) * gates_BTK.detach()).unbind(-1))
-        shares.insert(list(self.heads).index(CLIP), torch.full_like(gates_BTK[..., 0], self.anchor_share))
+        shares = list(((1 - self.clip_teacher_weight) * gates_BTK.detach()).unbind(-1))
+        shares.insert(list(self.heads).index(CLIP), torch.full_like(gates_BTK[..., 0], self.clip_teacher_weight))
         return torch.stack(shares, dim=-1)
 
     def _beside(self, weights: Tensor) -> Tensor | None:
@@ -176,7 +149,7 @@ class Distillation(Watch):
         if CLIP not in self.heads:
             return weights
         others = [index for index, name in enumerate(self.heads) if name != CLIP]
-        return weights[..., others] / (1 - self.anchor_share) if self.anchor_share < 1 else None
+        return weights[..., others] / (1 - self.clip_teacher_weight) if self.clip_teacher_weight < 1 else None
 
 
 def _given(clip: ClsAttention | None) -> ClsAttention:

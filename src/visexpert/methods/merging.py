@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,11 @@ from visexpert.errors import ConfigError
 from visexpert.experts import FeatureCache
 from visexpert.io.weights import cache_root, weights_digest
 from visexpert.losses import normalised_mse, token_distance
-from visexpert.losses.merge import TokenDistance
 from visexpert.methods.base import Method
 from visexpert.methods.merge_student import MergeStudent
 from visexpert.methods.optimiser import ParameterGroup
 from visexpert.methods.seen import Compared, RouterBalance, Seen
+from visexpert.methods.settings import EvaluationSettings, MergeSettings, MergingOptimizer
 from visexpert.methods.tove import ToVE
 from visexpert.metrics.token_error import TokenError
 from visexpert.names import EncoderName
@@ -25,38 +25,22 @@ from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens, imaged
 from visexpert.vision import TiledClipEncoder, add_mole
 from visexpert.vision.lora import ClipLora
 
-Adaptation = Literal["full", "lora", "none"]
-Targets = Literal["live", "store"]
-
 FUSED = EncoderName("teacher", "fused")
 
 
 class Merging(Method):
     """ToVE's second half (arXiv 2504.00691, "knowledge merging"): student = a copy of CLIP, targets = t_fuse.
 
-    Loss = token_weight * distance(student's tokens, t_fuse) + text_weight * L_text, the latter through the same
+    Loss = token_weight * distance(student's tokens, t_fuse) + lm_weight * L_text, the latter through the same
     language model; + balance_weight * L_bal of its routers where the student has MoLE. Experts run only as targets.
     The paper gives no form of the loss; the defaults are what measures best on Tabletop (docs/results/merge.md).
 
     Args:
         teacher: A trained ToVE, weights in place.
         student: Merge into a CLIP with MoLE; null for a plain one.
-        adaptation: ``full`` trains every weight of CLIP that is read; ``lora`` low-rank updates, folded in at the end;
-            ``none`` leaves CLIP's own weights as they are, so that MoLE alone learns.
-        lora_rank: Rank of the updates.
-        lora_alpha: Their scale times the rank.
-        distance: ``mse``, ``cosine`` or ``smooth_l1``.
-        normalise: LayerNorm on the tokens of both sides before the distance.
-        token_weight: Weight of the distance; 0 trains by text alone.
-        text_weight: Weight of L_text; 0 needs no text at all.
-        targets: ``live`` runs the teacher at each step (its frozen encoders read from its own feature cache, where it
-            has one); ``store`` computes t_fuse of every image once and keeps it on disk, for a CLIP without tiles.
-        lr: Peak learning rate of CLIP and, where the fusion space is the language's, of the projector.
-        language_lr: Peak learning rate of the language side; 0 keeps it as the teacher's.
-        weight_decay: See :class:`~visexpert.methods.base.Method`.
-        warmup_steps: Likewise.
-        caption_images: Likewise.
-        meteor: Likewise.
+        merging: What trains, and against what.
+        optimizer: Rates and schedule.
+        evaluation: What is scored beside the loss and the answers.
     """
 
     def __init__(
@@ -64,34 +48,24 @@ class Merging(Method):
         *,
         teacher: ToVE,
         student: MergeStudent | None = None,
-        adaptation: Adaptation = "full",
-        lora_rank: int = 16,
-        lora_alpha: float = 32.0,
-        distance: TokenDistance = "mse",
-        normalise: bool = False,
-        token_weight: float = 1.0,
-        text_weight: float = 0.0,
-        targets: Targets = "live",
-        lr: float = 1e-3,
-        language_lr: float = 0.0,
-        weight_decay: float = 0.02,
-        warmup_steps: int = 100,
-        caption_images: int | None = None,
-        meteor: bool | None = None,
+        merging: MergeSettings = MergeSettings(),
+        optimizer: MergingOptimizer = MergingOptimizer(),
+        evaluation: EvaluationSettings = EvaluationSettings(),
     ) -> None:
-        _check(adaptation, distance, targets, token_weight, text_weight)
-        if student is None and adaptation == "none":
+        if student is None and merging.adaptation == "none":
             raise ConfigError("Merging: adaptation='none' leaves a plain CLIP nothing to learn; use full or lora.")
-        if targets == "store" and isinstance(teacher.clip, TiledClipEncoder):
+        if merging.targets == "store" and isinstance(teacher.clip, TiledClipEncoder):
             raise ConfigError(
                 "Merging: targets='store' keeps tokens of whole images, but this CLIP reads images in tiles; use "
                 "targets: live."
             )
-        language_lr = language_lr if text_weight > 0 else 0.0
+        optimizer = replace(optimizer, on_nan=teacher.on_nan)
+        if merging.lm_weight == 0:
+            optimizer = replace(optimizer, language_lr=0.0)
+        shared = optimizer.language_lr == 0
         super().__init__(
-            language=teacher.language if language_lr == 0 else copy.deepcopy(teacher.language), lr=lr,
-            language_lr=language_lr, weight_decay=weight_decay, warmup_steps=warmup_steps,
-            caption_images=caption_images, meteor=meteor, on_nan=teacher.on_nan,
+            language=teacher.language if shared else copy.deepcopy(teacher.language), optimizer=optimizer,
+            evaluation=evaluation,
         )  # fmt: skip
         self.teacher = teacher
         self.clip = copy.deepcopy(teacher.clip).requires_grad_(False)
@@ -99,12 +73,10 @@ class Merging(Method):
         self.student = student
         if student is not None:
             add_mole(self.clip, **vars(student.mole))
-        self.adaptation: Adaptation = adaptation
-        self.lora = ClipLora(self.clip, rank=lora_rank, alpha=lora_alpha) if adaptation == "lora" else None
-        self.distance: TokenDistance = distance
-        self.normalise = normalise
-        self.token_weight, self.text_weight = token_weight, text_weight
-        self.targets: Targets = targets
+        self.settings, self.lm_weight = merging, merging.lm_weight
+        self.lora = None
+        if merging.adaptation == "lora":
+            self.lora = ClipLora(self.clip, rank=merging.lora_rank, alpha=merging.lora_alpha)
         self._stored: FeatureCache | None = None
         self.error = TokenError()
         self.settle_training()
@@ -120,13 +92,15 @@ class Merging(Method):
 
     def compare(self, seen: Seen) -> Compared:
         """Distance to the teacher's tokens, of every view."""
-        if self.token_weight == 0:
+        if self.settings.token_weight == 0:
             return Compared()
         student_BTD, target_BTD = seen.tokens.tokens_BTD, self._target(seen.views.batch)
         there_B = seen.views.batch.has_image_B
-        distance = token_distance(student_BTD, target_BTD, self.distance, normalise=self.normalise, has_image_B=there_B)
+        distance = token_distance(
+            student_BTD, target_BTD, self.settings.distance, normalise=self.settings.normalize, has_image_B=there_B
+        )
         nmse = normalised_mse(student_BTD.detach(), target_BTD, has_image_B=there_B)
-        return Compared({"token_loss": LossTerm(distance, "image", self.token_weight)}, {"nmse": nmse})
+        return Compared({"token_loss": LossTerm(distance, "image", self.settings.token_weight)}, {"nmse": nmse})
 
     def compare_in_validation(self, seen: Seen) -> None:
         """How far the student's tokens are from the teacher's."""
@@ -175,10 +149,10 @@ class Merging(Method):
 
     def on_fit_start(self) -> None:
         """Open the teacher's feature cache, or compute its tokens for the whole training set."""
-        if self.targets == "store":
+        if self.settings.targets == "store":
             self._store_targets(self.image_sources(wanted_by="targets: store needs; use targets: live"))
         elif (cache := self.teacher.feature_cache) is not None:
-            self.teacher.read_features(cache, self.image_sources(wanted_by="the teacher's feature_cache needs"))
+            self.teacher.read_features(cache, self.image_sources(wanted_by="the teacher's store needs"))
 
     def on_validation_epoch_start(self) -> None:
         """Fresh scores."""
@@ -194,7 +168,7 @@ class Merging(Method):
 
     def _own_modules(self) -> tuple[nn.Module, ...]:
         """What trains of CLIP itself, without MoLE."""
-        if self.adaptation == "none":
+        if self.settings.adaptation == "none":
             return ()
         if self.lora is not None:
             return self.lora.modules()
@@ -227,18 +201,3 @@ class Merging(Method):
                 encode=encode, grid_hw=teacher.clip.grid_hw, device=self.device,
             )  # fmt: skip
         self._stored = cache
-
-
-def _check(adaptation: str, distance: str, targets: str, token_weight: float, text_weight: float) -> None:
-    for name, value, allowed in (
-        ("adaptation", adaptation, Adaptation),
-        ("distance", distance, TokenDistance),
-        ("targets", targets, Targets),
-    ):
-        if value not in get_args(allowed):
-            raise ConfigError(f"Merging: {name}={value!r} is unknown; use one of {', '.join(get_args(allowed))}.")
-    if min(token_weight, text_weight) < 0 or token_weight + text_weight == 0:
-        raise ConfigError(
-            f"Merging: token_weight={token_weight} and text_weight={text_weight} must not be negative, and one must be "
-            "above 0."
-        )

@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from visexpert.errors import ConfigError, DataError, require_numbers
+from visexpert.errors import ConfigError, DataError
 from visexpert.experts import ExpertHub, FeatureCache, VisionExpert
-from visexpert.io.weights import cache_root
 from visexpert.language import LanguageSide, Projector
-from visexpert.language.projector import ProjectorKind
+from visexpert.language.projector import ProjectorSettings
 from visexpert.losses.balance import RouterBalanceForm
-from visexpert.losses.distill import Convention
 from visexpert.methods.base import Method
 from visexpert.methods.columns import Columns
-from visexpert.methods.distillation import Distillation, Distilled, TeacherWeighting, TokenWeighting
-from visexpert.methods.finite import OnNan
+from visexpert.methods.distillation import Distillation, Distilled
 from visexpert.methods.optimiser import ParameterGroup
 from visexpert.methods.seen import Compared, RouterBalance, Seen
+from visexpert.methods.settings import (
+    EvaluationSettings,
+    HeadSettings,
+    MoVEKDOptimizer,
+    StoreSettings,
+    WeightingSettings,
+    require_words,
+)
 from visexpert.methods.start import start_from
 from visexpert.methods.student import check_weights, mole_parts
-from visexpert.methods.teachers import HeadSettings, ask_teachers, kd_heads, store_anchor
+from visexpert.methods.teachers import ask_teachers, kd_heads, store_anchor
 from visexpert.methods.views import EncoderViews, view_encoders
 from visexpert.names import CLIP, STUDENT
-from visexpert.store import StoreDtype
-from visexpert.transfer import AdapterKind, TokenGate
+from visexpert.transfer import TokenGate
 from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens
 from visexpert.vision import ClipEncoder
 
 
 class MoVEKD(Method):
-    """MoVE-KD (arXiv 2501.01709, CVPR 2025): L = text_weight L_text + kd_weight L_kd + balance_weight L_bal.
+    """MoVE-KD (arXiv 2501.01709, CVPR 2025): L = lm_weight L_text + kd_weight L_kd + balance_weight L_bal.
 
     The student is a CLIP, plain or with MoLE (``clip.init_args.mole``). A frozen copy of it without MoLE gives [CLS]
     attention and is, as ``clip``, one of the teachers. At inference only the student and the language side remain.
@@ -46,34 +51,19 @@ class MoVEKD(Method):
         experts: Frozen teachers by name, beside CLIP.
         language: Language side; :class:`~visexpert.language.NoLanguage` for distillation of the encoder alone.
         use: Names of the experts to use; null for all.
-        anchor_share: Weight of CLIP among the teachers, 0 to 1 (paper: 0.8); null takes CLIP out of them.
-        direction: ``to_student`` (paper: adapters carry teachers into the student's space and train with it),
-            ``to_teacher`` (heads on the student predict standardised teacher tokens) or ``fixed`` (an orthogonal map
-            of each standardised teacher; with a weak CLIP teacher level with heads, and nothing to train).
-        adapter: What is trained of it: ``released``, ``linear`` or ``mlp``; null takes the direction's own.
-        adapter_hidden: Hidden width of ``mlp``.
-        teacher_weighting: ``attention`` (paper), ``uniform``, or ``gate``: ToVE's gate on CLIP's tokens weighs the
-            experts token by token; it is read from ``init_from`` (a run of ToVE with these experts, in any order and
-            perhaps with others, and a linear gate; the checkpoint keeps it) and frozen.
-        token_weighting: ``attention`` (paper) or ``uniform``.
-        convention: ``paper`` or ``released`` formulas of weights and loss.
-        detach_weights: Keep the loss from training adapters to shift the weights of teachers; the released code does
-            not.
+        heads: How the student is compared with each expert.
+        weighting: How teachers and tokens are weighed.
         kd_weight: Weight of the distillation loss (paper: 0.5).
-        text_weight: Weight of the text's loss; 0 with NoLanguage.
+        lm_weight: Weight of the text's loss; 0 with NoLanguage.
         balance_weight: Weight of the routers' balance loss, where there is MoLE (released code: 0.01).
         balance_form: ``pooled`` (released) or ``per_layer``.
-        projector: Student tokens to the language width: ``linear``, ``mlp2x_gelu`` (paper) or ``identity``. Without a
-            language side the student's own tokens are handed on, and probed.
-        projector_norm: LayerNorm before it.
-        clip_lr: Peak learning rate of the student's own weights; 0 trains MoLE alone (the paper's first stage).
-        mole_lr: Of MoLE; null is ``lr``.
-        feature_cache: As in :class:`~visexpert.methods.ToVE`; keeps the teachers,
-            the frozen CLIP among them, not the student.
-        feature_dtype: ``float16``, ``bfloat16`` or ``float32``.
+        projector: Student tokens to the language width. Without a language model the student's own tokens are handed
+            on, and probed.
+        store: Tokens of the teachers on disk, the frozen CLIP among them, not those of the student.
         init_from: Checkpoint of an earlier run to start from, e.g. the first stage's.
         init_complete: Refuse a start that leaves any of the model's trained parts fresh, or has parts of another.
-        kwargs: See :class:`~visexpert.methods.base.Method`; ``lr`` is that of adapters, heads and projector.
+        optimizer: Rates and schedule.
+        evaluation: What is scored beside the loss and the answers.
     """
 
     def __init__(
@@ -83,76 +73,53 @@ class MoVEKD(Method):
         experts: dict[str, VisionExpert],
         language: LanguageSide,
         use: list[str] | None = None,
-        anchor_share: float | None = 0.1,
-        direction: Literal["to_student", "to_teacher", "fixed"] = "fixed",
-        adapter: AdapterKind | None = None,
-        adapter_hidden: int | None = None,
-        teacher_weighting: TeacherWeighting = "uniform",
-        token_weighting: TokenWeighting = "attention",
-        convention: Convention = "paper",
-        detach_weights: bool = True,
+        heads: HeadSettings = HeadSettings(),
+        weighting: WeightingSettings = WeightingSettings(),
         kd_weight: float = 0.5,
-        text_weight: float = 1.0,
+        lm_weight: float = 1.0,
         balance_weight: float = 0.01,
         balance_form: RouterBalanceForm = "pooled",
-        projector: ProjectorKind = "linear",
-        projector_norm: bool = True,
-        clip_lr: float = 1e-3,
-        mole_lr: float | None = None,
-        feature_cache: str | None = None,
-        feature_dtype: StoreDtype = "float16",
+        projector: ProjectorSettings = ProjectorSettings(),
+        store: StoreSettings = StoreSettings(),
         init_from: str | None = None,
         init_complete: bool = False,
-        lr: float = 2e-3,
-        language_lr: float = 2e-3,
-        language_frozen_steps: int = 0,
-        weight_decay: float = 0.02,
-        warmup_steps: int = 100,
-        betas: tuple[float, float] = (0.9, 0.98),
-        caption_images: int | None = None,
-        meteor: bool | None = None,
-        on_nan: OnNan = "stop",
+        optimizer: MoVEKDOptimizer = MoVEKDOptimizer(),
+        evaluation: EvaluationSettings = EvaluationSettings(),
     ) -> None:
-        super().__init__(
-            language=language, lr=lr, language_lr=language_lr if text_weight > 0 else 0.0,
-            language_frozen_steps=language_frozen_steps, weight_decay=weight_decay, warmup_steps=warmup_steps,
-            betas=betas, caption_images=caption_images, meteor=meteor, on_nan=on_nan,
-        )  # fmt: skip
-        require_numbers("MoVEKD", least=0, clip_lr=clip_lr, mole_lr=mole_lr)
-        require_numbers("MoVEKD", least=1, adapter_hidden=adapter_hidden)
-        check_weights(language, kd_weight=kd_weight, text_weight=text_weight, balance_weight=balance_weight)
+        if lm_weight == 0:
+            optimizer = replace(optimizer, language_lr=0.0)
+        super().__init__(language=language, optimizer=optimizer, evaluation=evaluation)
+        require_words("MoVEKD", balance_form=(balance_form, RouterBalanceForm))
+        check_weights(language, kd_weight=kd_weight, lm_weight=lm_weight, balance_weight=balance_weight)
         self.clip = clip
         self.hub = ExpertHub.chosen(experts, use, owner="MoVEKD")
         self.projector = (
-            Projector(in_dim=clip.width, out_dim=language.width, kind=projector, norm=projector_norm)
+            Projector(in_dim=clip.width, out_dim=language.width, **vars(projector))
             if self.reads_text
             else Projector(in_dim=clip.width, out_dim=clip.width, kind="identity")
         )
-        heads = kd_heads(
-            clip, self.hub, HeadSettings(direction, adapter, adapter_hidden), with_anchor=anchor_share is not None,
-            cls_weighs=teacher_weighting == "attention",
-        )  # fmt: skip
-        self.teacher_names = tuple(heads)
-        self.distillation = Distillation(
-            heads, teacher_weighting=teacher_weighting, token_weighting=token_weighting, convention=convention,
-            anchor_share=0.0 if anchor_share is None else anchor_share, detach_weights=detach_weights,
-        )  # fmt: skip
+        share = weighting.clip_teacher_weight
+        made = kd_heads(
+            clip, self.hub, heads, with_anchor=share is not None, cls_weighs=weighting.teachers == "attention"
+        )
+        self.teacher_names = tuple(made)
+        self.distillation = Distillation(made, weighting)
         self.gate = None
-        if teacher_weighting == "gate":
+        if weighting.teachers == "gate":
             self.gate = TokenGate(dim=clip.width, num_experts=len(self.hub.names)).requires_grad_(False)
-        attends = "attention" in (teacher_weighting, token_weighting)
-        self.anchor = clip.plain_copy() if attends or self.gate is not None or anchor_share is not None else None
-        self.kd_weight, self.text_weight, self.balance_weight = kd_weight, text_weight, balance_weight
+        attends = "attention" in (weighting.teachers, weighting.tokens)
+        self.anchor = clip.plain_copy() if attends or self.gate is not None or share is not None else None
+        self.kd_weight, self.lm_weight, self.balance_weight = kd_weight, lm_weight, balance_weight
         if self.balance_weight == 0 and clip.routed_blocks_behind():
             raise ConfigError(
                 "MoVEKD: clip's mole.layers name blocks behind the tokens, which only balance_weight reaches, and it "
                 "is 0; raise it, or leave layers out."
             )
         self.balance_form: RouterBalanceForm = balance_form
-        self.clip_lr, self.mole_lr = clip_lr, lr if mole_lr is None else mole_lr
+        self.clip_lr = optimizer.clip_lr
+        self.mole_lr = optimizer.lr if optimizer.mole_lr is None else optimizer.mole_lr
         self.init_from, self.init_complete = init_from, init_complete
-        folder = cache_root() / "features" if feature_cache == "auto" else feature_cache
-        self._cache = None if folder is None else FeatureCache(folder, dtype=feature_dtype)
+        self._cache = store.open()
 
     def view_tokens(self, batch: Batch) -> VisionTokens:
         """What the student makes of images: (B, T, D). No teacher is run."""
@@ -199,13 +166,13 @@ class MoVEKD(Method):
     def trained_groups(self) -> Sequence[ParameterGroup]:
         """Heads and projector; the student's own weights; MoLE; the language side. A rate of 0 leaves a group out."""
         fusion: list[nn.Module] = [self.distillation.heads] if self.kd_weight > 0 else []
-        fusion += [self.projector] if self.text_weight > 0 else []
+        fusion += [self.projector] if self.lm_weight > 0 else []
         groups = [
             ParameterGroup("fusion", tuple(fusion), self.lr),
             ParameterGroup("clip", self.clip.plain_modules(balanced=self.balance_weight > 0), self.clip_lr),
             ParameterGroup("mole", mole_parts(self.clip, balanced=self.balance_weight > 0), self.mole_lr),
         ]
-        if self.text_weight > 0:
+        if self.lm_weight > 0:
             groups.append(ParameterGroup("language", self.language.trained_modules(), self.language_lr))
         return [group for group in groups if group.lr > 0 and any(list(m.parameters()) for m in group.modules)]
 
@@ -234,7 +201,7 @@ class MoVEKD(Method):
         """
         if self.init_from is None and self.gate is not None:
             raise ConfigError(
-                "MoVEKD: teacher_weighting='gate' reads the gate of a ToVE run; name its checkpoint by init_from."
+                "MoVEKD: weighting.teachers='gate' reads the gate of a ToVE run; name its checkpoint by init_from."
             )
         if self.init_from is None and self.init_complete:
             raise ConfigError("MoVEKD: init_complete is set, but there is no start; name a checkpoint by init_from.")
@@ -244,7 +211,7 @@ class MoVEKD(Method):
         """Fill or open the feature cache of the teachers."""
         if self._cache is not None and self.kd_weight > 0:
             self.read_features(
-                self._cache, self.image_sources(wanted_by="feature_cache needs; set it to null to run encoders live")
+                self._cache, self.image_sources(wanted_by="store.folder needs; set it to null to run encoders live")
             )
 
     def read_features(self, cache: FeatureCache, sources: Mapping[str, ImageSource]) -> None:

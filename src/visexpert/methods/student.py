@@ -10,16 +10,16 @@ from visexpert.vision import ClipEncoder
 
 
 def check_weights(language: LanguageSide, **weights: float) -> None:
-    """Refuse weights of losses that cannot work: ``kd_weight``, ``text_weight``, ``balance_weight``.
+    """Refuse weights of losses that cannot work: ``kd_weight``, ``lm_weight``, ``balance_weight``.
 
     Raises:
         ConfigError: One is negative, nothing has one, or text has one and nothing reads it.
     """
     wrong = {name: value for name, value in weights.items() if value < 0}
-    if wrong or weights["kd_weight"] + weights["text_weight"] == 0:
+    if wrong or weights["kd_weight"] + weights["lm_weight"] == 0:
         raise ConfigError(f"MoVEKD: weights {weights} must not be negative, and text or kd must have one above 0.")
-    if weights["text_weight"] > 0 and isinstance(language, NoLanguage):
-        raise ConfigError("MoVEKD: NoLanguage reads no text; set text_weight to 0.")
+    if weights["lm_weight"] > 0 and isinstance(language, NoLanguage):
+        raise ConfigError("MoVEKD: NoLanguage reads no text; set lm_weight to 0.")
 
 
 def mole_parts(clip: ClipEncoder, *, balanced: bool) -> tuple[nn.Module, ...]:

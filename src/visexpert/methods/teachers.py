@@ -9,8 +9,9 @@ import torch
 
 from visexpert.errors import ConfigError
 from visexpert.experts import ExpertHub, FeatureCache
+from visexpert.methods.settings import HeadSettings
 from visexpert.names import CLIP, EncoderName
-from visexpert.transfer import AdapterKind, Direction, KDHead, TokenGate, make_kd_head
+from visexpert.transfer import KDHead, TokenGate, make_kd_head
 from visexpert.types import Batch, ExpertTokens, ImageSource
 from visexpert.vision import ClipEncoder, ClsAttention
 
@@ -29,21 +30,6 @@ class ClipTeacher:
 
     token_dim: int
     grid_hw: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class HeadSettings:
-    """What heads of experts are made from; CLIP is always compared raw.
-
-    Args:
-        direction: ``to_student``, ``to_teacher`` or ``fixed``.
-        adapter: What is trained of it; None takes the direction's own.
-        hidden: Hidden width of ``mlp``.
-    """
-
-    direction: Direction
-    adapter: AdapterKind | None
-    hidden: int | None
 
 
 @dataclass(frozen=True)
@@ -78,24 +64,24 @@ def kd_heads(
     """
     if not with_anchor and not hub.names:
         raise ConfigError(
-            "MoVEKD: without experts (use) and with anchor_share null there is no teacher, but there must be at least "
-            "one; name an expert, or give CLIP a share."
+            "MoVEKD: without experts (use) and with clip_teacher_weight null there is no teacher, but there must be "
+            "at least one; name an expert, or give CLIP a weight."
         )
     sizes = {CLIP: ClipTeacher(clip.width, clip.grid_hw)} if with_anchor else {}
     heads = {
-        name: make_kd_head(name, size, clip_width=clip.width, clip_grid=clip.grid_hw, direction="raw")
+        name: make_kd_head(name, size, clip_width=clip.width, clip_grid=clip.grid_hw, alignment="raw")
         for name, size in sizes.items()
     }
     for name in hub.names:
         heads[name] = make_kd_head(
-            name, hub[name], clip_width=clip.width, clip_grid=clip.grid_hw, direction=settings.direction,
+            name, hub[name], clip_width=clip.width, clip_grid=clip.grid_hw, alignment=settings.alignment,
             adapter=settings.adapter, hidden_dim=settings.hidden,
         )  # fmt: skip
     wide = {name: head.width for name, head in heads.items() if head.width != clip.width}
     if cls_weighs and wide:
         raise ConfigError(
-            f"MoVEKD: teacher_weighting='attention' compares CLIP's [CLS] token, {clip.width} wide, with targets, but "
-            f"direction={settings.direction!r} leaves them as wide as {wide}; use to_student or fixed, or weigh "
+            f"MoVEKD: weighting.teachers='attention' compares CLIP's [CLS] token, {clip.width} wide, with targets, but "
+            f"heads.alignment={settings.alignment!r} leaves them as wide as {wide}; use to_student or fixed, or weigh "
             "teachers uniformly."
         )
     return heads

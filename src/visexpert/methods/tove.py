@@ -8,23 +8,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from visexpert.errors import ConfigError, require_numbers
+from visexpert.errors import require_numbers
 from visexpert.experts import ExpertHub, FeatureCache, VisionExpert
-from visexpert.io.weights import cache_root
 from visexpert.language import LanguageSide, Projector
-from visexpert.language.projector import ProjectorKind
+from visexpert.language.projector import ProjectorSettings
 from visexpert.losses import gate_balance
-from visexpert.losses.balance import GateBalanceForm
 from visexpert.methods.base import Method
 from visexpert.methods.columns import Columns
-from visexpert.methods.finite import OnNan
 from visexpert.methods.optimiser import ParameterGroup
 from visexpert.methods.seen import Compared, Seen
+from visexpert.methods.settings import EvaluationSettings, StoreSettings, ToVEOptimizer, require_words
 from visexpert.methods.start import start_from
 from visexpert.names import CLIP, EncoderName
-from visexpert.store import StoreDtype
-from visexpert.transfer import GateOutput, ResidualTransfer, TokenAdapter, TokenGate
-from visexpert.transfer.gate import GateKind, NoiseKind
+from visexpert.transfer import GateOutput, GateSettings, ResidualTransfer, TokenAdapter, TokenGate
 from visexpert.transfer.residual import TransferMode
 from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens, imaged
 from visexpert.vision import ClipEncoder
@@ -46,31 +42,17 @@ class ToVE(Method):
         language: Language side.
         use: Names of the experts to use, others are not built into the model; null for all, [] for CLIP only.
         detached: Names of used experts that start detached: built, but not loaded or run, and -inf in the gate.
-        projector: CLIP tokens to the language width: ``linear``, ``mlp2x_gelu`` or ``identity`` (unconfirmed).
-        projector_norm: LayerNorm before the projector (unconfirmed).
+        projector: CLIP tokens to the language width (its kind and norm are unconfirmed).
         adapter_hidden: Hidden width of each P_k; null for the width of the fused tokens (unconfirmed).
         fusion_space: ``language`` - fuse after the projector (paper); ``clip`` - before it.
-        gate: ``token`` - the token-aware gate; ``uniform`` - plain average (control).
-        gate_hidden: Hidden width of a two-layer gate; null for a linear one (unconfirmed).
-        gate_noise: Noise on gate logits in training: ``none``, ``fixed`` or ``learned`` (Shazeer; the paper's manner).
-            The default measures best on Tabletop (docs/results/tove-tabletop.md, "all, noisy gate").
-        gate_noise_std: Width of the fixed noise.
-        top_k: Keep the k largest gates per token; null keeps all (paper).
-        gate_lr: Peak learning rate of the gate; null is ``lr``.
-        clip_lr: Peak learning rate of CLIP; 0 keeps it frozen (paper). Above 0 it is the fine-tuned control, and what a
-            merged run's configuration says, since then CLIP's weights are in the checkpoint.
+        gate: Which experts each token listens to.
         transfer: ``residual`` (paper) or ``replacement`` (control: CLIP's own token is dropped).
-        balance_weight: Weight of the load-balancing loss (value unconfirmed).
-        balance_form: ``cv`` (Shazeer) or ``switch``.
         blind: Control: every vision token is zero; what remains is what text alone tells.
-        feature_cache: Folder for tokens of frozen encoders, computed once for train and validation images and shared
-            by all runs; ``auto`` is ``features`` in the cache ($VISEXPERT_CACHE, else ~/.cache/visexpert); null runs
-            the encoders live at each step.
-        feature_dtype: ``float16``, ``bfloat16`` (for tokens beyond 6.5e4) or ``float32`` (equal to live encoders up to
-            rounding) for that cache.
+        store: Tokens of frozen encoders on disk.
         init_from: Checkpoint of an earlier run to start from; experts are found by name, in any order, those it lacks
             start fresh and those it alone has are left out.
-        kwargs: See :class:`~visexpert.methods.base.Method`.
+        optimizer: Rates and schedule.
+        evaluation: What is scored beside the loss and the answers.
     """
 
     def __init__(
@@ -81,70 +63,41 @@ class ToVE(Method):
         language: LanguageSide,
         use: list[str] | None = None,
         detached: list[str] | None = None,
-        projector: ProjectorKind = "linear",
-        projector_norm: bool = True,
+        projector: ProjectorSettings = ProjectorSettings(),
         adapter_hidden: int | None = None,
         fusion_space: FusionSpace = "language",
-        gate: GateKind = "token",
-        gate_hidden: int | None = None,
-        gate_noise: NoiseKind = "none",
-        gate_noise_std: float = 0.5,
-        top_k: int | None = None,
-        gate_lr: float | None = None,
-        clip_lr: float = 0.0,
+        gate: GateSettings = GateSettings(),
         transfer: TransferMode = "residual",
-        balance_weight: float = 0.01,
-        balance_form: GateBalanceForm = "cv",
         blind: bool = False,
-        feature_cache: str | None = None,
-        feature_dtype: StoreDtype = "float16",
+        store: StoreSettings = StoreSettings(),
         init_from: str | None = None,
-        lr: float = 2e-3,
-        language_lr: float = 2e-3,
-        language_frozen_steps: int = 0,
-        weight_decay: float = 0.02,
-        warmup_steps: int = 100,
-        betas: tuple[float, float] = (0.9, 0.98),
-        caption_images: int | None = None,
-        meteor: bool | None = None,
-        on_nan: OnNan = "stop",
+        optimizer: ToVEOptimizer = ToVEOptimizer(),
+        evaluation: EvaluationSettings = EvaluationSettings(),
     ) -> None:
-        super().__init__(
-            language=language, lr=lr, language_lr=language_lr, language_frozen_steps=language_frozen_steps,
-            weight_decay=weight_decay, warmup_steps=warmup_steps, betas=betas, caption_images=caption_images,
-            meteor=meteor, on_nan=on_nan,
-        )  # fmt: skip
-        if fusion_space not in ("language", "clip"):
-            raise ConfigError(f"ToVE: fusion_space={fusion_space!r} is unknown; use 'language' or 'clip'.")
-        require_numbers(
-            "ToVE", least=0, clip_lr=clip_lr, gate_lr=gate_lr, balance_weight=balance_weight,
-            gate_noise_std=gate_noise_std,
-        )  # fmt: skip
-        require_numbers("ToVE", least=1, adapter_hidden=adapter_hidden, gate_hidden=gate_hidden)
+        super().__init__(language=language, optimizer=optimizer, evaluation=evaluation)
+        require_words("ToVE", fusion_space=(fusion_space, FusionSpace))
+        require_numbers("ToVE", least=1, adapter_hidden=adapter_hidden)
         self.clip = clip
         self.hub = ExpertHub.chosen(experts, use, owner="ToVE", detached=detached or ())
         fused_width = language.width if fusion_space == "language" else clip.width
-        self.projector = Projector(in_dim=clip.width, out_dim=language.width, kind=projector, norm=projector_norm)
+        self.projector = Projector(in_dim=clip.width, out_dim=language.width, **vars(projector))
         self.adapters = nn.ModuleDict(
             {name: self._adapter(self.hub[name], fused_width, adapter_hidden, transfer) for name in self.hub.names}
         )
-        self.gate = TokenGate(
-            dim=clip.width, num_experts=len(self.hub.names), kind=gate, hidden_dim=gate_hidden, noise=gate_noise,
-            noise_std=gate_noise_std, top_k=top_k,
-        ) if self.hub.names else None  # fmt: skip
+        self.gate = None
+        if self.hub.names:
+            self.gate = TokenGate(dim=clip.width, num_experts=len(self.hub.names), settings=gate)
         self.transfer = ResidualTransfer(mode=transfer)
         self.fusion_space: FusionSpace = fusion_space
-        self.balance_weight, self.balance_form = balance_weight, balance_form
-        self.gate_lr = lr if gate_lr is None else gate_lr
-        self.clip_lr = clip_lr
+        self.balance_weight, self.balance_form = gate.balance_weight, gate.balance_form
+        self.gate_lr = optimizer.lr if optimizer.gate_lr is None else optimizer.gate_lr
+        self.clip_lr = optimizer.clip_lr
         self.blind = blind
         self.init_from = init_from
         self._plain: dict[str, Any] = {
-            "projector": projector, "projector_norm": projector_norm, "fusion_space": fusion_space,
-            "caption_images": caption_images, "meteor": meteor, "on_nan": on_nan,
+            "projector": projector, "fusion_space": fusion_space, "evaluation": evaluation,
         }  # fmt: skip
-        folder = cache_root() / "features" if feature_cache == "auto" else feature_cache
-        self._cache = None if folder is None else FeatureCache(folder, dtype=feature_dtype)
+        self._cache = store.open()
 
     def view_tokens(self, batch: Batch) -> VisionTokens:
         """Tokens after the transfer, see :meth:`transferred`."""
@@ -224,7 +177,8 @@ class ToVE(Method):
             projector: Its projector, of this model's kind.
             language: Language side.
         """
-        model = ToVE(clip=clip, experts={}, language=language, clip_lr=self.clip_lr or self.lr, **self._plain)
+        optimizer = ToVEOptimizer(clip_lr=self.clip_lr or self.lr, on_nan=self.on_nan)
+        model = ToVE(clip=clip, experts={}, language=language, optimizer=optimizer, **self._plain)
         model.projector = projector
         model.mark_loaded()
         return model
@@ -279,13 +233,8 @@ class ToVE(Method):
     def _open_cache(self) -> None:
         if self._cache is not None:
             self.read_features(
-                self._cache, self.image_sources(wanted_by="feature_cache needs; set it to null to run encoders live")
+                self._cache, self.image_sources(wanted_by="store.folder needs; set it to null to run encoders live")
             )
-
-    @property
-    def feature_cache(self) -> FeatureCache | None:
-        """Where tokens of frozen encoders are kept, if anywhere."""
-        return self._cache
 
     def read_features(self, cache: FeatureCache, sources: Mapping[str, ImageSource]) -> None:
         """Read frozen tokens of these images from the store from now on, computing them where it lacks them.

@@ -138,7 +138,7 @@ class Watch(nn.Module):
             self._tell(
                 f"variance/{name}",
                 f"Variance of {name}'s tokens across images fell under a third of its start: they shrink, or every "
-                "image gets nearly the same ones. Use direction to_teacher or fixed, or a stronger CLIP anchor.",
+                "image gets nearly the same ones. Use alignment to_teacher or fixed, or a stronger CLIP anchor.",
             )
         for name in groups["entropy"]:
             value = read["entropy", name]

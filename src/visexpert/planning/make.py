@@ -40,8 +40,8 @@ def make_plan(planned: Planned, asked: Asked) -> Plan:
     side = image_size_of(planned.data) or int(getattr(getattr(method, "clip", None), "image_size", 224))
     cost = _count(method, parts, asked, precision, side)
     stored = {}
-    if planned.model_setting("feature_cache") is not None:
-        stored = stored_bytes(method, dtype=planned.model_setting("feature_dtype") or "float16")
+    if method.feature_cache is not None:
+        stored = stored_bytes(method, dtype=method.feature_cache.dtype)
     memory = memory_per_gpu(
         method, trained, strategy=strategy, precision=precision, gpus=asked.gpus,
         activation_bytes=cost.activation_bytes, batch_size=amount.batch_size, packed=_packed(planned),

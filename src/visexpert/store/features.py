@@ -118,9 +118,7 @@ def write_features(root: Path, key: FeatureKey, batches: Iterable[Tensor], *, ow
         remove_leftovers(root)
         free = shutil.disk_usage(root).free
     except OSError as error:
-        raise DataError(
-            f"The feature store cannot use {root} ({error}); set feature_cache to another folder."
-        ) from error
+        raise DataError(f"The feature store cannot use {root} ({error}); set store.folder to another one.") from error
     if free < key.num_bytes:
         raise _too_full(root, key, f"{free / 1e6:.0f} MB are free")
     try:
@@ -134,7 +132,7 @@ def write_features(root: Path, key: FeatureKey, batches: Iterable[Tensor], *, ow
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise _too_full(root, key, f"which it does not get: {error.strerror}") from error
         raise DataError(
-            f"The feature store in {root} cannot be written ({error}); set feature_cache to another folder."
+            f"The feature store in {root} cannot be written ({error}); set store.folder to another one."
         ) from error
     written = open_features(root, key)
     assert written is not None
@@ -210,5 +208,5 @@ def _fill(file: BinaryIO, key: FeatureKey, batches: Iterable[Tensor], *, owner: 
 def _too_full(root: Path, key: FeatureKey, found: str) -> DataError:
     return DataError(
         f"The feature store in {root} needs {key.num_bytes / 1e6:.0f} MB, {found}; free some space, or set "
-        "feature_cache to null to run the experts live."
+        "store.folder to null to run the experts live."
     )

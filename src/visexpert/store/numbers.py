@@ -49,7 +49,7 @@ def pack(tokens: Tensor, dtype: StoreDtype, *, owner: str) -> NDArray[Any]:
             else f"up to {largest:.3g}, but {dtype} ends at {reach.max:.3g}"
         )
         others = "bfloat16 or float32" if dtype == "float16" else "float32"
-        raise DataError(f"{owner} gave tokens {what}; store them as {others} (feature_dtype), or leave out the cache.")
+        raise DataError(f"{owner} gave tokens {what}; store them as {others} (store.dtype), or leave out the cache.")
     if dtype == "bfloat16":
         return stored.view(torch.int16).numpy().view(DISK[dtype])
     return stored.numpy().astype(DISK[dtype], copy=False)

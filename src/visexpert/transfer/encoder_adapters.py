@@ -18,7 +18,7 @@ from visexpert.transfer.kd_maps import AdapterKind, ReleasedAdapter, Standardise
 
 __all__ = [
     "AdapterKind",
-    "Direction",
+    "Alignment",
     "FixedHead",
     "KDHead",
     "KDPair",
@@ -32,15 +32,15 @@ __all__ = [
     "make_kd_head",
 ]
 
-Direction = Literal["raw", "to_student", "to_teacher", "fixed"]
+Alignment = Literal["raw", "to_student", "to_teacher", "fixed"]
 
-_ADAPTERS: dict[Direction, tuple[AdapterKind, ...]] = {
+_ADAPTERS: dict[Alignment, tuple[AdapterKind, ...]] = {
     "raw": (),
     "to_student": ("released", "linear", "mlp"),
     "to_teacher": ("mlp", "linear"),
     "fixed": (),
 }
-"""What each direction can train, its default first."""
+"""What each alignment can train, its default first."""
 
 
 class Teacher(Protocol):
@@ -61,7 +61,7 @@ def make_kd_head(
     *,
     clip_width: int,
     clip_grid: tuple[int, int],
-    direction: Direction = "to_student",
+    alignment: Alignment = "to_student",
     adapter: AdapterKind | None = None,
     hidden_dim: int | None = None,
     seed: int = 0,
@@ -73,7 +73,7 @@ def make_kd_head(
         teacher: Its sizes.
         clip_width: Width of the student's tokens.
         clip_grid: Their grid.
-        direction: ``raw``, ``to_student``, ``to_teacher`` or ``fixed``.
+        alignment: ``raw``, ``to_student``, ``to_teacher`` or ``fixed``.
         adapter: What is trained: ``released`` (only to_student, its default), ``linear`` or ``mlp`` (the default of
             to_teacher); null where nothing is.
         hidden_dim: Hidden width of ``mlp``; default ``clip_width``.
@@ -82,26 +82,26 @@ def make_kd_head(
     Raises:
         ConfigError: An unknown word, words that do not go together, or sizes that cannot fit.
     """
-    kind = _adapter_kind(name, direction, adapter, hidden_dim)
+    kind = _adapter_kind(name, alignment, adapter, hidden_dim)
     sizes = KDSizes(name, teacher.token_dim, teacher.grid_hw, clip_width, clip_grid)
-    if direction == "raw":
+    if alignment == "raw":
         return RawHead(sizes)
-    if direction == "fixed":
+    if alignment == "fixed":
         return FixedHead(sizes, seed=seed)
-    head = ToStudentHead if direction == "to_student" else ToTeacherHead
+    head = ToStudentHead if alignment == "to_student" else ToTeacherHead
     return head(sizes, kind=kind or "mlp", hidden_dim=hidden_dim)
 
 
 def _adapter_kind(
-    name: str, direction: Direction, adapter: AdapterKind | None, hidden_dim: int | None
+    name: str, alignment: Alignment, adapter: AdapterKind | None, hidden_dim: int | None
 ) -> AdapterKind | None:
-    """What is trained: as asked for, or the first that the direction has; None where nothing is."""
-    if direction not in _ADAPTERS:
-        raise ConfigError(f"Teacher {name!r}: direction={direction!r} is unknown; use one of {', '.join(_ADAPTERS)}.")
-    allowed = _ADAPTERS[direction]
+    """What is trained: as asked for, or the first that the alignment has; None where nothing is."""
+    if alignment not in _ADAPTERS:
+        raise ConfigError(f"Teacher {name!r}: alignment={alignment!r} is unknown; use one of {', '.join(_ADAPTERS)}.")
+    allowed = _ADAPTERS[alignment]
     if adapter is not None and adapter not in allowed:
         choice = f"use one of {', '.join(allowed)}" if allowed else "leave adapter out"
-        raise ConfigError(f"Teacher {name!r}: direction={direction!r} has no adapter={adapter!r}; {choice}.")
+        raise ConfigError(f"Teacher {name!r}: alignment={alignment!r} has no adapter={adapter!r}; {choice}.")
     kind = adapter or next(iter(allowed), None)
     if hidden_dim is not None and kind != "mlp":
         raise ConfigError(f"Teacher {name!r}: hidden_dim={hidden_dim} needs adapter='mlp'; set that or leave it out.")

@@ -4,16 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from visexpert.errors import ConfigError
+from visexpert.errors import ConfigError, require_numbers
+from visexpert.losses.balance import GateBalanceForm
 from visexpert.precision import like_weights
 
 GateKind = Literal["token", "uniform"]
 NoiseKind = Literal["none", "fixed", "learned"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateSettings:
+    """The gate, and what keeps its load even.
+
+    Args:
+        kind: ``token`` - the token-aware gate; ``uniform`` - the plain average of attached experts (control).
+        hidden: Hidden width of a two-layer gate; null for a linear one (unconfirmed by the paper).
+        noise: Noise on the logits in training: ``none``; ``fixed`` - Gaussian of ``noise_std``; ``learned`` -
+            Shazeer's, softplus(W x) + 1e-2 wide (the paper's manner). The default measures best on Tabletop
+            (docs/results/tove-tabletop.md, "all, noisy gate").
+        noise_std: Standard deviation of the fixed noise.
+        top_k: Keep the k largest gates per token and renormalize; null keeps all (paper).
+        balance_weight: Weight of the load-balancing loss (value unconfirmed).
+        balance_form: ``cv`` (Shazeer) or ``switch``.
+
+    Raises:
+        ConfigError: An unknown word, or a number outside its range.
+    """
+
+    kind: GateKind = "token"
+    hidden: int | None = None
+    noise: NoiseKind = "none"
+    noise_std: float = 0.5
+    top_k: int | None = None
+    balance_weight: float = 0.01
+    balance_form: GateBalanceForm = "cv"
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("kind", self.kind, GateKind), ("noise", self.noise, NoiseKind),
+            ("balance_form", self.balance_form, GateBalanceForm),
+        ):  # fmt: skip
+            if value not in get_args(allowed):
+                raise ConfigError(f"gate: {name}={value!r} is unknown; use one of {', '.join(get_args(allowed))}.")
+        require_numbers("gate", least=0, noise_std=self.noise_std, balance_weight=self.balance_weight)
+        require_numbers("gate", least=1, hidden=self.hidden, top_k=self.top_k)
+        if self.noise == "fixed" and self.noise_std == 0:
+            raise ConfigError("gate: noise_std=0 is no noise; give a number above 0, or noise: none.")
 
 
 @dataclass(frozen=True)
@@ -38,12 +79,7 @@ class TokenGate(nn.Module):
     Args:
         dim: Width of the CLIP tokens.
         num_experts: K.
-        kind: ``token`` - learned from the token; ``uniform`` - the average of attached experts (a control).
-        hidden_dim: None for a linear gate, else the hidden width of a two-layer one (unconfirmed by the paper).
-        noise: Noise on the logits in training: ``none``; ``fixed`` - Gaussian of ``noise_std``; ``learned`` -
-            Shazeer's, softplus(W x) + 1e-2 wide.
-        noise_std: Standard deviation of the fixed noise.
-        top_k: Keep the k largest gates per token and renormalise; None keeps all (the paper's soft gate).
+        settings: Its kind, noise and choice.
     """
 
     def __init__(
@@ -51,23 +87,21 @@ class TokenGate(nn.Module):
         *,
         dim: int,
         num_experts: int,
-        kind: GateKind = "token",
-        hidden_dim: int | None = None,
-        noise: NoiseKind = "none",
-        noise_std: float = 0.5,
-        top_k: int | None = None,
+        settings: GateSettings = GateSettings(),
     ) -> None:
         super().__init__()
-        _check(kind=kind, noise=noise, noise_std=noise_std, top_k=top_k, num_experts=num_experts)
-        self.num_experts, self.kind, self.top_k = num_experts, kind, top_k
-        self.noise, self.noise_std = noise, noise_std
-        if kind == "uniform":
+        if settings.top_k is not None and settings.top_k > max(num_experts, 1):
+            raise ConfigError(f"gate: top_k={settings.top_k} is outside 1..{num_experts}, the number of experts.")
+        self.num_experts, self.kind, self.top_k = num_experts, settings.kind, settings.top_k
+        self.noise, self.noise_std = settings.noise, settings.noise_std
+        if self.kind == "uniform":
             return
         self.norm = nn.LayerNorm(dim)
         self.logits: nn.Module = nn.Linear(dim, num_experts)
-        if hidden_dim is not None:
-            self.logits = nn.Sequential(nn.Linear(dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, num_experts))
-        self.noise_width = nn.Linear(dim, num_experts) if noise == "learned" else None
+        if settings.hidden is not None:
+            first, last = nn.Linear(dim, settings.hidden), nn.Linear(settings.hidden, num_experts)
+            self.logits = nn.Sequential(first, nn.GELU(), last)
+        self.noise_width = nn.Linear(dim, num_experts) if self.noise == "learned" else None
 
     def forward(self, tokens_BTD: Tensor, attached: Sequence[bool]) -> GateOutput:
         """Gate CLIP tokens.
@@ -167,14 +201,3 @@ def _rows(linear: nn.Module, rows: Sequence[int]) -> nn.Linear:
     kept.weight.copy_(linear.weight[list(rows)])
     kept.bias.copy_(linear.bias[list(rows)])
     return kept
-
-
-def _check(*, kind: str, noise: str, noise_std: float, top_k: int | None, num_experts: int) -> None:
-    if kind not in ("token", "uniform"):
-        raise ConfigError(f"TokenGate: kind={kind!r} is unknown; use 'token' or 'uniform'.")
-    if noise not in ("none", "fixed", "learned"):
-        raise ConfigError(f"TokenGate: noise={noise!r} is unknown; use 'none', 'fixed' or 'learned'.")
-    if noise == "fixed" and noise_std <= 0:
-        raise ConfigError(f"TokenGate: noise_std={noise_std} must be above 0; use noise: none for no noise.")
-    if top_k is not None and not 1 <= top_k <= max(num_experts, 1):
-        raise ConfigError(f"TokenGate: top_k={top_k} is outside 1..{num_experts}, the number of experts.")

@@ -1,4 +1,4 @@
-"""Where the tokens of a student and of one teacher meet, by direction: raw, to the student, to the teacher, fixed."""
+"""Where the tokens of a student and of one teacher meet, by alignment: raw, to the student, to the teacher, fixed."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class RawHead(KDHead):
         if sizes.token_dim != sizes.clip_width:
             raise ConfigError(
                 f"Teacher {sizes.name!r} has tokens of width {sizes.token_dim}, the student of {sizes.clip_width}, so "
-                "they cannot be compared raw; use direction to_student, to_teacher or fixed."
+                "they cannot be compared raw; use alignment to_student, to_teacher or fixed."
             )
 
     def pair(self, student_BTD: Tensor, teacher: ExpertTokens, has_image_B: Tensor | None) -> KDPair:
@@ -124,7 +124,7 @@ class RawHead(KDHead):
 
 
 class ToStudentHead(KDHead):
-    """The papers' direction: an adapter maps the teacher's tokens into the student's space, trained with it.
+    """The papers' alignment: an adapter maps the teacher's tokens into the student's space, trained with it.
 
     Both sides get gradient, so the adapter may learn to predict the student instead of teaching it; watch
     ``visexpert.losses.across_image_variance`` of both.

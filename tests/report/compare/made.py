@@ -23,7 +23,7 @@ CONFIG: dict[str, Any] = {
             "use": None,
             "top_k": None,
             "init_from": None,
-            "caption_images": 8,
+            "evaluation": {"caption_images": 8},
         },
     },
     "data": {"class_path": "visexpert.tabletop.TabletopData", "init_args": {"seed": 0, "num_test": 16, "batch_size": 4,

@@ -25,7 +25,7 @@ def _pair(folder: Path, **changes: Any) -> list[Variant]:
     [
         ({"data": {"seed": 1}}, "data", "data.seed"),
         ({"data": {"tokenizer": "other"}, "test": {"tokenizer": "xyz"}}, None, None),
-        ({"model": {"caption_images": 4}}, "evaluation", "model.caption_images"),
+        ({"model": {"evaluation": {"caption_images": 4}}}, "evaluation", "model.evaluation.caption_images"),
         ({"data": {"train_fraction": 0.5}}, None, None),
         ({"model": {"top_k": 2}}, None, None),
     ],

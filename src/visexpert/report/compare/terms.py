@@ -16,10 +16,10 @@ TRAINING_DATA = ("data.num_train", "data.train_fraction", "data.train_split", "d
 """Settings of the data that say what is trained on; all others say what world it is."""
 
 BATCH = ("data.batch_size", "trainer.accumulate_grad_batches")
-EVALUATION = ("model.caption_images", "data.eval_mixture", "trainer.limit_test_batches", "trainer.limit_val_batches",
-              "trainer.fast_dev_run", "trainer.overfit_batches")  # fmt: skip
+EVALUATION = ("model.evaluation.caption_images", "data.eval_mixture", "trainer.limit_test_batches",
+              "trainer.limit_val_batches", "trainer.fast_dev_run", "trainer.overfit_batches")  # fmt: skip
 SCHEDULE = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "trainer.min_steps", "trainer.min_epochs",
-            "model.warmup_steps", "model.weight_decay", "trainer.gradient_clip_val", "merge.steps",
+            "model.optimizer.warmup_steps", "model.optimizer.weight_decay", "trainer.gradient_clip_val", "merge.steps",
             "merge.warmup_steps", "detachment.retune_steps")  # fmt: skip
 
 NOT_RECORDED = "not recorded"
@@ -86,7 +86,11 @@ def unequal_terms(variants: Sequence[Variant]) -> list[Difference]:
     Merging and detaching change a finished run: their images are counted with those of that run.
     """
     keys = list(dict.fromkeys(key for variant in variants for run in variant.runs for key in run.settings))
-    decoder = [key for key in keys if key == "model.language" or key.startswith(("model.language.", "model.language_"))]
+    decoder = [
+        key
+        for key in keys
+        if key == "model.language" or key.startswith(("model.language.", "model.optimizer.language_"))
+    ]
     budget = [key for key in keys if ".TrainingBudget." in key]
     training = [key for key in keys if _is_training(key) and key not in BATCH]
     wanted: list[tuple[str, str, Callable[[RunRecord], Any]]] = [("images seen", "images", images_seen)]

@@ -141,3 +141,67 @@ def test_coca_gives_the_features_before_its_pooling(tmp_path: Path, pool: bool |
     with torch.no_grad():
         model.visual((images_BCHW - expert.mean) / expert.std)
         torch.testing.assert_close(expert(images_BCHW).tokens_BSE, seen[0][:, 1:], atol=1e-5, rtol=1e-5)
+
+
+POOLED: dict[str, Any] = {"pool_type": "avg", "no_ln_pre": True}
+TOKENS: dict[str, dict[str, Any]] = {
+    "clipa": {**POOLED, "final_ln_after_pool": True},
+    "norm_behind_the_class_token": {"final_ln_after_pool": True},
+    "norm_before_the_mean": POOLED,
+    "sin_cos": {"pos_embed_type": "sin_cos_2d"},
+    "activation_and_norm": {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 0.1}},
+    "scaled_blocks": {"qk_norm": True, "scale_heads": True, "scale_attn_inner": True, "scale_attn": True},
+    "patch_dropout": {"patch_dropout": 0.5, "ls_init_value": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", list(TOKENS))
+def test_tokens_are_what_open_clip_calls_so(tmp_path: Path, name: str) -> None:
+    """Its own forward says by ``output_tokens`` which ones they are; a norm behind the pooling is none of theirs."""
+    written = tmp_path / "clip.safetensors"
+    visual = published(written, VIT, **TOKENS[name])
+    settings = {"embed_dim": 10, "vision_cfg": {**VIT["vision_cfg"], **TOKENS[name]}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings}), encoding="utf-8")
+    written.rename(tmp_path / "open_clip_model.safetensors")
+    expert = loaded(model="tiny-vit", weights=str(tmp_path))
+    visual.output_tokens = True
+    images_BCHW = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        _, tokens_BSE = visual((images_BCHW - expert.mean) / expert.std)
+        torch.testing.assert_close(expert(images_BCHW).tokens_BSE, tokens_BSE, atol=1e-4, rtol=1e-4)
+
+
+def test_a_norm_behind_the_pooling_makes_other_fingerprints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are the same, the tokens are not: the feature store must not take one for the other."""
+    published(tmp_path / "clip.safetensors", VIT)
+    found = []
+    for after in (False, True):
+        vision = {**VIT["vision_cfg"], "final_ln_after_pool": after}
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-vit", {**VIT, "vision_cfg": vision})
+        found.append(loaded(model="tiny-vit", weights=str(tmp_path / "clip.safetensors")).fingerprint())
+    assert found[0] != found[1]
+
+
+def test_timm_trunks_give_what_is_pooled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MobileCLIP's FastViT has a convolution between its last stage and the pooling, as :class:`TimmExpert` has it."""
+    vision = {"image_size": 64, "timm_model_name": "fastvit_t8", "timm_pool": "avg", "timm_proj": None}
+    settings = {"embed_dim": 10, "vision_cfg": vision}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-mobile", settings)
+    visual = published(tmp_path / "clip.safetensors", settings)
+    expert = loaded(model="tiny-mobile", weights=str(tmp_path / "clip.safetensors"))
+    seen: list[Tensor] = []
+    visual.trunk.final_conv.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    images_BCHW = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        visual((images_BCHW - expert.mean) / expert.std)
+        tokens_BSE = expert(images_BCHW).tokens_BSE
+    torch.testing.assert_close(tokens_BSE, seen[0].flatten(2).transpose(1, 2), atol=1e-4, rtol=1e-4)
+    stage = loaded(model="tiny-mobile", weights=str(tmp_path / "clip.safetensors"), layer=-1)
+    assert (expert.token_dim, stage.token_dim) == (768, 384)
+
+
+def test_a_tower_for_images_that_are_no_squares_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = {**VIT, "vision_cfg": {**VIT["vision_cfg"], "image_size": [32, 48]}}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-wide", wide)
+    with pytest.raises(ConfigError, match=r"reads images of 32 x 48 px; .*squares"):
+        OpenClipExpert(model="tiny-wide", weights="random")

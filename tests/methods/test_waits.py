@@ -18,7 +18,7 @@ from tests.methods.test_views import mixed, model_of
 from visexpert.data import pack
 from visexpert.methods import Method
 from visexpert.tabletop import TabletopData
-from visexpert.types import IMAGE_TOKEN, Batch
+from visexpert.types import IGNORE_INDEX, IMAGE_TOKEN, Batch
 
 MOST = 2
 
@@ -103,3 +103,24 @@ def test_images_are_scaled_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         scaled.clear()
         model.step(noise_batch())
         assert len(scaled) == 1
+
+
+def test_what_the_host_needs_is_counted_before_a_batch_moves() -> None:
+    """``meta`` has no values: whatever is read of a batch there was known before."""
+    moved = replace(marked(), original_hw_B2=torch.tensor([[32, 64], [64, 32]])).to("meta")
+    assert moved.text is not None and moved.images_BCHW.is_meta and moved.text.ids_BN.is_meta
+    assert moved.text.facts.places_M.is_meta
+    assert moved.counts() == {"token": 4, "image": 1}
+    facts = moved.text.facts
+    assert facts.longest == 5 and facts.has_markers and not facts.opens_supervised
+    assert facts.lengths_BI.tolist() == [[5], [3]] and facts.markers_BI.tolist() == [[1], [0]]
+    host = {name: getattr(moved, name) for name in moved.of_host}
+    assert sorted(host) == ["has_image_B", "index_B", "original_hw_B2"]
+    assert not any(tensor.is_meta for tensor in host.values())
+
+
+def test_texts_that_are_changed_are_counted_anew() -> None:
+    text = marked().text
+    assert text is not None and text.facts.num_supervised == 4
+    fewer = replace(text, labels_BN=torch.where(text.labels_BN == 7, IGNORE_INDEX, text.labels_BN)).to("cpu")
+    assert fewer.facts.num_supervised == 3 and fewer.facts.places_M.tolist() == [4, 6, 7]

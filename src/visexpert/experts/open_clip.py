@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts.pretrained import RANDOM, MapExpert
 from visexpert.experts.recipe import Framing, InputRecipe, Interpolation
+from visexpert.experts.timm import last_map
 from visexpert.io.source import WEIGHT_FILES, ModelSource
 from visexpert.io.weights import fill_module
 from visexpert.vision.positions import fit_positions
@@ -23,7 +24,9 @@ STUB_TEXT = {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 1, "laye
 
 
 class OpenClipExpert(MapExpert):
-    """Patch tokens of an open_clip image tower; of CoCa, those that go into its pooling.
+    """Patch tokens of an open_clip image tower, as they go into its pooling.
+
+    The final norm is in them unless it stands behind the pooling (CLIPA, CoCa).
 
     Where the weights bring an ``open_clip_config.json`` (a folder or hub id), network, activation, normalization and
     interpolation are as it says, whatever ``model`` is. Else they are those of the tag; of a file, those that all
@@ -34,8 +37,8 @@ class OpenClipExpert(MapExpert):
         weights: A tag of that model (``open_clip.list_pretrained_tags_by_model``), a ``.safetensors``, ``.bin`` or
             ``.pt`` file, a folder or a hub id; ``random`` for none.
         image_size: Side of the input in pixels; null for the model's own. Position embeddings are interpolated.
-        layer: Null for the last features with the final norm; else a block or stage by index, -1 for the last, without
-            a final norm. Later ones are not run.
+        layer: Null for the last features; else a block or stage by index, -1 for the last, without a final norm (or
+            MobileCLIP's last convolution). Later ones are not run.
         framing: What becomes of an image that is no square: ``squash`` (as CLIP here), ``crop``, ``pad``, or ``own``
             for the model's own.
         interpolation: ``bilinear`` or ``bicubic``; null for the model's own.
@@ -56,19 +59,20 @@ class OpenClipExpert(MapExpert):
         own_settings = own_of(weights)
         settings, tagged = own_settings or named(model, weights)
         vision = settings["vision_cfg"]
-        own = vision.get("image_size", 224)
         recipe = InputRecipe(
-            image_size=own if isinstance(own, int) else own[0], framing=framing_of(tagged),
+            image_size=side_of(vision), framing=framing_of(tagged),
             mean=tagged["mean"], std=tagged["std"], interpolation=tagged["interpolation"],
         ).adapted(owner=OWNER, image_size=image_size, framing=framing, interpolation=interpolation)  # fmt: skip
         quick = tagged.get("quick_gelu", settings.get("quick_gelu", False))
         visual = build({**settings, "quick_gelu": quick}, recipe.image_size)
         self_source = None if weights == RANDOM else ModelSource.parse(tagged.get("hf_hub", weights).rstrip("/"))
+        network = OpenClipMap(visual, layer=layer)
+        facts = {"layer": layer, "model": model, "quick_gelu": quick}
         super().__init__(
-            network=OpenClipMap(visual, layer=layer),
+            network=network,
             recipe=recipe,
             licence=licence or (self_source.licence() if self_source else None),
-            facts={"layer": layer, "model": model, "quick_gelu": quick},
+            facts=facts if layer is not None or network.normed else {**facts, "normed": False},
         )
         self.source = self_source
         self.described = own_settings is not None or "hf_hub" in tagged or self_source is None or not self_source.repo
@@ -127,15 +131,19 @@ class OpenClipMap(nn.Module):
         super().__init__()
         self.visual = visual
         self.layer = layer
+        # CoCa's norm comes behind its pooling, unless it pools twice; CLIPA's flag counts only where none pools so.
+        pools = [getattr(visual, name, None) is not None for name in ("attn_pool", "attn_pool_contrastive")]
+        behind = not pools[1] if pools[0] else getattr(visual, "final_ln_after_pool", False)
+        self.normed = layer is None and not behind
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Feature map of the last or the chosen layer."""
-        # CoCa's norm comes behind its pooling, unless it pools twice.
-        pools = [getattr(self.visual, name, None) is not None for name in ("attn_pool", "attn_pool_contrastive")]
-        normed = self.layer is None and pools != [True, False]
+        trunk = getattr(self.visual, "trunk", None)
+        if trunk is not None and self.layer is None:
+            return last_map(trunk, pixels_BCHW)
         found = self.visual.forward_intermediates(
             pixels_BCHW, indices=1 if self.layer is None else [self.layer], stop_early=True, intermediates_only=True,
-            normalize_intermediates=normed, output_fmt="NCHW",
+            normalize_intermediates=self.normed, output_fmt="NCHW",
         )  # fmt: skip
         (map_BEHW,) = found["image_intermediates"]
         return map_BEHW  # type: ignore[no-any-return]
@@ -183,6 +191,19 @@ def named(model: str, weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
         **vars(PreprocessCfg()),
         **(get_pretrained_cfg(model, weights) or shared_preparation(model)),
     }
+
+
+def side_of(vision: Mapping[str, Any]) -> int:
+    """Side in pixels of the images that a tower reads.
+
+    Raises:
+        ConfigError: They are no squares.
+    """
+    own = vision.get("image_size", 224)
+    height, width = own if isinstance(own, list | tuple) else (own, own)
+    if height != width:
+        raise ConfigError(f"{OWNER}: this model reads images of {height} x {width} px; experts read squares.")
+    return int(height)
 
 
 def framing_of(tagged: Mapping[str, Any]) -> Framing:

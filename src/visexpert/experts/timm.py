@@ -136,15 +136,24 @@ class TimmMap(nn.Module):
                 intermediates_only=True,
             )  # fmt: skip
             return map_BEHW  # type: ignore[no-any-return]
-        features = self.model.forward_features(pixels_BCHW)
-        if not isinstance(features, Tensor):
-            other = "give layer: -1" if hasattr(self.model, "forward_intermediates") else "none of them is the last"
-            raise ValueError(f"{type(self.model).__name__} hands on several maps at once; {other}")
-        classes = getattr(self.model, "cls_token", None)
-        if features.ndim == 3 and isinstance(classes, Tensor) and features.shape[1] == classes.shape[1]:
-            raise ValueError(f"{type(self.model).__name__} ends in its class token alone; give layer: -1")
-        channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
-        return map_of(features, channels_last=channels_last, prefix=getattr(self.model, "num_prefix_tokens", None))
+        return last_map(self.model, pixels_BCHW)
+
+
+def last_map(model: Any, pixels_BCHW: Tensor) -> Tensor:
+    """Last features of a timm model, which it would pool next, as (B, E, h, w).
+
+    Raises:
+        ValueError: They are several maps, or a class token alone.
+    """
+    features = model.forward_features(pixels_BCHW)
+    if not isinstance(features, Tensor):
+        other = "give layer: -1" if hasattr(model, "forward_intermediates") else "none of them is the last"
+        raise ValueError(f"{type(model).__name__} hands on several maps at once; {other}")
+    classes = getattr(model, "cls_token", None)
+    if features.ndim == 3 and isinstance(classes, Tensor) and features.shape[1] == classes.shape[1]:
+        raise ValueError(f"{type(model).__name__} ends in its class token alone; give layer: -1")
+    channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+    return map_of(features, channels_last=channels_last, prefix=getattr(model, "num_prefix_tokens", None))
 
 
 def published_settings(model: str) -> dict[str, Any]:

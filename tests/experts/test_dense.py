@@ -75,6 +75,15 @@ def test_depth__prediction_is_the_models(depth_folder: tuple[Any, str]) -> None:
     torch.testing.assert_close(unit[..., 0], (means - means.amin(1, keepdim=True)) / spread, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["depth_anything", "prompt_depth_anything"])
+@pytest.mark.parametrize("tokens", ["features", "prediction"])
+def test_depth__another_patch_than_the_backbones_is_refused(kind: str, tokens: Any) -> None:
+    """The decoder counts patches by its own field: transformers fails on such a model once it runs."""
+    with pytest.raises(ConfigError, match=r"patch_size of '\w+' is 16, but 14 in its backbone_config; .*14"):
+        DepthExpert(config={**DEPTH, "model_type": kind, "patch_size": 16}, tokens=tokens)
+    assert DepthExpert(config={**DEPTH, "model_type": kind, "patch_size": 14}, tokens=tokens).token_dim in (1, 16)
+
+
 def test_depth__features_do_not_run_the_decoder(depth_folder: tuple[Any, str]) -> None:
     expert = loaded(DepthExpert(source=depth_folder[1]))
     expert.network.model.head.register_forward_hook(lambda *_: pytest.fail("the decoder ran"))

@@ -41,9 +41,9 @@ class DepthExpert(HubExpert):
         super().__init__(
             auto="AutoModelForDepthEstimation",
             wrap=lambda model: (
-                DepthMap(model, map_size=map_size, scale=scale)
+                DepthMap(agreeing(model), map_size=map_size, scale=scale)
                 if predicts
-                else EncoderMap(model, layer=layer, headed=True)
+                else EncoderMap(agreeing(model), layer=layer, headed=True)
             ),
             facts={"layer": layer, "map_size": map_size, "scale": scale} if predicts else {"layer": layer},
             tokens=tokens,
@@ -55,6 +55,25 @@ class DepthExpert(HubExpert):
         """Whether the prediction grows towards the camera, as that of relative models; None if the config is silent."""
         kind = getattr(self.described.config, "depth_estimation_type", None)
         return None if kind is None else kind == "relative"
+
+
+def agreeing(model: Any) -> nn.Module:
+    """A depth model whose decoder counts the patches that its encoder makes.
+
+    Depth Anything, with or without prompts, has a ``patch_size`` for each; others take the encoder's.
+
+    Raises:
+        ConfigError: The two differ.
+    """
+    kind, encoder = str(model.config.model_type), getattr(model.config, "backbone_config", None)
+    decoders, own = getattr(model.config, "patch_size", None), getattr(encoder, "patch_size", None)
+    if kind.endswith("depth_anything") and own is not None and decoders != own:
+        raise ConfigError(
+            f"DepthExpert: patch_size of '{kind}' is {decoders}, but {own} in its backbone_config; write {own} for "
+            "both."
+        )
+    network: nn.Module = model
+    return network
 
 
 class DepthMap(nn.Module):

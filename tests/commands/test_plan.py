@@ -64,7 +64,7 @@ def test_a_model_that_is_not_on_this_machine_is_named_in_a_sentence(
     overlay = tmp_path / "overlay.yaml"
     side = {"class_path": "visexpert.language.PrefixLM", "init_args": {"source": "nobody/nothing"}}
     overlay.write_text(json.dumps({"model": {"init_args": {"language": side}}}))
-    with pytest.raises(WeightsError, match="'nobody/nothing' is no folder here and not in the Hugging Face cache"):
+    with pytest.raises(WeightsError, match="config.json of 'nobody/nothing' is not in the cache"):
         run(["--config", SMOKE, "--config", str(overlay)])
 
 

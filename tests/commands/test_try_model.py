@@ -12,6 +12,7 @@ import yaml
 from transformers import AutoConfig, AutoModel, CLIPImageProcessor, LlamaConfig, LlamaForCausalLM
 
 from tests.experts.tiny_models import CLIP_VISION, TEXT, randomised, saved
+from tests.io.hub import put_in_cache
 from tests.language.helpers import llama
 from tests.language.llava_models import randomise
 from visexpert.cli import main
@@ -91,6 +92,16 @@ def test_a_language_model_is_held_against_rows_of_its_library(
         capsys, llama_folder, "--as", "clip", code=2
     )
     assert expert["verdict"] == clip["verdict"] == "refused" and "model_type 'llama'" in clip["message"]
+
+
+def test_a_language_model_at_a_revision(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_in_cache(monkeypatch, tmp_path, "org/llama", llama_folder, refs=("v2",))
+    (language,) = tried(capsys, "hf:org/llama@v2", "--as", "language")
+    assert language["verdict"] == "works" and "source: hf:org/llama@v2" in language["yaml"]
+    (row,) = tried(capsys, "hf:org/llama@main", "--as", "language", code=2)
+    assert "`hf download org/llama --revision main`" in row["message"]
 
 
 def test_a_difference_is_told_and_does_not_work(

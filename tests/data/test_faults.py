@@ -114,9 +114,9 @@ def test_missing_images_are_found_file_by_file_or_by_folder(tmp_path: Path) -> N
 
 
 def test_tokenizers_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"no tokenizer lmsys/vicuna-7b-v1.5: neither.*hf download lmsys/vicuna-7b"):
+    with pytest.raises(WeightsError, match=r"tokenizer.json, .*`hf download lmsys/vicuna-7b-v1.5`"):
         load_tokenizer("lmsys/vicuna-7b-v1.5")
-    with pytest.raises(WeightsError, match="none of tokenizer.json"):
+    with pytest.raises(WeightsError, match="no tokenizer.json, .* in "):
         load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(WeightsError, match="cannot be read"):

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tests.io.hub import put_in_cache
 from visexpert.errors import WeightsError
 from visexpert.io.source import WEIGHT_FILES, ModelSource
+from visexpert.io.weights import read_source
 
 
 @pytest.fixture
@@ -29,6 +30,9 @@ def folder(tmp_path: Path) -> Path:
         ("openai/clip-vit-base-patch16", "openai/clip-vit-base-patch16", None),
         ("hf:openai/clip-vit-base-patch16", "openai/clip-vit-base-patch16", None),
         ("hf:timm/vit_x.lvd142m@v1.0", "timm/vit_x.lvd142m", "v1.0"),
+        ("hf:org/name.pt", "org/name.pt", None),
+        ("gpt2@refs/pr/12", "gpt2", "refs/pr/12"),
+        ("hf:a/b@feature--x", "a/b", "feature--x"),
     ],
 )
 def test_ids_of_the_hub(text: str, repo: str, revision: str | None) -> None:
@@ -48,10 +52,12 @@ def test_a_folder_that_is_here_is_no_id(folder: Path, monkeypatch: pytest.Monkey
     assert ModelSource.parse(f"hf:{text}").path is None
 
 
-@pytest.mark.parametrize("text", ["hf:", "hf:clip", "hf:../x/y", "hf:/etc/passwd"])
-def test_what_is_no_id_is_refused(text: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["", "a--b/c", "../x/y", "/etc/passwd", "a/b.git", "a/b.", "-a/b", "a./b", "a-/b", "a/b@", "a/b@../c"]
+)
+def test_what_is_no_id_is_refused(name: str) -> None:
     with pytest.raises(WeightsError, match=r"names no model of the hub; after 'hf:' comes ORG/NAME"):
-        ModelSource.parse(text)
+        ModelSource.parse(f"hf:{name}")
 
 
 def test_files_of_the_cache_are_found_without_the_hub(
@@ -61,7 +67,7 @@ def test_files_of_the_cache_are_found_without_the_hub(
     source = ModelSource.parse("org/name")
     assert source.find("nothing.bin", "config.json") == snapshot / "config.json"
     assert source.read_json("config.json", owner="Test") == {"model_type": "clip"}
-    assert source.state(*WEIGHT_FILES, owner="Test").tensors["a"].tolist() == [1, 1]
+    assert read_source(source, owner="Test").tensors["a"].tolist() == [1, 1]
 
 
 def test_what_is_nowhere_ends_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,10 +78,11 @@ def test_what_is_nowhere_ends_in_one_sentence(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(WeightsError) as caught:
         source.fetch(*WEIGHT_FILES, owner="TimmExpert")
     message = str(caught.value)
-    for part in ("TimmExpert: model.safetensors of 'org/name'", str(tmp_path / "cache"), "HF_HUB_OFFLINE"):
+    for part in ("TimmExpert: model.safetensors, ", "'org/name' at revision 'v2'", str(tmp_path / "cache")):
         assert part in message
-    assert "`hf download org/name --revision v2`" in message and message.count("\n") == 0
-    with pytest.raises(WeightsError, match=r"cannot read .*/nowhere/model.safetensors .*; give a folder"):
+    assert "`hf download org/name --revision v2`" in message and "HF_HUB_OFFLINE" in message
+    assert message.count("\n") == 0
+    with pytest.raises(WeightsError, match=r"there is no .*/nowhere; give a folder"):
         ModelSource.parse(str(tmp_path / "nowhere")).fetch(*WEIGHT_FILES, owner="Test")
 
 
@@ -85,30 +92,30 @@ def test_split_weights_are_read_together(folder: Path) -> None:
         save_file({part: torch.ones(1)}, folder / f"{part}.safetensors")
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}), encoding="utf-8")
-    assert ModelSource.parse(str(folder)).state(*WEIGHT_FILES, owner="Test").tensors.keys() == {"a", "b"}
+    assert read_source(ModelSource.parse(str(folder)), owner="Test").tensors.keys() == {"a", "b"}
     wrong: list[dict[str, Any]] = [{"weight_map": {"a": "../../secret.safetensors"}}, {"weight_map": {}}, {}]
     for listed in wrong:
         index.write_text(json.dumps(listed), encoding="utf-8")
         with pytest.raises(WeightsError, match="names in its own folder are needed"):
-            ModelSource.parse(str(folder)).state(*WEIGHT_FILES, owner="Test")
+            read_source(ModelSource.parse(str(folder)), owner="Test")
 
 
 def test_torch_files_are_read_without_running_them(tmp_path: Path) -> None:
     """As open_clip's training writes them: wrapped, and with DistributedDataParallel's prefix."""
     path = tmp_path / "epoch_3.pt"
     torch.save({"epoch": 3, "state_dict": {"module.x": torch.ones(1)}}, path)
-    assert ModelSource.parse(str(path)).state(owner="Test").tensors.keys() == {"x"}
+    assert read_source(ModelSource.parse(str(path)), owner="Test").tensors.keys() == {"x"}
     torch.save({"x": torch.ones(1), "module.y": torch.ones(1)}, path)
-    assert ModelSource.parse(str(path)).state(owner="Test").tensors.keys() == {"x", "module.y"}
+    assert read_source(ModelSource.parse(str(path)), owner="Test").tensors.keys() == {"x", "module.y"}
     torch.save({"state_dict": {"x": 3}}, path)
     with pytest.raises(WeightsError, match="holds no tensors by name"):
-        ModelSource.parse(str(path)).state(owner="Test")
+        read_source(ModelSource.parse(str(path)), owner="Test")
     torch.save({"x": Path("runs code when it is unpickled")}, path)
     with pytest.raises(WeightsError, match="cannot be read without running code from it"):
-        ModelSource.parse(str(path)).state(owner="Test")
+        read_source(ModelSource.parse(str(path)), owner="Test")
     path.unlink()
     with pytest.raises(WeightsError, match=r"Test: no weights at .*epoch_3.pt"):
-        ModelSource.parse(str(path)).state(owner="Test")
+        read_source(ModelSource.parse(str(path)), owner="Test")
 
 
 @pytest.mark.parametrize(

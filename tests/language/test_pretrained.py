@@ -56,7 +56,7 @@ def test_sharded_safetensors(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     assert same(loaded(tmp_path), model.state_dict())
     next(tmp_path.glob("model-*.safetensors")).unlink()
-    with pytest.raises(WeightsError, match="no weights in"):
+    with pytest.raises(WeightsError, match="no model-.*safetensors in"):
         loaded(tmp_path)
 
 
@@ -86,7 +86,7 @@ def test_a_list_of_parts_stays_in_its_folder(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "../model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(WeightsError, match=r"names '../model.safetensors', which is not a file beside it"):
+    with pytest.raises(WeightsError, match=r".'../model.safetensors'.; names in its own folder"):
         loaded(folder)
 
 
@@ -100,12 +100,12 @@ def test_missing_damaged_and_unfit_weights(folder: Path, tmp_path: Path) -> None
     with pytest.raises(WeightsError, match="cannot be read"):
         loaded(folder)
     (folder / "pytorch_model.bin").unlink()
-    with pytest.raises(WeightsError, match="no weights in .*: none of model.safetensors, .* is there"):
+    with pytest.raises(WeightsError, match="no model.safetensors, .* or pytorch_model.bin.index.json in "):
         loaded(folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "x.Y"}}))
     with pytest.raises(WeightsError, match="no model that transformers knows without running its code"):
         PrefixLM(source=str(folder))
-    with pytest.raises(WeightsError, match="no config.json in"):
+    with pytest.raises(WeightsError, match="there is no .*nowhere"):
         PrefixLM(source=str(tmp_path / "nowhere"))
 
 
@@ -113,7 +113,7 @@ def test_a_hub_id_that_is_not_here_says_how_to_fetch_it() -> None:
     with pytest.raises(WeightsError) as caught:
         PrefixLM(source="lmsys/vicuna-7b-v9")
     message = str(caught.value)
-    assert "'lmsys/vicuna-7b-v9' is no folder here and not in the Hugging Face cache" in message
+    assert "'lmsys/vicuna-7b-v9' is no folder here, and config.json of " in message
     assert "`hf download lmsys/vicuna-7b-v9`" in message
 
 
@@ -127,7 +127,7 @@ def test_a_hub_id_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert same(loaded("some/llama"), state)
     (snapshot / "model.safetensors").unlink()
-    with pytest.raises(WeightsError, match="has the configuration of 'some/llama' .* no weights; .*`hf download some"):
+    with pytest.raises(WeightsError, match="model.safetensors, .* is not in the cache .*`hf download some/llama`"):
         loaded("some/llama")
 
 

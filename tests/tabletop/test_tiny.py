@@ -124,7 +124,7 @@ def test_weights_file__that_does_not_fit_its_header(tmp_path: Path) -> None:
 
 
 def test_errors__are_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="no weights at .*nothing.safetensors; shipped entries are .*visexpert fit"):
+    with pytest.raises(WeightsError, match="no weights at .*nothing; shipped entries are .*visexpert fit"):
         TinyExpert(source="zoo:nothing")
     with pytest.raises(ConfigError, match="either source"):
         TinyExpert()

@@ -16,8 +16,8 @@ from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
 from visexpert.callbacks.phase import write_checkpoint
 from visexpert.commands.released import OWNER, MoLEShape, Released, absent_parts, language_tensors, weight_files
 from visexpert.errors import WeightsError
+from visexpert.io.source import SMALL_FILES
 from visexpert.io.weights import fill_module
-from visexpert.language.hub import SMALL_FILES
 from visexpert.methods import MoVEKD
 from visexpert.runs import build
 from visexpert.vision.clip import MOLE_KEY

@@ -81,9 +81,7 @@ def _finding(name: str, part: nn.Module, text: str) -> tuple[bool, str]:
     if found is not None and found.is_file():
         return True, f"{name}: {found}"
     place = f"the hub's {source.repo}" if source.repo else source.path
-    fetch = (
-        f"fetch them where there is a network with `hf download {source.repo}`" if source.repo else "copy them there"
-    )
+    fetch = f"fetch them where there is a network with {source.fetched_by}" if source.repo else "copy them there"
     return False, f"{name}: the weights of {place} ({_size(part)}) are not here; {fetch}."
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from visexpert.data.tokenizers import has_tokenizer, missing_tokenizer
+from visexpert.data.tokenizers import FILES, OWNER
 from visexpert.errors import DataError, WeightsError
+from visexpert.io.source import ModelSource
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,17 @@ class TokenizerNeed:
 
     @property
     def found(self) -> Path | None:
-        """Its name, where it is there."""
-        return Path(self.name) if has_tokenizer(self.name) else None
+        """Its file, where it is there.
+
+        Raises:
+            WeightsError: The name can be no source.
+        """
+        return ModelSource.parse(self.name).find(*FILES)
 
     @property
     def sentence(self) -> str:
         """What is missing, where it was looked for, and how to get it."""
-        return missing_tokenizer(self.name)
+        return str(ModelSource.parse(self.name).absent(*FILES, owner=OWNER))
 
 
 def require(needs: Iterable[Need | TokenizerNeed], *, source: str) -> None:

@@ -48,8 +48,8 @@ class SourceData(LightningDataModule):
 
     Args:
         root: Folder of the data set.
-        tokenizer: Folder or hub id of a transformers tokenizer, read from disk, never downloaded; null gives batches
-            without text.
+        tokenizer: Folder or hub id (also ``hf:ORG/NAME@REVISION``) of a transformers tokenizer, read from disk, never
+            downloaded; null gives batches without text.
         template: How prompts and answers become tokens: null for ``<bos> prompt answer <eos>``;
             :class:`~visexpert.language.LlavaTemplate` for LLaVA's templates, :class:`~visexpert.data.ChatPacker` for
             the tokenizer's own, or a :class:`~visexpert.types.TextEncoder` of yours.

@@ -12,7 +12,7 @@ from visexpert.experts.maps import resize_map
 from visexpert.experts.pretrained import RANDOM, MapExpert
 from visexpert.experts.recipe import InputRecipe
 from visexpert.io.source import ModelSource
-from visexpert.io.weights import fill_module
+from visexpert.io.weights import fill_module, read_source
 
 OWNER = "KorniaEdges"
 DEXINED_FILE = "DexiNed_BIPED_10.pth"
@@ -73,7 +73,7 @@ class KorniaEdges(MapExpert):
             WeightsError: They are nowhere, or do not fit; the message says what fetches them.
         """
         if self.weights != RANDOM:
-            found = ModelSource.parse(self.weights).state(DEXINED_FILE, owner=OWNER)
+            found = read_source(ModelSource.parse(self.weights), owner=OWNER, names=(DEXINED_FILE,))
             model = self.network.get_submodule("model")
             fill_module(model, dict(found.tensors), owner=OWNER, path=found.path)
 

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts.sam_attention import chunk_attention
 from visexpert.experts.towers import build_network, factory_of, key_mapping, vision_part
-from visexpert.io.source import WEIGHT_FILES, ModelSource, read_json
+from visexpert.io.source import ModelSource, read_json
 from visexpert.io.weights import fill_module, state_keys
 from visexpert.vision.positions import fit_positions
 
@@ -126,10 +126,7 @@ class HubModel:
         config_path = self.source.fetch("config.json", owner=self.owner)
         with suppress(WeightsError):  # its processor, to compare; not every model has a file for it
             self.source.fetch("preprocessor_config.json", owner=self.owner)
-        path = self.source.fetch(*WEIGHT_FILES, owner=self.owner)
-        if path.suffix == ".json":
-            for part in self.source.parts(path, owner=self.owner):
-                self.source.fetch(part, owner=self.owner)
+        path = self.source.fetch_weights(owner=self.owner)
         own = config_of(self.source.read_json("config.json", owner=self.owner) or {}, owner=self.owner)
         if self.given is not None:
             given = config_of(self.given, owner=self.owner)

@@ -14,7 +14,7 @@ from visexpert.experts.pretrained import RANDOM, MapExpert
 from visexpert.experts.recipe import Framing, InputRecipe, Interpolation
 from visexpert.experts.timm import last_map
 from visexpert.io.source import WEIGHT_FILES, ModelSource
-from visexpert.io.weights import fill_module
+from visexpert.io.weights import fill_module, read_source
 from visexpert.vision.positions import fit_positions
 from visexpert.vision.published import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES, shared_preparation
 
@@ -65,7 +65,7 @@ class OpenClipExpert(MapExpert):
         ).adapted(owner=OWNER, image_size=image_size, framing=framing, interpolation=interpolation)  # fmt: skip
         quick = tagged.get("quick_gelu", settings.get("quick_gelu", False))
         visual = build({**settings, "quick_gelu": quick}, recipe.image_size)
-        self_source = None if weights == RANDOM else ModelSource.parse(tagged.get("hf_hub", weights).rstrip("/"))
+        self_source = None if weights == RANDOM else ModelSource.parse(tagged.get("hf_hub", weights))
         network = OpenClipMap(visual, layer=layer)
         facts = {"layer": layer, "model": model, "quick_gelu": quick}
         super().__init__(
@@ -91,7 +91,7 @@ class OpenClipExpert(MapExpert):
         """
         if self.source is None:
             return
-        found = self.source.state(*OPEN_CLIP_FILES, *WEIGHT_FILES, owner=OWNER)
+        found = read_source(self.source, owner=OWNER, names=(*OPEN_CLIP_FILES, *WEIGHT_FILES))
         if not self.described:
             self._check_own()
         visual = self.network.get_submodule("visual")
@@ -157,7 +157,7 @@ def own_of(weights: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """
     from open_clip.transform import PreprocessCfg
 
-    source = None if weights == RANDOM or "/" not in weights else ModelSource.parse(weights.rstrip("/"))
+    source = None if weights == RANDOM or "/" not in weights else ModelSource.parse(weights)
     written = None if source is None else source.read_json(OPEN_CLIP_CONFIG, owner=OWNER)
     if written is None:
         return None

@@ -11,8 +11,8 @@ from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts.maps import map_of
 from visexpert.experts.pretrained import RANDOM, MapExpert
 from visexpert.experts.recipe import Framing, InputRecipe, Interpolation
-from visexpert.io.source import WEIGHT_FILES, LoadedState, ModelSource
-from visexpert.io.weights import fill_module
+from visexpert.io.source import ModelSource
+from visexpert.io.weights import LoadedState, fill_module, read_source
 
 OWNER = "TimmExpert"
 
@@ -81,7 +81,7 @@ class TimmExpert(MapExpert):
             return
         if not self.weights:
             raise WeightsError(f"{OWNER}: timm publishes no weights of '{self.model_name}'; give a file as weights.")
-        found = ModelSource.parse(self.weights).state(*WEIGHT_FILES, owner=OWNER)
+        found = read_source(ModelSource.parse(self.weights), owner=OWNER)
         adapted = self._adapted(found)
         fill_module(self.network.get_submodule("model"), adapted.state_dict(), owner=OWNER, path=found.path)
 

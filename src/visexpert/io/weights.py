@@ -1,9 +1,12 @@
-"""Where files that ship with the package live, and how weights from outside are read: never by running code."""
+"""How weights from outside are read: never by running code."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,12 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from visexpert.errors import ConfigError, WeightsError
-
-ZOO = Path(__file__).parents[1] / "tabletop" / "zoo" / "weights"
-"""Folder of the shipped weights."""
-
-ZOO_PREFIX = "zoo:"
+from visexpert.errors import WeightsError
+from visexpert.io.source import WEIGHT_FILES, ZOO, ModelSource, zoo_names
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
 """Under which key training scripts keep the weights, beside the optimizer's state and the like."""
@@ -30,26 +29,44 @@ def cache_root(root: str | None = None) -> Path:
     return Path(root or os.environ.get("VISEXPERT_CACHE") or "~/.cache/visexpert").expanduser()
 
 
-def resolve_source(source: str | Path) -> Path:
-    """Turn ``zoo:NAME`` or a path into a path (that need not exist yet).
+@dataclass(frozen=True)
+class LoadedState:
+    """Weights and the file that they were read from, for messages.
+
+    Args:
+        path: The file; of a split one, its index.
+        tensors: By name.
+    """
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+
+
+def read_source(
+    source: ModelSource,
+    *,
+    owner: str,
+    names: Sequence[str] = WEIGHT_FILES,
+    holding: re.Pattern[str] | None = None,
+) -> LoadedState:
+    """Read the weights of a source, all parts of a split file together.
+
+    Args:
+        source: A file, or where its files are.
+        owner: Who asks, for messages.
+        names: Files, best first.
+        holding: Of a split file, read those parts alone that list a weight of such a name; all where none does.
 
     Raises:
-        ConfigError: ``zoo:NAME`` with a name that holds a path separator.
+        WeightsError: They are nowhere, damaged, or an index names a file outside its folder.
     """
-    text = str(source)
-    if not text.startswith(ZOO_PREFIX):
-        return Path(text).expanduser()
-    name = text.removeprefix(ZOO_PREFIX)
-    if not name or Path(name).name != name:
-        raise ConfigError(f"'{text}' is no zoo entry: after 'zoo:' comes a plain name, one of {zoo_names()}.")
-    return ZOO / name
-
-
-def zoo_names() -> list[str]:
-    """Names of the shipped entries, sorted."""
-    return sorted(
-        {entry.name.removesuffix(".safetensors") for entry in ZOO.glob("*") if not entry.name.startswith(".")}
-    )
+    path = source.file or source.fetch(*names, owner=owner)
+    if path.suffix != ".json":
+        return LoadedState(path, load_state(path, owner=owner))
+    tensors: dict[str, Tensor] = {}
+    for part in source.parts(path, owner=owner, holding=holding):
+        tensors |= load_state(source.fetch(part, owner=owner), owner=owner)
+    return LoadedState(path, tensors)
 
 
 def load_safetensors(path: Path, *, owner: str) -> dict[str, Tensor]:

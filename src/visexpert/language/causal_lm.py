@@ -18,8 +18,8 @@ from transformers.utils import logging as transformers_logging
 
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.io.reading import read_json
+from visexpert.io.source import ModelSource
 from visexpert.language.attention import attention_of
-from visexpert.language.hub import SMALL_FILES, is_here, model_folder
 from visexpert.language.lora import Quantisation, quantised
 
 log = logging.getLogger(__name__)
@@ -28,10 +28,6 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 META_FROM = 50_000_000
 """Parameters from which a model whose weights are yet to come is built on the meta device, without memory."""
-
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""How a folder in ``save_pretrained`` form names its weights, or the list of their parts; the first found is read."""
-
 
 IN_WHOLE = {
     r"^(?:model\.)?language_model\.model\.": "model.",
@@ -43,7 +39,7 @@ IN_WHOLE = {
 
 
 def build_config(config: Mapping[str, Any] | None, source: str | None, *, owner: str) -> PretrainedConfig:
-    """The configuration from fields with ``model_type``, or of a folder or hub id.
+    """The configuration from fields with ``model_type``, or of a source (a folder or hub id).
 
     Raises:
         ConfigError: No or an unknown ``model_type``.
@@ -51,7 +47,7 @@ def build_config(config: Mapping[str, Any] | None, source: str | None, *, owner:
     """
     if config is not None:
         return text_part(_from_fields(dict(config), owner), owner=owner)
-    folder = model_folder(str(source), owner=owner)
+    folder = ModelSource.parse(str(source)).folder("config.json", owner=owner)
     try:
         loaded: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # huggingface_hub's errors of fields that contradict one another have no base of theirs
@@ -130,7 +126,7 @@ def read_model(
     """A model with its weights, from safetensors or, without running code from them, from .bin files; sharded or not.
 
     Args:
-        source: Folder or hub id.
+        source: As :meth:`~visexpert.io.source.ModelSource.parse` reads it.
         settings: Its configuration, as :func:`build_config` gave it.
         dtype: Of the weights.
         quantisation: Bits to hold them in.
@@ -141,7 +137,7 @@ def read_model(
         WeightsError: The weights are missing, damaged, could run code, or do not fit the configuration.
         ConfigError: ``quantisation`` cannot be.
     """
-    folder = weights_folder(source, owner=owner)
+    folder = ModelSource.parse(source).fetch_weights(owner=owner).parent
     options: dict[str, Any] = {} if quantisation is None else {"quantization_config": quantised(quantisation, dtype)}
     log.info("%s: reading %s", owner, folder)
     try:
@@ -189,28 +185,6 @@ def check_report(report: Mapping[str, Any], folder: Path, *, owner: str, fresh: 
         log.info("%s: left out of %s: %s", owner, folder, sorted(report["unexpected_keys"])[:3])
 
 
-def weights_folder(source: str, *, owner: str) -> Path:
-    """The folder that holds a model's weights, fetched where need be.
-
-    Raises:
-        WeightsError: There are none, or a list of parts names one that is missing or lies elsewhere.
-    """
-    folder = model_folder(source, owner=owner)
-    if is_here(source):
-        if not _has_weights(folder):
-            raise WeightsError(f"{owner}: no weights in {folder}: none of {', '.join(WEIGHTS)} is there; copy them.")
-        return folder
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
-        if not _has_weights(folder):
-            folder = model_folder(source, owner=owner, patterns=(*SMALL_FILES, pattern))
-    if not _has_weights(folder):
-        raise WeightsError(
-            f"{owner}: the Hugging Face cache has the configuration of '{source}' in {folder}, but no weights; fetch "
-            f"them where there is a network with `hf download {source}`."
-        )
-    return folder
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' bars and its table of missing weights, which :func:`check_report` reads."""
@@ -223,24 +197,6 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _has_weights(folder: Path) -> bool:
-    """Whether the weights are there, all parts of them.
-
-    Raises:
-        WeightsError: The list of parts cannot be read, or names a part that is no plain name.
-    """
-    found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if found is None or found.suffix != ".json":
-        return found is not None
-    try:
-        parts = {str(part) for part in read_json(found)["weight_map"].values()}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise WeightsError(f"{found} is no list of weights ({error!r}); fetch it again.") from error
-    if elsewhere := sorted(part for part in parts if Path(part).name != part):
-        raise WeightsError(f"{found} names {elsewhere[0]!r}, which is not a file beside it; do not trust this model.")
-    return all((folder / part).is_file() for part in parts)
 
 
 def _from_fields(settings: dict[str, Any], owner: str) -> PretrainedConfig:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from visexpert.errors import ConfigError, DataError, require_numbers
-from visexpert.io.weights import fill_module, load_safetensors, resolve_source
+from visexpert.io.source import ModelSource
+from visexpert.io.weights import fill_module, read_source
 from visexpert.language.base import (
     LanguageSide,
     Predictions,
@@ -86,10 +87,10 @@ class CrossAttentionDecoder(LanguageSide):
     def load_weights(self) -> None:
         """Read ``source``, if any."""
         if self.source is not None:
-            path = resolve_source(self.source)
-            state = load_safetensors(path, owner="CrossAttentionDecoder")
+            found = read_source(ModelSource.parse(self.source), owner="CrossAttentionDecoder")
+            state = dict(found.tensors)
             state.setdefault("head.weight", state.get("embed_tokens.weight", torch.empty(0)))
-            fill_module(self, state, owner="CrossAttentionDecoder", path=path)
+            fill_module(self, state, owner="CrossAttentionDecoder", path=found.path)
 
     def forward(self, vision: VisionTokens, text: TextBatch) -> Predictions:
         """See :meth:`LanguageSide.forward`."""

@@ -34,8 +34,9 @@ class PrefixLM(PretrainedSide):
 
     Args:
         config: Fields of a Hugging Face config with ``model_type``, for a random model (``vocab_size`` included).
-        source: Folder in ``save_pretrained`` form (safetensors or .bin, sharded or not), or an id of the hub. Its
-            ``config.json`` builds the model, weights follow; a big one has no memory until then.
+        source: Folder in ``save_pretrained`` form (safetensors or .bin, sharded or not), or a hub id (``ORG/NAME``,
+            ``hf:ORG/NAME@REVISION``). Its ``config.json`` builds the model, weights follow; a big one has no memory
+            until then.
         position_scale: Scale of a 2-D sine-cosine code added to the image; 0 (LLaVA) for none.
         weights: Start weights for a model built from ``config``: a safetensors file or ``zoo:NAME.safetensors``.
         dtype: Of the weights: ``float32``, ``bfloat16`` or ``float16``; what LoRA adds stays float32.

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from visexpert.errors import ConfigError
-from visexpert.io.weights import fill_module, load_safetensors, resolve_source
+from visexpert.io.source import ModelSource
+from visexpert.io.weights import fill_module, read_source
 from visexpert.language.base import LanguageSide
 from visexpert.language.causal_lm import Dtype, build_config, build_model, read_model, torch_dtype
 from visexpert.language.frozen import leave_out_of_checkpoints
@@ -74,11 +75,11 @@ class PretrainedSide(LanguageSide):
         if self.source is not None:
             self._take(self.read(self.source))
         elif self._weights is not None:
-            path = resolve_source(self._weights)
-            state = load_safetensors(path, owner=self.owner)
+            found = read_source(ModelSource.parse(self._weights), owner=self.owner)
+            state = dict(found.tensors)
             for copied, original in self.model._tied_weights_keys.items():  # tied weights are stored once
                 state.setdefault(copied, state.get(original, torch.empty(0)))
-            fill_module(self.model, state, owner=self.owner, path=path)
+            fill_module(self.model, state, owner=self.owner, path=found.path)
 
     @property
     def weights_from(self) -> str | None:

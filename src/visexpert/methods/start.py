@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from visexpert.errors import WeightsError
 from visexpert.io.checkpoints import LAST, is_checkpoint, load_checkpoint, newest_checkpoint
-from visexpert.io.weights import load_safetensors, resolve_source
+from visexpert.io.source import local_path
+from visexpert.io.weights import load_safetensors
 from visexpert.methods.columns import Columns, experts_in
 from visexpert.methods.matching import KeyDifferences
 
@@ -35,7 +36,7 @@ def find_start(source: str) -> Path:
     Raises:
         WeightsError: It is not there, or cannot be read.
     """
-    path = resolve_source(source)
+    path = local_path(source)
     if path.name == LAST:
         path = newest_checkpoint(path.parent) or path
     if not is_checkpoint(path):

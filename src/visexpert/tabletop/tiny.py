@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts.base import TokenKind, VisionExpert
 from visexpert.io.reading import parse_json
-from visexpert.io.weights import ZOO_PREFIX, fill_module, load_safetensors, resolve_source, weights_digest, zoo_names
+from visexpert.io.source import local_path, zoo_names
+from visexpert.io.weights import fill_module, load_safetensors, weights_digest
 from visexpert.tabletop.tiny_networks import NETWORKS, TinyNetwork
 
 HEADER_KEY = "visexpert"
@@ -43,7 +44,7 @@ class TinyExpert(VisionExpert):
     ) -> None:
         if (source is None) == (arch is None):
             raise ConfigError("TinyExpert takes either source (zoo:NAME or a file) or arch (for training).")
-        path = None if source is None else weights_path(source)
+        path = None if source is None else local_path(source)
         header = read_header(path) if path is not None else dict(arch or {})
         network = build_network(header)
         if tokens == "prediction" and not network.outputs:
@@ -93,12 +94,6 @@ class TinyExpert(VisionExpert):
         """Hash of weights, input size, normalisation and kind of token."""
         facts = [self.image_size, self.tokens, self.mean.flatten().tolist(), self.std.flatten().tolist()]
         return weights_digest(self.network, facts=json.dumps(facts))
-
-
-def weights_path(source: str | Path) -> Path:
-    """Path of a tiny expert's weights: ``zoo:NAME`` gets its suffix, a plain path stays as it is."""
-    path = resolve_source(source)
-    return path.with_name(f"{path.name}.safetensors") if str(source).startswith(ZOO_PREFIX) else path
 
 
 def read_header(path: Path) -> dict[str, Any]:

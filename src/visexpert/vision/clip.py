@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from visexpert.errors import ConfigError, require_numbers
-from visexpert.io.weights import ZOO_PREFIX, fill_module, weights_digest
+from visexpert.io.source import ZOO_PREFIX
+from visexpert.io.weights import fill_module, weights_digest
 from visexpert.precision import like_weights
 from visexpert.types import VisionTokens
 from visexpert.vision.mole_settings import MoLESettings

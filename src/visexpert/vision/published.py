@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig
 
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.io.source import WEIGHT_FILES, ModelSource
-from visexpert.io.weights import state_keys
+from visexpert.io.weights import read_source, state_keys
 from visexpert.vision.convert import VisionTower, clip_config, from_hugging_face, from_open_clip, without_wrapper
 from visexpert.vision.families import check_family, check_keys
 
@@ -93,7 +93,7 @@ class PublishedClip:
             WeightsError: They are nowhere, or of no plain ViT.
         """
         assert self.source is not None
-        found = self.source.state(*WEIGHT_FILES, *OPEN_CLIP_FILES, owner=OWNER, holding=_OF_TOWER)
+        found = read_source(self.source, owner=OWNER, names=(*WEIGHT_FILES, *OPEN_CLIP_FILES), holding=_OF_TOWER)
         check_keys(found.tensors, found.path, elsewhere=self.elsewhere)
         tower = _tower(found.tensors)
         projection_DP = tower.projection_DP

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from transformers import CLIPVisionModel
 
 from tests.tabletop.zoo.conftest import HELD_OUT
-from visexpert.io.weights import ZOO, load_safetensors
+from visexpert.io.source import ZOO
+from visexpert.io.weights import load_safetensors
 from visexpert.tabletop.tiny import TinyExpert
 from visexpert.tabletop.zoo.cards import CARDS, PROBE_COLUMNS, card_text, encoder_facts
 from visexpert.tabletop.zoo.contrastive import NgramTextTower, recall_at_1

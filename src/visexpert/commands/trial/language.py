@@ -11,8 +11,8 @@ from torch import Tensor
 from visexpert.commands.trial.attempt import Comparison
 from visexpert.data import pack
 from visexpert.experts.huggingface import quiet
+from visexpert.io.source import ModelSource
 from visexpert.language import BertDecoder, PrefixLM
-from visexpert.language.hub import model_folder
 from visexpert.types import VisionTokens
 
 GRID = (2, 2)
@@ -135,7 +135,7 @@ def of_transformers(side: Side) -> Any:
 
     if isinstance(side, BertDecoder):
         return side.model
-    folder = model_folder(str(side.source), owner="visexpert try")
+    folder = ModelSource.parse(str(side.source)).folder("config.json", owner="visexpert try")
     dtype = next(side.model.parameters()).dtype
     side.model = None  # one copy in memory at a time
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)

@@ -18,8 +18,7 @@ from visexpert.experts import (
     TransformersExpert,
     VisionExpert,
 )
-from visexpert.io.source import ModelSource
-from visexpert.io.weights import ZOO_PREFIX
+from visexpert.io.source import ZOO_PREFIX, ModelSource
 from visexpert.tabletop import TinyExpert
 from visexpert.tabletop.tiny import HEADER_KEY
 from visexpert.vision.published import OPEN_CLIP_CONFIG, OPEN_CLIP_PREFIX
@@ -174,12 +173,7 @@ def language_source(asked: Asked) -> str:
             f"'{asked.model}' is a file of weights; a language model is a folder written by save_pretrained, or an id "
             "of the hub."
         )
-    if source.revision is not None:
-        raise ConfigError(
-            f"'{asked.model}' names a revision, which language models do not take; fetch it into a folder with "
-            f"`hf download {source.repo} --revision {source.revision} --local-dir FOLDER`, and give that."
-        )
-    return str(source.path) if source.repo is None else source.repo
+    return asked.model
 
 
 def model_type(source: str) -> str | None:

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.tiny_configs import CONFIGS
 from visexpert.commands.data import build_data
 from visexpert.data import COCOCaptions, LLaVAInstruct
+from visexpert.errors import ConfigError
 from visexpert.overlays import are_related
+from visexpert.planning.read import read_configs
 from visexpert.training import build_cli
 
 BASE = {
@@ -105,3 +108,67 @@ def test_a_setting_inside_a_class_can_be_null_on_the_command_line(
     assert not build_cli([*arguments, name, "null"], run=False).model.clip.mole_layers()
     changed = build_cli([*arguments, f"{name}.rank=3"], run=False).model.clip
     assert {layer.fc1_experts.rank for layer in changed.mole_layers()} == {3}
+
+
+ALONE = [
+    ("tove/paper/vit-l14.yaml", "model", ["tove/paper/vit-b16.yaml", "hubs/tove.yaml", "tove/paper/vit-l14.yaml"]),
+    ("tove/smoke-merge.yaml", "data and model", ["tove/smoke.yaml", "tove/smoke-merge.yaml"]),
+    (
+        "movekd/llava/next.yaml",
+        "model",
+        ["movekd/llava/stage2.yaml", "hubs/movekd-v1.0.yaml", "movekd/llava/next.yaml"],
+    ),
+]
+
+
+def alone(*arguments: str) -> str:
+    """What a fit with these says, which must be one sentence."""
+    with pytest.raises(ConfigError) as caught:
+        build_cli(["fit", *arguments])
+    assert "\n" not in str(caught.value) and "lightning" not in str(caught.value).lower()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "part", "base"), ALONE, ids=lambda value: str(value)[:30])
+def test_an_overlay_alone_names_the_base_of_its_header(name: str, part: str, base: list[str]) -> None:
+    message = alone("--config", str(CONFIGS / name))
+    assert message.startswith(f"{CONFIGS / name} names no class for {part}")
+    assert message.endswith(" ".join(f"--config {CONFIGS / each}" for each in base) + ".")
+
+
+def test_a_part_of_the_base_is_not_asked_for_twice() -> None:
+    hub, overlay = (str(CONFIGS / name) for name in ("hubs/tove.yaml", "tove/paper/vit-l14.yaml"))
+    message = alone(f"--config={hub}", f"--config={overlay}")
+    assert message.startswith(f"{hub} and {overlay} name no class for model")
+    assert message.endswith(f"--config {CONFIGS / 'tove/paper/vit-b16.yaml'} --config {hub} --config {overlay}.")
+
+
+@pytest.mark.parametrize("folder", ["tove/paper", "."])
+def test_the_base_is_named_as_the_overlay_is(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent if folder == "." else CONFIGS / folder)
+    given = "configs/tove/smoke-merge.yaml" if folder == "." else "../smoke-merge.yaml"
+    (base,) = [word for word in alone("--config", given).split() if word.endswith("/smoke.yaml")]
+    assert Path(base).samefile(CONFIGS / "tove/smoke.yaml")
+    assert (base == "configs/tove/smoke.yaml") is (folder == ".")
+
+
+def test_an_overlay_without_a_command_in_its_header_asks_for_a_base(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("# Over something.\ndata: {init_args: {batch_size: 2}}\n", encoding="utf-8")
+    message = alone("--config", str(path))
+    assert message == (
+        f"{path} names no class for data, so it is an overlay; give its base before it: --config BASE --config {path}."
+    )
+    with pytest.raises(ConfigError, match="names no class for data, so it is an overlay"):
+        read_configs([path])
+
+
+def test_no_configuration_at_all_asks_for_one() -> None:
+    assert alone() == "No class is named for data and model; give a configuration that does: --config FILE."
+    assert alone("--model.init_args.clip=null").startswith("No class is named for model; give a configuration")
+
+
+def test_a_class_that_lacks_a_setting_is_no_overlay(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {class_path: visexpert.methods.ToVE}\n", encoding="utf-8")
+    assert "ToVE: the following arguments are required: clip" in alone("--config", str(path))

@@ -1,15 +1,19 @@
-"""What happens to settings where a later configuration names another class."""
+"""Configurations over configurations: settings of a class that another replaces, and overlays without a base."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import re
+import shlex
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import _typehints as parser_internals
 
+from visexpert.errors import ConfigError
 from visexpert.trust import may_import
 
 log = logging.getLogger(__name__)
@@ -58,6 +62,71 @@ def unrelated_settings_dropped() -> Iterator[None]:
         parser_internals.discard_init_args_on_class_path_change = original
     for sentence in said:  # a parser asks several times
         log.info("%s", sentence)
+
+
+_STAND_INS = {"lightning.LightningModule": "model", "lightning.LightningDataModule": "data"}
+"""Classes that settings are held against where none is named."""
+
+
+class MissingBaseError(ConfigError):
+    """No class is named for these parts of a configuration.
+
+    Args:
+        parts: ``model``, ``data`` or both.
+    """
+
+    def __init__(self, parts: Sequence[str]) -> None:
+        super().__init__(f"No class is named for {' and '.join(parts)}; give a configuration that does: --config FILE.")
+        self.parts = tuple(parts)
+
+    def beside(self, files: Sequence[Path]) -> ConfigError:
+        """The error where these files were given, with the base that the header of one of them names."""
+        if not files:
+            return self
+        given = [str(path) for path in files]
+        names = f"{' and '.join(given)} {'name' if len(given) > 1 else 'names'} no class for {' and '.join(self.parts)}"
+        layers = next((found for path in reversed(files) if (found := layers_of(path))), ["BASE"])
+        kept = [path for path in given if not any(_is_same(path, layer) for layer in layers)]
+        command = " ".join(f"--config {path}" for path in [*layers, *kept])
+        if len(given) > 1:
+            return ConfigError(f"{names}, so they are overlays; give their base before them: {command}.")
+        return ConfigError(f"{names}, so it is an overlay; give its base before it: {command}.")
+
+
+def parts_without_class(report: str, classes: Sequence[str]) -> list[str]:
+    """Which of ``model`` and ``data`` have no class by a report of jsonargparse.
+
+    Args:
+        report: The report.
+        classes: Dotted paths of the classes that it speaks of, outermost first.
+    """
+    if classes:
+        return [_STAND_INS[classes[-1]]] if classes[-1] in _STAND_INS else []
+    required = re.search(r"following arguments are required: ([\w., ]+)", report)
+    named = [] if required is None else [name.rpartition(".")[2].strip() for name in required[1].split(",")]
+    return sorted(named) if named and set(named) <= set(_STAND_INS.values()) else []
+
+
+def layers_of(overlay: Path) -> list[str]:
+    """The files that the first command in an overlay's header gives up to it, itself included; empty without one.
+
+    Paths in headers are from where ``configs/`` lies; those returned are named as the overlay is.
+    """
+    lines = overlay.read_text(encoding="utf-8").splitlines()
+    end = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    text = "\n".join(line[1:].strip() for line in lines[:end]).replace("\\\n", " ")
+    for line in text.splitlines():
+        words = shlex.split(line, comments=True) if line.startswith("visexpert ") else []
+        files = [value for option, value in zip(words, words[1:], strict=False) if option == "--config"]
+        for number, name in enumerate(files):
+            for path in (str(overlay), str(overlay.resolve())):
+                if number and path.endswith(name):
+                    return [path.removesuffix(name) + each for each in files[: number + 1]]
+    return []
+
+
+def _is_same(one: str, other: str) -> bool:
+    return Path(one).resolve() == Path(other).resolve()
 
 
 def load_path(path: str) -> Any:

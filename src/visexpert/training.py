@@ -46,7 +46,7 @@ from visexpert.io.checkpoints import FOLDER, LAST, checked_checkpoint, is_checkp
 from visexpert.io.lock import hold
 from visexpert.io.used import holds_run, set_run_aside
 from visexpert.methods import Method
-from visexpert.overlays import load_path, unrelated_settings_dropped
+from visexpert.overlays import MissingBaseError, load_path, parts_without_class, unrelated_settings_dropped
 from visexpert.trust import guarded, refuse_strangers
 
 log = logging.getLogger(__name__)
@@ -120,6 +120,8 @@ class VisexpertCLI(LightningCLI):
                 super().parse_arguments(parser, args)
         except OmegaConfBaseException as error:
             raise ConfigError(f"The configuration cannot be filled in ({first_line(error)}); mend it.") from error
+        except MissingBaseError as error:
+            raise error.beside(_config_files(args or ())) from error
         subcommand = self.config.get("subcommand")
         if foreign is not None:  # a part may have come from another file that it names
             refuse_strangers(self.config[subcommand] if subcommand else self.config, foreign)
@@ -390,6 +392,8 @@ class RunParser(LightningArgumentParser):
         """Raise a ConfigError; parsers of nested classes report to this one, as they always do."""
         if not self.exit_on_error:
             super().error(message, ex)
+        if parts := parts_without_class(message, _classes_in(message)):
+            raise MissingBaseError(parts) from ex
         parser = getattr(ex, "subcommand_parser", None) or self
         raise ConfigError(explain(message, [action.dest for action in parser._actions])) from ex
 
@@ -401,7 +405,7 @@ def explain(message: str, known: Iterable[str]) -> str:
         message: The report; nested classes and each member of a union add lines of their own.
         known: Keys that the parser knows.
     """
-    classes = re.findall(r"Problem with given class_path '([^']+)'", message)
+    classes = _classes_in(message)
     unknown = re.search(
         r"[Oo]ption '([^']+)' is not accepted|not accept option '([^']+)'|unrecognized arguments: --([\w.]+)", message
     )
@@ -424,6 +428,10 @@ def explain(message: str, known: Iterable[str]) -> str:
     given = re.findall(r"Given value: (.{1,80})$", message, flags=re.MULTILINE)
     kept += f". Got value: {given[0]}" if given and "Got value" not in kept else ""
     return f"{kept[:400].rstrip('.')}; see --help for what is allowed."
+
+
+def _classes_in(message: str) -> list[str]:
+    return re.findall(r"Problem with given class_path '([^']+)'", message)
 
 
 _NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")

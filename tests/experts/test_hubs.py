@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from visexpert.errors import WeightsError
 from visexpert.experts import ExpertHub, VisionExpert
+from visexpert.types import Batch
 
 ROOT = Path(__file__).parents[2]
 HUBS = ROOT / "configs" / "hubs"
@@ -98,6 +99,6 @@ def test_the_documented_expert_of_ones_own_works(tmp_path: Path, monkeypatch: py
     save_file({"weight": torch.ones(32, 3, 8, 8), "bias": torch.zeros(32)}, tmp_path / "mine.safetensors")
     hub = ExpertHub(build(experts_of(yaml.safe_load(settings))))
     hub.load_weights()
-    tokens = hub(torch.ones(2, 3, 100, 80))["mine"]
+    tokens = hub(Batch(torch.ones(2, 3, 100, 80), torch.arange(2), split=""))["mine"]
     assert tokens.grid_hw == (8, 8) and hub["mine"].licence == "MIT"
     torch.testing.assert_close(tokens.tokens_BSE, torch.full((2, 64, 32), 3.0 * 64))

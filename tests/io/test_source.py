@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save_file
 
 from tests.io.hub import put_in_cache
 from visexpert.errors import WeightsError
-from visexpert.io.source import WEIGHT_FILES, ModelSource
+from visexpert.io.source import SMALL_FILES, WEIGHT_FILES, ModelSource
 from visexpert.io.weights import read_source
 
 
@@ -137,3 +139,46 @@ def test_a_broken_config_is_refused(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text, encoding="utf-8")
     with pytest.raises(WeightsError, match=r"Test: .*config.json"):
         ModelSource.parse(str(folder)).read_json("config.json", owner="Test")
+
+
+class FakeHub:
+    """A hub with one repository, which downloads into the cache and notes what it was asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cache: Path, files: Path) -> None:
+        self.cache, self.files, self.asked = cache, files, list[tuple[str, str | None]]()
+        self.snapshot = put_in_cache(monkeypatch, cache, "org/name", cache / "none", refs=("v2",))
+        monkeypatch.setattr("visexpert.io.source.hf_hub_download", self.hf_hub_download)
+        monkeypatch.setattr("visexpert.io.source.snapshot_download", self.snapshot_download)
+
+    def hf_hub_download(self, repo: str, name: str, revision: str | None = None) -> str:
+        self.asked.append((name, revision))
+        if repo != "org/name" or not (self.files / name).is_file():
+            raise EntryNotFoundError(name)
+        shutil.copyfile(self.files / name, self.snapshot / name)
+        return str(self.snapshot / name)
+
+    def snapshot_download(self, repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        self.asked.append((" ".join(allow_patterns), revision))
+        for pattern in allow_patterns:
+            for path in self.files.glob(pattern):
+                shutil.copyfile(path, self.snapshot / path.name)
+        return str(self.snapshot)
+
+
+def test_what_is_not_here_is_fetched_once__at_its_revision(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "a.bin", "b": "b.bin"}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
+    for part in ("a", "b"):
+        torch.save({part: torch.ones(1)}, folder / f"{part}.bin")
+    hub = FakeHub(monkeypatch, tmp_path / "cache", folder)
+    source = ModelSource.parse("hf:org/name@v2")
+    for _ in range(2):
+        assert source.folder("config.json", owner="Test") == hub.snapshot
+        assert source.fetch_weights(owner="Test") == hub.snapshot / "pytorch_model.bin.index.json"
+    assert hub.asked == [(" ".join(SMALL_FILES), "v2"), ("a.bin", "v2"), ("b.bin", "v2")]
+    with pytest.raises(WeightsError, match="`hf download org/name --revision v3`"):
+        ModelSource.parse("hf:org/name@v3").fetch("nothing.json", owner="Test")
+    assert hub.asked[3:] == [("nothing.json", "v3")]

@@ -332,8 +332,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         "tokens are groups of patches, which have no place",
     ),
-    "xclip": ({"model_type": "xclip", "vision_config": VIDEO}, "gives no map of images of 32 px"),
-    "videomae": ({"model_type": "videomae", **VIDEO}, "gives no map of images of 32 px"),
+    "xclip": ({"model_type": "xclip", "vision_config": VIDEO}, "it reads videos of 2 frames"),
+    "videomae": ({"model_type": "videomae", **VIDEO}, "it reads videos of 2 frames"),
+    "vjepa2": ({"model_type": "vjepa2", **VIT, "crop_size": 32, "frames_per_clip": 4}, "it reads videos of 4 frames"),
     "bridgetower": (
         {"model_type": "bridgetower", "vision_config": {"hidden_size": 64, "num_hidden_layers": 1, "image_size": 32}},
         "it hands on Tensor, and no features of patches",

@@ -123,6 +123,8 @@ class EncoderMap(nn.Module):
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Feature map of the last or the chosen layer."""
         encoder = _without_head(self.model) if self.headed else self.model
+        if frames := _frames(encoder.config):
+            raise ValueError(f"it reads videos of {frames} frames")
         size = int(pixels_BCHW.shape[-1])
         asked = {"interpolate_pos_encoding": True} if interpolates(encoder) else {}
         unrolled = hasattr(encoder, "unroll_schedule")
@@ -162,6 +164,12 @@ def _features(output: Any, layer: int | None, *, unrolled: bool) -> Tensor:
     if not isinstance(found, Tensor):
         raise ValueError(f"it hands on {list(named) or type(output).__name__}, and no features of patches among them")
     return found
+
+
+def _frames(config: Any) -> int:
+    """Of how many frames the videos are that a model reads; 0 for one that reads images."""
+    counts = (getattr(config, name, None) for name in ("num_frames", "frames_per_clip"))
+    return next((count for count in counts if isinstance(count, int) and count > 1), 0)
 
 
 def _without_head(model: nn.Module) -> nn.Module:

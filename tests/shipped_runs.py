@@ -35,7 +35,7 @@ NORM = 10.0
 """What gradients are scaled to before they are clipped, so that every clipping has something to do."""
 
 LIMITS: dict[str, float] = {
-    "batch_size": 2, "eval_batch_size": 2, "num_workers": 0, "render_workers": 0, "num_train": 24, "num_val": 4,
+    "batch_size": 2, "eval_batch_size": 2, "num_workers": 0, "workers": 0, "num_train": 24, "num_val": 4,
     "num_test": 4, "max_steps": 2, "steps": 2, "val_check_interval": 2, "eval_every": 2, "checkpoint_every": 2,
     "warmup_steps": 1, "language_frozen_steps": 1, "map_size": 16, "devices": 1, "num_nodes": 1,
     "caption_images": 2, "timing_images": 1, "timing_seconds": 0,

@@ -43,7 +43,7 @@ CONVNEXT = "test_convnext.r160_in1k"
 STEPS = 2
 
 LIMITS: dict[str, int] = {
-    "map_size": 16, "batch_size": 2, "eval_batch_size": 2, "num_workers": 0, "render_workers": 0,
+    "map_size": 16, "batch_size": 2, "eval_batch_size": 2, "num_workers": 0, "workers": 0,
     "num_train": 8, "num_val": 4, "num_test": 4, "max_tokens": 384, "warmup_steps": 1, "caption_images": 2,
     "adapter_hidden": 32, "rank": 4, "max_steps": STEPS, "val_check_interval": STEPS, "log_every_n_steps": 1,
     "steps": STEPS, "eval_every": STEPS, "devices": 1, "num_nodes": 1, "timing_images": 1, "timing_seconds": 0,

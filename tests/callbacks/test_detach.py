@@ -15,6 +15,7 @@ import yaml
 from torch import Tensor, nn
 
 from tests.methods.helpers import bare_trainer, logits_of, noise_batch, shake, tiny_tove, trained_names
+from tests.tabletop.quiet import QUIET
 from visexpert.callbacks import detach as module
 from visexpert.callbacks import phase
 from visexpert.callbacks.detach import ExpertDetachment
@@ -45,7 +46,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def scenes(**options: Any) -> TabletopData:
     """Eight scenes to train on, six to validate."""
     sizes = {"num_train": 8, "num_val": 6, "num_test": 2, "batch_size": 4, "eval_batch_size": 4}
-    return TabletopData(render_workers=0, progress=False, **{**sizes, **options})
+    return TabletopData(rendering=QUIET, **{**sizes, **options})
 
 
 def trained(**options: Any) -> ToVE:
@@ -310,10 +311,19 @@ def zoo_run(tmp_path: Path) -> Path:
         "language": {"class_path": "visexpert.language.CrossAttentionDecoder", "init_args": decoder},
         "gate": {"top_k": 2}, "evaluation": {"caption_images": 1, "meteor": False},
     }  # fmt: skip
-    sizes = {"num_train": 8, "num_val": 6, "num_test": 2, "batch_size": 4, "eval_batch_size": 4, "render_workers": 0}
+    sizes = {
+        "num_train": 8,
+        "num_val": 6,
+        "num_test": 2,
+        "batch_size": 4,
+        "eval_batch_size": 4,
+    }
     config = {
         "model": {"class_path": "visexpert.methods.ToVE", "init_args": model},
-        "data": {"class_path": "visexpert.tabletop.TabletopData", "init_args": {**sizes, "progress": False}},
+        "data": {
+            "class_path": "visexpert.tabletop.TabletopData",
+            "init_args": {**sizes, "rendering": {"workers": 0, "progress": False}},
+        },
         "trainer": {"accelerator": "cpu"},
     }
     folder = tmp_path / "run"

@@ -43,7 +43,13 @@ def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "evaluation": {"caption_images": 0},
     }
-    data = {"num_train": 8, "num_val": 4, "num_test": 2, "batch_size": 4, "render_workers": 0, "progress": False}
+    data = {
+        "num_train": 8,
+        "num_val": 4,
+        "num_test": 2,
+        "batch_size": 4,
+        "rendering": {"workers": 0, "progress": False},
+    }
     config = {
         "seed_everything": 0,
         "model": {"class_path": "visexpert.methods.ToVE", "init_args": model},

@@ -10,6 +10,7 @@ import torch
 
 from tests.data.formats import close_to, tokenizer_folder, write_coco, write_jpeg, write_karpathy
 from visexpert.data import COCOCaptions
+from visexpert.data.settings import AugmentSettings
 from visexpert.errors import ConfigError, DataError
 from visexpert.types import IGNORE_INDEX, Batch
 
@@ -128,7 +129,7 @@ def test_rows_are_what_the_feature_store_reads(tmp_path: Path) -> None:
 
 def test_augmented_images_are_not_stored(tmp_path: Path) -> None:
     write_karpathy(tmp_path, IMAGES)
-    data = coco(tmp_path, crop_scale=0.5)
+    data = coco(tmp_path, augment=AugmentSettings(crop_scale=0.5))
     data.setup("fit")
     sources = data.image_sources()
     with pytest.raises(ConfigError, match="store.folder to null"):

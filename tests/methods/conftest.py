@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.tabletop.quiet import QUIET
 from visexpert.tabletop import TabletopData
 
 
@@ -28,6 +29,6 @@ def data(scenes: Path) -> Callable[..., TabletopData]:
 
     def make(**options: Any) -> TabletopData:
         sizes = {"num_train": 16, "num_val": 4, "num_test": 4, "batch_size": 4, "eval_batch_size": 4}
-        return TabletopData(root=str(scenes), render_workers=0, progress=False, **{**sizes, **options})
+        return TabletopData(root=str(scenes), rendering=QUIET, **{**sizes, **options})
 
     return make

@@ -34,6 +34,7 @@ from tests.methods.test_training import KilledError, Recorder
 from visexpert.errors import ConfigError
 from visexpert.language import NoLanguage
 from visexpert.methods import MoVEKD
+from visexpert.tabletop.datamodule import TextSettings
 from visexpert.types import Batch
 from visexpert.vision import ClsAttention, collect_routing
 
@@ -229,7 +230,7 @@ def test_distillation_without_a_language_side_trains_and_is_probed(tmp_path: Pat
     model = tiny_movekd(language=NoLanguage(), lm_weight=0.0)
     before = model.clip.model.state_dict()["embeddings.class_embedding"].clone()
     trainer = bare_trainer(tmp_path, steps=2, limit_val_batches=1, val_check_interval=2, check_val_every_n_epoch=None)
-    source = data(mixture={}, num_test=20)
+    source = data(texts=TextSettings(train={}), num_test=20)
     trainer.fit(model, datamodule=source)
     assert not torch.equal(before, model.clip.model.state_dict()["embeddings.class_embedding"])
     batch = noise_batch()

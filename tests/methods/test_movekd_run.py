@@ -89,7 +89,7 @@ model:
     language: {{class_path: visexpert.language.NoLanguage}}
     lm_weight: 0.0
     init_from: {start}
-data: {{init_args: {{mixture: {{}}}}}}
+data: {{init_args: {{texts: {{train: {{}}}}}}}}
 test_after_fit: false
 trainer: {{max_steps: 1, limit_val_batches: 1}}
 """

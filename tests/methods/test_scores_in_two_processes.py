@@ -12,6 +12,7 @@ import torch
 
 from tests.methods.helpers import bare_trainer, merging_of, shake, tiny_tove
 from tests.methods.movekd_helpers import shaken, tiny_movekd
+from tests.tabletop.quiet import QUIET
 from tests.two_processes import in_two_processes
 from visexpert.methods import Method
 from visexpert.tabletop import TabletopData
@@ -40,7 +41,7 @@ def scored(folder: Path, scenes: Path, kind: str, *, batch_size: int, **options:
     torch.manual_seed(0)
     model = KINDS[kind]()
     data = TabletopData(
-        root=str(scenes), render_workers=0, progress=False, num_train=8, num_val=11, num_test=11,
+        root=str(scenes), rendering=QUIET, num_train=8, num_val=11, num_test=11,
         batch_size=batch_size, eval_batch_size=4,
     )  # fmt: skip
     found: dict[str, Any] = {}

@@ -19,6 +19,7 @@ from visexpert.errors import ConfigError
 from visexpert.methods import ToVE
 from visexpert.methods.base import refuse_engine
 from visexpert.tabletop import TabletopData
+from visexpert.tabletop.datamodule import TextSettings
 from visexpert.transfer import GateSettings
 
 MakeData = Callable[..., TabletopData]
@@ -176,7 +177,7 @@ def test_a_run_is_scored_with_captions_probes_and_flat_names(
     model = shake(tiny_tove(caption_images=3))
     mixture = {"dense": 1, "relation": 1, "vsr": 1, "vqa": 1, "pope": 1}
     (scores,) = bare_trainer(tmp_path, steps=1).test(
-        model, datamodule=data(num_test=20, eval_mixture=mixture, with_targets=True), verbose=False
+        model, datamodule=data(num_test=20, texts=TextSettings(eval=mixture), with_targets=True), verbose=False
     )
     groups = {name.split("/")[1] for name in scores}
     assert {"nll", "vqa", "vsr", "pope", "slots", "caption", "probe"} <= groups

@@ -10,10 +10,11 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from tests.tabletop.quiet import QUIET
 from visexpert.errors import ConfigError
 from visexpert.tabletop import TabletopData
 from visexpert.tabletop.cache import NORMAL_SCALE
-from visexpert.tabletop.datamodule import EVAL_MIXTURE, TRAIN_MIXTURE
+from visexpert.tabletop.datamodule import EVAL_MIXTURE, TRAIN_MIXTURE, TextSettings
 from visexpert.tabletop.render import class_masks
 from visexpert.tabletop.world import TabletopWorld
 from visexpert.types import Batch
@@ -24,9 +25,8 @@ SMALL: dict[str, Any] = {
     "num_test": 7,
     "batch_size": 4,
     "eval_batch_size": 4,
-    "image_size": 16,
-    "render_workers": 0,
-    "progress": False,
+    "world": TabletopWorld(image_size=16),
+    "rendering": QUIET,
 }
 
 
@@ -142,14 +142,14 @@ def test_splits_share_no_scene(root: Path) -> None:
 
 
 def test_the_zoo_has_scenes_of_its_own(root: Path) -> None:
-    zoo = ready(root, train_split="zoo", mixture={"objects": 2})
+    zoo = ready(root, train_split="zoo", texts=TextSettings(train={"objects": 2}))
     batch = next(iter(zoo.train_dataloader()))
     assert batch.split == "zoo" and batch.text is not None and batch.text.segments_BN.max() == 2
     assert not np.array_equal(zoo.split_cache("zoo").rgb[0], ready(root).split_cache("train").rgb[0])
 
 
 def test_without_a_mixture_there_is_no_text(root: Path) -> None:
-    assert next(iter(ready(root, mixture={}).train_dataloader())).text is None
+    assert next(iter(ready(root, texts=TextSettings(train={})).train_dataloader())).text is None
 
 
 def test_images_alone_come_in_order(root: Path) -> None:
@@ -175,18 +175,14 @@ def test_the_cache_folder_comes_from_the_environment(tmp_path: Path, monkeypatch
     assert TabletopData().root == Path.home() / ".cache" / "visexpert"
 
 
-def test_image_size_overrides_the_worlds() -> None:
-    assert TabletopData(world=TabletopWorld(fog=0.0), image_size=32).world == TabletopWorld(fog=0.0, image_size=32)
-
-
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
         (
-            {"mixture": {"haiku": 1}},
-            "mixture names 'haiku', but the kinds are dense, relation, vsr, vqa, pope, objects",
+            {"texts": TextSettings(train={"haiku": 1})},
+            "texts.train names 'haiku', but the kinds are dense, relation, vsr, vqa, pope, objects",
         ),
-        ({"eval_mixture": {"vqa": 9}}, "eval_mixture wants 9 x vqa, but a scene has 0 to 8"),
+        ({"texts": TextSettings(eval={"vqa": 9})}, "texts.eval wants 9 x vqa, but a scene has 0 to 8"),
         ({"train_fraction": 0.0}, "train_fraction is 0.0"),
         ({"train_split": "test"}, "train_split is 'test'"),
         ({"num_train": 0}, "num_train is 0, but must be at least 1"),

@@ -211,8 +211,8 @@ class RowImages:
         """
         if self._changing:
             raise ConfigError(
-                f"{self._source} augments its images (crop_scale, flip), so tokens cannot be stored; set store.folder "
-                "to null, or crop_scale to null and flip to false."
+                f"{self._source} augments its images (augment), so tokens cannot be stored; set store.folder "
+                "to null, or leave augment out."
             )
         return torch.stack([self._image(self._table[row].image) for row in rows])
 

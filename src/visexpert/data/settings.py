@@ -17,6 +17,19 @@ Template: TypeAlias = Callable[[PreTrainedTokenizerBase], TextEncoder]
 
 
 @dataclass(frozen=True, kw_only=True)
+class AugmentSettings:
+    """What is done to training images at random. Their tokens cannot be stored then.
+
+    Args:
+        crop_scale: Least share of the area of random crops, in (0, 1]; null for none.
+        flip: Mirror every other image, which makes left and right meaningless.
+    """
+
+    crop_scale: float | None = None
+    flip: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """How a source is read; :class:`~visexpert.data.source.SourceData` says what each means.
 
@@ -29,8 +42,7 @@ class Settings:
     max_tokens: int | None
     image_size: int
     resize: Resize
-    crop_scale: float | None
-    flip: bool
+    augment: AugmentSettings
     batch_size: int
     eval_batch_size: int
     train_fraction: float
@@ -55,7 +67,7 @@ class Settings:
 
     def reader(self) -> ImageReader:
         """What decodes and resizes images."""
-        return ImageReader(size=self.image_size, resize=self.resize, crop_scale=self.crop_scale, flip=self.flip)
+        return ImageReader(size=self.image_size, resize=self.resize, **vars(self.augment))
 
     def most(self, part: str) -> int | None:
         """Most rows of a part that are used."""

@@ -15,7 +15,7 @@ from visexpert.data.faults import FILE, FaultLog
 from visexpert.data.needs import Need, TokenizerNeed, require
 from visexpert.data.packing import TextPacker
 from visexpert.data.resize import Resize
-from visexpert.data.settings import Settings, Template
+from visexpert.data.settings import AugmentSettings, Settings, Template
 from visexpert.data.stepping import StepLoader
 from visexpert.data.tokenizers import load_tokenizer
 from visexpert.data.workers import DEFAULT_WORKERS
@@ -56,8 +56,7 @@ class SourceData(LightningDataModule):
         max_tokens: Without a template: longest text in tokens, longer ones are cut; null for no limit.
         image_size: Side of the square images that batches hold, pixels; take the largest that CLIP or an expert reads.
         resize: ``crop`` (shorter side, then the centre), ``stretch`` (the whole image, distorted) or ``pad``.
-        crop_scale: Least share of the area of random crops in training; null for none.
-        flip: Mirror training images at random, which makes left and right meaningless.
+        augment: What is done to training images at random.
         batch_size: Images per training batch and process.
         eval_batch_size: Images per batch of validation, test and prediction.
         train_fraction: Share of the training part that is used, in (0, 1]; smaller shares lie inside larger ones.
@@ -84,8 +83,7 @@ class SourceData(LightningDataModule):
         max_tokens: int | None = None,
         image_size: int = 224,
         resize: Resize = "crop",
-        crop_scale: float | None = None,
-        flip: bool = False,
+        augment: AugmentSettings = AugmentSettings(),
         batch_size: int = 32,
         eval_batch_size: int = 64,
         train_fraction: float = 1.0,
@@ -101,7 +99,7 @@ class SourceData(LightningDataModule):
         order_seed = int(os.environ.get("PL_GLOBAL_SEED", seed)) if order_seed is None else order_seed
         self.settings = Settings(
             tokenizer=tokenizer, template=template, max_tokens=max_tokens,
-            image_size=image_size, resize=resize, crop_scale=crop_scale, flip=flip, batch_size=batch_size,
+            image_size=image_size, resize=resize, augment=augment, batch_size=batch_size,
             eval_batch_size=eval_batch_size, train_fraction=train_fraction, num_val=num_val, num_test=num_test,
             seed=seed, order_seed=order_seed, num_workers=num_workers, max_broken=max_broken,
         )  # fmt: skip

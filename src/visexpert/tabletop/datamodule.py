@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -45,6 +45,37 @@ EXAMPLE_PROMPTS = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """Which texts of a scene make a row.
+
+    Args:
+        train: Texts per training image by kind (``dense``, ``relation``, ``vsr``, ``vqa``, ``pope``, ``objects``),
+            drawn anew each epoch from the scene's pool; null is 1 dense, 1 relation, 3 vsr, 2 vqa, 1 pope; empty gives
+            batches without text.
+        eval: The same for evaluation, where they are always the first of the pool; null is 1 dense, 1 relation, 4 vsr,
+            8 vqa, 3 pope.
+        max_tokens: Longest text in tokens, longer answers are cut; null for no limit (own texts take up to 26).
+    """
+
+    train: dict[str, int] | None = None
+    eval: dict[str, int] | None = None
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderSettings:
+    """How scenes are rendered on first use.
+
+    Args:
+        workers: Processes that render; 0 renders in the process that trains.
+        progress: Show progress bars while rendering and writing.
+    """
+
+    workers: int = 2
+    progress: bool = True
+
+
 class TabletopData(LightningDataModule):
     """Tabletop: ray-cast scenes with exact truth, and captions, questions and statements written from it.
 
@@ -58,22 +89,15 @@ class TabletopData(LightningDataModule):
             (``seed_everything``), so that repeated runs differ in their order too.
         batch_size: Images per training batch and process.
         eval_batch_size: Images per batch of validation, test and prediction.
-        mixture: Texts per training image by kind (``dense``, ``relation``, ``vsr``, ``vqa``, ``pope``, ``objects``),
-            drawn anew each epoch from the scene's pool; null is 1 dense, 1 relation, 3 vsr, 2 vqa, 1 pope; empty gives
-            batches without text.
-        eval_mixture: The same for evaluation, where they are always the first of the pool; null is 1 dense,
-            1 relation, 4 vsr, 8 vqa, 3 pope.
-        max_tokens: Longest text in tokens, longer answers are cut; null for no limit (own texts take up to 26).
+        texts: Which texts of a scene make a row.
         with_targets: Add the dense ground truth to each batch (see
             :class:`~visexpert.tabletop.dataset.TabletopDataset`); batches of the test split always have it.
         train_fraction: Share of the training scenes that is used, in (0, 1]; smaller shares lie inside larger ones.
         train_split: Name of the training scenes; another name gives other scenes (the zoo trains on ``zoo``).
         num_workers: Worker processes that build batches; 0 is best on CPU, where a batch takes about 1 ms.
-        render_workers: Processes that render, on first use; 0 renders in this one.
-        image_size: Height and width of the images, pixels; null takes the world's.
-        world: Settings of the world; null takes its defaults.
+        rendering: How scenes are rendered on first use.
+        world: Settings of the world, the size of its images among them; null takes its defaults.
         tokenizer: Turns texts into ids; null takes the embedded world's own word-level tokenizer.
-        progress: Show progress bars while rendering and writing.
 
     Raises:
         ConfigError: If a number, a share, a name of a split or a kind of text cannot be.
@@ -90,22 +114,18 @@ class TabletopData(LightningDataModule):
         order_seed: int | None = None,
         batch_size: int = 32,
         eval_batch_size: int = 64,
-        mixture: dict[str, int] | None = None,
-        eval_mixture: dict[str, int] | None = None,
-        max_tokens: int | None = None,
+        texts: TextSettings = TextSettings(),
         with_targets: bool = False,
         train_fraction: float = 1.0,
         train_split: str = "train",
         num_workers: int = 0,
-        render_workers: int = 2,
-        image_size: int | None = None,
+        rendering: RenderSettings = RenderSettings(),
         world: TabletopWorld | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        progress: bool = True,
     ) -> None:
         super().__init__()
-        self.mixture = _checked_mixture("mixture", TRAIN_MIXTURE if mixture is None else mixture)
-        self.eval_mixture = _checked_mixture("eval_mixture", EVAL_MIXTURE if eval_mixture is None else eval_mixture)
+        self.mixture = _checked_mixture("train", TRAIN_MIXTURE if texts.train is None else texts.train)
+        self.eval_mixture = _checked_mixture("eval", EVAL_MIXTURE if texts.eval is None else texts.eval)
         if not 0 < train_fraction <= 1:
             raise ConfigError(
                 f"TabletopData.train_fraction is {train_fraction}, but must lie in (0, 1]; 1 uses all scenes."
@@ -117,8 +137,8 @@ class TabletopData(LightningDataModule):
             )
         numbers = {"num_train": num_train, "num_val": num_val, "num_test": num_test}
         numbers |= {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
-        least = dict.fromkeys(numbers, 1) | {"num_workers": 0, "render_workers": 0}
-        numbers |= {"num_workers": num_workers, "render_workers": render_workers}
+        least = dict.fromkeys(numbers, 1) | {"num_workers": 0, "rendering.workers": 0}
+        numbers |= {"num_workers": num_workers, "rendering.workers": rendering.workers}
         for name, number in numbers.items():
             if number < least[name]:
                 raise ConfigError(f"TabletopData.{name} is {number}, but must be at least {least[name]}; raise it.")
@@ -132,12 +152,10 @@ class TabletopData(LightningDataModule):
         self.with_targets = with_targets
         self.train_fraction = train_fraction
         self.num_workers = num_workers
-        self.render_workers = render_workers
-        world = world or TabletopWorld()
-        self.world = world if image_size is None else replace(world, image_size=image_size)
+        self.rendering = rendering
+        self.world = world or TabletopWorld()
         self.tokenizer = tabletop_tokenizer() if tokenizer is None else tokenizer
-        self.packer = TextPacker(self.tokenizer, max_tokens=max_tokens)
-        self.progress = progress
+        self.packer = TextPacker(self.tokenizer, max_tokens=texts.max_tokens)
         self._caches: dict[str, SplitCache] = {}
         self._pools: dict[str, Pools] = {}
         self._datasets: dict[str, TabletopDataset] = {}
@@ -251,8 +269,8 @@ class TabletopData(LightningDataModule):
             num_scenes=self.sizes[split],
             seed=self.seed,
             world=self.world,
-            num_workers=self.render_workers,
-            progress=self.progress,
+            num_workers=self.rendering.workers,
+            progress=self.rendering.progress,
         )
         self._caches[split] = cache
         self._pools[split] = ensure_pools(
@@ -261,7 +279,7 @@ class TabletopData(LightningDataModule):
             split=split,
             seed=self.seed,
             fingerprint=cache.fingerprint,
-            progress=self.progress,
+            progress=self.rendering.progress,
         )
 
     def _build(self, split: str) -> TabletopDataset:
@@ -309,7 +327,9 @@ class TabletopData(LightningDataModule):
 def _checked_mixture(name: str, mixture: Mapping[str, int]) -> dict[str, int]:
     for kind, number in mixture.items():
         if kind not in POOL_SIZES:
-            raise ConfigError(f"TabletopData.{name} names {kind!r}, but the kinds are {', '.join(POOL_SIZES)}.")
+            raise ConfigError(f"TabletopData.texts.{name} names {kind!r}, but the kinds are {', '.join(POOL_SIZES)}.")
         if not 0 <= number <= POOL_SIZES[kind]:
-            raise ConfigError(f"TabletopData.{name} wants {number} x {kind}, but a scene has 0 to {POOL_SIZES[kind]}.")
+            raise ConfigError(
+                f"TabletopData.texts.{name} wants {number} x {kind}, but a scene has 0 to {POOL_SIZES[kind]}."
+            )
     return {kind: number for kind, number in mixture.items() if number}

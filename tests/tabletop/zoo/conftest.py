@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from visexpert.tabletop import TabletopData
+from visexpert.tabletop.datamodule import RenderSettings, TextSettings
 from visexpert.types import Batch
 
 HELD_OUT = 128
@@ -21,11 +22,9 @@ def zoo_data(tmp_path_factory: pytest.TempPathFactory) -> TabletopData:
         num_val=HELD_OUT,
         batch_size=32,
         eval_batch_size=CHUNK,
-        mixture={"objects": 1},
-        eval_mixture={"objects": 1},
+        texts=TextSettings(train={"objects": 1}, eval={"objects": 1}),
         with_targets=True,
-        render_workers=1,
-        progress=False,
+        rendering=RenderSettings(workers=1, progress=False),
     )
 
 

@@ -12,11 +12,17 @@ from visexpert.report.compare.settings import differences, shown
 from visexpert.report.compare.variants import Variant
 from visexpert.report.counts import is_count
 
-TRAINING_DATA = ("data.num_train", "data.train_fraction", "data.train_split", "data.mixture", "data.max_tokens")
+TRAINING_DATA = (
+    "data.num_train",
+    "data.train_fraction",
+    "data.train_split",
+    "data.texts.train",
+    "data.texts.max_tokens",
+)
 """Settings of the data that say what is trained on; all others say what world it is."""
 
 BATCH = ("data.batch_size", "trainer.accumulate_grad_batches")
-EVALUATION = ("model.evaluation.caption_images", "data.eval_mixture", "trainer.limit_test_batches",
+EVALUATION = ("model.evaluation.caption_images", "data.texts.eval", "trainer.limit_test_batches",
               "trainer.limit_val_batches", "trainer.fast_dev_run", "trainer.overfit_batches")  # fmt: skip
 SCHEDULE = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "trainer.min_steps", "trainer.min_epochs",
             "model.optimizer.warmup_steps", "model.optimizer.weight_decay", "trainer.gradient_clip_val", "merge.steps",

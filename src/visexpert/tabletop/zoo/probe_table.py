@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from visexpert.grids import resample_tokens
 from visexpert.metrics.probes import ridge_accuracy, ridge_r2
 from visexpert.tabletop import TabletopData
+from visexpert.tabletop.datamodule import TextSettings
 from visexpert.tabletop.tiny import TinyExpert
 from visexpert.tabletop.zoo.base import images_of
 from visexpert.tabletop.zoo.cards import CARDS, PROBE_NOTE, encoder_facts, probe_lines, write_card
@@ -60,7 +61,11 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     data = TabletopData(
-        num_val=arguments.scenes, mixture={}, eval_mixture={}, with_targets=True, train_split="zoo", eval_batch_size=100
+        num_val=arguments.scenes,
+        texts=TextSettings(train={}, eval={}),
+        with_targets=True,
+        train_split="zoo",
+        eval_batch_size=100,
     )
     rows: dict[str, dict[str, float]] = {}
     entries = zoo_encoders()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from visexpert.experts.timm import last_map
 from visexpert.io.source import WEIGHT_FILES, ModelSource
 from visexpert.io.weights import fill_module, read_source
 from visexpert.vision.positions import fit_positions
-from visexpert.vision.published import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES, shared_preparation
+from visexpert.vision.published import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES, described_by, shared_preparation
 
 OWNER = "OpenClipExpert"
 STUB_TEXT = {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 1, "layers": 1}
@@ -29,8 +30,9 @@ class OpenClipExpert(MapExpert):
     The final norm is in them unless it stands behind the pooling (CLIPA, CoCa).
 
     Where the weights bring an ``open_clip_config.json`` (a folder or hub id), network, activation, normalization and
-    interpolation are as it says, whatever ``model`` is. Else they are those of the tag; of a file, those that all
-    published weights of ``model`` share.
+    interpolation are as it says, whatever ``model`` is; it is also read beside a file that is called as open_clip
+    publishes it. Else they are those of the tag; of a file, those that all published weights of ``model`` share, and
+    one is refused where they share no mean.
 
     Args:
         model: Name in ``open_clip.list_models()``, such as ``convnext_xxlarge``.
@@ -56,8 +58,8 @@ class OpenClipExpert(MapExpert):
         interpolation: Interpolation | None = None,
         licence: str | None = None,
     ) -> None:
-        own_settings = own_of(weights)
-        settings, tagged = own_settings or named(model, weights)
+        own_settings = own_of(weights, model)
+        settings, tagged = own_settings or named(model, weights, framing=framing)
         vision = settings["vision_cfg"]
         recipe = InputRecipe(
             image_size=side_of(vision), framing=framing_of(tagged),
@@ -77,6 +79,7 @@ class OpenClipExpert(MapExpert):
         self.source = self_source
         self.described = own_settings is not None or "hf_hub" in tagged or self_source is None or not self_source.repo
         self.settings = settings, tagged
+        self.framing = framing
 
     @property
     def weights_from(self) -> str | None:
@@ -94,23 +97,36 @@ class OpenClipExpert(MapExpert):
         found = read_source(self.source, owner=OWNER, names=(*OPEN_CLIP_FILES, *WEIGHT_FILES))
         if not self.described:
             self._check_own()
-        visual = self.network.get_submodule("visual")
         tower = {k.removeprefix("visual."): v for k, v in found.tensors.items() if k.startswith("visual.")}
         if not tower:
             raise WeightsError(
                 f"{OWNER}: {found.path} holds no image tower of open_clip ('visual. ...'); give another."
             )
-        fill_module(visual, fit_positions(tower, visual.state_dict(), antialias=True), owner=OWNER, path=found.path)
+        visual = self.network.get_submodule("visual")
+        fill_module(visual, self._fitted(tower, visual, found.path), owner=OWNER, path=found.path)
+
+    def _fitted(self, tower: dict[str, Tensor], visual: nn.Module, path: Path) -> dict[str, Tensor]:
+        """Weights for images of another size, as open_clip fits them; timm's trunks do it themselves, once filled."""
+        settings, size = self.settings[0], self.recipe.image_size
+        own = side_of(settings["vision_cfg"])
+        if size == own or "timm_model_name" not in settings["vision_cfg"]:
+            return fit_positions(tower, visual.state_dict(), antialias=True)
+        filled: Any = build({**settings, "quick_gelu": False}, own)
+        fill_module(filled, tower, owner=OWNER, path=path)
+        filled.set_input_size(size)
+        state: dict[str, Tensor] = filled.state_dict()
+        return state
 
     def _check_own(self) -> None:
         """Compare a repository's own configuration, here only now, with what the network was built from."""
         assert self.source is not None
         with suppress(WeightsError):  # not every repository has one
             self.source.fetch(OPEN_CLIP_CONFIG, owner=OWNER)
-        own = own_of(self.source.text)
+        own = own_of(self.source.text, None)
         if own is None:
             return
-        same = all(_plain(own[1][key]) == _plain(self.settings[1][key]) for key in ("mean", "std", "interpolation"))
+        keys = ("mean", "std", "interpolation", *(("resize_mode",) if self.framing == "own" else ()))
+        same = all(_plain(own[1][key]) == _plain(self.settings[1][key]) for key in keys)
         vision, quick = own[0]["vision_cfg"], own[0].get("quick_gelu", False)
         if not same or vision != self.settings[0]["vision_cfg"] or quick != self.settings[0].get("quick_gelu", False):
             raise ConfigError(
@@ -149,16 +165,22 @@ class OpenClipMap(nn.Module):
         return map_BEHW  # type: ignore[no-any-return]
 
 
-def own_of(weights: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+def own_of(weights: str, model: str | None) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """What an open_clip folder or repository says of itself in the form of :func:`named`; None where it is not here.
+
+    Args:
+        weights: See :class:`OpenClipExpert`.
+        model: Whose tag ``weights`` may be; None where it is none.
 
     Raises:
         WeightsError: Its file cannot be read, or describes no image tower.
     """
+    from open_clip.pretrained import get_pretrained_cfg
     from open_clip.transform import PreprocessCfg
 
-    source = None if weights == RANDOM or "/" not in weights else ModelSource.parse(weights)
-    written = None if source is None else source.read_json(OPEN_CLIP_CONFIG, owner=OWNER)
+    if weights == RANDOM or (model is not None and get_pretrained_cfg(model, weights)):
+        return None
+    written = described_by(ModelSource.parse(weights)).read_json(OPEN_CLIP_CONFIG, owner=OWNER)
     if written is None:
         return None
     settings = written.get("model_cfg")
@@ -173,11 +195,12 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else value
 
 
-def named(model: str, weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def named(model: str, weights: str, *, framing: Framing) -> tuple[dict[str, Any], dict[str, Any]]:
     """open_clip's settings of a model, and of the weights of a tag; those it takes for granted where they are no tag.
 
     Raises:
-        ConfigError: There is no such model.
+        ConfigError: There is no such model, or its published weights want images prepared in several ways and nothing
+            says which of them a file holds.
     """
     from open_clip import get_model_config, list_models
     from open_clip.pretrained import get_pretrained_cfg
@@ -187,10 +210,13 @@ def named(model: str, weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if settings is None:
         near = get_close_matches(model, list_models(), n=3)
         raise ConfigError(f"{OWNER}: open_clip has no model {model!r}; the nearest are {near}.")
-    return dict(settings), {
-        **vars(PreprocessCfg()),
-        **(get_pretrained_cfg(model, weights) or shared_preparation(model)),
-    }
+    tagged = get_pretrained_cfg(model, weights)
+    if not tagged:
+        # A repository says it itself once it is here, see _check_own.
+        lone = weights != RANDOM and ModelSource.parse(weights).repo is None
+        read = ("mean", "std", "resize_mode") if framing == "own" else ("mean", "std")
+        tagged = shared_preparation(model, needed=read if lone else (), owner=OWNER)
+    return dict(settings), {**vars(PreprocessCfg()), **tagged}
 
 
 def side_of(vision: Mapping[str, Any]) -> int:
@@ -225,7 +251,7 @@ def build(settings: Mapping[str, Any], image_size: int) -> nn.Module:
         vision = {**settings["vision_cfg"], "image_size": image_size}
     try:
         visual: Any = CLIP(settings["embed_dim"], vision, STUB_TEXT, quick_gelu=settings["quick_gelu"]).visual
-        if "timm_model_name" in vision and image_size != vision.get("image_size"):
+        if "timm_model_name" in vision and image_size != side_of(vision):
             visual.set_input_size(image_size)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"{OWNER}: open_clip cannot build this model at {image_size} px ({error}).") from error

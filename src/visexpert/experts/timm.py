@@ -99,9 +99,10 @@ class TimmExpert(MapExpert):
                 self.model_name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes, **self.arguments
             )
         except (RuntimeError, KeyError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason, size, own = " ".join(str(error).split())[:300], self.recipe.image_size, settings["input_size"][-1]
+            at, step = ("", "") if size == own else (f" at {size} px", f", or the image_size {own} that it is made for")
             raise WeightsError(
-                f"{OWNER}: the weights in {found.path} do not fit {self.model_name} ({reason}); use its own."
+                f"{OWNER}: the weights in {found.path} do not fit {self.model_name}{at} ({reason}); use its own{step}."
             ) from error
         model.reset_classifier(0)
         adapted: nn.Module = model

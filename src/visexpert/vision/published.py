@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -146,6 +146,8 @@ def describe_clip(
     if own is not None and given is not None:
         _must_agree(given.fields, own.fields, files)
     found = own or given
+    if own is None and architecture is not None and files.repo is None:
+        shared_preparation(architecture, needed=("mean", "std"))
     if files.file is not None and (keys := state_keys(files.file)) is not None:
         check_keys(keys, files.file)
     if found is None:
@@ -164,9 +166,15 @@ def known_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config)
 
 
+def described_by(files: ModelSource) -> ModelSource:
+    """Where a configuration of open_clip would lie: beside a file that is called as open_clip publishes it."""
+    file = files.file
+    return files if file is None or file.name not in OPEN_CLIP_FILES else replace(files, path=file.parent)
+
+
 def _own_config(files: ModelSource) -> PublishedClip | None:
     """What the files say of themselves, in open_clip's form or in that of transformers."""
-    written = files.read_json(OPEN_CLIP_CONFIG, owner=OWNER)
+    written = described_by(files).read_json(OPEN_CLIP_CONFIG, owner=OWNER)
     if written is not None:
         prepared = written.get("preprocess_cfg") or {}
         return _from_open_clip(written.get("model_cfg") or {}, prepared, files)
@@ -222,15 +230,30 @@ def _named(name: str, tag: str | None) -> PublishedClip:
     return replace(_from_open_clip({**model_cfg, "quick_gelu": quick}, prepared, files), own=tag is not None)
 
 
-def shared_preparation(name: str) -> dict[str, Any]:
-    """How images are prepared for an open_clip model by name: what all its published weights have in common."""
+def shared_preparation(name: str, *, needed: Collection[str] = (), owner: str = OWNER) -> dict[str, Any]:
+    """How images are prepared for an open_clip model by name: what all its published weights have in common.
+
+    Args:
+        name: The model.
+        needed: Settings that they must have in common, among ``mean``, ``std``, ``interpolation``, ``resize_mode``.
+        owner: Who asks, for messages.
+
+    Raises:
+        ConfigError: They differ in one of those.
+    """
     from open_clip import list_pretrained_tags_by_model
     from open_clip.pretrained import get_pretrained_cfg
 
     tagged = [get_pretrained_cfg(name, tag) for tag in list_pretrained_tags_by_model(name)]
     keys = ("mean", "std", "interpolation", "resize_mode")
-    shared = {key: tagged[0][key] for key in keys if tagged and key in tagged[0]}
-    return {key: value for key, value in shared.items() if all(other.get(key) == value for other in tagged)}
+    values = {key: list({str(each.get(key)): each.get(key) for each in tagged}.values()) for key in keys}
+    for key in needed:
+        if len(values[key]) > 1:
+            raise ConfigError(
+                f"{owner}: the published weights of {name} have several values of {key} ({values[key]}), and nothing "
+                f"says which is this file's; name a tag instead, or give a folder with its {OPEN_CLIP_CONFIG}."
+            )
+    return {key: found[0] for key, found in values.items() if len(found) == 1 and found[0] is not None}
 
 
 def _from_open_clip(

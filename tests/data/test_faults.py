@@ -12,7 +12,7 @@ from tests.data.recorder import Recorder, trainer
 from visexpert.data import COCOCaptions
 from visexpert.data.annotations import read_json, read_json_lines, read_json_list
 from visexpert.data.faults import FaultLog
-from visexpert.data.needs import missing_images
+from visexpert.data.needs import TokenizerNeed, missing_images
 from visexpert.data.tokenizers import load_tokenizer
 from visexpert.errors import DataError, WeightsError
 from visexpert.types import Skipped
@@ -118,6 +118,8 @@ def test_tokenizers_that_are_not_there(tmp_path: Path) -> None:
         load_tokenizer("lmsys/vicuna-7b-v1.5")
     with pytest.raises(WeightsError, match="no tokenizer.json, .* in "):
         load_tokenizer(str(tmp_path))
+    for name in ("hf:../x", "lmsys/vicuna-7b-v1.5", str(tmp_path)):  # data check goes on behind each
+        assert TokenizerNeed(name).found is None and name in TokenizerNeed(name).sentence
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(WeightsError, match="cannot be read"):
         load_tokenizer(str(tmp_path))

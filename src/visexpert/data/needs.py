@@ -7,9 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from visexpert.data.tokenizers import FILES, OWNER
+from visexpert.data.tokenizers import find_tokenizer
 from visexpert.errors import DataError, WeightsError
-from visexpert.io.source import ModelSource
 
 
 @dataclass(frozen=True)
@@ -44,27 +43,24 @@ class Need:
 
 @dataclass(frozen=True)
 class TokenizerNeed:
-    """A tokenizer that must be in a folder or in the hub's local cache.
+    """A tokenizer that must be on this machine.
 
     Args:
-        name: Folder or id.
+        name: As :meth:`~visexpert.io.source.ModelSource.parse` reads it.
     """
 
     name: str
 
     @property
     def found(self) -> Path | None:
-        """Its file, where it is there.
-
-        Raises:
-            WeightsError: The name can be no source.
-        """
-        return ModelSource.parse(self.name).find(*FILES)
+        """Its file, where it is there."""
+        found = find_tokenizer(self.name)
+        return found if isinstance(found, Path) else None
 
     @property
     def sentence(self) -> str:
         """What is missing, where it was looked for, and how to get it."""
-        return str(ModelSource.parse(self.name).absent(*FILES, owner=OWNER))
+        return str(find_tokenizer(self.name))
 
 
 def require(needs: Iterable[Need | TokenizerNeed], *, source: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visexpert.errors import WeightsError
@@ -13,7 +14,14 @@ if TYPE_CHECKING:
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """A tokenizer has at least one of these."""
 
-OWNER = "tokenizer"
+
+def find_tokenizer(name: str) -> Path | WeightsError:
+    """A file of a tokenizer, where it is on this machine; else the error that says what is missing."""
+    try:
+        source = ModelSource.parse(name)
+    except WeightsError as error:
+        return error
+    return source.find(*FILES) or source.absent(*FILES, owner="tokenizer")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -27,10 +35,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    source = ModelSource.parse(name)
-    found = source.find(*FILES)
-    if found is None:
-        raise source.absent(*FILES, owner=OWNER)
+    found = find_tokenizer(name)
+    if isinstance(found, WeightsError):
+        raise found
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             found.parent, local_files_only=True, use_fast=True, trust_remote_code=False

@@ -28,7 +28,7 @@ from visexpert.experts import FeatureCache, VisionExpert
 from visexpert.io.weights import cache_root
 from visexpert.language import CrossAttentionDecoder
 from visexpert.methods import ToVE
-from visexpert.methods.optimiser import make_groups
+from visexpert.optim import make_groups
 from visexpert.report.machine import describe_machine
 from visexpert.tabletop import TabletopData, TinyExpert
 from visexpert.vision import ClipEncoder

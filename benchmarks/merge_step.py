@@ -19,7 +19,7 @@ from rich.table import Table
 from benchmarks.step_time import seconds_per_step
 from visexpert.methods import MergeSettings, Merging, MergingOptimizer, ToVE
 from visexpert.methods.cost import first_images, measure_cost
-from visexpert.runs import open_run
+from visexpert.runs import load_run
 
 TOKENS, TEXT, BOTH = MergeSettings(), MergeSettings(token_weight=0.0, lm_weight=1.0), MergeSettings(lm_weight=0.33)
 FROZEN, TRAINED = MergingOptimizer(), MergingOptimizer(language_lr=1e-3)
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each kind (default: 7)")
     parser.add_argument("--steps", type=int, default=10, help="steps per round (default: 10)")
     options = parser.parse_args()
-    saved = open_run(options.run)
+    saved = load_run(options.run)
     assert isinstance(saved.model, ToVE)
     students = {
         name: Merging(teacher=saved.model, merging=merging, optimizer=optimizer)

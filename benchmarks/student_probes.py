@@ -26,7 +26,7 @@ from visexpert.grids import resample_tokens
 from visexpert.losses import across_image_variance
 from visexpert.metrics.probes import ridge_r2
 from visexpert.metrics.token_probes import TokenProbes, cell_targets
-from visexpert.runs import SavedRun, open_run
+from visexpert.runs import SavedRun, load_run
 from visexpert.tabletop import TinyExpert
 from visexpert.types import Batch
 from visexpert.vision import ClipEncoder
@@ -57,7 +57,7 @@ def ensure(folder: Path, *, again: bool = False) -> Mapping[str, float]:
     """A run's probes, computed where they are missing, or again."""
     path = folder / FILE
     if again or not path.is_file():
-        scores = probe(open_run(folder))
+        scores = probe(load_run(folder))
         path.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     loaded: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
     return loaded
@@ -71,7 +71,7 @@ def probe(run: SavedRun) -> dict[str, float]:
     clip = run.model.clip
     assert isinstance(clip, ClipEncoder)
     batches = _images(run)
-    tokens = torch.cat([clip(batch.unit_images()).tokens_BTD for batch in batches])
+    tokens = torch.cat([clip(batch.images_01()).tokens_BTD for batch in batches])
     probes = TokenProbes(max_images=IMAGES)
     start = 0
     for batch in batches:
@@ -146,7 +146,7 @@ def _teacher(name: str, run: SavedRun, grid_hw: tuple[int, int]) -> Tensor:
         expert = TinyExpert(source=f"zoo:{name}")
         expert.load_weights()
         expert.eval()
-        tokens = [resample_tokens(expert(b.unit_images()).tokens_BSE, expert.grid_hw, grid_hw) for b in _images(run)]
+        tokens = [resample_tokens(expert(b.images_01()).tokens_BSE, expert.grid_hw, grid_hw) for b in _images(run)]
         _TEACHERS[name] = torch.cat(tokens)
     return _TEACHERS[name]
 
@@ -156,7 +156,7 @@ def _scale() -> float:
     """Mean variance of the start CLIP's channels over the test images."""
     clip = ClipEncoder(source="zoo:clip", layer=-2)
     clip.load_weights()
-    tokens = torch.cat([clip.eval()(batch.unit_images()).tokens_BTD for batch in _BATCHES[0]])
+    tokens = torch.cat([clip.eval()(batch.images_01()).tokens_BTD for batch in _BATCHES[0]])
     return float(tokens.flatten(0, 1).var(0).mean())
 
 

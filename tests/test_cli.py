@@ -19,7 +19,7 @@ from visexpert.cli import main
 from visexpert.io.checkpoints import load_checkpoint
 from visexpert.methods.start import start_from
 from visexpert.report import read_metrics
-from visexpert.runs import open_run
+from visexpert.runs import load_run
 from visexpert.training import explain
 from visexpert.types import Batch
 
@@ -225,11 +225,11 @@ def test_folders_of_shards_are_read_by_every_command(
             as_fsdp(file, last)
         else:
             as_deepspeed(file, last, monkeypatch)
-        saved = open_run(folder)  # as export, detach, merge, caption and serve do
+        saved = load_run(folder)  # as export, detach, merge, caption and serve do
         assert saved.steps == 8
         state = saved.model.state_dict()
         assert all(torch.equal(state[key], value) for key, value in plain.items())
-        method = open_run(copy_run(run, tmp_path / f"{engine}-start")).model
+        method = load_run(copy_run(run, tmp_path / f"{engine}-start")).model
         torch.nn.init.zeros_(next(method.parameters()))
         start_from(method, str(last))
         assert all(torch.equal(method.state_dict()[key], value) for key, value in plain.items())

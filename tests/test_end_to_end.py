@@ -63,9 +63,9 @@ def captioned(run: Path, image: Path, prompt: str, capsys: pytest.CaptureFixture
 
 def tokens_of(run: Path, image_BCHW: torch.Tensor) -> torch.Tensor:
     """What the CLIP of a run gives its language side, before the projector."""
-    from visexpert.runs import open_run
+    from visexpert.runs import load_run
 
-    model: Any = open_run(run).model
+    model: Any = load_run(run).model
     with torch.no_grad():
         tokens: torch.Tensor = model.clip(image_BCHW).tokens_BTD
     return tokens

@@ -27,11 +27,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from tests.two_processes import in_two_processes
 from visexpert.callbacks.figures import RunFigures
 from visexpert.cli import main
+from visexpert.export.flattening import Flattening
 from visexpert.language.projector import Projector
 from visexpert.methods import Method
 from visexpert.methods.evaluation import EvalOutput
-from visexpert.methods.flattening import Flattening
-from visexpert.methods.optimiser import adamw
+from visexpert.optim import adamw
 from visexpert.precision import ClippedModule, clip_gradients, convert_records
 from visexpert.tabletop.zoo.base import ZooModule
 from visexpert.transfer.gate import TokenGate
@@ -95,7 +95,7 @@ def test_pixels_stay_bytes_until_an_encoder_scales_them(plugin: Precision, dtype
     with plugin.forward_context():
         found = plugin.convert_input(batch_of(pixels))
         assert torch.equal(found.images_BCHW, pixels)
-        assert torch.equal(found.unit_images(), pixels.to(torch.float32) / 255)
+        assert torch.equal(found.images_01(), pixels.to(torch.float32) / 255)
 
 
 def test_what_meets_weights_is_cast_to_theirs() -> None:

@@ -26,7 +26,7 @@ from visexpert.methods import Method, ToVE
 from visexpert.methods.evaluation import decode
 from visexpert.methods.finite import FILE as NOT_FINITE
 from visexpert.report import read_metrics
-from visexpert.runs import open_run
+from visexpert.runs import load_run
 
 SMOKE = Path(__file__).parents[1] / "configs" / "tove" / "smoke.yaml"
 
@@ -290,7 +290,7 @@ def test_a_second_process_in_a_folder_is_refused_before_anything_is_written(
 def test_a_second_phase_in_its_folder_is_refused(
     whole: Path, capsys: pytest.CaptureFixture[str], command: str, name: str
 ) -> None:
-    extra = ["--min_worth", "0"] if command == "detach" else ["--steps", "1"]
+    extra = ["--min_contribution", "0"] if command == "detach" else ["--steps", "1"]
     with hold(whole, name):
         assert f"'{whole / name}'" in refused([command, str(whole), *extra], capsys)
     assert not (whole / name).exists()
@@ -305,7 +305,7 @@ def test_predict_writes_one_line_for_each_text_of_the_test_images(
     assert [line["row"] for line in lines] == sorted(line["row"] for line in lines)
     assert {line["row"] for line in lines} == set(range(8)) and {line["split"] for line in lines} == {"test"}
     assert {line["kind"] for line in lines} == {"dense", "relation", "vsr", "vqa", "pope"}
-    saved = open_run(whole)
+    saved = load_run(whole)
     saved.data.prepare_data()
     saved.data.setup("test")
     first = next(iter(saved.data.test_dataloader()))
@@ -362,7 +362,7 @@ def test_users_loggers_work_beside_the_runs_own(
     saved = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["trainer"]["logger"]
     assert [entry["class_path"] for entry in saved] == ["lightning.pytorch.loggers.TensorBoardLogger"]
     main(["validate", "--run", str(run)])
-    assert (boards / "tove" / "version_1").is_dir() and open_run(run).steps == 4
+    assert (boards / "tove" / "version_1").is_dir() and load_run(run).steps == 4
 
 
 @pytest.mark.parametrize("logger", ["true", "false"])

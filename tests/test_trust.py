@@ -21,7 +21,7 @@ from visexpert import trust
 from visexpert.cli import main
 from visexpert.data import CC3M
 from visexpert.errors import ConfigError, WeightsError
-from visexpert.runs import open_run
+from visexpert.runs import load_run
 from visexpert.training import VisexpertCLI
 from visexpert.trust import Granted, grant, guarded, refuse_strangers, take
 
@@ -135,7 +135,7 @@ def test_a_class_of_a_run_from_elsewhere_is_refused(
     folder = hostile(tmp_path, change={key: value})
     name = next(part for part in yaml.safe_dump(value).split() if "." in part)
     with pytest.raises(ConfigError, match=f"config.yaml names '{name}'.*--trust"):
-        open_run(folder)
+        load_run(folder)
     message = refused(["validate", "--run", str(folder)], capsys)
     assert f"names '{name}'" in message and "--trust" in message
     assert not marker.exists() and "stranger" not in sys.modules
@@ -189,7 +189,7 @@ def test_a_comparison_reads_a_foreign_configuration_as_plain_values(tmp_path: Pa
     with pytest.raises(SystemExit):
         main(["compare", str(folder), "--out", str(tmp_path / "out")])
     with pytest.raises(ConfigError):
-        open_run(folder)
+        load_run(folder)
     with pytest.raises(SystemExit):
         main(["validate", "--run", str(folder)])
     assert not marker.exists()
@@ -202,7 +202,7 @@ def test_a_part_in_another_file_is_looked_at(
     part.write_text("class_path: stranger.MyExpert\ninit_args: {arch: {kind: vit}}\n", encoding="utf-8")
     folder = hostile(tmp_path, change={f"{ARGUMENTS}.experts.semantic": str(part)})
     with pytest.raises(ConfigError):
-        open_run(folder)
+        load_run(folder)
     refused(["validate", "--run", str(folder)], capsys)
     assert not marker.exists()
 
@@ -332,7 +332,7 @@ def test_trust_goes_from_the_command_line_to_the_run(
     message = refused(["detach", str(folder), "--keep", "1", "--trust", "stranger"], capsys)
     assert "does not fit" in message and marker.exists()  # past the classes, and at the empty checkpoint
     with pytest.raises(WeightsError, match="does not fit"):
-        open_run(folder, trust=["stranger"])
+        load_run(folder, trust=["stranger"])
 
 
 def test_a_fit_trusts_the_configuration_that_its_user_gives(

@@ -11,7 +11,7 @@ from PIL import Image
 
 from visexpert.cli import main
 from visexpert.methods import ToVE
-from visexpert.runs import open_run
+from visexpert.runs import load_run
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "tove"
 
@@ -59,6 +59,6 @@ def test_from_fit_to_caption(
 
 
 def tove(folder: Path) -> ToVE:
-    model = open_run(folder).model
+    model = load_run(folder).model
     assert isinstance(model, ToVE)
     return model

@@ -47,7 +47,7 @@ class SavedRun:
         return self.data.tokenizer  # type: ignore[attr-defined]
 
 
-def open_run(folder: str | Path, *, trust: Sequence[str] = ()) -> SavedRun:
+def load_run(folder: str | Path, *, trust: Sequence[str] = ()) -> SavedRun:
     """Build what a run's ``config.yaml`` names and fill it from ``checkpoints/last.ckpt``.
 
     Args:
@@ -105,7 +105,7 @@ def build(
         config: Mapping with ``model`` and ``data``.
         path: Its file, for messages.
         foreign: It may be anyone's: refuse classes that are neither known nor trusted.
-        trust: See :func:`open_run`.
+        trust: See :func:`load_run`.
 
     Raises:
         ConfigError: A class or a setting is not known (any more), or is not trusted.

@@ -224,7 +224,7 @@ class VisexpertCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Settle the start; let phases (detachment, merging) wait for the scores of the whole model."""
-        self.settle_start()
+        self.resolve_start()
         self._occupy()
         self._clear()
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -233,7 +233,7 @@ class VisexpertCLI(LightningCLI):
 
     def before_validate(self) -> None:
         """Settle what weights are scored."""
-        self.settle_start()
+        self.resolve_start()
         self._occupy()
 
     before_test = before_validate
@@ -288,7 +288,7 @@ class VisexpertCLI(LightningCLI):
             and next(self._run.glob("hpc_ckpt_*.ckpt"), None) is not None
         )
 
-    def settle_start(self) -> None:
+    def resolve_start(self) -> None:
         """Leave the start (``init_from``) alone where a checkpoint replaces it; else see that it is there.
 
         Before Lightning prepares data, which may take minutes. ``last`` becomes the run's newest whole checkpoint;

@@ -403,7 +403,7 @@ class Batch(TensorRecord):
         images = len(self) if self.has_image_B is None else sum(self.has_image_B.tolist())
         return {"token": 0 if self.text is None else self.text.facts.num_supervised, "image": images}
 
-    def unit_images(self) -> Tensor:
+    def images_01(self) -> Tensor:
         """The images as encoders take them: (B, 3, H, W), in [0, 1], float32 or better; scaled once a batch.
 
         Encoders resize and normalize at this precision and cast to that of their weights last.

@@ -24,7 +24,7 @@ from visexpert.callbacks.subsets import SubsetTiming, run_once
 from visexpert.errors import ConfigError
 from visexpert.methods import ToVE
 from visexpert.methods.cost import first_images, measure_cost
-from visexpert.runs import build, open_run
+from visexpert.runs import build, load_run
 from visexpert.tabletop import TabletopData
 from visexpert.types import Batch, VisionTokens
 
@@ -105,9 +105,9 @@ def test_every_subset_is_in_the_table_and_the_lowest_loss_of_its_size_is_kept(do
     assert tuple(done.facts["kept"]) == min(single, key=lambda subset: single[subset])
     assert len(set(losses.values())) == 8  # every expert says something
     assert sorted([*done.facts["kept"], *done.facts["detached"]]) == sorted(NAMES)
-    for worth in done.facts["worths"]:
-        without = tuple(name for name in NAMES if name != worth["expert"])
-        assert worth["loss"] == pytest.approx(losses[without] - losses[NAMES])
+    for contribution in done.facts["contributions"]:
+        without = tuple(name for name in NAMES if name != contribution["expert"])
+        assert contribution["loss"] == pytest.approx(losses[without] - losses[NAMES])
 
 
 def test_what_is_left_equals_running_with_the_others_detached_to_the_bit(done: Done) -> None:
@@ -133,7 +133,7 @@ def test_detached_experts_are_gone_from_model_and_checkpoint(done: Done, tmp_pat
 def test_the_folder_is_a_runs(done: Done) -> None:
     files = {str(path.relative_to(done.out)) for path in done.out.rglob("*") if path.is_file()}
     expected = {"metrics.json", "environment.json", "detachment.json", "detachment.md", "checkpoints/last.ckpt"}
-    assert expected | {"figures/pareto.png", "figures/worth.png"} <= files
+    assert expected | {"figures/pareto.png", "figures/contribution.png"} <= files
     metrics = json.loads((done.out / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["test/nll/nll"] > 0
     assert metrics["cost/parameters_inference"] == sum(p.numel() for p in done.model.parameters())
@@ -168,7 +168,7 @@ def test_gflop_are_those_of_the_model_with_the_others_detached(done: Done) -> No
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """No figures, which take longer than the tiny model."""
     monkeypatch.setattr(module, "pareto_figure", lambda *arguments, **options: None)
-    monkeypatch.setattr(module, "worth_figure", lambda *arguments, **options: None)
+    monkeypatch.setattr(module, "contribution_figure", lambda *arguments, **options: None)
     monkeypatch.setattr(phase, "RunFigures", L.Callback)
 
 
@@ -186,7 +186,7 @@ def test_each_criterion_holds(tmp_path: Path, done: Done) -> None:
     data, model = scenes(), trained()
     for criterion, kept in (
         ({"latency_budget": budget, "budget_measure": "gflop"}, best),
-        ({"min_worth": price, "search": "exhaustive"}, priced),
+        ({"min_contribution": price, "search": "exhaustive"}, priced),
     ):
         work = ExpertDetachment(**criterion, **QUICK)
         assert work._find(model, data, tmp_path, CPU) == kept
@@ -246,7 +246,7 @@ def test_a_killed_detachment_is_not_finished_and_goes_on(tmp_path: Path, monkeyp
         work.apply(trained(), scenes(), tmp_path, CPU)
     kept = facts_of(tmp_path / "detached")["kept"]
     with pytest.raises(ConfigError):
-        open_run(tmp_path / "detached")
+        load_run(tmp_path / "detached")
     monkeypatch.setattr(module, "choose", die)  # what was found is not searched for again
     first, again = trained(), trained()
     out = work.apply(first, scenes(), tmp_path, CPU)
@@ -286,10 +286,10 @@ def test_it_follows_a_fit_and_reads_the_runs_feature_cache(tmp_path: Path) -> No
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_saved_detached_run_opens_and_says_what_the_table_says(tmp_path: Path, zoo_run: Path) -> None:
-    run = open_run(zoo_run)
+    run = load_run(zoo_run)
     assert isinstance(run.model, ToVE)
     out = ExpertDetachment(keep=1, **QUICK).apply(run.model, run.data, zoo_run, CPU)
-    facts, opened = facts_of(out), open_run(out)
+    facts, opened = facts_of(out), load_run(out)
     assert isinstance(opened.model, ToVE)
     assert opened.model.hub.names == tuple(facts["kept"]) and opened.steps == 5
     assert isinstance(opened.data, TabletopData)

@@ -30,7 +30,7 @@ class Viewed:
         probs_BLHWE[:, :, 0, 0] = torch.tensor([0.6, 0.3, 0.1])
         routing = RoutingViews((0, 2), probs_BLHWE, probs_BLHWE.argmax(-1)) if self.routed else None
         shares_BHW = torch.full((2, 2, 2), 0.25)
-        return EncoderViews(batch.unit_images(), {"clip": shares_BHW, "student": shares_BHW}, routing)
+        return EncoderViews(batch.images_01(), {"clip": shares_BHW, "student": shares_BHW}, routing)
 
 
 def batch() -> Batch:

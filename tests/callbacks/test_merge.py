@@ -19,7 +19,7 @@ from visexpert.cli import main
 from visexpert.commands.export_mole import sources_of
 from visexpert.errors import ConfigError, DataError, WeightsError
 from visexpert.methods import MergeSettings, MergingOptimizer, ToVE
-from visexpert.runs import open_run
+from visexpert.runs import load_run
 from visexpert.vision import equipped_blocks
 
 SMOKE = Path(__file__).parents[2] / "configs" / "tove" / "smoke.yaml"
@@ -67,7 +67,7 @@ def test_a_merged_run_is_a_run_of_a_plain_clip(run: Path) -> None:
     names = {path.name for path in merged.iterdir()}
     assert {"config.yaml", "metrics.csv", "metrics.json", "merge.json", "environment.json", "checkpoints"} <= names
     assert [path.name for path in (merged / "checkpoints").iterdir()] == ["last.ckpt"]
-    saved, teacher = open_run(merged), open_run(run)
+    saved, teacher = load_run(merged), load_run(run)
     assert isinstance(saved.model, ToVE) and saved.model.hub.names == () and saved.steps == 8 + 6
     before, after = (model.clip.state_dict() for model in (teacher.model, saved.model))
     assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
@@ -105,7 +105,7 @@ def test_a_killed_merge_goes_on_where_it_was(run: Path, tmp_path: Path, adaptati
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PhaseSettings, "trainer", deadly)
-        saved = open_run(run)
+        saved = load_run(run)
         how, rates = MergeSettings(adaptation=adaptation), MergingOptimizer(warmup_steps=2)
         phase = KnowledgeMerging(steps=6, merging=how, optimizer=rates, eval_every=3, checkpoint_every=2)
         assert isinstance(saved.model, ToVE)
@@ -113,7 +113,7 @@ def test_a_killed_merge_goes_on_where_it_was(run: Path, tmp_path: Path, adaptati
             phase.apply(saved.model, saved.data, run, settings)
     assert [path.name for path in (run / "merged" / "checkpoints").iterdir()] == ["training.ckpt"]
     with pytest.raises(ConfigError, match=r"config\.yaml"):
-        open_run(run / "merged")  # nothing looks whole
+        load_run(run / "merged")  # nothing looks whole
     main(["merge", str(run), *MERGE, "--merging.adaptation", adaptation])
     expected, got = weights(whole / "merged"), weights(run / "merged")
     assert expected.keys() == got.keys()
@@ -131,7 +131,7 @@ def test_a_merge_into_mole_is_a_run_that_opens_and_is_scored_and_exported(run: P
     main(["test", "--run", str(merged)])
     again = json.loads((merged / "metrics.json").read_text(encoding="utf-8"))
     assert again["test/nll/nll"] == pytest.approx(scores["test/nll/nll"], rel=1e-5)
-    saved = open_run(merged)
+    saved = load_run(merged)
     assert isinstance(saved.model, ToVE) and saved.model.hub.names == ()
     blocks = equipped_blocks(saved.model.clip)
     assert blocks and all(mole.fc1_experts.num_experts == 2 for mole in blocks.values())
@@ -168,7 +168,7 @@ def test_it_is_a_second_phase_of_a_fit(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "fit"
     main(["fit", "--config", str(SMOKE), "--config", str(overlay), "--run", str(folder)])
     assert "test/nll/nll" in json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    assert open_run(folder / "merged").steps == 8 + 4
+    assert load_run(folder / "merged").steps == 8 + 4
     assert "KnowledgeMerging" not in (folder / "merged" / "config.yaml").read_text(encoding="utf-8")
     main(["test", "--run", str(run), "--config", str(overlay)])  # and the same on a finished run
     expected, got = weights(folder / "merged"), weights(run / "merged")
@@ -195,24 +195,24 @@ def test_bad_settings_are_one_sentence(
 
 def test_folders_that_are_no_runs(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is no run: it has no config.yaml"):
-        open_run(tmp_path)
+        load_run(tmp_path)
     damaged = run / "checkpoints" / "last.ckpt"
     for other in damaged.parent.glob("step=*.ckpt"):  # else the newest of them is taken
         other.unlink()
     damaged.write_bytes(damaged.read_bytes()[:1000])
     with pytest.raises(WeightsError, match=r"last\.ckpt.*damaged"):
-        open_run(run)
+        load_run(run)
     damaged.unlink()
     with pytest.raises(ConfigError, match="has no checkpoint"):
-        open_run(run)
+        load_run(run)
     (run / "config.yaml").write_text("model: [", encoding="utf-8")
     damaged.touch()
     with pytest.raises(ConfigError, match="cannot be read"):
-        open_run(run)
+        load_run(run)
 
 
 def test_a_full_disk_leaves_no_half_checkpoint(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved = open_run(run)
+    saved = load_run(run)
 
     def full(checkpoint: object, path: Path) -> None:
         path.write_bytes(b"half")
@@ -225,7 +225,7 @@ def test_a_full_disk_leaves_no_half_checkpoint(run: Path, monkeypatch: pytest.Mo
 
 
 def test_an_opened_run_has_the_random_encoders_of_its_seed(run: Path) -> None:
-    first, second = open_run(run), open_run(run)
+    first, second = load_run(run), load_run(run)
     state, again = first.model.state_dict(), second.model.state_dict()
     assert any(key.startswith("hub.") for key in state)
     assert all(torch.equal(state[key], again[key]) for key in state)
@@ -259,11 +259,11 @@ def test_a_run_is_scored_though_the_run_that_it_started_from_is_gone(run: Path, 
     main(["test", "--run", str(second)])
     after = json.loads((second / "metrics.json").read_text(encoding="utf-8"))
     assert after["test/nll/nll"] == pytest.approx(before["test/nll/nll"], rel=1e-5)
-    assert open_run(second).steps == 8
+    assert load_run(second).steps == 8
 
 
 def test_null_steps_are_as_many_as_the_run_had(run: Path) -> None:
     main(["merge", str(run), "--steps", "null", "--optimizer.warmup_steps", "2", "--test", "false"])
     facts = json.loads((run / "merged" / "merge.json").read_text(encoding="utf-8"))
     assert facts["teacher_steps"] == 8 and facts["steps"] == 8
-    assert open_run(run / "merged").steps == 16
+    assert load_run(run / "merged").steps == 16

@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 
 from tests.methods.helpers import bare_trainer, tiny_tove
-from tests.methods.movekd_helpers import tiny_movekd
+from tests.methods.movekd.helpers import tiny_movekd
 from visexpert.callbacks import ExpertDetachment, KnowledgeMerging
 from visexpert.callbacks.phase import Phase
 from visexpert.errors import ConfigError

@@ -11,7 +11,7 @@ import yaml
 
 from visexpert.callbacks.phase import write_checkpoint
 from visexpert.cli import main
-from visexpert.runs import build, open_run
+from visexpert.runs import build, load_run
 
 QUICK = ["--timing_seconds", "0", "--timing_images", "2"]
 
@@ -74,7 +74,7 @@ def test_a_run_is_detached_by_the_command_and_scored_by_another(run: Path, capsy
     assert f"Kept: {facts['kept'][0]}; dropped: {facts['detached'][0]}; re-tuned for 2 steps" in told
     assert f"test/vqa/accuracy unknown before, {scored['test/vqa/accuracy']:.4g} after" in told
     assert f"visexpert merge {out}" in told
-    saved = open_run(out)
+    saved = load_run(out)
     assert saved.steps == 7
     assert list(saved.config["model"]["init_args"]["experts"]) == facts["kept"]
     assert len(facts["kept"]) == len(facts["detached"]) == 1
@@ -87,7 +87,7 @@ def test_a_run_is_detached_by_the_command_and_scored_by_another(run: Path, capsy
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "one criterion, but none was given; set one of min_worth, keep, latency_budget"),
+        ([], "one criterion, but none was given; set one of min_contribution, keep, latency_budget"),
         (["--keep", "3"], "keep is 3, but the model has 2 experts: depth, edges"),
         (["--latency_budget", "0.5"], "latency_budget is 0.5, but plain CLIP alone costs 1"),
         (["--kep", "1"], "There is no setting 'kep'; did you mean 'keep'"),

@@ -22,7 +22,7 @@ from visexpert.errors import ConfigError
 from visexpert.export import FORMATS, TOLERANCE, Dtype, Projection, Treatment
 from visexpert.export.prompt import QUESTION
 from visexpert.language import Decoding
-from visexpert.runs import build, open_run
+from visexpert.runs import build, load_run
 
 SMOKE = Path(__file__).parents[2] / "configs" / "tove" / "smoke.yaml"
 PREFIX: dict[str, Any] = {
@@ -96,7 +96,7 @@ def test_a_merged_run_becomes_a_llava_folder(tmp_path: Path, capsys: pytest.Capt
 
 def readme_answers_as_caption_does(run: Path, out: Path) -> None:
     """Execute the code of an exported LLaVA's README, and ask the run the same."""
-    saved = open_run(run)
+    saved = load_run(run)
     model: Any = saved.model
     side = model.clip.image_size
     pixels_HW3 = torch.randint(0, 256, (side, side, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -160,13 +160,13 @@ def test_the_folder_that_is_opened(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layers", [[-4], [0], [-1, 3]])
 def test_layers_that_the_clip_lacks_are_refused(layers: list[int], tmp_path: Path) -> None:
-    saved = open_run(write_run(tmp_path / "run"))
+    saved = load_run(write_run(tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"--layers .* is outside -3..-1 of a CLIP with 2 layers"):
         source_of(saved, layers, with_language=False)
 
 
 def test_licences_without_a_merge_are_those_of_the_experts_in_use(tmp_path: Path) -> None:
-    source = source_of(open_run(write_run(tmp_path / "run", use=["depth"])), None, with_language=False)
+    source = source_of(load_run(write_run(tmp_path / "run", use=["depth"])), None, with_language=False)
     assert source.licences == {"clip": "not stated", "expert depth": "Apache-2.0"}
     assert source.layers == (-2, -1) and source.pooled_trained is None
 
@@ -189,7 +189,7 @@ def test_whether_the_pooled_output_was_trained_is_read_from_the_weights(
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["state_dict"][f"clip.model.{changed}"] += 0.1
     torch.save(checkpoint, path)
-    source = source_of(open_run(run), None, with_language=False)
+    source = source_of(load_run(run), None, with_language=False)
     assert source.pooled_trained is trained and source.licences == {"clip": "MIT"}
 
 
@@ -201,7 +201,7 @@ def test_the_projection_that_stays_behind_is_told(tmp_path: Path) -> None:
     config.projection_dim = 12
     CLIPModel(config).save_pretrained(tmp_path / "clip")
     run = write_run(tmp_path / "run", clip={"source": str(tmp_path / "clip")})
-    source = source_of(open_run(run), None, with_language=False)
+    source = source_of(load_run(run), None, with_language=False)
     assert source.projection == Projection(12, str(tmp_path / "clip"))
     FORMATS["hf"].write(source, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["projection_dim"] == 12
@@ -222,7 +222,7 @@ def test_the_projection_that_stays_behind_is_told(tmp_path: Path) -> None:
     ],
 )
 def test_what_llava_has_no_place_for_is_named(settings: dict[str, Any], named: str, tmp_path: Path) -> None:
-    saved = open_run(write_run(tmp_path / "run", **settings))
+    saved = load_run(write_run(tmp_path / "run", **settings))
     with pytest.raises(ConfigError, match=f"--format llava has no place for {named}"):
         source_of(saved, None, with_language=True)
 

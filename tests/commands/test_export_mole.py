@@ -21,7 +21,7 @@ from visexpert.commands.export_images import FolderImages
 from visexpert.commands.export_mole import sources_of
 from visexpert.errors import ConfigError, DataError
 from visexpert.export.llava import check_language
-from visexpert.runs import SavedRun, build, open_run
+from visexpert.runs import SavedRun, build, load_run
 from visexpert.tabletop import TabletopData
 from visexpert.vision import UsageMeter, equipped_blocks, fold
 
@@ -54,7 +54,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 def opened(run: Path) -> tuple[SavedRun, Any]:
-    saved = open_run(run)
+    saved = load_run(run)
     model: Any = saved.model
     return saved, model.clip
 
@@ -82,9 +82,9 @@ def test_each_format_gets_what_it_has_a_place_for(
 def test_a_fold_is_by_the_use_on_validation_images(run: Path) -> None:
     saved, student = opened(run)
     meter = UsageMeter(student)
-    data: Any = open_run(run).data
+    data: Any = load_run(run).data
     for batch in data.image_dataloader("val"):
-        meter.update(batch.unit_images())
+        meter.update(batch.images_01())
     expected = fold(student, meter.usage()).state_dict()
     source = sources_of(saved, ["hf"], layers=None, treatment=None, flatten=(1, 1e-4))["hf"]
     for key, value in source.clip.state_dict().items():
@@ -103,7 +103,7 @@ def test_flattening_goes_on_from_the_fold(run: Path) -> None:
     assert not any(parameter.requires_grad for parameter in source.clip.parameters())
     assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
     with torch.no_grad():
-        images = next(iter(saved.data.val_dataloader())).unit_images()
+        images = next(iter(saved.data.val_dataloader())).images_01()
         ours, theirs = (clip(images).tokens_BTD for clip in (source.clip, student))
     centred = theirs - theirs.mean((0, 1))
     nmse = float((ours - theirs).square().sum() / centred.square().sum())
@@ -157,7 +157,7 @@ def test_a_fold_on_images_of_a_named_folder(run: Path, tmp_path: Path) -> None:
     assert source.mole.usage.num_images == 2
     meter = UsageMeter(student)
     for batch in FolderImages(tmp_path / "own", image_size=student.image_size).val_dataloader():
-        meter.update(batch.unit_images())
+        meter.update(batch.images_01())
     for block, gates_E in meter.usage().gates.items():
         torch.testing.assert_close(source.mole.usage.gates[block], gates_E)
     (tmp_path / "bad.yaml").write_text("seed_everything: 1")
@@ -194,7 +194,7 @@ def test_a_flattening_on_training_images_where_there_are_no_others(
     shutil.copytree(run, own)
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     (own / "config.yaml").write_text(yaml.safe_dump(config | {"data": training_only(tmp_path / "data")}))
-    source = sources_of(open_run(own), ["hf"], layers=None, treatment="flatten", flatten=(40, 3e-3))["hf"]
+    source = sources_of(load_run(own), ["hf"], layers=None, treatment="flatten", flatten=(40, 3e-3))["hf"]
     assert "The data has no validation images; training images are folded by" in caplog.text
     report = source.mole
     assert report is not None and report.images == "training" and report.steps == 40

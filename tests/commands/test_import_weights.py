@@ -16,7 +16,7 @@ from visexpert.cli import main
 from visexpert.commands.import_weights import run
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.methods import MoVEKD
-from visexpert.runs import open_run
+from visexpert.runs import load_run
 from visexpert.transfer import make_kd_head
 from visexpert.transfer.encoder_adapters import Teacher
 from visexpert.types import Batch, ExpertTokens
@@ -39,7 +39,7 @@ def imported(release: Release, folder: Path, *options: str) -> Path:
 
 
 def opened(out: Path) -> MoVEKD:
-    model = open_run(out).model
+    model = load_run(out).model
     assert isinstance(model, MoVEKD)
     return model
 

@@ -49,7 +49,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 def make(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Builds the model around a tiny random run."""
     run = captioner(tmp_path).run
-    monkeypatch.setattr(module, "open_run", lambda folder, trust=(): run)
+    monkeypatch.setattr(module, "load_run", lambda folder, trust=(): run)
 
     def build(**options: Any) -> Any:
         model = module.VisexpertModel("runs/tove", device="cpu", **options)

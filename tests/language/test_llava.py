@@ -60,7 +60,7 @@ def next_parts() -> tuple[Parts, Any]:
 
 def next_tokens(ours: Parts, batch: Batch) -> VisionTokens:
     views = views_of(ours.clip, batch)
-    return views.join(ours.see(views.batch.unit_images()))
+    return views.join(ours.see(views.batch.images_01()))
 
 
 @pytest.mark.parametrize("size", [(40, 90), (90, 40), (64, 64), (33, 57), (20, 30), (31, 100)])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.methods.helpers import bare_trainer, shake, tiny_tove
-from tests.methods.movekd_helpers import tiny_movekd
+from tests.methods.movekd.helpers import tiny_movekd
 from tests.methods.uneven import MODELS, STILL, ListData, batches_of, distance, gradients
 from tests.two_processes import in_two_processes
 from visexpert.errors import ConfigError

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.methods.helpers import bare_trainer, noise_batch, shake, tiny_experts, tiny_tove
-from tests.methods.movekd_helpers import tiny_movekd
+from tests.methods.movekd.helpers import tiny_movekd
 from visexpert.errors import WeightsError
 from visexpert.methods import Method, ToVE
 from visexpert.methods.columns import NAMES, experts_in

@@ -53,9 +53,9 @@ def test_the_store_saves_what_the_frozen_encoders_take(
     saved = cached_gflop(model, first_images(batch, 2))
     assert model.training and torch.equal(torch.random.get_rng_state(), before)
     with torch.no_grad(), step_counter() as counter:
-        model.clip(batch.unit_images())
+        model.clip(batch.images_01())
         for name in model.hub.names:
-            model.hub[name](batch.unit_images())
+            model.hub[name](batch.images_01())
     resampled = 0.02  # what a cached token grid was resampled by, beside the encoders themselves
     assert saved == pytest.approx(counter.get_total_flops() / len(batch) / 1e9, rel=resampled)
     assert cached_gflop(plain, batch) == 0.0

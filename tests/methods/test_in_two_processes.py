@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.methods.helpers import VOCAB, WIDTH, bare_trainer, merging_of, noise_batch, shake, tiny_tove
-from tests.methods.movekd_helpers import PAPER, STAGE_1, tiny_movekd
+from tests.methods.movekd.helpers import PAPER, STAGE_1, tiny_movekd
 from tests.two_processes import in_two_processes
 from visexpert.language import BertDecoder, LanguageSide, LoRASettings, NoLanguage, PrefixLM
 from visexpert.methods import MergeStudent, Method

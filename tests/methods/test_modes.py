@@ -22,7 +22,7 @@ from tests.methods.helpers import (
     tiny_experts,
     tiny_tove,
 )
-from tests.methods.movekd_helpers import STAGE_1, tiny_movekd
+from tests.methods.movekd.helpers import STAGE_1, tiny_movekd
 from tests.methods.uneven import ListData
 from visexpert.language import CrossAttentionDecoder, PrefixLM
 from visexpert.methods import Method, ToVE, ToVEOptimizer

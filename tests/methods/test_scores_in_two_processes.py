@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.methods.helpers import bare_trainer, merging_of, shake, tiny_tove
-from tests.methods.movekd_helpers import shaken, tiny_movekd
+from tests.methods.movekd.helpers import shaken, tiny_movekd
 from tests.tabletop.quiet import QUIET
 from tests.two_processes import in_two_processes
 from visexpert.methods import Method

@@ -128,7 +128,7 @@ def test_merging_trains_on_what_is_shipped_then() -> None:
     views = views_of(model.clip, wide).batch
     there_V = torch.tensor([True, False, True, True, False, False])  # the whole images, then two tiles of each
     with torch.no_grad():
-        own_BTD = model.projector(model.clip(views.unit_images()).tokens_BTD)[there_V]
+        own_BTD = model.projector(model.clip(views.images_01()).tokens_BTD)[there_V]
         target_BTD = model.teacher.transferred(views).tokens_BTD[there_V]
         found = model.step(wide).parts["token_loss"]
         assert float(found) == pytest.approx(float(token_distance(own_BTD, target_BTD)), rel=1e-5)

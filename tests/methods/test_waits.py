@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.waits import waits_per_step
 from tests.methods.helpers import merging_of, noise_batch, shake, tiny_tove
-from tests.methods.movekd_helpers import PAPER, tiny_movekd
+from tests.methods.movekd.helpers import PAPER, tiny_movekd
 from tests.methods.test_views import mixed, model_of
 from visexpert.data import pack
 from visexpert.methods import Method

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tests.methods.helpers import VOCAB, bare_trainer, merging_of, shake, tiny_tove
-from tests.methods.movekd_helpers import PAPER, shaken, tiny_movekd
+from tests.methods.movekd.helpers import PAPER, shaken, tiny_movekd
 from visexpert.data import StepLoader, pack
 from visexpert.methods import MergeStudent, Method
 from visexpert.types import Batch

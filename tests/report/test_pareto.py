@@ -1,4 +1,4 @@
-"""The front, the worths and their tables: by pixels and by cells."""
+"""The front, the contributions and their tables: by pixels and by cells."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
 from PIL import Image
 
+from visexpert.methods.tove.subset_search import Contribution, SubsetScore
 from visexpert.report.palette import GREY, OKABE_ITO, Floats
 from visexpert.report.pareto import (
     FRONT,
     KEPT,
+    contribution_figure,
+    contribution_table,
     pareto_figure,
     subset_label,
     subset_table,
-    worth_figure,
-    worth_table,
 )
-from visexpert.transfer.detach import SubsetScore, Worth
 
 EXPERTS = ("depth", "edges", "normals")
 SCORES = [
@@ -32,9 +32,9 @@ SCORES = [
 ]
 ON_FRONT = [(), ("depth",), EXPERTS]
 WORTHS = [
-    Worth("depth", 0.3, 0.1, 1.0, 2.0),
-    Worth("edges", -0.02, -0.01, 2.0, 0.5),
-    Worth("normals", 0.1, 0.02, 0.5, 0.25),
+    Contribution("depth", 0.3, 0.1, 1.0, 2.0),
+    Contribution("edges", -0.02, -0.01, 2.0, 0.5),
+    Contribution("normals", 0.1, 0.02, 0.5, 0.25),
 ]
 
 
@@ -102,7 +102,7 @@ def test_the_budget_is_an_upright_line_at_its_cost(tmp_path: Path) -> None:
 
 
 def test_bars_of_worth_and_gate_are_as_long_as_they_say(tmp_path: Path) -> None:
-    path = worth_figure(WORTHS, {"depth": 0.2, "edges": 0.5, "normals": 0.3}, tmp_path / "worth.png")
+    path = contribution_figure(WORTHS, {"depth": 0.2, "edges": 0.5, "normals": 0.3}, tmp_path / "contribution.png")
     pixels = _pixels(path)
     for colour, longest, ratio in ((FRONT, 0, 0.3 / 0.1), (OKABE_ITO[1], 1, 0.5 / 0.3)):
         rows, columns = _where(pixels, colour)
@@ -113,7 +113,7 @@ def test_bars_of_worth_and_gate_are_as_long_as_they_say(tmp_path: Path) -> None:
 
 
 def test_a_model_without_a_gate_has_no_gate_bars(tmp_path: Path) -> None:
-    pixels = _pixels(worth_figure(WORTHS, {}, tmp_path / "worth.png"))
+    pixels = _pixels(contribution_figure(WORTHS, {}, tmp_path / "contribution.png"))
     assert not len(_where(pixels, OKABE_ITO[1])[0])
 
 
@@ -135,7 +135,7 @@ def test_the_table_has_a_row_for_each_subset() -> None:
 
 
 def test_the_table_of_experts_says_what_their_removal_does() -> None:
-    lines = worth_table(WORTHS, {"depth": 0.25, "edges": 0.75}, kept=("depth",)).splitlines()
+    lines = contribution_table(WORTHS, {"depth": 0.25, "edges": 0.75}, kept=("depth",)).splitlines()
     assert lines[2] == "| depth | +0.3000 | -0.1000 | 0.250 | 1.000 | 2.0000 | kept |"
     assert lines[3] == "| edges | -0.0200 | +0.0100 | 0.750 | 2.000 | 0.5000 | detached |"
     assert lines[4] == "| normals | +0.1000 | -0.0200 | – | 0.500 | 0.2500 | detached |"
@@ -145,7 +145,7 @@ def test_milliseconds_that_were_measured_unsteadily_are_marked(tmp_path: Path) -
     doubtful = [replace(SCORES[0], unsteadiness=0.5), replace(SCORES[1], unsteadiness=0.1), *SCORES[2:]]
     table = subset_table(doubtful, front=ON_FRONT, kept=("depth",), experts=EXPERTS)
     assert "~2.000" in table and table.count("~") == 1
-    assert "~1.000" in worth_table([replace(WORTHS[0], unsteadiness=0.3)], {}, kept=("depth",))
+    assert "~1.000" in contribution_table([replace(WORTHS[0], unsteadiness=0.3)], {}, kept=("depth",))
     sure, unsure = (
         pareto_figure(scores, tmp_path / f"{number}.png", front=ON_FRONT, kept=("depth",), experts=EXPERTS)
         for number, scores in enumerate((SCORES, doubtful))

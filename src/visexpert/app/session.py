@@ -13,7 +13,7 @@ from visexpert.data import read_image
 from visexpert.errors import DataError, UserError
 from visexpert.io.run_files import read_json
 from visexpert.report.palette import colours
-from visexpert.runs import open_run
+from visexpert.runs import load_run
 
 MAX_PIXELS = 16_000_000
 """Largest image that the page decodes (48 MB as RGB): it answers strangers' files, too."""
@@ -125,7 +125,7 @@ def open_session(run: Path, *, device: str | None = None, max_pixels: int = MAX_
 
 
 def _model(name: str, run: Path, device: str | None) -> Model:
-    captioner = Captioner(open_run(run), device=device)
+    captioner = Captioner(load_run(run), device=device)
     metrics = run / "metrics.json"
     measured = read_json(metrics) if metrics.is_file() else {}
     gflop = measured.get(COST) if isinstance(measured, dict) else None

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from visexpert.callbacks.cost import CostReport
 from visexpert.errors import ConfigError
 from visexpert.methods import Method
-from visexpert.methods.optimiser import cosine_factor
+from visexpert.optim import cosine_factor
 
 log = logging.getLogger(__name__)
 

@@ -27,10 +27,7 @@ from visexpert.errors import ConfigError
 from visexpert.io.run_files import read_json, set_aside, write_json, write_text
 from visexpert.methods import ToVE
 from visexpert.methods.start import start_from
-from visexpert.report.palette import spared
-from visexpert.report.pareto import pareto_figure, subset_label, subset_table, worth_figure, worth_table
-from visexpert.timing import MARK, TOLD, UNSTEADY
-from visexpert.transfer.detach import (
+from visexpert.methods.tove.subset_search import (
     Choice,
     Criterion,
     Measure,
@@ -42,6 +39,9 @@ from visexpert.transfer.detach import (
     interpolated_cost,
     pareto_front,
 )
+from visexpert.report.palette import spared
+from visexpert.report.pareto import contribution_figure, contribution_table, pareto_figure, subset_label, subset_table
+from visexpert.timing import MARK, TOLD, UNSTEADY
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +53,14 @@ class ExpertDetachment(Phase):
     """Detach the experts that are not worth their cost, after training or on a finished run.
 
     Subsets of experts are scored on validation images and timed on this machine; the best one by exactly one
-    criterion (``min_worth``, ``keep`` or ``latency_budget``) stays. The others are gone for good, with their adapters
-    and gate rows. Writes RUN/detached, a run of its own: configuration, scores, a smaller checkpoint, and every
-    subset's score and cost (``detachment.json``, ``detachment.md``, ``figures/pareto.png``, ``figures/worth.png``).
+    criterion (``min_contribution``, ``keep`` or ``latency_budget``) stays. The others are gone for good, with their
+    adapters and gate rows. Writes RUN/detached, a run of its own: configuration, scores, a smaller checkpoint, and
+    every subset's score and cost (``detachment.json``, ``detachment.md``, ``figures/pareto.png``,
+    ``figures/contribution.png``).
     An interrupted detachment goes on when the same command is given again; a finished one is not done again.
 
     Args:
-        min_worth: Detach experts whose removal raises the validation loss by less than this.
+        min_contribution: Detach experts whose removal raises the validation loss by less than this.
         keep: Number of experts to keep.
         latency_budget: Greatest cost of the vision side as a multiple of plain CLIP's, at least 1.
         budget_measure: What the budget counts: ``ms`` as measured here and now, or ``gflop``, equal on every machine.
@@ -81,7 +82,7 @@ class ExpertDetachment(Phase):
     def __init__(
         self,
         *,
-        min_worth: float | None = None,
+        min_contribution: float | None = None,
         keep: int | None = None,
         latency_budget: float | None = None,
         budget_measure: Measure = "ms",
@@ -108,7 +109,7 @@ class ExpertDetachment(Phase):
                 f"ExpertDetachment: retune_lr={retune_lr} with retune_steps={retune_steps} trains nothing; give both "
                 "above 0, or leave retune_lr out."
             )
-        self.criterion = Criterion(min_worth, keep, latency_budget, budget_measure)
+        self.criterion = Criterion(min_contribution, keep, latency_budget, budget_measure)
         self.search: Search = search
         self.loss, self.score = loss, score
         self.images = images
@@ -274,13 +275,13 @@ class Findings:
     """All that a search found.
 
     Args:
-        choice: Scores, worths and what is kept.
+        choice: Scores, contributions and what is kept.
         criterion: By what.
         gate_mass: Mean gate of each expert over validation tokens, all experts attached; empty without a gate.
         images: Validation images that subsets were scored on.
         clip_ms: Time per image of plain CLIP, measured beside that of what is kept.
         kept_ms: Time per image of what is kept.
-        unsteadiness: Of these two; see :class:`~visexpert.transfer.detach.SubsetScore`.
+        unsteadiness: Of these two; see :class:`~visexpert.methods.tove.subset_search.SubsetScore`.
     """
 
     choice: Choice
@@ -301,7 +302,7 @@ class Findings:
             weights: Identity of the model that was searched.
         """
         choice, measure, budget = self.choice, self.criterion.measure, self.criterion.latency_budget
-        experts = tuple(worth.expert for worth in choice.worths)
+        experts = tuple(contribution.expert for contribution in choice.contributions)
         front = [score.experts for score in pareto_front(choice.scores, measure=measure)]
         limit = None if budget is None else budget * choice.scores[0].cost(measure)
         with spared("pareto"):
@@ -309,15 +310,15 @@ class Findings:
                 choice.scores, out / "figures" / "pareto.png", front=front, kept=choice.kept, experts=experts,
                 measure=measure, budget=limit, score_name=score_name,
             )  # fmt: skip
-        with spared("worth"):
-            worth_figure(choice.worths, self.gate_mass, out / "figures" / "worth.png")
-        tables = worth_table(choice.worths, self.gate_mass, kept=choice.kept)
+        with spared("contribution"):
+            contribution_figure(choice.contributions, self.gate_mass, out / "figures" / "contribution.png")
+        tables = contribution_table(choice.contributions, self.gate_mass, kept=choice.kept)
         tables += "\n" + subset_table(choice.scores, front=front, kept=choice.kept, experts=experts)
         write_text(out / "detachment.md", f"{self._summary(experts, settings, score_name)}\n{tables}")
         facts = {
             "settings": settings, "weights": weights, "experts": experts, "kept": choice.kept,
             "detached": choice.detached, "search": choice.search, "images": self.images,
-            "worths": [asdict(worth) for worth in choice.worths], "gate_mass": self.gate_mass,
+            "contributions": [asdict(one) for one in choice.contributions], "gate_mass": self.gate_mass,
             "scores": [{**asdict(score), "front": score.experts in front} for score in choice.scores],
             "measured": {"clip_ms": self.clip_ms, "kept_ms": self.kept_ms, "ratio": self.kept_ms / self.clip_ms,
                          "unsteadiness": self.unsteadiness},
@@ -325,7 +326,7 @@ class Findings:
         write_json(out / FACTS, facts)
 
     def _summary(self, experts: Subset, settings: Mapping[str, Any], score_name: str) -> str:
-        given = ("min_worth", "keep", "latency_budget")
+        given = ("min_contribution", "keep", "latency_budget")
         by = next(f"{name} = {settings[name]}" for name in given if settings[name] is not None)
         unit = f" ({self.criterion.measure})" if self.criterion.latency_budget is not None else ""
         mark = MARK * (self.unsteadiness > UNSTEADY)

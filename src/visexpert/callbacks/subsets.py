@@ -18,8 +18,8 @@ from visexpert.errors import ConfigError
 from visexpert.methods import ToVE
 from visexpert.methods.cost import first_images, measure_cost
 from visexpert.methods.evaluation import Evaluator
+from visexpert.methods.tove.subset_search import Subset
 from visexpert.timing import Meanwhile, spread_of
-from visexpert.transfer.detach import Subset
 from visexpert.types import Batch
 
 
@@ -80,7 +80,7 @@ class SubsetScoring(L.LightningModule):
 
     def _gflop(self, subset: Subset, batch: Batch) -> float:
         if batch.text is None:
-            raise ConfigError("ExpertDetachment: the validation data has no text, so experts have no worth there.")
+            raise ConfigError("ExpertDetachment: the validation data has no text, so experts contribute nothing there.")
         attach_only(self.model, subset)
         return measure_cost(self.model, first_images(batch, 1), seconds=0.0)["gflop_vision"]
 

@@ -50,10 +50,10 @@ def run(arguments: list[str]) -> None:
     _check_figure(options.gates, paths)
     from visexpert.captioning import Captioner
     from visexpert.language import Decoding
-    from visexpert.runs import open_run
+    from visexpert.runs import load_run
 
     decoding = Decoding(**choice)
-    captioner = Captioner(open_run(options.run), device=options.device, batch_size=options.batch_size)
+    captioner = Captioner(load_run(options.run), device=options.device, batch_size=options.batch_size)
     if options.gates is not None and not captioner.experts:
         raise ConfigError(
             f"--gates: '{options.run}' has no experts and hence no gate; leave it out, or name another run."

@@ -44,10 +44,10 @@ def run(arguments: list[str]) -> None:
     import torch
 
     from visexpert.commands.export_mole import sources_of
-    from visexpert.runs import open_run
+    from visexpert.runs import load_run
 
     sources = sources_of(
-        open_run(folder), formats, layers=options.layers, treatment=options.mole, flatten=flatten, images=options.data
+        load_run(folder), formats, layers=options.layers, treatment=options.mole, flatten=flatten, images=options.data
     )  # fmt: skip
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     sources = {name: replace(source, dtype=dtype) for name, source in sources.items()}

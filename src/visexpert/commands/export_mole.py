@@ -17,7 +17,7 @@ from visexpert.commands.export_images import Part, PartImages, with_images
 from visexpert.commands.export_source import source_of
 from visexpert.errors import ConfigError, DataError, UserError
 from visexpert.export import KEEP_MOLE, ExportSource, MoLEReport, Treatment, differences
-from visexpert.methods.flattening import Flattening, RouterUse
+from visexpert.export.flattening import Flattening, RouterUse
 from visexpert.runs import SavedRun
 from visexpert.vision import ClipEncoder, RouterUsage, fold, mole_settings
 

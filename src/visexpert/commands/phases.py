@@ -14,7 +14,7 @@ from visexpert.checking import check_seed
 from visexpert.errors import ConfigError, shown
 from visexpert.interruption import stoppable
 from visexpert.methods import ToVE
-from visexpert.runs import open_run
+from visexpert.runs import load_run
 from visexpert.training import RunParser
 
 
@@ -35,7 +35,7 @@ def run_phase(command: str, phase: type[Phase], arguments: list[str]) -> None:
     if built.seed is not None:
         check_seed("--seed", built.seed)
     run = Path(built.folder)
-    saved = open_run(run)
+    saved = load_run(run)
     if not isinstance(saved.model, ToVE):
         raise ConfigError(f"visexpert {command}: '{run}' is no run of ToVE but of {type(saved.model).__name__}.")
     L.seed_everything(

@@ -157,7 +157,7 @@ class ExpertHub(nn.Module):
         cached = None if self._cache is None else self._cache.read(EncoderName("expert", name), batch)
         if cached is not None:
             return ExpertTokens(cached, self._cache_grids[name])
-        tokens: ExpertTokens = self.experts[name](batch.unit_images())
+        tokens: ExpertTokens = self.experts[name](batch.images_01())
         return tokens
 
     def _known(self, name: str) -> str:

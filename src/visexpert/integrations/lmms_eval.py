@@ -15,7 +15,7 @@ from visexpert.captioning import Captioner
 from visexpert.data.images import to_rgb, to_tensor
 from visexpert.errors import ConfigError, DataError
 from visexpert.language import Decoding
-from visexpert.runs import open_run
+from visexpert.runs import load_run
 
 IMAGE_MARK = "<image>"
 
@@ -60,7 +60,7 @@ class VisexpertModel(lmms):  # type: ignore[misc]
             )
         size = int(batch_size) if str(batch_size).isdigit() else 1
         self.run, self.max_new_tokens, self.batch_size = str(run), int(max_new_tokens), size
-        opened = open_run(self.run, trust=str(trust).split("+") if trust else ())
+        opened = load_run(self.run, trust=str(trust).split("+") if trust else ())
         self._captioner = Captioner(opened, device=own_device(device), batch_size=size)
 
     @property

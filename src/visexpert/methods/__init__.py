@@ -1,9 +1,7 @@
 """The LightningModules: the one room where the stages meet."""
 
 from visexpert.methods.base import Method
-from visexpert.methods.merge_student import MergeStudent
-from visexpert.methods.merging import Merging
-from visexpert.methods.movekd import MoVEKD
+from visexpert.methods.movekd.method import MoVEKD
 from visexpert.methods.settings import (
     EvaluationSettings,
     HeadSettings,
@@ -15,7 +13,9 @@ from visexpert.methods.settings import (
     ToVEOptimizer,
     WeightingSettings,
 )
-from visexpert.methods.tove import ToVE
+from visexpert.methods.tove.merge_student import MergeStudent
+from visexpert.methods.tove.merging import Merging
+from visexpert.methods.tove.method import ToVE
 
 __all__ = [
     "EvaluationSettings",

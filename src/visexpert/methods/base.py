@@ -24,11 +24,11 @@ from visexpert.methods.checkpointed import CheckpointedModule
 from visexpert.methods.evaluation import EvalOutput, Evaluator, Written, write_all
 from visexpert.methods.finite import FiniteGuard, OnNan, refuse_engines
 from visexpert.methods.modes import settle_modes
-from visexpert.methods.optimiser import adamw, cosine_with_warmup, make_groups
 from visexpert.methods.reduction import loss_over_processes, parts_over_processes
 from visexpert.methods.seen import Compared, RouterBalance, Seen
 from visexpert.methods.settings import EvaluationSettings, OptimizerSettings
 from visexpert.methods.views import EncoderViews
+from visexpert.optim import adamw_and_cosine
 from visexpert.types import Batch, ImageSource, LossTerm, StepOutput, Unit, VisionTokens
 from visexpert.vision import ClipEncoder, collect_routing, views_of
 
@@ -286,11 +286,10 @@ class Method(CheckpointedModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over :meth:`trained_groups`, warm-up and cosine by step."""
-        groups = make_groups(self.trained_groups(), weight_decay=self.weight_decay)
-        optimiser = adamw(groups, lr=self.lr, betas=self.betas, trainer=self.trainer)
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = cosine_with_warmup(optimiser, warmup_steps=self.warmup_steps, total_steps=total)
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return adamw_and_cosine(
+            self.trained_groups(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay,
+            warmup_steps=self.warmup_steps, trainer=self.trainer,
+        )  # fmt: skip
 
     # -- Evaluation -----------------------------------------------------------------------------------------------
 

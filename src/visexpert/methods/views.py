@@ -52,7 +52,7 @@ def view_encoders(encoders: Mapping[str, ClipEncoder], batch: Batch, *, student:
         batch: A batch of images.
         student: Name of the one whose routers to look at.
     """
-    images_BCHW = imaged(batch.unit_images(), batch.has_image_B)
+    images_BCHW = imaged(batch.images_01(), batch.has_image_B)
     attention: dict[str, Tensor] = {}
     with collect_routing(encoders[student]) as routing:
         for name, clip in encoders.items():

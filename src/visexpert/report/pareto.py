@@ -1,4 +1,4 @@
-"""What experts are worth and cost: the front of score against cost, worth beside gate mass, and their tables."""
+"""What experts are worth and cost: the front of score against cost, contribution beside gate mass, and their tables."""
 
 from __future__ import annotations
 
@@ -95,19 +95,19 @@ def pareto_figure(
     return save(figure, out)
 
 
-def worth_figure(worths: Sequence[Valued], gate_mass: Mapping[str, float], out: Path) -> Path:
-    """Draw each expert's worth and, beside it, its share of the gate: the two need not agree.
+def contribution_figure(contributions: Sequence[Valued], gate_mass: Mapping[str, float], out: Path) -> Path:
+    """Draw each expert's contribution and, beside it, its share of the gate: the two need not agree.
 
     Args:
-        worths: Worth of each expert.
+        contributions: Contribution of each expert.
         gate_mass: Mean gate per expert; empty for a model without a gate.
         out: The PNG to write.
     """
-    names = [worth.expert for worth in worths][::-1]
+    names = [contribution.expert for contribution in contributions][::-1]
     figure = canvas(7.2, 1.2 + 0.36 * len(names))
     left, right = figure.subplots(1, 2, sharey=True)
-    styled(left, title="Worth", xlabel="rise of the validation loss without it")
-    left.barh(names, [worth.loss for worth in worths][::-1], color=FRONT)
+    styled(left, title="Contribution", xlabel="rise of the validation loss without it")
+    left.barh(names, [contribution.loss for contribution in contributions][::-1], color=FRONT)
     left.axvline(0, color=INK, linewidth=0.8)
     styled(right, title="Gate mass", xlabel="mean gate over validation tokens")
     right.barh(names, [gate_mass.get(name, 0.0) for name in names], color=OKABE_ITO[1])
@@ -138,21 +138,21 @@ def subset_table(scores: Sequence[Scored], *, front: Collection[Subset], kept: S
     return _table(heading, rows)
 
 
-def worth_table(worths: Sequence[Valued], gate_mass: Mapping[str, float], *, kept: Subset) -> str:
-    """Make a Markdown table of the experts: worth, gate mass, cost and fate.
+def contribution_table(contributions: Sequence[Valued], gate_mass: Mapping[str, float], *, kept: Subset) -> str:
+    """Make a Markdown table of the experts: contribution, gate mass, cost and fate.
 
     Args:
-        worths: Worth of each expert.
+        contributions: Contribution of each expert.
         gate_mass: Mean gate per expert; a dash where there is none.
         kept: The experts that stay.
     """
     rows = [
         [
-            worth.expert, f"{worth.loss:+.4f}", f"{0 - worth.score:+.4f}",
-            f"{gate_mass[worth.expert]:.3f}" if worth.expert in gate_mass else "–", _ms(worth),
-            f"{worth.gflop:.4f}", "kept" if worth.expert in kept else "detached",
+            contribution.expert, f"{contribution.loss:+.4f}", f"{0 - contribution.score:+.4f}",
+            f"{gate_mass[contribution.expert]:.3f}" if contribution.expert in gate_mass else "–", _ms(contribution),
+            f"{contribution.gflop:.4f}", "kept" if contribution.expert in kept else "detached",
         ]
-        for worth in worths
+        for contribution in contributions
     ]  # fmt: skip
     heading = ["expert", "loss without it", "score without it", "gate mass", "ms/image", "GFLOP/image", "choice"]
     return _table(heading, rows)

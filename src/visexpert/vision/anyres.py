@@ -98,7 +98,7 @@ def views_of(clip: ClipEncoder, batch: Batch) -> Views:
         if there_B is None:
             return Views(batch, None, None)
         return Views(batch, None, tuple(math.prod(clip.grid_hw) * there for there in there_B.tolist()))
-    images_BCHW = batch.unit_images()
+    images_BCHW = batch.images_01()
     sizes = _true_sizes(batch)
     grids = [_best_grid(size, clip) for size in sizes]
     side = (clip.image_size, clip.image_size)

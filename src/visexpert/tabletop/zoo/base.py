@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from visexpert.io.files import whole_file
+from visexpert.optim import adamw, scheduled
 from visexpert.precision import ClippedModule
 from visexpert.types import Batch
 
@@ -53,12 +54,9 @@ class ZooModule(ClippedModule, ABC):
             {"params": [value for value in trained if value.ndim > 1], "weight_decay": self.weight_decay},
             {"params": [value for value in trained if value.ndim <= 1], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.98))
+        optimizer = adamw(groups, lr=self.lr, betas=(0.9, 0.98), trainer=self.trainer)
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: one_cycle(step, total=steps, warmup=self.warmup)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return scheduled(optimizer, lambda step: one_cycle(step, total=steps, warmup=self.warmup))
 
 
 def one_cycle(step: int, *, total: int, warmup: float, low: float = 0.04, final: float = 4e-6) -> float:

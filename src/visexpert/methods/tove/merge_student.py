@@ -7,8 +7,8 @@ from typing import get_args
 
 from visexpert.errors import ConfigError
 from visexpert.losses.balance import RouterBalanceForm
-from visexpert.methods.optimiser import ParameterGroup
 from visexpert.methods.seen import RouterBalance
+from visexpert.optim import ParameterGroup
 from visexpert.vision import ClipEncoder, MoLESettings, equipped_blocks
 
 

@@ -33,7 +33,7 @@ class ClipTeacher:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherOutputs:
     """What teachers say of a batch. No graph.
 
     Args:
@@ -88,19 +88,19 @@ def kd_heads(
 
 
 @torch.no_grad()
-def ask_teachers(
+def run_teachers(
     hub: ExpertHub, anchor: ClipEncoder | None, gate: TokenGate | None, batch: Batch, *, cache: FeatureCache | None
-) -> Lesson:
+) -> TeacherOutputs:
     """Run the teachers, CLIP first, or read what the store has of them."""
     clip, gates_BTK = None, None
     teachers: dict[str, ExpertTokens] = {}
     if anchor is not None:
-        clip = _stored_anchor(anchor, cache, batch) or ClsAttention.of(anchor, batch.unit_images())
+        clip = _stored_anchor(anchor, cache, batch) or ClsAttention.of(anchor, batch.images_01())
         if gate is not None:
             gates_BTK = gate(clip.tokens.tokens_BTD, (True,) * len(hub.names)).gates_BTK
         teachers[CLIP] = ExpertTokens(clip.tokens.tokens_BTD, clip.tokens.grid_hw)
     teachers |= hub(batch)
-    return Lesson(teachers, clip, gates_BTK)
+    return TeacherOutputs(teachers, clip, gates_BTK)
 
 
 def store_anchor(anchor: ClipEncoder, cache: FeatureCache, sources: Mapping[str, ImageSource]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from visexpert.cli import main
 from visexpert.methods import MoVEKD
-from visexpert.runs import open_run
+from visexpert.runs import load_run
 from visexpert.training import build_cli
 
 SMOKE = Path(__file__).parents[2] / "configs" / "movekd" / "smoke.yaml"
@@ -35,7 +35,7 @@ def test_a_run_is_scored_alike_again_and_opens(scenes: Path, tmp_path: Path, mon
     again = scores_of(run)
     scored = [name for name in first if name.startswith("test/")]
     assert scored and all(again[name] == first[name] for name in scored)
-    opened = open_run(run)
+    opened = load_run(run)
     assert isinstance(opened.model, MoVEKD) and opened.steps == 8
     state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     own = opened.model.state_dict()

@@ -16,7 +16,7 @@ from tests.methods.helpers import (
     tiny_tove,
     trained_names,
 )
-from tests.methods.movekd_helpers import (
+from tests.methods.movekd.helpers import (
     MOLE,
     STAGE_1,
     MakeData,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from visexpert.errors import ConfigError
 from visexpert.losses import cls_token_weights, feature_kd, gated_kd, teacher_weights
 from visexpert.losses.distill import uniform_teacher_weights
+from visexpert.methods.movekd.monitor import DistillationMonitor
 from visexpert.methods.settings import WeightingSettings
-from visexpert.methods.watch import Watch
 from visexpert.names import CLIP, STUDENT
 from visexpert.types import ExpertTokens, imaged
 from visexpert.vision import ClsAttention
@@ -34,7 +34,7 @@ class Distilled:
     distances: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Distillation(Watch):
+class Distillation(DistillationMonitor):
     """The KD loss of MoVE-KD over any teachers.
 
     Args:

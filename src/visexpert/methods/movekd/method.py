@@ -16,8 +16,9 @@ from visexpert.language.projector import ProjectorSettings
 from visexpert.losses.balance import RouterBalanceForm
 from visexpert.methods.base import Method
 from visexpert.methods.columns import Columns
-from visexpert.methods.distillation import Distillation, Distilled
-from visexpert.methods.optimiser import ParameterGroup
+from visexpert.methods.movekd.distillation import Distillation, Distilled
+from visexpert.methods.movekd.heads import kd_heads, run_teachers, store_anchor
+from visexpert.methods.movekd.student import check_weights, mole_parts
 from visexpert.methods.seen import Compared, RouterBalance, Seen
 from visexpert.methods.settings import (
     EvaluationSettings,
@@ -28,10 +29,9 @@ from visexpert.methods.settings import (
     require_words,
 )
 from visexpert.methods.start import start_from
-from visexpert.methods.student import check_weights, mole_parts
-from visexpert.methods.teachers import ask_teachers, kd_heads, store_anchor
 from visexpert.methods.views import EncoderViews, view_encoders
 from visexpert.names import CLIP, STUDENT
+from visexpert.optim import ParameterGroup
 from visexpert.transfer import TokenGate
 from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens
 from visexpert.vision import ClipEncoder
@@ -123,7 +123,7 @@ class MoVEKD(Method):
 
     def view_tokens(self, batch: Batch) -> VisionTokens:
         """What the student makes of images: (B, T, D). No teacher is run."""
-        tokens: VisionTokens = self.clip(batch.unit_images())
+        tokens: VisionTokens = self.clip(batch.images_01())
         return tokens
 
     def compare(self, seen: Seen) -> Compared:
@@ -240,7 +240,7 @@ class MoVEKD(Method):
 
     def _distil(self, seen: Seen) -> Distilled:
         batch = seen.batch
-        lesson = ask_teachers(self.hub, self.anchor, self.gate, batch, cache=self._cache)
+        lesson = run_teachers(self.hub, self.anchor, self.gate, batch, cache=self._cache)
         distilled: Distilled = self.distillation(
             seen.whole.tokens_BTD, lesson.teachers, lesson.clip, gates_BTK=lesson.gates_BTK,
             has_image_B=batch.has_image_B,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from visexpert.errors import ConfigError, WeightsError
-from visexpert.methods.optimiser import ParameterGroup, cosine_with_warmup, make_groups
 from visexpert.methods.start import start_from
+from visexpert.optim import ParameterGroup, cosine_factor, make_groups, scheduled
 
 
 class Net(nn.Module):
@@ -59,12 +60,14 @@ def test_an_empty_group_is_left_out_and_no_group_is_refused() -> None:
 
 
 def rates(*, warmup_steps: int, total_steps: int) -> list[float]:
-    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = cosine_with_warmup(optimiser, warmup_steps=warmup_steps, total_steps=total_steps)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    factor = cosine_factor(warmup_steps=warmup_steps, total_steps=total_steps)
+    schedule: Any = scheduled(optimizer, factor)
+    schedule = schedule["lr_scheduler"]["scheduler"]
     seen = []
     for _ in range(total_steps + 1):
-        seen.append(optimiser.param_groups[0]["lr"])
-        optimiser.step()
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
         schedule.step()
     return seen
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tests.methods.helpers import CLIP_FIELDS, bare_trainer, noise_batch
-from visexpert.methods.flattening import Flattening, RouterUse, images_of
+from visexpert.export.flattening import Flattening, RouterUse, images_of
 from visexpert.metrics.token_error import TokenError
 from visexpert.tabletop import TabletopData
 from visexpert.vision import ClipEncoder, MoLESettings, equipped_blocks, fold
@@ -62,7 +62,7 @@ def test_the_error_is_that_of_patch_tokens() -> None:
     work = Flattening(student=clip, plain=plain)
     work.validation_step(batch, 0)
     expected = TokenError()
-    expected.update(*(part(batch.unit_images()).tokens_BTD for part in (plain, clip)))
+    expected.update(*(part(batch.images_01()).tokens_BTD for part in (plain, clip)))
     assert work.error.compute() == expected.compute()
 
 
@@ -75,7 +75,7 @@ def test_the_student_keeps_its_dropout_off() -> None:
 def test_samples_without_an_image_take_no_part() -> None:
     batch = noise_batch()
     some, none = (replace(batch, has_image_B=torch.tensor(has)) for has in ([False, True], [False, False]))
-    assert torch.equal(images_of(some), batch.unit_images()[1:]) and len(images_of(none)) == 0
+    assert torch.equal(images_of(some), batch.images_01()[1:]) and len(images_of(none)) == 0
     assert Flattening(student=student(), plain=ClipEncoder(config=CLIP_FIELDS)).training_step(none, 0) is None
     use = RouterUse(student())
     use.validation_step(none, 0)

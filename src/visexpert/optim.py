@@ -1,4 +1,4 @@
-"""Parameter groups from modules, and the schedule."""
+"""Parameter groups from modules, and the one schedule of methods, zoo and flattening."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -57,6 +58,37 @@ def make_groups(groups: Sequence[ParameterGroup], *, weight_decay: float) -> lis
     return made
 
 
+def adamw_and_cosine(
+    groups: Sequence[ParameterGroup],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.98),
+    weight_decay: float,
+    warmup_steps: int,
+    trainer: Trainer,
+) -> OptimizerLRScheduler:
+    """What ``configure_optimizers`` returns: AdamW over the groups, linear warm-up and a cosine to zero, by step.
+
+    Args:
+        groups: What trains, each at its own rate.
+        lr: Rate of a group without one.
+        betas: Of AdamW.
+        weight_decay: On matrices.
+        warmup_steps: Steps of the warm-up.
+        trainer: Knows the number of steps, and whether gradients are scaled.
+    """
+    total = int(trainer.estimated_stepping_batches)
+    factor = cosine_factor(warmup_steps=warmup_steps, total_steps=total)
+    made = make_groups(groups, weight_decay=weight_decay)
+    return scheduled(adamw(made, lr=lr, betas=betas, trainer=trainer), factor)
+
+
+def scheduled(optimizer: Optimizer, factor: Callable[[int], float]) -> OptimizerLRScheduler:
+    """An optimizer whose rates are multiplied by a factor of the step, from 0."""
+    schedule = LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 def adamw(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], trainer: Trainer) -> AdamW:
     """AdamW, fused where that goes with the trainer.
 
@@ -67,13 +99,8 @@ def adamw(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float]
     return AdamW(groups, lr=lr, betas=betas, fused=not (scaled and trainer.gradient_clip_val))
 
 
-def cosine_with_warmup(optimiser: Optimizer, *, warmup_steps: int, total_steps: int) -> LambdaLR:
-    """Linear warm-up over ``warmup_steps``, then half a cosine down to zero at ``total_steps``."""
-    return LambdaLR(optimiser, cosine_factor(warmup_steps=warmup_steps, total_steps=total_steps))
-
-
 def cosine_factor(*, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """What :func:`cosine_with_warmup` multiplies rates with, by step from 0."""
+    """Linear warm-up over ``warmup_steps``, then half a cosine down to zero at ``total_steps``, by step from 0."""
     warmup = min(warmup_steps, max(1, total_steps // 2))
 
     def factor(step: int) -> float:

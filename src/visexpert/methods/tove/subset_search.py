@@ -1,4 +1,4 @@
-"""Which experts to keep: their worth by leave-one-out, and the best subset under one criterion.
+"""Which experts to keep: their contribution by leave-one-out, and the best subset under one criterion.
 
 Pure ranking. What a subset scores and costs comes from a callable, so a table by hand does as well as a model.
 """
@@ -58,7 +58,7 @@ class Criterion:
     """How far to detach: exactly one of the first three.
 
     Args:
-        min_worth: Detach experts whose removal raises the validation loss by less than this.
+        min_contribution: Detach experts whose removal raises the validation loss by less than this.
         keep: Number of experts to keep.
         latency_budget: Greatest cost as a multiple of plain CLIP's, at least 1.
         measure: What the budget counts, and what decides between equal losses: ``ms`` (depends on the machine and
@@ -68,21 +68,23 @@ class Criterion:
         ConfigError: None or several are given, or one of them cannot be met.
     """
 
-    min_worth: float | None = None
+    min_contribution: float | None = None
     keep: int | None = None
     latency_budget: float | None = None
     measure: Measure = "ms"
 
     def __post_init__(self) -> None:
-        given = {"min_worth": self.min_worth, "keep": self.keep, "latency_budget": self.latency_budget}
+        given = {"min_contribution": self.min_contribution, "keep": self.keep, "latency_budget": self.latency_budget}
         chosen = {name: value for name, value in given.items() if value is not None}
         if len(chosen) != 1:
             got = ", ".join(f"{name}={value}" for name, value in chosen.items()) or "none"
             raise ConfigError(f"Detachment goes by one criterion, but {got} was given; set one of {', '.join(given)}.")
         if self.measure not in ("ms", "gflop"):
             raise ConfigError(f"The measure {self.measure!r} of the budget is unknown; use 'ms' or 'gflop'.")
-        if self.min_worth is not None and not math.isfinite(self.min_worth):
-            raise ConfigError(f"min_worth is {self.min_worth}, but must be a rise of the loss, such as 0.01.")
+        if self.min_contribution is not None and not math.isfinite(self.min_contribution):
+            raise ConfigError(
+                f"min_contribution is {self.min_contribution}, but must be a rise of the loss, such as 0.01."
+            )
         if self.keep is not None and self.keep < 0:
             raise ConfigError(f"keep is {self.keep}, but experts are kept in numbers from 0 (CLIP alone).")
         if self.latency_budget is not None and not 1 <= self.latency_budget < math.inf:
@@ -93,7 +95,7 @@ class Criterion:
 
 
 @dataclass(frozen=True)
-class Worth:
+class Contribution:
     """What one expert brings and takes beside all the others.
 
     Args:
@@ -121,14 +123,14 @@ class Choice:
         kept: Experts to keep.
         detached: The others.
         scores: Every evaluated subset, smaller ones first; always with none, all, and all but one.
-        worths: Worth of each expert, in the hub's order.
+        contributions: Contribution of each expert, in the hub's order.
         search: ``greedy`` or ``exhaustive``.
     """
 
     kept: Subset
     detached: Subset
     scores: tuple[SubsetScore, ...]
-    worths: tuple[Worth, ...]
+    contributions: tuple[Contribution, ...]
     search: str
 
 
@@ -136,9 +138,10 @@ def choose(experts: Sequence[str], criterion: Criterion, evaluate: Evaluate, *, 
     """Choose the experts to keep.
 
     Exhaustive search looks at all 2^K subsets. It takes the lowest loss among those of ``keep`` experts, or within
-    the budget; with ``min_worth`` the lowest loss + min_worth x experts, so that each group of kept experts is worth
-    its number times ``min_worth``. Greedy search takes out the expert whose removal raises the loss least, looks
-    again at those that remain, and stops once the criterion holds: about K^2 / 2 subsets, and blind to experts that
+    the budget; with ``min_contribution`` the lowest loss + min_contribution x experts, so that each group of kept
+    experts is worth its number times ``min_contribution``. Greedy search takes out the expert whose removal raises the
+    loss least, looks again at those that remain, and stops once the criterion holds: about K^2 / 2 subsets, and blind
+    to experts that
     are worth something only together.
 
     Equal losses: the cheaper subset, then the one that keeps the earlier experts.
@@ -178,8 +181,8 @@ def check(experts: Subset, criterion: Criterion, search: str) -> None:
         raise ConfigError(f"keep is {criterion.keep}, but the model has {len(experts)} experts: {', '.join(experts)}.")
 
 
-def leave_one_out(experts: Sequence[str], scores: Iterable[SubsetScore]) -> tuple[Worth, ...]:
-    """Worth of each expert beside all the others.
+def leave_one_out(experts: Sequence[str], scores: Iterable[SubsetScore]) -> tuple[Contribution, ...]:
+    """Contribution of each expert beside all the others.
 
     Args:
         experts: All experts, in the hub's order.
@@ -188,16 +191,16 @@ def leave_one_out(experts: Sequence[str], scores: Iterable[SubsetScore]) -> tupl
     table = {score.experts: score for score in scores}
     everything = tuple(experts)
     full = table[everything]
-    worths = []
+    contributions = []
     for name in everything:
         less = table[tuple(other for other in everything if other != name)]
-        worths.append(
-            Worth(
+        contributions.append(
+            Contribution(
                 name, less.loss - full.loss, full.score - less.score, full.milliseconds - less.milliseconds,
                 full.gflop - less.gflop, max(full.unsteadiness, less.unsteadiness),
             )
         )  # fmt: skip
-    return tuple(worths)
+    return tuple(contributions)
 
 
 def pareto_front(scores: Iterable[SubsetScore], *, measure: Measure = "ms") -> tuple[SubsetScore, ...]:
@@ -259,8 +262,8 @@ class _Table:
 
 def _best_of_all(experts: Subset, criterion: Criterion, table: _Table) -> Subset:
     scores = table.fill(_subsets(experts))
-    price = criterion.min_worth or 0.0
-    if criterion.min_worth is not None:  # an expert worth exactly its price stays, hence the larger subset first
+    price = criterion.min_contribution or 0.0
+    if criterion.min_contribution is not None:  # an expert worth exactly its price stays, hence the larger subset first
         best = min(scores, key=lambda s: (s.loss + price * len(s.experts), -len(s.experts), s.cost(criterion.measure)))
     else:
         fitting = [score for score in scores if _fits(score, criterion, table)]
@@ -270,10 +273,10 @@ def _best_of_all(experts: Subset, criterion: Criterion, table: _Table) -> Subset
 
 def _step_by_step(experts: Subset, criterion: Criterion, table: _Table) -> Subset:
     kept = experts
-    while kept and (criterion.min_worth is not None or not _fits(table.scores[kept], criterion, table)):
+    while kept and (criterion.min_contribution is not None or not _fits(table.scores[kept], criterion, table)):
         options = table.fill(_without_one(kept))
         best = min(options, key=lambda s: (s.loss, s.cost(criterion.measure)))
-        if criterion.min_worth is not None and best.loss - table.scores[kept].loss >= criterion.min_worth:
+        if criterion.min_contribution is not None and best.loss - table.scores[kept].loss >= criterion.min_contribution:
             break
         kept = best.experts
     return kept

@@ -132,7 +132,7 @@ def test_the_routers_of_the_student_are_balanced() -> None:
     torch.manual_seed(2)
     student = merging_of(teacher=model, student=with_mole(balance_weight=0.5, balance_form="per_layer")).eval()
     with collect_routing(student.clip) as routing:
-        student.clip(batch.unit_images())
+        student.clip(batch.images_01())
     record = routing.record()
     assert record is not None
     expected = router_balance(record.probs_LBNE, record.choice_LBN, "per_layer")

@@ -15,11 +15,11 @@ from visexpert.language.projector import ProjectorSettings
 from visexpert.losses import gate_balance
 from visexpert.methods.base import Method
 from visexpert.methods.columns import Columns
-from visexpert.methods.optimiser import ParameterGroup
 from visexpert.methods.seen import Compared, Seen
 from visexpert.methods.settings import EvaluationSettings, StoreSettings, ToVEOptimizer, require_words
 from visexpert.methods.start import start_from
 from visexpert.names import CLIP, EncoderName
+from visexpert.optim import ParameterGroup
 from visexpert.transfer import GateOutput, GateSettings, ResidualTransfer, TokenAdapter, TokenGate
 from visexpert.transfer.residual import TransferMode
 from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens, imaged
@@ -271,7 +271,7 @@ class ToVE(Method):
         if cached is not None:
             return VisionTokens(cached, self.clip.grid_hw)
         with torch.set_grad_enabled(self.clip_lr > 0 and torch.is_grad_enabled()):
-            tokens: VisionTokens = self.clip(batch.unit_images())
+            tokens: VisionTokens = self.clip(batch.images_01())
         return tokens
 
     def _adapter(self, expert: VisionExpert, width: int, hidden: int | None, transfer: TransferMode) -> TokenAdapter:

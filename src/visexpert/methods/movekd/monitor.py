@@ -20,7 +20,7 @@ UNIFORM, COLLAPSED = 0.999, 0.05
 """Entropy, as a share of the greatest, above and below which weights raise an alarm."""
 
 
-class Watch(nn.Module):
+class DistillationMonitor(nn.Module):
     """Keeps what alarms compare with, and looks from time to time: looking waits for the device, keeping does not.
 
     A base class, so that the starts of the variances keep their names in the checkpoints of what inherits it.

@@ -8,8 +8,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from visexpert.losses import token_distance
-from visexpert.methods.optimiser import ParameterGroup, cosine_with_warmup, make_groups
 from visexpert.metrics.token_error import TokenError
+from visexpert.optim import ParameterGroup, adamw_and_cosine
 from visexpert.precision import ClippedModule
 from visexpert.types import Batch, VisionTokens, imaged
 from visexpert.vision import ClipEncoder, UsageMeter
@@ -93,17 +93,14 @@ class Flattening(ClippedModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, warm-up and cosine by step."""
         groups = [ParameterGroup("plain", self.plain.read_modules(), self.lr)]
-        optimiser = torch.optim.AdamW(
-            make_groups(groups, weight_decay=self.weight_decay), lr=self.lr, betas=(0.9, 0.98)
+        return adamw_and_cosine(
+            groups, lr=self.lr, weight_decay=self.weight_decay, warmup_steps=self.warmup_steps, trainer=self.trainer
         )
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = cosine_with_warmup(optimiser, warmup_steps=self.warmup_steps, total_steps=total)
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def images_of(batch: Batch) -> Tensor:
     """Images (B, 3, H, W) in [0, 1] without those of samples that have none."""
-    return imaged(batch.unit_images(), batch.has_image_B)
+    return imaged(batch.images_01(), batch.has_image_B)
 
 
 def _with_cls(tokens: VisionTokens) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from visexpert.errors import DataError
-from visexpert.methods.distillation import Distillation, Distilled
+from visexpert.methods.movekd.distillation import Distillation, Distilled
 from visexpert.methods.settings import WeightingSettings
 from visexpert.transfer import Alignment, make_kd_head
 from visexpert.types import ExpertTokens, VisionTokens

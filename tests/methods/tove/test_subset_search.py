@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from visexpert.errors import ConfigError
-from visexpert.transfer.detach import (
+from visexpert.methods.tove.subset_search import (
     Choice,
     Criterion,
     Search,
@@ -60,34 +60,34 @@ def _choose(losses: Mapping[Subset, float], search: Search = "exhaustive", **cri
 
 def test_worth_is_the_rise_of_the_loss_without_the_expert() -> None:
     table = Table(REDUNDANT)
-    worths = leave_one_out((A, B, C), table([(A, B, C), (B, C), (A, C), (A, B)]))
-    assert [worth.expert for worth in worths] == [A, B, C]
-    assert [worth.loss for worth in worths] == [0.25, 0.25, 1.75]
-    assert [worth.score for worth in worths] == [0.25, 0.25, 1.75]
-    assert [worth.milliseconds for worth in worths] == [4, 2, 1]
-    assert [worth.gflop for worth in worths] == [1, 2, 4]
+    contributions = leave_one_out((A, B, C), table([(A, B, C), (B, C), (A, C), (A, B)]))
+    assert [contribution.expert for contribution in contributions] == [A, B, C]
+    assert [contribution.loss for contribution in contributions] == [0.25, 0.25, 1.75]
+    assert [contribution.score for contribution in contributions] == [0.25, 0.25, 1.75]
+    assert [contribution.milliseconds for contribution in contributions] == [4, 2, 1]
+    assert [contribution.gflop for contribution in contributions] == [1, 2, 4]
 
 
 @pytest.mark.parametrize("search", ["greedy", "exhaustive"])
 def test_of_a_redundant_pair_the_dearer_goes_and_the_other_stays(search: Search) -> None:
     """Each of a and b alone is worth 0.25 < 0.5; without a, b is worth 3.5: one must stay."""
-    choice = _choose(REDUNDANT, search, min_worth=0.5)
+    choice = _choose(REDUNDANT, search, min_contribution=0.5)
     assert choice.kept == (B, C)
     assert choice.detached == (A,)
 
 
 @pytest.mark.parametrize("search", ["greedy", "exhaustive"])
 @pytest.mark.parametrize(
-    ("min_worth", "kept"), [(0.0, (A, B, C)), (0.25, (A, B, C)), (0.26, (B, C)), (2.0, (B,)), (9.0, ())]
+    ("min_contribution", "kept"), [(0.0, (A, B, C)), (0.25, (A, B, C)), (0.26, (B, C)), (2.0, (B,)), (9.0, ())]
 )
-def test_an_expert_worth_exactly_the_bound_stays(search: Search, min_worth: float, kept: Subset) -> None:
-    assert _choose(REDUNDANT, search, min_worth=min_worth).kept == kept
+def test_an_expert_worth_exactly_the_bound_stays(search: Search, min_contribution: float, kept: Subset) -> None:
+    assert _choose(REDUNDANT, search, min_contribution=min_contribution).kept == kept
 
 
 @pytest.mark.parametrize("search", ["greedy", "exhaustive"])
 def test_a_harmful_expert_goes_at_worth_zero(search: Search) -> None:
     losses = {subset: 4.0 - (A in subset) - (B in subset) + 0.5 * (C in subset) for subset in REDUNDANT}
-    assert _choose(losses, search, min_worth=0.0).kept == (A, B)
+    assert _choose(losses, search, min_contribution=0.0).kept == (A, B)
 
 
 def test_greedy_misses_what_is_worth_something_only_together() -> None:
@@ -101,7 +101,7 @@ def test_a_group_that_is_not_worth_its_number_goes_as_a_whole() -> None:
     """In {a, b} each is worth 4.5; together they are worth 5 over nothing, less than two times 2.6."""
     losses = {(): 8.0, (A,): 7.5, (B,): 7.5, (A, B): 3.0}
     for search, kept in (("greedy", (A, B)), ("exhaustive", ())):
-        choice = choose((A, B), Criterion(min_worth=2.6), Table(losses, {A: 1, B: 1}), search=search)  # type: ignore[arg-type]
+        choice = choose((A, B), Criterion(min_contribution=2.6), Table(losses, {A: 1, B: 1}), search=search)  # type: ignore[arg-type]
         assert choice.kept == kept
 
 
@@ -192,12 +192,12 @@ def test_one_expert_needs_no_sums() -> None:
 @pytest.mark.parametrize(
     ("criterion", "message"),
     [
-        ({}, "one criterion, but none was given; set one of min_worth, keep, latency_budget"),
-        ({"keep": 1, "min_worth": 0.1}, "min_worth=0.1, keep=1 was given"),
+        ({}, "one criterion, but none was given; set one of min_contribution, keep, latency_budget"),
+        ({"keep": 1, "min_contribution": 0.1}, "min_contribution=0.1, keep=1 was given"),
         ({"latency_budget": 0.9}, "latency_budget is 0.9, but plain CLIP alone costs 1"),
         ({"latency_budget": float("nan")}, "latency_budget is nan"),
         ({"latency_budget": float("inf")}, "latency_budget is inf"),
-        ({"min_worth": float("nan")}, "min_worth is nan"),
+        ({"min_contribution": float("nan")}, "min_contribution is nan"),
         ({"keep": -1}, "keep is -1"),
         ({"keep": 1, "measure": "hours"}, "'hours' of the budget is unknown; use 'ms' or 'gflop'"),
     ],

@@ -21,7 +21,7 @@ from tests.methods.helpers import (
     tiny_experts,
     trained_names,
 )
-from tests.methods.movekd_helpers import (
+from tests.methods.movekd.helpers import (
     MOLE,
     PAPER,
     STAGE_1,

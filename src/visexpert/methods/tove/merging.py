@@ -14,13 +14,13 @@ from visexpert.experts import FeatureCache
 from visexpert.io.weights import cache_root, weights_digest
 from visexpert.losses import normalised_mse, token_distance
 from visexpert.methods.base import Method
-from visexpert.methods.merge_student import MergeStudent
-from visexpert.methods.optimiser import ParameterGroup
 from visexpert.methods.seen import Compared, RouterBalance, Seen
 from visexpert.methods.settings import EvaluationSettings, MergeSettings, MergingOptimizer
-from visexpert.methods.tove import ToVE
+from visexpert.methods.tove.merge_student import MergeStudent
+from visexpert.methods.tove.method import ToVE
 from visexpert.metrics.token_error import TokenError
 from visexpert.names import EncoderName
+from visexpert.optim import ParameterGroup
 from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens, imaged
 from visexpert.vision import TiledClipEncoder, add_mole
 from visexpert.vision.lora import ClipLora
@@ -83,7 +83,7 @@ class Merging(Method):
 
     def view_tokens(self, batch: Batch) -> VisionTokens:
         """Tokens in the fusion space: CLIP's own, or, where that is the language's, the projector's."""
-        tokens: VisionTokens = self.clip(batch.unit_images())
+        tokens: VisionTokens = self.clip(batch.images_01())
         return tokens if self.teacher.fusion_space == "clip" else super().to_language(tokens)
 
     def to_language(self, tokens: VisionTokens) -> VisionTokens:

@@ -17,7 +17,7 @@ from tests.methods.helpers import (
     noise_batch,
     tiny_tove,
 )
-from tests.methods.movekd_helpers import (
+from tests.methods.movekd.helpers import (
     MakeData,
     as_teacher,
     shaken,

@@ -1,0 +1,1 @@
+"""MoVE-KD: several teachers distilled into one CLIP student."""

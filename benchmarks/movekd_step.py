@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from benchmarks.ablations import BASES, CONFIGS, overlays
+from benchmarks.ablations import base_of, overlays
 from benchmarks.step_time import seconds_per_step
 from visexpert.report import describe_machine
 from visexpert.training import build_cli
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _build(name: str) -> tuple[L.LightningModule, L.LightningDataModule]:
-    files = [*(CONFIGS / file for file in BASES["movekd"]), *overlays("movekd", name)]
+    files = [*base_of("movekd"), *overlays("movekd", name)]
     cli = build_cli([part for file in files for part in ("--config", str(file))], run=False)
     return cli.model, cli.datamodule
 

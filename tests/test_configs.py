@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import yaml
 
-from benchmarks.ablations import AFTER
+from benchmarks.ablations import MATRIX, overlays
 from visexpert.methods import Method, MoVEKD, ToVE
 from visexpert.training import VisexpertCLI, build_cli
 
@@ -49,8 +49,9 @@ def base_of(name: str) -> tuple[str, ...]:
 
 def before(name: str) -> list[str]:
     """The overlays that a file is to be laid over, beside the base."""
-    found = AFTER.match((CONFIGS / name).read_text(encoding="utf-8"))
-    return [f"{name.rsplit('/', 1)[0]}/{other.strip()}.yaml" for other in found[1].split(",")] if found else []
+    folder, _, stem = name.removesuffix(".yaml").rpartition("/")
+    owners = [method for method, rows in MATRIX.items() if rows["folder"] == folder]
+    return [path.relative_to("configs").as_posix() for path in overlays(owners[0], stem)[:-1]] if owners else []
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,26 @@ def test_a_hybrid_starts_from_toves_run_of_its_seed_and_scale() -> None:
 
 def test_merging_into_mole_is_a_run_of_tove() -> None:
     assert files("hybrid", "merge-into-mole")[0] == "tove/tabletop.yaml"
+
+
+@pytest.mark.parametrize("method", ["tove", "movekd", "hybrid"])
+def test_the_matrix_has_rows_for_files_that_are_there_alone(method: str) -> None:
+    rows = ablations.MATRIX[method]
+    known = set(names(method))
+    for key in ("after", "bases", "starts"):
+        assert set(rows.get(key, {})) <= known, key
+    for name, before in rows.get("after", {}).items():
+        assert set(before) < known and name not in before, name
+
+
+def test_a_row_is_a_command_that_can_be_typed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["ablations", "movekd", "text-only", "--seed", "2", "--scale", "full", "--show"])
+    ablations.main()
+    words = shlex.split(capsys.readouterr().out)
+    run = run_of("movekd", "text-only", seed=2, scale="full")
+    assert words == ["visexpert", *run.arguments, "--run", str(run.folder)] and words[1] == "fit"
 
 
 @pytest.mark.parametrize("method", ["tove", "movekd", "hybrid"])

@@ -128,7 +128,7 @@ def test_movekd_with_13b_as_released(cli: VisexpertCLI) -> None:
     built = build(cli, "movekd/llava/stage1", "movekd/llava/13b", "movekd/released")
     model = built.model
     assert isinstance(model, MoVEKD) and millions(model.language) == pytest.approx(13016, abs=1)
-    assert model.distillation.convention == "released"
+    assert model.distillation.weighting.convention == "released"
     assert built.data.settings.tokenizer == "lmsys/vicuna-13b-v1.5"
     given = built.settings.model.init_args
     assert given.clip.init_args.mole.alpha == 1 and given.weighting.clip_teacher_weight == 0.8

@@ -397,7 +397,7 @@ def test_a_checkpoint_cannot_change_the_configuration(
     tmp_path: Path, marker: Path, stranger: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lightning's command line lays ``hyper_parameters`` of a checkpoint over what was parsed."""
-    told = {"_class_path": "stranger.MyExpert", "balance_weight": 77.0}
+    told = {"_class_path": "stranger.MyExpert", "gate": {"balance_weight": 77.0}}
     folder = hostile(tmp_path, checkpoint={"state_dict": {}, "global_step": 0, "hyper_parameters": told})
     seen: list[Any] = []
 
@@ -408,4 +408,4 @@ def test_a_checkpoint_cannot_change_the_configuration(
     monkeypatch.setattr(VisexpertCLI, "instantiate_classes", look)
     with pytest.raises(SystemExit, match="parsed"):
         main(["validate", "--run", str(folder)])
-    assert seen[0]["validate"]["model"]["init_args"]["balance_weight"] == 0.01 and not marker.exists()
+    assert seen[0]["validate"]["model"]["init_args"]["gate"]["balance_weight"] == 0.01 and not marker.exists()

@@ -11,12 +11,12 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from tests.experts.tiny_models import CLIP_VISION, DINOV2, SAM, TEXT, randomised, saved
 from tests.io.hub import put_in_cache
 from visexpert.errors import ConfigError, WeightsError
-from visexpert.experts import TransformersExpert
+from visexpert.experts import DepthExpert, SegmentationExpert, TransformersExpert
 
 CLIP_FULL = {"model_type": "clip", "vision_config": CLIP_VISION, "text_config": TEXT}
 SIGLIP_TEXT = {key: value for key, value in TEXT.items() if "token" not in key} | {"projection_size": 16}
@@ -205,7 +205,8 @@ def test_the_licence_is_that_of_the_card(tmp_path: Path) -> None:
         ({"model_type": "dinov9"}, r"no model_type 'dinov9'; the nearest are \['dinov2'"),
         ({**DINOV2, "hiden_size": 3}, r"Dinov2Config has no field 'hiden_size'; the nearest are \['hidden_size'\]"),
         ({"model_type": "clip", "vision_config": {"widht": 3}}, "CLIPVisionConfig has no field 'widht'"),
-        ({"model_type": "bert"}, "nothing says which size of image"),
+        ({"model_type": "bert"}, r"'bert' is a language model: it reads text \(BertModel\), and experts read images"),
+        ({"model_type": "wav2vec2"}, "model_type 'wav2vec2' reads sound"),
         ({**CLIP_VISION, "model_type": "clip_vision_model", "patch_size": 64}, "gives no map of images of 32 px"),
     ],
 )
@@ -247,3 +248,27 @@ def test_missing_and_damaged_weights_are_refused(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(WeightsError, match="no model.safetensors, .* in "):
         loaded(source=str(tmp_path))
+
+
+@pytest.mark.parametrize("expert", [TransformersExpert, DepthExpert, SegmentationExpert])
+def test_the_folder_of_a_language_model_is_refused_as_what_it_is(tmp_path: Path, expert: type[Any]) -> None:
+    """It has no image processor either, which is not what is wrong with it."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"model_type 'llama' is a language model: .*an encoder of images"):
+        expert(source=str(tmp_path))
+
+
+@pytest.mark.parametrize(("config", "size"), [(SAM, 64), (SAM, 128), (SWIN, 32), (SWIN, 64), (DINOV2, 28)])
+def test_a_network_is_built_once(monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], size: int) -> None:
+    """SAM's positions are of one size of image, so its network is one for the size asked for from the beginning."""
+    built: list[str] = []
+    own = PreTrainedModel.__init__
+
+    def count(self: Any, *args: Any, **kwargs: Any) -> None:
+        own(self, *args, **kwargs)
+        if not torch.empty(0).is_meta:  # there it costs nothing
+            built.append(type(self).__name__)
+
+    monkeypatch.setattr(PreTrainedModel, "__init__", count)
+    TransformersExpert(config=config, image_size=size)
+    assert built and len(built) == len(set(built))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig
 from transformers.utils import logging
 
 from visexpert.errors import ConfigError, WeightsError
@@ -72,6 +72,7 @@ class HubModel:
         assert found is not None
         if own is not None and config is not None:
             _must_agree(config, given, found, f"{owner}: the weights of '{source}'")
+        _must_read_images(found, owner)
         return cls(owner, files, found, config, auto)
 
     @property
@@ -89,23 +90,31 @@ class HubModel:
     def _built(self, config: PreTrainedConfig) -> nn.Module:
         return build_network(config, auto=self.auto, owner=self.owner)
 
+    def _resized(self, image_size: int) -> PreTrainedConfig | None:
+        """The configuration for images of another size; None where nothing in it changes."""
+        config = copy.deepcopy(self.config)
+        for part in (config, getattr(config, "backbone_config", None)):
+            for name in NATIVE_SIZE:
+                side = getattr(part, name, None)
+                if isinstance(side, int | list | tuple):
+                    setattr(part, name, image_size if isinstance(side, int) else [image_size] * len(side))
+        return config if config.to_dict() != self.config.to_dict() else None
+
+    def _interpolates(self) -> bool:
+        """See :func:`own_interpolation`; a network without memory shows it."""
+        with torch.device("meta"):
+            return own_interpolation(self._built(copy.deepcopy(self.config)))
+
     def build(self, image_size: int) -> nn.Module:
         """The network for images of this size, with random weights and fused attention wherever it exists.
 
         Raises:
             ConfigError: transformers has no such network.
         """
-        config = copy.deepcopy(self.config)
+        resized = self._resized(image_size)
         try:
+            config = copy.deepcopy(self.config) if resized is None or self._interpolates() else resized
             model = self._built(config)
-            if not own_interpolation(model):
-                for part in (config, getattr(config, "backbone_config", None)):
-                    for name in NATIVE_SIZE:
-                        side = getattr(part, name, None)
-                        if isinstance(side, int | list | tuple):
-                            setattr(part, name, image_size if isinstance(side, int) else [image_size] * len(side))
-                if config.to_dict() != self.config.to_dict():
-                    model = self._built(config)
         except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"{self.owner}: {self.auto} cannot build this model ({reason}).") from error
@@ -186,6 +195,28 @@ def config_of(fields: Mapping[str, Any], *, owner: str, strict: bool = False) ->
     if strict:
         _known_fields(fields, config, owner)
     return vision_part(config)
+
+
+_READ_INSTEAD = {
+    "input_ids": "is a language model: it reads text",
+    "input_values": "reads sound",
+    "input_features": "reads sound",
+}
+"""What a network is whose ``forward`` takes this and no pixels."""
+
+
+def _must_read_images(config: PreTrainedConfig, owner: str) -> None:
+    """Refuse what reads text or sound; else the first thing missed would be an image processor."""
+    network: Any = MODEL_MAPPING.get(type(config), None)
+    kinds = network if isinstance(network, tuple | list) else () if network is None else (network,)
+    for kind in kinds:
+        taken = inspect.signature(kind.forward).parameters
+        instead = next((what for name, what in _READ_INSTEAD.items() if name in taken), None)
+        if instead is not None and not any(name.startswith("pixel_values") for name in taken):
+            raise ConfigError(
+                f"{owner}: model_type {config.model_type!r} {instead} ({kind.__name__}), and experts read images; give "
+                "an encoder of images (docs/families.md lists some)."
+            )
 
 
 def _known_fields(fields: Mapping[str, Any], config: PreTrainedConfig, owner: str) -> None:

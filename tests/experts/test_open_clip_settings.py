@@ -147,3 +147,21 @@ def test_what_arrives_with_the_weights_must_be_what_was_built(
     with pytest.raises(ConfigError, match=r"'org/clip' brings settings of its own \(open_clip_config.json\).*again"):
         early.load_weights()
     loaded(model="tiny-vit", weights="org/clip", framing="own")
+
+
+@pytest.mark.parametrize("second", [0.1, 0.2])
+def test_a_repository_that_says_nothing_is_as_a_lone_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: float
+) -> None:
+    tags = {tag: {"mean": (value,) * 3, "std": (1.0,) * 3} for tag, value in (("a", 0.1), ("b", second))}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-vit", tags)
+    folder = repository(tmp_path / "files")
+    (folder / "open_clip_config.json").unlink()
+    put_in_cache(monkeypatch, tmp_path / "cache", "org/clip", folder)
+    expert = OpenClipExpert(model="tiny-vit", weights="org/clip")
+    if second == 0.1:
+        expert.load_weights()
+        assert expert.mean.flatten().tolist() == pytest.approx([0.1] * 3)
+        return
+    with pytest.raises(ConfigError, match=r"tiny-vit have several values of mean .*0\.1.*0\.2"):
+        expert.load_weights()

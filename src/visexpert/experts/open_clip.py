@@ -123,9 +123,10 @@ class OpenClipExpert(MapExpert):
         with suppress(WeightsError):  # not every repository has one
             self.source.fetch(OPEN_CLIP_CONFIG, owner=OWNER)
         own = own_of(self.source.text, None)
-        if own is None:
+        if own is None:  # nothing says more than of a lone file
+            shared_preparation(str(self.facts["model"]), needed=needed_for(self.framing), owner=OWNER)
             return
-        keys = ("mean", "std", "interpolation", *(("resize_mode",) if self.framing == "own" else ()))
+        keys = ("interpolation", *needed_for(self.framing))
         same = all(_plain(own[1][key]) == _plain(self.settings[1][key]) for key in keys)
         vision, quick = own[0]["vision_cfg"], own[0].get("quick_gelu", False)
         if not same or vision != self.settings[0]["vision_cfg"] or quick != self.settings[0].get("quick_gelu", False):
@@ -214,9 +215,13 @@ def named(model: str, weights: str, *, framing: Framing) -> tuple[dict[str, Any]
     if not tagged:
         # A repository says it itself once it is here, see _check_own.
         lone = weights != RANDOM and ModelSource.parse(weights).repo is None
-        read = ("mean", "std", "resize_mode") if framing == "own" else ("mean", "std")
-        tagged = shared_preparation(model, needed=read if lone else (), owner=OWNER)
+        tagged = shared_preparation(model, needed=needed_for(framing) if lone else (), owner=OWNER)
     return dict(settings), {**vars(PreprocessCfg()), **tagged}
+
+
+def needed_for(framing: Framing) -> tuple[str, ...]:
+    """Settings of open_clip's own preparation that nothing else replaces."""
+    return ("mean", "std", "resize_mode") if framing == "own" else ("mean", "std")
 
 
 def side_of(vision: Mapping[str, Any]) -> int:

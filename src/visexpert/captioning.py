@@ -20,7 +20,7 @@ from visexpert.data.images import to_tensor
 from visexpert.data.resize import Picture
 from visexpert.data.settings import Settings
 from visexpert.errors import ConfigError, DataError, shown
-from visexpert.experts import ExpertHub, VisionExpert
+from visexpert.experts import VisionExpert
 from visexpert.language import Decoding
 from visexpert.runs import SavedRun
 from visexpert.types import Batch, TextEncoder
@@ -83,9 +83,8 @@ class Captioner:
         self._device = _device(device)
         self._model = run.model.to(self._device).eval()
         self._encoder = text_encoder_of(run)
-        hub = getattr(self._model, "hub", None)
-        self._hub = hub if isinstance(hub, ExpertHub) else None
-        self.experts: tuple[str, ...] = () if self._hub is None else self._hub.attached
+        self._hub = self._model.hub
+        self.experts = self._model.read_experts
         modules = self._model.modules()
         settings = getattr(run.data, "settings", None)
         self._reader = settings.reader() if isinstance(settings, Settings) else None
@@ -159,7 +158,7 @@ class Captioner:
             vision = self._model.encode(batch)
             written = self._model.language.generate(vision, ids, eos_id=self._encoder.eos_id, decoding=decoding)
         gates: Sequence[Any] = [None] * len(pictures)
-        if vision.gates_BTK is not None and self._hub is not None:
+        if vision.gates_BTK is not None:
             columns = [self._hub.names.index(name) for name in names]
             gates = list(vision.gates_BTK[..., columns].unflatten(1, vision.grid_hw).float().cpu().numpy())
         pixels = images_BCHW.permute(0, 2, 3, 1).cpu().numpy()
@@ -206,11 +205,11 @@ class Captioner:
         silent = [name for name in self.experts if name not in names]
         try:
             for name in silent:
-                self._hub.detach(name)  # type: ignore[union-attr]
+                self._hub.detach(name)
             yield names
         finally:
             for name in silent:
-                self._hub.attach(name)  # type: ignore[union-attr]
+                self._hub.attach(name)
 
 
 def _check_text(prompt: str) -> None:

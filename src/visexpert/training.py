@@ -163,8 +163,9 @@ class VisexpertCLI(LightningCLI):
         """A configuration that may be anyone's: a run's own, but for a fit, whose ``--config`` the user chose."""
         if arguments and arguments[0] == "fit" and not self.reads_only:
             return None
-        run = Path(_option(list(arguments), "--run") or "")
-        return next((path for path in _config_files(arguments) if path.parent == run or is_of_run(path)), None)
+        run = _option(list(arguments), "--run")
+        folders = () if run is None else (Path(run),)
+        return next((path for path in _config_files(arguments) if path.parent in folders or is_of_run(path)), None)
 
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; a user's error comes out as itself, not inside the parser's."""

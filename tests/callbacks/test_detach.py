@@ -22,7 +22,7 @@ from visexpert.callbacks.detach import ExpertDetachment
 from visexpert.callbacks.phase import PhaseSettings, write_checkpoint
 from visexpert.callbacks.subsets import SubsetTiming, run_once
 from visexpert.errors import ConfigError
-from visexpert.methods import ToVE
+from visexpert.methods import FusingMethod, ToVE
 from visexpert.methods.cost import first_images, measure_cost
 from visexpert.runs import build, load_run
 from visexpert.tabletop import TabletopData
@@ -203,7 +203,7 @@ def test_images_bounds_what_is_scored(tmp_path: Path) -> None:
     assert losses_of(facts)[NAMES] == pytest.approx(five["val/nll/nll"], rel=1e-5)
 
 
-def _state(model: ToVE) -> dict[str, Tensor]:
+def _state(model: FusingMethod) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in model.state_dict().items()}
 
 
@@ -213,7 +213,7 @@ def test_retuning_trains_what_is_left_and_nothing_else(tmp_path: Path) -> None:
     model.count_steps(7)
 
     class Watched(ExpertDetachment):
-        def _retune(self, model: ToVE, *rest: Any) -> bool:
+        def _retune(self, model: FusingMethod, *rest: Any) -> bool:
             before.update(_state(model))
             return super()._retune(model, *rest)
 

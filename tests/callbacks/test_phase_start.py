@@ -38,9 +38,9 @@ DETACH: dict[str, Any] = {"timing_images": 1, "timing_seconds": 0.0, "retune_ste
         (ExpertDetachment(keep=2, **DETACH), tiny_tove(), Nothing(), "Nothing has none"),
         (ExpertDetachment(keep=4, **DETACH), tiny_tove(), NoValidation(), "keep is 4, but the model has 3 experts"),
         (ExpertDetachment(keep=1, **DETACH), tiny_tove(experts={}), NoValidation(), "no expert to detach"),
-        (ExpertDetachment(keep=2, **DETACH), tiny_movekd(), NoValidation(), "works on ToVE, not on MoVEKD"),
+        (ExpertDetachment(keep=2, **DETACH), tiny_movekd(), NoValidation(), "FusingMethod.*not on MoVEKD"),
         (KnowledgeMerging(steps=1), tiny_tove(experts={}), NoValidation(), "nothing to merge"),
-        (KnowledgeMerging(steps=1), tiny_movekd(), NoValidation(), "works on ToVE, not on MoVEKD"),
+        (KnowledgeMerging(steps=1), tiny_movekd(), NoValidation(), "FusingMethod.*not on MoVEKD"),
     ],
 )
 def test_what_a_phase_cannot_work_on_is_refused_before_training(

@@ -113,7 +113,7 @@ def open_session(run: Path, *, device: str | None = None, max_pixels: int = MAX_
         ConfigError: ``run`` is no run.
         WeightsError: Its checkpoint cannot be read.
     """
-    models = [_model("ToVE", run, device)]
+    models = [_model(None, run, device)]
     for name in BESIDE:
         if not (run / name / "config.yaml").is_file():
             continue
@@ -124,8 +124,10 @@ def open_session(run: Path, *, device: str | None = None, max_pixels: int = MAX_
     return Session(models, max_pixels=max_pixels)
 
 
-def _model(name: str, run: Path, device: str | None) -> Model:
-    captioner = Captioner(load_run(run), device=device)
+def _model(name: str | None, run: Path, device: str | None) -> Model:
+    """A run to answer; by the name of its method, where it has no other."""
+    saved = load_run(run)
+    captioner, name = Captioner(saved, device=device), name or type(saved.model).__name__
     metrics = run / "metrics.json"
     measured = read_json(metrics) if metrics.is_file() else {}
     gflop = measured.get(COST) if isinstance(measured, dict) else None

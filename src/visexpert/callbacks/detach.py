@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ from visexpert.callbacks.phase import (
     write_derived_config,
 )
 from visexpert.callbacks.progress import TrainingProgress
-from visexpert.callbacks.subsets import SubsetScoring, SubsetTiming, attach_only
+from visexpert.callbacks.subsets import SubsetScoring, SubsetTiming
 from visexpert.errors import ConfigError
 from visexpert.io.run_files import read_json, set_aside, write_json, write_text
-from visexpert.methods import ToVE
+from visexpert.methods import FusingMethod
 from visexpert.methods.start import start_from
 from visexpert.methods.tove.subset_search import (
     Choice,
@@ -119,7 +118,7 @@ class ExpertDetachment(Phase):
 
     needs_validation = True
 
-    def check_start(self, model: ToVE) -> None:
+    def check_start(self, model: FusingMethod) -> None:
         """See :meth:`Phase.check_start`.
 
         Raises:
@@ -127,7 +126,7 @@ class ExpertDetachment(Phase):
         """
         check(model.hub.attached, self.criterion, self.search)
 
-    def apply(self, model: ToVE, data: LightningDataModule, folder: Path, settings: PhaseSettings) -> Path:
+    def apply(self, model: FusingMethod, data: LightningDataModule, folder: Path, settings: PhaseSettings) -> Path:
         """Search, detach, train on, score, save. See :meth:`Phase.apply`."""
         out = folder / self.name
         steps = model.trained_steps + self.retune_steps
@@ -146,14 +145,13 @@ class ExpertDetachment(Phase):
         if not self._retune(model, data, out, settings, cost):
             return out
         model.count_steps(steps)
-        top_k = None if model.gate is None else model.gate.top_k
-        write_derived_config(folder, out, experts=kept, gate={"top_k": top_k})
+        write_derived_config(folder, out, model.detached_config)
         settings.trainer(out, cost=cost).test(model, datamodule=data, verbose=False)
         write_checkpoint(model, out, steps=steps)
         print(self._outcome(folder, out), flush=True)
         return out
 
-    def _begun(self, model: ToVE, out: Path) -> Subset | None:
+    def _begun(self, model: FusingMethod, out: Path) -> Subset | None:
         """What an earlier start kept, refusing one with other settings and setting aside one of other weights."""
         if not (out / FACTS).is_file():
             return None
@@ -172,7 +170,7 @@ class ExpertDetachment(Phase):
             return None
         return tuple(before["kept"])
 
-    def _find(self, model: ToVE, data: LightningDataModule, folder: Path, settings: PhaseSettings) -> Subset:
+    def _find(self, model: FusingMethod, data: LightningDataModule, folder: Path, settings: PhaseSettings) -> Subset:
         """Search the subsets and write down all that was found."""
         everything, weights = model.hub.attached, weights_identity(model)
         check(everything, self.criterion, self.search)
@@ -194,7 +192,7 @@ class ExpertDetachment(Phase):
             choice = choose(everything, self.criterion, evaluate, search=self.search)
             again, unsteady = measure([(), choice.kept])
         finally:
-            attach_only(model, everything)
+            model.hub.attach_only(everything)
         found = Findings(
             choice,
             self.criterion,
@@ -234,7 +232,7 @@ class ExpertDetachment(Phase):
         return ACCURACY if ACCURACY in figures else f"-{self.loss}"
 
     def _retune(
-        self, model: ToVE, data: LightningDataModule, out: Path, settings: PhaseSettings, cost: CostReport
+        self, model: FusingMethod, data: LightningDataModule, out: Path, settings: PhaseSettings, cost: CostReport
     ) -> bool:
         """Train what is left; whether it came to its end."""
         if not self.retune_steps:
@@ -245,7 +243,7 @@ class ExpertDetachment(Phase):
         )  # fmt: skip
         unfinished = out / "checkpoints" / TRAINING
         start = str(unfinished) if unfinished.is_file() else None
-        with _retuning(model, self.retune_lr, self.retune_steps):
+        with model.retuning(self.retune_lr, steps=self.retune_steps):
             trainer.fit(model, datamodule=data, ckpt_path=start, weights_only=True)
         return not trainer.interrupted
 
@@ -365,19 +363,3 @@ def _validate(
     }  # fmt: skip
     trainer = L.Trainer(**own, **options)
     trainer.validate(module, datamodule=data, verbose=False)
-
-
-@contextmanager
-def _retuning(model: ToVE, lr: float | None, steps: int) -> Iterator[None]:
-    """Rates and schedule of re-tuning: what is frozen stays so, nothing waits, a tenth of the steps warms up."""
-    rates = ("lr", "gate_lr", "language_lr", "clip_lr")
-    before = {name: getattr(model, name) for name in (*rates, "warmup_steps", "language_frozen_steps")}
-    for name in rates:
-        if lr is not None and before[name] > 0:
-            setattr(model, name, lr)
-    model.warmup_steps, model.language_frozen_steps = min(model.warmup_steps, steps // 10), 0
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(model, name, value)

@@ -80,10 +80,9 @@ class RunFigures(Callback):
         folder = folder_of(trainer)  # which every process must ask
         if not trainer.is_global_zero:
             return
-        hub = getattr(pl_module, "hub", None)
-        if self._gates and hub is not None:
+        if self._gates and isinstance(pl_module, Method):
             with spared("gate_maps"):
-                self._draw_gates(folder, hub.names)
+                self._draw_gates(folder, pl_module.hub.names)
         with spared("cls_attention, router_maps or router_usage"):
             self._inside.draw(folder / "figures")
         if self._captions:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
@@ -12,14 +11,14 @@ from visexpert.errors import ConfigError
 from visexpert.export import check_formats
 from visexpert.export.llava import check_language
 from visexpert.language import PrefixLM
-from visexpert.methods import Method, ToVE
+from visexpert.methods import FusingMethod, Method
 from visexpert.vision import TiledClipEncoder, mole_settings
 
 
 class MeantFor(Callback):
     """Refuse before training what `visexpert export` could not write afterwards.
 
-    Experts of ToVE are no obstacle: `visexpert merge` comes before the export.
+    Experts of a method that fuses them are no obstacle: `visexpert merge` comes before the export.
 
     Args:
         formats: Formats of `visexpert export` that the run is to be written in, such as ``[hf, llava]``.
@@ -48,9 +47,9 @@ def check_exportable(model: LightningModule, formats: Sequence[str]) -> None:
     Raises:
         ConfigError: The first obstacle.
     """
-    if not isinstance(model, Method) or not hasattr(model, "clip"):
+    if not isinstance(model, Method):
         raise ConfigError(f"MeantFor: {type(model).__name__} has no CLIP to export; remove it from the callbacks.")
-    clip: Any = model.clip
+    clip = model.clip
     depth = int(clip.config.num_hidden_layers)
     for name in formats:
         if name == "llava":
@@ -62,7 +61,7 @@ def check_exportable(model: LightningModule, formats: Sequence[str]) -> None:
             check_language(model.language.model)
         if name == "open_clip" and clip.layer < -depth:
             raise ConfigError(f"MeantFor: open_clip hands out no tokens of layer {clip.layer}; take another, or hf.")
-        if name == "visexpert" and mole_settings(clip) is None and not isinstance(model, ToVE):
+        if name == "visexpert" and mole_settings(clip) is None and not isinstance(model, FusingMethod):
             raise ConfigError("MeantFor: visexpert is for a CLIP with MoLE, which this one lacks; take hf.")
 
 
@@ -75,11 +74,8 @@ def llava_problems(model: Method) -> list[str]:
         f"language: {type(language).__name__} (it needs PrefixLM)": not isinstance(language, PrefixLM),
         f"position_scale: {scale} (it needs 0)": scale,
         "image_newline: true (tiles)": getattr(language, "image_newline", None) is not None,
-        f"clip: {type(getattr(model, 'clip', None)).__name__} (tiles)": isinstance(
-            getattr(model, "clip", None), TiledClipEncoder
-        ),
+        f"clip: {type(model.clip).__name__} (tiles)": isinstance(model.clip, TiledClipEncoder),
         "a projector other than mlp2x_gelu": not isinstance(layers, nn.Sequential) or len(layers) != 3,
         "projector.norm: true (it needs false)": not isinstance(getattr(projector, "norm", None), nn.Identity),
-        "blind: true": getattr(model, "blind", False),
     }
-    return [problem for problem, found in problems.items() if found]
+    return [*(problem for problem, found in problems.items() if found), *model.beside_clip()]

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from visexpert.callbacks.phase import (
 )
 from visexpert.errors import ConfigError
 from visexpert.io.run_files import read_json, set_aside, write_json
-from visexpert.methods import MergeStudent, Merging, ToVE
+from visexpert.methods import FusingMethod, MergeStudent, Merging
 from visexpert.methods.settings import MergeSettings, MergingOptimizer
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class KnowledgeMerging(Phase):
         self.caption_images, self.test = caption_images, test
         self.merging, self.optimizer = merging, optimizer
 
-    def check_start(self, model: ToVE) -> None:
+    def check_start(self, model: FusingMethod) -> None:
         """See :meth:`Phase.check_start`.
 
         Raises:
@@ -86,7 +87,7 @@ class KnowledgeMerging(Phase):
         if not model.hub.attached:
             raise ConfigError("KnowledgeMerging: the model uses no expert, so there is nothing to merge; take it out.")
 
-    def apply(self, model: ToVE, data: LightningDataModule, folder: Path, settings: PhaseSettings) -> Path:
+    def apply(self, model: FusingMethod, data: LightningDataModule, folder: Path, settings: PhaseSettings) -> Path:
         """Train the student, score it, save it. See :meth:`Phase.apply`."""
         out = folder / self.name
         self.steps = self.wanted_steps or max(model.trained_steps, 1)
@@ -111,8 +112,9 @@ class KnowledgeMerging(Phase):
             return out
         merged = student.merged()
         merged.count_steps(teacher_steps + self.steps)
-        mole = {} if self.student is None else {"mole": asdict(self.student.mole)}
-        write_derived_config(folder, out, experts=(), clip=mole, optimizer={"clip_lr": self.optimizer.lr})
+        mole = None if self.student is None else self.student.mole
+        derived = partial(merged.merged_config, clip_lr=self.optimizer.lr, mole=mole)
+        write_derived_config(folder, out, derived)
         if self.test:
             settings.trainer(out, cost=cost).test(merged, datamodule=data, verbose=False)
         write_checkpoint(merged, out, steps=teacher_steps + self.steps)
@@ -138,7 +140,7 @@ class KnowledgeMerging(Phase):
         settings = {"steps": self.steps, "student": student, **asdict(self.merging), **asdict(self.optimizer)}
         return dict(json.loads(json.dumps(settings)))  # as they are read back
 
-    def _facts(self, model: ToVE, folder: Path) -> dict[str, Any]:
+    def _facts(self, model: FusingMethod, folder: Path) -> dict[str, Any]:
         return {
             "run": str(folder),
             "weights": weights_identity(model),
@@ -151,7 +153,7 @@ class KnowledgeMerging(Phase):
             "experts": {name: model.hub[name].licence for name in model.hub.attached},
         }
 
-    def _is_done(self, model: ToVE, out: Path) -> bool:
+    def _is_done(self, model: FusingMethod, out: Path) -> bool:
         """Whether the folder holds a finished merge, refusing other settings and setting aside one of other weights."""
         if (out / FACTS).is_file():
             before = read_json(out / FACTS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,8 @@ from visexpert.interruption import check
 from visexpert.io.lock import hold
 from visexpert.io.run_files import write_text
 from visexpert.io.weights import weights_digest
-from visexpert.methods import Method, ToVE
+from visexpert.methods import FusingMethod, Method
+from visexpert.methods.fusing import fusing
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ class Phase(Callback):
         self.name = name
         self.test_follows = False
 
-    def carry_out(self, model: ToVE, data: LightningDataModule, folder: Path, settings: PhaseSettings) -> Path:
+    def carry_out(self, model: FusingMethod, data: LightningDataModule, folder: Path, settings: PhaseSettings) -> Path:
         """Do the work, alone in the phase's folder. See :meth:`apply`.
 
         Raises:
@@ -131,7 +132,7 @@ class Phase(Callback):
             return self.apply(model, data, folder, settings)
 
     @abstractmethod
-    def apply(self, model: ToVE, data: LightningDataModule, folder: Path, settings: PhaseSettings) -> Path:
+    def apply(self, model: FusingMethod, data: LightningDataModule, folder: Path, settings: PhaseSettings) -> Path:
         """Do the work.
 
         Args:
@@ -144,7 +145,7 @@ class Phase(Callback):
             The phase's own folder.
         """
 
-    def check_start(self, model: ToVE) -> None:
+    def check_start(self, model: FusingMethod) -> None:
         """Refuse, before anything trains, what would fail when the phase begins.
 
         Args:
@@ -177,16 +178,14 @@ class Phase(Callback):
         if stage == "test":
             self._run(trainer, pl_module)
 
-    def _fitting(self, trainer: Trainer, model: LightningModule) -> ToVE:
+    def _fitting(self, trainer: Trainer, model: LightningModule) -> FusingMethod:
         """The model, where it is one that the phase can work on, in one process."""
         if trainer.world_size > 1:
             raise ConfigError(
                 f"{type(self).__name__} runs in one process, but this run has {trainer.world_size}; take it out, and "
                 "give the finished run to `visexpert detach` or `visexpert merge`."
             )
-        if not isinstance(model, ToVE):
-            raise ConfigError(f"{type(self).__name__} works on ToVE, not on {type(model).__name__}; remove it.")
-        return model
+        return fusing(model, wanted_by=type(self).__name__)
 
     def _run(self, trainer: Trainer, model: LightningModule) -> None:
         if trainer.interrupted:
@@ -208,7 +207,7 @@ def kept_trainer(model: Method, data: LightningDataModule) -> Iterator[None]:
         model._trainer, data.trainer = before
 
 
-def weights_identity(model: ToVE) -> str:
+def weights_identity(model: Method) -> str:
     """Hash of the weights that were trained and of the experts that are attached: what a phase was made from."""
     trained = [module for group in model.trained_groups() for module in group.modules]
     return weights_digest(nn.ModuleList(trained), facts=",".join(model.hub.attached))
@@ -232,30 +231,20 @@ def write_checkpoint(model: Method, folder: Path, *, steps: int) -> None:
     (path.parent / TRAINING).unlink(missing_ok=True)
 
 
-def write_derived_config(
-    run: Path, folder: Path, *, experts: Sequence[str], clip: Mapping[str, Any] | None = None, **init_args: Any
-) -> None:
-    """Write the phase's ``config.yaml``: the run's, with the experts that are left and other settings.
+def write_derived_config(run: Path, folder: Path, derived: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
+    """Write the phase's ``config.yaml``: the run's, with the method's arguments as the phase leaves them.
 
     Args:
         run: The run's folder; without a ``config.yaml`` (runs made in Python) there is nothing to derive.
         folder: The phase's folder.
-        experts: Names of the experts that are left.
-        clip: Arguments of CLIP that change.
-        init_args: Arguments of the method that change; of those that are mappings, the entries.
+        derived: The run's ``init_args`` to those of the phase's model.
     """
     source = run / "config.yaml"
     if not source.is_file():
         log.warning("%s has no config.yaml, so %s gets none: it can be loaded by your own code only.", run, folder)
         return
     config: dict[str, Any] = yaml.safe_load(source.read_text(encoding="utf-8"))
-    model = config["model"]["init_args"]
-    model["experts"] = {name: model["experts"][name] for name in experts}
-    if clip:
-        model["clip"]["init_args"] = {**(model["clip"].get("init_args") or {}), **clip}
-    for name, value in init_args.items():
-        model[name] = {**(model.get(name) or {}), **value} if isinstance(value, Mapping) else value
-    model.update(use=None, detached=None, init_from=None)
+    config["model"]["init_args"] = dict(derived(config["model"]["init_args"]))
     config["run"] = str(folder)
     callbacks = config.get("trainer", {}).get("callbacks")
     if isinstance(callbacks, list):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from visexpert.errors import ConfigError
-from visexpert.methods import ToVE
+from visexpert.methods import FusingMethod
 from visexpert.methods.cost import first_images, measure_cost
 from visexpert.methods.evaluation import Evaluator
 from visexpert.methods.tove.subset_search import Subset
@@ -31,7 +31,7 @@ class SubsetScoring(L.LightningModule):
         images: Images to score on; None takes all.
     """
 
-    def __init__(self, model: ToVE, *, images: int | None) -> None:
+    def __init__(self, model: FusingMethod, *, images: int | None) -> None:
         super().__init__()
         self.model, self.images = model, images
         self.everything = model.hub.attached
@@ -46,7 +46,7 @@ class SubsetScoring(L.LightningModule):
         self._evaluators = {subset: Evaluator(captions=0) for subset in self.subsets}
         self._gates: list[Tensor] = []
         self.seen = 0
-        attach_only(self.model, self.everything)
+        self.model.hub.attach_only(self.everything)
         data, cache = self.trainer.datamodule, self.model.feature_cache  # type: ignore[attr-defined]
         if cache is not None and hasattr(data, "image_sources"):
             self.model.read_features(cache, data.image_sources())
@@ -61,10 +61,10 @@ class SubsetScoring(L.LightningModule):
         if not len(batch):
             return
         self.seen += len(batch)
-        hub = self.model.hub
-        with run_once([self.model.clip, *(hub[name] for name in self.everything), *self.model.adapters.values()]):
+        self.model.hub.attach_only(self.everything)
+        with run_once(self.model.subset_modules()):
             for subset in self.subsets:
-                attach_only(self.model, subset)
+                self.model.hub.attach_only(subset)
                 self.model.evaluators["val"] = self._evaluators[subset]
                 gates_BTK = self.model.evaluate(batch, "val").vision.gates_BTK
                 if subset == self.everything and gates_BTK is not None:
@@ -81,7 +81,7 @@ class SubsetScoring(L.LightningModule):
     def _gflop(self, subset: Subset, batch: Batch) -> float:
         if batch.text is None:
             raise ConfigError("ExpertDetachment: the validation data has no text, so experts contribute nothing there.")
-        attach_only(self.model, subset)
+        self.model.hub.attach_only(subset)
         return measure_cost(self.model, first_images(batch, 1), seconds=0.0)["gflop_vision"]
 
 
@@ -98,7 +98,7 @@ class SubsetTiming(L.LightningModule):
         seconds: Least time to spend.
     """
 
-    def __init__(self, model: ToVE, *, images: int, turns: int = 7, seconds: float = 2.0) -> None:
+    def __init__(self, model: FusingMethod, *, images: int, turns: int = 7, seconds: float = 2.0) -> None:
         super().__init__()
         self.model, self.images, self.turns, self.seconds = model, images, turns, seconds
         self.subsets: tuple[Subset, ...] = ((),)
@@ -125,7 +125,7 @@ class SubsetTiming(L.LightningModule):
         }
 
     def _seconds(self, subset: Subset, batch: Batch) -> float:
-        attach_only(self.model, subset)
+        self.model.hub.attach_only(subset)
         self._wait()
         started = time.perf_counter()
         self.model.encode(batch)
@@ -135,12 +135,6 @@ class SubsetTiming(L.LightningModule):
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def attach_only(model: ToVE, subset: Subset) -> None:
-    """Attach these experts and detach all others."""
-    for name in model.hub.names:
-        (model.hub.attach if name in subset else model.hub.detach)(name)
 
 
 @contextmanager

@@ -6,8 +6,12 @@ import argparse
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from visexpert.errors import ConfigError, shown
+
+if TYPE_CHECKING:
+    from visexpert.runs import SavedRun
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +50,10 @@ def run(arguments: list[str]) -> None:
     from visexpert.commands.export_mole import sources_of
     from visexpert.runs import load_run
 
+    saved = load_run(folder)
+    check_clip(saved)
     sources = sources_of(
-        load_run(folder), formats, layers=options.layers, treatment=options.mole, flatten=flatten, images=options.data
+        saved, formats, layers=options.layers, treatment=options.mole, flatten=flatten, images=options.data
     )  # fmt: skip
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     sources = {name: replace(source, dtype=dtype) for name, source in sources.items()}
@@ -128,13 +134,12 @@ def _flatten_settings(options: argparse.Namespace) -> tuple[int, float]:
 
 
 def run_with_clip(folder: Path) -> Path:
-    """The folder to open: RUN/merged where it is, else a run whose checkpoint holds its CLIP.
+    """The folder to open: RUN/merged where it is, else RUN.
 
     Raises:
-        ConfigError: The folder is no run, or its CLIP was neither merged nor trained.
+        ConfigError: The folder is no run, or its merge is not finished.
     """
-    from visexpert.runs import read_checkpoint
-    from visexpert.training import checkpoint_of, config_of
+    from visexpert.training import config_of
 
     config_of(folder)
     merged = folder / MERGED
@@ -144,8 +149,22 @@ def run_with_clip(folder: Path) -> Path:
                 f"'{merged}' is not finished; run `visexpert merge {folder}` again, which goes on from there."
             )
         return merged
-    if not any(key.startswith("clip.") for key in read_checkpoint(checkpoint_of(folder))["state_dict"]):
+    return folder
+
+
+def check_clip(saved: SavedRun) -> None:
+    """Refuse a run whose CLIP is yet to be merged; say of any other frozen CLIP that the run has not changed it.
+
+    Raises:
+        ConfigError: See above.
+    """
+    from visexpert.methods import FusingMethod
+
+    folder = saved.folder
+    if saved.model.holds("clip"):
+        return
+    if isinstance(saved.model, FusingMethod):
         raise ConfigError(
             f"'{folder}' has no merged CLIP, and its own CLIP stayed frozen; run `visexpert merge {folder}` first."
         )
-    return folder
+    log.warning("The CLIP of %s stayed frozen: its weights are those that the run began with.", folder)

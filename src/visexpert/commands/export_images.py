@@ -93,9 +93,8 @@ def with_images(saved: SavedRun, named: Path | None) -> SavedRun:
     if named is None:
         return saved
     if named.is_dir():
-        model: Any = saved.model
         how: Any = getattr(getattr(saved.data, "settings", None), "resize", "crop")
-        return replace(saved, data=FolderImages(named, image_size=model.clip.image_size, resize=how))
+        return replace(saved, data=FolderImages(named, image_size=saved.model.clip.image_size, resize=how))
     try:
         return replace(saved, data=build_data([named]))
     except ConfigError as error:

@@ -47,7 +47,7 @@ def sources_of(
         ConfigError: A treatment that the run or a format has no use for.
         DataError: The run's images are not at hand, and the treatment needs them.
     """
-    model: Any = saved.model
+    model = saved.model
     settings = mole_settings(model.clip)
     if settings is None and treatment is not None:
         raise ConfigError(f"--mole {treatment}: the CLIP of '{saved.folder}' has no MoLE; leave --mole out.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,10 +16,12 @@ from visexpert.errors import ConfigError
 from visexpert.export import ExportSource, LanguageParts, Projection
 from visexpert.io.run_files import read_json
 from visexpert.language import Predictions, PrefixLM
-from visexpert.methods import Method, ToVE
+from visexpert.methods import Method
 from visexpert.runs import SavedRun
 from visexpert.types import IGNORE_INDEX, Batch, TextBatch
 from visexpert.vision import ClipEncoder
+
+log = logging.getLogger(__name__)
 
 FACTS = "merge.json"
 TOLD = (
@@ -39,8 +42,7 @@ def source_of(saved: SavedRun, layers: Sequence[int] | None, *, with_language: b
     Raises:
         ConfigError: A layer that the CLIP does not have, or a language side that LLaVA has no place for.
     """
-    model: Any = saved.model
-    clip: ClipEncoder = model.clip
+    model, clip = saved.model, saved.model.clip
     clip.requires_grad_(False)
     depth = int(clip.config.num_hidden_layers)
     wanted = tuple(dict.fromkeys((clip.layer, -1) if layers is None else layers))
@@ -52,6 +54,9 @@ def source_of(saved: SavedRun, layers: Sequence[int] | None, *, with_language: b
     name = saved.folder.resolve()
     origin = {"run": f"{name.parent.name}/{name.name}", "optimiser steps in all": str(saved.steps)}
     origin |= {f"merge: {key.replace('_', ' ')}": str(facts[key]) for key in TOLD if facts.get(key) is not None}
+    if model.beside_clip():
+        origin["not exported"] = ", ".join(model.beside_clip())
+        log.warning("What its language side reads through beside CLIP is not exported: %s.", origin["not exported"])
     start = _start_of(clip)
     return ExportSource(
         clip, wanted, None if start is None else _pooled_trained(clip, start), _licences(model, facts), origin,
@@ -59,13 +64,12 @@ def source_of(saved: SavedRun, layers: Sequence[int] | None, *, with_language: b
     )  # fmt: skip
 
 
-def _licences(model: Any, facts: Mapping[str, Any]) -> dict[str, str]:
+def _licences(model: Method, facts: Mapping[str, Any]) -> dict[str, str]:
     """Of CLIP, and of the experts that were merged into it or, without a merge, trained beside it."""
+    own = dict(model.licenses())
     experts = facts.get("experts")
-    if experts is None:
-        experts = {name: model.hub[name].licence for name in model.hub.names}
-    clip = str(facts.get("clip_licence", model.clip.licence))
-    return {"clip": clip, **{f"expert {name}": str(licence) for name, licence in experts.items()}}
+    merged = own if experts is None else {f"expert {name}": str(licence) for name, licence in experts.items()}
+    return merged | {"clip": str(facts.get("clip_licence", own["clip"]))}
 
 
 def _start_of(clip: ClipEncoder) -> ClipEncoder | None:
@@ -94,15 +98,14 @@ def _language_parts(saved: SavedRun) -> LanguageParts:
     Raises:
         ConfigError: A setting of the run that LLaVA has no place for, by name.
     """
-    model: Any = saved.model
+    model = saved.model
     language, projector = model.language, model.projector
-    attached = list(model.hub.attached) if isinstance(model, ToVE) else []  # MoVE-KD's teachers are not read
     problems = llava_problems(model)
-    if attached:
-        problems.append(f"use: {attached} (its language side reads experts: merge first)")
+    if model.read_experts:
+        problems.append(f"use: {list(model.read_experts)} (its language side reads experts: merge first)")
     if problems:
         raise ConfigError(f"--format llava has no place for {problems[0]}; export '{saved.folder}' as hf, or train so.")
-    layers = list(projector.layers)
+    layers = list(projector.layers.children())
     assert isinstance(language, PrefixLM)
     first, last = layers[0], layers[-1]
     assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)

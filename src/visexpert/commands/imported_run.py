@@ -18,7 +18,7 @@ from visexpert.commands.released import OWNER, MoLEShape, Released, absent_parts
 from visexpert.errors import WeightsError
 from visexpert.io.source import SMALL_FILES
 from visexpert.io.weights import fill_module
-from visexpert.methods import MoVEKD
+from visexpert.methods import Method
 from visexpert.runs import build
 from visexpert.vision.clip import MOLE_KEY
 from visexpert.vision.published import describe_clip
@@ -138,10 +138,10 @@ def copy_language(source: Path, target: Path, config: Mapping[str, Any]) -> None
                 shutil.copyfile(path, target / path.name)
 
 
-def _filled(config: Mapping[str, Any], released: Released, out: Path) -> MoVEKD:
+def _filled(config: Mapping[str, Any], released: Released, out: Path) -> Method:
     """The model of a configuration with the imported weights; the language model stays in its own folder."""
     model, _ = build(config, out / "config.yaml")
-    assert isinstance(model, MoVEKD)
+    assert isinstance(model, Method)
     model.clip.load_weights()
     own = {} if released.has_clip else model.clip.model.state_dict()
     state = {key: value for key, value in own.items() if not MOLE_KEY.search(key)}
@@ -152,12 +152,12 @@ def _filled(config: Mapping[str, Any], released: Released, out: Path) -> MoVEKD:
     return model
 
 
-def _is_unread(key: str, model: MoVEKD) -> bool:
+def _is_unread(key: str, model: Method) -> bool:
     """Whether it is of a MoLE that the model leaves out."""
     return MOLE_KEY.search(key) is not None and key not in model.clip.model.state_dict()
 
 
-def _write_start(released: Released, model: MoVEKD, path: Path) -> str:
+def _write_start(released: Released, model: Method, path: Path) -> str:
     """Student, projector and adapters in one file, under the names of a training with teachers."""
     width, tokens = model.clip.width, model.clip.grid_hw[0] * model.clip.grid_hw[1]
     state = {f"clip.model.{key}": value for key, value in model.clip.model.state_dict().items()}

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from visexpert.callbacks.phase import Phase, kept_trainer, saved_settings
 from visexpert.checking import check_seed
-from visexpert.errors import ConfigError, shown
+from visexpert.errors import shown
 from visexpert.interruption import stoppable
-from visexpert.methods import ToVE
+from visexpert.methods.fusing import fusing
 from visexpert.runs import load_run
 from visexpert.training import RunParser
 
@@ -27,7 +27,7 @@ def run_phase(command: str, phase: type[Phase], arguments: list[str]) -> None:
         arguments: Without the command's name.
 
     Raises:
-        ConfigError: A setting that does not exist or cannot be, or a folder that is no run of ToVE.
+        ConfigError: A setting that does not exist or cannot be, or a run of a method that fuses no experts.
     """
     parser = _parser(command, phase)
     built = parser.instantiate_classes(parser.parse_args(arguments))
@@ -36,14 +36,13 @@ def run_phase(command: str, phase: type[Phase], arguments: list[str]) -> None:
         check_seed("--seed", built.seed)
     run = Path(built.folder)
     saved = load_run(run)
-    if not isinstance(saved.model, ToVE):
-        raise ConfigError(f"visexpert {command}: '{run}' is no run of ToVE but of {type(saved.model).__name__}.")
+    model = fusing(saved.model, wanted_by=f"visexpert {command}")
     L.seed_everything(
         int(saved.config.get("seed_everything") or 0) if built.seed is None else built.seed, verbose=False
     )
-    saved.model.count_steps(saved.steps)
-    with stoppable(go_on="give the same command again"), kept_trainer(saved.model, saved.data):
-        out = work.carry_out(saved.model, saved.data, run, saved_settings(run))
+    model.count_steps(saved.steps)
+    with stoppable(go_on="give the same command again"), kept_trainer(model, saved.data):
+        out = work.carry_out(model, saved.data, run, saved_settings(run))
     Console().print(f"Done: {shown(out)}", highlight=False, markup=False, soft_wrap=True)
 
 

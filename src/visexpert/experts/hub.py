@@ -69,6 +69,16 @@ class ExpertHub(nn.Module):
         """Attached experts."""
         return tuple(name for name in self.names if name in self._attached)
 
+    def attached_experts(self) -> dict[str, VisionExpert]:
+        """Attached experts by name."""
+        return {name: self[name] for name in self.attached}
+
+    def attach_only(self, names: Iterable[str]) -> None:
+        """Attach these experts and detach all others."""
+        wanted = set(names)
+        for name in self.names:
+            (self.attach if name in wanted else self.detach)(name)
+
     @property
     def attached_mask(self) -> tuple[bool, ...]:
         """Whether each expert of :attr:`names` is attached."""

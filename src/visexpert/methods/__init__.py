@@ -1,7 +1,9 @@
 """The LightningModules: the one room where the stages meet."""
 
 from visexpert.methods.base import Method
+from visexpert.methods.fusing import FusingMethod
 from visexpert.methods.movekd.method import MoVEKD
+from visexpert.methods.parts import ROLES, Part, StoredTokens
 from visexpert.methods.settings import (
     EvaluationSettings,
     HeadSettings,
@@ -18,7 +20,9 @@ from visexpert.methods.tove.merging import Merging
 from visexpert.methods.tove.method import ToVE
 
 __all__ = [
+    "ROLES",
     "EvaluationSettings",
+    "FusingMethod",
     "HeadSettings",
     "MergeSettings",
     "MergeStudent",
@@ -28,7 +32,9 @@ __all__ = [
     "MoVEKD",
     "MoVEKDOptimizer",
     "OptimizerSettings",
+    "Part",
     "StoreSettings",
+    "StoredTokens",
     "ToVE",
     "ToVEOptimizer",
     "WeightingSettings",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from visexpert.errors import ConfigError
-from visexpert.experts import FeatureCache
+from visexpert.experts import ExpertHub, FeatureCache
 from visexpert.language import LanguageSide, NoLanguage, Predictions, Projector
 from visexpert.losses import text_loss, token_nll
 from visexpert.methods.accumulation import StepShares, batches_done
@@ -24,9 +24,11 @@ from visexpert.methods.checkpointed import CheckpointedModule
 from visexpert.methods.evaluation import EvalOutput, Evaluator, Written, write_all
 from visexpert.methods.finite import FiniteGuard, OnNan, refuse_engines
 from visexpert.methods.modes import settle_modes
+from visexpert.methods.parts import Part, StoredTokens
 from visexpert.methods.reduction import loss_over_processes, parts_over_processes
 from visexpert.methods.seen import Compared, RouterBalance, Seen
 from visexpert.methods.settings import EvaluationSettings, OptimizerSettings
+from visexpert.methods.start import start_from
 from visexpert.methods.views import EncoderViews
 from visexpert.optim import adamw_and_cosine
 from visexpert.types import Batch, ImageSource, LossTerm, StepOutput, Unit, VisionTokens
@@ -36,17 +38,18 @@ from visexpert.vision import ClipEncoder, collect_routing, views_of
 class Method(CheckpointedModule):
     """A method turns images into vision tokens; the language side reads them; the base trains, scores and saves.
 
+    This class is all that fit, plan, export, caption, serve and compare ask of a method. A method must say
+    :meth:`view_tokens`, :meth:`frozen_modules` and :meth:`trained_groups`; all else has an answer that fits a method
+    with nothing of its own there. Detachment and merging ask more: :class:`~visexpert.methods.fusing.FusingMethod`.
+
     Args:
+        clip: The encoder: what `visexpert export` writes.
+        projector: Its tokens to those of the language side.
         language: Language model.
+        hub: Frozen experts or teachers; None for a method without.
         optimizer: Rates and schedule.
         evaluation: What is scored beside the loss and the answers.
     """
-
-    clip: ClipEncoder
-    """The student."""
-
-    projector: Projector
-    """Its tokens to those of the language side."""
 
     _cache: FeatureCache | None = None
 
@@ -56,12 +59,17 @@ class Method(CheckpointedModule):
     def __init__(
         self,
         *,
+        clip: ClipEncoder,
+        projector: Projector,
         language: LanguageSide,
+        hub: ExpertHub | None = None,
         optimizer: OptimizerSettings,
         evaluation: EvaluationSettings,
     ) -> None:
         super().__init__(weight_decay=optimizer.weight_decay)
         self.language = language
+        self.clip, self.projector = clip, projector
+        self.hub = ExpertHub({}) if hub is None else hub
         self.lr, self.language_lr = optimizer.lr, optimizer.language_lr
         self.language_frozen_steps = optimizer.language_frozen_steps
         self.warmup_steps, self.betas = optimizer.warmup_steps, optimizer.betas
@@ -107,9 +115,58 @@ class Method(CheckpointedModule):
         """Images to the tokens that the language side reads: (B, T, d_lang)."""
         return self.read_by_language(self.see(batch))
 
+    # -- What commands ask ----------------------------------------------------------------------------------------
+
     def unused_modules(self) -> Sequence[nn.Module]:
         """Parts that a deployed model would not load, such as detached experts."""
         return ()
+
+    @property
+    def read_experts(self) -> tuple[str, ...]:
+        """Attached experts that a deployed model runs; teachers, which it does without, are not among them."""
+        unused = {id(module) for part in self.unused_modules() for module in part.modules()}
+        return tuple(name for name in self.hub.attached if id(self.hub[name]) not in unused)
+
+    def licenses(self) -> Mapping[str, str]:
+        """Licence of the encoder and of each expert, by part: what a trained encoder may owe its knowledge to."""
+        experts = {f"expert {name}": self.hub[name].licence for name in self.hub.names}
+        return {"clip": self.clip.licence, **experts}
+
+    def beside_clip(self) -> Sequence[str]:
+        """What the language model reads through beside encoder, projector and experts, as a message names it.
+
+        An export of the encoder leaves it behind, and one of the whole model has no place for it.
+        """
+        return ()
+
+    def parts(self) -> Sequence[Part]:
+        """All parts with their roles, those inside another one before it: MoLE before CLIP."""
+        added = [part for layer in self.clip.mole_layers() for part in layer.added_modules()]  # type: ignore[operator]
+        return [
+            Part("MoLE", "student", tuple(added)),
+            Part("CLIP", "student", (self.clip,)),
+            *(Part(f"expert {name}", "teachers", (self.hub[name],)) for name in self.hub.names),
+            Part("projector", "transfer", (self.projector,)),
+            Part("language model", "language", (self.language,)),
+            *self.own_parts(),
+        ]
+
+    def own_parts(self) -> Sequence[Part]:
+        """Parts beside encoder, experts, projector and language model: every other module, by its own name."""
+        shared = {id(part) for part in (self.clip, self.hub, self.projector, self.language)}
+        return [Part.of(name, "transfer", part) for name, part in self.named_children() if id(part) not in shared]
+
+    def stored_tokens(self) -> Mapping[str, StoredTokens]:
+        """What :meth:`read_features` keeps of each image, by name of the part in :meth:`parts`."""
+        return {}
+
+    def read_features(self, cache: FeatureCache, sources: Mapping[str, ImageSource]) -> None:
+        """Read frozen tokens of these images from the store from now on, computing them where it lacks them.
+
+        Args:
+            cache: The run's cache.
+            sources: Images by split; batches of other splits run the encoders live.
+        """
 
     def step(self, batch: Batch) -> StepOutput:
         """Loss of one batch: see, read, compare, balance."""
@@ -166,6 +223,14 @@ class Method(CheckpointedModule):
         return None
 
     # -- Lightning hooks ------------------------------------------------------------------------------------------
+
+    def load_weights(self) -> None:
+        """Encoder, attached experts, language side; then ``init_from``."""
+        self.clip.load_weights()
+        self.hub.load_weights()
+        self.language.load_weights()
+        if self.init_from is not None:
+            start_from(self, self.init_from)
 
     def setup(self, stage: str) -> None:
         """Load weights, settle what trains.

@@ -153,6 +153,10 @@ class CheckpointedModule(ClippedModule):
         """Where the checkpoint that is being read lies, for messages."""
         return "the checkpoint" if self._trainer is None else self.trainer.ckpt_path
 
+    def holds(self, part: str) -> bool:
+        """Whether checkpoints hold weights of a part, by attribute name: it trains, or came from a run that did."""
+        return part not in self.frozen_modules() or any(key.split(".", 1)[0] == part for key in self._kept)
+
     def _is_frozen_key(self, key: str) -> bool:
         return key.split(".", 1)[0] in self.frozen_modules()
 

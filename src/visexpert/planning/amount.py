@@ -11,8 +11,7 @@ from lightning.pytorch import LightningDataModule
 
 from visexpert.data import MixedData, SourceData
 from visexpert.errors import ConfigError
-from visexpert.experts import ExpertHub
-from visexpert.methods import Method, MoVEKD, ToVE
+from visexpert.methods import Method
 
 
 @dataclass(frozen=True)
@@ -132,19 +131,4 @@ def data_needs(data: LightningDataModule) -> list[DataNeed]:
 def stored_bytes(method: Method, *, dtype: str) -> dict[str, int]:
     """Bytes per image of the tokens that a feature store keeps, by the name of the part."""
     size = 4 if dtype == "float32" else 2
-    stored: dict[str, int] = {}
-    hub = getattr(method, "hub", None)
-    resampled = method.clip.grid_hw if isinstance(method, ToVE) else None  # ToVE stores on CLIP's grid
-    if isinstance(method, ToVE) and method.clip_lr == 0:
-        stored["CLIP"] = math.prod(method.clip.grid_hw) * method.clip.width * size
-    if isinstance(method, MoVEKD) and method.anchor is not None:
-        clip = method.anchor
-        rows, width = 1 + math.prod(clip.grid_hw), clip.width + clip.config.num_attention_heads  # with [CLS] attention
-        stored["frozen CLIP"] = rows * width * size
-    if not isinstance(hub, ExpertHub):
-        return stored
-    for name in hub.attached:
-        expert = hub[name]
-        grid = resampled if resampled is not None and expert.tokens == "features" else expert.grid_hw
-        stored[f"expert {name}"] = math.prod(grid) * expert.token_dim * size
-    return stored
+    return {name: kept.rows * kept.width * size for name, kept in method.stored_tokens().items()}

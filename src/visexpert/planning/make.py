@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from visexpert.methods import Method
+from visexpert.methods import ROLES, Method, Part
 from visexpert.planning.amount import Amount, amount_of, configured_gpus, data_needs, image_size_of, stored_bytes
 from visexpert.planning.attribution import OTHER
 from visexpert.planning.counting import StepCost, count_step
 from visexpert.planning.hardware import gpu_named
 from visexpert.planning.memory import memory_per_gpu
-from visexpert.planning.parts import ROLES, Part, find_parts, parameter_counts, ready_to_train, trained_parameters
+from visexpert.planning.parts import find_parts, parameter_counts, ready_to_train, trained_parameters
 from visexpert.planning.plan import Asked, Configured, Disk, Plan, Row
 from visexpert.planning.read import Planned
 from visexpert.planning.sample import sample_of
@@ -37,7 +37,7 @@ def make_plan(planned: Planned, asked: Asked) -> Plan:
         configured = Configured(own_gpus, amount_of(planned.data, trainer, gpus=own_gpus, samples=asked.samples))
     ready_to_train(method)
     trained, parts = trained_parameters(method), find_parts(method)
-    side = image_size_of(planned.data) or int(getattr(getattr(method, "clip", None), "image_size", 224))
+    side = image_size_of(planned.data) or method.clip.image_size
     cost = _count(method, parts, asked, precision, side)
     stored = {}
     if method.feature_cache is not None:

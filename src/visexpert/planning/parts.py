@@ -1,39 +1,12 @@
-"""The parts of a method that a plan lists: encoder, MoLE, experts, what connects them, language model."""
+"""What the parts of a method hold: parameters that train, and parameters that do not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 
-from visexpert.experts import ExpertHub
-from visexpert.language import LanguageSide
-from visexpert.methods import Method
-from visexpert.vision import ClipEncoder
-
-Role = Literal["student", "teachers", "transfer", "language"]
-
-ROLES: tuple[Role, ...] = ("student", "teachers", "transfer", "language")
-"""What a part is for: CLIP with MoLE; frozen experts and the frozen copy of CLIP; adapters, heads, gate, projector."""
-
-_NAMES = {"distillation": "KD heads", "adapters": "expert adapters"}
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a method.
-
-    Args:
-        name: Shown in the plan.
-        role: What it is for.
-        modules: Where it begins; those of a part inside another come first in the list of parts.
-    """
-
-    name: str
-    role: Role
-    modules: tuple[nn.Module, ...]
+from visexpert.methods import Method, Part
 
 
 @dataclass(frozen=True)
@@ -65,24 +38,8 @@ def trained_parameters(method: Method) -> list[nn.Parameter]:
 
 
 def find_parts(method: Method) -> list[Part]:
-    """The parts, MoLE before the CLIP that it lies in; whatever has no parameters is left out."""
-    parts = [part for name, child in method.named_children() for part in _parts_of(name, child)]
-    return [part for part in parts if any(True for module in part.modules for _ in module.parameters())]
-
-
-def _parts_of(name: str, module: nn.Module) -> Iterator[Part]:
-    if isinstance(module, ExpertHub):
-        yield from (Part(f"expert {expert}", "teachers", (module[expert],)) for expert in module.names)
-    elif isinstance(module, ClipEncoder):
-        is_teacher = name == "anchor"
-        added = [child for layer in module.mole_layers() for child in layer.added_modules()]  # type: ignore[operator]
-        yield Part("MoLE", "student", tuple(added))
-        yield Part("frozen CLIP" if is_teacher else "CLIP", "teachers" if is_teacher else "student", (module,))
-    elif isinstance(module, LanguageSide):
-        yield Part("language model", "language", (module,))
-    else:
-        is_container = isinstance(module, nn.ModuleDict | nn.ModuleList)  # which is never called itself
-        yield Part(_NAMES.get(name, name), "transfer", tuple(module.children()) if is_container else (module,))
+    """The method's parts that have parameters."""
+    return [part for part in method.parts() if any(True for module in part.modules for _ in module.parameters())]
 
 
 def parameter_counts(parts: list[Part], trained: list[nn.Parameter]) -> dict[str, Counts]:

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from visexpert.errors import ConfigError
+from visexpert.methods import ROLES
 from visexpert.planning.amount import Amount, DataNeed
 from visexpert.planning.hardware import USUAL_MFU, Gpu
 from visexpert.planning.memory import Memory
-from visexpert.planning.parts import ROLES
 from visexpert.planning.sample import TEXT_TOKENS
 from visexpert.planning.strategy import Precision, Strategy
 

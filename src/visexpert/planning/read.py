@@ -80,7 +80,5 @@ def read_configs(configs: Sequence[str | Path], overrides: Sequence[str] = ()) -
     with weightless():
         method, data = build(parsed, Path(str(configs[-1])) if configs else Path("the command line"))
     if not isinstance(method, Method):
-        raise ConfigError(
-            f"{named} trains a {type(method).__name__}; plan counts methods with a language side (ToVE, MoVEKD)."
-        )
+        raise ConfigError(f"{named} trains a {type(method).__name__}; plan counts methods (visexpert.methods.Method).")
     return Planned(parsed, method, data)

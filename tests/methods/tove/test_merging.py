@@ -93,7 +93,7 @@ def test_what_comes_out_is_a_plain_clip(tmp_path: Path, data: MakeData, adaptati
     bare_trainer(tmp_path, steps=3).fit(student, datamodule=data())
     tokens_BTD = student.eval().encode(batch).tokens_BTD
     merged = student.merged().eval()
-    assert merged.hub.names == () and merged.gate is None
+    assert isinstance(merged, ToVE) and merged.hub.names == () and merged.gate is None
     assert {key: value.shape for key, value in merged.clip.state_dict().items()} == shapes
     assert torch.allclose(merged.encode(batch).tokens_BTD, tokens_BTD, atol=1e-5)
     assert not torch.allclose(tokens_BTD, model.projector(model.clip(batch.images_BCHW.float() / 255).tokens_BTD))

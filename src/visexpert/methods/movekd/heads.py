@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 
 from visexpert.errors import ConfigError
 from visexpert.experts import ExpertHub, FeatureCache
+from visexpert.methods.parts import StoredTokens
 from visexpert.methods.settings import HeadSettings
 from visexpert.names import CLIP, EncoderName
 from visexpert.transfer import KDHead, TokenGate, make_kd_head
@@ -95,7 +97,7 @@ def run_teachers(
     clip, gates_BTK = None, None
     teachers: dict[str, ExpertTokens] = {}
     if anchor is not None:
-        clip = _stored_anchor(anchor, cache, batch) or ClsAttention.of(anchor, batch.images_01())
+        clip = _read_anchor(anchor, cache, batch) or ClsAttention.of(anchor, batch.images_01())
         if gate is not None:
             gates_BTK = gate(clip.tokens.tokens_BTD, (True,) * len(hub.names)).gates_BTK
         teachers[CLIP] = ExpertTokens(clip.tokens.tokens_BTD, clip.tokens.grid_hw)
@@ -113,7 +115,12 @@ def store_anchor(anchor: ClipEncoder, cache: FeatureCache, sources: Mapping[str,
         )  # fmt: skip
 
 
-def _stored_anchor(anchor: ClipEncoder, cache: FeatureCache | None, batch: Batch) -> ClsAttention | None:
+def stored_anchor(anchor: ClipEncoder) -> StoredTokens:
+    """What :func:`store_anchor` keeps of an image: hidden states, [CLS] first, each with its attention by head."""
+    return StoredTokens(1 + math.prod(anchor.grid_hw), anchor.width + anchor.config.num_attention_heads)
+
+
+def _read_anchor(anchor: ClipEncoder, cache: FeatureCache | None, batch: Batch) -> ClsAttention | None:
     packed_BNF = None if cache is None else cache.read(FROZEN_CLIP, batch)
     if packed_BNF is None:
         return None

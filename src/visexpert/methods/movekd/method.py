@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,14 +12,15 @@ from torch.optim import Optimizer
 
 from visexpert.errors import ConfigError, DataError
 from visexpert.experts import ExpertHub, FeatureCache, VisionExpert
-from visexpert.language import LanguageSide, Projector
+from visexpert.language import LanguageSide, NoLanguage, Projector
 from visexpert.language.projector import ProjectorSettings
 from visexpert.losses.balance import RouterBalanceForm
 from visexpert.methods.base import Method
 from visexpert.methods.columns import Columns
 from visexpert.methods.movekd.distillation import Distillation, Distilled
-from visexpert.methods.movekd.heads import kd_heads, run_teachers, store_anchor
+from visexpert.methods.movekd.heads import kd_heads, run_teachers, store_anchor, stored_anchor
 from visexpert.methods.movekd.student import check_weights, mole_parts
+from visexpert.methods.parts import Part, StoredTokens
 from visexpert.methods.seen import Compared, RouterBalance, Seen
 from visexpert.methods.settings import (
     EvaluationSettings,
@@ -35,6 +37,8 @@ from visexpert.optim import ParameterGroup
 from visexpert.transfer import TokenGate
 from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens
 from visexpert.vision import ClipEncoder
+
+FROZEN_CLIP_PART = "frozen CLIP"
 
 
 class MoVEKD(Method):
@@ -88,16 +92,18 @@ class MoVEKD(Method):
     ) -> None:
         if lm_weight == 0:
             optimizer = replace(optimizer, language_lr=0.0)
-        super().__init__(language=language, optimizer=optimizer, evaluation=evaluation)
+        super().__init__(
+            clip=clip,
+            projector=Projector(in_dim=clip.width, out_dim=clip.width, kind="identity")
+            if isinstance(language, NoLanguage)
+            else Projector(in_dim=clip.width, out_dim=language.width, **vars(projector)),
+            language=language,
+            hub=ExpertHub.chosen(experts, use, owner="MoVEKD"),
+            optimizer=optimizer,
+            evaluation=evaluation,
+        )
         require_words("MoVEKD", balance_form=(balance_form, RouterBalanceForm))
         check_weights(language, kd_weight=kd_weight, lm_weight=lm_weight, balance_weight=balance_weight)
-        self.clip = clip
-        self.hub = ExpertHub.chosen(experts, use, owner="MoVEKD")
-        self.projector = (
-            Projector(in_dim=clip.width, out_dim=language.width, **vars(projector))
-            if self.reads_text
-            else Projector(in_dim=clip.width, out_dim=clip.width, kind="identity")
-        )
         share = weighting.clip_teacher_weight
         made = kd_heads(
             clip, self.hub, heads, with_anchor=share is not None, cls_weighs=weighting.teachers == "attention"
@@ -162,6 +168,22 @@ class MoVEKD(Method):
     def unused_modules(self) -> Sequence[nn.Module]:
         """All that only distillation needs."""
         return [part for part in (self.hub, self.anchor, self.distillation, self.gate) if part is not None]
+
+    def own_parts(self) -> Sequence[Part]:
+        """The frozen CLIP, a teacher; heads, and the gate that weighs teachers."""
+        teacher = [] if self.anchor is None else [Part.of(FROZEN_CLIP_PART, "teachers", self.anchor)]
+        gate = [] if self.gate is None else [Part.of("gate", "transfer", self.gate)]
+        return [*teacher, Part.of("KD heads", "transfer", self.distillation), *gate]
+
+    def stored_tokens(self) -> Mapping[str, StoredTokens]:
+        """Tokens of the teachers on their own grids, and CLIP's with [CLS] attention; nothing without distillation."""
+        if self.kd_weight == 0:
+            return {}
+        clip = {} if self.anchor is None else {FROZEN_CLIP_PART: stored_anchor(self.anchor)}
+        return clip | {
+            f"expert {name}": StoredTokens(math.prod(expert.grid_hw), expert.token_dim)
+            for name, expert in self.hub.attached_experts().items()
+        }
 
     def trained_groups(self) -> Sequence[ParameterGroup]:
         """Heads and projector; the student's own weights; MoLE; the language side. A rate of 0 leaves a group out."""

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from visexpert.errors import ConfigError
 from visexpert.experts import FeatureCache
-from visexpert.io.weights import cache_root, weights_digest
+from visexpert.io.weights import cache_root
 from visexpert.losses import normalised_mse, token_distance
 from visexpert.methods.base import Method
+from visexpert.methods.fusing import FusingMethod
+from visexpert.methods.parts import Part
 from visexpert.methods.seen import Compared, RouterBalance, Seen
 from visexpert.methods.settings import EvaluationSettings, MergeSettings, MergingOptimizer
 from visexpert.methods.tove.merge_student import MergeStudent
-from visexpert.methods.tove.method import ToVE
 from visexpert.metrics.token_error import TokenError
 from visexpert.names import EncoderName
 from visexpert.optim import ParameterGroup
@@ -36,7 +37,7 @@ class Merging(Method):
     The paper gives no form of the loss; the defaults are what measures best on Tabletop (docs/results/merge.md).
 
     Args:
-        teacher: A trained ToVE, weights in place.
+        teacher: A trained method that fuses experts, such as ToVE, weights in place.
         student: Merge into a CLIP with MoLE; null for a plain one.
         merging: What trains, and against what.
         optimizer: Rates and schedule.
@@ -46,7 +47,7 @@ class Merging(Method):
     def __init__(
         self,
         *,
-        teacher: ToVE,
+        teacher: FusingMethod,
         student: MergeStudent | None = None,
         merging: MergeSettings = MergeSettings(),
         optimizer: MergingOptimizer = MergingOptimizer(),
@@ -64,12 +65,11 @@ class Merging(Method):
             optimizer = replace(optimizer, language_lr=0.0)
         shared = optimizer.language_lr == 0
         super().__init__(
+            clip=copy.deepcopy(teacher.clip).requires_grad_(False), projector=copy.deepcopy(teacher.projector),
             language=teacher.language if shared else copy.deepcopy(teacher.language), optimizer=optimizer,
             evaluation=evaluation,
         )  # fmt: skip
         self.teacher = teacher
-        self.clip = copy.deepcopy(teacher.clip).requires_grad_(False)
-        self.projector = copy.deepcopy(teacher.projector)
         self.student = student
         if student is not None:
             add_mole(self.clip, **vars(student.mole))
@@ -122,6 +122,10 @@ class Merging(Method):
         """The teacher but for the language side, which both share."""
         return [part for name, part in self.teacher.named_children() if name != "language"]
 
+    def own_parts(self) -> Sequence[Part]:
+        """The teacher."""
+        return [Part.of("teacher", "teachers", self.teacher)]
+
     def trained_groups(self) -> Sequence[ParameterGroup]:
         """CLIP (or its low-rank updates); the projector where it is part of what is compared; MoLE; the language."""
         modules = self._own_modules()
@@ -137,15 +141,13 @@ class Merging(Method):
     def load_weights(self) -> None:
         """Nothing: the teacher came with its weights."""
 
-    def merged(self) -> ToVE:
+    def merged(self) -> FusingMethod:
         """Fold low-rank updates in and hand on a model without experts, ready to score and save."""
         if self.lora is not None:
             self.lora.merge()
             self.lora = None
         self.clip.requires_grad_(True)
-        model = self.teacher.plain(self.clip, self.projector, self.language)
-        model.clip_lr = self.lr
-        return model
+        return self.teacher.plain(self.clip, self.projector, self.language, clip_lr=self.lr)
 
     def on_fit_start(self) -> None:
         """Open the teacher's feature cache, or compute its tokens for the whole training set."""
@@ -185,11 +187,6 @@ class Merging(Method):
     def _store_targets(self, sources: Mapping[str, ImageSource]) -> None:
         teacher, own = self.teacher, self.teacher.feature_cache
         cache = FeatureCache(cache_root() / "features", dtype="float16" if own is None else own.dtype)
-        parts = [teacher.clip.fingerprint(), teacher.fusion_space, teacher.transfer.mode]
-        parts += [f"{name}:{teacher.hub[name].fingerprint()}" for name in teacher.hub.attached]
-        trained = nn.ModuleDict({"projector": teacher.projector, "adapters": teacher.adapters})
-        if teacher.gate is not None:
-            trained["gate"] = teacher.gate
 
         def encode(images_BCHW: Tensor) -> Tensor:
             rows = torch.arange(len(images_BCHW))
@@ -197,7 +194,7 @@ class Merging(Method):
 
         for split, source in sources.items():
             cache.prepare(
-                FUSED, split, source, fingerprint=weights_digest(trained, facts=repr(parts)),
+                FUSED, split, source, fingerprint=teacher.fusion_fingerprint(),
                 encode=encode, grid_hw=teacher.clip.grid_hw, device=self.device,
             )  # fmt: skip
         self._stored = cache

@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from visexpert.errors import require_numbers
 from visexpert.experts import ExpertHub, FeatureCache, VisionExpert
+from visexpert.io.weights import weights_digest
 from visexpert.language import LanguageSide, Projector
 from visexpert.language.projector import ProjectorSettings
 from visexpert.losses import gate_balance
-from visexpert.methods.base import Method
 from visexpert.methods.columns import Columns
+from visexpert.methods.fusing import FusingMethod, FusionSpace
+from visexpert.methods.parts import Part, StoredTokens
 from visexpert.methods.seen import Compared, Seen
 from visexpert.methods.settings import EvaluationSettings, StoreSettings, ToVEOptimizer, require_words
-from visexpert.methods.start import start_from
 from visexpert.names import CLIP, EncoderName
 from visexpert.optim import ParameterGroup
 from visexpert.transfer import GateOutput, GateSettings, ResidualTransfer, TokenAdapter, TokenGate
 from visexpert.transfer.residual import TransferMode
 from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens, imaged
-from visexpert.vision import ClipEncoder
-
-FusionSpace = Literal["language", "clip"]
+from visexpert.vision import ClipEncoder, MoLESettings
 
 CLIP_TOKENS = EncoderName("clip", CLIP)
 
 
-class ToVE(Method):
+class ToVE(FusingMethod):
     """ToVE (arXiv 2504.00691, ICLR 2025): t_fuse = t_clip + sum_k g_k P_k(e_k), g = softmax of a gate on CLIP's token.
 
     CLIP and experts are frozen. At step 0 the model equals its CLIP-only twin (adapters end in zeros). With no expert
@@ -74,13 +75,14 @@ class ToVE(Method):
         optimizer: ToVEOptimizer = ToVEOptimizer(),
         evaluation: EvaluationSettings = EvaluationSettings(),
     ) -> None:
-        super().__init__(language=language, optimizer=optimizer, evaluation=evaluation)
+        super().__init__(
+            clip=clip, projector=Projector(in_dim=clip.width, out_dim=language.width, **vars(projector)),
+            language=language, hub=ExpertHub.chosen(experts, use, owner="ToVE", detached=detached or ()),
+            optimizer=optimizer, evaluation=evaluation,
+        )  # fmt: skip
         require_words("ToVE", fusion_space=(fusion_space, FusionSpace))
         require_numbers("ToVE", least=1, adapter_hidden=adapter_hidden)
-        self.clip = clip
-        self.hub = ExpertHub.chosen(experts, use, owner="ToVE", detached=detached or ())
         fused_width = language.width if fusion_space == "language" else clip.width
-        self.projector = Projector(in_dim=clip.width, out_dim=language.width, **vars(projector))
         self.adapters = nn.ModuleDict(
             {name: self._adapter(self.hub[name], fused_width, adapter_hidden, transfer) for name in self.hub.names}
         )
@@ -169,19 +171,70 @@ class ToVE(Method):
         elif not kept:
             self.gate = None
 
-    def plain(self, clip: ClipEncoder, projector: Projector, language: LanguageSide) -> ToVE:
-        """A model without experts, of parts that were trained to do without: what knowledge merging ends in.
-
-        Args:
-            clip: The merged encoder.
-            projector: Its projector, of this model's kind.
-            language: Language side.
-        """
-        optimizer = ToVEOptimizer(clip_lr=self.clip_lr or self.lr, on_nan=self.on_nan)
+    def plain(self, clip: ClipEncoder, projector: Projector, language: LanguageSide, *, clip_lr: float) -> ToVE:
+        """ToVE without experts, whose CLIP trains."""
+        optimizer = ToVEOptimizer(clip_lr=clip_lr, on_nan=self.on_nan)
         model = ToVE(clip=clip, experts={}, language=language, optimizer=optimizer, **self._plain)
         model.projector = projector
         model.mark_loaded()
         return model
+
+    def fusion_fingerprint(self) -> str:
+        """Of encoders, projector, adapters and gate."""
+        parts = [self.clip.fingerprint(), self.fusion_space, self.transfer.mode]
+        parts += [f"{name}:{self.hub[name].fingerprint()}" for name in self.hub.attached]
+        trained = nn.ModuleDict({"projector": self.projector, "adapters": self.adapters})
+        if self.gate is not None:
+            trained["gate"] = self.gate
+        return weights_digest(trained, facts=repr(parts))
+
+    def subset_modules(self) -> Sequence[nn.Module]:
+        """CLIP, and each attached expert with its adapter."""
+        experts = self.hub.attached
+        return [self.clip, *(self.hub[name] for name in experts), *(self.adapters[name] for name in experts)]
+
+    def detached_config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """With the experts that are left, and a gate that picks among no more than these."""
+        top_k = None if self.gate is None else self.gate.top_k
+        gate = {**(settings.get("gate") or {}), "top_k": top_k}
+        return self._derived_config(settings, self.hub.names) | {"gate": gate}
+
+    def merged_config(
+        self, settings: Mapping[str, Any], *, clip_lr: float, mole: MoLESettings | None
+    ) -> dict[str, Any]:
+        """Without experts, with CLIP's own rate and its MoLE."""
+        changed = self._derived_config(settings, ())
+        changed["optimizer"] = {**(settings.get("optimizer") or {}), "clip_lr": clip_lr}
+        if mole is not None:
+            clip = settings["clip"]
+            changed["clip"] = {**clip, "init_args": {**(clip.get("init_args") or {}), "mole": asdict(mole)}}
+        return changed
+
+    def _derived_config(self, settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        experts = {name: settings["experts"][name] for name in names}
+        return {**settings, "experts": experts, "use": None, "detached": None, "init_from": None}
+
+    def rates(self) -> dict[str, float]:
+        """Those of gate and CLIP, too."""
+        return {**super().rates(), "gate_lr": self.gate_lr, "clip_lr": self.clip_lr}
+
+    def beside_clip(self) -> Sequence[str]:
+        """Nothing, unless it is blind."""
+        return ["blind: true"] if self.blind else []
+
+    def own_parts(self) -> Sequence[Part]:
+        """Adapters of experts, and the gate."""
+        parts = [Part.of("expert adapters", "transfer", self.adapters)]
+        return parts if self.gate is None else [*parts, Part.of("gate", "transfer", self.gate)]
+
+    def stored_tokens(self) -> Mapping[str, StoredTokens]:
+        """Tokens of CLIP, where it is frozen, and of attached experts, their features on CLIP's grid."""
+        clip = {"CLIP": StoredTokens(math.prod(self.clip.grid_hw), self.clip.width)} if self._stores_clip else {}
+        grids = self._stored_grids()
+        return clip | {
+            f"expert {name}": StoredTokens(math.prod(grids.get(name, expert.grid_hw)), expert.token_dim)
+            for name, expert in self.hub.attached_experts().items()
+        }
 
     def unused_modules(self) -> Sequence[nn.Module]:
         """Detached experts with their adapters, and CLIP where nothing reads it."""
@@ -214,14 +267,6 @@ class ToVE(Method):
             groups.append(ParameterGroup("clip", self.clip.read_modules(), self.clip_lr))
         return groups
 
-    def load_weights(self) -> None:
-        """CLIP, attached experts, language side; then ``init_from``."""
-        self.clip.load_weights()
-        self.hub.load_weights()
-        self.language.load_weights()
-        if self.init_from is not None:
-            start_from(self, self.init_from)
-
     def on_fit_start(self) -> None:
         """Fill or open the feature cache of the training and validation images."""
         self._open_cache()
@@ -237,21 +282,23 @@ class ToVE(Method):
             )
 
     def read_features(self, cache: FeatureCache, sources: Mapping[str, ImageSource]) -> None:
-        """Read frozen tokens of these images from the store from now on, computing them where it lacks them.
-
-        Args:
-            cache: The run's cache.
-            sources: Images by split; batches of other splits run the encoders live.
-        """
+        """See :meth:`Method.read_features`: CLIP's tokens, where it is frozen, and those of attached experts."""
         self._cache = cache
-        cached = self._needs_clip and self.clip_lr == 0
-        for split, source in sources.items() if cached else ():
+        for split, source in sources.items() if self._stores_clip else ():
             cache.prepare(
                 CLIP_TOKENS, split, source, fingerprint=self.clip.fingerprint(),
                 encode=lambda images: self.clip(images).tokens_BTD, grid_hw=self.clip.grid_hw, device=self.device,
             )  # fmt: skip
-        encoders = {name: self.clip.grid_hw for name in self.hub.attached if self.hub[name].tokens == "features"}
-        self.hub.use_cache(cache, sources, resample=encoders)
+        self.hub.use_cache(cache, sources, resample=self._stored_grids())
+
+    @property
+    def _stores_clip(self) -> bool:
+        return self._needs_clip and self.clip_lr == 0
+
+    def _stored_grids(self) -> dict[str, tuple[int, int]]:
+        """Grids that tokens are stored on where it is not their own: features lie on CLIP's, maps on their own."""
+        experts = self.hub.attached_experts()
+        return {name: self.clip.grid_hw for name, expert in experts.items() if expert.tokens == "features"}
 
     def _adapted(self, batch: Batch) -> dict[str, Tensor]:
         return {name: self.adapters[name](tokens) for name, tokens in self.hub(batch).items()}

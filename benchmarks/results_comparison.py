@@ -1,8 +1,9 @@
 """Both methods and their mixes under one trainer: `make results-comparison` writes docs/results/comparison.{md,json}.
 
 The matrix is `make ablations SCALE=default` (400 steps of 12 images from the shipped language side), so runs of either
-target serve the other. A finished run is not run again, an interrupted one goes on. docs/results/comparison/ gets what
-`visexpert compare` writes of the matrix: paired tests, costs, Pareto front, skills.
+target serve the other. A finished run is not run again, an interrupted one goes on. What `visexpert compare` writes of
+the matrix (paired tests, costs, Pareto front, skills) stays with the runs; docs/results/comparison/ gets the figures
+that the page shows.
 """
 
 from __future__ import annotations
@@ -15,14 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.ablations import run_of
-from benchmarks.results_tove import COLUMNS as TOVE_COLUMNS
-from benchmarks.results_tove import COST, part_of, present, row_of
+from benchmarks.results import COST, OUT, SCORES, Page, Table, row_of
 from benchmarks.runs import DONE, Run, add_arguments, execute, slug
-from visexpert.report import ResultRow, describe_machine, markdown_table, read_rows, write_rows
+from visexpert.report import ResultRow
 from visexpert.report.compare import Choices, compare_runs, write_report
 from visexpert.report.palette import canvas, colours, save, styled
 
-OUT = Path("docs/results")
 SCALE = "default"
 BASELINE = "CLIP only"
 TWICE = ("--trainer.max_steps", "800", "--trainer.val_check_interval", "800")
@@ -69,7 +68,7 @@ MATRIX: Mapping[str, Entry] = {
 SHARES = (10, 25, 50, 100)
 WITH, WITHOUT = "ToVE", BASELINE
 
-SHARE_SCORES = [column for column in TOVE_COLUMNS if column.key in ("test/nll/kind/dense", "test/vqa/accuracy")]
+SHARE_SCORES = [column for column in SCORES if column.key in ("test/nll/kind/dense", "test/vqa/accuracy")]
 
 
 def main() -> None:
@@ -130,47 +129,41 @@ def done(runs: Iterable[Run]) -> list[Run]:
 
 def report(matrix: Sequence[Run], shares: Sequence[Run]) -> None:
     """Write the page, its rows and its figures; rows of an earlier machine stay where no run replaces them."""
-    path = OUT / "comparison.json"
-    rows = {(row.variant, row.seed): row for row in (read_rows(path) if path.is_file() else [])}
-    for table, runs in (("matrix", matrix), ("shares", shares)):
-        for run in runs:
-            rows[f"{table}/{run.variant}", run.seed] = replace(row_of(run), variant=f"{table}/{run.variant}")
-    order = [f"matrix/{title}" for title in MATRIX]
-    order += [f"shares/{share} %, {title}" for title in (WITH, WITHOUT) for share in SHARES]
-    known = [row for row in rows.values() if row.variant in order]  # a row that was renamed is run again
-    ranked = sorted(known, key=lambda row: (order.index(row.variant), row.seed))
-    write_rows(path, ranked)
-    parts = [(OUT / "comparison.intro.md").read_text(encoding="utf-8"), f"Machine: {describe_machine()}\n"]
-    parts += ["## The matrix\n", *_tables(part_of(ranked, "matrix"))]
+    runs = [replace(run, variant=f"matrix/{run.variant}") for run in matrix]
+    runs += [replace(run, variant=f"shares/{run.variant}") for run in shares]
+    PAGE.write([row_of(run) for run in runs])
+    if shares:
+        share_figure(PAGE.tables[1].rows(PAGE.committed()), FIGURES / "shares.png")
     if matrix:
-        parts.append(_compared(matrix))
-    if part := part_of(ranked, "shares"):
-        share_figure(part, OUT / "comparison" / "figures" / "shares.png")
-        parts += ["## A part of the training scenes\n", *_tables(part)]
-        parts.append("![Scores against the share of training scenes](comparison/figures/shares.png)\n")
-    parts.append((OUT / "comparison.notes.md").read_text(encoding="utf-8"))
-    (OUT / "comparison.md").write_text("\n".join(parts), encoding="utf-8")
-    print(f"wrote {OUT / 'comparison.md'} from {len(ranked)} runs")
+        named = {run.folder: run.variant for run in matrix}
+        folder = matrix[0].folder.parents[2] / "comparison"
+        write_report(compare_runs(list(named), Choices(named, baseline=BASELINE)), folder)
+        FIGURES.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "figures" / "pareto_gflop.png", FIGURES)
+        print(f"wrote {folder / 'report.html'}")
 
 
-def _tables(rows: Sequence[ResultRow]) -> list[str]:
-    return [markdown_table(rows, present(TOVE_COLUMNS, rows)), "Cost:\n", markdown_table(rows, COST)]
+FIGURES = OUT / "comparison" / "figures"
+COMPARED = """\
+Paired tests with Holm's correction, intervals, training GFLOP, what is not equal between rows, all scores, gate maps,
+attention and captions side by side: `runs/ablations/default/comparison/report.html`, which the target writes.
 
-
-def _compared(runs: Sequence[Run]) -> str:
-    """What `visexpert compare` makes of the matrix; the HTML page stays with the runs, as it carries their pictures."""
-    folder = OUT / "comparison"
-    named = {run.folder: run.variant for run in runs}
-    write_report(compare_runs(list(named), Choices(named, baseline=BASELINE)), folder)
-    page = runs[0].folder.parents[2] / "comparison.html"
-    shutil.move(folder / "report.html", page)
-    print(f"wrote {page}")
-    return (
-        "Paired tests with Holm's correction, intervals, training GFLOP, what is not equal between rows, and all "
-        "scores: [comparison/report.md](comparison/report.md), [results.csv](comparison/results.csv). The same with "
-        f"gate maps, attention and captions side by side: `{page}`, which the target writes.\n\n"
-        "![Score against cost at inference](comparison/figures/pareto_gflop.png)\n"
-    )
+![Score against cost at inference](comparison/figures/pareto_gflop.png)
+"""
+PARTS = [("", SCORES), ("Cost:", COST)]
+PAGE = Page(
+    "comparison",
+    [
+        Table("The matrix", list(MATRIX), PARTS, "matrix", after=COMPARED),
+        Table(
+            "A part of the training scenes",
+            [f"{share} %, {title}" for title in (WITH, WITHOUT) for share in SHARES],
+            PARTS,
+            "shares",
+            after="![Scores against the share of training scenes](comparison/figures/shares.png)\n",
+        ),
+    ],
+)
 
 
 def share_figure(rows: Sequence[ResultRow], out: Path) -> Path:

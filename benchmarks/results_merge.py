@@ -10,14 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.results_tove import ALL, BASE, OVERLAYS, grounded_runs, row_of, trained_arguments
-from benchmarks.results_tove import COLUMNS as TOVE_COLUMNS
+from benchmarks import results_tove
+from benchmarks.results import SCORES, Page, Table, row_of
+from benchmarks.results_tove import ALL, BASE, OVERLAYS, grounded_runs, trained_arguments
 from benchmarks.runs import Run, add_arguments, execute, slug
-from visexpert.report import Column, ResultRow, describe_machine, markdown_table, read_rows, write_rows
+from visexpert.report import Column, ResultRow
 
-OUT = Path("docs/results")
 STEPS = 2500
 LR = "5e-3"
 """Of CLIP and projector, by tokens and by text alike; chosen on validation scenes of seed 0 among 2e-3 .. 8e-3."""
@@ -56,11 +57,11 @@ ORDERS = {"lowest worth first": (1, 2, 3, 4), "highest worth first": (1, 2)}
 """How many experts are detached, by leave-one-out worth; the first of each is in tove-tabletop.json."""
 
 COLUMNS = [
-    *TOVE_COLUMNS[:2],
+    *SCORES[:2],
     Column("kept", "gain kept, %", digits=0),
-    *TOVE_COLUMNS[2:4],
+    *SCORES[2:4],
     Column("test/vqa/family/material", "material", digits=1, scale=100, better="max"),
-    *TOVE_COLUMNS[4:],
+    *SCORES[4:],
 ]
 COST = [
     Column("steps", "steps in all", digits=0),
@@ -181,22 +182,10 @@ def _fit(runs: Path, seed: int, variant: str, extra: Sequence[str]) -> Run:
 
 def report(runs: Sequence[Run]) -> None:
     """Write the page and its rows."""
-    known = read_rows(OUT / "merge.json") if (OUT / "merge.json").is_file() else []
-    fresh = [row_of(run) for run in runs]
-    done = {(row.variant, row.seed) for row in fresh}
-    rows = _references() + [row for row in known if (row.variant, row.seed) not in done and row.variant in order()]
-    rows = with_gain([*rows, *fresh])
-    rows = sorted(rows, key=lambda row: (order().index(row.variant), row.seed))
-    rows = list({(row.variant, row.seed): row for row in rows}.values())
-    OUT.mkdir(parents=True, exist_ok=True)
-    write_rows(OUT / "merge.json", rows)
-    parts = [(OUT / "merge.intro.md").read_text(encoding="utf-8"), f"Machine: {describe_machine()}\n"]
-    parts += ["## Scores\n", markdown_table(rows, COLUMNS), "## Cost\n", markdown_table(rows, COST)]
-    notes = OUT / "merge.notes.md"
-    if notes.is_file():
-        parts.append(notes.read_text(encoding="utf-8"))
-    (OUT / "merge.md").write_text("\n".join(parts), encoding="utf-8")
-    print(f"wrote {OUT / 'merge.md'} from {len(rows)} runs")
+    if not runs:
+        page().write(_references(), measured=False)
+        return
+    page().write([*_references(), *map(row_of, runs)])
 
 
 REFERENCES = {
@@ -215,11 +204,16 @@ def order() -> list[str]:
     return [*names, *(f"detached: {name}" for name in BUDGETS)]
 
 
+def page() -> Page:
+    """The page: scores, then cost, of the same rows."""
+    tables = [Table("Scores", order(), [("", COLUMNS)]), Table("Cost", order(), [("", COST)])]
+    return Page("merge", tables, derive=with_gain, derived=["kept", "ms"])
+
+
 def _references() -> list[ResultRow]:
-    path = OUT / "tove-tabletop.json"
-    rows = read_rows(path) if path.is_file() else []
     wanted = {f"grounded/{name}": title for name, title in REFERENCES.items()}
-    return [ResultRow(**{**row.__dict__, "variant": wanted[row.variant]}) for row in rows if row.variant in wanted]
+    rows = results_tove.PAGE.committed()
+    return [replace(row, variant=wanted[row.variant]) for row in rows if row.variant in wanted]
 
 
 def with_gain(rows: Sequence[ResultRow]) -> list[ResultRow]:
@@ -232,7 +226,7 @@ def with_gain(rows: Sequence[ResultRow]) -> list[ResultRow]:
         scores = {**row.scores, "ms": 1000.0 / row.images_per_s}
         if row.seed in low and row.seed in high:
             scores["kept"] = 100 * (row.scores[key] - low[row.seed]) / (high[row.seed] - low[row.seed])
-        made.append(ResultRow(**{**row.__dict__, "scores": scores}))
+        made.append(replace(row, scores=scores))
     return made
 
 

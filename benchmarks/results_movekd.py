@@ -9,18 +9,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from benchmarks.ablations import run_of
-from benchmarks.results_tove import COLUMNS as TOVE_COLUMNS
-from benchmarks.results_tove import part_of, present, row_of
+from benchmarks.results import SCORES, Page, Table, row_of
 from benchmarks.runs import Run, add_arguments, execute, slug
 from benchmarks.student_probes import TEACHERS, ensure
-from visexpert.report import Column, ResultRow, describe_machine, markdown_table, read_rows, write_rows
+from visexpert.report import Column, ResultRow
 
-OUT = Path("docs/results")
 STEPS = 2000
 SAME_TIME, LONG, LONGER = 2260, 2540, 3200
 """Steps by text alone in the time of STEPS of direction fixed without MoLE, whose steps take 1.13 times as long, of
@@ -106,7 +103,7 @@ FIRST = "distilled first"
 """Distillation of the encoder alone, on the images of all scenes; then text on few of them."""
 
 COLUMNS = [
-    *TOVE_COLUMNS[:9],
+    *SCORES[:9],
     Column("student/probe/object_depth", "object depth", digits=1, scale=100, better="max"),
     Column("student/probe/depth", "depth", digits=1, scale=100, better="max"),
     Column("student/probe/normals", "normals", digits=1, scale=100, better="max"),
@@ -220,44 +217,28 @@ def row_with_probes(run: Run) -> ResultRow:
 
 
 def report(tables: Mapping[str, Sequence[Run]]) -> None:
-    """Write the page and its rows; rows of an earlier machine stay where no run replaces them."""
-    path = OUT / "movekd-tabletop.json"
-    rows = {(row.variant, row.seed): row for row in (read_rows(path) if path.is_file() else [])}
+    """Write the page and its rows."""
     todo = [(name, run) for name, runs in tables.items() for run in runs]
+    rows = []
     for name, run in tqdm(todo, desc="probes", unit="run"):
-        row = row_with_probes(run)
-        rows[f"{name}/{run.variant}", run.seed] = replace(row, variant=f"{name}/{run.variant}")
-    order = [f"main/{title}" for title in (*MAIN, TWO_STAGES)] + [f"ablation/{title}" for title in ABLATIONS]
-    order += [f"scarce/{run.variant}" for run in scarce_runs([0])]
-    ranked = sorted(rows.values(), key=lambda row: (_rank(order, row.variant), row.variant, row.seed))
-    OUT.mkdir(parents=True, exist_ok=True)
-    write_rows(path, ranked)
-    parts = [(OUT / "movekd-tabletop.intro.md").read_text(encoding="utf-8"), f"Machine: {describe_machine()}\n"]
-    for name, title in TITLES.items():
-        part = part_of(ranked, name)
-        if part:
-            parts += [f"## {title}\n", markdown_table(part, present(COLUMNS, part))]
-            parts += [
-                "R² of a ridge probe from the student's tokens to each teacher's:\n",
-                markdown_table(part, TEACHER_COLUMNS),
-            ]
-            parts += ["Cost:\n", markdown_table(part, COST)]
-    notes = OUT / "movekd-tabletop.notes.md"
-    if notes.is_file():
-        parts.append(notes.read_text(encoding="utf-8"))
-    (OUT / "movekd-tabletop.md").write_text("\n".join(parts), encoding="utf-8")
-    print(f"wrote {OUT / 'movekd-tabletop.md'} from {len(ranked)} runs")
+        rows.append(replace(row_with_probes(run), variant=f"{name}/{run.variant}"))
+    page().write(rows)
 
 
-TITLES = {
-    "main": f"Main rows, {STEPS} steps",
-    "scarce": f"Little text: {SCARCE_STEPS} steps on a part of the scenes",
-    "ablation": "Ablations, 400 steps",
-}
-
-
-def _rank(order: Sequence[str], variant: str) -> int:
-    return order.index(variant) if variant in order else len(order)
+def page() -> Page:
+    """The page: main rows, little text, ablations."""
+    teachers = "R² of a ridge probe from the student's tokens to each teacher's:"
+    parts = [("", COLUMNS), (teachers, TEACHER_COLUMNS), ("Cost:", COST)]
+    scarce = [run.variant for run in scarce_runs([0])]
+    little = f"Little text: {SCARCE_STEPS} steps on a part of the scenes"
+    return Page(
+        "movekd-tabletop",
+        [
+            Table(f"Main rows, {STEPS} steps", [*MAIN, TWO_STAGES], parts, "main"),
+            Table(little, scarce, parts, "scarce"),
+            Table("Ablations, 400 steps", list(ABLATIONS), parts, "ablation"),
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -9,16 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.results import COST, SCORES, Page, Table, row_of
 from benchmarks.runs import DONE, Run, add_arguments, execute, slug
-from visexpert.report import Column, ResultRow, describe_machine, markdown_table, read_rows, write_rows
+from visexpert.report import ResultRow
 
 BASE = "configs/tove/tabletop.yaml"
 OVERLAYS = Path("configs/tove/ablations")
 GROUNDED_START = "configs/tove/tabletop/from-grounded.yaml"
-OUT = Path("docs/results")
 ALL = "all five experts"
 
 GROUNDED = {
@@ -42,27 +41,15 @@ GROUNDED = {
 SCRATCH = {"CLIP only": "clip-only", "CLIP + semantic": "semantic", ALL: None}
 CONTROL = "CLIP only under ToVE's decoder, continued"
 
-COLUMNS = [
-    Column("test/nll/kind/dense", "dense NLL", better="min"),
-    Column("test/vqa/accuracy", "VQA", digits=1, scale=100, better="max"),
-    Column("test/vqa/family/distance", "distance", digits=1, scale=100, better="max"),
-    Column("test/vqa/family/size", "size", digits=1, scale=100, better="max"),
-    Column("test/vsr/accuracy", "VSR", digits=1, scale=100, better="max"),
-    Column("test/vsr/family/depth", "VSR depth", digits=1, scale=100, better="max"),
-    Column("test/pope/adversarial/accuracy", "POPE adv.", digits=1, scale=100, better="max"),
-    Column("test/caption/relation", "caption relation", digits=1, scale=100, better="max"),
-    Column("test/caption/cider", "CIDEr", digits=2, better="max"),
-    Column("test/probe/object_depth", "probe object depth", digits=1, scale=100, better="max"),
-    Column("test/probe/shape", "probe shape", digits=1, scale=100, better="max"),
-]
-COST = [
-    Column("steps", digits=0),
-    Column("parameters", "trained params (k)", digits=0, scale=1e-3),
-    Column("cost/parameters_inference", "params at inference (k)", digits=0, scale=1e-3),
-    Column("gflop", "vision GFLOP/image", digits=3),
-    Column("images_per_s", "images/s (vision)", digits=0),
-    Column("cost/train_seconds", "training s", digits=0),
-]
+DETACHED = ("all, lowest worth detached", "all, highest worth detached")
+PAGE = Page(
+    "tove-tabletop",
+    [
+        Table("From the shipped language side", [*GROUNDED, *DETACHED], [("", SCORES), ("Cost:", COST)], "grounded"),
+        Table("From scratch", [*SCRATCH, CONTROL], [("", SCORES), ("Cost:", COST)], "scratch"),
+    ],
+    also=["test/vqa/family/material"],  # which the page of merging shows
+)
 
 
 def main() -> None:
@@ -85,17 +72,14 @@ def main() -> None:
         if not options.report_only:
             execute(wanted, jobs=options.jobs)
         runs += [run for run in wanted if run.done]
-    report([*kept, *map(row_of, runs)])
+    PAGE.write([row_of(run) for run in runs], known=kept)
 
 
 def committed_rows(root: Path) -> list[ResultRow]:
     """Rows of the present page whose runs are not on this machine: they are kept, not run again."""
-    path = OUT / "tove-tabletop.json"
-    if not path.is_file():
-        return []
     return [
         row
-        for row in read_rows(path)
+        for row in PAGE.committed()
         if not (
             root / row.variant.split("/")[0] / slug(row.variant.split("/", 1)[1]) / f"seed{row.seed}" / DONE
         ).is_file()
@@ -197,49 +181,6 @@ def _fit(root: Path, start: str, variant: str, overlay: str | None, seed: int, e
         *extra,
     )
     return Run(root / start / slug(variant) / f"seed{seed}", arguments, seed, f"{start}/{variant}")
-
-
-def row_of(run: Run) -> ResultRow:
-    """A finished run as a row of the page."""
-    metrics = run.metrics()
-    return ResultRow(
-        variant=run.variant,
-        seed=run.seed,
-        steps=int(metrics["cost/steps"]),
-        parameters=int(metrics["cost/parameters_trained"]),
-        gflop=metrics["cost/gflop_vision"],
-        images_per_s=metrics["cost/images_per_s"],
-        scores={key: value for key, value in metrics.items() if key.startswith(("test/", "cost/"))},
-    )
-
-
-def report(rows: Sequence[ResultRow]) -> None:
-    """Write the page and its rows."""
-    order = [f"grounded/{name}" for name in GROUNDED] + [f"scratch/{name}" for name in SCRATCH]
-    rows = sorted(rows, key=lambda row: (order.index(row.variant) if row.variant in order else len(order), row.seed))
-    OUT.mkdir(parents=True, exist_ok=True)
-    write_rows(OUT / "tove-tabletop.json", rows)
-    parts = [(OUT / "tove-tabletop.intro.md").read_text(encoding="utf-8"), f"Machine: {describe_machine()}\n"]
-    for start, title in (("grounded", "From the shipped language side"), ("scratch", "From scratch")):
-        part = part_of(rows, start)
-        if part:
-            parts += [f"## {title}\n", markdown_table(part, COLUMNS), "Cost:\n", markdown_table(part, COST)]
-    notes = OUT / "tove-tabletop.notes.md"
-    if notes.is_file():
-        parts.append(notes.read_text(encoding="utf-8"))
-    (OUT / "tove-tabletop.md").write_text("\n".join(parts), encoding="utf-8")
-    print(f"wrote {OUT / 'tove-tabletop.md'} from {len(rows)} runs")
-
-
-def part_of(rows: Sequence[ResultRow], table: str) -> list[ResultRow]:
-    """Rows of one table, without its name in theirs."""
-    prefix = f"{table}/"
-    return [replace(row, variant=row.variant.removeprefix(prefix)) for row in rows if row.variant.startswith(prefix)]
-
-
-def present(columns: Sequence[Column], rows: Sequence[ResultRow]) -> list[Column]:
-    """Columns that any row has: short runs write no captions."""
-    return [column for column in columns if any(row.value(column.key) is not None for row in rows)]
 
 
 if __name__ == "__main__":

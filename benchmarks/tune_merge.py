@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.results_merge import OUT, TEXT
+from benchmarks.results import OUT, trial_table
+from benchmarks.results_merge import TEXT
 from benchmarks.results_tove import BASE, OVERLAYS
 from benchmarks.runs import Run, execute
 
@@ -36,8 +37,7 @@ def main() -> None:
     trials = [_merge(options.base, name, extra) for name, extra in TRIALS.items()]
     trials += [_fresh(options.runs, name, rate) for name, rate in FRESH.items()]
     execute(trials, jobs=options.jobs)
-    lines = [f"| trial | {' | '.join(SCORES.values())} |", f"|---|{'---:|' * len(SCORES)}"]
-    lines += [_line(trial) for trial in trials if trial.done]
+    lines = trial_table(["trial"], [([trial.variant], trial) for trial in trials], SCORES)
     text = "\n".join([INTRO, *lines, ""])
     (OUT / "merge-tune.md").write_text(text, encoding="utf-8")
     print(text)
@@ -65,12 +65,6 @@ def _fresh(runs: Path, name: str, rate: str) -> Run:
         "--data.init_args.seed", "0", "--test_after_fit", "false",
     )  # fmt: skip
     return Run(runs / f"fresh-{rate}", arguments, 0, name)
-
-
-def _line(trial: Run) -> str:
-    metrics = trial.metrics()
-    cells = [f"{metrics[key]:.3f}" if key in metrics else "–" for key in SCORES]
-    return f"| {trial.variant} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ Writes docs/results/movekd-tune.md. The test scenes are not looked at. A finishe
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.ablations import run_of
+from benchmarks.results import OUT, trial_table
 from benchmarks.runs import Run, execute, slug
 
-OUT = Path("docs/results/movekd-tune.md")
+PAGE = OUT / "movekd-tune.md"
 TRIALS: dict[str, tuple[str, str, str | None]] = {
     "text-1e-3": ("text-only", "1e-3", None),
     "text-3e-3": ("text-only", "3e-3", None),
@@ -98,22 +99,14 @@ def main() -> None:
     after = {steps: _after(options.runs, steps, run) for steps, run in starts.items()}
     for runs in (rates, fixed, starts, after):
         execute(list(runs.values()), jobs=options.jobs)
-    lines = [INTRO, *_table("| kind | rate | weight of KD |", [(_cells(name), run) for name, run in rates.items()])]
+    lines = [
+        INTRO,
+        *trial_table(["kind", "rate", "weight of KD"], [(_cells(name), run) for name, run in rates.items()], SCORES),
+    ]
     named = [*fixed.items(), *((f"distilled first, {a} + {b} steps", after[a]) for a, b in FIRST_STEPS.items())]
-    lines += [FIXED_INTRO, *_table("| setting |", [([title], run) for title, run in named])]
-    OUT.write_text("\n".join([*lines, ""]), encoding="utf-8")
-    print(OUT.read_text(encoding="utf-8"))
-
-
-def _table(head: str, rows: Sequence[tuple[list[str], Run]]) -> list[str]:
-    """Validation scores of finished trials, a line each."""
-    columns = head.count("|") - 1
-    lines = [f"{head} {' | '.join(SCORES.values())} |", f"|{'---|' * columns}{'---:|' * len(SCORES)}"]
-    for cells, run in rows:
-        if run.done:
-            scores = run.metrics()
-            lines.append(f"| {' | '.join([*cells, *(f'{scores[key]:.3f}' for key in SCORES)])} |")
-    return lines
+    lines += [FIXED_INTRO, *trial_table(["setting"], [([title], run) for title, run in named], SCORES)]
+    PAGE.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    print(PAGE.read_text(encoding="utf-8"))
 
 
 def _cells(name: str) -> list[str]:

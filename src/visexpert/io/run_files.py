@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,12 @@ def write_json(path: Path, content: Any) -> None:
         DataError: As :func:`write_text`.
     """
     write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def write_json_list(path: Path, items: Sequence[Any]) -> None:
+    """Write a JSON list as :func:`write_json` does, one item a line."""
+    lines = [json.dumps(_finite(item), allow_nan=False) for item in items]
+    write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def read_json(path: Path) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from visexpert.errors import ConfigError, DataError
-from visexpert.io.run_files import read_json, write_json
+from visexpert.io.run_files import read_json, write_json_list
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,12 @@ def markdown_table(rows: Sequence[ResultRow], columns: Sequence[Column]) -> str:
 
 
 def write_rows(path: Path, rows: Sequence[ResultRow]) -> None:
-    """Write rows as a JSON list, whole or not at all.
+    """Write rows as a JSON list, one row a line, whole or not at all.
 
     Raises:
         DataError: The file cannot be written.
     """
-    write_json(path, [asdict(row) for row in rows])
+    write_json_list(path, [asdict(row) for row in rows])
 
 
 def read_rows(path: Path) -> list[ResultRow]:

@@ -292,7 +292,7 @@ def test_validation_at_a_share_of_an_epoch_in_a_run_that_starts_anew(
 
 def test_help_names_all_subcommands_and_shows_the_one_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, shown in {
-        ("--help",): ["fit", "validate", "test", "predict"],
+        ("--help",): ["fit", "validate", "test", "predict", "--version"],
         ("validate", "--help"): ["--verbose", "--trainer.max_steps", "--model", "--data", "--run", "--ckpt_path"],
         ("predict", "--help"): ["--return_predictions", "--trainer.max_steps", "--model", "--data", "--run"],
     }.items():

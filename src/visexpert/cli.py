@@ -13,7 +13,7 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers do not fork threads under our workers
 
-from visexpert import trust
+from visexpert import __version__, trust
 from visexpert.errors import UserError, shown, told_by_machine
 from visexpert.interruption import Interrupted
 
@@ -84,6 +84,9 @@ COMMANDS = {
 def _dispatch(arguments: list[str]) -> None:
     arguments, granted = trust.take(arguments)
     trust.grant(granted)
+    if arguments == ["--version"]:  # the parser below knows it, too, but takes seconds to import
+        print(f"visexpert {__version__}")
+        return
     if arguments and arguments[0] in COMMANDS:
         import_module(COMMANDS[arguments[0]]).run(arguments[1:])
         return

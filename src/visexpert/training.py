@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
+from visexpert import __version__
 from visexpert.callbacks import (
     CostReport,
     MetricsContinuation,
@@ -362,7 +363,7 @@ def build_cli(arguments: list[str], *, run: bool = True, held: ExitStack | None 
         trainer_class=RunTrainer,
         trainer_defaults={"enable_model_summary": False},
         parser_class=RunParser,
-        parser_kwargs={"parser_mode": "omegaconf", "description": DESCRIPTION},
+        parser_kwargs={"parser_mode": "omegaconf", "description": DESCRIPTION, "version": __version__},
         auto_configure_optimizers=False,
         args=arguments,
         run=run,

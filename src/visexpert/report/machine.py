@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from visexpert import __version__
+
 PACKAGES = (
     "visexpert",
     "torch",
@@ -53,11 +55,11 @@ def machine_facts() -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Installed versions of :data:`PACKAGES`; one that is not installed is left out."""
+    """Return the versions of :data:`PACKAGES`; one that is not installed is left out."""
     found = {}
     for name in PACKAGES:
-        try:
-            found[name] = version(name)
+        try:  # an editable install keeps the version that it was installed with, and the source moves on
+            found[name] = __version__ if name == "visexpert" else version(name)
         except PackageNotFoundError:
             continue
     return found

@@ -37,6 +37,10 @@ demo: $(STAMP) ## Train CLIP-only and ToVE on rendered scenes, score both, write
 test: $(STAMP) ## Run the tests that need no GPU, no network and no patience
 	$(PY) -m pytest $(PYTEST_ARGS)
 
+.PHONY: coverage
+coverage: $(STAMP) ## Run the same tests and print what lines they miss (no gate; slower before Python 3.12)
+	$(PY) -m pytest $(PYTEST_ARGS) --cov --cov-report=term
+
 .PHONY: check
 check: $(STAMP) ## Lint, format, types, import law
 	$(PY) -m ruff check .

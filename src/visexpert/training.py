@@ -262,7 +262,7 @@ class VisexpertCLI(LightningCLI):
         """
         if not is_first_process() or not holds_run(self._run):
             return
-        checkpoint, start = self._value("ckpt_path"), getattr(self.model, "init_from", None)
+        checkpoint, start = self._value("ckpt_path"), self.model.init_from if isinstance(self.model, Method) else None
         own = checkpoint in CHECKPOINT_WORDS or (checkpoint is not None and _lies_in(checkpoint, self._run))
         if self._overwrite:
             if own or self._requeued or (start is not None and _lies_in(start, self._run)):

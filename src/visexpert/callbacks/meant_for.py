@@ -58,6 +58,7 @@ def check_exportable(model: LightningModule, formats: Sequence[str]) -> None:
                 raise ConfigError(
                     f"MeantFor: llava has no place for {problems[0]}; train otherwise, or take llava out of formats."
                 )
+            assert isinstance(model.language, PrefixLM)
             check_language(model.language.model)
         if name == "open_clip" and clip.layer < -depth:
             raise ConfigError(f"MeantFor: open_clip hands out no tokens of layer {clip.layer}; take another, or hf.")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
 
 from visexpert.errors import ConfigError
 from visexpert.export.hf import PREFIX, image_processor, quiet, vision_config
@@ -43,7 +43,9 @@ def write(source: ExportSource, folder: Path) -> None:
         raise ConfigError("A llava export needs a language side that is a prefix LM; this run has none.")
     tokenizer, image_id = tokenizer_with_image(source.language.tokenizer)
     model = _assemble(source, source.language, image_id)
-    _pad_vocabulary(model, known=source.language.model.get_input_embeddings().weight.shape[0], image_id=image_id)
+    _pad_vocabulary(
+        model, known=source.language.model.get_input_embeddings().get_parameter("weight").shape[0], image_id=image_id
+    )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.generation_config, name, getattr(tokenizer, name))
     model.generation_config.eos_token_id = source.language.encoder.eos_id
@@ -159,7 +161,7 @@ def _assemble(source: ExportSource, parts: LanguageParts, image_id: int) -> Llav
     return model
 
 
-def check_language(model: Any) -> None:
+def check_language(model: PreTrainedModel) -> None:
     """Refuse a language model that LLaVA's form cannot hold.
 
     Args:
@@ -174,7 +176,7 @@ def check_language(model: Any) -> None:
     problems = {
         "the bias of the output layer": getattr(model.get_output_embeddings(), "bias", None) is not None,
         ", ".join(scaled): bool(scaled),
-        "embeddings that are not called embed_tokens": not hasattr(model.base_model, "embed_tokens"),
+        "embeddings that are not called embed_tokens": getattr(model.base_model, "embed_tokens", None) is None,
     }
     for problem, found in problems.items():
         if found:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from visexpert.types import TextEncoder
 from visexpert.vision import ClipEncoder, equipped_blocks, merge_for_inference
@@ -36,7 +37,7 @@ class LanguageParts:
             its tokens from the second on, by visexpert's own forward: what the export is compared with.
     """
 
-    model: Any
+    model: PreTrainedModel
     linear_1: nn.Linear
     linear_2: nn.Linear
     tokenizer: Any

@@ -38,6 +38,11 @@ class LanguageSide(nn.Module, ABC):
         super().__init__()
         self.width = width
 
+    @property
+    def max_tokens(self) -> int | None:
+        """Longest text item, in tokens; None where nothing limits it."""
+        return None
+
     @abstractmethod
     def load_weights(self) -> None:
         """Fill pretrained weights, where a source was given."""

@@ -65,7 +65,7 @@ class CrossAttentionDecoder(LanguageSide):
         if width % heads:
             raise ConfigError(f"CrossAttentionDecoder: width {width} is no multiple of heads {heads}.")
         self.source = source
-        self.max_tokens = max_tokens
+        self._max_tokens = max_tokens
         self.position_scale = position_scale
         self.embed_tokens = nn.Embedding(vocab_size, width)
         self.embed_positions = nn.Embedding(max_tokens, width)
@@ -83,6 +83,11 @@ class CrossAttentionDecoder(LanguageSide):
     def weights_from(self) -> str | None:
         """See :attr:`LanguageSide.weights_from`."""
         return self.source
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest text item, in tokens."""
+        return self._max_tokens
 
     def load_weights(self) -> None:
         """Read ``source``, if any."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +17,7 @@ from visexpert.optim import ParameterGroup, make_groups
 from visexpert.precision import ClippedModule, convert_records
 
 
-class CheckpointedModule(ClippedModule):
+class CheckpointedModule(ClippedModule, ABC):
     """A module of which frozen parts are read from their own files and the rest is kept in checkpoints.
 
     Args:

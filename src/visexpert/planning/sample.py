@@ -25,13 +25,8 @@ def sample_of(method: Method, *, text_tokens: int, answer_tokens: int | None, im
         ConfigError: Too few tokens, or more answers than text.
     """
     image = torch.empty(1, 3, image_size, image_size, device="meta")
-    text = _text(text_tokens, answer_tokens, _longest_item(method)) if method.reads_text else None
+    text = _text(text_tokens, answer_tokens, method.language.max_tokens) if method.reads_text else None
     return Batch(image, torch.zeros(1, dtype=torch.long), split="", text=text)
-
-
-def _longest_item(method: Method) -> int | None:
-    limit = getattr(method.language, "max_tokens", None)
-    return int(limit) if isinstance(limit, int) else None
 
 
 def _text(tokens: int, answers: int | None, longest: int | None) -> TextBatch:

@@ -254,7 +254,7 @@ def test_each_teacher_may_have_a_prediction_of_its_own_width() -> None:
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     student, targets, teachers, _ = two_teachers()
-    with pytest.raises(ConfigError, match=r"\(1, 2, 2\), but teacher 'b' has \(1, 3, 2\); bring them together"):
+    with pytest.raises(ConfigError, match=r"\(1, 2, 2\), but teacher 'b' has \(1, 3, 2\);"):
         feature_kd(student, {"a": targets["a"], "b": torch.zeros(1, 3, 2)}, teachers)
     with pytest.raises(ConfigError, match=r"2 teacher weights for the teachers \['a'\]"):
         feature_kd(student, {"a": targets["a"]}, teachers)

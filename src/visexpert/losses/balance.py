@@ -1,4 +1,4 @@
-"""Load-balancing losses: they keep a gate or a router from falling onto one expert."""
+"""Load-balancing losses, which keep a gate or a router from collapsing onto one expert."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ def gate_balance(
     load_K: Tensor | None = None,
     top_k: int = 1,
 ) -> Tensor:
-    """Auxiliary loss L_aux of ToVE's token-aware gate.
+    """Return L_aux, the auxiliary loss of ToVE's token-aware gate.
 
-    ``cv``: CV^2 of importance (sum of gates per expert) plus CV^2 of load (tokens that an expert wins), after Shazeer
-    et al. 2017, eqs. 6-11. The counted load has no gradient; give ``load_K`` (the smooth estimate of a noisy gate) to
-    have one. ``switch``: K * sum_k f_k P_k with f the share of tokens won and P the mean gate (Fedus et al. 2021,
-    eq. 4). ToVE names the manner of Shazeer; weight and form are unconfirmed by the paper. Neither is linear in the
-    tokens: over several batches or processes to a step, methods take the mean of each one's, weighed by its images.
+    ``cv``: CV^2 of importance (sum of gates per expert) plus CV^2 of load (tokens won by each expert), after Shazeer
+    et al. 2017, eqs. 6-11. The counted load has no gradient; pass ``load_K`` (the smooth estimate of a noisy gate) to
+    get one. ``switch``: K * sum_k f_k P_k with f the share of tokens won and P the mean gate (Fedus et al. 2021, eq.
+    4). ToVE cites Shazeer's approach; the paper confirms neither weight nor form. Neither form is linear in the tokens:
+    where a step has several batches or processes, methods average their losses, weighted by the number of images.
 
     Args:
         gates_BTK: Gates, float, summing to one over attached experts.
-        attached_K: bool; detached experts take no part.
+        attached_K: bool; detached experts are ignored.
         form: ``cv`` or ``switch``.
-        load_K: Smooth load per expert, for ``cv``.
-        top_k: How many experts win a token: those with its largest gates.
+        load_K: Smooth load of each expert, for ``cv``.
+        top_k: Number of experts that win each token: those with the largest gates.
 
     Returns:
-        Scalar, float32 or better; 0 at perfect balance for ``cv``, 1 for ``switch``. With one expert: 0 or 1 likewise,
-        no gradient.
+        Scalar, float32 or better; 0 at perfect balance for ``cv``, 1 for ``switch``. With a single expert the value is
+        also 0 or 1, without a gradient.
     """
     if form not in ("cv", "switch"):
         raise ConfigError(f"gate_balance: form={form!r} is unknown; use 'cv' or 'switch'.")
     full = torch.promote_types(gates_BTK.dtype, torch.float32)
-    # Masked sums: how many experts are attached stays on the device, which is not waited for.
+    # Masked sums keep the number of attached experts on the device, so that the host need not wait for it.
     gates_NK = gates_BTK.flatten(0, -2).to(full).masked_fill(~attached_K, 0.0)
     if not gates_NK.numel():
         return gates_NK.sum()
@@ -64,22 +64,22 @@ def router_balance(
     *,
     has_image_B: Tensor | None = None,
 ) -> Tensor:
-    """Balance loss of MoVE-KD's routers: sum_e mean(p_e) mean(1[chosen = e]), mean over images.
+    """Return the balance loss of MoVE-KD's routers: sum_e mean(p_e) mean(1[chosen = e]), mean over images.
 
     ``pooled`` (the released code; the paper's total loss has no such term): both means run over the tokens of all
-    layers, so each layer may fall onto an expert of its own unpunished. ``per_layer``: they run over the tokens of one
-    layer, and the loss is the mean over layers. The share of chosen tokens has no gradient; the probabilities do, into
-    earlier layers, too.
+    layers, so each layer may collapse onto an expert of its own at no cost. ``per_layer``: both means run over the
+    tokens of one layer, and the loss is the mean over layers. The share of chosen tokens has no gradient; the
+    probabilities have one, which also reaches earlier layers.
 
     Args:
         probs_LBNE: Softmax of the router over E experts, per layer and token, [CLS] included.
         choice_LBN: int64, the chosen expert.
         form: ``pooled`` or ``per_layer``.
-        has_image_B: bool; samples without an image take no part. None: all have one.
+        has_image_B: bool; samples without an image are ignored. None: every sample has one.
 
     Returns:
-        Scalar, float32 or better: 1 / E in balance, 1 where all tokens go to one expert with certainty; 0 (with a
-        graph) where no sample has an image.
+        Scalar, float32 or better: 1 / E at perfect balance, 1 if all tokens go to one expert with certainty; 0 (with a
+        graph) if no sample has an image.
 
     Raises:
         ConfigError: An unknown form.
@@ -88,7 +88,7 @@ def router_balance(
         raise ConfigError(f"router_balance: form={form!r} is unknown; use 'pooled' or 'per_layer'.")
     probs_LBNE = probs_LBNE.to(torch.promote_types(probs_LBNE.dtype, torch.float32))
     experts_E = torch.arange(probs_LBNE.shape[-1], device=choice_LBN.device)
-    chosen_LBNE = (choice_LBN[..., None] == experts_E).to(probs_LBNE.dtype)  # one_hot looks at the values on a CPU
+    chosen_LBNE = (choice_LBN[..., None] == experts_E).to(probs_LBNE.dtype)  # one_hot reads the values on the host
     share_LBE, mean_LBE = chosen_LBNE.mean(2), probs_LBNE.mean(2)
     if form == "pooled":
         share_LBE, mean_LBE = share_LBE.mean(0, keepdim=True), mean_LBE.mean(0, keepdim=True)
@@ -102,7 +102,7 @@ def _first_largest(values_NK: Tensor) -> Tensor:
 
 
 def _squared_variation(values_K: Tensor, attached_K: Tensor) -> Tensor:
-    """CV^2 = variance / mean^2 over attached experts (population variance)."""
+    """Return CV^2 = variance / mean^2 over attached experts (population variance)."""
     count = attached_K.sum().clamp_min(1)
     mean = values_K.masked_fill(~attached_K, 0.0).sum() / count
     spread = (values_K - mean).square().masked_fill(~attached_K, 0.0).sum() / count

@@ -1,8 +1,8 @@
 """Distillation of several teachers into one student, weighted by [CLS] attention (MoVE-KD, arXiv 2501.01709).
 
-``convention`` picks between the paper's formulas and those of the released code (hey-cjj/MoVE-KD at c822da0), which
-differ in all three functions. The default is the paper's, because the released second softmaxes leave both weights
-nearly constant; which of the two trains better is not settled here.
+``convention`` selects the paper's formulas or those of the released code (hey-cjj/MoVE-KD at c822da0), which differ in
+all three functions. The default is the paper's, because the second softmaxes of the released code leave both weights
+nearly constant. Which one trains better is an open question.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from visexpert.types import imaged
 Convention = Literal["released", "paper"]
 
 DOMINANT = 0.8
-"""Mean weight of one teacher over the batch above which the released code flattens all of them."""
+"""Batch-mean weight of a single teacher above which the released code flattens all weights."""
 
 
 def cls_token_weights(cls_logits_BHN: Tensor, convention: Convention = "paper", *, detach: bool = True) -> Tensor:
-    """How much each patch token counts in distillation: attention of the [CLS] token, mean over heads.
+    """Return the weight of each patch token in distillation: the [CLS] token's attention, averaged over heads.
 
     ``paper``: one softmax over the patches. ``released``: softmax over [CLS] and patches, mean over heads, and a second
-    softmax over the patches, which leaves the largest weight at most e^p times the smallest for a largest probability
-    p: nearly uniform.
+    softmax over the patches, so the largest weight is at most e^p times the smallest, where p is the largest
+    probability: nearly uniform.
 
     Args:
         cls_logits_BHN: Scores q_cls . k / sqrt(head width) before the softmax, [CLS] itself first: N = 1 + T.
         convention: ``paper`` or ``released``.
-        detach: Keep the loss from training the attention that they come from.
+        detach: Stop the gradient, so that the loss does not train the attention behind the weights.
 
     Returns:
         (B, T), float32 or better, each row summing to 1.
@@ -58,27 +58,29 @@ def teacher_weights(
     has_image_B: Tensor | None = None,
     detach: bool = True,
 ) -> Tensor:
-    """How much each teacher counts for an image: how well its tokens agree with the [CLS] token of CLIP.
+    """Return the weight of each teacher for each image: how well its tokens agree with CLIP's [CLS] token.
 
     The anchor keeps ``clip_teacher_weight``; the others share the rest by the softmax of mean_m <cls, z_tm>, which
-    ``paper`` divides by sqrt(D). ``released`` does not, and where one teacher's mean over the batch exceeds .8 it takes
-    softmax(u + .2) = softmax(u) of all weights u, so that one image changes the weights of the others. Without the
-    anchor among the targets the others share everything; alone, it has weight 1.
+    ``paper`` divides by sqrt(D). ``released`` does not, and where one teacher's mean over the batch exceeds .8 it
+    applies softmax(u + .2) = softmax(u) to all weights u, so one image changes the weights of the others. If the anchor
+    is not among the targets, the others share the full weight; on its own it has weight 1.
 
     Args:
         cls_BD: [CLS] token of CLIP, in the space of the targets.
         targets: Tokens (B, T, D) by teacher, in any order.
-        anchor: Name of the teacher whose share is fixed (CLIP itself); None for none.
+        anchor: Name of the teacher with a fixed weight (CLIP itself); None if there is none.
         clip_teacher_weight: Its weight, 0 to 1.
         convention: ``paper`` or ``released``.
-        has_image_B: bool; samples without an image take no part in the batch mean of ``released``. None: all have one.
-        detach: Keep the loss from training targets to shift weights. The released code does not detach.
+        has_image_B: bool; samples without an image are left out of the batch mean of ``released``. None: every sample
+            has one.
+        detach: Stop the gradient, so that the targets cannot be trained to shift the weights. The released code does
+            not detach.
 
     Returns:
         (B, K) in the order of ``targets``, float32 or better, each row summing to 1.
 
     Raises:
-        ConfigError: An unknown convention, no target, a share outside 0 to 1, or a target of another width than D.
+        ConfigError: An unknown convention, no target, a weight outside [0, 1], or a target whose width is not D.
     """
     _check_convention("teacher_weights", convention)
     for name, target_BTD in targets.items():
@@ -106,7 +108,7 @@ def teacher_weights(
 def uniform_teacher_weights(
     targets: Mapping[str, Tensor], *, anchor: str | None = CLIP, clip_teacher_weight: float = 0.8
 ) -> Tensor:
-    """Weights (B, K) that leave the anchor its share and divide the rest evenly: the control to ``teacher_weights``.
+    """Return weights (B, K) that keep the anchor's weight and split the rest evenly: a control for ``teacher_weights``.
 
     Args:
         targets: Tokens (B, T, any width) by teacher; only names and the batch size are read.
@@ -114,7 +116,7 @@ def uniform_teacher_weights(
         clip_teacher_weight: As in :func:`teacher_weights`.
 
     Raises:
-        ConfigError: No target, or a share outside 0 to 1.
+        ConfigError: No target, or a weight outside [0, 1].
     """
     others = sum(name != anchor for name in targets)
     first = next(iter(targets.values()), torch.zeros(0))
@@ -131,24 +133,24 @@ def feature_kd(
     *,
     has_image_B: Tensor | None = None,
 ) -> Tensor:
-    """Squared error of the student's tokens to each teacher's, weighted: mean_b sum_k W_bk l_bk.
+    """Return the squared error of the student's tokens to each teacher's, weighted: mean_b sum_k W_bk l_bk.
 
-    With e_bm the mean over channels of (s - z_k)^2 at token m: l_bk = sum_m w_bm e_bm in ``paper``;
+    Let e_bm be the mean over channels of (s - z_k)^2 at token m. Then l_bk = sum_m w_bm e_bm in ``paper``;
     l_bk = mean_m e_bm + sum_m w_bm e_bm in ``released``. Both are mean_m e_bm without token weights.
 
     Args:
         student_BTD: Patch tokens of the student, or one prediction for each teacher by its name.
-        targets: Tokens (B, T, D) by teacher. They are differentiated; detach those that must not train.
+        targets: Tokens (B, T, D) by teacher. Gradients flow into them; detach those that must not train.
         teacher_weights_BK: Weights in the order of ``targets``.
-        token_weights_BT: Weights of the tokens, each row summing to 1; None for none.
+        token_weights_BT: Token weights, each row summing to 1; None for no weighting.
         convention: ``paper`` or ``released``.
-        has_image_B: bool; samples without an image take no part. None: all have one.
+        has_image_B: bool; samples without an image are ignored. None: every sample has one.
 
     Returns:
-        Scalar, float32 or better; 0 (with a graph) where no sample has an image.
+        Scalar, float32 or better; 0 (with a graph) if no sample has an image.
 
     Raises:
-        ConfigError: An unknown convention, or shapes that do not fit.
+        ConfigError: An unknown convention, or shapes that do not match.
     """
     _check_convention("feature_kd", convention)
     if teacher_weights_BK.shape[-1] != len(targets) or not targets:
@@ -162,7 +164,7 @@ def feature_kd(
         if own_BTD.shape != target_BTD.shape:
             raise ConfigError(
                 f"feature_kd: the student has tokens of shape {tuple(own_BTD.shape)}, but teacher {name!r} has "
-                f"{tuple(target_BTD.shape)}; bring them together with a KD head."
+                f"{tuple(target_BTD.shape)}; map one to the other with a KD head."
             )
         error_BT = (_full(own_BTD) - _full(target_BTD)).square().mean(-1)
         terms.append(_over_tokens(error_BT, token_weights_BT, convention))
@@ -179,24 +181,24 @@ def gated_kd(
     *,
     has_image_B: Tensor | None = None,
 ) -> Tensor:
-    """Squared error weighed by a gate of its own at every token: mean_b sum_m w_bm sum_k g_bmk e_bmk.
+    """Return the squared error with gate weights at every token: mean_b sum_m w_bm sum_k g_bmk e_bmk.
 
-    A hybrid of both methods: ToVE's token-aware gate in place of MoVE-KD's one weight per image and teacher. Equal to
-    :func:`feature_kd` where a gate says the same at every token.
+    A hybrid of both methods: ToVE's token-aware gate replaces MoVE-KD's single weight per image and teacher. Equals
+    :func:`feature_kd` if the gates are the same at every token.
 
     Args:
         student_BTD: One prediction (B, T, X) for each teacher.
         targets: Tokens of the same shapes.
         gates_BTK: Weights in the order of ``targets``, each token's summing to 1.
-        token_weights_BT: Weights of the tokens, each row summing to 1; None for 1 / T.
+        token_weights_BT: Token weights, each row summing to 1; None for 1 / T.
         convention: ``paper``, or ``released``, which adds the plain mean over tokens to the weighted one.
-        has_image_B: bool; samples without an image take no part. None: all have one.
+        has_image_B: bool; samples without an image are ignored. None: every sample has one.
 
     Returns:
-        Scalar, float32 or better; 0 (with a graph) where no sample has an image.
+        Scalar, float32 or better; 0 (with a graph) if no sample has an image.
 
     Raises:
-        ConfigError: An unknown convention, or not one gate for each of at least one teacher.
+        ConfigError: An unknown convention, no teacher, or a number of gates other than the number of teachers.
     """
     _check_convention("gated_kd", convention)
     if gates_BTK.shape[-1] != len(targets) or not targets:
@@ -210,10 +212,10 @@ def gated_kd(
 
 
 def across_image_variance(tokens_BTD: Tensor) -> Tensor:
-    """Variance of tokens across the images of a batch, around the mean of each position and channel.
+    """Return the variance of tokens across the images of a batch, around the mean of each position and channel.
 
     It falls to 0 when every image gets the same tokens, which neither the overall variance nor the distillation loss
-    shows. Unbiased, so that batches of unlike sizes compare.
+    shows. The estimate is unbiased, so batches of different sizes are comparable.
 
     Args:
         tokens_BTD: Tokens of images only; leave out samples without one.
@@ -242,7 +244,7 @@ def _beside_anchor(
     """Insert the anchor's share (B, K) among the weights (B, U) of the others, which are scaled to what remains."""
     if not names or not 0 <= clip_teacher_weight <= 1:
         raise ConfigError(
-            f"Teacher weights need at least one teacher and a share in [0, 1]; got {list(names)} and "
+            f"Teacher weights need at least one teacher and clip_teacher_weight in [0, 1]; got {list(names)} and "
             f"clip_teacher_weight={clip_teacher_weight}."
         )
     if anchor is None or anchor not in names:
@@ -254,13 +256,13 @@ def _beside_anchor(
 
 
 def _mean_over_images(values_B: Tensor, has_image_B: Tensor | None) -> Tensor:
-    """Mean over the samples with an image; 0 without any."""
+    """Return the mean over the samples with an image; 0 without any."""
     seen_B = imaged(values_B, has_image_B)
     return seen_B.sum(0) / max(len(seen_B), 1)
 
 
 def _full(values: Tensor) -> Tensor:
-    """At least float32."""
+    """Return the values in float32 or better."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""Distances of a student's tokens to the tokens that it is to produce (knowledge merging)."""
+"""Distances between a student's tokens and the tokens it should produce (knowledge merging)."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def token_distance(
     normalise: bool = False,
     has_image_B: Tensor | None = None,
 ) -> Tensor:
-    """Mean distance of tokens to their targets (ToVE's knowledge merging; its form is unconfirmed by the paper).
+    """Return the mean distance of tokens from their targets (ToVE's knowledge merging; its form is unconfirmed).
 
     Args:
         student_BTD: Tokens of the student.
         target_BTD: Fused tokens, not differentiated.
         kind: ``mse`` - squared error, mean over all entries; ``smooth_l1`` - Huber's with beta 1; ``cosine`` - one
             minus the cosine of each token pair.
-        normalise: LayerNorm (no affine) on every token of both sides first.
+        normalise: Apply LayerNorm (without affine) to every token of both sides first.
         has_image_B: bool; samples without an image take no part. None: all have one.
 
     Returns:
-        Scalar, float32; 0 where both agree, and (with a graph) where no sample has an image.
+        Scalar, float32; 0 if both agree, and (with a graph) if no sample has an image.
 
     Raises:
         ConfigError: An unknown kind.
@@ -53,9 +53,9 @@ def token_distance(
 
 
 def normalised_mse(student_BTD: Tensor, target_BTD: Tensor, *, has_image_B: Tensor | None = None) -> Tensor:
-    """Squared error over the targets' own variance about their mean token: 0 is exact, 1 what a constant reaches.
+    """Return the squared error over the targets' variance about their mean token: 0 is exact, 1 is the best constant.
 
-    Samples without an image (``has_image_B`` False) take no part; 0 where none has one.
+    Samples without an image (``has_image_B`` False) are ignored; 0 if none has one.
     """
     student_BTD, target_BTD = imaged(student_BTD, has_image_B), imaged(target_BTD, has_image_B)
     student, target = student_BTD.float(), target_BTD.float()

@@ -19,21 +19,21 @@ Tokenizer: TypeAlias = Literal["python", "java", "auto"]
 
 
 class CaptionScores(RecordMetric):
-    """BLEU-1..4, ROUGE-L, CIDEr, and where possible METEOR and SPICE, over a corpus of captions.
+    """BLEU-1..4, ROUGE-L, CIDEr, and, if available, METEOR and SPICE, over a corpus of captions.
 
-    ``compute()``: ``bleu-1`` .. ``bleu-4``, ``rouge-l``, ``cider``, and where wanted ``meteor`` and ``spice``; all in
-    [0, 1] but CIDEr, which is in [0, 10]. Papers print these times 100. Note that CIDEr takes its n-gram statistics
-    from the references seen since the last reset, and is 0 for a single image. Where images have families,
-    ``family/<name>/<score>`` scores each as a corpus of its own (NoCaps' domains).
+    ``compute()``: ``bleu-1`` .. ``bleu-4``, ``rouge-l``, ``cider``, and, if requested, ``meteor`` and ``spice``; all in
+    [0, 1] except CIDEr, which is in [0, 10]. Papers report them times 100. Note that CIDEr takes its n-gram statistics
+    from the references seen since the last reset, and is 0 for a single image. If images have families,
+    ``family/<name>/<score>`` scores each family as a separate corpus (NoCaps' domains).
 
     Args:
         tokenizer: ``python`` (:func:`visexpert.metrics.ptb.tokenize`, equal to the official one on captions),
-            ``java`` (the official one), or ``auto`` (``java`` where there is Java).
-        meteor: True, False, or None: where there is Java.
-        spice: True or False. Needs Java and 500 MB of models, which are never downloaded from here.
+            ``java`` (the official one), or ``auto`` (``java`` if Java is installed).
+        meteor: True, False, or None: only if Java is installed.
+        spice: True or False. Needs Java and 500 MB of models, which are never downloaded automatically.
 
     Raises:
-        ConfigError: Something needs Java, and there is none; or ``tokenizer`` is unknown.
+        ConfigError: Java is needed but not installed; or ``tokenizer`` is unknown.
         WeightsError: SPICE's models are missing.
     """
 
@@ -48,7 +48,7 @@ class CaptionScores(RecordMetric):
         self.meteor = java.has_java() if meteor is None else meteor
         self.java_tokenizer = java.has_java() if tokenizer == "auto" else tokenizer == "java"
         self.spice = spice
-        # Say now what would otherwise fail at the end of a long evaluation.
+        # Fail now rather than at the end of a long evaluation.
         if self.java_tokenizer:
             java.require_java("the official PTB tokenizer")
         if self.meteor:
@@ -66,8 +66,8 @@ class CaptionScores(RecordMetric):
 
         Args:
             predictions: One caption per image.
-            references: All true captions of each image, at least one.
-            families: Finer kind per image, for the report.
+            references: All reference captions of each image, at least one.
+            families: Subcategory of each image, for the report.
         """
         families = families_or_blank(families, len(predictions))
         check_lengths(predictions=predictions, references=references, families=families)
@@ -78,10 +78,10 @@ class CaptionScores(RecordMetric):
         self.add_rows([said, list(true), family] for said, true, family in rows)
 
     def score(self, rows: list[Row]) -> dict[str, float]:
-        """Tokenise everything, then score the corpus, and each family of it.
+        """Tokenize everything, then score the corpus, and each family of it.
 
         Raises:
-            DataError: No reference has a single word.
+            DataError: No reference contains a word.
         """
         predictions, references = self._tokenized(rows)
         if not any(text for texts in references.values() for text in texts):
@@ -118,11 +118,11 @@ class CaptionScores(RecordMetric):
 
 
 def tokenize(texts: Sequence[str], *, use_java: bool = False) -> list[str]:
-    """Tokenise captions as pycocoevalcap does: PTB tokens in lower case, joined by spaces, punctuation removed.
+    """Tokenize captions as pycocoevalcap does: PTB tokens in lower case, joined by spaces, punctuation removed.
 
     Args:
         texts: Captions.
-        use_java: Take the official tokenizer.
+        use_java: Use the official tokenizer.
     """
     tokens = java.tokenize_with_java(texts) if use_java else [ptb.tokenize(text) for text in texts]
     return [" ".join(words) for words in tokens]

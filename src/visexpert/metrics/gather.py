@@ -1,4 +1,4 @@
-"""What all processes have seen, in one order, so that scores do not depend on how many there are."""
+"""Gather what all processes have seen in one order, so that scores do not depend on their number."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch.distributed as dist
 
 Item = TypeVar("Item")
 Key: TypeAlias = tuple[str, int, int]
-"""Split, row of the split, and how often the row came before."""
+"""Split, row of the split, and how many times the row was seen before."""
 
 
 def gathered(own: Item) -> list[Item]:
-    """What each process has, rank by rank; every process must ask."""
+    """Gather the objects of all processes, rank by rank; every process must call this."""
     if not (dist.is_available() and dist.is_initialized()):
         return [own]
     everything: list[Item] = [own] * dist.get_world_size()
@@ -22,9 +22,9 @@ def gathered(own: Item) -> list[Item]:
 
 
 def first_of_all(own: Mapping[Key, Item], limit: int | None) -> list[Item]:
-    """The first ``limit`` items over all processes (None: all), in the order of their keys; no others are sent.
+    """Return the first ``limit`` items over all processes (None: all), in key order; no other items are sent.
 
-    A row that two processes have seen, such as one that filled up a last batch, counts once.
+    A row seen by two processes, such as one that pads the last batch, counts once.
     """
     keys = sorted({key for keys in gathered(list(own)) for key in keys})[:limit]
     wanted = set(keys)
@@ -34,7 +34,7 @@ def first_of_all(own: Mapping[Key, Item], limit: int | None) -> list[Item]:
 
 
 def key_of(known: Mapping[Key, object], split: str, row: int) -> Key:
-    """The key under which a row is to be kept beside those that are known."""
+    """Return a new key for a row, given the keys already in use."""
     times = 0
     while (split, row, times) in known:
         times += 1

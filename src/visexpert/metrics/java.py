@@ -1,4 +1,4 @@
-"""What needs Java: the official PTB tokenizer, METEOR and SPICE. Nothing here downloads anything."""
+"""Metrics that need Java: the official PTB tokenizer, METEOR and SPICE. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from visexpert.errors import ConfigError, WeightsError
 from visexpert.metrics.ptb import PUNCTUATION, one_line
 
 References = dict[int, list[str]]
-"""Tokenised texts by image, as pycocoevalcap wants them."""
+"""Tokenized texts by image, as pycocoevalcap expects them."""
 
 
 def has_java() -> bool:
-    """Tell whether a ``java`` program is on the path."""
+    """Return whether a ``java`` program is on the PATH."""
     return shutil.which("java") is not None
 
 
@@ -37,11 +37,12 @@ def require_java(purpose: str) -> str:
 
 
 def tokenize_with_java(texts: Sequence[str]) -> list[list[str]]:
-    """Tokenise captions with the Stanford tokenizer that pycocoevalcap ships, with the options that it uses.
+    """Tokenize captions with the Stanford tokenizer that pycocoevalcap ships, with the options it uses.
 
-    Three things differ from pycocoevalcap's own call: the encoding is UTF-8 whatever the locale; line breaks of all
-    kinds count as spaces; and a line between any two captions keeps the lexer, which looks past a line's end, from
-    letting one caption change the tokens of the one before ("vitamin b." before a caption that starts with "The").
+    This differs from pycocoevalcap's own call in three ways: the encoding is UTF-8 in every locale; line breaks of all
+    kinds count as spaces; and a separator line between captions keeps the lexer, which looks past the end of a line,
+    from letting one caption change the tokens of the previous one ("vitamin b." before a caption that starts with
+    "The").
 
     Args:
         texts: Captions.
@@ -66,12 +67,12 @@ def tokenize_with_java(texts: Sequence[str]) -> list[list[str]]:
     if done.returncode or rows[1 : 2 * len(texts) : 2] != [_NEUTRAL] * len(texts):
         reason = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
         raise ConfigError(f"the Java PTB tokenizer failed ({java}: {reason or 'no message'}): use tokenizer: python")
-    # Tokens may contain no-break spaces, so split at spaces alone.
+    # Tokens may contain no-break spaces, so split at plain spaces only.
     return [[token for token in line.split(" ") if token and token not in PUNCTUATION] for line in rows[:-1:2]]
 
 
 def meteor_score(references: References, predictions: References) -> float:
-    """METEOR 1.5 of tokenised texts, in [0, 1].
+    """Return METEOR 1.5 of tokenized texts, in [0, 1].
 
     Raises:
         ConfigError: There is no Java, or METEOR failed.
@@ -91,7 +92,7 @@ def meteor_score(references: References, predictions: References) -> float:
 
 
 def require_spice() -> None:
-    """Check what SPICE needs, because pycocoevalcap would start a download of 500 MB where its models are missing.
+    """Check that SPICE has what it needs, because pycocoevalcap would download 500 MB if its models were missing.
 
     Raises:
         ConfigError: There is no Java.
@@ -110,7 +111,7 @@ def require_spice() -> None:
 
 
 def spice_score(references: References, predictions: References) -> float:
-    """SPICE of tokenised texts, in [0, 1]; see :func:`require_spice`.
+    """Return SPICE of tokenized texts, in [0, 1]; see :func:`require_spice`.
 
     Raises:
         ConfigError: SPICE failed.
@@ -122,13 +123,13 @@ def spice_score(references: References, predictions: References) -> float:
         with contextlib.redirect_stdout(io.StringIO()):
             score, _ = Spice().compute_score(references, predictions)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise ConfigError(f"SPICE failed ({error}); it was made for Java 8, try that or leave SPICE out") from error
+        raise ConfigError(f"SPICE failed ({error}); it is built for Java 8; use that or leave SPICE out") from error
     return float(score)
 
 
 def _plain(text: str) -> str:
-    """A text that can be written to a program: half a surrogate pair becomes a question mark."""
+    """Return a text that can be sent to a program: a lone surrogate becomes a question mark."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-_NEUTRAL = "x"  # a line that no rule of the lexer looks ahead for
+_NEUTRAL = "x"  # a line that no lexer rule looks ahead for

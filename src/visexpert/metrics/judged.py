@@ -1,4 +1,4 @@
-"""Truth of captions that the data itself can judge."""
+"""Truth of captions, judged by the data itself."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from visexpert.metrics.records import RecordMetric, Row
 
 
 class JudgedCaptions(RecordMetric):
-    """Share of captions of which each thing holds that the data judges (:class:`~visexpert.types.CaptionTruth`).
+    """Share of captions for which each judgment of the data holds (:class:`~visexpert.types.CaptionTruth`).
 
-    ``compute()``, all in [0, 1], by name, over the captions that have a judgement of that name.
+    ``compute()`` gives one share in [0, 1] per name, over the captions that have a judgment of that name.
     """
 
     higher_is_better = True
 
     def update(self, judgements: Sequence[Mapping[str, bool]]) -> None:
-        """Count the judgements of a batch, one mapping per caption."""
+        """Count the judgments of a batch, one mapping per caption."""
         self.add_rows([[dict(judgement)] for judgement in judgements])
 
     def score(self, rows: list[Row]) -> dict[str, float]:

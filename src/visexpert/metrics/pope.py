@@ -11,13 +11,13 @@ from visexpert.metrics.vsr import parse_truth, reference_truth
 class POPEScores(RecordMetric):
     """Accuracy, precision, recall, F1 and yes-ratio of existence probes (https://arxiv.org/abs/2305.10355).
 
-    An answer is read as the official script reads it (:func:`parse_pope`), so anything that does not deny counts as
-    "yes", even an empty answer. So that this cannot hide, ``unparsable`` is the share of answers that neither deny
-    nor say ``yes`` or ``true``.
+    Answers are read as the official script reads them (:func:`parse_pope`), so anything that is not a denial counts as
+    "yes", even an empty answer. ``unparsable`` reveals this: the share of answers that neither deny nor say ``yes`` or
+    ``true``.
 
     ``compute()``: ``accuracy``, ``precision``, ``recall``, ``f1``, ``yes_ratio``, ``unparsable`` over all probes, and
     ``<kind>/<score>`` for each kind (``random``, ``popular``, ``adversarial``); all in [0, 1]. "Yes" is the positive
-    class. Where a ratio has no cases (precision without a yes) it is 0; the official script divides by zero there.
+    class. A ratio without cases (precision without a yes) is 0; the official script divides by zero there.
     """
 
     higher_is_better = True
@@ -52,8 +52,8 @@ class POPEScores(RecordMetric):
 def parse_pope(text: str) -> bool:
     """Read an answer by the official rule (https://github.com/AoiDragon/POPE, ``evaluate.py``).
 
-    Of the text before the first full stop, commas removed and split at spaces: False if one of the words is ``No``,
-    ``no`` or ``not``, else True. White space around the answer is ignored.
+    Take the text before the first full stop, remove commas and split at spaces: False if one of the words is ``No``,
+    ``no`` or ``not``, else True. Surrounding whitespace is ignored.
     """
     words = text.strip().split(".")[0].replace(",", "").split(" ")
     return not {"No", "no", "not"}.intersection(words)

@@ -1,4 +1,4 @@
-"""Linear (ridge) probes: how much of a property can be read off tokens by a linear map."""
+"""Linear (ridge) probes: how much of a property a linear map can read off tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 PENALTIES = tuple(10.0**power for power in range(-6, 4))
-"""Penalties tried by default, as a share of the variance of a standardised feature."""
+"""Penalties tried by default, as a share of the variance of a standardized feature."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class RidgeProbe:
     Args:
         mean_E: Mean of the features on the fit rows.
         scale_E: Their standard deviation there (1 where a feature is constant).
-        weight_EM: Map from standardised features.
+        weight_EM: Map from standardized features.
         bias_M: Mean of the targets on the fit rows.
-        penalty: Penalty that won on the validation rows.
+        penalty: Penalty that scored best on the validation rows.
     """
 
     mean_E: Tensor
@@ -44,15 +44,15 @@ def ridge_r2(
     penalties: Sequence[float] = PENALTIES,
     validation_share: float = 0.2,
 ) -> float:
-    """Share of the targets' variance that a ridge probe explains on held-out rows (R2, mean over target columns).
+    """Return the share of the targets' variance that a ridge probe explains on held-out rows (mean R2 over columns).
 
     1 is perfect, 0 no better than the evaluation rows' own mean, negative worse.
 
     Args:
         features_NE: Tokens, one per row.
         targets_NM: Values to read off, shape (N, M) or (N,).
-        fit_N: Rows to fit on: bool mask or int64 indices, in an order in which rows of one image are neighbours.
-        evaluate_N: Rows to score, of other images.
+        fit_N: Rows to fit on: bool mask or int64 indices, ordered so that rows of one image are adjacent.
+        evaluate_N: Rows to score, from other images.
         penalties: See :func:`fit_ridge`.
         validation_share: See :func:`fit_ridge`.
 
@@ -65,7 +65,7 @@ def ridge_r2(
     truth_NM = targets_NM[evaluate_N]
     total_M = (truth_NM - truth_NM.mean(0)).square().sum(0)
     if bool((total_M == 0).any()):
-        raise ValueError("a target is constant on the evaluation rows, so that R2 is not defined")
+        raise ValueError("a target is constant on the evaluation rows, so R2 is undefined")
     error_M = (truth_NM - probe.predict(features_NE[evaluate_N])).square().sum(0)
     return float((1 - error_M / total_M).mean())
 
@@ -79,13 +79,13 @@ def ridge_accuracy(
     penalties: Sequence[float] = PENALTIES,
     validation_share: float = 0.2,
 ) -> float:
-    """Accuracy on held-out rows of a ridge probe fitted to one-hot labels (least-squares classifier, argmax).
+    """Return the held-out accuracy of a ridge probe fitted to one-hot labels (least-squares classifier, argmax).
 
     Args:
         features_NE: Tokens, one per row.
-        labels_N: int64 class of each row, from 0.
-        fit_N: Rows to fit on: bool mask or int64 indices, in an order in which rows of one image are neighbours.
-        evaluate_N: Rows to score, of other images.
+        labels_N: int64 class of each row, starting at 0.
+        fit_N: Rows to fit on: bool mask or int64 indices, ordered so that rows of one image are adjacent.
+        evaluate_N: Rows to score, from other images.
         penalties: See :func:`fit_ridge`.
         validation_share: See :func:`fit_ridge`.
 
@@ -106,17 +106,17 @@ def fit_ridge(
     penalties: Sequence[float] = PENALTIES,
     validation_share: float = 0.2,
 ) -> RidgeProbe:
-    """Fit a ridge probe in closed form in float64, with the penalty that is best on a validation part of these rows.
+    """Fit a ridge probe in closed form (float64), with the penalty that scores best on a validation part of the rows.
 
-    Minimises ``|Y - X W|^2 / N + penalty |W|^2`` for standardised X and centred Y, so that a penalty means the same
-    whatever N. The last ``validation_share`` of the rows choose the penalty (the rows' order keeps the tokens of one
-    image together, a random part would share images with the rest); then all rows are fitted with it.
+    Minimizes ``|Y - X W|^2 / N + penalty |W|^2`` for standardized X and centered Y, so that a penalty means the same
+    for every N. The last ``validation_share`` of the rows choose the penalty (consecutive rows keep the tokens of one
+    image together; a random part would share images with the rest); then the probe is fitted on all rows.
 
     Args:
         features_NE: Tokens.
         targets_NM: Values, shape (N, M).
-        penalties: Penalties to try, each > 0; of equally good ones the first is taken.
-        validation_share: Share of the rows that choose, in (0, 1).
+        penalties: Penalties to try, each > 0; the first of equally good ones wins.
+        validation_share: Share of the rows that choose the penalty, in (0, 1).
 
     Raises:
         ValueError: Fewer than two rows are left for fitting or one for validation, or a penalty is not above 0.
@@ -141,7 +141,7 @@ def _solve(features_NE: Tensor, targets_NM: Tensor, penalties: Sequence[float]) 
     x_NE, y_NM = features_NE.double(), targets_NM.double()
     mean_E, bias_M = x_NE.mean(0), y_NM.mean(0)
     scale_E = x_NE.std(0, correction=0)
-    # A constant feature has a deviation of rounding size at most; dividing by it would blow up noise.
+    # The deviation of a constant feature is rounding error; dividing by it would amplify noise.
     constant_E = scale_E <= 1e-12 * (1 + mean_E.abs())
     scale_E = torch.where(constant_E, torch.ones_like(scale_E), scale_E)
     x_NE = (x_NE - mean_E) / scale_E
@@ -160,7 +160,7 @@ def _solve(features_NE: Tensor, targets_NM: Tensor, penalties: Sequence[float]) 
 
 
 def _split(count: int, fit_N: Tensor, evaluate_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn masks into indices and refuse rows that are in both splits."""
+    """Turn masks into indices and reject rows that are in both splits."""
     every_N = torch.arange(count, device=fit_N.device)
     fit_N, evaluate_N = every_N[fit_N], every_N[evaluate_N]
     if bool(torch.isin(evaluate_N, fit_N).any()):

@@ -10,19 +10,19 @@ from visexpert.metrics.ptb_characters import kinds
 from visexpert.metrics.ptb_rules import RULES, Rule, drop
 
 PUNCTUATION = frozenset("'' ' `` ` . ? ! , : - -- ... ;".split())
-"""Tokens that the COCO evaluation drops after tokenising."""
+"""Tokens that the COCO evaluation drops after tokenizing."""
 
 
 def tokenize(text: str) -> list[str]:
-    """Tokenise a caption as pycocoevalcap's ``PTBTokenizer`` does: PTB tokens in lower case, without punctuation.
+    """Tokenize a caption as pycocoevalcap's ``PTBTokenizer`` does: PTB tokens in lower case, without punctuation.
 
     That class runs the lexer of Stanford CoreNLP 3.4.1 (Java) and then drops quotes, dashes, full stops, ``?``, ``!``,
-    commas, colons and semicolons. This is a rewrite from the lexer's observed behaviour. At each place the rule with
-    the longest match wins, counting the text that a rule only looks ahead at; of equally long ones, the first.
+    commas, colons and semicolons. This is a rewrite from the lexer's observed behavior. At each place the rule with
+    the longest match wins, counting look-ahead text; the first of equally long matches wins.
     Characters that no rule knows (emoji, most control characters) separate tokens and disappear.
 
-    Known differences: initials with a long s or a Kelvin sign in place of s or k, and where the two runtimes change
-    case differently: a capital sigma before a hyphen, letters of newer versions of Unicode.
+    Known differences: initials with a long s or a Kelvin sign in place of s or k, and cases where the two runtimes
+    change case differently: a capital sigma before a hyphen, letters of newer versions of Unicode.
 
     Args:
         text: A caption; line breaks count as spaces.
@@ -45,7 +45,7 @@ def tokenize(text: str) -> list[str]:
 
 
 def one_line(text: str) -> str:
-    """Replace line breaks of every kind by spaces."""
+    """Replace line breaks of every kind with spaces."""
     return " ".join(text.splitlines())
 
 
@@ -62,10 +62,10 @@ def _next_token(seen: str, place: int) -> tuple[Callable[[str], str], int]:
 
 @lru_cache(maxsize=1024)
 def _rules_for(first: str) -> tuple[Rule, ...]:
-    """The rules that can start with a character; sorting them out once makes tokenising three times as fast."""
+    """Return the rules that can start with a character; sorting them out once makes tokenizing three times as fast."""
     return tuple(rule for rule in RULES if rule.starts.match(first))
 
 
-# By far the most tokens: an ASCII word before a space, a comma and a space, or the end. No other rule is longer there,
-# and none is different, but for the six words that are split in two.
+# By far the most common tokens: an ASCII word before a space, a comma and a space, or the end. No other rule matches
+# more or differently there, except for the six words that are split in two.
 _PLAIN_WORD = re.compile(r"(?!(?:can|gon|got|gim|lem|wan)(?:not|na|ta|me)\b)[A-Za-z]+(?=,?[ \n])", re.IGNORECASE)

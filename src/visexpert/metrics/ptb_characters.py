@@ -1,4 +1,4 @@
-"""Characters as the PTB tokenizer sees them: a few kinds, and some that its rules name."""
+"""Characters as the PTB tokenizer sees them: a few kinds, and some that its rules name explicitly."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ LETTER, DIGIT, MARK, SYMBOL, SPACE, UNKNOWN = "\u00e9\u0660\u0301\u00a9\u3000\u0
 
 
 def kinds(text: str) -> str:
-    """Replace each non-ASCII character by the one that stands for its kind; the length stays.
+    """Replace each non-ASCII character with the one that stands for its kind; the length is unchanged.
 
-    So the rules' patterns name one letter in place of 48,000, and compile in no time. Characters that rules name stay
-    themselves. Characters that are unknown to the lexer (emoji among them) become :data:`UNKNOWN`.
+    This lets a pattern name one letter instead of 48,000, so the rules compile instantly. Characters named by rules are
+    kept. Characters that are unknown to the lexer (emoji among them) become :data:`UNKNOWN`.
     """
     return text if text.isascii() else text.translate(_KINDS)
 
 
 class _Kinds(dict[int, str]):
-    """Finds the kind of a character when it is first met."""
+    """Looks up the kind of a character when it is first seen."""
 
     def __missing__(self, code: int) -> str:
         self[code] = kind = _kind(code)
@@ -43,7 +43,7 @@ def _listed(code: int, ranges: list[int]) -> bool:
 
 
 FOLDED = "\u0130\u0131\u017f\u212a"
-"""Letters that are an i, an s or a k where a rule ignores case: they stay themselves."""
+"""Letters that match i, s or k when a rule ignores case: they are kept."""
 
 _NAMED = frozenset(
     "\u0080\u0091\u0092\u0093\u0094\u0096\u0097\u00a0\u00a2\u00a3\u00a4\u00ab\u00ad\u00b9\u00b2\u00b3\u00bb"
@@ -52,7 +52,7 @@ _NAMED = frozenset(
     "\u2085\u2086\u2087\u2088\u2089\u208a\u208b\u20a0\u20ac\u2153\u2154\u3001" + FOLDED
 )
 
-# Found by giving the lexer every character: these join a word as letters do, but do not take part in compounds.
+# Found by feeding the lexer every character: these join a word as letters do, but do not form compounds.
 _MARKS = _ranges(
     """
     02C2-02C5 02D2-02DF 02E5-02EB 02ED 02EF-036F 0375 0378-0379 0384-0385 03F6 0483-0487 055A-055F 0591-05BD
@@ -74,8 +74,8 @@ _SYMBOLS = _ranges(
     """
 )
 
-# The lexer was made with the characters of Unicode 6.0; it deletes letters and digits that came later, and all beyond
-# FFFF, of which it sees two halves. So they are listed, and do not depend on the version of Python.
+# The lexer was built for Unicode 6.0; it deletes letters and digits added later, and everything beyond FFFF, which it
+# sees as two halves. So they are listed here and do not depend on the Python version.
 _LETTERS = _ranges(
     """
     00AA 00B5 00BA 00C0-00D6 00D8-00F6 00F8-02C1 02C6-02D1 02E0-02E4 02EC 02EE 0370-0374 0376-0377 037A-037D 0386

@@ -1,4 +1,4 @@
-"""A torchmetrics base for scores of text: one row per answer, kept as bytes so that ranks can gather them."""
+"""A torchmetrics base for text scores: one row per answer, stored as bytes so that ranks can gather them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 Row: TypeAlias = list[Any]
-"""What JSON can hold: strings, numbers, booleans, None and lists of them."""
+"""A JSON value: a string, number, boolean, None or a list of these."""
 
 
 class RecordMetric(Metric):
-    """Keeps rows of JSON values and hands all of them, of all ranks, to :meth:`score`.
+    """Collects rows of JSON values and passes those of all ranks to :meth:`score`.
 
-    A metric's states must be tensors to survive gathering between ranks, but answers are strings, and their
-    families are not known beforehand. So each row is one line of ASCII JSON and the state is a list of uint8 tensors
-    that is reduced by concatenation: what two ranks have seen is the first's lines followed by the second's.
+    A metric's states must be tensors to survive gathering between ranks, but answers are strings, and their families
+    are not known in advance. So each row is one line of ASCII JSON, and the state is a list of uint8 tensors reduced by
+    concatenation: the first rank's lines, then the second's.
 
-    ``compute()`` returns a flat dict of floats without prefix. Before the first row it returns an empty dict:
-    nothing was measured, so nothing is reported.
+    ``compute()`` returns a flat dict of floats without prefix. Before the first row it returns an empty dict, because
+    nothing has been measured.
     """
 
     is_differentiable = False
@@ -43,36 +43,36 @@ class RecordMetric(Metric):
             self.records.append(torch.frombuffer(bytearray(lines), dtype=torch.uint8).to(self.device))
 
     def rows(self) -> list[Row]:
-        """Return every row so far, in the order of arrival (after a sync: rank by rank)."""
+        """Return all rows so far in order of arrival (after a sync: rank by rank)."""
         parts = [self.records] if isinstance(self.records, Tensor) else self.records
         data = b"".join(part.cpu().numpy().tobytes() for part in parts)
         return [json.loads(line) for line in data.splitlines()]
 
     def compute(self) -> dict[str, float]:
-        """Score all rows; an empty dict if there are none."""
+        """Score all rows; return an empty dict if there are none."""
         rows = self.rows()
         return self.score(rows) if rows else {}
 
     def score(self, rows: list[Row]) -> dict[str, float]:
-        """Turn at least one row into flat scores."""
+        """Compute flat scores from at least one row."""
         raise NotImplementedError
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the states of all ranks; a rank without a row takes part with an empty tensor of the same dtype."""
+        """Gather the states of all ranks; a rank without rows contributes an empty tensor of the same dtype."""
         if isinstance(self.records, list) and not self.records:
             self.records.append(torch.empty(0, dtype=torch.uint8, device=self.device))
         super().sync(*args, **kwargs)
 
 
 def gather_anywhere(tensor: Tensor, group: Any = None) -> list[Tensor]:
-    """Gather a tensor of all ranks, wherever it lies: NCCL moves nothing but what is on a GPU."""
+    """Gather a tensor from all ranks, on whatever device it is: NCCL moves GPU tensors only."""
     nccl = "nccl" in str(torch.distributed.get_backend(group))
     gathered: list[Tensor] = gather_all_tensors(tensor.cuda() if nccl else tensor, group)
     return [part.to(tensor.device) for part in gathered]
 
 
 def check_lengths(**columns: Sequence[Any]) -> None:
-    """Raise ValueError, naming the lengths, unless all columns are equally long."""
+    """Check that all columns have the same length; raise ValueError with the lengths if not."""
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"one entry per item is needed in each argument, got lengths {lengths}")
@@ -82,7 +82,7 @@ def mean_by_family(rows: Iterable[tuple[str, float]]) -> dict[str, float]:
     """Average ``(family, value)`` pairs.
 
     Returns:
-        ``accuracy`` over all pairs, and ``family/<name>`` for each family that has a name.
+        ``accuracy`` over all pairs, and ``family/<name>`` for each named family.
     """
     values: dict[str, list[float]] = {}
     for family, value in rows:
@@ -93,7 +93,7 @@ def mean_by_family(rows: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 
 def families_or_blank(families: Sequence[str] | None, count: int) -> Sequence[str]:
-    """Return ``families``, or ``count`` empty names where there are none."""
+    """Return ``families``, or ``count`` empty names if it is None."""
     return [""] * count if families is None else families
 
 

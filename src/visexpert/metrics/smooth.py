@@ -1,4 +1,4 @@
-"""Smooth measures that tell models apart long before their accuracies do: NLL per token, slots of dense captions."""
+"""Smooth metrics that separate models long before accuracy does: NLL per token, slots of dense captions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from visexpert.metrics.records import RecordMetric, Row, check_lengths
 
 
 class TokenNLL(RecordMetric):
-    """Mean negative log-likelihood per answer token, in nats, in all and by kind of text.
+    """Mean negative log-likelihood per answer token, in nats, overall and by kind of text.
 
     ``compute()``: ``nll`` over all tokens and ``kind/<kind>``; a mean over tokens, not over answers.
     """
@@ -47,14 +47,14 @@ class TokenNLL(RecordMetric):
 
 
 class WeightedMeans(RecordMetric):
-    """Means by name, each value counted with its weight, such as the number of images that it is a mean of."""
+    """Weighted means by name; the weight is, for example, the number of images behind a value."""
 
     def update(self, values: Mapping[str, Tensor | float], weight: float) -> None:
         """Add a batch.
 
         Args:
             values: Scalars by name.
-            weight: What they count for; 0 leaves them out.
+            weight: Weight of these values; 0 leaves them out.
         """
         if weight:
             self.add_rows([name, float(value) * weight, weight] for name, value in values.items())
@@ -72,15 +72,15 @@ class WeightedMeans(RecordMetric):
 class SlotAccuracy(RecordMetric):
     """Accuracy of dense captions slot by slot (``medium red cube far small blue sphere near``).
 
-    A dense caption names the objects from left to right, each by one word per slot. Word n of the prediction is held
-    against word n of the reference, as teacher forcing's argmax words are; a missing word is wrong. Surplus words
-    touch ``exact`` only.
+    A dense caption names the objects from left to right, with one word per slot. Word n of the prediction is compared
+    with word n of the reference, as with argmax words under teacher forcing; a missing word is wrong. Surplus words
+    affect ``exact`` only.
 
-    ``compute()``: ``accuracy`` over all slots, ``slot/<name>``, and ``exact``, the share of captions without a fault;
+    ``compute()``: ``accuracy`` over all slots, ``slot/<name>``, and ``exact``, the share of captions without an error;
     all in [0, 1].
 
     Args:
-        slots: Names of an object's words, in their order.
+        slots: Names of an object's words, in order.
     """
 
     higher_is_better = True

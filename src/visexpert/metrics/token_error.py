@@ -1,4 +1,4 @@
-"""How far one encoder's tokens are from another's, over any number of batches."""
+"""Distance between the tokens of two encoders, over any number of batches."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from visexpert.metrics.records import gather_anywhere
 
 
 class TokenError(Metric):
-    """Errors of tokens against a reference, each over all tokens of all batches.
+    """Errors of tokens against a reference, over all tokens of all batches.
 
-    ``compute`` gives ``nmse`` (squared error over the variance of the reference about its mean token: 0 is exact, 1
-    what a constant reaches), ``relative`` (root mean square of the error over that of the reference), ``mean_cosine``,
+    ``compute`` gives ``nmse`` (squared error over the variance of the reference about its mean token: 0 is exact, 1 is
+    the best constant), ``relative`` (root mean square of the error over that of the reference), ``mean_cosine``,
     ``min_cosine`` and ``num_images``.
     """
 
@@ -36,7 +36,7 @@ class TokenError(Metric):
         self.set_dtype(torch.float64)
 
     def update(self, tokens_BTD: Tensor, reference_BTD: Tensor) -> None:
-        """Count one batch."""
+        """Add one batch."""
         ours_ND, theirs_ND = tokens_BTD.double().flatten(0, 1), reference_BTD.double().flatten(0, 1)
         cosine_N = F.cosine_similarity(ours_ND, theirs_ND, dim=-1)
         self.error = self.error + (ours_ND - theirs_ND).square().sum()
@@ -48,7 +48,7 @@ class TokenError(Metric):
         self.images = self.images + len(tokens_BTD)
 
     def compute(self) -> dict[str, float]:
-        """The errors."""
+        """Return the errors."""
         variance = self.square - self.sum_D.square().sum() / self.tokens
         tiny = torch.finfo(torch.float64).tiny
         return {

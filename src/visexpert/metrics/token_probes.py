@@ -1,4 +1,4 @@
-"""What tokens hold, read by linear probes against dense ground truth."""
+"""Linear probes of tokens against dense ground truth."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from visexpert.metrics.gather import Key, first_of_all, key_of
 from visexpert.metrics.probes import ridge_accuracy, ridge_r2
 
 OBJECT_SHARE = 0.5
-"""A token counts as an object's where this share of its pixels is one object's or more."""
+"""Least share of a token's pixels that objects must cover for it to count as an object token."""
 
 FEWEST_TOKENS = 20
-"""A probe is fitted and scored on this many tokens at least; with fewer its score says nothing and is left out."""
+"""Least number of tokens to fit and to score a probe on; with fewer its score is meaningless and left out."""
 
 CLASS_TARGETS = ("colour", "shape", "size", "material")
 
@@ -26,10 +26,10 @@ class TokenProbes:
     Scores, R2 or accuracy in [0, 1]: ``depth`` and ``normals`` over all tokens, ``object_depth``, ``colour``,
     ``shape``, ``size``, ``material`` over tokens that lie on an object.
 
-    Images of all processes count, in the order of their rows, so that scores are those of one process.
+    Images of all processes count, in row order, so the scores equal those of a single process.
 
     Args:
-        max_images: Images kept; later ones are ignored.
+        max_images: Most images to keep; later ones are ignored.
     """
 
     def __init__(self, *, max_images: int = 600) -> None:
@@ -51,8 +51,8 @@ class TokenProbes:
             tokens_BTD: Their tokens, row-major.
             grid_hw: Their grid.
             targets: ``depth_BHW``, ``normals_B3HW`` and class maps ``<name>_BHW`` (-1 = background).
-            split: Split that they are rows of.
-            rows: Their rows in it; None numbers them as they come.
+            split: Split that the images belong to.
+            rows: Their rows in the split; None numbers them in order of arrival.
         """
         keep = min(len(tokens_BTD), self.max_images - len(self._seen))
         if keep <= 0:
@@ -65,7 +65,7 @@ class TokenProbes:
             self._seen[key_of(self._seen, split, row)] = tokens_BTD[image].clone(), own
 
     def compute(self) -> dict[str, float]:
-        """Scores by name, without those that too few tokens stand for; empty before four images were seen."""
+        """Return scores by name, leaving out those based on too few tokens; empty until four images have been seen."""
         images = first_of_all(self._seen, self.max_images)
         if len(images) < 4:
             return {}
@@ -91,7 +91,7 @@ class TokenProbes:
 
 
 def cell_targets(targets: Mapping[str, Tensor], grid_hw: tuple[int, int]) -> dict[str, Tensor]:
-    """Dense truth per token.
+    """Return the dense truth per token.
 
     Returns:
         ``depth`` (B, T, 1) mean log distance, ``normals`` (B, T, 3) mean normal, ``object`` (B, T) bool, and each
@@ -103,7 +103,7 @@ def cell_targets(targets: Mapping[str, Tensor], grid_hw: tuple[int, int]) -> dic
     }
     for name in CLASS_TARGETS:
         labels_BHW = targets[f"{name}_BHW"].long()
-        classes = max(2, int(labels_BHW.max()) + 2)  # an empty scene has a class, too: one nobody votes for
+        classes = max(2, int(labels_BHW.max()) + 2)  # even an empty scene needs a class: one that gets no votes
         votes_BTC = _pooled(F.one_hot(labels_BHW + 1, classes).movedim(-1, 1).float(), grid_hw)[..., 1:]
         cells[name] = votes_BTC.argmax(-1)
         cells["object"] = votes_BTC.sum(-1) >= OBJECT_SHARE
@@ -115,5 +115,5 @@ def _pooled(maps_BCHW: Tensor, grid_hw: tuple[int, int]) -> Tensor:
 
 
 def _enough(fit_N: Tensor, evaluate_N: Tensor) -> bool:
-    """Whether both halves have tokens enough."""
+    """Return whether both halves have enough tokens."""
     return min(int(fit_N.sum()), int(evaluate_N.sum())) >= FEWEST_TOKENS

@@ -1,4 +1,4 @@
-"""VQA accuracy with the official answer normalisation."""
+"""VQA accuracy with the official answer normalization."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from visexpert.metrics.records import RecordMetric, Row, check_lengths, families
 class VQAAccuracy(RecordMetric):
     """Accuracy of short answers, as the VQA v2 evaluation defines it.
 
-    With several references (ten human answers) an answer scores the mean over all subsets that leave one human out
-    of ``min(matches / 3, 1)``; with a single reference it scores 1 for a match, else 0. Normalisation follows
+    With several references (ten human answers) an answer scores ``min(matches / 3, 1)``, averaged over all subsets that
+    leave one human out; with a single reference it scores 1 for a match, else 0. Normalization follows
     https://github.com/GT-Vision-Lab/VQA at commit a013f00 (see :func:`normalise_answer`).
 
     ``compute()``: ``accuracy``, and ``family/<name>`` per family; all in [0, 1].
 
     Args:
-        unanimous: What happens where all of several references are the same string. The official code then compares
-            the raw strings, so that ``Yes.`` scores 0 against ten times ``yes``: ``raw`` does that, and is what a
-            server would report. ``normalise`` treats such questions like all others.
+        unanimous: How to score a question whose references are all the same string. The official code then compares
+            the raw strings, so that ``Yes.`` scores 0 against ten times ``yes``: ``raw`` does the same and matches what
+            a server would report. ``normalise`` treats such questions like all others.
     """
 
     higher_is_better = True
@@ -40,8 +40,8 @@ class VQAAccuracy(RecordMetric):
 
         Args:
             predictions: One answer per question.
-            references: Per question the answer, or all human answers.
-            families: Finer kind per question, for the report.
+            references: The answer to each question, or all human answers.
+            families: Subcategory of each question, for the report.
         """
         families = families_or_blank(families, len(predictions))
         check_lengths(predictions=predictions, references=references, families=families)
@@ -66,12 +66,12 @@ class VQAAccuracy(RecordMetric):
 
 
 def normalise_answer(text: str) -> str:
-    """Normalise an answer by the official rules.
+    """Normalize an answer by the official rules.
 
     In this order: punctuation other than ``.`` ``:`` ``'`` ``&`` ``$`` ``%`` is deleted where it touches a space
     anywhere in the answer or the answer has a number with a comma, else it becomes a space; full stops not followed
-    by a digit are deleted; the rest is lower-cased; number words to ten (and ``none``) become digits; articles go;
-    contractions without their apostrophe get it back.
+    by a digit are deleted; the rest is lower-cased; number words to ten (and ``none``) become digits; articles are
+    dropped; contractions without an apostrophe get it back.
     """
     has_comma_number = _COMMA_NUMBER.search(text) is not None
     cleaned = text
@@ -111,5 +111,5 @@ _CONTRACTIONS = {
     for place, letter in enumerate(word)
     if letter == "'"
 }
-# The one entry of the official table that goes the other way; kept, because scores must be comparable.
+# The one entry of the official table that goes the other way; kept so that scores stay comparable.
 _CONTRACTIONS["somebody'd"] = "somebodyd"

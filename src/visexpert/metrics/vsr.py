@@ -1,4 +1,4 @@
-"""Accuracy of true/false and yes/no answers (VSR), and how such answers are read."""
+"""Accuracy of true/false and yes/no answers (VSR), and how such answers are parsed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from visexpert.metrics.records import RecordMetric, Row, check_lengths, families
 
 
 class VSRAccuracy(RecordMetric):
-    """Accuracy of statements judged true or false (VSR, https://arxiv.org/abs/2205.00363), in all and by family.
+    """Accuracy of statements judged true or false (VSR, https://arxiv.org/abs/2205.00363), overall and by family.
 
-    An answer is read by :func:`parse_truth`; one that says neither counts as wrong.
-    ``compute()``: ``accuracy``, ``family/<name>`` per family, and ``unparsable``, the share of answers that said
+    Answers are read by :func:`parse_truth`; one that is neither true nor false counts as wrong.
+    ``compute()``: ``accuracy``, ``family/<name>`` per family, and ``unparsable``, the share of answers that are
     neither; all in [0, 1].
     """
 
@@ -27,7 +27,7 @@ class VSRAccuracy(RecordMetric):
         Args:
             predictions: What the model wrote.
             references: The truth: ``yes``/``no``, ``true``/``false`` or ``1``/``0``.
-            families: Finer kind per statement, for the report.
+            families: Subcategory of each statement, for the report.
 
         Raises:
             DataError: A reference is neither true nor false.
@@ -45,7 +45,7 @@ class VSRAccuracy(RecordMetric):
 
 
 def parse_truth(text: str) -> bool | None:
-    """Read an answer by its first decisive word, whatever its case.
+    """Read an answer by its first decisive word, ignoring case.
 
     Returns:
         True for ``yes``, ``true``, ``1``; False for ``no``, ``not``, ``false``, ``0`` (so ``not true`` is False);
@@ -60,7 +60,7 @@ def parse_truth(text: str) -> bool | None:
 
 
 def reference_truth(text: str) -> bool:
-    """Read the truth itself, which must be decisive.
+    """Read a reference, which must be decisive.
 
     Raises:
         DataError: It is not.

@@ -88,13 +88,13 @@ def test_an_error_while_writing_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rows", [4, 3])
 def test_too_few_rows_are_refused_and_leave_nothing(tmp_path: Path, rows: int) -> None:
-    with pytest.raises(DataError, match=rf"got tokens of {rows} images, the split has 5"):
+    with pytest.raises(DataError, match=rf"got tokens of {rows} images, but the split has 5"):
         write_features(tmp_path, KEY, batches(rows))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_too_many_rows_are_refused_and_leave_nothing(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"got tokens of 7 images, the split has 5"):
+    with pytest.raises(DataError, match=r"got tokens of 7 images, but the split has 5"):
         write_features(tmp_path, KEY, batches(7))
     assert list(tmp_path.iterdir()) == []
 
@@ -105,7 +105,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     content = path.read_bytes()
     for kept in (len(content) - 8, 60, 0):
         path.write_bytes(content[:kept])
-        with pytest.raises(DataError, match=r"is damaged .*; delete it, it is computed again"):
+        with pytest.raises(DataError, match=r"is damaged .*; delete it"):
             open_features(tmp_path, KEY)
 
 
@@ -125,7 +125,9 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypa
     Usage = namedtuple("Usage", "total used free")
     key = replace(KEY, rows=10_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 2 * 10**6, 2 * 10**6))
-    with pytest.raises(DataError, match=r"needs 480 MB, 2 MB are free; free some space, or set store.folder to null"):
+    with pytest.raises(
+        DataError, match=r"needs 480 MB, but 2 MB are free; free some space, or set store.folder to null"
+    ):
         write_features(tmp_path, key, [])
     assert list(tmp_path.iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""Frozen tokens on disk: one memory-mapped file per (images, encoder), shared by every run that needs it."""
+"""Frozen tokens on disk: one memory-mapped file per (images, encoder), shared by all runs that need it."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from visexpert.store.numbers import DISK, StoreDtype, pack, unpack
 
 @dataclass(frozen=True)
 class FeatureKey:
-    """Provenance of a file: everything its content depends on.
+    """Provenance of a file: everything that determines its content.
 
     Args:
-        role: What the encoder is to the runs that read its tokens.
+        role: Role of the encoder in the runs that read its tokens.
         data: Fingerprint of the images.
         encoder: Fingerprint of the encoder: weights, input size, layer.
         rows: Number of images.
         tokens: Tokens per image (S, plus one for a [CLS] token).
         width: Width E.
-        grid_hw: Grid that the tokens were resampled to.
+        grid_hw: Grid to which the tokens were resampled.
         dtype: ``float16``, ``bfloat16`` or ``float32``.
     """
 
@@ -52,7 +52,7 @@ class FeatureKey:
 
     @property
     def name(self) -> str:
-        """File stem, a hash of all fields."""
+        """File stem: a hash of all fields."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:20]
 
     @property
@@ -62,26 +62,26 @@ class FeatureKey:
 
 
 class FeatureFile:
-    """Tokens of every image of a split, read by row.
+    """Tokens of all images of a split, read by row.
 
     Args:
         values: (rows, tokens, width), memory-mapped.
-        dtype: What they are.
+        dtype: Type of the tokens.
     """
 
     def __init__(self, values: NDArray[Any], dtype: StoreDtype) -> None:
         self._values, self._dtype = values, dtype
 
     def read(self, index_B: Tensor) -> Tensor:
-        """Tokens (B, tokens, width), float32, on the device of ``index_B``."""
+        """Return tokens (B, tokens, width), float32, on the device of ``index_B``."""
         return unpack(self._values[index_B.cpu().numpy()], self._dtype).to(index_B.device)
 
 
 def open_features(root: Path, key: FeatureKey) -> FeatureFile | None:
-    """Open the file of ``key``, or None where it was not written yet.
+    """Open the file of ``key``; return None if it has not been written yet.
 
     Raises:
-        DataError: The file is there but is not what its key says.
+        DataError: The file exists but does not match its key.
     """
     path = root / f"{key.name}.npy"
     if not path.is_file():
@@ -89,28 +89,30 @@ def open_features(root: Path, key: FeatureKey) -> FeatureFile | None:
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"The feature file {path} is damaged ({error}); delete it, it is computed again.") from error
+        raise DataError(
+            f"The feature file {path} is damaged ({error}); delete it to have it computed again."
+        ) from error
     if values.shape != (key.rows, key.tokens, key.width) or values.dtype != DISK[key.dtype]:
         raise DataError(
             f"The feature file {path} holds {values.shape} {values.dtype}, "
-            f"{(key.rows, key.tokens, key.width)} {key.dtype} is needed; delete it, it is computed again."
+            f"{(key.rows, key.tokens, key.width)} {key.dtype} is needed; delete it to have it computed again."
         )
     return FeatureFile(values, key.dtype)
 
 
 def write_features(root: Path, key: FeatureKey, batches: Iterable[Tensor], *, owner: str = "An encoder") -> FeatureFile:
-    """Write the tokens of all images and open them; atomic: a killed writer leaves no file of that name.
+    """Write the tokens of all images and open the file; atomic: a killed writer leaves no file of that name.
 
-    The space is reserved before the first batch is asked for. What killed writers left behind is removed first.
+    Leftovers of killed writers are removed first, and the space is reserved before the first batch is computed.
 
     Args:
         root: Folder of the store.
         key: Provenance; gives the shape.
         batches: Tokens (B, tokens, width) in row order.
-        owner: Whose tokens they are, for messages.
+        owner: Name of the encoder, for messages.
 
     Raises:
-        DataError: The disk is too full or cannot be written, the batches do not add up to ``key.rows``, or tokens do
+        DataError: The disk is full or cannot be written, the batches do not add up to ``key.rows``, or tokens do
             not fit ``key.dtype``.
     """
     try:
@@ -130,7 +132,7 @@ def write_features(root: Path, key: FeatureKey, batches: Iterable[Tensor], *, ow
             part.write_text(json.dumps(asdict(key), indent=2), encoding="utf-8")
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise _too_full(root, key, f"which it does not get: {error.strerror}") from error
+            raise _too_full(root, key, f"cannot reserve them: {error.strerror}") from error
         raise DataError(
             f"The feature store in {root} cannot be written ({error}); set store.folder to another one."
         ) from error
@@ -140,7 +142,7 @@ def write_features(root: Path, key: FeatureKey, batches: Iterable[Tensor], *, ow
 
 
 def of_earlier_versions(root: Path) -> list[Path]:
-    """Files of tokens whose provenance says no role: nothing reads them any more."""
+    """Return token files whose provenance has no role: nothing reads them anymore."""
     found = []
     for facts in sorted(root.glob("*.json")):
         with contextlib.suppress(OSError, ValueError):
@@ -150,7 +152,7 @@ def of_earlier_versions(root: Path) -> list[Path]:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove files that writers, on whatever machine, left unfinished: those that no one has locked."""
+    """Remove unfinished files that no writer on any machine has locked."""
     for path in root.glob(".*.npy"):
         with contextlib.suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -159,25 +161,25 @@ def remove_leftovers(root: Path) -> None:
 
 @contextlib.contextmanager
 def _scratch(root: Path, key: FeatureKey) -> Iterator[BinaryIO]:
-    """A file of this writer's own beside those of the store, locked as long as it is written, and gone at the end."""
+    """Open a temporary file beside those of the store, locked while it is written and removed at the end."""
     while True:
-        # Closed below: a lock lasts as long as its file is open.
+        # Closed below: the lock lasts as long as the file is open.
         file = open(root / f".{key.name}.{uuid4().hex[:12]}.npy", "xb")  # noqa: SIM115
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(file.fileno()).st_nlink:  # no one took it for a leftover before it was locked
+        if os.fstat(file.fileno()).st_nlink:  # nobody removed it as a leftover before it was locked
             break
         file.close()
     try:
         yield file
     finally:
         Path(file.name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # of what was left to write; the file is gone
+        with contextlib.suppress(OSError):  # from flushing the rest; the file is gone
             file.close()
 
 
 def _reserve(file: BinaryIO, key: FeatureKey) -> None:
-    """Write the header, and make sure of the space of all that follows, where the file system can."""
+    """Write the header and reserve space for all tokens, if the file system can."""
     shape = (key.rows, key.tokens, key.width)
     header = {"descr": DISK[key.dtype].str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
@@ -193,20 +195,20 @@ def _reserve(file: BinaryIO, key: FeatureKey) -> None:
 
 
 def _fill(file: BinaryIO, key: FeatureKey, batches: Iterable[Tensor], *, owner: str) -> None:
-    # Written one after another, not through a memory map: a full disk is an error here, and a bus error there.
+    # Written sequentially, not through a memory map: a full disk raises an error here, but a bus error there.
     done = 0
     for batch in batches:
         if done + len(batch) <= key.rows:
             file.write(pack(batch, key.dtype, owner=owner).tobytes())
         done += len(batch)
     if done != key.rows:
-        raise DataError(f"The feature store got tokens of {done} images, the split has {key.rows}.")
+        raise DataError(f"The feature store got tokens of {done} images, but the split has {key.rows}.")
     file.flush()
     os.fsync(file.fileno())
 
 
 def _too_full(root: Path, key: FeatureKey, found: str) -> DataError:
     return DataError(
-        f"The feature store in {root} needs {key.num_bytes / 1e6:.0f} MB, {found}; free some space, or set "
+        f"The feature store in {root} needs {key.num_bytes / 1e6:.0f} MB, but {found}; free some space, or set "
         "store.folder to null to run the experts live."
     )

@@ -182,7 +182,7 @@ def test_no_expert_is_refused() -> None:
     [
         ({"kind": "hard"}, "kind='hard' is unknown; use one of token, uniform"),
         ({"noise": "pink"}, "noise='pink' is unknown"),
-        ({"noise": "fixed", "noise_std": 0.0}, "noise_std=0 .*noise: none"),
+        ({"noise": "fixed", "noise_std": 0.0}, "noise_std=0 must be above 0.*noise to none"),
         ({"top_k": 0}, "top_k is 0, .*at least 1"),
         ({"top_k": 5}, r"top_k=5 is outside 1..4"),
     ],

@@ -1,4 +1,4 @@
-"""Expert tokens to CLIP's token space: adapters, gate, residual; and heads where student and teachers meet."""
+"""From expert tokens to CLIP's token space: adapters, gate and residual; and heads that pair student and teachers."""
 
 from visexpert.transfer.adapters import MapStem, TokenAdapter
 from visexpert.transfer.encoder_adapters import AdapterKind, Alignment, KDHead, KDPair, make_kd_head

@@ -1,4 +1,4 @@
-"""Expert tokens on CLIP's grid, in the width where knowledge is added."""
+"""Adapters that bring expert tokens to CLIP's grid and the width of the fused tokens."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from visexpert.types import ExpertTokens
 
 
 class TokenAdapter(nn.Module):
-    """P_k of ToVE, eq. 1: a per-expert MLP from width E to the width of the fused tokens.
+    """P_k in ToVE's eq. 1: a per-expert MLP from width E to the width of the fused tokens.
 
-    Tokens of another grid are resampled first (unconfirmed by the paper, which does not say how grids meet). A map
-    (``tokens: prediction``) goes through a small convolutional stem instead, as in Prismer. The last layer starts at
-    zero, so that a residual model equals plain CLIP at step 0 while gradients reach that layer at once.
+    Tokens on another grid are resampled first (unconfirmed: the paper does not say how grids are matched). A map
+    (``tokens: prediction``) passes through a small convolutional stem instead, as in Prismer. The last layer starts at
+    zero, so a residual model equals plain CLIP at step 0, while gradients reach that layer immediately.
 
     Args:
         in_dim: Width E of the expert's tokens.
@@ -24,7 +24,7 @@ class TokenAdapter(nn.Module):
         out_grid: Grid of CLIP's patch tokens, height x width.
         hidden_dim: Hidden width of the MLP; default ``out_dim``.
         map_grid: Grid of a predicted map; builds the stem. None for encoder tokens.
-        zero_init: Start the last layer at zero. Needs a residual beside it: without one nothing would be seen.
+        zero_init: Start the last layer at zero. Needs a residual path: without one the output would be zero.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class TokenAdapter(nn.Module):
 
 
 class MapStem(nn.Module):
-    """A predicted map to patch tokens: two 3x3 convolutions at the map's grid, then a patch convolution.
+    """Turns a predicted map into patch tokens: two 3x3 convolutions on the map's grid, then a patch convolution.
 
     Args:
         in_channels: Channels of the map.

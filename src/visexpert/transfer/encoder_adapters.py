@@ -1,4 +1,4 @@
-"""Heads of distillation by the words of a config: encoder adapters, heads on the student, fixed maps (MoVE-KD)."""
+"""Distillation heads by config name: encoder adapters, heads on the student, fixed maps (MoVE-KD)."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ _ADAPTERS: dict[Alignment, tuple[AdapterKind, ...]] = {
     "to_teacher": ("mlp", "linear"),
     "fixed": (),
 }
-"""What each alignment can train, its default first."""
+"""Adapters that each alignment can train, the default first."""
 
 
 class Teacher(Protocol):
-    """What a head must know of a teacher; every ``VisionExpert`` says it."""
+    """What a head needs to know about a teacher; every ``VisionExpert`` provides it."""
 
     @property
     def token_dim(self) -> int:
-        """Width of its tokens."""
+        """Width E of its tokens."""
 
     @property
     def grid_hw(self) -> tuple[int, int]:
@@ -66,7 +66,7 @@ def make_kd_head(
     hidden_dim: int | None = None,
     seed: int = 0,
 ) -> KDHead:
-    """The head for one teacher, by the words of a config.
+    """Build the head for one teacher from config values.
 
     Args:
         name: The teacher's name.
@@ -74,13 +74,13 @@ def make_kd_head(
         clip_width: Width of the student's tokens.
         clip_grid: Their grid.
         alignment: ``raw``, ``to_student``, ``to_teacher`` or ``fixed``.
-        adapter: What is trained: ``released`` (only to_student, its default), ``linear`` or ``mlp`` (the default of
-            to_teacher); null where nothing is.
+        adapter: Part to train: ``released`` (to_student only, its default), ``linear`` or ``mlp`` (the default of
+            to_teacher); null for none.
         hidden_dim: Hidden width of ``mlp``; default ``clip_width``.
-        seed: Of the map of ``fixed``.
+        seed: Seed of the ``fixed`` map.
 
     Raises:
-        ConfigError: An unknown word, words that do not go together, or sizes that cannot fit.
+        ConfigError: An unknown value, values that exclude one another, or sizes that do not match.
     """
     kind = _adapter_kind(name, alignment, adapter, hidden_dim)
     sizes = KDSizes(name, teacher.token_dim, teacher.grid_hw, clip_width, clip_grid)
@@ -95,7 +95,7 @@ def make_kd_head(
 def _adapter_kind(
     name: str, alignment: Alignment, adapter: AdapterKind | None, hidden_dim: int | None
 ) -> AdapterKind | None:
-    """What is trained: as asked for, or the first that the alignment has; None where nothing is."""
+    """Return the adapter kind: the one requested, or the alignment's default; None if it trains nothing."""
     if alignment not in _ADAPTERS:
         raise ConfigError(f"Teacher {name!r}: alignment={alignment!r} is unknown; use one of {', '.join(_ADAPTERS)}.")
     allowed = _ADAPTERS[alignment]
@@ -104,5 +104,7 @@ def _adapter_kind(
         raise ConfigError(f"Teacher {name!r}: alignment={alignment!r} has no adapter={adapter!r}; {choice}.")
     kind = adapter or next(iter(allowed), None)
     if hidden_dim is not None and kind != "mlp":
-        raise ConfigError(f"Teacher {name!r}: hidden_dim={hidden_dim} needs adapter='mlp'; set that or leave it out.")
+        raise ConfigError(
+            f"Teacher {name!r}: hidden_dim={hidden_dim} needs adapter='mlp'; set adapter, or leave hidden_dim out."
+        )
     return kind

@@ -1,4 +1,4 @@
-"""ToVE's token-aware gate: which experts each CLIP token listens to."""
+"""ToVE's token-aware gate: how much each CLIP token draws from each expert."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ NoiseKind = Literal["none", "fixed", "learned"]
 
 @dataclass(frozen=True, kw_only=True)
 class GateSettings:
-    """The gate, and what keeps its load even.
+    """Settings of the gate and its load balancing.
 
     Args:
-        kind: ``token`` - the token-aware gate; ``uniform`` - the plain average of attached experts (control).
+        kind: ``token`` - the token-aware gate; ``uniform`` - the plain average of the attached experts (control).
         hidden: Hidden width of a two-layer gate; null for a linear one (unconfirmed by the paper).
-        noise: Noise on the logits in training: ``none``; ``fixed`` - Gaussian of ``noise_std``; ``learned`` -
-            Shazeer's, softplus(W x) + 1e-2 wide (the paper's manner). The default measures best on Tabletop
-            (docs/results/tove-tabletop.md, "all, noisy gate").
+        noise: Noise added to the logits in training: ``none``; ``fixed`` - Gaussian of ``noise_std``; ``learned`` -
+            Shazeer's, with standard deviation softplus(W x) + 1e-2 (the paper's form). The default scores best on
+            Tabletop (docs/results/tove-tabletop.md, "all, noisy gate").
         noise_std: Standard deviation of the fixed noise.
         top_k: Keep the k largest gates per token and renormalize; null keeps all (paper).
         balance_weight: Weight of the load-balancing loss (value unconfirmed).
         balance_form: ``cv`` (Shazeer) or ``switch``.
 
     Raises:
-        ConfigError: An unknown word, or a number outside its range.
+        ConfigError: An unknown value, or a number outside its range.
     """
 
     kind: GateKind = "token"
@@ -54,18 +54,18 @@ class GateSettings:
         require_numbers("gate", least=0, noise_std=self.noise_std, balance_weight=self.balance_weight)
         require_numbers("gate", least=1, hidden=self.hidden, top_k=self.top_k)
         if self.noise == "fixed" and self.noise_std == 0:
-            raise ConfigError("gate: noise_std=0 is no noise; give a number above 0, or noise: none.")
+            raise ConfigError("gate: noise_std=0 must be above 0; for no noise, set noise to none.")
 
 
 @dataclass(frozen=True)
 class GateOutput:
-    """What the gate says.
+    """Output of the gate.
 
     Args:
         gates_BTK: Softmax over attached experts, 0 for detached ones.
-        attached_K: bool, which those are.
-        load_BK: Smooth number of an image's tokens that each expert wins (Shazeer et al. 2017, eqs. 8-10), float32 or
-            better; None without noise.
+        attached_K: bool, which experts are attached.
+        load_BK: Smooth estimate of the number of an image's tokens that each expert wins (Shazeer et al. 2017, eqs.
+            8-10), float32 or better; None without noise.
     """
 
     gates_BTK: Tensor
@@ -79,7 +79,7 @@ class TokenGate(nn.Module):
     Args:
         dim: Width of the CLIP tokens.
         num_experts: K.
-        settings: Its kind, noise and choice.
+        settings: Kind, noise and top-k.
     """
 
     def __init__(
@@ -108,13 +108,13 @@ class TokenGate(nn.Module):
 
         Args:
             tokens_BTD: CLIP tokens.
-            attached: Whether each expert is in use; at least one is.
+            attached: Whether each expert is in use; at least one must be.
 
         Raises:
-            ConfigError: No expert is attached (the caller then hands CLIP's tokens on untouched).
+            ConfigError: No expert is attached (the caller should then pass CLIP's tokens on unchanged).
         """
         if not any(attached):
-            raise ConfigError("TokenGate: no expert is attached, there is nothing to weigh.")
+            raise ConfigError("TokenGate: no expert is attached, so there is nothing to weight; attach at least one.")
         attached_K = torch.tensor(attached).to(tokens_BTD.device, non_blocking=True)
         if self.kind == "uniform":
             share_K = attached_K.to(tokens_BTD.dtype) / sum(attached)
@@ -129,7 +129,7 @@ class TokenGate(nn.Module):
         return GateOutput(self._softmax(noisy_BTK), attached_K, load_BK)
 
     def column_keys(self) -> tuple[str, ...]:
-        """Names, in the state dict, of the tensors whose first axis runs over experts."""
+        """Return the state-dict names of the tensors whose first axis runs over experts."""
         if self.kind == "uniform":
             return ()
         last = f"logits.{len(self.logits) - 1}" if isinstance(self.logits, nn.Sequential) else "logits"
@@ -144,7 +144,7 @@ class TokenGate(nn.Module):
             experts: Columns to keep, in their new order; at least one.
 
         Raises:
-            ConfigError: No column, or one that is not there.
+            ConfigError: No column, or one that does not exist.
         """
         if not experts or not all(0 <= index < self.num_experts for index in experts):
             raise ConfigError(f"TokenGate: cannot keep {list(experts)}; give columns within 0..{self.num_experts - 1}.")
@@ -172,11 +172,11 @@ class TokenGate(nn.Module):
 
 
 def smooth_load(clean_BTK: Tensor, noisy_BTK: Tensor, std_BTK: Tensor, attached_K: Tensor, *, top_k: int = 1) -> Tensor:
-    """Expected number of tokens that each expert wins, were its own noise drawn anew.
+    """Return the expected number of tokens that each expert would win if its own noise were redrawn.
 
     P(x, i) = Phi((clean_i - threshold_i) / std_i), summed over the tokens of an image, with the ``top_k``-th largest
-    noisy logit of the others as the threshold (Shazeer et al. 2017, appendix A). Where no more than ``top_k`` experts
-    are attached, each wins every token.
+    noisy logit of the others as the threshold (Shazeer et al. 2017, appendix A). If at most ``top_k`` experts are
+    attached, each wins every token.
 
     Returns:
         (B, K), float32 or better, zero for detached experts.
@@ -188,14 +188,14 @@ def smooth_load(clean_BTK: Tensor, noisy_BTK: Tensor, std_BTK: Tensor, attached_
     top = noisy_BTK.masked_fill(~attached_K, -torch.inf).topk(top_k + 1, dim=-1)
     is_winner = torch.zeros_like(noisy_BTK, dtype=torch.bool).scatter(-1, top.indices[..., :top_k], value=True)
     threshold_BTK = torch.where(is_winner, top.values[..., top_k:], top.values[..., top_k - 1 : top_k])
-    alone_BTK = threshold_BTK == -torch.inf  # no more experts than winners: nothing to win against
+    alone_BTK = threshold_BTK == -torch.inf  # no more experts than winners: no competition
     clean_BTK = clean_BTK.masked_fill(~attached_K, 0.0)  # keeps -inf out of the gradient
     wins_BTK: Tensor = torch.special.ndtr((clean_BTK - threshold_BTK.masked_fill(alone_BTK, 0.0)) / std_BTK)
     return wins_BTK.masked_fill(alone_BTK, 1.0).masked_fill(~attached_K, 0.0).sum(1)
 
 
 def _rows(linear: nn.Module, rows: Sequence[int]) -> nn.Linear:
-    """A linear layer of some outputs of another."""
+    """Return a linear layer with some of the outputs of another."""
     assert isinstance(linear, nn.Linear)
     kept = nn.Linear(linear.in_features, len(rows), device=linear.weight.device, dtype=linear.weight.dtype)
     kept.weight.copy_(linear.weight[list(rows)])

@@ -1,4 +1,4 @@
-"""Where the tokens of a student and of one teacher meet, by alignment: raw, to the student, to the teacher, fixed."""
+"""Heads that pair a student's tokens with a teacher's, by alignment: raw, to the student, to the teacher, fixed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from visexpert.types import ExpertTokens
 
 @dataclass(frozen=True)
 class KDPair:
-    """What distillation compares; gradient flows into whatever has a graph.
+    """A prediction and its target; gradients flow into whichever has a graph.
 
     Args:
-        prediction_BTX: Made from the student's tokens.
-        target_BTX: Made from the teacher's, of the same shape.
+        prediction_BTX: Computed from the student's tokens.
+        target_BTX: Computed from the teacher's tokens, with the same shape.
     """
 
     prediction_BTX: Tensor
@@ -32,7 +32,7 @@ class KDPair:
 
 @dataclass(frozen=True)
 class KDSizes:
-    """What a head is built for.
+    """Sizes that a head is built for.
 
     Args:
         name: The teacher's name, for messages.
@@ -50,10 +50,10 @@ class KDSizes:
 
 
 class KDHead(nn.Module, ABC):
-    """Brings a student and one teacher into one space, T tokens of some width X.
+    """Maps a student and one teacher into one space: T tokens of width X.
 
     Args:
-        sizes: Of teacher and student.
+        sizes: Sizes of teacher and student.
     """
 
     def __init__(self, sizes: KDSizes) -> None:
@@ -61,33 +61,34 @@ class KDHead(nn.Module, ABC):
         self.sizes = sizes
 
     sets_scale = False
-    """Whether the student's own tokens are drawn to targets of a scale of their own, which nothing trains."""
+    """Whether the student's own tokens are pulled towards targets with a fixed scale, which nothing trains."""
 
     @property
     def width(self) -> int:
-        """Width X of what is compared."""
+        """Width X of prediction and target."""
         return self.sizes.clip_width
 
     @abstractmethod
     def pair(self, student_BTD: Tensor, teacher: ExpertTokens, has_image_B: Tensor | None) -> KDPair:
-        """:meth:`forward` on tokens that were checked."""
+        """Pair tokens whose shapes :meth:`forward` has checked."""
 
     def forward(self, student_BTD: Tensor, teacher: ExpertTokens, has_image_B: Tensor | None = None) -> KDPair:
         """Pair student tokens (B, T, D) with teacher tokens (B, S, E).
 
         Args:
             student_BTD: Patch tokens of the student.
-            teacher: Tokens of the teacher, on the grid that the head was built for.
-            has_image_B: bool; samples without an image leave statistics of the teacher alone. None: all have one.
+            teacher: Tokens of the teacher on the grid that the head was built for.
+            has_image_B: bool; samples without an image do not update the teacher's statistics. None: every sample has
+                one.
 
         Raises:
-            ConfigError: Sizes other than the head was built for.
+            ConfigError: Sizes other than those the head was built for.
         """
         self._check(student_BTD, teacher)
         return self.pair(student_BTD, teacher, has_image_B)
 
     def resampled(self, teacher: ExpertTokens) -> Tensor:
-        """The teacher's tokens (B, T, E) on the student's grid, without a graph."""
+        """Return the teacher's tokens (B, T, E) on the student's grid, without a graph."""
         return resample_tokens(teacher.tokens_BSE.detach(), teacher.grid_hw, self.sizes.clip_grid)
 
     def _check(self, student_BTD: Tensor, teacher: ExpertTokens) -> None:
@@ -104,10 +105,10 @@ class KDHead(nn.Module, ABC):
 
 
 class RawHead(KDHead):
-    """The student's tokens against the teacher's own, as for MoVE-KD's CLIP teacher. No parameters.
+    """Compares the student's tokens with the teacher's own, as for MoVE-KD's CLIP teacher. No parameters.
 
     Raises:
-        ConfigError: The teacher has another width than the student.
+        ConfigError: Teacher and student differ in width.
     """
 
     def __init__(self, sizes: KDSizes) -> None:
@@ -119,20 +120,20 @@ class RawHead(KDHead):
             )
 
     def pair(self, student_BTD: Tensor, teacher: ExpertTokens, has_image_B: Tensor | None) -> KDPair:
-        """Teacher tokens resampled where the grids differ."""
+        """Return the teacher's tokens, resampled if the grids differ."""
         return KDPair(student_BTD, self.resampled(teacher))
 
 
 class ToStudentHead(KDHead):
-    """The papers' alignment: an adapter maps the teacher's tokens into the student's space, trained with it.
+    """The paper's alignment: an adapter, trained with the student, maps the teacher's tokens into its space.
 
-    Both sides get gradient, so the adapter may learn to predict the student instead of teaching it; watch
+    Both sides get gradients, so the adapter may learn to predict the student instead of teaching it; monitor
     ``visexpert.losses.across_image_variance`` of both.
 
     Args:
-        sizes: Of teacher and student.
-        kind: ``released`` - :class:`ReleasedAdapter`; ``linear``, ``mlp`` - resampled to the student's grid, then that
-            map on each token.
+        sizes: Sizes of teacher and student.
+        kind: ``released`` - :class:`ReleasedAdapter`; ``linear``, ``mlp`` - resampled to the student's grid, then
+            mapped token by token.
         hidden_dim: Hidden width of ``mlp``; default D.
     """
 
@@ -149,18 +150,18 @@ class ToStudentHead(KDHead):
         self.kind = kind
 
     def pair(self, student_BTD: Tensor, teacher: ExpertTokens, has_image_B: Tensor | None) -> KDPair:
-        """The student's tokens as they are, the teacher's adapted."""
+        """Return the student's tokens as they are, the teacher's adapted."""
         tokens = teacher.tokens_BSE.detach() if self.kind == "released" else self.resampled(teacher)
         return KDPair(student_BTD, self.adapter(like_weights(tokens, self.adapter)))
 
 
 class ToTeacherHead(KDHead):
-    """A head on the student predicts the standardised tokens of the teacher, as agglomerative encoders do.
+    """A head on the student predicts the standardized tokens of the teacher, as agglomerative encoders do.
 
-    The target has no graph: nothing can shrink it, and the student gets gradient through the head.
+    The target has no graph, so nothing can shrink it; the student gets its gradient through the head.
 
     Args:
-        sizes: Of teacher and student.
+        sizes: Sizes of teacher and student.
         kind: ``linear`` or ``mlp``.
         hidden_dim: Hidden width of ``mlp``; default D.
     """
@@ -176,21 +177,21 @@ class ToTeacherHead(KDHead):
         return self.sizes.token_dim
 
     def pair(self, student_BTD: Tensor, teacher: ExpertTokens, has_image_B: Tensor | None) -> KDPair:
-        """The head's prediction (B, T, E), the teacher's tokens standardised."""
+        """Return the head's prediction (B, T, E), the teacher's tokens standardized."""
         return KDPair(
             self.head(like_weights(student_BTD, self.head)), self.standardise(self.resampled(teacher), has_image_B)
         )
 
 
 class FixedHead(KDHead):
-    """The standardised tokens of the teacher, carried into the student's width by a fixed orthogonal map.
+    """Maps the teacher's standardized tokens into the student's width with a fixed orthogonal map.
 
-    The map has orthonormal rows for E <= D (distances stay) and orthonormal columns for E > D. It is drawn from the
-    seed and the teacher's name, so teachers of one width get unlike maps, whatever their order. No parameters.
+    The map has orthonormal rows for E <= D (distances are preserved) and orthonormal columns for E > D. It is drawn
+    from the seed and the teacher's name, so teachers of the same width get different maps in any order. No parameters.
 
     Args:
-        sizes: Of teacher and student.
-        seed: Of the map.
+        sizes: Sizes of teacher and student.
+        seed: Seed of the map.
     """
 
     sets_scale = True
@@ -204,7 +205,7 @@ class FixedHead(KDHead):
         self.register_buffer("map_ED", nn.init.orthogonal_(empty_ED, generator=generator))
 
     def pair(self, student_BTD: Tensor, teacher: ExpertTokens, has_image_B: Tensor | None) -> KDPair:
-        """The student's tokens as they are, the teacher's standardised and turned."""
+        """Return the student's tokens as they are, the teacher's standardized and rotated."""
         return KDPair(
             student_BTD, self.standardise(self.resampled(teacher), has_image_B) @ self.map_ED.to(torch.float32)
         )

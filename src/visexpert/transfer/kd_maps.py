@@ -1,4 +1,4 @@
-"""The parts that heads of distillation are made of: MoVE-KD's adapter, a map of each token, standardisation."""
+"""Parts of distillation heads: MoVE-KD's adapter, a per-token map, standardization."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AdapterKind = Literal["released", "linear", "mlp"]
 class ReleasedAdapter(nn.Module):
     """MoVE-KD's encoder adapter: linear over channels, exact GELU, linear over the token axis.
 
-    It is tied to the teacher's grid; spatial layout must be learned by the second layer.
+    It is tied to the teacher's grid; the second layer must learn the spatial layout.
 
     Args:
         in_dim: Width E of the teacher's tokens.
@@ -39,7 +39,7 @@ class ReleasedAdapter(nn.Module):
 
 
 def token_map(kind: str, in_dim: int, out_dim: int, hidden_dim: int | None) -> nn.Module:
-    """A map of each token on its own: ``linear``, or LayerNorm and two layers (hidden width ``out_dim`` by default)."""
+    """Build a per-token map: ``linear``, or LayerNorm and two layers (hidden width ``out_dim`` by default)."""
     if kind == "linear":
         return nn.Linear(in_dim, out_dim)
     hidden = hidden_dim or out_dim
@@ -47,11 +47,11 @@ def token_map(kind: str, in_dim: int, out_dim: int, hidden_dim: int | None) -> n
 
 
 class Standardise(nn.Module):
-    """Tokens to zero mean and unit variance per channel, by statistics over all tokens seen in training.
+    """Standardizes tokens to zero mean and unit variance per channel, with statistics over all tokens seen in training.
 
-    Statistics are cumulative (each batch counts alike) instead of per batch or per token, so that an image's target
-    does not depend on its batch and settles with time. They travel in the checkpoint; DDP takes those of rank 0.
-    Evaluated before any training, the batch's own are used.
+    Statistics are cumulative (each batch counts equally) instead of per batch or per token, so that an image's target
+    does not depend on its batch and settles with time. They are saved in the checkpoint; DDP uses those of rank 0.
+    Before any training, the statistics of the batch are used.
 
     Args:
         dim: Number of channels.
@@ -64,7 +64,7 @@ class Standardise(nn.Module):
         self.statistics = nn.BatchNorm1d(dim, affine=False, momentum=None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Standardise:
-        """Move and cast like any module, but keep the statistics in float32: a mean over many batches needs it."""
+        """Move and cast like any module, but keep the statistics in float32, which a mean over many batches needs."""
         before = [self.statistics.running_mean, self.statistics.running_var]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in zip(("running_mean", "running_var"), before, strict=True):
@@ -74,7 +74,7 @@ class Standardise(nn.Module):
         return self
 
     def forward(self, tokens_BTE: Tensor, has_image_B: Tensor | None = None) -> Tensor:
-        """Standardise (B, T, E); in training, learn the statistics of samples with an image first. No graph."""
+        """Standardize (B, T, E); in training, first update the statistics from samples with an image. No graph."""
         statistics = self.statistics
         assert statistics.running_mean is not None and statistics.running_var is not None
         tokens_BTE = tokens_BTE.detach().to(statistics.running_mean.dtype)
@@ -89,12 +89,12 @@ class Standardise(nn.Module):
         return F.batch_norm(tokens_BTE.flatten(0, 1), mean_E, var_E, eps=statistics.eps).view_as(tokens_BTE)
 
     def _learn(self, tokens_ME: Tensor) -> None:
-        """As BatchNorm1d learns; a batch that is not finite teaches nothing. Nothing here waits for the device."""
+        """Update as BatchNorm1d does, but skip a batch that is not finite. The host does not wait for the device."""
         statistics, seen = self.statistics, tokens_ME.new_zeros(2, tokens_ME.shape[1])
         assert statistics.running_mean is not None and statistics.running_var is not None
         tracked = statistics.num_batches_tracked
         assert tracked is not None
-        F.batch_norm(tokens_ME, seen[0], seen[1], training=True, momentum=1.0)  # its own mean and variance, quickly
+        F.batch_norm(tokens_ME, seen[0], seen[1], training=True, momentum=1.0)  # the batch's mean and variance, fast
         fine = seen.isfinite().all()
         tracked.add_(fine.to(tracked.dtype))
         share = torch.where(fine, 1.0 / tracked.clamp_min(1), torch.zeros_like(seen[0, 0]))

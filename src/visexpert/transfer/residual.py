@@ -1,4 +1,4 @@
-"""Residual knowledge transfer: expert knowledge is added to CLIP's tokens."""
+"""Residual knowledge transfer: add expert knowledge to CLIP's tokens."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ TransferMode = Literal["residual", "replacement"]
 
 
 class ResidualTransfer(nn.Module):
-    """t_fuse = t_clip + sum_k g_k P_k(e_k) (ToVE); CLIP's token stays intact.
+    """t_fuse = t_clip + sum_k g_k P_k(e_k) (ToVE); CLIP's tokens stay intact.
 
     Args:
-        mode: ``residual`` - the paper's; ``replacement`` - sum_k g_k P_k(e_k) without t_clip, the control that shows
-            what the residual is worth (and, with one expert, that expert alone as the encoder).
+        mode: ``residual`` - the paper's; ``replacement`` - sum_k g_k P_k(e_k) without t_clip, a control that shows what
+            the residual contributes (with one expert: that expert alone as the encoder).
     """
 
     def __init__(self, *, mode: TransferMode = "residual") -> None:
@@ -33,7 +33,7 @@ class ResidualTransfer(nn.Module):
 
         Args:
             clip_BTD: Projected CLIP tokens.
-            adapted: P_k(e_k) (B, T, D) of attached experts by name.
+            adapted: P_k(e_k), (B, T, D), of the attached experts by name.
             gates_BTK: Gates, columns in the order of ``names``.
             names: All experts, attached or not.
         """

@@ -203,7 +203,7 @@ def test_impossible_settings_are_refused() -> None:
         ClipEncoder()
     with pytest.raises(ConfigError, match="config has no field 'hiden_size'; did you mean 'hidden_size'"):
         ClipEncoder(config={**FIELDS, "hiden_size": 3})
-    with pytest.raises(ConfigError, match=r"a side of \[24, 32\] is not supported; images and patches must be square"):
+    with pytest.raises(ConfigError, match=r"a side of \[24, 32\] must be one number: images and patches"):
         ClipEncoder(config={**FIELDS, "image_size": [24, 32]})
 
 

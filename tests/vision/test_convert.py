@@ -98,7 +98,7 @@ def test_the_hidden_width_survives_the_ratio(width: int) -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     state = to_open_clip(hugging_face().state_dict())
-    with pytest.raises(WeightsError, match=r"hold \['attn_pool.query'\], for which CLIPVisionModel has no place"):
+    with pytest.raises(WeightsError, match=r"hold \['attn_pool.query'\], which CLIPVisionModel does not have"):
         from_open_clip(state | {"attn_pool.query": torch.zeros(1)})
     del state["transformer.resblocks.1.ln_2.bias"]
     with pytest.raises(WeightsError, match=r"lack 'transformer.resblocks.1.ln_2.bias'; only plain ViT"):

@@ -57,5 +57,5 @@ def test_only_layers_that_are_read_train() -> None:
 
 
 def test_a_rank_below_one_is_refused() -> None:
-    with pytest.raises(ConfigError, match="rank of at least 1, not 0"):
+    with pytest.raises(ConfigError, match="rank must be at least 1, got 0"):
         ClipLora(make()[0], rank=0, alpha=1)

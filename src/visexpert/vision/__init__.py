@@ -1,4 +1,4 @@
-"""CLIP, the encoder that knowledge goes into."""
+"""CLIP, the encoder that receives the experts' knowledge."""
 
 from visexpert.vision.anyres import TiledClipEncoder, Views, views_of
 from visexpert.vision.clip import ClipEncoder

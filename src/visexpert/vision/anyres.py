@@ -1,6 +1,6 @@
 """Images in tiles: any resolution through a CLIP of one input size (LLaVA-NeXT's AnyRes).
 
-Letters beside those of types.py: V views (whole images and tiles of all images of a batch), M most tokens of an image.
+Letters beside those of types.py: V views (whole images and tiles of a batch), M largest number of tokens of an image.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ NEWLINE = -1
 
 
 class TiledClipEncoder(ClipEncoder):
-    """A CLIP that sees an image whole and, enlarged, in tiles of its own input size; :func:`views_of` cuts them.
+    """A CLIP that sees an image whole and, enlarged, in tiles of its input size, cut by :func:`views_of`.
 
-    Everything else is :class:`ClipEncoder`; its copy among MoVE-KD's teachers sees whole images only.
+    Otherwise it is a :class:`ClipEncoder`; its copy among MoVE-KD's teachers sees whole images only.
 
     Args:
-        pinpoints: Grids of tiles, rows and columns, of which an image takes the one that keeps most of its pixels and
-            wastes fewest; null for LLaVA-NeXT's five.
+        pinpoints: Grids of tiles, rows and columns; each image uses the one that keeps most of its pixels and wastes
+            fewest. Null for LLaVA-NeXT's five.
         kwargs: See :class:`ClipEncoder`.
     """
 
@@ -49,14 +49,14 @@ class TiledClipEncoder(ClipEncoder):
 
 @dataclass(frozen=True)
 class Views:
-    """What the encoders see of a batch, and how to put together again what becomes of it.
+    """What the encoders see of a batch, and how to reassemble their tokens.
 
     Args:
-        batch: One image per view: all whole images, then the tiles of the first, of the second, ... Without tiles the
+        batch: One image per view: all whole images, then the tiles of the first, the second, ...; without tiles, the
             batch itself.
-        index_BM: int64, which token of all views' (V T) stands where; :data:`NEWLINE` ends a row of tiles. None
+        index_BM: int64 index of each token among those of all views (V T); :data:`NEWLINE` ends a row of tiles. None
             without tiles.
-        lengths: Number of tokens of each image; None where all have the same.
+        lengths: Number of tokens of each image; None if all have the same.
     """
 
     batch: Batch
@@ -64,7 +64,7 @@ class Views:
     lengths: tuple[int, ...] | None
 
     def whole(self, seen: VisionTokens) -> VisionTokens:
-        """Of tokens of all views those of the whole images, as without tiles."""
+        """Select the tokens of the whole images from those of all views, as without tiles."""
         if self.index_BM is None:
             return seen
         count = len(self.index_BM)
@@ -75,9 +75,9 @@ class Views:
         )  # fmt: skip
 
     def join(self, seen: VisionTokens) -> VisionTokens:
-        """Tokens of all views as one row per image: the whole image's, then the tiles' in reading order, unpadded.
+        """Join the tokens of all views into one row per image: the whole, then its tiles in reading order, unpadded.
 
-        What else there is (gates, [CLS]) stays that of the whole images.
+        Everything else (gates, [CLS]) is that of the whole images.
         """
         whole = replace(self.whole(seen), lengths=self.lengths)
         if self.index_BM is None:
@@ -88,9 +88,9 @@ class Views:
 
 
 def views_of(clip: ClipEncoder, batch: Batch) -> Views:
-    """Cut images into what a CLIP sees; for a plain one the images as they are.
+    """Cut images into views; a plain CLIP gets the images unchanged.
 
-    Images of unlike shape are to be stretched to one frame (``resize: stretch`` of the data), with their true height
+    Images of different shapes must be stretched to one frame (``resize: stretch`` of the data), with their true height
     and width in ``batch.original_hw_B2``. Samples without an image get no tokens.
     """
     there_B = batch.has_image_B
@@ -114,20 +114,20 @@ def views_of(clip: ClipEncoder, batch: Batch) -> Views:
     owners = [*range(len(tiles)), *(number for number, part in enumerate(tiles) for _ in part)]
     index_V = batch.index_B[owners]
     there_V = None if there_B is None else torch.tensor([there[number] for number in owners])
-    # No split: tokens of whole images that a store may hold are not these.
+    # No split name: a store may hold tokens of whole images, which are not these.
     seen = Batch(views_VCSS, index_V, split="", has_image_B=there_V)
     index_BM = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(images_BCHW.device, non_blocking=True)
     return Views(seen, index_BM, tuple(len(row) for row in rows))
 
 
 def cut(image_CHW: Tensor, size_hw: tuple[int, int], grid: tuple[int, int], clip: ClipEncoder) -> Tensor:
-    """Tiles (rows x columns, 3, S, S) in reading order of an image, enlarged to fill a grid and centred in it.
+    """Return tiles (rows x columns, 3, S, S) in reading order of an image, enlarged to fill a grid and centered in it.
 
     Args:
         image_CHW: The image, float in [0, 1], in any frame.
-        size_hw: Its true height and width.
+        size_hw: True height and width.
         grid: Rows and columns.
-        clip: Says S.
+        clip: The encoder, which defines S.
     """
     side = clip.image_size
     frame_hw = grid[0] * side, grid[1] * side
@@ -141,7 +141,7 @@ def cut(image_CHW: Tensor, size_hw: tuple[int, int], grid: tuple[int, int], clip
 
 
 def _order(whole: int, first: int, size_hw: tuple[int, int], grid: tuple[int, int], tokens: tuple[int, int]) -> Tensor:
-    """Tokens of one image, int64: the whole view's, then each row of the tiles' without padding and a newline.
+    """Return tokens of one image, int64: the whole view, then each row of tiles without padding and a newline.
 
     Args:
         whole: Row of the whole image among the views.
@@ -173,7 +173,7 @@ def _true_sizes(batch: Batch) -> Sequence[tuple[int, int]]:
 
 
 def _resized(images_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """As CLIP's processor resizes: bicubic, antialiased."""
+    """Resize as CLIP's processor does: bicubic, antialiased."""
     if images_BCHW.shape[-2:] == size:
         return images_BCHW
     return F.interpolate(images_BCHW, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0.0, 1.0)

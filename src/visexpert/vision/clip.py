@@ -1,4 +1,4 @@
-"""CLIP's vision encoder, the one that knowledge goes into."""
+"""CLIP's vision encoder, which receives the experts' knowledge."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ POSITIONS = "embeddings.position_embedding.weight"
 
 
 class ClipEncoder(nn.Module):
-    """Hugging Face's ``CLIPVisionModel`` behind named tokens, resizing and normalising on the device.
+    """Hugging Face's ``CLIPVisionModel`` with named tokens; resizes and normalizes on the device.
 
-    The network is built at once with random weights, without a download; :meth:`load_weights` fills it, from
-    safetensors or from torch files that run no code. Weights of open_clip are converted exactly on the way in
-    (:mod:`visexpert.vision.convert`). Layers after the one that is read are not run.
+    The network is built with random weights, without a download; :meth:`load_weights` fills it from safetensors or from
+    torch files, without running code from them. open_clip weights are converted exactly when loaded
+    (:mod:`visexpert.vision.convert`). Layers after the one in use are not run.
 
     Args:
-        source: ``zoo:NAME`` for a shipped one; a folder (also ``local-dir:PATH``) or hub id (``ORG/NAME``,
+        source: ``zoo:NAME`` for a shipped encoder; a folder (also ``local-dir:PATH``) or hub id (``ORG/NAME``,
             ``hf:ORG/NAME@REVISION``, also ``hf-hub:``) of transformers or open_clip, or of a LLaVA, whose vision tower
-            is taken; ``open_clip:NAME/TAG`` from open_clip's list, such as ``open_clip:ViT-L-14-336/openai``; or a
-            file of weights of either library (a training checkpoint, too), beside ``architecture`` or ``config``.
-            Null for a random encoder.
-        layer: Which hidden state to hand on: -1 the last, -2 the one before (LLaVA's and MoVE-KD's choice), ...
+            is used; ``open_clip:NAME/TAG`` from open_clip's list, such as ``open_clip:ViT-L-14-336/openai``; or a file
+            of weights of either library (or a training checkpoint), together with ``architecture`` or ``config``. Null
+            for a random encoder.
+        layer: Which hidden state to pass on: -1 the last, -2 the one before (LLaVA's and MoVE-KD's choice), ...
             No final LayerNorm is applied, as in LLaVA.
-        config: Fields of ``CLIPVisionConfig``, for a random encoder or for a source whose own configuration is not on
-            this machine yet; where it is, they must agree.
+        config: Fields of ``CLIPVisionConfig``, for a random encoder or a source whose own configuration is not on this
+            machine yet; if it is, both must agree.
         architecture: Name of an open_clip model instead of ``config``, such as ``ViT-L-14-336-quickgelu``.
-        image_size: Side of the input in pixels; null for the source's own. For another size, position embeddings are
-            interpolated as transformers does.
-        licence: Licence of the weights, for the reports of exports; null is that of the package for ``zoo:`` sources.
-        mole: Put a mixture of low-rank experts into its MLPs (MoVE-KD's student); null for a plain CLIP.
+        image_size: Side of the input in pixels; null for the source's own. For any other size, position embeddings are
+            interpolated as in transformers.
+        licence: License of the weights, for export reports; null means the package's own for ``zoo:`` sources.
+        mole: Add a mixture of low-rank experts to its MLPs (MoVE-KD's student); null for a plain CLIP.
     """
 
     mean: Tensor
@@ -84,12 +84,12 @@ class ClipEncoder(nn.Module):
             raise ConfigError(f"ClipEncoder: layer={layer} is outside -{depth + 1}..-1 of a CLIP with {depth} layers.")
         self.layer = layer
         self.projection_dim: int | None = None
-        """Width of the space that the source projects the pooled output into, beside its text tower; None where it has
-        no such projection, or :meth:`load_weights` has not looked."""
+        """Width of the space shared with the text tower; None before :meth:`load_weights`, or if the source has no
+        projection into it."""
         self.routing_watched = False
-        """Whether somebody collects what routers decide, those behind the tokens included (collect_routing)."""
+        """Whether routing decisions are being collected, including those behind the tokens (collect_routing)."""
         if mole is not None:
-            from visexpert.vision.mole import add_mole  # which knows CLIP
+            from visexpert.vision.mole import add_mole  # mole imports clip
 
             add_mole(self, **vars(mole))
         self.resized = image_size is not None
@@ -126,7 +126,7 @@ class ClipEncoder(nn.Module):
         """Read the weights of the source; a random encoder (no source) keeps its own.
 
         Raises:
-            WeightsError: They are nowhere, or do not fit; the message says what fetches them.
+            WeightsError: They do not exist, or do not fit; the message says how to fetch them.
         """
         if self.source is None:
             return
@@ -140,31 +140,31 @@ class ClipEncoder(nn.Module):
         state = dict(found.tensors)
         if self.resized and POSITIONS in state:
             state[POSITIONS] = resize_positions(state[POSITIONS], to_hw=self.grid_hw, prefix=1)
-        # What MoLE has added keeps its start: no file of CLIP's own has it.
+        # MoLE's parameters keep their initial values: CLIP's own files do not have them.
         state = {key: value for key, value in self.model.state_dict().items() if MOLE_KEY.search(key)} | state
         fill_module(self.model, state, owner=OWNER, path=found.path)
 
     def read_modules(self) -> tuple[nn.Module, ...]:
-        """Parts that the tokens depend on; those behind the layer that is read get no gradient from them."""
+        """Return the parts that the tokens depend on; those behind the layer in use get no gradient from them."""
         layers = self.model.encoder.layers
         return self.model.embeddings, self.model.pre_layrnorm, *layers[: len(layers) + 1 + self.layer]
 
     def routed_blocks_behind(self) -> tuple[nn.Module, ...]:
-        """Blocks behind the tokens up to the last one with MoLE: only the routers' balance loss reaches them."""
+        """Return the blocks behind the tokens up to the last MoLE: only the routers' balance loss reaches them."""
         blocks = list(self.model.encoder.layers)
         first = len(self.read_modules()) - 2
         last = max((index for index, block in enumerate(blocks) if _has_mole(block)), default=-1)
         return tuple(blocks[first : last + 1])
 
     def mole_layers(self) -> tuple[nn.Module, ...]:
-        """The MLPs that have MoLE, in the order of the blocks."""
+        """Return the MLPs with MoLE in block order."""
         return tuple(block.get_submodule("mlp") for block in self.model.encoder.layers if _has_mole(block))
 
     def plain_modules(self, *, balanced: bool = False) -> tuple[nn.Module, ...]:
-        """Parts of CLIP itself that get a gradient, without what MoLE has added.
+        """Return the parts of CLIP itself that get a gradient, without those that MoLE adds.
 
         Args:
-            balanced: There is a balance loss, which also reaches what the routers behind the tokens read.
+            balanced: Whether there is a balance loss, which also reaches the inputs of the routers behind the tokens.
         """
         embeddings, norm, *blocks = self.read_modules()
         behind = self.routed_blocks_behind() if balanced else ()
@@ -174,7 +174,7 @@ class ClipEncoder(nn.Module):
         return embeddings, norm, *inner
 
     def plain_copy(self) -> ClipEncoder:
-        """The same CLIP without MoLE, with the same weights."""
+        """Return the same CLIP without MoLE, with the same weights."""
         copy = ClipEncoder(**self._given)  # type: ignore[arg-type]
         own = self.model.state_dict()
         copy.model.load_state_dict({key: value for key, value in own.items() if not MOLE_KEY.search(key)}, strict=True)
@@ -188,7 +188,7 @@ class ClipEncoder(nn.Module):
         return weights_digest(self.model, facts=json.dumps(facts))
 
     def preprocess(self, images_BCHW: Tensor) -> Tensor:
-        """Resize (bicubic, antialiased, as CLIP's processor) and normalise images (B, 3, H, W) in [0, 1].
+        """Resize (bicubic, antialiased, as CLIP's processor) and normalize images (B, 3, H, W) in [0, 1].
 
         Returns:
             (B, 3, H, W) of the input's side, in the precision of the weights.
@@ -215,7 +215,7 @@ def _has_mole(block: nn.Module) -> bool:
 
 
 def _side(size: object) -> int:
-    """A side that Hugging Face writes as a number, though its type admits pairs."""
+    """Return a side length, which Hugging Face stores as a number though its type allows pairs."""
     if not isinstance(size, int):
-        raise ConfigError(f"ClipEncoder: a side of {size} is not supported; images and patches must be square.")
+        raise ConfigError(f"ClipEncoder: a side of {size} must be one number: images and patches must be square.")
     return size

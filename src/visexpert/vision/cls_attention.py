@@ -1,4 +1,4 @@
-"""Attention of the [CLS] token in one layer, while attention itself stays fused in all of them."""
+"""Attention of the [CLS] token in one layer, with fused attention in all layers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from visexpert.vision.clip import ClipEncoder
 
 @dataclass(frozen=True)
 class ClsAttention:
-    """What CLIP says about images, and where its [CLS] token looks.
+    """CLIP's tokens, and the attention scores of its [CLS] token.
 
     Args:
         tokens: The encoder's output.
         cls_logits_BHN: Scores q_cls . k / sqrt(head width) before the softmax, per head, over [CLS] and then the
-            patches: N = 1 + T. Of the block that makes the hidden state that is read (``attentions[layer]`` of
+            patches: N = 1 + T. Taken from the block that computes the hidden state in use (``attentions[layer]`` of
             transformers), which for MoVE-KD is the 23rd of 24.
     """
 
@@ -30,10 +30,10 @@ class ClsAttention:
     def of(cls, clip: ClipEncoder, images_BCHW: Tensor) -> ClsAttention:
         """Encode images (B, 3, H, W), float in [0, 1], in one forward pass.
 
-        Queries and keys are those that the block computes anyway; only one row of their product is computed again.
+        Queries and keys are those the block computes anyway; only one row of their product is recomputed.
 
         Raises:
-            ConfigError: The hidden state that is read comes from no block.
+            ConfigError: The hidden state in use does not come from a block.
         """
         block = clip.read_modules()[-1]
         attention = getattr(block, "self_attn", None)
@@ -55,7 +55,7 @@ class ClsAttention:
         return cls(tokens, torch.einsum("bhd,bnhd->bhn", queries_BHd, keys_BNHd) * attention.scale)
 
     def packed(self) -> Tensor:
-        """All of it as rows of one tensor (B, N, D + H), [CLS] first: what a feature store keeps."""
+        """Return everything as rows of one tensor (B, N, D + H), [CLS] first, as the feature store keeps it."""
         assert self.tokens.cls_BD is not None
         hidden_BND = torch.cat([self.tokens.cls_BD[:, None], self.tokens.tokens_BTD], dim=1)
         return torch.cat([hidden_BND, self.cls_logits_BHN.mT], dim=-1)

@@ -1,4 +1,4 @@
-"""CLIP's vision tower between Hugging Face's and open_clip's names: the same numbers, q, k and v stacked or apart."""
+"""Convert CLIP's vision tower between Hugging Face's and open_clip's names, which split or stack q, k and v."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _BLOCK = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
-"""The same inside a block; each has a weight and a bias."""
+"""The same inside a block; each name has a weight and a bias."""
 
 _TOWER = re.compile(r"(|.*?\.)(?:(?:vision_model\.)?pre_layrnorm|(?:visual\.)?ln_pre)\.weight")
-"""A weight that every vision tower of CLIP has, and no other encoder, with whatever stands before it."""
+"""A weight that every CLIP vision tower has and no other encoder has, with any prefix."""
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -56,16 +56,16 @@ _PLAIN: Mapping[str, Any] = {
     "scale_attn": False,
     "scale_fc": False,
 }
-"""Fields of open_clip's ``vision_cfg`` that would make it another network than ``CLIPVisionModel``, and their value."""
+"""Fields of open_clip's ``vision_cfg``, with the values they must have for the network to be a ``CLIPVisionModel``."""
 
 
 @dataclass(frozen=True)
 class VisionTower:
-    """The vision side of a CLIP.
+    """The vision tower of a CLIP.
 
     Args:
-        state: Weights under the names of ``CLIPVisionModel``.
-        projection_DP: The projection of the pooled token into the shared space, which that model has no place for.
+        state: Weights under ``CLIPVisionModel``'s names.
+        projection_DP: The projection of the pooled token into the shared space, which that model does not include.
     """
 
     state: Mapping[str, Tensor]
@@ -73,15 +73,15 @@ class VisionTower:
 
 
 def without_wrapper(keys: Iterable[str]) -> str | None:
-    """What stands before the names of CLIP's vision tower, for every one of them: ``model.`` of a training script.
+    """Return the prefix of the vision tower's weight names, such as ``model.`` from a training script.
 
-    In a LLaVA that is the path to its tower.
+    In a LLaVA it is the path to the tower.
 
     Args:
         keys: Names of weights.
 
     Returns:
-        The prefix, empty for plain files; None where no vision tower of CLIP is among the weights.
+        The prefix, empty for plain files; None if the weights contain no CLIP vision tower.
 
     Raises:
         WeightsError: There are several towers.
@@ -93,7 +93,7 @@ def without_wrapper(keys: Iterable[str]) -> str | None:
 
 
 def to_open_clip(state: Mapping[str, Tensor], *, projection_DP: Tensor | None = None) -> dict[str, Tensor]:
-    """Weights of a ``CLIPVisionModel`` under the names of open_clip's ``VisionTransformer``.
+    """Return weights of a ``CLIPVisionModel`` under the names of open_clip's ``VisionTransformer``.
 
     Args:
         state: State dict of the ``CLIPVisionModel``.
@@ -113,13 +113,13 @@ def to_open_clip(state: Mapping[str, Tensor], *, projection_DP: Tensor | None = 
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> VisionTower:
-    """The vision tower of an open_clip checkpoint under the names of ``CLIPVisionModel``.
+    """Return the vision tower of an open_clip checkpoint under the names of ``CLIPVisionModel``.
 
     Args:
         state: State dict of a whole open_clip model (its text tower is left out) or of its ``visual`` alone.
 
     Raises:
-        WeightsError: A weight is missing, or one is there that ``CLIPVisionModel`` has no place for.
+        WeightsError: A weight is missing, or there is one that ``CLIPVisionModel`` does not have.
     """
     vision = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
     vision = vision or dict(state)
@@ -140,18 +140,18 @@ def from_open_clip(state: Mapping[str, Tensor]) -> VisionTower:
         raise WeightsError(f"open_clip weights lack {error}; only plain ViT towers of CLIP can be read.") from error
     if vision:
         raise WeightsError(
-            f"open_clip weights hold {sorted(vision)[:3]}, for which CLIPVisionModel has no place; only plain ViT "
+            f"open_clip weights hold {sorted(vision)[:3]}, which CLIPVisionModel does not have; only plain ViT "
             "towers of CLIP can be read."
         )
     return VisionTower(converted, projection_DP)
 
 
 def from_hugging_face(state: Mapping[str, Tensor]) -> VisionTower:
-    """The vision tower of a checkpoint that transformers wrote, before or after its version 5.
+    """Return the vision tower of a checkpoint that transformers wrote, before or after its version 5.
 
     Args:
         state: State dict of a whole ``CLIPModel`` (its text tower is left out), of ``CLIPVisionModelWithProjection``
-            or of ``CLIPVisionModel``. Keys that are none of theirs stay, for the loader to refuse.
+            or of ``CLIPVisionModel``. Unknown keys are kept, for the loader to refuse.
     """
     whole = any(key.startswith("text_model.") for key in state)
     projection_PD = state.get(_PROJECTION)
@@ -165,9 +165,9 @@ def from_hugging_face(state: Mapping[str, Tensor]) -> VisionTower:
 
 
 def to_hugging_face(tower: VisionTower) -> dict[str, Tensor]:
-    """State dict of a ``CLIPVisionModelWithProjection``; of a ``CLIPVisionModel`` where there is no projection.
+    """Return the state dict of a ``CLIPVisionModelWithProjection``, or a ``CLIPVisionModel`` without a projection.
 
-    The names are those that both read in every version of transformers.
+    Both classes read these names in every version of transformers.
     """
     state = {f"vision_model.{key}": value for key, value in tower.state.items()}
     if tower.projection_DP is None:
@@ -188,7 +188,7 @@ def open_clip_config(config: Any) -> dict[str, Any]:
         "layers": int(config.num_hidden_layers),
         "width": width,
         "head_width": width // int(config.num_attention_heads),
-        # open_clip takes int(width * ratio): where the quotient rounds down, half a channel more does not.
+        # open_clip computes int(width * ratio): half a channel more keeps the quotient from rounding down.
         "mlp_ratio": hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width,
         "norm_kwargs": {"eps": float(config.layer_norm_eps)},
     }
@@ -201,10 +201,10 @@ def open_clip_config(config: Any) -> dict[str, Any]:
 
 
 def clip_config(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of ``CLIPVisionConfig`` for an open_clip ``model_cfg`` (a file of its ``model_configs``).
+    """Return fields of ``CLIPVisionConfig`` for an open_clip ``model_cfg`` (a file of its ``model_configs``).
 
     Raises:
-        ConfigError: The tower is no plain ViT of CLIP's kind.
+        ConfigError: The tower is not a plain CLIP ViT.
     """
     vision = dict(model_cfg["vision_cfg"])
     other = {key: vision[key] for key, plain in _PLAIN.items() if vision.get(key, plain) != plain}

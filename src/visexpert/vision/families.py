@@ -1,4 +1,4 @@
-"""Whether a published encoder is a CLIP: by what its configuration says, or by the names of its weights."""
+"""Check whether a published encoder is a CLIP, by its configuration or the names of its weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OWNER = "ClipEncoder"
 CLIPS = frozenset({"clip", "clip_vision_model", "visexpert_clip_mole"})
 """transformers' ``model_type`` of encoders with CLIP's network and CLIP's names of weights."""
 
-_HINT = "clip takes CLIPs alone (openai/clip-vit-base-patch16 is one)"
+_HINT = "clip takes CLIP encoders only, such as openai/clip-vit-base-patch16"
 
 _SIGNS: Mapping[str, str] = {
     "embeddings.patch_embedding.bias": "SigLIP",
@@ -30,23 +30,23 @@ _SIGNS: Mapping[str, str] = {
     "blocks.0.attn.qkv": "a ViT of timm",
     "stages.0.blocks.0": "a ConvNeXt of timm",
     "encoder.stages.0": "ConvNeXt or Swin",
-    "visual.transformer.resblocks": "an open_clip encoder that is no plain CLIP",
+    "visual.transformer.resblocks": "an open_clip encoder other than a plain CLIP",
     "lm_head.weight": "a language model",
     "text_model.": "a text encoder",
 }
-"""Parts of names of weights, and whose they are; the first that is found counts."""
+"""Fragments of weight names and the family they belong to; the first match counts."""
 
 
 def check_family(settings: Mapping[str, Any], vision: Mapping[str, Any], files: ModelSource) -> None:
-    """Refuse the ``config.json`` of another family.
+    """Check that a ``config.json`` describes a CLIP.
 
     Args:
-        settings: All of it.
-        vision: Its ``vision_config``, or all of it where there is none.
-        files: Whose it is, for the message.
+        settings: The whole configuration.
+        vision: Its ``vision_config``, or the whole if there is none.
+        files: Source of the configuration, for messages.
 
     Raises:
-        WeightsError: It is of no CLIP.
+        WeightsError: It does not describe a CLIP.
     """
     kind = vision.get("model_type", settings.get("model_type"))
     if kind is None and "architecture" in settings:  # as timm writes it
@@ -62,15 +62,15 @@ def check_family(settings: Mapping[str, Any], vision: Mapping[str, Any], files: 
 
 
 def check_keys(keys: Collection[str], path: Path, *, elsewhere: str | None = None) -> None:
-    """Refuse weights among which there is no vision tower of CLIP.
+    """Check that the weights include a CLIP vision tower.
 
     Args:
-        keys: Their names.
-        path: Where they are from, for the message.
-        elsewhere: Whose tower is used beside them, if their configuration says so.
+        keys: Names of the weights.
+        path: Their file, for messages.
+        elsewhere: Source of the vision tower used with them, if their configuration names one.
 
     Raises:
-        WeightsError: There is none, or there are several.
+        WeightsError: There is no tower, or several.
     """
     try:
         if without_wrapper(keys) is not None:
@@ -79,8 +79,8 @@ def check_keys(keys: Collection[str], path: Path, *, elsewhere: str | None = Non
         raise WeightsError(f"{OWNER}: {path}: {error}") from None
     if elsewhere is not None:
         raise WeightsError(
-            f"{OWNER}: {path} has no vision tower of its own, it uses that of '{elsewhere}'; give that as source."
+            f"{OWNER}: {path} has no vision tower of its own; it uses that of '{elsewhere}'; give that as source."
         )
     kind = next((name for sign, name in _SIGNS.items() if any(sign in key for key in keys)), None)
     looks = f"look like those of {kind}" if kind else f"are named {', '.join(sorted(keys)[:3]) or 'nothing'}"
-    raise WeightsError(f"{OWNER}: the weights in {path} {looks}, and hold no vision tower of CLIP; {_HINT}.")
+    raise WeightsError(f"{OWNER}: the weights in {path} {looks}, and contain no CLIP vision tower; {_HINT}.")

@@ -1,4 +1,4 @@
-"""LoRA on CLIP through peft, put in and folded into the weights again."""
+"""LoRA on CLIP through peft: add it, and fold it back into the weights."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class ClipLora:
 
     def __init__(self, clip: ClipEncoder, *, rank: int, alpha: float) -> None:
         if rank < 1:
-            raise ConfigError(f"LoRA needs a rank of at least 1, not {rank}.")
+            raise ConfigError(f"LoRA: rank must be at least 1, got {rank}.")
         clip.requires_grad_(False)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS)  # type: ignore[arg-type]
         self._clip = clip
         self._lora = LoraModel(clip.model, config, "default")
 
     def modules(self) -> tuple[nn.Module, ...]:
-        """The low-rank factors of the layers that are read."""
+        """Return the low-rank factors of the layers in use."""
         read = [layer for part in self._clip.read_modules() for layer in part.modules() if isinstance(layer, LoraLayer)]
         return tuple(part for layer in read for part in (layer.lora_A, layer.lora_B))
 

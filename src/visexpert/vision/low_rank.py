@@ -15,9 +15,9 @@ from visexpert.vision.mole_settings import MoLEInit
 
 
 class LowRankExperts(nn.Module):
-    """Low-rank updates of one linear layer, all in two products: their ranks stacked, their biases gate columns.
+    """Low-rank updates of one linear layer, computed in two products: ranks are stacked, biases become gate columns.
 
-    Biases are flat vectors, which optimisers spare from weight decay.
+    Biases are flat vectors, which optimizers exclude from weight decay.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class LowRankExperts(nn.Module):
         self.B_weight = nn.Parameter(torch.zeros(num_experts, rank, out_dim))
         self.B_bias = nn.Parameter(torch.zeros(num_experts * out_dim))
         self.dropout = nn.Dropout(dropout)
-        # Kaiming-uniform with gain sqrt(2) over the inputs of each expert, which the stacking would hide from torch.
+        # Kaiming-uniform with gain sqrt(2) over each expert's inputs; the stacking hides their number from torch.
         nn.init.uniform_(self.A_weight, -math.sqrt(6 / in_dim), math.sqrt(6 / in_dim))
         if init == "released":
             nn.init.uniform_(self.B_weight, -math.sqrt(6 / rank), math.sqrt(6 / rank))
@@ -44,14 +44,14 @@ class LowRankExperts(nn.Module):
         return torch.addmm(base_NO, torch.cat([gated_NQ, gates_NE], dim=1), stacked_QO)
 
     def merged(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Weights (E, out, in) and biases (E, out) of ``linear`` with each expert added."""
+        """Return weights (E, out, in) and biases (E, out) of ``linear`` with each expert added."""
         update_EOI = torch.einsum("ero,eri->eoi", self.B_weight, self.A_weight)
         shift_EO = torch.einsum("ero,er->eo", self.B_weight, self.A_bias.view(self.num_experts, self.rank))
         shift_EO = shift_EO + self.B_bias.view(self.num_experts, -1)
         return linear.weight + self.scale * update_EOI, linear.bias + self.scale * shift_EO
 
     def folded(self, linear: nn.Linear, gates_E: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight (out, in) and bias (out,) of ``linear`` with the experts added, each times its gate."""
+        """Return the weight (out, in) and bias (out,) of ``linear`` with the experts added, each times its gate."""
         weighed_ERO = self.B_weight * gates_E[:, None, None]
         update_OI = torch.einsum("ero,eri->oi", weighed_ERO, self.A_weight)
         shift_O = torch.einsum("ero,er->o", weighed_ERO, self.A_bias.view(self.num_experts, self.rank))

@@ -1,4 +1,4 @@
-"""MoLE for inference: one plain MLP per expert, each on the tokens that chose it.
+"""MoLE for inference: one plain MLP per expert, applied to the tokens routed to it.
 
 Letters beside those of types.py: E low-rank experts, N tokens with [CLS], H hidden width of the MLP.
 """
@@ -31,14 +31,14 @@ class ExpertWeights:
 
 
 class MergedFeedForward(nn.Module):
-    """Top-1 MoLE for inference: each expert's plain MLP runs on the tokens that chose it.
+    """Top-1 MoLE for inference: each expert's plain MLP runs on the tokens routed to it.
 
-    ``torch.export`` and ONNX follow it: the number of an expert's tokens stays open in the graph.
+    ``torch.export`` and ONNX can trace it: the number of tokens per expert stays dynamic in the graph.
 
     Args:
         weights: The MLP of each expert.
-        router: Decides per token.
-        activation_fn: Between the two layers.
+        router: Chooses an expert for each token.
+        activation_fn: Activation between the two layers.
     """
 
     def __init__(self, weights: ExpertWeights, router: nn.Module, activation_fn: Callable[[Tensor], Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""MoLE: the MLPs of CLIP with a mixture of low-rank experts beside each linear layer (MoVE-KD, arXiv 2501.01709).
+"""MoLE: CLIP's MLPs with a mixture of low-rank experts beside each linear layer (MoVE-KD, arXiv 2501.01709).
 
 Letters beside those of types.py: E low-rank experts, N tokens with [CLS], H hidden width of the MLP.
 """
@@ -24,36 +24,37 @@ from visexpert.vision.routing import Router, RouterChoice
 
 
 class MoLEFeedForward(nn.Module):
-    """An MLP of CLIP with E low-rank experts beside each of its two linear layers.
+    """A CLIP MLP with E low-rank experts beside each of its two linear layers.
 
     y = W2 act(W1 x + c1 + sum_e g_e D_e(x)) + c2 + sum_e g_e U_e(act(.)), each expert with biases:
-    L_e(v) = (alpha / rank) (B_e (A_e drop(v) + a_e) + b_e). One router on the MLP's input decides for both layers:
+    L_e(v) = (alpha / rank) (B_e (A_e drop(v) + a_e) + b_e). One router on the MLP's input serves both layers:
     p = softmax(router(x)), and g is p (``dense``) or picks the largest (``top1``).
 
-    ``fc1`` and ``fc2`` keep their names, so the keys of CLIP's own state dict stay; MoLE adds ``router.{weight,bias}``
-    and, under ``fc1_experts`` and ``fc2_experts``, ``A_weight`` (E, R, in), ``A_bias`` (E R), ``B_weight`` (E, R, out)
-    and ``B_bias`` (E out). Nothing is frozen here. All experts are evaluated in rank space on every token, so each of
-    their parameters always has a gradient, as DDP wants; the router has none where it is ``released`` with top-1 and
-    no balance loss is taken: leave it out of what trains then.
+    ``fc1`` and ``fc2`` keep their names, so the keys of CLIP's own state dict do not change; MoLE adds
+    ``router.{weight,bias}`` and, under ``fc1_experts`` and ``fc2_experts``, ``A_weight`` (E, R, in), ``A_bias`` (E R),
+    ``B_weight`` (E, R, out) and ``B_bias`` (E out). Nothing is frozen here. All experts are evaluated in rank space on
+    every token, so each of their parameters always has a gradient, as DDP requires. A ``released`` top-1 router without
+    a balance loss has none: do not train it.
 
-    Departs from the released code: the default starts as CLIP, scales by 1 instead of 1/32, can do without dropout, and
+    Departs from the released code: the default starts as CLIP, scales by 1 instead of 1/32, allows zero dropout, and
     experts share one dropout mask per linear layer (the same distribution in ``top1``, not in ``dense``).
 
     Args:
-        mlp: The MLP, whose layers are taken over.
+        mlp: The MLP, whose layers are reused.
         num_experts: E.
         rank: Rank of each expert.
-        alpha: Experts are scaled by alpha / rank; None takes rank, and 1 (the release's) with ``init: released``.
-        dropout: On the input of A, in training.
+        alpha: Experts are scaled by alpha / rank; None means rank, or 1 (as released) with ``init: released``.
+        dropout: Dropout on the input of A in training.
         routing: ``top1`` or ``dense``.
         init: ``identity`` - B is zero, the output equals the plain MLP's to the bit; ``released`` - A and B
             Kaiming-uniform for ReLU. Biases start at zero.
-        router: How top-1 lets the router learn: ``released`` - the chosen expert is not weighed, the router learns
-            from a balance loss only; ``scaled`` - the expert's output times its p, as in Switch (arXiv 2101.03961,
-            eq. 2); ``straight_through`` - not weighed, but differentiated as if it were dense.
+        router: How a top-1 router learns: ``released`` - the chosen expert is not weighted, so the router learns from
+            the balance loss only; ``scaled`` - the expert's output times its p, as in Switch (arXiv 2101.03961, eq. 2);
+            ``straight_through`` - not weighted, but differentiated as if it were dense.
 
     Raises:
-        ConfigError: An unknown name, an impossible number, ``router`` beside ``dense``, or no plain MLP of CLIP.
+        ConfigError: An unknown name, an invalid number, ``router`` with ``dense``, or an MLP that is not a plain CLIP
+            MLP.
     """
 
     def __init__(
@@ -74,7 +75,9 @@ class MoLEFeedForward(nn.Module):
         _check_names(routing=(routing, Routing), init=(init, MoLEInit), router=(router, RouterKind))
         _check_numbers(num_experts=num_experts, rank=rank, dropout=dropout)
         if routing == "dense" and router != "released":
-            raise ConfigError(f"MoLE: router={router!r} is for routing='top1'; a dense router learns from the task.")
+            raise ConfigError(
+                f"MoLE: router={router!r} is for routing='top1' only; a dense router learns from the task."
+            )
         self.routing, self.router_kind = routing, router
         self.fc1, self.activation_fn, self.fc2 = mlp.fc1, mlp.activation_fn, mlp.fc2
         width, hidden = mlp.fc1.in_features, mlp.fc1.out_features
@@ -88,21 +91,21 @@ class MoLEFeedForward(nn.Module):
 
     @property
     def router_learns(self) -> bool:
-        """Whether text and distillation reach the router; otherwise a balance loss alone does."""
+        """Whether the router learns from text and distillation; otherwise only from the balance loss."""
         return self.routing == "dense" or self.router_kind != "released"
 
     def added_modules(self) -> tuple[nn.Module, ...]:
-        """What MoLE adds to the MLP: the router and the experts."""
+        """Return the modules that MoLE adds to the MLP: the router and the experts."""
         return self.router, self.fc1_experts, self.fc2_experts
 
     def learning_modules(self, *, balanced: bool) -> tuple[nn.Module, ...]:
-        """What of it gets a gradient: without a balance loss, a router that learns from nothing else does not."""
+        """Return the added modules that get a gradient, which leaves out a router with nothing to learn from."""
         experts = (self.fc1_experts, self.fc2_experts)
         return (self.router, *experts) if balanced or self.router_learns else experts
 
     @property
     def has_merged_form(self) -> bool:
-        """Whether each token goes through one expert, not weighed, so that a plain MLP stands for it."""
+        """Whether each token goes through one unweighted expert, so that a plain MLP can replace it."""
         return self.routing == "top1" and self.router_kind != "scaled"
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -115,7 +118,7 @@ class MoLEFeedForward(nn.Module):
         return out_ND.view(hidden_states.shape)
 
     def gates(self, chosen: RouterChoice) -> Tensor:
-        """Weight g of each expert per token, (B, N, E), given what the router decided."""
+        """Return the weight g of each expert per token, (B, N, E), given the router's decision."""
         probs = chosen.probs_BNE
         if self.routing == "dense":
             return probs
@@ -129,14 +132,14 @@ class MoLEFeedForward(nn.Module):
 
     @torch.no_grad()
     def merged_weights(self) -> ExpertWeights:
-        """The plain MLP that each expert amounts to: W_e = W + (alpha / rank) B_e A_e, with its biases."""
+        """Return the plain MLP equivalent to each expert: W_e = W + (alpha / rank) B_e A_e, with its biases."""
         return ExpertWeights(*self.fc1_experts.merged(self.fc1), *self.fc2_experts.merged(self.fc2))
 
     def for_inference(self) -> MergedFeedForward:
-        """The same function at (almost) the cost of the plain MLP, with the weights of E of them.
+        """Return an equivalent module that costs (almost) as much as the plain MLP, with the weights of E MLPs.
 
         Raises:
-            ConfigError: Experts are mixed or weighed per token, so that no plain MLP stands for one.
+            ConfigError: Experts are mixed or weighted per token, so no plain MLP is equivalent to one.
         """
         if not self.has_merged_form:
             raise ConfigError(
@@ -147,11 +150,11 @@ class MoLEFeedForward(nn.Module):
 
     @torch.no_grad()
     def folded(self, gates_E: Tensor, config: CLIPVisionConfig) -> CLIPMLP:
-        """One plain MLP: W + sum_e g_e (alpha / rank) B_e A_e, with its biases.
+        """Return one plain MLP: W + sum_e g_e (alpha / rank) B_e A_e, with its biases.
 
         Args:
             gates_E: One weight per expert for all tokens.
-            config: Of the CLIP.
+            config: Configuration of the CLIP.
         """
         gates_E = gates_E.to(self.fc1.weight)
         plain = CLIPMLP(config).to(self.fc1.weight)
@@ -161,7 +164,7 @@ class MoLEFeedForward(nn.Module):
         return plain
 
     def extra_repr(self) -> str:
-        """What the weights do not tell."""
+        """Return the settings that the weights do not show."""
         return f"routing={self.routing}, router={self.router_kind}, scale={self.fc1_experts.scale:g}"
 
 
@@ -177,18 +180,18 @@ def add_mole(
     init: MoLEInit = "identity",
     router: RouterKind = "released",
 ) -> tuple[MoLEFeedForward, ...]:
-    """Put MoLE in place of MLPs of a CLIP. The options are those of :class:`MoLEFeedForward`.
+    """Replace MLPs of a CLIP with MoLE. The options are those of :class:`MoLEFeedForward`.
 
     Args:
-        clip: The encoder, changed in place, its weights loaded or not.
-        layers: Blocks to equip, from 0; None for all that the tokens depend on; ``all`` (the released code) for those
-            behind the hidden state that is read, too, where neither text nor teachers reach.
+        clip: The encoder, changed in place, with or without its weights loaded.
+        layers: Blocks to equip, from 0; None for all that the tokens depend on; ``all`` (the released code) also for
+            those behind the hidden state in use, which neither text nor teachers reach.
 
     Returns:
-        What was put in, in the order of the blocks; :meth:`MoLEFeedForward.added_modules` is what to train.
+        The new modules in block order; train their :meth:`MoLEFeedForward.added_modules`.
 
     Raises:
-        ConfigError: A block that is not there, is named twice or has MoLE already; options that cannot work.
+        ConfigError: A block that does not exist, is named twice or already has MoLE; invalid options.
     """
     blocks = list(clip.model.encoder.layers)
     read = len(clip.read_modules()) - 2
@@ -217,6 +220,6 @@ def _check_names(**chosen: tuple[str, object]) -> None:
 def _check_numbers(*, num_experts: int, rank: int, dropout: float) -> None:
     if num_experts < 1 or rank < 1 or not 0 <= dropout < 1:
         raise ConfigError(
-            f"MoLE: num_experts={num_experts}, rank={rank} and dropout={dropout} cannot work; give at least one "
+            f"MoLE: num_experts={num_experts}, rank={rank} and dropout={dropout} are invalid; give at least one "
             "expert, a rank of at least 1 and a dropout in [0, 1)."
         )

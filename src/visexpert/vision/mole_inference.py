@@ -1,4 +1,4 @@
-"""A CLIP with MoLE as others can run it: exact, with merged weights, or folded into a plain CLIP."""
+"""A CLIP with MoLE in forms that other libraries can run: exact, with merged weights, or folded into a plain CLIP."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from visexpert.vision.routing import RouterChoice, collect_routing
 
 
 def merge_for_inference(clip: ClipEncoder, *, keep_weighed: bool = False) -> ClipEncoder:
-    """A copy of a CLIP with each MoLE in its merged form (:meth:`MoLEFeedForward.for_inference`).
+    """Return a copy of a CLIP with each MoLE in its merged form (:meth:`MoLEFeedForward.for_inference`).
 
     Args:
         clip: The encoder.
-        keep_weighed: Leave a MoLE that weighs experts by token, and so has no merged form, as it is.
+        keep_weighed: Leave a MoLE unchanged if it weights experts by token and so has no merged form.
 
     Raises:
         ConfigError: A MoLE has no merged form.
@@ -34,13 +34,13 @@ def merge_for_inference(clip: ClipEncoder, *, keep_weighed: bool = False) -> Cli
 
 
 def equipped_blocks(clip: ClipEncoder) -> dict[int, MoLEFeedForward]:
-    """The MoLE of each block that has one, by the block's number from 0."""
+    """Return each MoLE by the index of its block, from 0."""
     mlps = {index: block.mlp for index, block in enumerate(clip.model.encoder.layers)}
     return {index: mlp for index, mlp in mlps.items() if isinstance(mlp, MoLEFeedForward)}
 
 
 def mole_settings(clip: ClipEncoder) -> MoLESettings | None:
-    """The settings that make a MoLE of the same shapes and function; None for a plain CLIP."""
+    """Return settings that rebuild a MoLE of the same shapes and function; None for a plain CLIP."""
     blocks = equipped_blocks(clip)
     if not blocks:
         return None
@@ -54,12 +54,12 @@ def mole_settings(clip: ClipEncoder) -> MoLESettings | None:
 
 @dataclass(frozen=True)
 class RouterUsage:
-    """How much the tokens of some images used each expert.
+    """How much the tokens of a set of images used each expert.
 
     Args:
-        gates: By block, from 0: mean weight of each expert over all tokens, (E,), float64. With top-1 that is the share
-            of tokens that chose it (times their p where the router is ``scaled``), with ``dense`` its mean p.
-        num_images: Images that were looked at.
+        gates: By block, from 0: mean weight of each expert over all tokens, (E,), float64. With top-1 this is the share
+            of tokens routed to it (times their p if the router is ``scaled``), with ``dense`` its mean p.
+        num_images: Number of images seen.
     """
 
     gates: Mapping[int, Tensor]
@@ -80,12 +80,14 @@ class UsageMeter:
 
     @torch.no_grad()
     def update(self, images_BCHW: Tensor) -> None:
-        """Count one batch of images in [0, 1]."""
+        """Add one batch of images in [0, 1]."""
         with collect_routing(self.clip) as routing:
             self.clip(images_BCHW)
         record = routing.record()
         if record is None:
-            raise ConfigError("UsageMeter: this CLIP has no MoLE, so there is no router to look at.")
+            raise ConfigError(
+                "UsageMeter: this CLIP has no MoLE, so it has no router to measure; use a CLIP with MoLE."
+            )
         blocks = equipped_blocks(self.clip)
         for index, probs_BNE, choice_BN in zip(record.layers, record.probs_LBNE, record.choice_LBN, strict=True):
             gates_BNE = blocks[index].gates(RouterChoice(probs_BNE, choice_BN))
@@ -100,24 +102,24 @@ class UsageMeter:
         return self._images
 
     def usage(self) -> RouterUsage:
-        """What was seen so far.
+        """Return the usage over all images seen so far.
 
         Raises:
-            ConfigError: Nothing was.
+            ConfigError: No image was seen.
         """
         if not self._images:
-            raise ConfigError("UsageMeter: no image was seen; give some.")
+            raise ConfigError("UsageMeter: no image was seen; call update first.")
         return RouterUsage({index: total / self._tokens for index, total in self._sums.items()}, self._images)
 
 
 def fold(clip: ClipEncoder, usage: RouterUsage) -> ClipEncoder:
-    """A plain CLIP: the experts of each layer averaged by their use, W + sum_e mean(g_e) (W_e - W).
+    """Fold MoLE into a plain CLIP: average each layer's experts by their use, W + sum_e mean(g_e) (W_e - W).
 
-    Exact only where one expert gets every token; how far it is otherwise has to be measured.
+    Exact only if one expert gets every token; otherwise the error has to be measured.
 
     Args:
         clip: A CLIP with MoLE.
-        usage: Mean gate of each expert per block, from images like those that it will see.
+        usage: Mean gate of each expert per block, from images like those it will see.
     """
     plain = copy.deepcopy(clip)
     for index, mole in equipped_blocks(plain).items():
@@ -127,9 +129,9 @@ def fold(clip: ClipEncoder, usage: RouterUsage) -> ClipEncoder:
 
 @torch.no_grad()
 def decision_margins(clip: ClipEncoder, images_BCHW: Tensor) -> Tensor:
-    """How clearly the closest call of each image was made: (B,), the least lead of the best expert's probability.
+    """Return the smallest margin of each image's routing decisions: (B,), the lead of the best expert's probability.
 
-    Infinite where nothing is decided. Below a few float32 roundings, another library may choose the other expert.
+    Infinite if there is no decision. Below a few float32 roundings, another library may choose the other expert.
     """
     margins_B = torch.full((len(images_BCHW),), torch.inf)
     with collect_routing(clip) as routing:

@@ -1,4 +1,4 @@
-"""The words for MoLE in a config, apart from the module so that CLIP can name them."""
+"""MoLE's config settings, apart from the module so that CLIP can name them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ class MoLESettings:
     Args:
         num_experts: Low-rank experts per layer (paper: 3).
         rank: Rank of each (paper: 32).
-        alpha: Experts are scaled by alpha / rank; null takes rank, and 1 (the release's) with ``init: released``.
-        dropout: On the input of A, in training (release: 0.05).
+        alpha: Experts are scaled by alpha / rank; null means rank, or 1 (as released) with ``init: released``.
+        dropout: Dropout on the input of A in training (release: 0.05).
         routing: ``top1`` (release) or ``dense``.
         init: ``identity`` - the student starts as CLIP; ``released`` - A and B random.
-        router: How top-1 learns: ``released`` (from the balance loss only), ``scaled`` or ``straight_through``.
-        layers: Blocks to equip, from 0; null for all that the tokens depend on; ``all`` for those behind them, too, as
-            in the release: neither text nor teachers reach these, only the balance loss does.
+        router: How a top-1 router learns: ``released`` (from the balance loss only), ``scaled`` or
+            ``straight_through``.
+        layers: Blocks to equip, from 0; null for all that the tokens depend on; ``all`` also for those behind them, as
+            in the release, which neither text nor teachers reach, only the balance loss.
     """
 
     num_experts: int = 3

@@ -1,4 +1,4 @@
-"""Position embeddings for an image of another size than the model was trained on."""
+"""Position embeddings for an image size other than the one used in training."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from visexpert.errors import WeightsError
 
 
 def resize_positions(positions_ND: Tensor, *, to_hw: tuple[int, int], prefix: int, antialias: bool = False) -> Tensor:
-    """Interpolate learned position embeddings to another grid, bicubic with half-pixel centres.
+    """Interpolate learned position embeddings to another grid, bicubic with half-pixel centers.
 
-    Without antialias as ``interpolate_pos_encoding`` of transformers, with it as open_clip and timm.
+    Without antialias this equals transformers' ``interpolate_pos_encoding``, with it open_clip and timm.
 
     Args:
-        positions_ND: (N, D), first those of ``prefix`` tokens without a place ([CLS], registers), then those of a
+        positions_ND: (N, D), first those of ``prefix`` tokens without a position ([CLS], registers), then those of a
             square grid, row-major.
-        to_hw: The grid wanted.
-        prefix: Number of tokens without a place.
-        antialias: Low-pass where the grid shrinks.
+        to_hw: Target grid.
+        prefix: Number of tokens without a position.
+        antialias: Low-pass filter if the grid shrinks.
 
     Returns:
         (prefix + height x width, D), of the same dtype.
 
     Raises:
-        WeightsError: N - prefix is no square.
+        WeightsError: N - prefix is not a square.
     """
     side = math.isqrt(max(0, len(positions_ND) - prefix))
     if side * side + prefix != len(positions_ND) or side == 0:
@@ -45,10 +45,10 @@ def resize_positions(positions_ND: Tensor, *, to_hw: tuple[int, int], prefix: in
 def fit_positions(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, antialias: bool = False
 ) -> dict[str, Tensor]:
-    """Weights with position embeddings interpolated to the shapes that a network expects; the rest is untouched.
+    """Return weights with position embeddings interpolated to the shapes a network expects; the rest is unchanged.
 
-    Learned positions of tokens as ``interpolate_pos_encoding`` of transformers does it (with ``antialias`` as
-    open_clip and timm), SAM's relative ones as its ``get_rel_pos``.
+    Learned positions follow transformers' ``interpolate_pos_encoding`` (with ``antialias``, open_clip and timm); SAM's
+    relative ones follow its ``get_rel_pos``.
     """
     fitted = dict(state)
     for key, target in expected.items():

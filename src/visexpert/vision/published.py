@@ -1,4 +1,4 @@
-"""Published CLIPs: architecture, normalisation and weights, whichever library wrote the files."""
+"""Published CLIPs: architecture, normalization and weights, for files of any supported library."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class LoadedClip:
-    """Weights of a CLIP's vision side.
+    """Weights of a CLIP vision tower.
 
     Args:
-        path: The file that they were read from, for messages; of a split one, its index.
-        tensors: Under the names of ``CLIPVisionModel``.
-        projection_dim: Width of the space shared with the text tower; None where the file has no projection into it.
+        path: File they were read from, for messages; the index file if they are sharded.
+        tensors: Weights under ``CLIPVisionModel``'s names.
+        projection_dim: Width of the space shared with the text tower; None if the file has no projection.
     """
 
     path: Path
@@ -47,15 +47,15 @@ class LoadedClip:
 
 @dataclass(frozen=True)
 class PublishedClip:
-    """What is known of a CLIP before its weights are read.
+    """What is known about a CLIP before its weights are read.
 
     Args:
-        fields: Of ``CLIPVisionConfig``.
+        fields: Fields of ``CLIPVisionConfig``.
         source: Its files; None for a random encoder.
-        own: Whether ``fields`` come from the files themselves; if not, they are compared once the files are there.
-        mean: Channel means for normalisation, in [0, 1] units.
+        own: Whether ``fields`` come from the files themselves; if not, they are compared once the files are available.
+        mean: Channel means for normalization, in [0, 1] units.
         std: Channel standard deviations, likewise.
-        elsewhere: Whose vision tower the files use, where they may lack their own (LLaVA's own form).
+        elsewhere: Source of the vision tower that the files use if they lack their own (LLaVA's own format).
     """
 
     fields: Mapping[str, Any]
@@ -70,15 +70,15 @@ class PublishedClip:
         return None if self.source is None else self.source.licence()
 
     def completed(self) -> PublishedClip:
-        """The same with what the files say of themselves, fetched where that is not on this machine yet.
+        """Return a copy completed from the files' own configuration, which is fetched if it is not on this machine yet.
 
         Raises:
-            ConfigError: It differs from what was given.
+            ConfigError: It differs from the given fields.
         """
         if self.own or self.source is None or self.source.repo is None:
             return self
         for name in (OPEN_CLIP_CONFIG, "config.json", "preprocessor_config.json"):
-            with suppress(WeightsError):  # a repository has one form, seldom both
+            with suppress(WeightsError):  # a repository has one format, rarely both
                 self.source.fetch(name, owner=OWNER)
         theirs = _own_config(self.source)
         if theirs is None:
@@ -87,10 +87,10 @@ class PublishedClip:
         return theirs
 
     def load(self) -> LoadedClip:
-        """Weights under the names of ``CLIPVisionModel``, and whether a projection was beside them.
+        """Return the weights under ``CLIPVisionModel``'s names, and the width of a projection if there is one.
 
         Raises:
-            WeightsError: They are nowhere, or of no plain ViT.
+            WeightsError: They do not exist, or are not those of a plain ViT.
         """
         assert self.source is not None
         found = read_source(self.source, owner=OWNER, names=(*WEIGHT_FILES, *OPEN_CLIP_FILES), holding=_OF_TOWER)
@@ -101,7 +101,7 @@ class PublishedClip:
 
 
 def vision_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The vision tower of any CLIP's state dict under the names of ``CLIPVisionModel``, without its projection."""
+    """Return the vision tower of a CLIP state dict under ``CLIPVisionModel``'s names, without its projection."""
     return dict(_tower(tensors).state)
 
 
@@ -117,19 +117,21 @@ def _tower(tensors: Mapping[str, Tensor]) -> VisionTower:
 def describe_clip(
     source: str | None, *, config: Mapping[str, Any] | None = None, architecture: str | None = None
 ) -> PublishedClip:
-    """Find out what a CLIP is, without its weights and without a download.
+    """Describe a CLIP without its weights and without a download.
 
     Args:
-        source: As :class:`~visexpert.vision.ClipEncoder` takes it.
-        config: Fields of ``CLIPVisionConfig``, for files that do not bring their own or are not here yet.
-        architecture: Name of an open_clip model, for the same.
+        source: As in :class:`~visexpert.vision.ClipEncoder`.
+        config: Fields of ``CLIPVisionConfig``, for files that have no configuration or are not on this machine yet.
+        architecture: Name of an open_clip model, for the same purpose.
 
     Raises:
-        ConfigError: Nothing, or contradicting things, are said of the architecture.
-        WeightsError: The files' configuration is nowhere.
+        ConfigError: The architecture is unspecified or contradictory.
+        WeightsError: The files' configuration does not exist.
     """
     if config is not None and architecture is not None:
-        raise ConfigError(f"{OWNER}: config and architecture={architecture!r} say the same twice; give one of them.")
+        raise ConfigError(
+            f"{OWNER}: config and architecture={architecture!r} both name the architecture; give only one."
+        )
     given = None if config is None else PublishedClip(known_fields(config), None, own=False)
     if architecture is not None:
         given = _named(architecture, None)
@@ -139,7 +141,9 @@ def describe_clip(
         return given
     if source.startswith(OPEN_CLIP_PREFIX):
         if given is not None:
-            raise ConfigError(f"{OWNER}: source={source!r} names its architecture itself; leave the other out.")
+            raise ConfigError(
+                f"{OWNER}: source={source!r} names its own architecture; leave config and architecture out."
+            )
         return _named(*_name_and_tag(source))
     files = ModelSource.parse(source)
     own = _own_config(files)
@@ -156,7 +160,7 @@ def describe_clip(
 
 
 def known_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields that a user wrote, refused where ``CLIPVisionConfig`` would take them and then not read them."""
+    """Return a user's fields; refuse those that ``CLIPVisionConfig`` would accept but never read."""
     known = CLIPVisionConfig().to_dict()
     for name in config:
         if name not in known:
@@ -167,13 +171,13 @@ def known_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def described_by(files: ModelSource) -> ModelSource:
-    """Where a configuration of open_clip would lie: beside a file that is called as open_clip publishes it."""
+    """Return the source of open_clip's configuration: the folder of a file that has open_clip's published name."""
     file = files.file
     return files if file is None or file.name not in OPEN_CLIP_FILES else replace(files, path=file.parent)
 
 
 def _own_config(files: ModelSource) -> PublishedClip | None:
-    """What the files say of themselves, in open_clip's form or in that of transformers."""
+    """Return the files' own configuration, in open_clip's or transformers' format."""
     written = described_by(files).read_json(OPEN_CLIP_CONFIG, owner=OWNER)
     if written is not None:
         prepared = written.get("preprocess_cfg") or {}
@@ -181,13 +185,13 @@ def _own_config(files: ModelSource) -> PublishedClip | None:
     settings = files.read_json("config.json", owner=OWNER)
     if settings is None:
         return None
-    if "mm_vision_tower" in settings:  # LLaVA's own form
+    if "mm_vision_tower" in settings:  # LLaVA's own format
         tower = str(settings["mm_vision_tower"])
         return replace(describe_clip(tower), source=files, own=True, elsewhere=tower)
     nested = settings.get("vision_config")
     fields = dict(nested) if isinstance(nested, Mapping) else settings
     check_family(settings, fields, files)
-    if "projection_dim" in settings:  # of a whole CLIP, whose vision_config repeats another, unread one
+    if "projection_dim" in settings:  # a whole CLIP, whose vision_config holds another one that is never read
         fields = {**fields, "projection_dim": settings["projection_dim"]}
     prepared = files.read_json("preprocessor_config.json", owner=OWNER)
     if prepared is None:
@@ -205,13 +209,13 @@ def _name_and_tag(source: str) -> tuple[str, str]:
     name, _, tag = source.removeprefix(OPEN_CLIP_PREFIX).partition("/")
     if not name or not tag:
         raise ConfigError(
-            f"{OWNER}: source={source!r} lacks a part; write 'open_clip:NAME/TAG', or architecture: NAME."
+            f"{OWNER}: source={source!r} is incomplete; write 'open_clip:NAME/TAG', or architecture: NAME."
         )
     return name, tag
 
 
 def _named(name: str, tag: str | None) -> PublishedClip:
-    """A model of open_clip's own list, with the weights of one of its tags."""
+    """Return a model from open_clip's list, with the weights of one of its tags."""
     from open_clip import get_model_config, list_models, list_pretrained_tags_by_model
     from open_clip.pretrained import get_pretrained_cfg
 
@@ -225,21 +229,21 @@ def _named(name: str, tag: str | None) -> PublishedClip:
         raise ConfigError(f"{OWNER}: open_clip has no weights {tag!r} of {name} on the hub; its tags are {tags}.")
     files = ModelSource(f"{OPEN_CLIP_PREFIX}{name}/{tag}", repo=tagged["hf_hub"].rstrip("/")) if tag else None
     prepared = tagged or shared_preparation(name)
-    # What the weights were trained with decides, whatever the name says (open_clip warns of the difference).
+    # What the weights were trained with takes precedence over the name (open_clip warns of the difference).
     quick = tagged.get("quick_gelu", model_cfg.get("quick_gelu", False))
     return replace(_from_open_clip({**model_cfg, "quick_gelu": quick}, prepared, files), own=tag is not None)
 
 
 def shared_preparation(name: str, *, needed: Collection[str] = (), owner: str = OWNER) -> dict[str, Any]:
-    """How images are prepared for an open_clip model by name: what all its published weights have in common.
+    """Return the image preprocessing that all published weights of an open_clip model share.
 
     Args:
-        name: The model.
+        name: Name of the model.
         needed: Settings that they must have in common, among ``mean``, ``std``, ``interpolation``, ``resize_mode``.
-        owner: Who asks, for messages.
+        owner: Name of the caller, for messages.
 
     Raises:
-        ConfigError: They differ in one of those.
+        ConfigError: They differ in one of these settings.
     """
     from open_clip import list_pretrained_tags_by_model
     from open_clip.pretrained import get_pretrained_cfg
@@ -251,7 +255,7 @@ def shared_preparation(name: str, *, needed: Collection[str] = (), owner: str = 
         if len(values[key]) > 1:
             raise ConfigError(
                 f"{owner}: the published weights of {name} have several values of {key} ({values[key]}), and nothing "
-                f"says which is this file's; name a tag instead, or give a folder with its {OPEN_CLIP_CONFIG}."
+                f"says which applies to this file; name a tag instead, or give a folder with its {OPEN_CLIP_CONFIG}."
             )
     return {key: found[0] for key, found in values.items() if len(found) == 1 and found[0] is not None}
 
@@ -264,25 +268,25 @@ def _from_open_clip(
 
 
 def _must_agree(given: Mapping[str, Any], own: Mapping[str, Any], files: ModelSource) -> None:
-    """Refuse a setting that differs from the files' own; activation and heads would load without a word."""
+    """Refuse a setting that differs from the files' own; a wrong activation or head count would load silently."""
     theirs = CLIPVisionConfig(**own).to_dict()
     ours = CLIPVisionConfig(**given).to_dict()
     differing = [name for name in given if name != "projection_dim" and ours.get(name) != theirs.get(name)]
     if differing:
         name = differing[0]
         raise ConfigError(
-            f"{OWNER}: {name}={ours.get(name)!r} was given, but the weights of '{files.text}' were made with "
+            f"{OWNER}: {name}={ours.get(name)!r} was given, but the weights of '{files.text}' were trained with "
             f"{theirs.get(name)!r}; correct it, or leave it out."
         )
 
 
 def _unknown(files: ModelSource) -> Exception:
-    """The error for a CLIP of unknown architecture."""
+    """Build the error for a CLIP of unknown architecture."""
     if files.file is not None:
         if not files.file.is_file():
             return WeightsError(f"{OWNER}: no weights at {files.file}; check the path, or fetch them first.")
         return ConfigError(
-            f"{OWNER}: {files.file} holds weights alone; name their model with architecture (of open_clip, such as "
+            f"{OWNER}: {files.file} holds only weights; name their model with architecture (of open_clip, such as "
             "ViT-B-16 or ViT-L-14-336-quickgelu) or config (fields of CLIPVisionConfig)."
         )
     return files.absent("config.json", owner=OWNER)

@@ -1,6 +1,6 @@
-"""What the routers of MoLE decide, and how to look at it.
+"""Decisions of MoLE's routers, and how to inspect them.
 
-Letters beside those of types.py: E low-rank experts, N tokens with [CLS].
+Letters in addition to those of types.py: E low-rank experts, N tokens with [CLS].
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from visexpert.vision.clip import ClipEncoder
 
 @dataclass(frozen=True)
 class RouterChoice:
-    """What one router decided.
+    """Decision of one router.
 
     Args:
         probs_BNE: Softmax over experts, float32 or better.
@@ -31,11 +31,11 @@ class RouterChoice:
 
 @dataclass(frozen=True)
 class RoutingRecord:
-    """What the routers of all layers decided in one forward pass.
+    """Decisions of all routers in one forward pass.
 
     Args:
         layers: Blocks of the encoder, from 0, that the first axis runs over.
-        probs_LBNE: Softmax over experts; with a graph where the pass had one.
+        probs_LBNE: Softmax over experts; with a graph if the pass had one.
         choice_LBN: int64, the most probable expert.
     """
 
@@ -54,17 +54,17 @@ class Router(nn.Linear):
 
 
 class RoutingCollector:
-    """Keeps what routers decide while :func:`collect_routing` is active; the latest pass counts."""
+    """Records the routers' decisions while :func:`collect_routing` is active; the latest pass counts."""
 
     def __init__(self) -> None:
         self._choices: dict[int, RouterChoice] = {}
 
     def keep(self, layer: int, choice: RouterChoice) -> None:
-        """Note the decisions of one layer."""
+        """Record the decisions of one layer."""
         self._choices[layer] = choice
 
     def record(self) -> RoutingRecord | None:
-        """All layers that ran; None where no layer has a router (a plain CLIP)."""
+        """Return the decisions of all layers that ran; None if no layer has a router (a plain CLIP)."""
         if not self._choices:
             return None
         layers = tuple(sorted(self._choices))
@@ -74,11 +74,11 @@ class RoutingCollector:
 
 @contextmanager
 def collect_routing(clip: ClipEncoder) -> Iterator[RoutingCollector]:
-    """Keep what the routers of ``clip`` decide: ``with collect_routing(clip) as routing: clip(images)``.
+    """Record the routers' decisions in ``clip``: ``with collect_routing(clip) as routing: clip(images)``.
 
-    Blocks behind the tokens that have MoLE are run, too, for their routers. The modules themselves keep nothing, so no
-    graph outlives the record. Under gradient checkpointing the blocks run again in the backward pass, after the
-    ``with``, unseen; the probabilities kept have a gradient if checkpointing is not reentrant (transformers' default).
+    Blocks with MoLE behind the tokens also run, for their routers. The modules store nothing, so no graph outlives the
+    record. Under gradient checkpointing the blocks run again in the backward pass, after the ``with``, and are not
+    recorded; the recorded probabilities have a gradient if checkpointing is not reentrant (transformers' default).
     Under DDP each process has the decisions on its own images.
     """
     collector = RoutingCollector()

@@ -146,7 +146,7 @@ def each_usable(values: Iterable[Any], read: Callable[[Any], T], lost: list[str]
 
 
 def text_of(record: Any, key: str) -> str:
-    """A text that must be there and not be empty.
+    """Return a text that must be there and not be empty.
 
     Raises:
         BrokenRecordError: It is not.
@@ -177,7 +177,7 @@ def checked(text: str, *, name: str) -> str:
 
 
 def image_path(folder: Path, name: Any) -> str:
-    """The path of an image that an annotation names, inside its folder.
+    """Return the path of an image that an annotation names, inside its folder.
 
     Raises:
         BrokenRecordError: No name, or one that leads out of the folder.
@@ -188,7 +188,7 @@ def image_path(folder: Path, name: Any) -> str:
 
 
 def _text(path: Path) -> str:
-    """A file's text. Bytes that are no UTF-8 stay in it as half surrogate pairs, which cost the record they are in.
+    """Return a file's text; invalid UTF-8 becomes lone surrogates, which make the record around them unusable.
 
     Raises:
         DataError: It is missing, no regular file, or UTF-16.

@@ -70,13 +70,13 @@ class CC3M(SourceData):
         self._counts: dict[str, tuple[int, ...]] = {}
 
     def shards(self, part: str) -> list[str]:
-        """Paths or URLs of a part's shards that are in use."""
+        """Return paths or URLs of a part's shards that are in use."""
         names = expand_shards(self.patterns[part], self.root)
         rows = subset(len(names), share=self.settings.share(part), most=None, seed=self.settings.seed)
         return [names[row] for row in rows]
 
     def needs(self, part: str) -> list[Need]:
-        """Local shards; those behind a URL are not asked for."""
+        """List local shards; those behind a URL are not asked for."""
         local = [Path(shard) for shard in self.shards(part) if not is_remote(shard)]
         needs = [Need(path, "A shard of CC3M", _URL, "3.3 M images, tens of GB at 256 px") for path in local]
         if self.sizes is not None:
@@ -102,7 +102,7 @@ class CC3M(SourceData):
             self._counts[part] = shard_counts(self.shards(part), sizes=self.sizes)
 
     def records(self, part: str) -> int:
-        """Number of records of a part that are in use."""
+        """Return the number of records of a part that are in use."""
         self.open(part)
         return sum(self._counts[part])
 
@@ -134,7 +134,7 @@ class CC3M(SourceData):
         )  # fmt: skip
 
     def image_sources(self) -> dict[str, ImageSource]:
-        """The opened parts; what is read in a stream has an identity, but no rows to look up."""
+        """Return the opened parts; what is read in a stream has an identity, but no rows to look up."""
         return {
             self.split_of(part): StreamedImages(self.shards(part), counts, source=self.called)
             for part, counts in self._counts.items()

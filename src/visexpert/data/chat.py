@@ -66,7 +66,7 @@ class ChatPacker(TextEncoder):
         self.eos_id, self.pad_id = frame.eos, frame.pad
 
     def encode(self, item: TextItem, *, has_image: bool = True) -> EncodedText:
-        """Tokenise one conversation; a label stands on each token of an answer, up to the first <eos> behind it.
+        """Tokenize one conversation; a label stands on each token of an answer, up to the first <eos> behind it.
 
         Args:
             item: Its ``history``, ``prompt`` and ``answer`` are the turns.
@@ -90,7 +90,7 @@ class ChatPacker(TextEncoder):
         return EncodedText(ids, supervised)
 
     def prompt(self, question: str, *, history: Sequence[tuple[str, str]] = (), has_image: bool = True) -> list[int]:
-        """Ids of a conversation up to where the next answer begins; see :meth:`TextEncoder.prompt`.
+        """Return ids of a conversation up to where the next answer begins; see :meth:`TextEncoder.prompt`.
 
         Raises:
             ConfigError: The template rewrites what earlier turns became.
@@ -101,7 +101,7 @@ class ChatPacker(TextEncoder):
         return ids
 
     def prompt_text(self, question: str, *, history: Sequence[tuple[str, str]] = (), has_image: bool = True) -> str:
-        """The conversation up to where the next answer begins; see :meth:`TextEncoder.prompt_text`.
+        """Return the conversation up to where the next answer begins; see :meth:`TextEncoder.prompt_text`.
 
         Raises:
             ConfigError: The template rewrites what earlier turns became.
@@ -123,7 +123,7 @@ class ChatPacker(TextEncoder):
         )
 
     def _render(self, turns: Sequence[tuple[str, str | None]], with_image: bool) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation as text, and where in it each answer begins and ends.
+        """Return the conversation as text, and where in it each answer begins and ends.
 
         An answer begins with the spaces before it, where a template ends its call for one by some: tokenizers make one
         token of a word and the space before it.
@@ -159,7 +159,7 @@ class ChatPacker(TextEncoder):
         )
 
     def _tokenise(self, text: str, *, with_image: bool) -> tuple[IntArray, IntArray, IntArray]:
-        """Ids and the characters at which each begins and ends, the image's mark as one."""
+        """Return ids and the characters at which each begins and ends, the image's mark as one."""
         place = text.index(MARK) if with_image else 0
         stretches = [(0, text[:place])] if place else []
         stretches.append((place + len(MARK) * with_image, text[place + len(MARK) * with_image :]))

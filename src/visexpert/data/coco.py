@@ -35,13 +35,13 @@ _KARPATHY_PARTS = {"train": "train", "restval": "train", "val": "val", "test": "
 
 
 def coco_images(root: Path, folder: str) -> Need:
-    """One of COCO's image folders."""
+    """Return one of COCO's image folders."""
     what, size = IMAGES[folder]
     return Need(root / folder, what, f"http://images.cocodataset.org/zips/{folder}.zip", size)
 
 
 def caption_item(captions: list[str], prompt: str, family: str = "") -> TextItem:
-    """All captions of an image as one text, whose score is that of the caption which the model writes."""
+    """Return all captions of an image as one text, whose score is that of the caption which the model writes."""
     return TextItem("caption", prompt, captions[0], family, tuple(captions), generate=True)
 
 
@@ -77,7 +77,7 @@ class COCOCaptions(RowData):
         self.prompt = prompt
 
     def needs(self, part: str) -> list[Need]:
-        """Annotations and image folders of a part."""
+        """List annotations and image folders of a part."""
         if self.annotations == "karpathy":
             what = Need(self.root / "dataset_coco.json", "Karpathy's split of COCO", KARPATHY_URL, "37 MB")
             folders = ["train2014", "val2014"] if part == "train" and self.restval else ["val2014"]
@@ -88,7 +88,7 @@ class COCOCaptions(RowData):
         return [captions, coco_images(self.root, self._folder_of(part))]
 
     def read(self, part: str) -> Iterable[Sample]:
-        """One sample per image."""
+        """Yield one sample per image."""
         return self._read_karpathy(part) if self.annotations == "karpathy" else self._read_official(part)
 
     def _read_karpathy(self, part: str) -> Iterable[Sample]:

@@ -85,7 +85,7 @@ class FaultLog:
 
 
 def _listed(file: Path, source: str) -> set[str]:
-    """Keys that an interrupted run has written; a line that it did not finish is passed over."""
+    """Return keys that an interrupted run has written; a line that it did not finish is passed over."""
     keys = set()
     for line in file.read_text(encoding="utf-8").split("\n") if file.is_file() else ():
         try:

@@ -41,7 +41,7 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
 def read_rgb(source: str | Path | bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read an image file, or its content.
 
-    Grey, palette, CMYK and 16-bit images are converted, transparent ones are laid over white, and the rotation that a
+    Gray, palette, CMYK and 16-bit images are converted, transparent ones are laid over white, and the rotation that a
     camera noted (EXIF) is applied. Of an animation the first frame is read.
 
     Args:
@@ -89,13 +89,13 @@ def to_rgb(image: Image.Image, *, name: str, max_pixels: int = MAX_PIXELS) -> Im
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as uint8 (3, H, W)."""
+    """Return an RGB image as uint8 (3, H, W)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 @cache
 def _formats() -> list[str]:
-    """Those of the formats that this Pillow was built with."""
+    """Return those of the formats that this Pillow was built with."""
     Image.init()
     return [name for name in IMAGE_FORMATS if name in Image.OPEN]
 

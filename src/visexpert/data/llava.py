@@ -60,7 +60,7 @@ class LLaVAInstruct(RowData):
         self.parts = ("train",) if num_val is None else ("train", "val")
 
     def needs(self, part: str) -> list[Need]:
-        """Conversations and the folder of images; which images those are, the file says."""
+        """List conversations and the folder of images; which images those are, the file says."""
         url, size = _SOURCES.get(self.annotations.name, _ELSEWHERE)
         guide = "the list in https://github.com/haotian-liu/LLaVA#visual-instruction-tuning"
         if "558k" in self.annotations.name:
@@ -71,7 +71,7 @@ class LLaVAInstruct(RowData):
         ]
 
     def read(self, part: str) -> Iterable[Sample]:
-        """One sample per conversation."""
+        """Yield one sample per conversation."""
         records = read_json_list(self.annotations)
         held_out = self.settings.num_val or 0
         if held_out >= len(records):
@@ -84,7 +84,7 @@ class LLaVAInstruct(RowData):
         return collect(records, self._parse, path=self.annotations, faults=faults, numbered="conversation")
 
     def order(self, part: str) -> Callable[[int], IntArray] | None:
-        """Rows by modality and length, shuffled by epoch."""
+        """Return rows by modality and length, shuffled by epoch."""
         if not self.group_by_length:
             return None
         table = self.table(part)

@@ -153,7 +153,7 @@ class MixedData(LightningDataModule):
         return next(iter(self._used(PARTS["fit"] + PARTS["test"]))).settings
 
     def image_sources(self) -> dict[str, ImageSource]:
-        """Images of the opened parts by row, for the feature store."""
+        """Return images of the opened parts by row, for the feature store."""
         return {
             split: images
             for source in self._used(PARTS["fit"] + PARTS["test"])
@@ -161,12 +161,12 @@ class MixedData(LightningDataModule):
         }
 
     def training_rows(self) -> int | None:
-        """Number of training images of all sources; None where one cannot be counted."""
+        """Return the number of training images of all sources; None where one cannot be counted."""
         counts = [self.sources[name].training_rows() for name in self.weights]
         return None if None in counts else sum(count for count in counts if count is not None)
 
     def all_needs(self, parts: Sequence[str]) -> list[Need | TokenizerNeed]:
-        """All that these parts need, each once."""
+        """Return all that these parts need, each once."""
         needs = [
             need
             for part in parts
@@ -197,7 +197,7 @@ class MixedData(LightningDataModule):
         return [self.sources[name] for name in names]
 
     def _by_source(self, stage: str | None) -> dict[str, list[str]]:
-        """Parts that a stage reads, by source."""
+        """Return parts that a stage reads, by source."""
         if stage is None and self.trainer is not None and self.trainer.state.fn is not None:
             stage = self.trainer.state.fn.value
         by_source: dict[str, list[str]] = {}

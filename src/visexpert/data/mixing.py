@@ -68,7 +68,7 @@ class MixedLoader:
             yield batch
 
     def turns(self) -> Iterator[str]:
-        """Whose turn it is, without end: always that of the source which lags most behind its share."""
+        """Yield whose turn it is, without end: always that of the source which lags most behind its share."""
         total = sum(self.weights.values())
         credit = dict.fromkeys(self.weights, 0.0)
         while True:

@@ -81,7 +81,7 @@ def require(needs: Iterable[Need | TokenizerNeed], *, source: str) -> None:
 
 
 def missing_images(paths: Sequence[str]) -> list[str]:
-    """Those of some image files that do not exist; whole folders are listed once rather than each file asked for."""
+    """Return the image files that do not exist; each folder is listed once instead of checking every file."""
     by_folder: dict[str, list[str]] = {}
     for path in paths:
         by_folder.setdefault(os.path.dirname(path), []).append(path)

@@ -33,7 +33,7 @@ class NoCaps(RowData):
         self.prompt = prompt
 
     def needs(self, part: str) -> list[Need]:
-        """Captions and images."""
+        """List captions and images."""
         return [
             Need(self.root / FILE, "NoCaps' captions", f"https://s3.amazonaws.com/nocaps/{FILE}", "7 MB"),
             Need(
@@ -43,6 +43,6 @@ class NoCaps(RowData):
         ]  # fmt: skip
 
     def read(self, part: str) -> Iterable[Sample]:
-        """One sample per image, its domain as the family."""
+        """Yield one sample per image, its domain as the family."""
         folder: Path = self.needs(part)[1].found or self.root / "val"
         return read_coco_captions(self, self.root / FILE, folder, part, self.prompt)

@@ -29,7 +29,7 @@ _NO_TURNS = (
 class TextPacker(TextEncoder):
     """Turns text items into token ids: ``<bos> prompt answer <eos>``.
 
-    Prompt and answer are tokenised as one text with a space between them, so that sub-word tokenizers see what they
+    Prompt and answer are tokenized as one text with a space between them, so that sub-word tokenizers see what they
     see at generation; the offsets tell where the answer begins.
 
     Args:
@@ -83,7 +83,7 @@ class TextPacker(TextEncoder):
         )
 
     def encode(self, item: TextItem, *, has_image: bool = True) -> EncodedText:
-        """Tokenise one item; whether there is an image makes no difference, since it stands in front of all text.
+        """Tokenize one item; whether there is an image makes no difference, since it stands in front of all text.
 
         Raises:
             ConfigError: The item is a conversation.
@@ -95,7 +95,7 @@ class TextPacker(TextEncoder):
         return EncodedText(ids, np.arange(len(ids)) >= num_prompt)
 
     def tokenise(self, item: TextItem) -> tuple[IntArray, int]:
-        """Tokenise one item.
+        """Tokenize one item.
 
         Args:
             item: The text.
@@ -109,7 +109,7 @@ class TextPacker(TextEncoder):
         return self.tokenise_all([item])[0]
 
     def tokenise_all(self, items: Sequence[TextItem]) -> list[tuple[IntArray, int]]:
-        """Tokenise many items as :meth:`tokenise` does; equal texts are tokenised once and share their array."""
+        """Tokenize many items as :meth:`tokenise` does; equal texts are tokenized once and share their array."""
         known: dict[tuple[str, str], tuple[IntArray, int]] = {}
         todo = list({(item.prompt, item.answer): item for item in items}.values())
         for start in range(0, len(todo), _CHUNK):
@@ -140,7 +140,7 @@ class TextPacker(TextEncoder):
 
 
 def pack(rows: Sequence[Sequence[tuple[npt.ArrayLike, int]]], pad_id: int) -> TextBatch:
-    """Pack the tokenised items of each image into one row.
+    """Pack the tokenized items of each image into one row.
 
     Args:
         rows: Per image its items as (ids, number of ids that are not predicted).

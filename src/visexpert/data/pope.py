@@ -51,12 +51,12 @@ class POPE(RowData):
         self.prompt = check_template(prompt, "question")
 
     def needs(self, part: str) -> list[Need]:
-        """Probes and images."""
+        """List probes and images."""
         probes = [Need(self._file(kind), f"POPE's {kind} probes", _URL, "0.5 MB") for kind in self.kinds]
         return [*probes, coco_images(self.images, "val2014")]
 
     def read(self, part: str) -> Iterable[Sample]:
-        """One sample per image, its probes of all kinds together."""
+        """Yield one sample per image, its probes of all kinds together."""
         by_image: dict[str, list[TextItem]] = {}
         for kind in self.kinds:
             lines = read_json_lines(self._file(kind))

@@ -16,7 +16,7 @@ from visexpert.errors import ConfigError
 Resize = Literal["crop", "stretch", "pad"]
 
 PAD_COLOUR = (122, 116, 104)
-"""CLIP's mean colour, as LLaVA pads (llava/mm_utils.py, ``expand2square``)."""
+"""CLIP's mean color, as LLaVA pads (llava/mm_utils.py, ``expand2square``)."""
 
 _ASPECT = (3 / 4, 4 / 3)
 
@@ -40,8 +40,8 @@ class ImageReader:
 
     Args:
         size: Side of the square, pixels.
-        resize: ``crop`` - the shorter side to ``size``, then the centre (CLIP's own way); ``stretch`` - the whole
-            image, its aspect ratio not kept; ``pad`` - the whole image on a square of CLIP's mean colour (LLaVA).
+        resize: ``crop`` - the shorter side to ``size``, then the center (CLIP's own way); ``stretch`` - the whole
+            image, its aspect ratio not kept; ``pad`` - the whole image on a square of CLIP's mean color (LLaVA).
         crop_scale: Least share of the area that a random crop keeps, in training; None takes no random crops.
         flip: Mirror every other image at random, in training. It makes left and right meaningless.
         max_pixels: Largest image that is decoded, width x height.
@@ -90,7 +90,7 @@ class ImageReader:
         return Picture(to_tensor(image), original_hw)
 
     def square(self, image: Image.Image) -> Image.Image:
-        """An RGB image as a square, without augmentation."""
+        """Return an RGB image as a square, without augmentation."""
         side = (self.size, self.size)
         if self.resize == "stretch":
             return image.resize(side, Image.Resampling.BICUBIC)
@@ -100,7 +100,7 @@ class ImageReader:
 
 
 def _random_crop(image: Image.Image, least: float, rng: np.random.Generator) -> Image.Image:
-    """A crop of ``least`` to all of the area, 3:4 to 4:3, as RandomResizedCrop draws it; else the whole."""
+    """Return a crop of ``least`` to all of the area, 3:4 to 4:3, as RandomResizedCrop draws it; else the whole."""
     for _ in range(10):
         area = image.width * image.height * rng.uniform(least, 1.0)
         ratio = math.exp(rng.uniform(math.log(_ASPECT[0]), math.log(_ASPECT[1])))

@@ -63,7 +63,7 @@ class RowData(SourceData):
         self._tables[part] = SampleTable(samples[row] for row in rows)
 
     def table(self, part: str) -> SampleTable:
-        """The rows of a part that are in use, read on first use."""
+        """Return the rows of a part that are in use, read on first use."""
         self.open(part)
         return self._tables[part]
 
@@ -103,12 +103,12 @@ class RowData(SourceData):
         )  # fmt: skip
 
     def training_rows(self) -> int | None:
-        """Number of training images; None where a file is not here."""
+        """Return the number of training images; None where a file is not here."""
         is_here = all(need.found is not None for need in self.needs("train"))
         return len(self.table("train")) if is_here else None
 
     def image_sources(self) -> dict[str, ImageSource]:
-        """Images of the opened parts by row, for the feature store."""
+        """Return images of the opened parts by row, for the feature store."""
         reader = self.settings.reader()
         for part, table in self._tables.items():
             changing = part == "train" and reader.augments
@@ -122,7 +122,7 @@ class RowDataset:
     Args:
         table: The rows.
         reader: Decodes images.
-        packer: Tokenises texts; None for batches without.
+        packer: Tokenizes texts; None for batches without.
         form: What all batches have in common.
         choice_seed: Seed of the choice of texts and of augmentation, which then change with the epoch; None takes all
             texts as they are.
@@ -204,7 +204,7 @@ class RowImages:
         return len(self._table)
 
     def read(self, rows: Sequence[int]) -> Tensor:
-        """Images (len(rows), 3, H, W), uint8.
+        """Return images (len(rows), 3, H, W), uint8.
 
         Raises:
             ConfigError: They look different each time, so that stored tokens would not be those of what is trained on.

@@ -122,7 +122,7 @@ class BatchForm:
 def encode_items(
     items: Sequence[TextItem], packer: TextEncoder | None, *, has_image: bool
 ) -> tuple[EncodedText, ...] | None:
-    """Tokenise the texts of one row; None without a packer."""
+    """Tokenize the texts of one row; None without a packer."""
     return None if packer is None else tuple(packer.encode(item, has_image=has_image) for item in items)
 
 
@@ -136,7 +136,7 @@ def prompts_of(
 
 
 def words_of(sample: Sample) -> int:
-    """Number of words in a sample's texts."""
+    """Return the number of words in a sample's texts."""
     turns = [turn for item in sample.items for turn in (*item.history, (item.prompt, item.answer))]
     return sum(len(text.split()) for turn in turns for text in turn)
 

@@ -66,13 +66,13 @@ class Settings:
         self.reader()
 
     def reader(self) -> ImageReader:
-        """What decodes and resizes images."""
+        """Return what decodes and resizes images."""
         return ImageReader(size=self.image_size, resize=self.resize, **vars(self.augment))
 
     def most(self, part: str) -> int | None:
-        """Most rows of a part that are used."""
+        """Return most rows of a part that are used."""
         return {"val": self.num_val, "test": self.num_test}.get(part)
 
     def share(self, part: str) -> float:
-        """Share of a part that is used."""
+        """Return the share of a part that is used."""
         return self.train_fraction if part == "train" else 1.0

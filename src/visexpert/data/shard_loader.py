@@ -30,7 +30,7 @@ class RecordReader:
 
     Args:
         reader: Decodes images.
-        packer: Tokenises captions; None for batches without text.
+        packer: Tokenizes captions; None for batches without text.
         prompt: Words that ask for a caption.
         augment_seed: Seed of augmentation; None for none.
     """
@@ -126,13 +126,13 @@ class ShardLoader:
         self._empty = set(state["empty"])
 
     def _place(self, done: int) -> int:
-        """Where in the endless sequence the next batch lies, after ``done`` that were not empty."""
+        """Return where in the endless sequence the next batch lies, after ``done`` that were not empty."""
         for empty in sorted(self._empty):
             done += empty <= done
         return done
 
     def _shown(self, epoch: int, skip: int, stop: int) -> Iterator[Batch]:
-        """Batches of an epoch that are not empty, each shown to ``inspect``."""
+        """Yield batches of an epoch that are not empty, each shown to ``inspect``."""
         for number, batch in enumerate(self._batches(epoch, skip, stop), skip):
             self.inspect(batch)
             if len(batch):
@@ -175,7 +175,7 @@ class ShardStream(IterableDataset[Batch]):
         return self.worker(((0 if info is None else info.id) + self.skip) % self.plan.workers)
 
     def worker(self, worker: int) -> Iterator[Batch]:
-        """Batches of one worker, which gives every ``workers``-th of the sequence."""
+        """Yield batches of one worker, which gives every ``workers``-th of the sequence."""
         done, stop = (_turns(until, worker, self.plan.workers) for until in (self.skip, self.stop))
         reader = ShardReader(self.shards, self.plan.counts)
         left = stop - done
@@ -209,12 +209,12 @@ class ShardStream(IterableDataset[Batch]):
 
 
 def _turns(batches: int, worker: int, workers: int) -> int:
-    """How many of the first ``batches`` a worker gives."""
+    """Return how many of the first ``batches`` a worker gives."""
     return max(0, -(-(batches - worker) // workers))
 
 
 def _caption(record: Record, name: str) -> str:
-    """The words of a record's ``.txt``, else of ``caption`` in its ``.json``."""
+    """Return the words of a record's ``.txt``, else of ``caption`` in its ``.json``."""
     suffix = _one_of(record, ("txt", "json"), what="caption", name=name)
     try:
         content = bytes(record[suffix]).decode("utf-8-sig")
@@ -227,7 +227,7 @@ def _caption(record: Record, name: str) -> str:
 
 
 def _one_of(record: Record, suffixes: Sequence[str], *, what: str, name: str) -> str:
-    """The suffix of the member that holds something: an exact one, else the only one that ends so (dotted stems)."""
+    """Return the suffix of the member wanted: an exact match, else the only one with that ending (dotted stems)."""
     if exact := next((suffix for suffix in suffixes if suffix in record), None):
         return exact
     found = [suffix for suffix in record if suffix.rpartition(".")[2] in suffixes]

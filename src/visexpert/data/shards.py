@@ -61,7 +61,7 @@ class ShardPlan:
         return total // step if self.drop_last and total >= step else -(-total // step)
 
     def windows(self, epoch: int, worker: int, *, skip: int = 0) -> Iterator[tuple[IntArray, list[IntArray]]]:
-        """What a worker reads in an epoch, window by window.
+        """Yield what a worker reads in an epoch, window by window.
 
         Args:
             epoch: Epoch, from 0.
@@ -88,7 +88,7 @@ class ShardPlan:
             yield line[begin : int(ends[stop])], batches[max(0, first + skip - start) :]
 
     def _line(self, epoch: int) -> IntArray:
-        """All records of an epoch end to end, int64 (n, 2), as far as they are this process's."""
+        """Return all records of an epoch end to end, int64 (n, 2), as far as they are this process's."""
         shards = np.arange(len(self.counts))
         if self.shuffle:
             shards = np.random.default_rng([self.seed, epoch]).permutation(shards)
@@ -103,11 +103,11 @@ class ShardPlan:
         return np.stack([shards[index], position - starts[index]], axis=1)
 
     def _batch_ends(self, size: int) -> IntArray:
-        """Where in this process's stretch its batches begin, and where the last one ends."""
+        """Return where in this process's stretch its batches begin, and where the last one ends."""
         return np.arange(self.num_batches + 1) * size // max(self.num_batches, 1)
 
     def _first_batch(self, worker: int) -> int:
-        """Where a worker's batches begin, if workers give batches in turn and each reads one stretch."""
+        """Return where a worker's batches begin, if workers give batches in turn and each reads one stretch."""
         full, over = divmod(self.num_batches, self.workers)
         return worker * full + min(worker, over)
 
@@ -190,7 +190,7 @@ def iterate_shard(url: str) -> Iterator[Record | DataError]:
 
 
 def split_member(name: str) -> tuple[str, str] | None:
-    """Key and suffix of a member of a shard, by WebDataset's rule: what follows the first dot is the suffix.
+    """Return the key and suffix of a member of a shard, by WebDataset's rule: what follows the first dot is the suffix.
 
     Args:
         name: Name in the tar.
@@ -217,7 +217,7 @@ def _files(stream: Any) -> Iterator[tuple[str, bytes]]:
 
 
 def _grouped(files: Iterable[tuple[str, bytes]], url: str) -> Iterator[Record | DataError]:
-    """Records out of members that stand side by side and share a key."""
+    """Yield records out of members that stand side by side and share a key."""
     members = ((*split, data) for name, data in files if (split := split_member(name)) is not None)
     for key, group in groupby(members, key=lambda member: member[0]):
         record: Record = {"__key__": key}
@@ -272,7 +272,7 @@ def check_shard(name: str) -> None:
 
 
 def is_remote(name: str) -> bool:
-    """Whether a shard is no local file."""
+    """Return whether a shard is no local file."""
     return re.match(r"^[a-z][a-z0-9+.-]*:", name, flags=re.IGNORECASE) is not None
 
 

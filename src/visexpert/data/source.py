@@ -55,7 +55,7 @@ class SourceData(LightningDataModule):
             the tokenizer's own, or a :class:`~visexpert.types.TextEncoder` of yours.
         max_tokens: Without a template: longest text in tokens, longer ones are cut; null for no limit.
         image_size: Side of the square images that batches hold, pixels; take the largest that CLIP or an expert reads.
-        resize: ``crop`` (shorter side, then the centre), ``stretch`` (the whole image, distorted) or ``pad``.
+        resize: ``crop`` (shorter side, then the center), ``stretch`` (the whole image, distorted) or ``pad``.
         augment: What is done to training images at random.
         batch_size: Images per training batch and process.
         eval_batch_size: Images per batch of validation, test and prediction.
@@ -113,7 +113,7 @@ class SourceData(LightningDataModule):
 
     @abstractmethod
     def needs(self, part: str) -> Sequence[Need]:
-        """What a part needs on disk."""
+        """List what a part needs on disk."""
 
     @abstractmethod
     def open(self, part: str) -> None:
@@ -125,7 +125,7 @@ class SourceData(LightningDataModule):
 
     @abstractmethod
     def loader(self, part: str, *, position: Callable[[], int] | None = None) -> Loader:
-        """Batches of an opened part for this process: training batches shuffled, the others once in order.
+        """Return batches of an opened part for this process: training batches shuffled, the others once in order.
 
         Args:
             part: ``train``, ``val`` or ``test``.
@@ -134,7 +134,7 @@ class SourceData(LightningDataModule):
 
     @abstractmethod
     def image_sources(self) -> dict[str, ImageSource]:
-        """Images of the opened parts by row, for the feature store."""
+        """Return images of the opened parts by row, for the feature store."""
 
     # -- Text -----------------------------------------------------------------------------------------------------
 
@@ -189,7 +189,7 @@ class SourceData(LightningDataModule):
     # -- Shared by the sources ------------------------------------------------------------------------------------
 
     def training_rows(self) -> int | None:
-        """Number of training images, where they can be counted without reading them."""
+        """Return the number of training images, where they can be counted without reading them."""
         return None
 
     @property
@@ -206,7 +206,7 @@ class SourceData(LightningDataModule):
         self.check(self.parts_of_stage(stage))
 
     def all_needs(self, parts: Sequence[str]) -> list[Need | TokenizerNeed]:
-        """All that these parts need, each once."""
+        """Return all that these parts need, each once."""
         needs: list[Need | TokenizerNeed] = [need for part in parts for need in self.needs(part)]
         if self.settings.tokenizer is not None:
             needs.append(TokenizerNeed(self.settings.tokenizer))
@@ -217,7 +217,7 @@ class SourceData(LightningDataModule):
         return f"{self.label}/{part}" if self.label else part
 
     def parts_of_stage(self, stage: str | None) -> list[str]:
-        """Parts that a stage reads; None asks the trainer, and takes all where there is none."""
+        """Return parts that a stage reads; None asks the trainer, and takes all where there is none."""
         if stage is None and self.trainer is not None and self.trainer.state.fn is not None:
             stage = self.trainer.state.fn.value
         return [part for part in PARTS.get(stage, self.parts) if part in self.parts]
@@ -228,7 +228,7 @@ class SourceData(LightningDataModule):
             self._folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
 
     def faults(self, part: str, *, total: int, shared: bool) -> FaultLog:
-        """A list of what is broken in a part.
+        """Return a list of what is broken in a part.
 
         Args:
             part: The part.
@@ -252,7 +252,7 @@ class SourceData(LightningDataModule):
 
 
 def batches_done(data: LightningDataModule) -> Callable[[], int] | None:
-    """What tells how many training batches the trainer counts as finished, over all epochs; None without a trainer."""
+    """Return a function that counts the trainer's finished training batches over all epochs; None without a trainer."""
     trainer = data.trainer
     if trainer is None:
         return None

@@ -63,13 +63,13 @@ class StepLoader:
 
     @staticmethod
     def _place(trainer: L.Trainer) -> tuple[int, float]:
-        """How many batches of the epoch are done, and how many are left of it."""
+        """Return how many batches of the epoch are done, and how many are left of it."""
         done = int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
         return done, trainer.num_training_batches - done
 
 
 def _counted(step: Sequence[Batch]) -> Iterator[Batch]:
-    """The batches of one optimizer step, with its counts."""
+    """Yield the batches of one optimizer step, with its counts."""
     counts = [batch.counts() for batch in step]
     total: dict[Unit, int] = {unit: sum(own[unit] for own in counts) for unit in UNITS}
     for place, (batch, own) in enumerate(zip(step, counts, strict=True)):

@@ -12,11 +12,11 @@ from visexpert.types import TextBatch, TextItem
 
 
 class TextTable:
-    """The tokenised texts of a split.
+    """The tokenized texts of a split.
 
     Args:
         pools: Items of each row of the split.
-        packer: Tokenises them, once.
+        packer: Tokenizes them, once.
         mixture: How many items of each kind a row contributes to a batch, in the order in which they are packed. A
             row that has fewer of a kind contributes those it has.
 
@@ -95,14 +95,14 @@ class TextTable:
         return tuple(map(tuple, grouped))
 
     def prompts_of(self, items: Sequence[Sequence[TextItem]]) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Return what the model reads before it answers each item; equal questions are tokenised once."""
+        """Return what the model reads before it answers each item; equal questions are tokenized once."""
         for question in {item.prompt for row in items for item in row} - self._prompts.keys():
             self._prompts[question] = tuple(self._packer.prompt(question))
         return tuple(tuple(self._prompts[item.prompt] for item in row) for row in items)
 
 
 def _hash(item: IntArray, order_key: tuple[int, int]) -> npt.NDArray[np.uint64]:
-    """Mix item numbers with (seed, epoch) into pseudo-random keys (the finaliser of SplitMix64)."""
+    """Mix item numbers with (seed, epoch) into pseudo-random keys (the finalizer of SplitMix64)."""
     state = np.random.SeedSequence([abs(part) for part in order_key]).generate_state(1, np.uint64)
     x = (item.astype(np.uint64) + state) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -16,7 +16,7 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.js
 
 
 def find_tokenizer(name: str) -> Path | WeightsError:
-    """A file of a tokenizer, where it is on this machine; else the error that says what is missing."""
+    """Return a file of a tokenizer, where it is on this machine; else the error that says what is missing."""
     try:
         source = ModelSource.parse(name)
     except WeightsError as error:

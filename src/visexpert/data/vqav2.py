@@ -58,7 +58,7 @@ class VQAv2(RowData):
         self.visual_genome = None if visual_genome is None else Path(visual_genome).expanduser()
 
     def needs(self, part: str) -> list[Need]:
-        """Questions, answers and images."""
+        """List questions, answers and images."""
         name = _official(part)
         questions, answers = _SIZES[name]
         needs = [
@@ -76,7 +76,7 @@ class VQAv2(RowData):
         return needs
 
     def read(self, part: str) -> Iterator[Sample]:
-        """One sample per image; VQA v2's first."""
+        """Yield one sample per image; VQA v2's first."""
         yield from self._read_official(part)
         if part == "train" and self.visual_genome is not None:
             yield from self._read_visual_genome(self.visual_genome)
@@ -136,7 +136,7 @@ class VQAv2(RowData):
         return (sample for sample in samples if sample is not None and sample.items)
 
     def _images_of_validation(self, folder: Path) -> frozenset[int]:
-        """Visual Genome's numbers of images that VQA v2 validates on, as far as the files tell."""
+        """Return Visual Genome's numbers of images that VQA v2 validates on, as far as the files tell."""
         listed, questions = folder / "image_data.json", self._questions("val")
         if not listed.is_file() or not questions.is_file():
             log.warning(
@@ -165,7 +165,7 @@ class VQAv2(RowData):
 
 
 def _human_answer(entry: Any) -> str:
-    """One of the ten; an empty one counts, as in the official code."""
+    """Return one of the ten; an empty one counts, as in the official code."""
     if not isinstance(entry["answer"], str):
         raise BrokenRecordError(f"a human answer is {entry['answer']!r:.80}, but must be text")
     return checked(entry["answer"], name="a human answer")

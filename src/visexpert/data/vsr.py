@@ -74,14 +74,14 @@ class VSR(RowData):
         self.answers = (answers[0], answers[1])
 
     def needs(self, part: str) -> list[Need]:
-        """Statements and images."""
+        """List statements and images."""
         statements = Need(self._file(part), "VSR's statements", _URL.format(split=self.split), "3 MB")
         if self._flat is not None:
             return [statements]
         return [statements, coco_images(self.images, "train2017"), coco_images(self.images, "val2017")]
 
     def read(self, part: str) -> Iterable[Sample]:
-        """One sample per image."""
+        """Yield one sample per image."""
         path, flat = self._file(part), self._flat
         lines = read_json_lines(path)
         by_image: dict[str, list[TextItem]] = {}
@@ -104,7 +104,7 @@ class VSR(RowData):
         return TextItem("vsr", self.prompt.format(statement=statement), answer, family, generate=True)
 
     def _linked(self, record: Any) -> Path:
-        """COCO's folder, from ``http://images.cocodataset.org/train2017/000000122962.jpg``."""
+        """Return COCO's folder, from ``http://images.cocodataset.org/train2017/000000122962.jpg``."""
         name = PurePosixPath(record["image_link"]).parent.name
         if name not in ("train2017", "val2017"):
             raise BrokenRecordError(f"image_link {record['image_link']!r} is not of train2017 or val2017")

@@ -24,7 +24,7 @@ Attention = Literal["sdpa", "eager"]
 
 
 def attention_of(settings: PretrainedConfig) -> Attention:
-    """PyTorch's own attention where the model can use it, else the plain one (Gemma-2, GPT-OSS)."""
+    """Return PyTorch's own attention where the model can use it, else the plain one (Gemma-2, GPT-OSS)."""
     model = _class_of(settings)
     return "sdpa" if model is None or model._supports_sdpa else "eager"
 
@@ -71,7 +71,7 @@ def check_packing(settings: PretrainedConfig, *, owner: str) -> None:
 def layer_masks(
     settings: PretrainedConfig, visible_BLL: Tensor, positions_BL: Tensor, dtype: torch.dtype
 ) -> Tensor | dict[str, Tensor]:
-    """What transformers' forward takes as ``attention_mask``: one for all layers, or one by kind of layer.
+    """Return what transformers' forward takes as ``attention_mask``: one for all layers, or one by kind of layer.
 
     Args:
         settings: The model's configuration.
@@ -95,7 +95,7 @@ def layer_masks(
 
 
 def _class_of(settings: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """The class that AutoModelForCausalLM makes of a configuration."""
+    """Return the class that AutoModelForCausalLM makes of a configuration."""
     found: Any = AutoModelForCausalLM._model_mapping.get(type(settings), None)
     made: type[PreTrainedModel] | None = found
     return made

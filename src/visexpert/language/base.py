@@ -1,4 +1,4 @@
-"""What a language side offers: logits of supervised tokens, and generation."""
+"""What a language model offers: logits of supervised tokens, and generation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from visexpert.types import IGNORE_INDEX, TextBatch, VisionTokens
 
 
 class Predictions(NamedTuple):
-    """What a language side makes of the supervised tokens of a text.
+    """What a language model makes of the supervised tokens of a text.
 
     Args:
         logits_MV: Row m is the prediction *for* token m, from the image and what stands before it in its item.
@@ -66,7 +66,7 @@ class LanguageSide(nn.Module, ABC):
         return False
 
     def trained_modules(self) -> tuple[nn.Module, ...]:
-        """Parts that an optimiser is to get; what is frozen for good (a model beside its LoRA) is not among them."""
+        """Return the modules to optimize, without permanently frozen ones (such as a model beside its LoRA)."""
         return (self,)
 
     @torch.no_grad()
@@ -100,11 +100,11 @@ class LanguageSide(nn.Module, ABC):
     def _generate(
         self, vision: VisionTokens, prompts: Sequence[Sequence[int]], *, eos_id: int, decoding: Decoding
     ) -> list[list[int]]:
-        """What :meth:`generate` promises, without gradients."""
+        """Return what :meth:`generate` promises, without gradients."""
 
 
 def supervised(text: TextBatch) -> tuple[Tensor, Tensor]:
-    """Targets (M,) of supervised tokens, and int64 (M,) the places row * N + column that predict them.
+    """Return targets (M,) of supervised tokens, and int64 (M,) the places row * N + column that predict them.
 
     Raises:
         DataError: A supervised token stands first in its row, where nothing can predict it.
@@ -118,17 +118,17 @@ def supervised(text: TextBatch) -> tuple[Tensor, Tensor]:
 
 
 def at_places(values_BN: Tensor, places_M: Tensor) -> Tensor:
-    """Values (M, ...) of a tensor (B, N, ...) at places row * N + column."""
+    """Return values (M, ...) of a tensor (B, N, ...) at places row * N + column."""
     return values_BN.flatten(0, 1).index_select(0, places_M)
 
 
 def item_mask(text: TextBatch) -> Tensor:
-    """Which text token may see which, see :func:`segment_mask`."""
+    """Return which text token may see which, see :func:`segment_mask`."""
     return segment_mask(text.segments_BN)
 
 
 def segment_mask(segments_BN: Tensor) -> Tensor:
-    """Which token may see which: its own item's, up to itself. bool (B, 1, N, N), true = visible.
+    """Return which token may see which: its own item's, up to itself. bool (B, 1, N, N), true = visible.
 
     Padding (0) sees itself only, so that no row of the softmax is empty.
     """
@@ -141,12 +141,12 @@ def segment_mask(segments_BN: Tensor) -> Tensor:
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask, true = visible, as what attention of every kind adds to its logits."""
+    """Return a mask, true = visible, as what attention of every kind adds to its logits."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def image_mask(vision: VisionTokens) -> Tensor | None:
-    """Which tokens of an image are its own. bool (B, 1, 1, T); None where all are."""
+    """Return which tokens of an image are its own. bool (B, 1, 1, T); None where all are."""
     if vision.lengths is None:
         return None
     lengths_B = token_counts(vision)
@@ -155,12 +155,12 @@ def image_mask(vision: VisionTokens) -> Tensor | None:
 
 
 def token_counts(vision: VisionTokens) -> Tensor:
-    """Number of tokens of each image, int64 (B,), on the device of the tokens."""
+    """Return the number of tokens of each image, int64 (B,), on the device of the tokens."""
     return torch.tensor(token_lengths(vision)).to(vision.tokens_BTD.device, non_blocking=True)
 
 
 def token_lengths(vision: VisionTokens) -> tuple[int, ...]:
-    """Number of tokens of each image, known on the host."""
+    """Return the number of tokens of each image, known on the host."""
     tokens_BTD = vision.tokens_BTD
     return (tokens_BTD.shape[1],) * len(tokens_BTD) if vision.lengths is None else vision.lengths
 
@@ -179,7 +179,7 @@ def refuse_markers(text: TextBatch, side: LanguageSide) -> None:
 
 
 def right_padded(rows: Sequence[Sequence[int]], *, device: torch.device) -> TextBatch:
-    """One unsupervised item per row."""
+    """Return one unsupervised item per row."""
     length = max(map(len, rows))
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     segments = torch.zeros_like(ids)

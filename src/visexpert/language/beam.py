@@ -58,7 +58,7 @@ class BeamSearch:
         return all(score == -math.inf for scores in self._scores for score in scores)
 
     def best(self) -> list[list[int]]:
-        """The best finished text of each prompt, without <eos>."""
+        """Return the best finished text of each prompt, without <eos>."""
         return [found.tokens for found in self._best]
 
     def advance(self, logits_RV: Tensor) -> BeamStep:
@@ -105,6 +105,6 @@ class BeamSearch:
             self._best[prompt] = found
 
     def _may_win(self, prompt: int, score: float, length: int) -> bool:
-        """Whether a text that scores this much so far can still become the best: it only ever loses likelihood."""
+        """Return whether a text with this score can still become the best: its likelihood can only fall."""
         longest = self._limits[prompt] if self._penalty > 0 else length + 1
         return score / math.pow(longest, self._penalty) > self._best[prompt].score

@@ -65,7 +65,7 @@ class BertDecoder(PretrainedSide):
         self.position_scale = position_scale
 
     def adapt(self, settings: Any) -> Any:
-        """A decoder with cross-attention."""
+        """Return a decoder with cross-attention."""
         if settings.model_type not in FAMILIES:
             raise ConfigError(
                 f"BertDecoder: model_type={settings.model_type!r} has no cross-attention; take one of "
@@ -101,7 +101,7 @@ class BertDecoder(PretrainedSide):
         return 0 if padding is None else int(padding) + 1
 
     def _memory(self, vision: VisionTokens) -> dict[str, Tensor]:
-        """The image as transformers wants it; a sample without one reads zeros, since an empty softmax is NaN."""
+        """Return the image in transformers' form; a sample without one gets zeros, since an empty softmax is NaN."""
         tokens_BTD, mask = vision.tokens_BTD, image_mask(vision)
         if self.position_scale:
             tokens_BTD = tokens_BTD + self.position_scale * sincos_2d(vision.grid_hw, self.width).to(tokens_BTD)

@@ -76,7 +76,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def keys_values(self, source_BSD: Tensor) -> KeysValues:
-        """Keys and values (B, H, S, D / H) of a source."""
+        """Return keys and values (B, H, S, D / H) of a source."""
         keys, values = self.key_value(source_BSD).chunk(2, dim=-1)
         return self._split(keys), self._split(values)
 

@@ -39,7 +39,7 @@ IN_WHOLE = {
 
 
 def build_config(config: Mapping[str, Any] | None, source: str | None, *, owner: str) -> PretrainedConfig:
-    """The configuration from fields with ``model_type``, or of a source (a folder or hub id).
+    """Return the configuration from fields with ``model_type``, or of a source (a folder or hub id).
 
     Raises:
         ConfigError: No or an unknown ``model_type``.
@@ -59,7 +59,7 @@ def build_config(config: Mapping[str, Any] | None, source: str | None, *, owner:
 
 
 def text_part(settings: PretrainedConfig, *, owner: str) -> PretrainedConfig:
-    """The configuration of the language model inside one that also sees or hears; of any other, itself.
+    """Return the configuration of the language model inside one that also sees or hears; of any other, itself.
 
     Its weights are in the same files (Gemma-3, Llama-4, Mistral-3, LLaVA), under :data:`IN_WHOLE`.
 
@@ -82,7 +82,7 @@ def text_part(settings: PretrainedConfig, *, owner: str) -> PretrainedConfig:
 
 
 def torch_dtype(name: Dtype, *, owner: str) -> torch.dtype:
-    """The dtype of a name.
+    """Return the dtype of a name.
 
     Raises:
         ConfigError: An unknown one.
@@ -94,7 +94,7 @@ def torch_dtype(name: Dtype, *, owner: str) -> torch.dtype:
 
 
 def build_model(settings: PretrainedConfig, *, dtype: torch.dtype, weights_follow: bool, owner: str) -> nn.Module:
-    """A random model; a big one whose weights follow is on the meta device.
+    """Return a random model; a big one whose weights follow is on the meta device.
 
     Raises:
         ConfigError: transformers cannot build one of this configuration.
@@ -123,7 +123,7 @@ def read_model(
     owner: str,
     fresh: tuple[str, ...] = (),
 ) -> nn.Module:
-    """A model with its weights, from safetensors or, without running code from them, from .bin files; sharded or not.
+    """Read a model with its weights from safetensors or .bin files, sharded or not, without running code from them.
 
     Args:
         source: As :meth:`~visexpert.io.source.ModelSource.parse` reads it.
@@ -158,7 +158,7 @@ def read_model(
 
 
 def _is_whole(folder: Path, settings: PretrainedConfig) -> bool:
-    """Whether a folder's model has more than the language model that is wanted of it."""
+    """Return whether a folder's model has more than the language model that is wanted of it."""
     return bool(read_json(folder / "config.json").get("model_type") != settings.model_type)
 
 
@@ -217,5 +217,5 @@ def _from_fields(settings: dict[str, Any], owner: str) -> PretrainedConfig:
 
 
 def _reason(error: Exception) -> str:
-    """What transformers or PyTorch say, in one line; the cause of a refused field stands in its second."""
+    """Return what transformers or PyTorch say, in one line; the cause of a refused field stands in its second."""
     return " ".join(str(error).split())[:200]

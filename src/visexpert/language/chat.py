@@ -45,7 +45,7 @@ class LlavaTemplate(TextEncoder):
     Labels stand on every answer with what ends it, and on the space before it: Llama's tokenizers make ``3`` behind a
     space two tokens, of which the model must write both (as LLaVA's ``preprocess_v1`` has it).
 
-    Ids are those of LLaVA, which tokenises the text on either side of the image as a whole; but words such as ``</s>``
+    Ids are those of LLaVA, which tokenizes the text on either side of the image as a whole; but words such as ``</s>``
     in a text stay words.
 
     Args:
@@ -79,7 +79,7 @@ class LlavaTemplate(TextEncoder):
         self._lead = _lead_of(tokenizer, self.eos_id)
 
     def encode(self, item: TextItem, *, has_image: bool = True) -> EncodedText:
-        """A whole conversation: the item's history, then its prompt and answer.
+        """Return a whole conversation: the item's history, then its prompt and answer.
 
         Raises:
             DataError: ``<image>`` does not stand once in the texts of a sample with an image and in no other's, an
@@ -98,7 +98,7 @@ class LlavaTemplate(TextEncoder):
         return text
 
     def prompt(self, question: str, *, history: Sequence[tuple[str, str]] = (), has_image: bool = True) -> list[int]:
-        """Ids of a conversation up to where the next answer begins.
+        """Return ids of a conversation up to where the next answer begins.
 
         Raises:
             DataError: As :meth:`encode`.
@@ -108,7 +108,7 @@ class LlavaTemplate(TextEncoder):
         return ids
 
     def prompt_text(self, question: str, *, history: Sequence[tuple[str, str]] = (), has_image: bool = True) -> str:
-        """The conversation up to where the next answer begins; see :meth:`TextEncoder.prompt_text`.
+        """Return the conversation up to where the next answer begins; see :meth:`TextEncoder.prompt_text`.
 
         Raises:
             DataError: As :meth:`encode`.
@@ -145,7 +145,7 @@ class LlavaTemplate(TextEncoder):
         )
 
     def _with_marker(self, turns: Turns, has_image: bool) -> Turns:
-        """The image's marker in the first question, unless a question has it."""
+        """Return the image's marker in the first question, unless a question has it."""
         count = sum(question.count(MARKER) for question, _ in turns)
         if has_image and not count:
             (question, answer), *others = turns
@@ -194,7 +194,7 @@ class LlavaTemplate(TextEncoder):
             yield _Part(f"{answer}\n", learned=True)
 
     def _tokenise(self, parts: Iterator[_Part]) -> EncodedText:
-        """Stretches of text as one each, with the special tokens between them."""
+        """Return stretches of text as one each, with the special tokens between them."""
         ids: list[int] = []
         supervised: list[bool] = []
         for is_text, group in groupby(parts, key=lambda part: part.token is None):
@@ -241,16 +241,16 @@ _ONE_TURN = (
 
 
 def _first(text: str, otherwise: str = "") -> str:
-    """Jinja for a text that depends on whether the message is the first."""
+    """Return Jinja for a text that depends on whether the message is the first."""
     return f"{{% if loop.first %}}{text}{{% else %}}{otherwise}{{% endif %}}" if text or otherwise else ""
 
 
 _LEADS = ("", "\n", ".", "\n\n", "</")
-"""Texts that may stand in for a special token, so that what follows is tokenised as behind one."""
+"""Texts that may stand in for a special token, so that what follows is tokenized as behind one."""
 
 
 def _lead_of(tokenizer: PreTrainedTokenizerBase, eos_id: int) -> str:
-    """What to put before a text so that its ids are those behind a special token.
+    """Return what to put before a text so that its ids are those behind a special token.
 
     Some tokenizers (Llama's with ``legacy: false``) mark the start of a word at the start of a text, but not behind a
     special token; words of users must not be read as special tokens, so the token itself cannot stand there.
@@ -271,7 +271,7 @@ def _lead_of(tokenizer: PreTrainedTokenizerBase, eos_id: int) -> str:
 
 
 def _behind(tokenizer: PreTrainedTokenizerBase, lead: str, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of a text behind another, and the characters of the text that each stands for."""
+    """Return ids of a text behind another, and the characters of the text that each stands for."""
     encoded = tokenizer(lead + text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
     pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     inside = [(token, (begin - len(lead), end - len(lead))) for token, (begin, end) in pairs if begin >= len(lead)]
@@ -279,7 +279,7 @@ def _behind(tokenizer: PreTrainedTokenizerBase, lead: str, text: str) -> tuple[l
 
 
 def _question(question: str) -> Iterator[_Part]:
-    """The user's words; the image stands before them on a line of its own, wherever the marker was."""
+    """Yield the user's words; the image stands before them on a line of its own, wherever the marker was."""
     if MARKER not in question:
         yield _Part(question)
         return

@@ -1,4 +1,4 @@
-"""A text decoder that reads vision tokens by cross-attention (Prismer's kind of language side, small)."""
+"""A text decoder that reads vision tokens by cross-attention (Prismer's kind of language model, small)."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ class Memory:
     mask: Tensor | None
 
     def rows(self, rows_R: Tensor) -> Memory:
-        """What rows ``rows_R`` hold."""
+        """Return what rows ``rows_R`` hold."""
         chosen = [(keys[rows_R], values[rows_R]) for keys, values in self.keys_values]
         return Memory(chosen, None if self.mask is None else self.mask[rows_R])
 

@@ -28,7 +28,7 @@ class Decoding:
             are followed at once; ``sample`` - drawn from the model's distribution.
         num_beams: Texts followed at once (beam).
         length_penalty: A finished text scores its log-likelihood divided by its length (<eos> included) to this power
-            (beam): 0 takes the likeliest text, which favours short ones; 1 the likeliest per token.
+            (beam): 0 takes the likeliest text, which favors short ones; 1 the likeliest per token.
         temperature: The logits are divided by it (sample): below 1 likely tokens become likelier still.
         top_k: Draw from the k likeliest tokens only (sample); null for all.
         top_p: Draw from the fewest likeliest tokens that hold this much probability only (sample; Holtzman et al.,
@@ -72,7 +72,7 @@ class Writing(Protocol):
     """A model in the middle of writing R rows: it remembers what they hold and tells what may come next."""
 
     def start(self) -> Tensor:
-        """Logits (R, V) of the token after each prompt."""
+        """Return logits (R, V) of the token after each prompt."""
 
     def append(self, tokens_R: Tensor) -> Tensor:
         """Add a token to each row; logits (R, V) of the one after it."""
@@ -109,7 +109,7 @@ def write(writing: Writing, decoding: Decoding, *, eos_id: int, room: Sequence[i
 
 
 def likely_tokens(logits_RV: Tensor, decoding: Decoding) -> Tensor:
-    """Probabilities (R, V) after temperature, top-k and top-p, in this order; what they exclude gets 0."""
+    """Return probabilities (R, V) after temperature, top-k and top-p, in this order; what they exclude gets 0."""
     logits_RV = logits_RV.float()
     # Relative to the largest, so that a low temperature does not overflow.
     logits_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / decoding.temperature
@@ -125,7 +125,7 @@ def likely_tokens(logits_RV: Tensor, decoding: Decoding) -> Tensor:
 
 
 class _Sampler:
-    """Draws a token per row, each row from a stream of its own, so that rows do not depend on their neighbours."""
+    """Draws a token per row, each row from a stream of its own, so that rows do not depend on their neighbors."""
 
     def __init__(self, decoding: Decoding, num_rows: int) -> None:
         self._decoding = decoding

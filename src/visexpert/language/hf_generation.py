@@ -12,7 +12,7 @@ from visexpert.language.generation import Decoding
 
 
 def strategy(decoding: Decoding) -> dict[str, Any]:
-    """The words of transformers' ``generate`` for it; what they do not name is off there."""
+    """Return the words of transformers' ``generate`` for it; what they do not name is off there."""
     if decoding.strategy == "beam":
         # "never" stops when nothing better can come, as our own search does; the default is a heuristic.
         return {
@@ -40,5 +40,5 @@ def seeded(decoding: Decoding) -> Iterator[None]:
 
 
 def until(row: list[int], eos_id: int) -> list[int]:
-    """Tokens before the first ``eos_id``."""
+    """Return tokens before the first ``eos_id``."""
     return row[: row.index(eos_id)] if eos_id in row else row

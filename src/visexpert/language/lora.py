@@ -70,16 +70,16 @@ def add_lora(model: nn.Module, settings: LoRASettings) -> LoraModel:
 
 
 def lora_modules(model: nn.Module) -> tuple[nn.Module, ...]:
-    """The low-rank factors inside a model, in its order."""
+    """Return the low-rank factors inside a model, in its order."""
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     return tuple(part for layer in layers for part in (layer.lora_A, layer.lora_B))
 
 
 def quantised(kind: Quantisation, compute: torch.dtype) -> Any:
-    """The setting of transformers that loads a model in 4 or 8 bits.
+    """Return the setting of transformers that loads a model in 4 or 8 bits.
 
     Args:
-        kind: ``nf4`` - QLoRA's 4 bits (arXiv 2305.14314) with doubly quantised constants; ``int8``.
+        kind: ``nf4`` - QLoRA's 4 bits (arXiv 2305.14314) with doubly quantized constants; ``int8``.
         compute: What products are computed in.
 
     Raises:

@@ -11,7 +11,7 @@ from visexpert.types import TextBatch, VisionTokens
 
 
 class NoLanguage(LanguageSide):
-    """Stands where a language side would; nothing is built, nothing can be read or written."""
+    """Stands where a language model would; nothing is built, nothing can be read or written."""
 
     def __init__(self) -> None:
         super().__init__(width=0)

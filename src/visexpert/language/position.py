@@ -1,4 +1,4 @@
-"""A 2-D position code for vision tokens that a language side reads as an unordered memory."""
+"""A 2-D position code for vision tokens that a language model reads as an unordered memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from visexpert.errors import ConfigError
 
 
 def sincos_2d(grid_hw: tuple[int, int], width: int) -> Tensor:
-    """Sine-cosine code of each cell: half of the channels for the row, half for the column.
+    """Return the sine-cosine code of each cell: half of the channels for the row, half for the column.
 
     Args:
         grid_hw: Grid, height x width.

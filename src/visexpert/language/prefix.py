@@ -1,4 +1,4 @@
-"""A causal language model that reads vision tokens among its text (LLaVA's kind of language side)."""
+"""A causal language model that reads vision tokens among its text (LLaVA's kind of language model)."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class PrefixLM(PretrainedSide):
             nn.init.normal_(self.image_newline.weight, std=self.width**-0.5)
 
     def added_modules(self) -> tuple[nn.Module, ...]:
-        """The vector that ends rows of tiles."""
+        """Return the vector that ends rows of tiles."""
         return () if self.image_newline is None else (self.image_newline,)
 
     def forward(self, vision: VisionTokens, text: TextBatch) -> Predictions:
@@ -129,7 +129,7 @@ class PrefixLM(PretrainedSide):
         rows = [self._row(ids, image_BTD[i, : lengths[i]]) for i, ids in enumerate(prompts)]
         longest = max(map(len, rows))
         room = self._check_room(longest)
-        # Padding stands in front: image and prompt stay neighbours, as in training.
+        # Padding stands in front: image and prompt stay neighbors, as in training.
         embeds = torch.stack([nn.functional.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
         pad = torch.tensor([longest - len(row) for row in rows], device=embeds.device)
         mask = (torch.arange(longest, device=pad.device) >= pad[:, None]).long()
@@ -141,14 +141,14 @@ class PrefixLM(PretrainedSide):
         return [until(row, eos_id) for row in out.tolist()]
 
     def _row(self, ids: Sequence[int], image_TD: Tensor) -> Tensor:
-        """Embeddings (L, D) of a prompt with its image in it."""
+        """Return embeddings (L, D) of a prompt with its image in it."""
         place = ids.index(IMAGE_TOKEN) if IMAGE_TOKEN in ids else 0
         rest = place + 1 if IMAGE_TOKEN in ids else 0
         words_LD = self._embed(torch.tensor([*ids[:place], *ids[rest:]], device=image_TD.device))
         return torch.cat([words_LD[:place], image_TD.to(words_LD.dtype), words_LD[place:]])
 
     def _check_room(self, length: int) -> int:
-        """Tokens that still fit behind an image and its prompt."""
+        """Return tokens that still fit behind an image and its prompt."""
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None and length >= limit:
             raise DataError(

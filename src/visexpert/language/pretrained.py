@@ -1,4 +1,4 @@
-"""What language sides share that wrap a model of transformers: building, filling, freezing, LoRA."""
+"""What language models share that wrap a model of transformers: building, filling, freezing, LoRA."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ class PretrainedSide(LanguageSide):
             leave_out_of_checkpoints(self, self._frozen_names)
 
     def adapt(self, settings: Any) -> Any:
-        """The configuration as this side needs it."""
+        """Return the configuration as this side needs it."""
         return settings
 
     def read(self, source: str) -> nn.Module:
-        """The model with the weights of a source."""
+        """Return the model with the weights of a source."""
         return read_model(
             source, self.settings, dtype=self._dtype, quantisation=self._quantisation, owner=self.owner,
             fresh=self.fresh,
         )  # fmt: skip
 
     def added_modules(self) -> tuple[nn.Module, ...]:
-        """What a side trains beside its model, frozen or not."""
+        """Return what a side trains beside its model, frozen or not."""
         return ()
 
     def load_weights(self) -> None:
@@ -92,7 +92,7 @@ class PretrainedSide(LanguageSide):
         return self.source is not None or self._weights is not None
 
     def trained_modules(self) -> tuple[nn.Module, ...]:
-        """What trains: everything, or what was added to a frozen model."""
+        """Return what trains: everything, or what was added to a frozen model."""
         return (*lora_modules(self.model), *self.added_modules()) if self._is_frozen else (self,)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
@@ -104,10 +104,10 @@ class PretrainedSide(LanguageSide):
         return self
 
     def plain_model(self) -> Any:
-        """The language model alone, with LoRA's updates added to its weights if there are any; a float32 copy then.
+        """Return the language model alone; if it has LoRA, a float32 copy with the updates added to its weights.
 
         Raises:
-            ConfigError: Its weights are quantised.
+            ConfigError: Its weights are quantized.
         """
         if self._lora is None:
             return self.model
@@ -147,7 +147,7 @@ class PretrainedSide(LanguageSide):
         self.model = model
 
     def _frozen_names(self) -> set[str]:
-        """Names of what ``source`` holds."""
+        """Return the names of what ``source`` holds."""
         kept = {id(parameter) for module in self.trained_modules() for parameter in module.parameters()}
         state: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
         return {f"model.{name}" for name, value in state.items() if id(value) not in kept}

@@ -62,7 +62,7 @@ def check_reading(model: Any, settings: PretrainedConfig, *, owner: str) -> None
 
 
 def _difference(model: Any, settings: PretrainedConfig, weight: Tensor) -> str:
-    """What is not as it should be; nothing where all is."""
+    """Return what is not as it should be; nothing where all is."""
     embed = model.get_input_embeddings()
     ids = torch.arange(2, 2 + sum(LENGTHS), device=weight.device) % embed.num_embeddings
     items = [row[None] for row in embed(ids).split(LENGTHS)]
@@ -94,7 +94,7 @@ def _difference(model: Any, settings: PretrainedConfig, weight: Tensor) -> str:
 
 
 def _packed(ids_N: Tensor) -> TextBatch:
-    """Both items in one row."""
+    """Return both items in one row."""
     lengths = torch.tensor(LENGTHS, device=ids_N.device)
     segments = torch.arange(1, 1 + len(LENGTHS), device=ids_N.device).repeat_interleave(lengths)
     positions = torch.cat([torch.arange(length, device=ids_N.device) for length in LENGTHS])
@@ -102,7 +102,7 @@ def _packed(ids_N: Tensor) -> TextBatch:
 
 
 def _written(model: Any, items: list[Tensor]) -> list[Tensor]:
-    """Logits (R, V) of two tokens behind each, as PrefixLM has them written: padded on the left, from a cache."""
+    """Return logits (R, V) of two tokens after each item, generated as by PrefixLM: left-padded, with a cache."""
     longest = max(item.shape[1] for item in items)
     rows = [nn.functional.pad(item, (0, 0, longest - item.shape[1], 0)) for item in items]
     mask = torch.stack([torch.arange(longest) >= longest - item.shape[1] for item in items]).long()

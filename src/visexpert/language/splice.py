@@ -107,7 +107,7 @@ def _inside(text: TextBatch, lengths_B: Tensor, lengths: IntArray) -> Reading:
 
 
 def _in_front(text: TextBatch, lengths_B: Tensor, lengths: IntArray, *, num_places: int) -> Reading:
-    """The image's tokens, then all items."""
+    """Return the image's tokens, then all items."""
     batch, num_tokens = text.ids_BN.shape
     total = num_places + num_tokens
     image_T = torch.arange(num_places, device=lengths_B.device)

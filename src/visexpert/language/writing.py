@@ -31,11 +31,11 @@ class CachedWriting(ABC):
 
     @abstractmethod
     def read(self, ids_RN: Tensor, positions_RN: Tensor, mask: Tensor) -> Tensor:
-        """Hidden states (R, N, D) of further tokens, which join the cache; ``mask`` bool (R, 1, N, S)."""
+        """Return hidden states (R, N, D) of further tokens, which join the cache; ``mask`` bool (R, 1, N, S)."""
 
     @abstractmethod
     def logits(self, hidden_RD: Tensor) -> Tensor:
-        """Logits (R, V) of what follows."""
+        """Return logits (R, V) of what follows."""
 
     @abstractmethod
     def keep(self, rows_R: Tensor) -> None:

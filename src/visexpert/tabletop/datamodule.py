@@ -181,7 +181,7 @@ class TabletopData(LightningDataModule):
         return list(render(scenes, size=self.image_size).rgb_NHW3)
 
     def training_rows(self) -> int:
-        """Number of training images."""
+        """Return the number of training images."""
         return self._num_rows(self.train_split)
 
     def prepare_data(self) -> None:
@@ -190,7 +190,7 @@ class TabletopData(LightningDataModule):
             self._load(split)
 
     def setup(self, stage: str | None = None) -> None:
-        """Map the splits that ``stage`` needs (fit, validate, test, predict; None for all) and tokenise their texts."""
+        """Map the splits that ``stage`` needs (fit, validate, test, predict; None for all) and tokenize their texts."""
         convert_records(self.trainer)
         for split in self._splits_of_stage(stage):
             if split not in self._datasets:

@@ -124,7 +124,7 @@ class SplitImages:
         return len(self._cache)
 
     def read(self, rows: Sequence[int]) -> Tensor:
-        """Images (len(rows), 3, H, W), uint8."""
+        """Return images (len(rows), 3, H, W), uint8."""
         return torch.from_numpy(np.ascontiguousarray(self._cache.rgb[list(rows)])).permute(0, 3, 1, 2)
 
 

@@ -17,10 +17,10 @@ class ObjectNode:
         colour: Colour word.
         size: ``small``, ``medium`` or ``large`` (true 3-D size class, not apparent size).
         material: ``matte`` or ``shiny``.
-        u: Horizontal centre in the image, -1 (left edge) to 1 (right edge).
-        v: Vertical centre in the image, -1 (top edge) to 1 (bottom edge).
-        depth: Distance of the centre along the optical axis, scene units.
-        height: Height of the centre above the table, scene units.
+        u: Horizontal center in the image, -1 (left edge) to 1 (right edge).
+        v: Vertical center in the image, -1 (top edge) to 1 (bottom edge).
+        depth: Distance of the center along the optical axis, scene units.
+        height: Height of the center above the table, scene units.
         pixels: Visible pixels in the rendered image.
     """
 

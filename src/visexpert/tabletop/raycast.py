@@ -30,7 +30,7 @@ _SMALL = 1e-9
 
 @dataclass(frozen=True)
 class Rays:
-    """The pixel grid: the ray of pixel (i, j) is (x_W[j], y_H[i], 1), through the pixel's centre.
+    """The pixel grid: the ray of pixel (i, j) is (x_W[j], y_H[i], 1), through the pixel's center.
 
     Args:
         x_W: Rightward part of each column's rays.
@@ -53,9 +53,9 @@ class Group:
         shape: Index into ``SHAPES``.
         scene_K: int64 scene of each object.
         slot_K: int64 slot of each object in its scene.
-        centre_3K: Centre.
+        centre_3K: Center.
         bound2_K: Squared radius of the bounding sphere.
-        to_unit_33K: Matrix (row, column, object) that maps camera-frame offsets from the centre to the unit shape.
+        to_unit_33K: Matrix (row, column, object) that maps camera-frame offsets from the center to the unit shape.
     """
 
     shape: int
@@ -245,7 +245,7 @@ def take(values: Tensor, index_M: Tensor) -> Tensor:
 
 
 def _along(vector_3K: Tensor, rays: Rays) -> Tensor:
-    """Dot product of each vector with each ray: (K, H, W)."""
+    """Return the dot product of each vector with each ray: (K, H, W)."""
     by_column_KW = vector_3K[0][:, None] * rays.x_W + vector_3K[2][:, None]
     return by_column_KW[:, None, :] + (vector_3K[1][:, None] * rays.y_H)[:, :, None]
 
@@ -259,7 +259,7 @@ def _dot(a_3M: Tensor, b_3M: Tensor) -> Tensor:
 
 
 def _ball_interval(origin_3M: Tensor, direction_3M: Tensor) -> tuple[Tensor, Tensor]:
-    """Parameters at which rays enter and leave the unit ball; enter = inf, leave = -inf where they miss it."""
+    """Return parameters at which rays enter and leave the unit ball; enter = inf, leave = -inf where they miss it."""
     length2_M = _dot(direction_3M, direction_3M)
     middle_M = -_dot(origin_3M, direction_3M) / length2_M
     closest_3M = origin_3M + middle_M * direction_3M
@@ -267,14 +267,14 @@ def _ball_interval(origin_3M: Tensor, direction_3M: Tensor) -> tuple[Tensor, Ten
 
 
 def _cube_interval(origin_3M: Tensor, direction_3M: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for the cube [-1, 1]^3."""
+    """Return the same for the cube [-1, 1]^3."""
     safe_3M = torch.where(direction_3M.abs() < _SMALL, _SMALL, direction_3M)
     first_3M, second_3M = (-1.0 - origin_3M) / safe_3M, (1.0 - origin_3M) / safe_3M
     return torch.minimum(first_3M, second_3M).amax(dim=0), torch.maximum(first_3M, second_3M).amin(dim=0)
 
 
 def _cylinder_interval(origin_3M: Tensor, direction_3M: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for the cylinder of radius 1 about the third axis between -1 and 1."""
+    """Return the same for the cylinder of radius 1 about the third axis between -1 and 1."""
     length2_M = (direction_3M[0] * direction_3M[0] + direction_3M[1] * direction_3M[1]).clamp(min=_SMALL)
     middle_M = -(origin_3M[0] * direction_3M[0] + origin_3M[1] * direction_3M[1]) / length2_M
     x_M, y_M = origin_3M[0] + middle_M * direction_3M[0], origin_3M[1] + middle_M * direction_3M[1]

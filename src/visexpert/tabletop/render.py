@@ -29,7 +29,7 @@ from visexpert.tabletop.scenes import Scenes, generator
 from visexpert.tabletop.world import COLOURS, MATERIALS, SHAPES, SIZES, TAN_HALF_FOV
 
 CREASE_COSINE = 0.7
-"""Normals of neighbouring pixels on one object that differ by more than this cosine (45 degrees) form an edge."""
+"""Normals of neighboring pixels on one object that differ by more than this cosine (45 degrees) form an edge."""
 
 _BATCH = 32  # scenes at a time: fewer cost calls, more cost memory
 _AMBIENT, _DIFFUSE = 0.48, 0.72
@@ -46,7 +46,7 @@ class Rendered:
             background, so that every pixel has one.
         normals_NHW3: float32 unit normals in the camera frame: x right, y up, z towards the viewer.
         instance_NHW: uint8, 0 = table, k = object in slot k - 1 of its scene.
-        edges_NHW: bool, pixels that differ from their right or lower neighbour: another instance, or a crease in the
+        edges_NHW: bool, pixels that differ from their right or lower neighbor: another instance, or a crease in the
             normals of one object. Surfaces are convex, so each jump in depth is a change of instance as well.
     """
 

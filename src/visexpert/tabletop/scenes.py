@@ -39,7 +39,7 @@ MIN_VISIBLE_PIXELS = 14
 
 VISIBILITY_SIZE = 64
 FRAME_LIMIT = 0.88
-"""Largest |u| and |v| of an object's centre."""
+"""Largest |u| and |v| of an object's center."""
 
 _CAMERA_DISTANCE = 7.5
 _CAMERA_ELEVATION = math.radians(35.0)
@@ -62,7 +62,7 @@ class Scenes:
         colour_NO: int64 index into ``COLOURS``, -1 in empty slots.
         size_NO: int64 index into ``SIZES``, -1 in empty slots.
         material_NO: int64 index into ``MATERIALS``, -1 in empty slots.
-        centre_NO3: float32 centre of each object, world frame.
+        centre_NO3: float32 center of each object, world frame.
         yaw_NO: float32 rotation about the vertical, radians.
         albedo_NO3: float32 actual colour, linear 0-1: the colour word's, slightly varied.
         eye_N3: float32 position of the camera.
@@ -98,7 +98,7 @@ class Scenes:
         return replace(self, **chosen)
 
     def camera_centres(self) -> Tensor:
-        """Return the objects' centres in the camera frame (right, up, forward), float32 (N, O, 3)."""
+        """Return the objects' centers in the camera frame (right, up, forward), float32 (N, O, 3)."""
         offset_NO3 = self.centre_NO3 - self.eye_N3[:, None]
         # Summed by hand: a matrix product may round differently from one batch size to the next.
         terms = offset_NO3[:, :, None, :] * self.axes_N33[:, None, :, :]

@@ -80,18 +80,18 @@ class TinyExpert(VisionExpert):
             )
 
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
-        """Map normalised pixels (B, 3, image_size, image_size) to tokens (B, S, E), row-major."""
+        """Map normalized pixels (B, 3, image_size, image_size) to tokens (B, S, E), row-major."""
         map_BEHW = self.network.features(pixels_BCHW)
         if self.tokens == "prediction":
             map_BEHW = self.network.activate(self.network.predict(map_BEHW))
         return map_BEHW.flatten(2).transpose(1, 2)
 
     def predict(self, images_BCHW: Tensor) -> Tensor:
-        """The head's raw map (B, C, h, w), before the activation, from images (B, 3, H, W) in [0, 1]."""
+        """Return the head's raw map (B, C, h, w), before the activation, from images (B, 3, H, W) in [0, 1]."""
         return self.network.predict(self.network.features(self.preprocess(images_BCHW)))
 
     def fingerprint(self) -> str:
-        """Hash of weights, input size, normalisation and kind of token."""
+        """Hash of weights, input size, normalization and kind of token."""
         facts = [self.image_size, self.tokens, self.mean.flatten().tolist(), self.std.flatten().tolist()]
         return weights_digest(self.network, facts=json.dumps(facts))
 
@@ -147,10 +147,10 @@ def build_network(header: Mapping[str, Any]) -> TinyNetwork:
 
 
 def header_metadata(header: Mapping[str, Any]) -> dict[str, str]:
-    """The safetensors metadata that makes a weights file readable by :class:`TinyExpert`."""
+    """Return the safetensors metadata that makes a weights file readable by :class:`TinyExpert`."""
     return {"format": "pt", HEADER_KEY: json.dumps(header, sort_keys=True)}
 
 
 def half_state(module: nn.Module) -> dict[str, Tensor]:
-    """The module's weights as fp16 on the CPU, contiguous: the form in which the zoo ships them."""
+    """Return the module's weights as fp16 on the CPU, contiguous: the form in which the zoo ships them."""
     return {key: value.detach().to("cpu", torch.float16).contiguous() for key, value in module.state_dict().items()}

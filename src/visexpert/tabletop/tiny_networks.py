@@ -54,14 +54,14 @@ class TinyNetwork(nn.Module, ABC):
 
     @abstractmethod
     def features(self, pixels_BCHW: Tensor) -> Tensor:
-        """Feature map (B, E, h, w) of normalised pixels (B, 3, H, W)."""
+        """Return the feature map (B, E, h, w) of normalized pixels (B, 3, H, W)."""
 
     def predict(self, features_BEHW: Tensor) -> Tensor:
-        """Raw map (B, C, h * upsample, w * upsample), C = all outputs side by side."""
+        """Return the raw map (B, C, h * upsample, w * upsample), C = all outputs side by side."""
         return F.pixel_shuffle(self.head(features_BEHW), self.upsample)
 
     def split(self, map_BCHW: Tensor) -> dict[str, Tensor]:
-        """The map's channels by output name."""
+        """Return the map's channels by output name."""
         return dict(zip(self.outputs, map_BCHW.split(list(self.outputs.values()), dim=1), strict=True))
 
     def activate(self, map_BCHW: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class ViTNetwork(TinyNetwork):
 
 
 def group_norm(width: int) -> nn.GroupNorm:
-    """GroupNorm with groups of eight channels (fewer where eight does not divide): no batch statistics to fold."""
+    """Build a GroupNorm with groups of eight channels (fewer if eight does not divide): no batch statistics to fold."""
     groups = max(1, width // 8)
     return nn.GroupNorm(groups if width % groups == 0 else 1, width)
 

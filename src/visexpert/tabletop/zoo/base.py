@@ -1,4 +1,4 @@
-"""What every training module of the zoo shares: optimiser, image scaling, and how its result is shipped."""
+"""What every training module of the zoo shares: optimizer, image scaling, and how its result is shipped."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class ZooModule(ClippedModule, ABC):
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """What a card says about the model: kind, input, tokens, parameters, licence."""
+        """Return what a card says about the model: kind, input, tokens, parameters, license."""
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over everything that trains, stepped per batch."""
+        """Return AdamW over everything that trains, stepped per batch."""
         trained = [value for value in self.parameters() if value.requires_grad]
         groups = [
             {"params": [value for value in trained if value.ndim > 1], "weight_decay": self.weight_decay},
@@ -60,7 +60,7 @@ class ZooModule(ClippedModule, ABC):
 
 
 def one_cycle(step: int, *, total: int, warmup: float, low: float = 0.04, final: float = 4e-6) -> float:
-    """Factor on the learning rate: a cosine up from ``low`` to 1, then a cosine down to ``final``.
+    """Return the factor on the learning rate: a cosine up from ``low`` to 1, then a cosine down to ``final``.
 
     The same numbers as torch's ``OneCycleLR``, which divides by zero where warm-up is a single step.
 
@@ -86,11 +86,11 @@ def write_weights(state: Mapping[str, Tensor], path: Path, *, metadata: Mapping[
 
 
 def images_of(batch: Batch) -> Tensor:
-    """The batch's images as float in [0, 1], whatever they are stored as."""
+    """Return the batch's images as float in [0, 1], whatever they are stored as."""
     images_BCHW = batch.images_BCHW
     return images_BCHW.float() / 255 if images_BCHW.dtype == torch.uint8 else images_BCHW
 
 
 def parameter_count(module: torch.nn.Module) -> int:
-    """Number of parameters."""
+    """Return the number of parameters."""
     return sum(value.numel() for value in module.parameters())

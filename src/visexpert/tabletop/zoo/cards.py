@@ -23,7 +23,7 @@ PROBE_COLUMNS: Mapping[str, str] = {
 
 
 def encoder_facts(cards: Path = CARDS) -> dict[str, dict[str, Any]]:
-    """Facts of every entry that encodes images, by name, CLIP first; a language side has a card but no grid."""
+    """Return facts of every entry that encodes images, by name, CLIP first; a language model has a card but no grid."""
     facts = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in cards.glob("*.json")}
     names = sorted((name for name in facts if "grid" in facts[name]), key=lambda name: (name != "clip", name))
     return {name: facts[name] for name in names}
@@ -38,7 +38,7 @@ def write_card(facts_path: Path) -> Path:
 
 
 def card_text(facts: Mapping[str, Any]) -> str:
-    """The card of one entry as Markdown."""
+    """Return the card of one entry as Markdown."""
     data, grid = facts["data"], facts["grid"]
     total = sum(facts["files"].values())
     rows = {
@@ -81,7 +81,7 @@ PROBE_NOTE = (
 
 
 def probe_lines(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """The probe table as Markdown lines; ``rows`` maps a name to its scores."""
+    """Return the probe table as Markdown lines; ``rows`` maps a name to its scores."""
     lines = [f"| tokens | {' | '.join(PROBE_COLUMNS.values())} |", "|---" * (len(PROBE_COLUMNS) + 1) + "|"]
     for name, scores in rows.items():
         lines.append(f"| {name} | " + " | ".join(f"{scores[column]:.1f}" for column in PROBE_COLUMNS) + " |")

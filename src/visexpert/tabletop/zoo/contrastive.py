@@ -59,7 +59,7 @@ class ContrastiveCLIP(ZooModule):
         super().__init__(lr=lr, weight_decay=weight_decay, warmup=warmup)
         tokenizer = tabletop_tokenizer()
         self.clip = ClipEncoder(config=vision, layer=-1)
-        # The shipped folder has its own normalisation; the encoder's default is OpenAI's.
+        # The shipped folder has its own normalization; the encoder's default is OpenAI's.
         self.clip.mean.copy_(torch.tensor(CLIP_MEAN).view(1, 3, 1, 1))
         self.clip.std.copy_(torch.tensor(CLIP_STD).view(1, 3, 1, 1))
         self.text = NgramTextTower(vocabulary=len(tokenizer), width=text_width, hidden=text_hidden, embed_dim=embed_dim)
@@ -108,7 +108,7 @@ class ContrastiveCLIP(ZooModule):
         self.log(f"val/{self.headline}", recall_at_1(images_ND, texts_ND, gallery=self.gallery), prog_bar=True)
 
     def pool(self, images_BCHW: Tensor) -> Tensor:
-        """CLIP's pooled token: post-LayerNorm of [CLS], shape (B, D)."""
+        """Return CLIP's pooled token: post-LayerNorm of [CLS], shape (B, D)."""
         pooled_BD: Tensor = self.clip.model.post_layernorm(self.clip(images_BCHW).cls_BD)
         return pooled_BD
 
@@ -144,7 +144,7 @@ class ContrastiveCLIP(ZooModule):
         return [target / "config.json", target / "model.safetensors", path, text_path]
 
     def facts(self) -> dict[str, Any]:
-        """Kind, sizes and truth for the card."""
+        """Return kind, sizes and truth for the card."""
         side = self.clip.grid_hw[0]
         return {
             "kind": "CLIPVisionModel",
@@ -158,7 +158,7 @@ class ContrastiveCLIP(ZooModule):
         }
 
     def _word_shares(self, text: TextBatch) -> Tensor:
-        """Equal share for each distinct word of the caption (B, V)."""
+        """Return equal share for each distinct word of the caption (B, V)."""
         present_BV = torch.zeros(len(text.ids_BN), self.words.out_features)
         present_BV.scatter_reduce_(1, text.ids_BN, (text.segments_BN > 0).float(), reduce="amax")
         present_BV[:, self.special_ids] = 0
@@ -192,7 +192,7 @@ class NgramTextTower(nn.Module):
 
 
 def text_of(batch: Batch) -> TextBatch:
-    """The batch's captions, one an image.
+    """Return the batch's captions, one an image.
 
     Raises:
         ConfigError: There are none, or several an image.
@@ -205,7 +205,7 @@ def text_of(batch: Batch) -> TextBatch:
 
 
 def recall_at_1(images_ND: Tensor, texts_ND: Tensor, *, gallery: int) -> float:
-    """Per cent of images whose own text is the nearest of its gallery; a short last gallery is left out.
+    """Return per cent of images whose own text is the nearest of its gallery; a short last gallery is left out.
 
     Args:
         images_ND: Unit image embeddings.

@@ -74,7 +74,7 @@ class DenseExpert(ZooModule):
         return [path]
 
     def facts(self) -> dict[str, Any]:
-        """Kind, sizes and truth for the card."""
+        """Return kind, sizes and truth for the card."""
         return expert_facts(self.expert) | {"trained_on": f"{type(self.task).__name__}: {', '.join(self.task.needs)}"}
 
     def _target(self, targets: Mapping[str, Tensor]) -> Tensor:
@@ -82,7 +82,7 @@ class DenseExpert(ZooModule):
 
 
 def needed_targets(task: DenseTask, batch: Batch) -> dict[str, Tensor]:
-    """The batch's truths that the task reads.
+    """Return the batch's truths that the task reads.
 
     Raises:
         ConfigError: The batch carries none of that name.
@@ -98,7 +98,7 @@ def needed_targets(task: DenseTask, batch: Batch) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def score_expert(expert: TinyExpert, task: DenseTask, batches: Iterable[Batch]) -> dict[str, float]:
-    """Held-out scores of a trained expert: what its card quotes, for any scenes."""
+    """Return held-out scores of a trained expert: what its card quotes, for any scenes."""
     expert.eval()
     totals: dict[str, Ratio] = {}
     for batch in batches:
@@ -121,7 +121,7 @@ def divide(totals: Mapping[str, Ratio]) -> dict[str, float]:
 
 
 def expert_facts(expert: TinyExpert) -> dict[str, Any]:
-    """Card entries that any tiny expert has."""
+    """Return card entries that any tiny expert has."""
     return {
         "kind": expert.header["kind"],
         "input_px": expert.image_size,

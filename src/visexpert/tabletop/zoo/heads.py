@@ -40,15 +40,15 @@ class DenseTask(ABC):
 
     @abstractmethod
     def target(self, targets: Targets, cells_hw: tuple[int, int]) -> Tensor:
-        """Truth per map cell (B, C', h, w), float32."""
+        """Return truth per map cell (B, C', h, w), float32."""
 
     @abstractmethod
     def loss(self, map_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
-        """Scalar loss of a raw map."""
+        """Return the scalar loss of a raw map."""
 
     @abstractmethod
     def scores(self, map_BCHW: Tensor, target_BCHW: Tensor) -> dict[str, Ratio]:
-        """Named scores as numerator and denominator."""
+        """Return named scores as numerator and denominator."""
 
 
 class AttributeTask(DenseTask):
@@ -234,7 +234,7 @@ def _object_share(instance_BHW: Tensor, cells_hw: tuple[int, int]) -> Tensor:
 
 
 def _class_shares(classes_BHW: Tensor, num: int, cells_hw: tuple[int, int]) -> Tensor:
-    """Share of each cell's pixels per class; -1 (background) becomes the last class."""
+    """Return the share of each cell's pixels per class; -1 (background) becomes the last class."""
     index_BHW = torch.where(classes_BHW < 0, num, classes_BHW).long()
     one_hot_BCHW = torch.zeros(len(index_BHW), num + 1, *index_BHW.shape[1:]).scatter_(1, index_BHW[:, None], 1.0)
     return _to_cells(one_hot_BCHW, cells_hw)

@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def zoo_encoders(cards: Path = CARDS) -> dict[str, Encoder]:
-    """Every encoder that has a card, loaded: CLIP at its last two layers, then the experts by name."""
+    """Return every encoder that has a card, loaded: CLIP at its last two layers, then the experts by name."""
     entries: dict[str, Encoder] = {}
     for name, facts in encoder_facts(cards).items():
         if facts["kind"] == "CLIPVisionModel":
@@ -96,7 +96,7 @@ def zoo_encoders(cards: Path = CARDS) -> dict[str, Encoder]:
 
 @torch.no_grad()
 def encode_cells(encoder: Encoder, batches: Iterable[Batch]) -> Tensor:
-    """Tokens of all scenes on :data:`GRID`, one row per cell: (scenes * 64, E)."""
+    """Return tokens of all scenes on :data:`GRID`, one row per cell: (scenes * 64, E)."""
     rows = []
     for batch in batches:
         output = encoder(images_of(batch))
@@ -160,7 +160,7 @@ def write_results(rows: Mapping[str, Mapping[str, float]], page: Path, *, scenes
 def page_text(
     rows: Mapping[str, Mapping[str, float]], facts_by_name: Mapping[str, dict[str, Any]], *, scenes: int
 ) -> str:
-    """The results page: entries with sizes and held-out scores, then the probe table."""
+    """Return the results page: entries with sizes and held-out scores, then the probe table."""
     lines = [
         "# The zoo",
         "",

@@ -20,8 +20,8 @@ from visexpert.types import Batch
 class MaskedExpert(ZooModule):
     """A ViT that fills in masked patches (SimMIM, arXiv 2111.09886: masked tokens, linear head, L1).
 
-    Departs from SimMIM in the target, which is each patch's pixels normalised by its own mean and deviation, mixed
-    with the raw ones: the raw part keeps colour, the normalised part keeps shape.
+    Departs from SimMIM in the target, which is each patch's pixels normalized by its own mean and deviation, mixed
+    with the raw ones: the raw part keeps colour, the normalized part keeps shape.
 
     Args:
         arch: Architecture of kind ``vit`` for :class:`TinyExpert`.
@@ -100,13 +100,13 @@ class MaskedExpert(ZooModule):
         return [path]
 
     def facts(self) -> dict[str, Any]:
-        """Kind, sizes and truth for the card."""
+        """Return kind, sizes and truth for the card."""
         return expert_facts(self.expert) | {"trained_on": "images alone: masked patches are rebuilt"}
 
     def _rebuild(self, pixels_BCHW: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw and normalised patches (B, S, 3 * patch**2) from an image whose masked patches are hidden."""
+        """Return the raw and normalized patches (B, S, 3 * patch**2) from an image whose masked patches are hidden."""
         vit = self.network.vit
-        assert vit.pos_embed is not None  # ViTNetwork builds it with learnt positions
+        assert vit.pos_embed is not None  # ViTNetwork builds it with learned positions
         tokens_BSE = torch.where(mask_BS[..., None], self.mask_token, vit.patch_embed(pixels_BCHW)) + vit.pos_embed
         rebuilt: Tensor = self.decoder(vit.norm(vit.blocks(tokens_BSE)))
         raw_BSP, normalised_BSP = rebuilt.chunk(2, dim=-1)

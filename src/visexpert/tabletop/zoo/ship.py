@@ -87,7 +87,7 @@ class ShipWeights(Callback):
 
 
 def data_facts(data: TabletopData) -> dict[str, Any]:
-    """Where the scenes come from: world, splits, counts, seed."""
+    """Return where the scenes come from: world, splits, counts, seed."""
     return {
         "world": data.world.fingerprint(),
         "train_split": data.train_split,

@@ -18,6 +18,7 @@ from visexpert.checking import built, check_settings
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.io.checkpoints import load_checkpoint
 from visexpert.io.reading import read_yaml
+from visexpert.io.run_version import blamed_on_version
 from visexpert.methods import Method
 from visexpert.training import checkpoint_of, config_of, explain
 from visexpert.trust import guarded, refuse_strangers
@@ -125,7 +126,7 @@ def build(
             with guarded(path if foreign else None, trust=trust):
                 parsed = parser.parse_object(wanted)
         except ArgumentError as error:
-            raise ConfigError(f"{path}: {explain(str(error), [])}") from error
+            raise blamed_on_version(ConfigError(f"{path}: {explain(str(error), [])}"), [path]) from error
         if foreign:  # a part may have come from another file that it names
             refuse_strangers(parsed, path, trust=trust)
         check_settings(parsed.as_dict())

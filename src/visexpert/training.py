@@ -45,10 +45,11 @@ from visexpert.errors import ConfigError, UserError, first_line
 from visexpert.interruption import stoppable
 from visexpert.io.checkpoints import FOLDER, LAST, checked_checkpoint, is_checkpoint, newest_checkpoint
 from visexpert.io.lock import hold
+from visexpert.io.run_version import blamed_on_version, is_of_run
 from visexpert.io.used import holds_run, set_run_aside
 from visexpert.methods import Method
 from visexpert.overlays import MissingBaseError, load_path, parts_without_class, unrelated_settings_dropped
-from visexpert.trust import guarded, refuse_strangers
+from visexpert.trust import UntrustedError, guarded, refuse_strangers
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +124,10 @@ class VisexpertCLI(LightningCLI):
             raise ConfigError(f"The configuration cannot be filled in ({first_line(error)}); mend it.") from error
         except MissingBaseError as error:
             raise error.beside(_config_files(args or ())) from error
+        except UntrustedError:
+            raise
+        except ConfigError as error:
+            raise blamed_on_version(error, _config_files(args or ())) from error
         subcommand = self.config.get("subcommand")
         if foreign is not None:  # a part may have come from another file that it names
             refuse_strangers(self.config[subcommand] if subcommand else self.config, foreign)
@@ -499,12 +504,6 @@ def config_of(run: Path) -> Path:
 def last_checkpoint(run: Path) -> Path:
     """Where the newest weights of a run lie, once it has some."""
     return run / "checkpoints" / "last.ckpt"
-
-
-def is_of_run(config: Path) -> bool:
-    """Whether a configuration lies in a run's folder, which may be anyone's."""
-    beside = ("checkpoints", "environment.json", "metrics.json", "merge.json", "detachment.json")
-    return config.is_file() and any((config.parent / name).exists() for name in beside)
 
 
 def checkpoint_of(run: Path) -> Path:

@@ -30,6 +30,7 @@ from visexpert.errors import ConfigError
 from visexpert.interruption import check
 from visexpert.io.lock import hold
 from visexpert.io.run_files import write_text
+from visexpert.io.run_version import stamped
 from visexpert.io.weights import weights_digest
 from visexpert.methods import FusingMethod, Method
 from visexpert.methods.fusing import fusing
@@ -249,7 +250,7 @@ def write_derived_config(run: Path, folder: Path, derived: Callable[[Mapping[str
     callbacks = config.get("trainer", {}).get("callbacks")
     if isinstance(callbacks, list):
         config["trainer"]["callbacks"] = [entry for entry in callbacks if not _is_phase(entry)]
-    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    write_text(folder / "config.yaml", stamped(yaml.safe_dump(config, sort_keys=False)))
 
 
 def saved_settings(run: Path) -> PhaseSettings:

@@ -22,6 +22,7 @@ from visexpert.callbacks.identity import score_identity
 from visexpert.errors import DataError, shown
 from visexpert.interruption import Interrupted
 from visexpert.io.run_files import read_object, set_aside, write_json, write_text
+from visexpert.io.run_version import stamped
 from visexpert.report.counts import generated_counts, is_count
 from visexpert.report.machine import machine_facts, package_versions
 
@@ -146,7 +147,7 @@ class SaveRunConfig(SaveConfigCallback):
         """Write the file (Lightning calls this on the first process only)."""
         name = "config.yaml" if stage == "fit" else f"config.{_stage_name(trainer)}.yaml"
         path = self._folder / name
-        text = self.parser.dump(self.config, skip_none=False)
+        text = stamped(self.parser.dump(self.config, skip_none=False))
         if path.exists() and path.read_text(encoding="utf-8") != text:
             set_aside(path)
         write_text(path, text)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from visexpert.checking import built, check_config_file, check_settings
 from visexpert.commands.parser import Parser
 from visexpert.errors import ConfigError, DataError, UserError, shown
+from visexpert.io.run_version import blamed_on_version, is_of_run
 from visexpert.overlays import are_related
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def build_data(paths: Sequence[Path]) -> LightningDataModule:
             if foreign is not None:
                 refuse_strangers(parsed, foreign)
         except ArgumentError as error:
-            raise ConfigError(f"{named}: {explain(str(error), [])}") from error
+            raise blamed_on_version(ConfigError(f"{named}: {explain(str(error), [])}"), paths) from error
         check_settings(parsed.as_dict())
         data: LightningDataModule = built(lambda: parser.instantiate_classes(parsed), who=named).data
     return data
@@ -182,8 +183,6 @@ def build_data(paths: Sequence[Path]) -> LightningDataModule:
 
 def foreign_of(paths: Sequence[Path]) -> Path | None:
     """The first configuration that lies in a run's folder, which may be anyone's."""
-    from visexpert.training import is_of_run
-
     return next(filter(is_of_run, paths), None)
 
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
 from visexpert.callbacks.phase import write_checkpoint
 from visexpert.commands.released import OWNER, MoLEShape, Released, absent_parts, language_tensors, weight_files
 from visexpert.errors import WeightsError
+from visexpert.io.run_version import stamped
 from visexpert.io.source import SMALL_FILES
 from visexpert.io.weights import fill_module
 from visexpert.methods import Method
@@ -66,7 +67,7 @@ def _write(
     config = run_config(mole, layer, options, language=language, image_size=int(str(sizes.image_size)))
     model = _filled(config, released, out)
     told = [_write_start(released, model, out / START)] if released.adapters else []
-    (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    (out / "config.yaml").write_text(stamped(yaml.safe_dump(config, sort_keys=False)), encoding="utf-8")
     write_checkpoint(model, out, steps=0)
     return told
 

@@ -256,8 +256,8 @@ class ShippedRuns:
             start, place = self._start_of(chain)
             given["model"]["init_args"]["init_from"] = str(self.run(start).folder / place)
         shrink(given)
-        if "meteor" in given["model"]["init_args"]:
-            given["model"]["init_args"]["meteor"] = False  # phases score, and this one needs Java
+        if "evaluation" in given["model"]["init_args"]:
+            given["model"]["init_args"]["evaluation"]["meteor"] = False  # phases score, and this one needs Java
         given["trainer"]["accelerator"], given["trainer"]["log_every_n_steps"] = "cpu", 1
         given["test_after_fit"] = False
         self._begun += 1

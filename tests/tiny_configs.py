@@ -151,7 +151,7 @@ def shrunk(value: Any, models: Mapping[str, str]) -> Any:
     if "trainer" in found:
         found["trainer"] = _on_a_cpu(found["trainer"])
     if found.get("class_path") in METHODS:
-        found["init_args"]["meteor"] = False  # Java
+        found["init_args"]["evaluation"] = {**found["init_args"].get("evaluation", {}), "meteor": False}  # Java
     return found
 
 

@@ -86,6 +86,8 @@ def cached_gflop(method: Method, batch: Batch) -> float:
         method: With its caches open; its mode and the random state are left as they are.
         batch: A few training images with their text.
     """
+    if method.feature_cache is None:
+        return 0.0
     mode = method.training
     devices = [batch.images_BCHW.device] if batch.images_BCHW.is_cuda else []
     method.eval()  # nothing that a method keeps count of in training may move

@@ -149,6 +149,11 @@ class Merging(Method):
         self.clip.requires_grad_(True)
         return self.teacher.plain(self.clip, self.projector, self.language, clip_lr=self.lr)
 
+    @property
+    def feature_cache(self) -> FeatureCache | None:
+        """Where the teacher's tokens are kept, or those of its encoders."""
+        return self._stored or self.teacher.feature_cache
+
     def on_fit_start(self) -> None:
         """Open the teacher's feature cache, or compute its tokens for the whole training set."""
         if self.settings.targets == "store":

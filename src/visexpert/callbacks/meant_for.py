@@ -68,15 +68,14 @@ def check_exportable(model: LightningModule, formats: Sequence[str]) -> None:
 
 def llava_problems(model: Method) -> list[str]:
     """Settings of a method's language side, projector and CLIP that LLaVA's form has no place for."""
-    language, projector = model.language, model.projector
-    layers = getattr(projector, "layers", None)
-    scale = getattr(language, "position_scale", 0)
+    language, layers, norm = model.language, model.projector.layers, model.projector.norm
+    scale = language.position_scale if isinstance(language, PrefixLM) else 0
     problems = {
         f"language: {type(language).__name__} (it needs PrefixLM)": not isinstance(language, PrefixLM),
         f"position_scale: {scale} (it needs 0)": scale,
-        "image_newline: true (tiles)": getattr(language, "image_newline", None) is not None,
+        "image_newline: true (tiles)": isinstance(language, PrefixLM) and language.image_newline is not None,
         f"clip: {type(model.clip).__name__} (tiles)": isinstance(model.clip, TiledClipEncoder),
         "a projector other than mlp2x_gelu": not isinstance(layers, nn.Sequential) or len(layers) != 3,
-        "projector.norm: true (it needs false)": not isinstance(getattr(projector, "norm", None), nn.Identity),
+        "projector.norm: true (it needs false)": not isinstance(norm, nn.Identity),
     }
     return [*(problem for problem, found in problems.items() if found), *model.beside_clip()]

@@ -13,7 +13,7 @@ from visexpert.methods import MoVEKD
 from visexpert.runs import load_run
 from visexpert.training import build_cli
 
-SMOKE = Path(__file__).parents[2] / "configs" / "movekd" / "smoke.yaml"
+SMOKE = Path(__file__).parents[3] / "configs" / "movekd" / "smoke.yaml"
 
 
 def scores_of(run: Path) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from open_clip import CLIP
-from open_clip.model import set_model_preprocess_cfg
+from open_clip.model import resize_pos_embed, set_model_preprocess_cfg
 from open_clip.push_to_hf_hub import save_config_for_hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -70,8 +70,8 @@ def loaded(**options: Any) -> ClipEncoder:
     return encoder
 
 
-def check_against_open_clip(encoder: ClipEncoder, visual: Any) -> None:
-    images_BCHW = torch.rand(2, 3, 32, 32)
+def check_against_open_clip(encoder: ClipEncoder, visual: Any, size: int = 32) -> None:
+    images_BCHW = torch.rand(2, 3, size, size)
     with torch.no_grad():
         pixels_BCHW = (images_BCHW - encoder.mean) / encoder.std
         theirs = visual.forward_intermediates(pixels_BCHW, indices=[2], output_fmt="NLC")["image_intermediates"][0]
@@ -226,6 +226,32 @@ def test_another_image_size_equals_interpolation_by_transformers(transformers_fo
         states = reference(pixels, interpolate_pos_encoding=True).last_hidden_state
         torch.testing.assert_close(encoder(images_BCHW).tokens_BTD, states[:, 1:], atol=1e-5, rtol=1e-5)
     assert encoder.plain_copy().image_size == size
+
+
+def reference_at(size: int) -> Any:
+    """An open_clip model at another size, filled by open_clip's own resizing of its position embeddings."""
+    model = open_clip_model()
+    vision = {**CFG["vision_cfg"], "image_size": size}
+    fitted = CLIP(CFG["embed_dim"], vision, TEXT, quick_gelu=CFG["quick_gelu"]).eval()
+    state = model.state_dict()
+    resize_pos_embed(state, fitted)
+    fitted.load_state_dict(state)
+    return model, fitted
+
+
+@pytest.mark.parametrize("size", [16, 24, 48])
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_another_image_size_equals_interpolation_by_open_clip(tmp_path: Path, form: str, size: int) -> None:
+    model, fitted = reference_at(size)
+    set_model_preprocess_cfg(model, {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]})
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    options: dict[str, Any] = {"source": str(tmp_path), "image_size": size}
+    if form == "folder":
+        save_config_for_hf(model, tmp_path / "open_clip_config.json", CFG)
+    else:  # transformers' names for the architecture alone: the weights are open_clip's
+        (tmp_path / "open_clip_model.safetensors").rename(file := tmp_path / "clip.safetensors")
+        options |= {"source": str(file), "config": {**FIELDS, "hidden_act": "quick_gelu"}}
+    check_against_open_clip(loaded(**options), fitted.visual, size)
 
 
 def test_weights_of_another_size_are_refused_unless_one_was_asked_for(transformers_folder: Path) -> None:

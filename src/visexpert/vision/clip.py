@@ -45,7 +45,7 @@ class ClipEncoder(nn.Module):
             machine yet; if it is, both must agree.
         architecture: Name of an open_clip model instead of ``config``, such as ``ViT-L-14-336-quickgelu``.
         image_size: Side of the input in pixels; null for the source's own. For any other size, position embeddings are
-            interpolated as in transformers.
+            interpolated as in the source's own library (transformers: bicubic; open_clip: with antialias as well).
         licence: License of the weights, for export reports; null means the package's own for ``zoo:`` sources.
         mole: Add a mixture of low-rank experts to its MLPs (MoVE-KD's student); null for a plain CLIP.
     """
@@ -139,7 +139,9 @@ class ClipEncoder(nn.Module):
             self.config.projection_dim = found.projection_dim
         state = dict(found.tensors)
         if self.resized and POSITIONS in state:
-            state[POSITIONS] = resize_positions(state[POSITIONS], to_hw=self.grid_hw, prefix=1)
+            state[POSITIONS] = resize_positions(
+                state[POSITIONS], to_hw=self.grid_hw, prefix=1, antialias=found.antialias
+            )
         # MoLE's parameters keep their initial values: CLIP's own files do not have them.
         state = {key: value for key, value in self.model.state_dict().items() if MOLE_KEY.search(key)} | state
         fill_module(self.model, state, owner=OWNER, path=found.path)

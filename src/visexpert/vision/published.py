@@ -38,11 +38,14 @@ class LoadedClip:
         path: File they were read from, for messages; the index file if they are sharded.
         tensors: Weights under ``CLIPVisionModel``'s names.
         projection_dim: Width of the space shared with the text tower; None if the file has no projection.
+        antialias: Whether their own library fits position embeddings to another image size with antialias, as open_clip
+            does; transformers does not.
     """
 
     path: Path
     tensors: Mapping[str, Tensor]
     projection_dim: int | None
+    antialias: bool
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class PublishedClip:
         mean: Channel means for normalization, in [0, 1] units.
         std: Channel standard deviations, likewise.
         elsewhere: Source of the vision tower that the files use if they lack their own (LLaVA's own format).
+        of_open_clip: Whether ``fields`` come from open_clip; a lone file with ``config`` shows it by its names alone.
     """
 
     fields: Mapping[str, Any]
@@ -64,6 +68,7 @@ class PublishedClip:
     mean: Sequence[float] = OPENAI_MEAN
     std: Sequence[float] = OPENAI_STD
     elsewhere: str | None = None
+    of_open_clip: bool = False
 
     def licence(self) -> str | None:
         """As stated by the model card, where it is on this machine."""
@@ -95,23 +100,35 @@ class PublishedClip:
         assert self.source is not None
         found = read_source(self.source, owner=OWNER, names=(*WEIGHT_FILES, *OPEN_CLIP_FILES), holding=_OF_TOWER)
         check_keys(found.tensors, found.path, elsewhere=self.elsewhere)
-        tower = _tower(found.tensors)
+        tensors = _unwrapped(found.tensors)
+        tower = _tower(tensors)
         projection_DP = tower.projection_DP
-        return LoadedClip(found.path, tower.state, None if projection_DP is None else int(projection_DP.shape[1]))
+        return LoadedClip(
+            path=found.path,
+            tensors=tower.state,
+            projection_dim=None if projection_DP is None else int(projection_DP.shape[1]),
+            antialias=self.of_open_clip or (self.source.file is not None and _named_by_open_clip(tensors)),
+        )
 
 
 def vision_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the vision tower of a CLIP state dict under ``CLIPVisionModel``'s names, without its projection."""
-    return dict(_tower(tensors).state)
+    return dict(_tower(_unwrapped(tensors)).state)
+
+
+def _unwrapped(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    before = without_wrapper(tensors)
+    if not before:
+        return tensors
+    return {key.removeprefix(before): value for key, value in tensors.items() if key.startswith(before)}
+
+
+def _named_by_open_clip(tensors: Mapping[str, Tensor]) -> bool:
+    return any(key.removeprefix("visual.") == "conv1.weight" for key in tensors)
 
 
 def _tower(tensors: Mapping[str, Tensor]) -> VisionTower:
-    before = without_wrapper(tensors)
-    if before:
-        tensors = {key.removeprefix(before): value for key, value in tensors.items() if key.startswith(before)}
-    if any(key.removeprefix("visual.") == "conv1.weight" for key in tensors):
-        return from_open_clip(tensors)
-    return from_hugging_face(tensors)
+    return from_open_clip(tensors) if _named_by_open_clip(tensors) else from_hugging_face(tensors)
 
 
 def describe_clip(
@@ -264,7 +281,7 @@ def _from_open_clip(
     model_cfg: Mapping[str, Any], prepared: Mapping[str, Any], files: ModelSource | None
 ) -> PublishedClip:
     mean, std = prepared.get("mean") or OPENAI_MEAN, prepared.get("std") or OPENAI_STD
-    return PublishedClip(clip_config(model_cfg), files, own=True, mean=mean, std=std)
+    return PublishedClip(clip_config(model_cfg), files, own=True, mean=mean, std=std, of_open_clip=True)
 
 
 def _must_agree(given: Mapping[str, Any], own: Mapping[str, Any], files: ModelSource) -> None:

@@ -1,4 +1,4 @@
-"""Tiny language sides with weights wide enough that no two of their predictions are alike, and packed texts."""
+"""Tiny language models with weights wide enough that no two of their predictions are alike, and packed texts."""
 
 from __future__ import annotations
 

@@ -119,14 +119,14 @@ def test_a_window_is_felt() -> None:
     [
         ({"model_type": "mamba", "vocab_size": VOCAB, "hidden_size": 16}, "'mamba' carries a state along the row"),
         ({"model_type": "lfm2", **SIZES, "layer_types": ["conv", "full_attention"]}, "layers of the kind conv"),
-        ({"model_type": "xglm", "vocab_size": VOCAB, "d_model": 16}, "'xglm' makes its attention masks"),
+        ({"model_type": "xglm", "vocab_size": VOCAB, "d_model": 16}, "'xglm' builds its own attention masks"),
         ({"model_type": "ctrl", "vocab_size": VOCAB, "n_embd": 16}, "'ctrl' cannot generate from embeddings"),
         ({"model_type": "bert", **SIZES}, "'bert' reads text in both directions (is_decoder is false)"),
-        ({"model_type": "bloom", "vocab_size": VOCAB, "hidden_size": 16}, "'bloom' makes its attention masks"),
+        ({"model_type": "bloom", "vocab_size": VOCAB, "hidden_size": 16}, "'bloom' builds its own attention masks"),
         ({"model_type": "falcon", "vocab_size": VOCAB, "hidden_size": 16, "alibi": True}, "ALiBi"),
         ({"model_type": "bart", "vocab_size": VOCAB, "d_model": 16}, "'bart' takes no position_ids"),
         ({"model_type": "plbart", "vocab_size": VOCAB, "d_model": 16}, "'plbart' takes no position_ids"),
-        ({"model_type": "moshi", **SIZES, **WINDOW}, "'moshi' keeps to its sliding_window in generation alone"),
+        ({"model_type": "moshi", **SIZES, **WINDOW}, "'moshi' applies its sliding_window in generation only"),
         ({"model_type": "gemma3n_text", **SIZES, "hidden_size_per_layer_input": 8}, "token ids in every layer"),
     ],
 )
@@ -141,8 +141,8 @@ def test_a_model_that_would_read_packed_items_wrongly_is_refused(config: dict[st
     [
         ({"model_type": "llama", "hidden_size": 33}, "'llama' (Class validation error for validator"),
         ({"model_type": "llama", "num_attention_heads": "x"}, "'num_attention_heads' expected int, got str"),
-        ({"model_type": "llama", **SIZES, "pad_token_id": VOCAB}, "cannot build a 'llama' of these fields"),
-        ({"model_type": "ministral", **SIZES, "head_dim": None}, "cannot build a 'ministral' of these fields"),
+        ({"model_type": "llama", **SIZES, "pad_token_id": VOCAB}, "cannot build a 'llama' from these fields"),
+        ({"model_type": "ministral", **SIZES, "head_dim": None}, "cannot build a 'ministral' from these fields"),
         ({"model_type": "blt"}, "'blt' has no hidden_size"),
     ],
 )

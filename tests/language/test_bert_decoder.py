@@ -118,7 +118,7 @@ def test_an_encoder_with_a_hole_is_refused(tmp_path: Path) -> None:
 
 
 def test_other_models_are_refused() -> None:
-    with pytest.raises(ConfigError, match="model_type='llama' has no cross-attention; take one of bert, roberta"):
+    with pytest.raises(ConfigError, match="model_type='llama' has no cross-attention; use one of bert, roberta"):
         BertDecoder(config={"model_type": "llama", "vocab_size": 8})
 
 

@@ -121,7 +121,7 @@ def test_special_words_in_a_text_stay_words() -> None:
 def test_another_system_text_and_none() -> None:
     assert template(system="Be brief.").prompt("Hi", has_image=False) == pieces("<s>Be brief. USER: Hi ASSISTANT:")
     assert template(system="").prompt("Hi", has_image=False) == pieces("<s>USER: Hi ASSISTANT:")
-    with pytest.raises(ConfigError, match="'mistral' has no place for a system text"):
+    with pytest.raises(ConfigError, match="'mistral' takes no system text"):
         template("mistral", system="Be brief.")
     with pytest.raises(ConfigError, match="chat template 'vicuna' is unknown; use one of vicuna_v1, llama_2, mistral"):
         template("vicuna")  # type: ignore[arg-type]

@@ -55,7 +55,7 @@ def test_weights_that_are_missing_or_no_safetensors_are_refused(tmp_path: Path) 
 
 
 def test_heads_must_divide_the_width() -> None:
-    with pytest.raises(ConfigError, match="width 16 is no multiple of heads 3"):
+    with pytest.raises(ConfigError, match="width 16 must be a multiple of heads 3"):
         decoder(heads=3)
 
 

@@ -268,9 +268,9 @@ def test_the_prefix_lm_stops_at_its_last_position() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"strategy": "best"}, "strategy is 'best'; take one of greedy, beam, sample"),
+        ({"strategy": "best"}, "strategy is 'best'; use one of greedy, beam, sample"),
         ({"num_beams": 0}, "num_beams is 0, but must lie in"),
-        ({"temperature": 0.0}, "temperature is 0.0, .* the limit 0 is strategy greedy"),
+        ({"temperature": 0.0}, "temperature is 0.0, .* the limit 0, use strategy greedy"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"top_p": 1.5}, "top_p is 1.5, but must lie in"),
         ({"top_k": 0}, "top_k is 0"),

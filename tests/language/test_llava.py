@@ -112,9 +112,9 @@ def test_tiles_need_a_newline_and_no_position_code() -> None:
     vision = next_tokens(ours, Batch(torch.rand(1, 3, 40, 80), torch.arange(1), "test"))
     text = pack([[item(4, 1)]], 0)
     fields = ours.language.settings.to_dict()
-    with pytest.raises(ConfigError, match="come in tiles, which takes image_newline: true"):
+    with pytest.raises(ConfigError, match="come in tiles.*image_newline"):
         PrefixLM(config=fields)(vision, text)
-    with pytest.raises(ConfigError, match="position_scale codes one grid, but the images come in tiles"):
+    with pytest.raises(ConfigError, match="position_scale encodes a single grid, but the images come in tiles"):
         PrefixLM(config=fields, image_newline=True, position_scale=0.5)(vision, text)
 
 

@@ -1,4 +1,4 @@
-"""The absent language side says so instead of answering."""
+"""The absent language model says so instead of answering."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_it_builds_nothing() -> None:
 
 
 def test_reading_and_writing_are_refused() -> None:
-    with pytest.raises(ConfigError, match="no language side .*: set lm_weight to 0"):
+    with pytest.raises(ConfigError, match="no language model .*: set lm_weight to 0"):
         NoLanguage()(VISION, pack([[([5, 6, 7], 1)]], 0))
-    with pytest.raises(ConfigError, match="no language side .* cannot write; caption with another run"):
+    with pytest.raises(ConfigError, match="no language model .* cannot caption; use another run"):
         NoLanguage().generate(VISION, [[1]], eos_id=2)

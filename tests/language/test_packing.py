@@ -23,7 +23,7 @@ def test_supervised_positions_by_hand() -> None:
 
 def test_a_label_on_the_first_token_is_refused() -> None:
     text = pack([[([1, 5, 2], 0)]], 0)
-    with pytest.raises(DataError, match="a label stands on the first token of a row"):
+    with pytest.raises(DataError, match="the first token of a row has a label"):
         supervised(text)
 
 

@@ -35,7 +35,7 @@ def test_every_cell_has_its_own_code_of_one_length(grid_hw: tuple[int, int]) -> 
 
 
 def test_a_width_without_four_parts_is_refused() -> None:
-    with pytest.raises(ConfigError, match="width 6 is no multiple of 4"):
+    with pytest.raises(ConfigError, match="width 6 must be a multiple of 4"):
         sincos_2d((2, 2), 6)
 
 

@@ -67,14 +67,14 @@ def test_rows_padded_in_generation_are_tried(monkeypatch: pytest.MonkeyPatch) ->
         return given(**{**options, "attention_mask": torch.ones_like(options["attention_mask"])})
 
     monkeypatch.setattr(model, "generate", careless)
-    with pytest.raises(ConfigError, match="writes something else behind several prompts at once"):
+    with pytest.raises(ConfigError, match="generates different text for several prompts at once"):
         check_reading(model, settings, owner="PrefixLM")
 
 
 @pytest.mark.parametrize("kind", ["roberta", "camembert", "xmod"])
 def test_families_that_count_positions_from_elsewhere_are_refused(kind: str) -> None:
     config = {**llama(), "model_type": kind, "is_decoder": True, "pad_token_id": 1}
-    with pytest.raises(ConfigError, match=f"'{kind}' .* of a packed row than in the item alone"):
+    with pytest.raises(ConfigError, match=f"'{kind}' .* of a packed row than for the item alone"):
         PrefixLM(config=config | ({"default_language": "en_XX"} if kind == "xmod" else {}))
 
 

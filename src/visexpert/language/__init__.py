@@ -1,4 +1,4 @@
-"""Vision tokens and text to logits, and generation."""
+"""Language models: from vision tokens and text to logits, and generation."""
 
 from visexpert.language.base import LanguageSide, Predictions, item_mask, supervised
 from visexpert.language.bert_decoder import BertDecoder

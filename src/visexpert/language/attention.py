@@ -1,6 +1,6 @@
-"""Which token each layer of a causal language model may see: all before it, or those in a window or a chunk.
+"""Attention masks for each layer of a causal language model: full, sliding-window or chunked.
 
-transformers makes such masks by itself only for plain rows; packed items that share an image need their own.
+transformers builds such masks only for plain rows; packed items that share an image need their own.
 """
 
 from __future__ import annotations
@@ -18,26 +18,25 @@ from visexpert.language.base import additive
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 KINDS = (FULL, SLIDING, CHUNKED)
-"""Kinds of layers, by transformers' names, that a mask can keep packed items apart in."""
+"""Layer kinds, by transformers' names, in which a mask can separate packed items."""
 
 Attention = Literal["sdpa", "eager"]
 
 
 def attention_of(settings: PretrainedConfig) -> Attention:
-    """Return PyTorch's own attention where the model can use it, else the plain one (Gemma-2, GPT-OSS)."""
+    """Return PyTorch's fused attention if the model can use it, else the eager one (Gemma-2, GPT-OSS)."""
     model = _class_of(settings)
     return "sdpa" if model is None or model._supports_sdpa else "eager"
 
 
 def check_packing(settings: PretrainedConfig, *, owner: str) -> None:
-    """Refuse a language model that would read packed items wrongly.
+    """Check that a language model can read packed items.
 
     Raises:
-        ConfigError: It carries a state along the row (Mamba, RWKV), mixes neighbors (convolutions), takes distances
-            from places in the row instead of positions (ALiBi), makes its masks by itself alone, embeds token ids
-            once more in every layer, which image tokens do not have, sees what follows (BERT), counts positions along
-            the row whatever it is told (BART), has a window in its cache and none in its masks (Moshi), or generates
-            from token ids alone (CTRL).
+        ConfigError: It carries a state along the row (Mamba, RWKV), mixes neighbors (convolutions), measures distances
+            along the row instead of using positions (ALiBi), builds its own masks, embeds token ids again in every
+            layer, which image tokens do not have, sees later tokens (BERT), ignores the given positions (BART), has a
+            window in its cache but not in its masks (Moshi), or generates from token ids only (CTRL).
     """
     model: Any = _class_of(settings)
     text = settings.get_text_config(decoder=True)
@@ -46,14 +45,14 @@ def check_packing(settings: PretrainedConfig, *, owner: str) -> None:
     problems = {
         "carries a state along the row": model is not None and model._is_stateful,
         f"has layers of the kind {', '.join(sorted(kinds - {*KINDS}))}": bool(kinds - {*KINDS}),
-        "takes distances from places in the row (ALiBi)": bool(getattr(text, "alibi", False)),
-        "makes its attention masks by itself": has_own_masks,
+        "measures distances along the row (ALiBi)": bool(getattr(text, "alibi", False)),
+        "builds its own attention masks": has_own_masks,
         "takes no position_ids": model is not None
         and "position_ids" not in inspect.signature(model.forward).parameters,
-        "keeps to its sliding_window in generation alone": model is not None
+        "applies its sliding_window in generation only": model is not None
         and getattr(text, "sliding_window", None) is not None
         and not (kinds or hasattr(sys.modules[model.__module__], "create_sliding_window_causal_mask")),
-        "decodes what an encoder read": bool(getattr(settings, "is_encoder_decoder", False)),
+        "is an encoder-decoder": bool(getattr(settings, "is_encoder_decoder", False)),
         "reads token ids in every layer": bool(getattr(text, "hidden_size_per_layer_input", None)),
         "reads text in both directions (is_decoder is false)": getattr(text, "is_decoder", True) is False
         and "is_decoder" in inspect.signature(type(text).__init__).parameters,
@@ -64,20 +63,20 @@ def check_packing(settings: PretrainedConfig, *, owner: str) -> None:
         if found:
             raise ConfigError(
                 f"{owner}: a language model of type '{settings.model_type}' {problem}, so it cannot read packed text "
-                "with images as if each item stood alone; take another, such as llama, qwen3, mistral or gemma3_text."
+                "with images as if each item were alone; use another, such as llama, qwen3, mistral or gemma3_text."
             )
 
 
 def layer_masks(
     settings: PretrainedConfig, visible_BLL: Tensor, positions_BL: Tensor, dtype: torch.dtype
 ) -> Tensor | dict[str, Tensor]:
-    """Return what transformers' forward takes as ``attention_mask``: one for all layers, or one by kind of layer.
+    """Build the ``attention_mask`` of transformers' forward: one for all layers, or one per kind of layer.
 
     Args:
         settings: The model's configuration.
-        visible_BLL: bool, which token sees which where nothing limits how far.
+        visible_BLL: bool, which token sees which without any window.
         positions_BL: int64 position of each token in its own item; windows and chunks are counted in these.
-        dtype: Of the masks, which are added to the attention's logits, (B, 1, L, L).
+        dtype: Type of the masks (B, 1, L, L), which are added to the attention logits.
     """
     text = settings.get_text_config(decoder=True)
     window, chunk = getattr(text, "sliding_window", None), getattr(text, "attention_chunk_size", None)
@@ -89,13 +88,13 @@ def layer_masks(
     if chunk is not None:
         number_BL = positions_BL // int(chunk)
         masks[CHUNKED] = visible_BLL & (number_BL[:, :, None] == number_BL[:, None])
-    if not kinds:  # all layers are of one kind
+    if not kinds:  # all layers are of the same kind
         return additive(masks.get(SLIDING, visible_BLL)[:, None], dtype)
     return {kind: additive(mask_BLL[:, None], dtype) for kind, mask_BLL in masks.items()}
 
 
 def _class_of(settings: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """Return the class that AutoModelForCausalLM makes of a configuration."""
+    """Return the class that AutoModelForCausalLM builds for a configuration."""
     found: Any = AutoModelForCausalLM._model_mapping.get(type(settings), None)
     made: type[PreTrainedModel] | None = found
     return made

@@ -1,4 +1,4 @@
-"""What a language model offers: logits of supervised tokens, and generation."""
+"""The interface of language models: logits of supervised tokens, and generation."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from visexpert.types import IGNORE_INDEX, TextBatch, VisionTokens
 
 
 class Predictions(NamedTuple):
-    """What a language model makes of the supervised tokens of a text.
+    """Predictions for the supervised tokens of a text.
 
     Args:
-        logits_MV: Row m is the prediction *for* token m, from the image and what stands before it in its item.
-        targets_M: int64, the tokens themselves.
+        logits_MV: Row m is the prediction *for* token m, given the image and the preceding tokens of its item.
+        targets_M: int64, the supervised tokens.
     """
 
     logits_MV: Tensor
@@ -28,10 +28,10 @@ class Predictions(NamedTuple):
 
 
 class LanguageSide(nn.Module, ABC):
-    """Reads vision tokens and text, predicts text. Implemented by the prefix LM and the cross-attention decoder.
+    """Reads vision tokens and text and predicts text.
 
     Args:
-        width: Width of the vision tokens that it reads (the language width d_lang of ToVE's eq. 1).
+        width: Width of the vision tokens it reads (the language width d_lang of ToVE's eq. 1).
     """
 
     def __init__(self, *, width: int) -> None:
@@ -45,24 +45,24 @@ class LanguageSide(nn.Module, ABC):
 
     @abstractmethod
     def load_weights(self) -> None:
-        """Fill pretrained weights, where a source was given."""
+        """Load pretrained weights, if there is a source."""
 
     @abstractmethod
     def forward(self, vision: VisionTokens, text: TextBatch) -> Predictions:
         """Predict the M supervised tokens, in the order of ``text.labels_BN != IGNORE_INDEX``.
 
         Raises:
-            DataError: A supervised token stands first in its row, where nothing can predict it.
+            DataError: A supervised token is the first of its row, so nothing can predict it.
         """
 
     @property
     def weights_from(self) -> str | None:
-        """Folder, file or hub id that :meth:`load_weights` reads; None where it reads none."""
+        """Folder, file or hub id that :meth:`load_weights` reads; None if it reads none."""
         return None
 
     @property
     def has_source(self) -> bool:
-        """Whether it has weights of its own to start from, so that an earlier stage need not bring them."""
+        """Whether it has its own start weights, so that an earlier stage need not provide them."""
         return False
 
     def trained_modules(self) -> tuple[nn.Module, ...]:
@@ -79,17 +79,17 @@ class LanguageSide(nn.Module, ABC):
         max_new_tokens: int | None = None,
         decoding: Decoding | None = None,
     ) -> list[list[int]]:
-        """Continue one prompt per image; token ids up to, without, ``eos_id``.
+        """Continue one prompt per image; return token ids up to, but not including, ``eos_id``.
 
         Args:
             vision: Tokens of B images.
-            prompts: B prompts of any lengths, each with at least its first token (<bos>).
+            prompts: B prompts of any length, each with at least one token (<bos>).
             eos_id: Token that ends an answer.
             max_new_tokens: Longest answer; None for ``decoding``'s.
             decoding: How to choose tokens; None is greedy.
 
         Raises:
-            DataError: A prompt is longer than the model can read.
+            DataError: A prompt exceeds the model's positions.
         """
         decoding = Decoding() if decoding is None else decoding
         if max_new_tokens is not None:
@@ -100,37 +100,35 @@ class LanguageSide(nn.Module, ABC):
     def _generate(
         self, vision: VisionTokens, prompts: Sequence[Sequence[int]], *, eos_id: int, decoding: Decoding
     ) -> list[list[int]]:
-        """Return what :meth:`generate` promises, without gradients."""
+        """Implement :meth:`generate`; gradients are off."""
 
 
 def supervised(text: TextBatch) -> tuple[Tensor, Tensor]:
-    """Return targets (M,) of supervised tokens, and int64 (M,) the places row * N + column that predict them.
+    """Return targets (M,) of supervised tokens, and int64 (M,) indices row * N + column that predict them.
 
     Raises:
-        DataError: A supervised token stands first in its row, where nothing can predict it.
+        DataError: A supervised token is the first of its row, so nothing can predict it.
     """
     if text.facts.opens_supervised:
-        raise DataError(
-            "TextBatch: a label stands on the first token of a row; items begin with <bos>, which has none."
-        )
+        raise DataError("TextBatch: the first token of a row has a label; begin each item with <bos>, without a label.")
     places_M = text.facts.places_M
     return at_places(text.labels_BN, places_M), places_M - 1
 
 
 def at_places(values_BN: Tensor, places_M: Tensor) -> Tensor:
-    """Return values (M, ...) of a tensor (B, N, ...) at places row * N + column."""
+    """Return the values (M, ...) of a tensor (B, N, ...) at indices row * N + column."""
     return values_BN.flatten(0, 1).index_select(0, places_M)
 
 
 def item_mask(text: TextBatch) -> Tensor:
-    """Return which text token may see which, see :func:`segment_mask`."""
+    """Return the attention mask of a text; see :func:`segment_mask`."""
     return segment_mask(text.segments_BN)
 
 
 def segment_mask(segments_BN: Tensor) -> Tensor:
-    """Return which token may see which: its own item's, up to itself. bool (B, 1, N, N), true = visible.
+    """Return the attention mask of packed items, bool (B, 1, N, N), true = visible: causal within each item.
 
-    Padding (0) sees itself only, so that no row of the softmax is empty.
+    Padding (0) sees only itself, so that no softmax row is empty.
     """
     same_BNN = segments_BN.unsqueeze(2) == segments_BN.unsqueeze(1)
     num_tokens = segments_BN.shape[1]
@@ -141,12 +139,12 @@ def segment_mask(segments_BN: Tensor) -> Tensor:
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask, true = visible, as what attention of every kind adds to its logits."""
+    """Convert a mask, true = visible, to the values that any attention adds to its logits."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def image_mask(vision: VisionTokens) -> Tensor | None:
-    """Return which tokens of an image are its own. bool (B, 1, 1, T); None where all are."""
+    """Return the mask of an image's tokens, bool (B, 1, 1, T), false = padding; None without padding."""
     if vision.lengths is None:
         return None
     lengths_B = token_counts(vision)
@@ -166,10 +164,10 @@ def token_lengths(vision: VisionTokens) -> tuple[int, ...]:
 
 
 def refuse_markers(text: TextBatch, side: LanguageSide) -> None:
-    """For sides that read images beside their text, not in it.
+    """Check that a text has no image tokens, for models that read images beside the text.
 
     Raises:
-        DataError: The text says where its image goes.
+        DataError: The text has image tokens.
     """
     if text.facts.has_markers:
         raise DataError(

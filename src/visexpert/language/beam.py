@@ -1,4 +1,4 @@
-"""Beam search over next-token logits, apart from any model."""
+"""Beam search over next-token logits, independent of any model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BeamStep:
-    """What the beams do next.
+    """Next step of the beams.
 
     Args:
-        parents_R: int64 row that each row continues; rows of one text stay together.
-        tokens_R: int64 token that it adds.
+        parents_R: int64 row that each row continues; rows of one prompt stay together.
+        tokens_R: int64 token added to each row.
     """
 
     parents_R: Tensor
@@ -30,14 +30,14 @@ class _Finished:
 
 
 class BeamSearch:
-    """The likeliest texts, G at once for each of B prompts (rows b G to b G + G - 1 belong to prompt b).
+    """Finds the likeliest texts, G in parallel for each of B prompts (rows b G to b G + G - 1 belong to prompt b).
 
     A finished text scores log-likelihood / length ** ``length_penalty``, <eos> counted in both; one that reaches its
-    limit counts as finished without <eos>. A prompt is done when no open beam can still beat its best finished text,
-    so enough beams find the best text of all.
+    limit is finished without <eos>. A prompt is done when no open beam can still beat its best finished text, so with
+    enough beams the best text is found.
 
     Args:
-        limits: Most tokens per prompt.
+        limits: Largest number of tokens for each prompt.
         num_beams: G.
         length_penalty: See above.
         eos_id: Token that finishes a text.
@@ -46,7 +46,7 @@ class BeamSearch:
     def __init__(self, limits: Sequence[int], *, num_beams: int, length_penalty: float, eos_id: int) -> None:
         self._limits, self._num_beams = list(limits), num_beams
         self._penalty, self._eos_id = length_penalty, eos_id
-        # One beam starts: the others would only be copies of it.
+        # Only one beam starts: the others would be copies of it.
         start_G = [0.0] + [-math.inf] * (num_beams - 1)
         self._scores = [start_G if limit > 0 else [-math.inf] * num_beams for limit in limits]
         self._open: list[list[list[int]]] = [[[] for _ in range(num_beams)] for _ in limits]
@@ -62,11 +62,12 @@ class BeamSearch:
         return [found.tokens for found in self._best]
 
     def advance(self, logits_RV: Tensor) -> BeamStep:
-        """Take the next token of all beams from their logits (B G, V)."""
+        """Choose the next token of all beams from their logits (B G, V)."""
         gains_RV = logits_RV.float().log_softmax(-1)
         scores_BG = torch.tensor(self._scores, device=logits_RV.device)
         total_BC = (scores_BG.unsqueeze(2) + gains_RV.unflatten(0, scores_BG.shape)).flatten(1)
-        # Each beam has one <eos> at most, so that among 2 G candidates are always G that go on, if so many there are.
+        # Each beam has at most one <eos>, so among 2 G candidates there are always G that continue, if there are that
+        # many.
         count = min(2 * self._num_beams, total_BC.shape[1])
         chosen = total_BC.topk(count, dim=1)
         vocabulary = logits_RV.shape[1]
@@ -80,7 +81,7 @@ class BeamSearch:
         return BeamStep(torch.tensor(parents, device=device), torch.tensor(tokens, device=device))
 
     def _extend(self, prompt: int, scores: list[float], beams: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Finish or go on with the candidates of one prompt; (beam, token) of the G that go on."""
+        """Finish or continue the candidates of one prompt; return (beam, token) of the G that continue."""
         opened = self._open[prompt]
         kept: list[tuple[float, int, int]] = []
         for score, (beam, token) in zip(scores, beams, strict=True):

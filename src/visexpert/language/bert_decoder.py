@@ -26,22 +26,22 @@ class BertDecoder(PretrainedSide):
     """BERT or RoBERTa as a decoder: causal, with a fresh cross-attention in each block.
 
     All text items of an image share the image's keys and values. The tokenizer must have ``<bos>`` and ``<eos>``
-    (BERT's: set them to ``[CLS]`` and ``[SEP]``).
+    (for BERT's, set them to ``[CLS]`` and ``[SEP]``).
 
     Args:
         config: Fields of a Hugging Face config with ``model_type``, for a random model (``vocab_size`` included).
-        source: Folder or hub id of an encoder (``bert-base-uncased``, ``roberta-base``) or of a decoder saved before;
-            cross-attention, and the output layer where there is none, start random.
+        source: Folder or hub id of an encoder (``bert-base-uncased``, ``roberta-base``) or of a saved decoder;
+            cross-attention, and the output layer if the source has none, start random.
         weights: Start weights for a model built from ``config``: a safetensors file.
         position_scale: Scale of a 2-D sine-cosine code added to the vision tokens; 0 for none. The decoder sees the
-            tokens as a set, so it needs one unless the encoder's own is strong.
-        dtype: Of the weights: ``float32``, ``bfloat16`` or ``float16``; what LoRA adds stays float32.
-        frozen: The model's weights stay those of ``source``, in no checkpoint; for a decoder saved before.
-        lora: Train low-rank updates instead of the model itself; the same.
-        gradient_checkpointing: Keep no activations inside the blocks: less memory, a third more time.
+            tokens as a set, so it needs the code unless the encoder's own positions are strong.
+        dtype: Type of the weights: ``float32``, ``bfloat16`` or ``float16``; LoRA parameters stay float32.
+        frozen: Keep the weights of ``source``, outside checkpoints; for a saved decoder.
+        lora: Train low-rank updates instead of the model itself; for a saved decoder.
+        gradient_checkpointing: Keep no activations inside the blocks: less memory, about a third more time.
 
     Raises:
-        ConfigError: Another kind of model.
+        ConfigError: The model is of another kind.
     """
 
     fresh = (".crossattention.", "cls.predictions.", "lm_head.")
@@ -65,10 +65,10 @@ class BertDecoder(PretrainedSide):
         self.position_scale = position_scale
 
     def adapt(self, settings: Any) -> Any:
-        """Return a decoder with cross-attention."""
+        """Make the configuration a decoder with cross-attention."""
         if settings.model_type not in FAMILIES:
             raise ConfigError(
-                f"BertDecoder: model_type={settings.model_type!r} has no cross-attention; take one of "
+                f"BertDecoder: model_type={settings.model_type!r} has no cross-attention; use one of "
                 f"{', '.join(FAMILIES)}, or a PrefixLM."
             )
         settings.is_decoder = settings.add_cross_attention = True
@@ -96,7 +96,7 @@ class BertDecoder(PretrainedSide):
 
     @property
     def _first_position(self) -> int:
-        """RoBERTa counts positions from behind its padding id."""
+        """RoBERTa counts positions from its padding id + 1."""
         padding = getattr(self.model.base_model.embeddings, "padding_idx", None)
         return 0 if padding is None else int(padding) + 1
 

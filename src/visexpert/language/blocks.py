@@ -1,4 +1,4 @@
-"""The layers of the cross-attention decoder, and the cache that lets them write token by token."""
+"""The layers of the cross-attention decoder, and the cache for token-by-token generation."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 class KeyValueCache:
-    """Keys and values (R, H, S, D / H) of the tokens that one layer has seen, row by row."""
+    """Keys and values (R, H, S, D / H) of the tokens seen by one layer, row by row."""
 
     def __init__(self) -> None:
         self._held: KeysValues | None = None
 
     def extend(self, new: KeysValues) -> KeysValues:
-        """Add those of further tokens; all of them so far."""
+        """Append those of new tokens; return all so far."""
         if self._held is not None:
             new = torch.cat([self._held[0], new[0]], dim=2), torch.cat([self._held[1], new[1]], dim=2)
         self._held = new
         return new
 
     def reorder(self, rows_R: Tensor) -> None:
-        """Let row i hold what row ``rows_R[i]`` held."""
+        """Make row i what row ``rows_R[i]`` was."""
         if self._held is not None:
             self._held = self._held[0][rows_R], self._held[1][rows_R]
 
 
 class DecoderBlock(nn.Module):
-    """Self-attention, cross-attention, MLP, each pre-normed with a residual."""
+    """Self-attention, cross-attention and MLP, each pre-norm with a residual."""
 
     def __init__(self, width: int, *, heads: int, mlp_width: int, dropout: float) -> None:
         super().__init__()
@@ -47,14 +47,14 @@ class DecoderBlock(nn.Module):
         cache: KeyValueCache | None = None,
         memory_mask: Tensor | None = None,
     ) -> Tensor:
-        """(B, N, D) to (B, N, D).
+        """Map tokens (B, N, D) to (B, N, D).
 
         Args:
             hidden_BND: The tokens.
             memory: Keys and values of the image.
-            mask: bool (B, 1, N, S), true = visible; S counts the tokens in the cache, too.
-            cache: Earlier tokens of the text, which these are added to.
-            memory_mask: bool (B, 1, 1, T), true = part of the image; None where all is.
+            mask: bool (B, 1, N, S), true = visible; S includes the tokens in the cache.
+            cache: Earlier tokens of the text; these are appended to them.
+            memory_mask: bool (B, 1, 1, T), true = part of the image; None without padding.
         """
         normed = self.self_norm(hidden_BND)
         own = self.attention.keys_values(normed)
@@ -66,7 +66,7 @@ class DecoderBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose keys and values may come from elsewhere and be reused."""
+    """Multi-head attention whose keys and values may come from another source and be reused."""
 
     def __init__(self, width: int, *, heads: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         return self._split(keys), self._split(values)
 
     def forward(self, hidden_BND: Tensor, keys_values: KeysValues, mask: Tensor | None) -> Tensor:
-        """Attend; ``mask`` bool (B, 1, N, S), true = visible; who sees nothing gets zero."""
+        """Attend; ``mask`` bool (B, 1, N, S), true = visible; a token that sees nothing gets zero."""
         query = self._split(self.query(hidden_BND))
         if mask is None:
             attended = F.scaled_dot_product_attention(query, *keys_values)

@@ -1,4 +1,4 @@
-"""Causal language models of transformers: built without weights first, filled second."""
+"""Causal language models of transformers: built first, weights loaded second."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 META_FROM = 50_000_000
-"""Parameters from which a model whose weights are yet to come is built on the meta device, without memory."""
+"""Number of parameters above which a model is built on the meta device, without memory, until weights are loaded."""
 
 IN_WHOLE = {
     r"^(?:model\.)?language_model\.model\.": "model.",
@@ -35,31 +35,31 @@ IN_WHOLE = {
     r"^(?:model\.)?language_model\.": "model.",
     r"^model\.text_model\.": "model.",
 }
-"""Where a model that also sees keeps its language model, and the names of that model alone."""
+"""Prefixes of a multimodal model's language model, and its names as a model of its own."""
 
 
 def build_config(config: Mapping[str, Any] | None, source: str | None, *, owner: str) -> PretrainedConfig:
-    """Return the configuration from fields with ``model_type``, or of a source (a folder or hub id).
+    """Build the configuration from fields with ``model_type``, or read it from a source (a folder or hub id).
 
     Raises:
-        ConfigError: No or an unknown ``model_type``.
-        WeightsError: The source is not to be had, or its configuration cannot be read.
+        ConfigError: ``model_type`` is missing or unknown.
+        WeightsError: The source is unavailable, or its configuration cannot be read.
     """
     if config is not None:
         return text_part(_from_fields(dict(config), owner), owner=owner)
     folder = ModelSource.parse(str(source)).folder("config.json", owner=owner)
     try:
         loaded: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # huggingface_hub's errors of fields that contradict one another have no base of theirs
+    except Exception as error:  # huggingface_hub's errors for contradictory fields have no common base
         raise WeightsError(
-            f"{owner}: {folder / 'config.json'} is of no model that transformers knows without running its code "
+            f"{owner}: {folder / 'config.json'} is of no model that transformers supports without remote code "
             f"({_reason(error)}); give another."
         ) from error
     return text_part(loaded, owner=owner)
 
 
 def text_part(settings: PretrainedConfig, *, owner: str) -> PretrainedConfig:
-    """Return the configuration of the language model inside one that also sees or hears; of any other, itself.
+    """Return the configuration of a multimodal model's language model; any other configuration is returned as is.
 
     Its weights are in the same files (Gemma-3, Llama-4, Mistral-3, LLaVA), under :data:`IN_WHOLE`.
 
@@ -72,11 +72,11 @@ def text_part(settings: PretrainedConfig, *, owner: str) -> PretrainedConfig:
     if type(text) not in known:
         raise ConfigError(
             f"{owner}: a model of type '{text.model_type}'{whole} is no causal language model that transformers runs "
-            "by itself; take one, such as llama, qwen3, mistral or gemma3_text."
+            "on its own; use another, such as llama, qwen3, mistral or gemma3_text."
         )
     if not hasattr(text, "hidden_size"):
-        raise ConfigError(f"{owner}: '{text.model_type}'{whole} has no hidden_size; take another.")
-    if getattr(settings, "tie_word_embeddings", False):  # the whole model's word counts (Mistral-3)
+        raise ConfigError(f"{owner}: '{text.model_type}'{whole} has no hidden_size; use another.")
+    if getattr(settings, "tie_word_embeddings", False):  # the setting of the whole model counts (Mistral-3)
         text.tie_word_embeddings = True
     return text
 
@@ -94,7 +94,7 @@ def torch_dtype(name: Dtype, *, owner: str) -> torch.dtype:
 
 
 def build_model(settings: PretrainedConfig, *, dtype: torch.dtype, weights_follow: bool, owner: str) -> nn.Module:
-    """Return a random model; a big one whose weights follow is on the meta device.
+    """Build a random model; on the meta device if it is large and its weights are loaded later.
 
     Raises:
         ConfigError: transformers cannot build one of this configuration.
@@ -103,10 +103,10 @@ def build_model(settings: PretrainedConfig, *, dtype: torch.dtype, weights_follo
     try:
         with torch.device("meta"):
             empty: nn.Module = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
-    except Exception as error:  # fields that contradict one another fail anywhere in the model's own code
+    except Exception as error:  # contradictory fields can fail anywhere in the model's own code
         raise ConfigError(
-            f"{owner}: transformers cannot build a '{settings.model_type}' of these fields "
-            f"({type(error).__name__}: {_reason(error)}); give it the fields of a released config.json."
+            f"{owner}: transformers cannot build a '{settings.model_type}' from these fields "
+            f"({type(error).__name__}: {_reason(error)}); use the fields of a released config.json."
         ) from error
     if weights_follow and sum(parameter.numel() for parameter in empty.parameters()) >= META_FROM:
         return empty
@@ -127,15 +127,15 @@ def read_model(
 
     Args:
         source: As :meth:`~visexpert.io.source.ModelSource.parse` reads it.
-        settings: Its configuration, as :func:`build_config` gave it.
-        dtype: Of the weights.
-        quantisation: Bits to hold them in.
-        owner: Who asks, for messages.
-        fresh: Parts of names of weights that may be missing and then are random.
+        settings: Its configuration, from :func:`build_config`.
+        dtype: Type of the weights.
+        quantisation: Quantization of the weights.
+        owner: Name of the caller, for messages.
+        fresh: Fragments of weight names that may be missing and then stay random.
 
     Raises:
-        WeightsError: The weights are missing, damaged, could run code, or do not fit the configuration.
-        ConfigError: ``quantisation`` cannot be.
+        WeightsError: The weights are missing or damaged, could run code, or do not fit the configuration.
+        ConfigError: ``quantisation`` is unknown or unavailable.
     """
     folder = ModelSource.parse(source).fetch_weights(owner=owner).parent
     options: dict[str, Any] = {} if quantisation is None else {"quantization_config": quantised(quantisation, dtype)}
@@ -158,18 +158,18 @@ def read_model(
 
 
 def _is_whole(folder: Path, settings: PretrainedConfig) -> bool:
-    """Return whether a folder's model has more than the language model that is wanted of it."""
+    """Return whether a folder's model contains more than the language model."""
     return bool(read_json(folder / "config.json").get("model_type") != settings.model_type)
 
 
 def check_report(report: Mapping[str, Any], folder: Path, *, owner: str, fresh: tuple[str, ...] = ()) -> None:
-    """Refuse what transformers would pass over with a warning.
+    """Refuse problems that transformers would only warn about.
 
     Args:
-        report: What ``from_pretrained`` says of its loading.
-        folder: Where from.
-        owner: Who asks, for the message.
-        fresh: Parts of names of what may be missing.
+        report: Loading report of ``from_pretrained``.
+        folder: Folder of the weights.
+        owner: Name of the caller, for messages.
+        fresh: Fragments of weight names that may be missing.
 
     Raises:
         WeightsError: A weight is missing or has another shape.
@@ -187,7 +187,7 @@ def check_report(report: Mapping[str, Any], folder: Path, *, owner: str, fresh: 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' bars and its table of missing weights, which :func:`check_report` reads."""
+    """Silence transformers' progress bars and its table of missing weights, which :func:`check_report` checks."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -205,17 +205,17 @@ def _from_fields(settings: dict[str, Any], owner: str) -> PretrainedConfig:
     kind = str(settings.pop("model_type"))
     if kind not in CONFIG_MAPPING:
         near = get_close_matches(kind, CONFIG_MAPPING, n=3)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "take one that transformers knows."
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "use one that transformers knows."
         raise ConfigError(f"{owner}: model_type={kind!r} is unknown; {hint}")
     try:
         built: PretrainedConfig = AutoConfig.for_model(kind, **settings)
     except Exception as error:  # see build_config
         raise ConfigError(
-            f"{owner}: transformers takes no such fields for a '{kind}' ({_reason(error)}); correct config."
+            f"{owner}: transformers rejects these fields of a '{kind}' ({_reason(error)}); correct config."
         ) from error
     return built
 
 
 def _reason(error: Exception) -> str:
-    """Return what transformers or PyTorch say, in one line; the cause of a refused field stands in its second."""
+    """Return an error of transformers or PyTorch in one line; the cause of a refused field is on its second."""
     return " ".join(str(error).split())[:200]

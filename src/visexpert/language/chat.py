@@ -1,4 +1,4 @@
-"""Conversations as the text that LLaVA-1.5 trains on: template, place of the image, labels on assistant turns."""
+"""LLaVA-1.5's conversation format: template, position of the image, labels on assistant turns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 ChatStyle = Literal["vicuna_v1", "llama_2", "mistral", "plain"]
 
 Turns: TypeAlias = Sequence[tuple[str, str | None]]
-"""What the user says and what the assistant answers, in turn; None where it is to be written."""
+"""Turns of (question, answer); the answer is None if it is to be generated."""
 
 SYSTEMS: dict[ChatStyle, str] = {
     "vicuna_v1": "A chat between a curious user and an artificial intelligence assistant. "
@@ -30,33 +30,32 @@ SYSTEMS: dict[ChatStyle, str] = {
     "mistral": "",
     "plain": "",
 }
-"""What opens a conversation, word for word as in training: another wording is another model to it."""
+"""System texts, word for word as in LLaVA's training; models are sensitive to the wording."""
 
 
 class LlavaTemplate(TextEncoder):
-    """Frames conversations by one of LLaVA-1.5's templates (haotian-liu/LLaVA, ``conversation.py``).
+    """Formats conversations with one of LLaVA-1.5's templates (haotian-liu/LLaVA, ``conversation.py``).
 
     - ``vicuna_v1``: ``USER: question ASSISTANT: answer</s>``, the system text before the first turn;
     - ``llama_2``: ``<s>[INST] question [/INST] answer </s>``, the system text inside the first question;
     - ``mistral``: the same with one ``<s>`` and no system text;
-    - ``plain``: the answer and a line break, questions are left out (stage 1).
+    - ``plain``: the answer and a line break, without questions (stage 1).
 
-    The image stands before its question on a line of its own, or in front of a plain answer.
-    Labels stand on every answer with what ends it, and on the space before it: Llama's tokenizers make ``3`` behind a
-    space two tokens, of which the model must write both (as LLaVA's ``preprocess_v1`` has it).
+    The image comes before its question on its own line, or before a plain answer.
+    Every answer is labeled, with its end token and the space before it: Llama's tokenizers turn ``3`` after a space
+    into two tokens, and the model must generate both (as in LLaVA's ``preprocess_v1``).
 
-    Ids are those of LLaVA, which tokenizes the text on either side of the image as a whole; but words such as ``</s>``
-    in a text stay words.
+    Ids equal LLaVA's, which tokenizes the text on each side of the image as a whole, except that words such as ``</s>``
+    in a text stay plain text.
 
     Args:
-        tokenizer: A fast one; :class:`~visexpert.types.FrameTokens` says which tokens open and end a text.
+        tokenizer: A fast tokenizer; :class:`~visexpert.types.FrameTokens` defines the tokens that open and end a text.
         style: The template.
         system: Another system text; null for the template's.
-        max_tokens: Longest item, the image counted as one; a longer one is cut at its end. Null for no limit.
+        max_tokens: Longest item, the image counted as one; longer ones are truncated. Null for no limit.
 
     Raises:
-        ConfigError: An unknown style, a tokenizer that cannot say where a token stands, or a system text that the
-            style has no place for.
+        ConfigError: An unknown style, a tokenizer without offsets, or a system text for a style that takes none.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class LlavaTemplate(TextEncoder):
             raise ConfigError(f"The chat template {style!r} is unknown; use one of {', '.join(get_args(ChatStyle))}.")
         frame = FrameTokens.of(tokenizer, purpose="frame conversations")
         if system and not SYSTEMS[style]:
-            raise ConfigError(f"The chat template {style!r} has no place for a system text; leave system out.")
+            raise ConfigError(f"The chat template {style!r} takes no system text; leave system out.")
         self.tokenizer, self.style = tokenizer, style
         self.system = SYSTEMS[style] if system is None else system
         self.max_tokens = max_tokens
@@ -79,11 +78,11 @@ class LlavaTemplate(TextEncoder):
         self._lead = _lead_of(tokenizer, self.eos_id)
 
     def encode(self, item: TextItem, *, has_image: bool = True) -> EncodedText:
-        """Return a whole conversation: the item's history, then its prompt and answer.
+        """Encode a whole conversation: the item's history, then its prompt and answer.
 
         Raises:
-            DataError: ``<image>`` does not stand once in the texts of a sample with an image and in no other's, an
-                answer is empty, or no answer is left within ``max_tokens``.
+            DataError: A sample with an image does not have exactly one ``<image>``, or one without has any; an answer
+                is empty; or no answer fits within ``max_tokens``.
         """
         turns = self._with_marker([*item.history, (item.prompt, item.answer)], has_image)
         if any(not answer.strip() for _, answer in turns if answer is not None):
@@ -98,7 +97,7 @@ class LlavaTemplate(TextEncoder):
         return text
 
     def prompt(self, question: str, *, history: Sequence[tuple[str, str]] = (), has_image: bool = True) -> list[int]:
-        """Return ids of a conversation up to where the next answer begins.
+        """Return the ids of a conversation up to the start of the next answer.
 
         Raises:
             DataError: As :meth:`encode`.
@@ -108,7 +107,7 @@ class LlavaTemplate(TextEncoder):
         return ids
 
     def prompt_text(self, question: str, *, history: Sequence[tuple[str, str]] = (), has_image: bool = True) -> str:
-        """Return the conversation up to where the next answer begins; see :meth:`TextEncoder.prompt_text`.
+        """Return the conversation up to the start of the next answer; see :meth:`TextEncoder.prompt_text`.
 
         Raises:
             DataError: As :meth:`encode`.
@@ -123,7 +122,7 @@ class LlavaTemplate(TextEncoder):
 
     @property
     def chat_template(self) -> str:
-        """See :attr:`TextEncoder.chat_template`; the system text is in it."""
+        """See :attr:`TextEncoder.chat_template`; it includes the system text."""
         bos, eos = (say(written(self.tokenizer, token)) for token in (self.bos_id, self.eos_id))
         answer, call = "{{ message['content'] }}", ""
         if self.style == "plain":
@@ -145,7 +144,7 @@ class LlavaTemplate(TextEncoder):
         )
 
     def _with_marker(self, turns: Turns, has_image: bool) -> Turns:
-        """Return the image's marker in the first question, unless a question has it."""
+        """Add the image marker to the first question, unless a question has it."""
         count = sum(question.count(MARKER) for question, _ in turns)
         if has_image and not count:
             (question, answer), *others = turns
@@ -194,13 +193,13 @@ class LlavaTemplate(TextEncoder):
             yield _Part(f"{answer}\n", learned=True)
 
     def _tokenise(self, parts: Iterator[_Part]) -> EncodedText:
-        """Return stretches of text as one each, with the special tokens between them."""
+        """Tokenize each stretch of text as a whole, with the special tokens between them."""
         ids: list[int] = []
         supervised: list[bool] = []
         for is_text, group in groupby(parts, key=lambda part: part.token is None):
             stretch = list(group)
             if is_text:
-                # LLaVA begins anew at the start and behind the image, where the tokenizer sees the start of a text.
+                # LLaVA restarts the tokenizer at the start and after the image, so it sees the start of a text there.
                 starts = len(ids) <= 1 or ids[-1] == IMAGE_TOKEN
                 found = self._stretch(stretch, lead="" if starts else self._lead)
                 ids += found.ids.tolist()
@@ -220,7 +219,7 @@ class LlavaTemplate(TextEncoder):
 
 @dataclass(frozen=True)
 class _Part:
-    """A stretch of text, or one special token; ``learned`` says that the model must write it."""
+    """A stretch of text, or one special token; ``learned`` marks what the model must generate."""
 
     text: str = ""
     token: int | None = None
@@ -232,7 +231,7 @@ _ASKED = (
     f"{{% set words = message['content'] | replace('{MARKER}', '') | trim %}}"
     "{% if words %}{{ '\\n' + words }}{% endif %}{% else %}{{ message['content'] }}{% endif %}"
 )
-"""What :func:`_question` does, in Jinja."""
+"""The same as :func:`_question`, in Jinja."""
 
 _ONE_TURN = (
     "{% if not loop.first %}"
@@ -246,17 +245,17 @@ def _first(text: str, otherwise: str = "") -> str:
 
 
 _LEADS = ("", "\n", ".", "\n\n", "</")
-"""Texts that may stand in for a special token, so that what follows is tokenized as behind one."""
+"""Texts that may stand in for a special token, so that the following text is tokenized as after one."""
 
 
 def _lead_of(tokenizer: PreTrainedTokenizerBase, eos_id: int) -> str:
-    """Return what to put before a text so that its ids are those behind a special token.
+    """Return a prefix that gives a text the ids it has after a special token.
 
-    Some tokenizers (Llama's with ``legacy: false``) mark the start of a word at the start of a text, but not behind a
-    special token; words of users must not be read as special tokens, so the token itself cannot stand there.
+    Some tokenizers (Llama's with ``legacy: false``) mark the start of a word at the start of a text, but not after a
+    special token. User text must not be parsed for special tokens, so the token itself cannot be the prefix.
 
     Raises:
-        ConfigError: Nothing that we know does it.
+        ConfigError: No known prefix works.
     """
     special = str(tokenizer.convert_ids_to_tokens(eos_id))
     probes = ("USER: a", "[INST] a", "3", " x")
@@ -265,13 +264,13 @@ def _lead_of(tokenizer: PreTrainedTokenizerBase, eos_id: int) -> str:
         if all([eos_id, *_behind(tokenizer, lead, probe)[0]] == ids for probe, ids in zip(probes, wanted, strict=True)):
             return lead
     raise ConfigError(
-        f"The tokenizer {tokenizer.name_or_path!r} writes texts behind {special!r} in a way that LlavaTemplate does "
-        "not know; use visexpert.data.ChatPacker with a chat template in Jinja."
+        f"The tokenizer {tokenizer.name_or_path!r} tokenizes texts after {special!r} in a way that LlavaTemplate does "
+        "not support; use visexpert.data.ChatPacker with a chat template in Jinja."
     )
 
 
 def _behind(tokenizer: PreTrainedTokenizerBase, lead: str, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return ids of a text behind another, and the characters of the text that each stands for."""
+    """Return the ids of a text after a prefix, and the characters that each id covers."""
     encoded = tokenizer(lead + text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
     pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     inside = [(token, (begin - len(lead), end - len(lead))) for token, (begin, end) in pairs if begin >= len(lead)]
@@ -279,7 +278,7 @@ def _behind(tokenizer: PreTrainedTokenizerBase, lead: str, text: str) -> tuple[l
 
 
 def _question(question: str) -> Iterator[_Part]:
-    """Yield the user's words; the image stands before them on a line of its own, wherever the marker was."""
+    """Yield the user's words, with the image before them on its own line, wherever the marker was."""
     if MARKER not in question:
         yield _Part(question)
         return

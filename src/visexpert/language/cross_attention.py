@@ -1,4 +1,4 @@
-"""A text decoder that reads vision tokens by cross-attention (Prismer's kind of language model, small)."""
+"""A text decoder that reads vision tokens by cross-attention (a small one of Prismer's kind)."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class CrossAttentionDecoder(LanguageSide):
 
     Args:
         vocab_size: V.
-        width: Width of decoder and vision tokens.
-        depth: Blocks of self-attention, cross-attention and MLP.
+        width: Width of the decoder and the vision tokens.
+        depth: Number of blocks of self-attention, cross-attention and MLP.
         heads: Attention heads.
         mlp_ratio: Hidden width of the MLPs over ``width``.
         max_tokens: Longest text item in tokens.
         position_scale: Scale of the 2-D sine-cosine code added to the vision tokens; 0 for none. The decoder sees the
-            tokens as a set, so it needs one unless the encoder's own is strong.
-        dropout: On the output of each sublayer.
+            tokens as a set, so it needs the code unless the encoder's own positions are strong.
+        dropout: Dropout on the output of each sublayer.
         source: Start weights: a safetensors file or ``zoo:NAME.safetensors``; None for random ones.
     """
 
@@ -63,7 +63,7 @@ class CrossAttentionDecoder(LanguageSide):
         require_numbers(owner, above=0, mlp_ratio=mlp_ratio)
         require_numbers(owner, least=0, below=1, dropout=dropout)
         if width % heads:
-            raise ConfigError(f"CrossAttentionDecoder: width {width} is no multiple of heads {heads}.")
+            raise ConfigError(f"CrossAttentionDecoder: width {width} must be a multiple of heads {heads}.")
         self.source = source
         self._max_tokens = max_tokens
         self.position_scale = position_scale
@@ -90,7 +90,7 @@ class CrossAttentionDecoder(LanguageSide):
         return self._max_tokens
 
     def load_weights(self) -> None:
-        """Read ``source``, if any."""
+        """Load ``source``, if any."""
         if self.source is not None:
             found = read_source(ModelSource.parse(self.source), owner="CrossAttentionDecoder")
             state = dict(found.tensors)
@@ -150,15 +150,15 @@ class Memory:
     """An image as the blocks read it.
 
     Args:
-        keys_values: Of each block.
-        mask: bool (B, 1, 1, T), true = part of the image; None where all is.
+        keys_values: Keys and values of each block.
+        mask: bool (B, 1, 1, T), true = part of the image; None without padding.
     """
 
     keys_values: list[KeysValues]
     mask: Tensor | None
 
     def rows(self, rows_R: Tensor) -> Memory:
-        """Return what rows ``rows_R`` hold."""
+        """Select rows ``rows_R``."""
         chosen = [(keys[rows_R], values[rows_R]) for keys, values in self.keys_values]
         return Memory(chosen, None if self.mask is None else self.mask[rows_R])
 
@@ -184,7 +184,7 @@ class _DecoderWriting(CachedWriting):
 
     def keep(self, rows_R: Tensor) -> None:
         """See :class:`CachedWriting`."""
-        if len(rows_R) != len(self._length_R):  # else rows change places within their image
+        if len(rows_R) != len(self._length_R):  # otherwise rows only move within their image
             self._memory = self._memory.rows(rows_R)
         for cache in self._caches:
             cache.reorder(rows_R)

@@ -1,4 +1,4 @@
-"""Weights that stay what their source says: in no checkpoint, and not missed when one is read."""
+"""Frozen weights: left out of checkpoints, and not missing when one is loaded."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import nn
 
 
 def leave_out_of_checkpoints(module: nn.Module, names: Callable[[], Collection[str]]) -> None:
-    """Keep some of a module's weights out of its state dict, also where it is part of a larger module.
+    """Keep some of a module's weights out of its state dict, even if it is part of a larger module.
 
     Args:
-        module: The module; whoever fills those weights does so before a checkpoint is read.
-        names: Says which, as the module's own state dict names them.
+        module: The module; these weights must be filled before a checkpoint is loaded.
+        names: Returns their names in the module's own state dict.
     """
     seen: dict[str, str] = {}
 

@@ -1,6 +1,6 @@
-"""How text is chosen from next-token logits: greedily, by beam search or by sampling, whatever model gives them.
+"""Decode text from the next-token logits of any model: greedily, by beam search or by sampling.
 
-Shapes, beside those of :mod:`visexpert.types`: R rows that are being written, G beams of one text.
+Shapes in addition to those of :mod:`visexpert.types`: R rows being generated, G beams of one text.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ class Decoding:
     """How to choose the tokens of an answer.
 
     Args:
-        strategy: ``greedy`` - the most likely token each time; ``beam`` - the likeliest of ``num_beams`` texts that
-            are followed at once; ``sample`` - drawn from the model's distribution.
-        num_beams: Texts followed at once (beam).
+        strategy: ``greedy`` - the most likely token each time; ``beam`` - the likeliest of ``num_beams`` texts searched
+            in parallel; ``sample`` - drawn from the model's distribution.
+        num_beams: Number of texts searched in parallel (beam).
         length_penalty: A finished text scores its log-likelihood divided by its length (<eos> included) to this power
-            (beam): 0 takes the likeliest text, which favors short ones; 1 the likeliest per token.
-        temperature: The logits are divided by it (sample): below 1 likely tokens become likelier still.
-        top_k: Draw from the k likeliest tokens only (sample); null for all.
-        top_p: Draw from the fewest likeliest tokens that hold this much probability only (sample; Holtzman et al.,
+            (beam): 0 selects the likeliest text, which favors short ones; 1 the likeliest per token.
+        temperature: The logits are divided by it (sample): values below 1 sharpen the distribution.
+        top_k: Draw only from the k likeliest tokens (sample); null for all.
+        top_p: Draw only from the smallest set of likeliest tokens with this total probability (sample; Holtzman et al.,
             arXiv 1904.09751).
-        seed: Of the draws (sample).
+        seed: Seed of the draws (sample).
         max_new_tokens: Longest answer.
 
     Raises:
-        ConfigError: A value cannot be.
+        ConfigError: A value is out of range or unknown.
     """
 
     strategy: Strategy = "greedy"
@@ -51,7 +51,7 @@ class Decoding:
 
     def __post_init__(self) -> None:
         if self.strategy not in get_args(Strategy):
-            raise ConfigError(f"Decoding.strategy is {self.strategy!r}; take one of {', '.join(get_args(Strategy))}.")
+            raise ConfigError(f"Decoding.strategy is {self.strategy!r}; use one of {', '.join(get_args(Strategy))}.")
         limits: dict[str, tuple[float, float]] = {
             "num_beams": (1, 1024),
             "length_penalty": (-10, 10),
@@ -64,31 +64,31 @@ class Decoding:
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                hint = "; the limit 0 is strategy greedy" if name == "temperature" and value <= low else ""
+                hint = "; for the limit 0, use strategy greedy" if name == "temperature" and value <= low else ""
                 raise ConfigError(f"Decoding.{name} is {value}, but must lie in [{low:g}, {high:g}]{hint}; change it.")
 
 
 class Writing(Protocol):
-    """A model in the middle of writing R rows: it remembers what they hold and tells what may come next."""
+    """A model generating R rows: it keeps their tokens and returns the logits of the next ones."""
 
     def start(self) -> Tensor:
         """Return logits (R, V) of the token after each prompt."""
 
     def append(self, tokens_R: Tensor) -> Tensor:
-        """Add a token to each row; logits (R, V) of the one after it."""
+        """Append a token to each row; return logits (R, V) of the next one."""
 
     def reorder(self, rows_R: Tensor) -> None:
-        """Let row i continue what row ``rows_R[i]`` holds; the number of rows may change."""
+        """Make row i continue row ``rows_R[i]``; the number of rows may change."""
 
 
 def write(writing: Writing, decoding: Decoding, *, eos_id: int, room: Sequence[int]) -> list[list[int]]:
-    """Write one answer per row; token ids up to, without, ``eos_id``.
+    """Generate one answer per row; return token ids up to, but not including, ``eos_id``.
 
     Args:
-        writing: The model with its prompts.
-        decoding: How to choose.
-        eos_id: Ends a row.
-        room: Most tokens of each row, besides ``decoding.max_new_tokens``.
+        writing: The model, holding its prompts.
+        decoding: How to choose tokens.
+        eos_id: Token that ends a row.
+        room: Largest number of tokens of each row, in addition to the limit ``decoding.max_new_tokens``.
     """
     limits = [min(places, decoding.max_new_tokens) for places in room]
     if decoding.strategy == "beam":
@@ -109,7 +109,7 @@ def write(writing: Writing, decoding: Decoding, *, eos_id: int, room: Sequence[i
 
 
 def likely_tokens(logits_RV: Tensor, decoding: Decoding) -> Tensor:
-    """Return probabilities (R, V) after temperature, top-k and top-p, in this order; what they exclude gets 0."""
+    """Return probabilities (R, V) after temperature, top-k and top-p, in this order; excluded tokens get 0."""
     logits_RV = logits_RV.float()
     # Relative to the largest, so that a low temperature does not overflow.
     logits_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / decoding.temperature
@@ -119,13 +119,13 @@ def likely_tokens(logits_RV: Tensor, decoding: Decoding) -> Tensor:
     probabilities_RV = ordered_RV.softmax(-1)
     if decoding.top_p < 1:
         before_RV = probabilities_RV.cumsum(-1) - probabilities_RV
-        before_RV[:, 0] = 0.0  # exactly, so that one is always left
+        before_RV[:, 0] = 0.0  # exactly 0, so that at least one token remains
         probabilities_RV = ordered_RV.masked_fill(before_RV >= decoding.top_p, -math.inf).softmax(-1)
     return torch.zeros_like(logits_RV).scatter(1, order_RV, probabilities_RV)
 
 
 class _Sampler:
-    """Draws a token per row, each row from a stream of its own, so that rows do not depend on their neighbors."""
+    """Draws one token per row, each row from its own random stream, so that rows do not depend on their neighbors."""
 
     def __init__(self, decoding: Decoding, num_rows: int) -> None:
         self._decoding = decoding

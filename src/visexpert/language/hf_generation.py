@@ -1,4 +1,4 @@
-"""Our words for decoding in those of transformers' ``generate``."""
+"""Convert decoding settings to those of transformers' ``generate``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from visexpert.language.generation import Decoding
 
 
 def strategy(decoding: Decoding) -> dict[str, Any]:
-    """Return the words of transformers' ``generate`` for it; what they do not name is off there."""
+    """Return the arguments of transformers' ``generate``; everything they do not name is off."""
     if decoding.strategy == "beam":
-        # "never" stops when nothing better can come, as our own search does; the default is a heuristic.
+        # "never" stops once nothing better is possible, as our own search does; the default is a heuristic.
         return {
             "do_sample": False, "num_beams": decoding.num_beams, "length_penalty": decoding.length_penalty,
             "early_stopping": "never",
@@ -30,7 +30,7 @@ def strategy(decoding: Decoding) -> dict[str, Any]:
 
 @contextmanager
 def seeded(decoding: Decoding) -> Iterator[None]:
-    """Draw from the strategy's own seed, where it draws, and leave everyone else's numbers as they were."""
+    """Seed torch for a sampling strategy, and restore the random state afterwards."""
     if decoding.strategy != "sample":
         yield
         return
@@ -40,5 +40,5 @@ def seeded(decoding: Decoding) -> Iterator[None]:
 
 
 def until(row: list[int], eos_id: int) -> list[int]:
-    """Return tokens before the first ``eos_id``."""
+    """Return the tokens before the first ``eos_id``."""
     return row[: row.index(eos_id)] if eos_id in row else row

@@ -20,13 +20,13 @@ Quantisation = Literal["nf4", "int8"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoRASettings:
-    """Low-rank updates beside a frozen language model (LoRA, arXiv 2106.09685). Defaults are LLaVA-1.5's.
+    """Low-rank updates of a frozen language model (LoRA, arXiv 2106.09685). Defaults are LLaVA-1.5's.
 
     Args:
         rank: Rank of each update.
         alpha: Updates are scaled by alpha / rank.
-        dropout: On their input, in training.
-        targets: Names of the linear layers that get one, such as ``q_proj``; null for all but the output layer.
+        dropout: Dropout on their input in training.
+        targets: Names of the linear layers to update, such as ``q_proj``; null for all except the output layer.
     """
 
     rank: int = 128
@@ -37,18 +37,18 @@ class LoRASettings:
     def __post_init__(self) -> None:
         if self.rank < 1 or not 0 <= self.dropout < 1 or self.alpha <= 0:
             raise ConfigError(
-                f"LoRA: rank={self.rank}, alpha={self.alpha} and dropout={self.dropout} cannot work; give a rank of at "
+                f"LoRA: rank={self.rank}, alpha={self.alpha} and dropout={self.dropout} are invalid; give a rank of at "
                 "least 1, an alpha above 0 and a dropout in [0, 1)."
             )
 
 
 def add_lora(model: nn.Module, settings: LoRASettings) -> LoraModel:
-    """Put updates into a causal language model, which is changed in place; all else of it is frozen.
+    """Add updates to a causal language model in place; everything else is frozen.
 
-    They are float32 whatever the model is, since bfloat16 has no room for small steps.
+    They are always float32, since bfloat16 would round away small steps.
 
     Raises:
-        ConfigError: A target names no linear layer.
+        ConfigError: A target does not name a linear layer.
     """
     model.requires_grad_(False)
     config = LoraConfig(
@@ -57,12 +57,12 @@ def add_lora(model: nn.Module, settings: LoRASettings) -> LoraModel:
     )  # fmt: skip
     place = next(model.parameters()).device
     try:
-        with place if place.type == "meta" else nullcontext():  # else peft takes memory for what is not there yet
+        with place if place.type == "meta" else nullcontext():  # else peft allocates memory
             tuner = LoraModel(model, config, "default")
     except ValueError as error:
         linear = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
         raise ConfigError(
-            f"LoRA: targets {settings.targets} name no linear layer of the model; it has {sorted(linear)}."
+            f"LoRA: targets {settings.targets} name no linear layer of the model; use some of {sorted(linear)}."
         ) from error
     for part in lora_modules(model):
         part.to(torch.float32)
@@ -70,17 +70,17 @@ def add_lora(model: nn.Module, settings: LoRASettings) -> LoraModel:
 
 
 def lora_modules(model: nn.Module) -> tuple[nn.Module, ...]:
-    """Return the low-rank factors inside a model, in its order."""
+    """Return the low-rank factors of a model, in module order."""
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     return tuple(part for layer in layers for part in (layer.lora_A, layer.lora_B))
 
 
 def quantised(kind: Quantisation, compute: torch.dtype) -> Any:
-    """Return the setting of transformers that loads a model in 4 or 8 bits.
+    """Return transformers' setting for loading a model in 4 or 8 bits.
 
     Args:
         kind: ``nf4`` - QLoRA's 4 bits (arXiv 2305.14314) with doubly quantized constants; ``int8``.
-        compute: What products are computed in.
+        compute: Type in which products are computed.
 
     Raises:
         ConfigError: An unknown kind, or bitsandbytes is not installed.

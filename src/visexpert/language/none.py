@@ -11,7 +11,7 @@ from visexpert.types import TextBatch, VisionTokens
 
 
 class NoLanguage(LanguageSide):
-    """Stands where a language model would; nothing is built, nothing can be read or written."""
+    """Placeholder for a language model; builds nothing and cannot read or generate text."""
 
     def __init__(self) -> None:
         super().__init__(width=0)
@@ -21,10 +21,10 @@ class NoLanguage(LanguageSide):
 
     def forward(self, vision: VisionTokens, text: TextBatch) -> Predictions:
         """Refused."""
-        raise ConfigError("This run has no language side (NoLanguage): set lm_weight to 0, or give it one.")
+        raise ConfigError("This run has no language model (NoLanguage): set lm_weight to 0, or set language.")
 
     def _generate(
         self, vision: VisionTokens, prompts: Sequence[Sequence[int]], *, eos_id: int, decoding: Decoding
     ) -> list[list[int]]:
         """Refused."""
-        raise ConfigError("This run has no language side (NoLanguage), so it cannot write; caption with another run.")
+        raise ConfigError("This run has no language model (NoLanguage), so it cannot caption; use another run.")

@@ -1,4 +1,4 @@
-"""A 2-D position code for vision tokens that a language model reads as an unordered memory."""
+"""A 2-D position code for vision tokens that a language model reads as an unordered set."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def sincos_2d(grid_hw: tuple[int, int], width: int) -> Tensor:
         float32 (T, width), values in [-1, 1], row-major.
     """
     if width % 4:
-        raise ConfigError(f"sincos_2d: width {width} is no multiple of 4.")
+        raise ConfigError(f"sincos_2d: width {width} must be a multiple of 4.")
     frequencies = torch.pi * 2.0 ** torch.linspace(-1, 3, width // 4)
     rows, columns = (torch.arange(side).add(0.5).div(side) for side in grid_hw)
     codes = [

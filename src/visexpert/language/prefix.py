@@ -1,4 +1,4 @@
-"""A causal language model that reads vision tokens among its text (LLaVA's kind of language model)."""
+"""A causal language model that reads vision tokens among its text, as LLaVA does."""
 
 from __future__ import annotations
 
@@ -25,26 +25,28 @@ from visexpert.types import IMAGE_TOKEN, TextBatch, VisionTokens
 
 
 class PrefixLM(PretrainedSide):
-    """Any ``AutoModelForCausalLM`` with the image's tokens among its text, or in front of it.
+    """Any ``AutoModelForCausalLM``, with image tokens inside its text or in front of it.
 
-    Where the text says where the image goes (:data:`~visexpert.types.IMAGE_TOKEN`, as LLaVA's templates do), it stands
-    there; else in front, and all items of an image are packed behind one copy. An item sees the image and itself, and
-    its positions count on, so that packing gives the same logits as one row per item. A model that cannot be read so is
-    refused, by what its configuration tells or by a trial on a few tokens (:mod:`visexpert.language.reading_check`).
+    A marker in the text (:data:`~visexpert.types.IMAGE_TOKEN`, as in LLaVA's templates) is replaced by the image;
+    without markers the image comes first, and all its items are packed behind one copy. An item sees the image and
+    itself, and its positions continue those of the image, so packing gives the same logits as one row per item. Models
+    that cannot do this are refused, by their configuration or after a trial on a few tokens
+    (:mod:`visexpert.language.reading_check`).
 
     Args:
         config: Fields of a Hugging Face config with ``model_type``, for a random model (``vocab_size`` included).
         source: Folder in ``save_pretrained`` form (safetensors or .bin, sharded or not), or a hub id (``ORG/NAME``,
-            ``hf:ORG/NAME@REVISION``). Its ``config.json`` builds the model, weights follow; a big one has no memory
-            until then.
+            ``hf:ORG/NAME@REVISION``). The model is built from its ``config.json`` and the weights are loaded later; a
+            large one takes no memory until then.
         position_scale: Scale of a 2-D sine-cosine code added to the image; 0 (LLaVA) for none.
         weights: Start weights for a model built from ``config``: a safetensors file or ``zoo:NAME.safetensors``.
-        dtype: Of the weights: ``float32``, ``bfloat16`` or ``float16``; what LoRA adds stays float32.
-        frozen: The model's weights stay those of ``source``: no gradient, in no checkpoint. LoRA implies it.
+        dtype: Type of the weights: ``float32``, ``bfloat16`` or ``float16``; LoRA parameters stay float32.
+        frozen: Keep the weights of ``source``: no gradient, not in checkpoints. LoRA implies it.
         lora: Train low-rank updates instead of the model itself; null for none.
-        quantisation: Hold the frozen model in 4 bits (``nf4``, QLoRA) or 8 (``int8``), by bitsandbytes; null for not.
-        gradient_checkpointing: Keep no activations inside the blocks: less memory, a third more time.
-        image_newline: A trained vector that ends each row of tiles (LLaVA-NeXT); for images in tiles.
+        quantisation: Hold the frozen model in 4 bits (``nf4``, QLoRA) or 8 (``int8``), with bitsandbytes; null for
+            neither.
+        gradient_checkpointing: Keep no activations inside the blocks: less memory, about a third more time.
+        image_newline: Train a vector that ends each row of tiles (LLaVA-NeXT); for tiled images.
     """
 
     def __init__(
@@ -72,14 +74,14 @@ class PrefixLM(PretrainedSide):
             nn.init.normal_(self.image_newline.weight, std=self.width**-0.5)
 
     def added_modules(self) -> tuple[nn.Module, ...]:
-        """Return the vector that ends rows of tiles."""
+        """Return the vector that ends each row of tiles."""
         return () if self.image_newline is None else (self.image_newline,)
 
     def forward(self, vision: VisionTokens, text: TextBatch) -> Predictions:
         """See :meth:`LanguageSide.forward`.
 
         Raises:
-            DataError: The text is too long, or says of samples with an image that there is none, or the reverse.
+            DataError: The text is too long, or its markers do not match the images of the samples.
         """
         reading = lay_out(vision, text)
         self._check_length(reading.longest)
@@ -96,7 +98,7 @@ class PrefixLM(PretrainedSide):
 
     @contextmanager
     def _head_reads(self, places_M: Tensor) -> Iterator[None]:
-        """Give the output layer the wanted tokens alone; what the model does to its logits (caps, scales) stays."""
+        """Apply the output layer only to the tokens needed; the model's changes to its logits (caps, scales) remain."""
 
         def select(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return (at_places(given[0], places_M), *given[1:])
@@ -120,7 +122,7 @@ class PrefixLM(PretrainedSide):
     ) -> list[list[int]]:
         """By transformers' ``generate``, with a KV cache; rows are padded on the left.
 
-        Sampled rows share one stream of random numbers, so that a draw depends on the rows beside it.
+        Sampled rows share one random stream, so a draw depends on the other rows.
         """
         lengths = token_lengths(vision)
         image_BTD = self._image(vision)
@@ -129,7 +131,7 @@ class PrefixLM(PretrainedSide):
         rows = [self._row(ids, image_BTD[i, : lengths[i]]) for i, ids in enumerate(prompts)]
         longest = max(map(len, rows))
         room = self._check_room(longest)
-        # Padding stands in front: image and prompt stay neighbors, as in training.
+        # Left padding keeps image and prompt adjacent, as in training.
         embeds = torch.stack([nn.functional.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
         pad = torch.tensor([longest - len(row) for row in rows], device=embeds.device)
         mask = (torch.arange(longest, device=pad.device) >= pad[:, None]).long()
@@ -148,12 +150,12 @@ class PrefixLM(PretrainedSide):
         return torch.cat([words_LD[:place], image_TD.to(words_LD.dtype), words_LD[place:]])
 
     def _check_room(self, length: int) -> int:
-        """Return tokens that still fit behind an image and its prompt."""
+        """Return the number of tokens that still fit after an image and its prompt."""
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None and length >= limit:
             raise DataError(
                 f"PrefixLM: an image with its prompt takes {length} tokens and leaves no room for an answer in the "
-                f"{limit} positions of the language model; shorten the prompt or take a model with more."
+                f"{limit} positions of the language model; shorten the prompt or use a model with more."
             )
         return sys.maxsize if limit is None else int(limit) - length
 
@@ -162,21 +164,23 @@ class PrefixLM(PretrainedSide):
         if limit is not None and longest > limit:
             raise DataError(
                 f"PrefixLM: a text item with its image takes {longest} tokens, more than the {limit} positions of the "
-                "language model; shorten the text or take a model with more."
+                "language model; shorten the text or use a model with more."
             )
 
     def _image(self, vision: VisionTokens) -> Tensor:
         tokens_BTD = vision.tokens_BTD
         if vision.newline_BT is not None:
             if self.image_newline is None:
-                raise ConfigError("PrefixLM: the images come in tiles, which takes image_newline: true.")
+                raise ConfigError("PrefixLM: the images come in tiles; set image_newline to true.")
             newline_D = self.image_newline.weight[0].to(tokens_BTD.dtype)
             tokens_BTD = torch.where(vision.newline_BT[..., None], newline_D, tokens_BTD)
         if not self.position_scale:
             return tokens_BTD
         code_TD = sincos_2d(vision.grid_hw, self.width).to(tokens_BTD)
         if len(code_TD) != tokens_BTD.shape[1]:
-            raise ConfigError("PrefixLM: position_scale codes one grid, but the images come in tiles; set it to 0.")
+            raise ConfigError(
+                "PrefixLM: position_scale encodes a single grid, but the images come in tiles; set it to 0."
+            )
         return tokens_BTD + self.position_scale * code_TD
 
     def _embed(self, ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What language models share that wrap a model of transformers: building, filling, freezing, LoRA."""
+"""Shared base of wrapped transformers models: building, loading weights, freezing, LoRA."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PretrainedSide(LanguageSide):
     """Holds a causal language model of transformers as ``model``; the arguments are those of its subclasses."""
 
     fresh: tuple[str, ...] = ()
-    """Parts of names of weights that a source may lack."""
+    """Fragments of weight names that a source may lack."""
 
     def __init__(
         self,
@@ -52,22 +52,22 @@ class PretrainedSide(LanguageSide):
             leave_out_of_checkpoints(self, self._frozen_names)
 
     def adapt(self, settings: Any) -> Any:
-        """Return the configuration as this side needs it."""
+        """Adapt a configuration to this class."""
         return settings
 
     def read(self, source: str) -> nn.Module:
-        """Return the model with the weights of a source."""
+        """Read the model with the weights of a source."""
         return read_model(
             source, self.settings, dtype=self._dtype, quantisation=self._quantisation, owner=self.owner,
             fresh=self.fresh,
         )  # fmt: skip
 
     def added_modules(self) -> tuple[nn.Module, ...]:
-        """Return what a side trains beside its model, frozen or not."""
+        """Return the modules trained beside the model, whether it is frozen or not."""
         return ()
 
     def load_weights(self) -> None:
-        """Fill the model from ``source`` or ``weights``, if any.
+        """Load the model's weights from ``source`` or ``weights``, if any.
 
         Raises:
             WeightsError: They are missing or do not fit.
@@ -77,7 +77,7 @@ class PretrainedSide(LanguageSide):
         elif self._weights is not None:
             found = read_source(ModelSource.parse(self._weights), owner=self.owner)
             state = dict(found.tensors)
-            for copied, original in self.model._tied_weights_keys.items():  # tied weights are stored once
+            for copied, original in self.model._tied_weights_keys.items():  # tied weights are stored only once
                 state.setdefault(copied, state.get(original, torch.empty(0)))
             fill_module(self.model, state, owner=self.owner, path=found.path)
 
@@ -88,11 +88,11 @@ class PretrainedSide(LanguageSide):
 
     @property
     def has_source(self) -> bool:
-        """Whether ``source`` or ``weights`` fill it."""
+        """Whether ``source`` or ``weights`` is set."""
         return self.source is not None or self._weights is not None
 
     def trained_modules(self) -> tuple[nn.Module, ...]:
-        """Return what trains: everything, or what was added to a frozen model."""
+        """Return the modules that train: all, or those added to a frozen model."""
         return (*lora_modules(self.model), *self.added_modules()) if self._is_frozen else (self,)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
@@ -113,11 +113,11 @@ class PretrainedSide(LanguageSide):
             return self.model
         if self._quantisation is not None:
             raise ConfigError(
-                f"{self.owner}: updates cannot be added to weights in {self._quantisation}; open the run with "
+                f"{self.owner}: updates cannot be added to weights in {self._quantisation}; load the run with "
                 "quantisation null (the checkpoint holds the updates alone)."
             )
         copied: Any = copy.deepcopy(self)
-        copied.model.float()  # bfloat16 has no room for most of what an update adds
+        copied.model.float()  # bfloat16 would round away most of an update
         return copied._tuner.merge_and_unload()
 
     def _check(self) -> None:
@@ -135,13 +135,13 @@ class PretrainedSide(LanguageSide):
             )
 
     def _take(self, model: nn.Module) -> None:
-        """Make a model this side's own."""
+        """Take over a model."""
         if self._is_frozen:
             model.requires_grad_(False)
         if self._lora is not None:
-            self.__dict__["_tuner"] = add_lora(model, self._lora)  # no part of this module: it holds the same weights
+            self.__dict__["_tuner"] = add_lora(model, self._lora)  # not a submodule: it holds the same weights
         if self._checkpointing:
-            # The newer name where there is one: transformers is about to drop the older.
+            # Prefer the newer name: transformers is about to drop the older one.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})  # type: ignore[operator]
         self.model = model

@@ -1,4 +1,4 @@
-"""CLIP tokens in the language width: t_clip."""
+"""Projector from CLIP tokens to the language width: t_clip."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ ProjectorKind = Literal["linear", "mlp2x_gelu", "identity"]
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorSettings:
-    """CLIP tokens to the language width.
+    """Settings of the projector from CLIP tokens to the language width.
 
     Args:
         kind: ``linear``, ``mlp2x_gelu`` (LLaVA-1.5, MoVE-KD's paper) or ``identity`` for tokens that already fit.
-        norm: LayerNorm before it (LLaVA has none; frozen encoders of unlike scale profit).
+        norm: LayerNorm before it (LLaVA has none; frozen encoders with different scales benefit).
     """
 
     kind: ProjectorKind = "linear"
@@ -27,13 +27,13 @@ class ProjectorSettings:
 
 
 class Projector(nn.Module):
-    """Vision width to language width.
+    """Maps vision tokens to the language width.
 
     Args:
         in_dim: Width of the vision tokens.
         out_dim: Language width.
         kind: ``linear``; ``mlp2x_gelu`` - LLaVA-1.5's; ``identity`` for tokens that already fit.
-        norm: LayerNorm on the way in (LLaVA has none; frozen encoders of unlike scale profit).
+        norm: LayerNorm on the input (LLaVA has none; frozen encoders with different scales benefit).
     """
 
     def __init__(self, *, in_dim: int, out_dim: int, kind: ProjectorKind = "mlp2x_gelu", norm: bool = False) -> None:
@@ -52,6 +52,6 @@ class Projector(nn.Module):
             )
 
     def forward(self, tokens_BTD: Tensor) -> Tensor:
-        """(B, T, in_dim) to (B, T, out_dim)."""
+        """Map tokens (B, T, in_dim) to (B, T, out_dim)."""
         projected: Tensor = self.layers(self.norm(like_weights(tokens_BTD, self)))
         return projected

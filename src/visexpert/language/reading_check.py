@@ -1,7 +1,7 @@
-"""Whether a causal language model reads packed items as it reads each alone, tried on a few tokens before it trains.
+"""Check on a few tokens, before training, that a causal language model reads packed items as it reads each alone.
 
-What the configuration tells is refused by :func:`~visexpert.language.attention.check_packing`, weights or not;
-transformers has some 200 families and gets new ones, and this finds what no field tells.
+Problems visible in the configuration are refused by :func:`~visexpert.language.attention.check_packing`. transformers
+has some 200 families and gains new ones; this check finds what no field shows.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from visexpert.language.base import item_mask
 from visexpert.types import IGNORE_INDEX, TextBatch
 
 LENGTHS = (6, 3)
-"""Tokens of the two items that are read packed and alone."""
+"""Lengths of the two items that are read packed and alone."""
 
 LIMIT, HALF_LIMIT = 1e-3, 0.1
-"""How far an item's logits may lie from those of the item alone, in their standard deviation: float32, and narrower."""
+"""Largest deviation of an item's logits from those of the item alone, in standard deviations: float32, and narrower."""
 
 _read_well: set[str] = set()
-"""Configurations that passed: what a model reads depends on its code and fields, not on its weights."""
+"""Configurations that passed: the result depends on a model's code and fields, not on its weights."""
 
 
 def check_reading(model: Any, settings: PretrainedConfig, *, owner: str) -> None:
-    """Read two items packed and each alone, and write behind both: everything must be the same.
+    """Check that two items give the same logits and generated text when packed and when read alone.
 
-    What most tokens of an item say counts, as rounding may send single ones to other experts. Writing is tried in
-    float32 alone: in bfloat16 and float16 rounding may change what is written. Models without weights yet or in 4 or 8
-    bits are passed over.
+    Most tokens of an item must agree, since rounding may route single ones to other experts. Generation is tried in
+    float32 only: in bfloat16 and float16 rounding may change the text. Models without weights yet, or in 4 or 8 bits,
+    are skipped.
 
     Args:
-        model: As ``AutoModelForCausalLM`` built or read it.
+        model: Model from ``AutoModelForCausalLM``.
         settings: Its configuration.
         owner: Who asks, for the message.
 
@@ -51,18 +51,18 @@ def check_reading(model: Any, settings: PretrainedConfig, *, owner: str) -> None
     try:
         with _evaluating(model), torch.no_grad():
             problem = _difference(model, settings, weights[0])
-    except Exception as error:  # whatever its own code raises
+    except Exception as error:  # the model's own code may raise anything
         problem = f"fails on packed text ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
     if problem:
         raise ConfigError(
             f"{owner}: a language model of type '{settings.model_type}' {problem}, tried on {sum(LENGTHS)} tokens; "
-            "take another, such as llama, qwen3, mistral or gemma3_text."
+            "use another, such as llama, qwen3, mistral or gemma3_text."
         )
     _read_well.add(key)
 
 
 def _difference(model: Any, settings: PretrainedConfig, weight: Tensor) -> str:
-    """Return what is not as it should be; nothing where all is."""
+    """Return a description of the difference; empty if there is none."""
     embed = model.get_input_embeddings()
     ids = torch.arange(2, 2 + sum(LENGTHS), device=weight.device) % embed.num_embeddings
     items = [row[None] for row in embed(ids).split(LENGTHS)]
@@ -79,22 +79,22 @@ def _difference(model: Any, settings: PretrainedConfig, weight: Tensor) -> str:
         spread = float(wanted_LV.std())
         error = float((found_LV - wanted_LV).abs().amax(-1).median())
         if spread > 0 and error > (LIMIT if exact else HALF_LIMIT) * spread:
-            return f"predicts other tokens in item {number} of a packed row than in the item alone (off by {error:.2g})"
+            return (
+                f"predicts other tokens in item {number} of a packed row than for the item alone (off by {error:.2g})"
+            )
     if not exact:
         return ""
     together = _written(model, items)
     for number, item in enumerate(items):
-        for found_RV, wanted_RV in zip(together, _written(model, [item]), strict=False):  # one may stop before
+        for found_RV, wanted_RV in zip(together, _written(model, [item]), strict=False):  # one may stop earlier
             error = float((found_RV[number] - wanted_RV[0]).abs().max())
             if error > LIMIT * float(wanted_RV.std()):
-                return (
-                    f"writes something else behind several prompts at once than behind each alone (off by {error:.2g})"
-                )
+                return f"generates different text for several prompts at once than for each alone (off by {error:.2g})"
     return ""
 
 
 def _packed(ids_N: Tensor) -> TextBatch:
-    """Return both items in one row."""
+    """Pack both items into one row."""
     lengths = torch.tensor(LENGTHS, device=ids_N.device)
     segments = torch.arange(1, 1 + len(LENGTHS), device=ids_N.device).repeat_interleave(lengths)
     positions = torch.cat([torch.arange(length, device=ids_N.device) for length in LENGTHS])
@@ -115,7 +115,7 @@ def _written(model: Any, items: list[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; every part is left in the mode it was in."""
+    """Turn dropout off, then restore the mode of every module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

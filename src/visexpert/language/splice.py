@@ -1,6 +1,6 @@
-"""Where the image's tokens go among those of packed text: in place of a marker in each item, or in front of all.
+"""Splice image tokens into packed text: in place of a marker in each item, or in front of all items.
 
-Letters beside those of types.py: L length of a row with its image in it.
+Letters in addition to those of types.py: L length of a row with its image in it.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Reading:
-    """What a causal language model reads of a batch, images and texts in one row.
+    """Input of a causal language model: image and texts in one row.
 
     Args:
-        source_BL: int64 place of each token in a row of the N text tokens and then the T image tokens.
-        mask_BLL: bool, which token sees which, true = visible.
+        source_BL: int64 index of each token in the concatenation of N text tokens and T image tokens.
+        mask_BLL: bool attention mask, true = visible.
         positions_BL: int64.
-        predicting_M: int64, the places row * L + column that the supervised tokens are predicted from, in their order.
-        targets_M: int64, these tokens.
-        longest: Tokens of the longest item with its image.
+        predicting_M: int64 indices row * L + column of the positions that predict the supervised tokens, in order.
+        targets_M: int64, the supervised tokens.
+        longest: Length of the longest item with its image.
     """
 
     source_BL: Tensor
@@ -41,14 +41,14 @@ class Reading:
 
 
 def lay_out(vision: VisionTokens, text: TextBatch) -> Reading:
-    """Put each image where its texts say. Sizes come from what the host knows, so that the device is not waited for.
+    """Place each image as its texts require. Sizes are known on the host, so there is no wait for the device.
 
-    Items that hold :data:`~visexpert.types.IMAGE_TOKEN` get the image's tokens in its place, each item its own copy,
-    since what stands before the image differs (LLaVA). Where no item of the batch says anything, each image stands once
-    in front of its row and all items share it.
+    Items that hold :data:`~visexpert.types.IMAGE_TOKEN` get the image's tokens in its place, one copy per item, since
+    the text before the image differs (LLaVA). If no item of the batch has a marker, each image is placed once in front
+    of its row, shared by all items.
 
     Raises:
-        DataError: Some items have a marker, but one has none, or several, or its sample has no image.
+        DataError: Some items have a marker, but another has none or several, or its sample has no image.
     """
     lengths = np.asarray(token_lengths(vision))
     if text.facts.has_markers:
@@ -58,14 +58,14 @@ def lay_out(vision: VisionTokens, text: TextBatch) -> Reading:
 
 
 def check_markers(text: TextBatch, lengths: IntArray) -> None:
-    """Compare the markers in each item with the images of its sample.
+    """Check that the markers of each item match the image of its sample.
 
     Args:
         text: The texts.
-        lengths: Number of tokens of each sample's image, 0 without one.
+        lengths: Number of image tokens of each sample, 0 without an image.
 
     Raises:
-        DataError: They differ.
+        DataError: They do not match.
     """
     facts, has_image_B = text.facts, (lengths > 0).astype(int)
     wrong = np.argwhere((facts.markers_BI != has_image_B[:, None]) & (facts.lengths_BI > 0))
@@ -79,7 +79,7 @@ def check_markers(text: TextBatch, lengths: IntArray) -> None:
 
 
 def _inside(text: TextBatch, lengths_B: Tensor, lengths: IntArray) -> Reading:
-    """Each marker widens to the image's tokens."""
+    """Replace each marker with the image's tokens."""
     facts, num_tokens = text.facts, text.ids_BN.shape[1]
     is_image_BN = text.ids_BN == IMAGE_TOKEN
     sizes_BN = torch.where(is_image_BN, lengths_B[:, None], 1)

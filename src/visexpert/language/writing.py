@@ -1,4 +1,4 @@
-"""Decoders in the middle of writing: keys and values of image and text are computed once each."""
+"""Cached decoding: keys and values of image and text are computed only once."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from visexpert.language.base import item_mask, right_padded
 class CachedWriting(ABC):
     """A :class:`~visexpert.language.generation.Writing` on top of a cache.
 
-    Prompts are padded on the right: a new token stands in one place of the cache for all rows, but its position is
-    that of its own row, and a row never sees its padding.
+    Prompts are right-padded: a new token occupies the same place in the cache for all rows, but its position is counted
+    in its own row, and a row never sees its padding.
 
     Args:
         prompts: R prompts.
-        max_tokens: Positions that the decoder has.
-        device: Of the decoder.
+        max_tokens: Number of positions of the decoder.
+        device: Device of the decoder.
     """
 
     def __init__(self, prompts: Sequence[Sequence[int]], *, max_tokens: int, device: torch.device) -> None:
@@ -31,15 +31,15 @@ class CachedWriting(ABC):
 
     @abstractmethod
     def read(self, ids_RN: Tensor, positions_RN: Tensor, mask: Tensor) -> Tensor:
-        """Return hidden states (R, N, D) of further tokens, which join the cache; ``mask`` bool (R, 1, N, S)."""
+        """Return hidden states (R, N, D) of new tokens, which are added to the cache; ``mask`` bool (R, 1, N, S)."""
 
     @abstractmethod
     def logits(self, hidden_RD: Tensor) -> Tensor:
-        """Return logits (R, V) of what follows."""
+        """Return logits (R, V) of the next token."""
 
     @abstractmethod
     def keep(self, rows_R: Tensor) -> None:
-        """Let row i of all that is held be what row ``rows_R[i]`` was; the number of rows may change."""
+        """Make row i of all cached tensors what row ``rows_R[i]`` was; the number of rows may change."""
 
     def start(self) -> Tensor:
         """See :class:`~visexpert.language.generation.Writing`."""
@@ -50,7 +50,7 @@ class CachedWriting(ABC):
     def append(self, tokens_R: Tensor) -> Tensor:
         """See :class:`~visexpert.language.generation.Writing`."""
         self._seen_RS = torch.cat([self._seen_RS, torch.ones_like(self._seen_RS[:, :1])], dim=1)
-        # Rows that are full wait for the others; what they would say is not read.
+        # Full rows wait for the others; their logits are ignored.
         positions_R = self._length_R.clamp(max=self._max_tokens - 1)
         hidden_R1D = self.read(tokens_R[:, None], positions_R[:, None], self._seen_RS[:, None, None])
         self._length_R = self._length_R + 1

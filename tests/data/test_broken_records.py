@@ -257,9 +257,9 @@ def test_dots_in_names_and_other_members(tmp_path: Path) -> None:
         (("b.json", b'{"caption": null}'), "The caption of the record .*/b is None, but must be text"),
         (("b.json", b'{"caption": ["x"]}'), r"is \['x'\], but must be text"),
         (("b.json", b'{"caption": NaN}'), "is nan, but must be text"),
-        (("b.json", b"[]"), r"no caption that can be read in its \.json"),
-        (("b.txt", b"caf\xe9"), r"no caption that can be read in its \.txt"),
-        (("b.txt", b" "), "has no caption but an empty one"),
+        (("b.json", b"[]"), r"no readable caption in its \.json"),
+        (("b.txt", b"caf\xe9"), r"no readable caption in its \.txt"),
+        (("b.txt", b" "), "has an empty caption"),
         (("b.json", b'{"caption": "\\ud83d"}'), r"U\+D83D stands alone"),
     ],
 )

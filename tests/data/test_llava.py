@@ -124,8 +124,8 @@ def test_the_last_ones_are_held_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("conversation", "reason"),
     [
-        (turns("hello"), "do not take turns"),
-        (turns("a", "b")[:1] * 2, "do not take turns"),
+        (turns("hello"), "do not alternate"),
+        (turns("a", "b")[:1] * 2, "do not alternate"),
         (turns("hello", " "), "an answer is empty"),
         ([{"from": "nobody", "value": "x"}], "no 'nobody'"),
         ([{"from": "human", "value": None}], "must be text"),

@@ -93,7 +93,7 @@ def test_images_are_addressed_by_source(tmp_path: Path) -> None:
     assert set(data.image_sources()) == {"coco/train", "coco/val", "coco/test", "pope/test"}
     streaming = mixed(tmp_path)
     streaming.setup("fit")
-    with pytest.raises(ConfigError, match=r"CC3M \(cc3m\) reads its images in a stream"):
+    with pytest.raises(ConfigError, match=r"CC3M \(cc3m\) reads its images as a stream"):
         streaming.image_sources()["cc3m/train"].read([0])
 
 

@@ -1,7 +1,7 @@
-"""Annotations and images to batches.
+"""Data sets: from annotations and images to batches.
 
-The names below are imported on first use: processes that only render need neither Lightning nor transformers, whose
-imports take seconds.
+The names below are imported on first use: processes that only render need neither Lightning nor transformers, which
+take seconds to import.
 """
 
 from __future__ import annotations

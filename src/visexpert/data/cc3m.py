@@ -1,4 +1,4 @@
-"""CC3M, or any captioned images that img2dataset has packed into WebDataset shards."""
+"""CC3M, or any captioned images packed into WebDataset shards by img2dataset."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ _URL = (
 class CC3M(SourceData):
     """Conceptual Captions (3.3 M images) in tar shards of ``KEY.jpg``, ``KEY.txt`` and ``KEY.json``.
 
-    Shards are read from end to end and never unpacked. Each epoch reads each record once, whatever the number of
-    processes and workers, but for less than one batch per process that would be left over; an interrupted run goes on
-    with the records that it would have read. ``train_fraction`` takes whole shards.
+    Shards are read from end to end and never unpacked. Each epoch reads each record once for any number of processes
+    and workers, except for less than one leftover batch per process; an interrupted run continues with the records that
+    it would have read. ``train_fraction`` selects whole shards.
 
     Args:
         train: Names of the training shards with braces, under ``root`` or as URLs (``https:``, ``pipe:aws s3 cp ...``,
-            ``gs:``), joined by ``::``. A ``pipe:`` runs a command, so it is read under ``--allow_pipe true`` alone.
+            ``gs:``), joined by ``::``. A ``pipe:`` runs a command, so it is read only with ``--allow_pipe true``.
         val: The same for validation; null for none.
         sizes: JSON file of shard names and their numbers of records; null looks for ``sizes.json`` and img2dataset's
-            ``_stats.json`` beside local shards, and counts where there is neither. Remote shards need it.
-        prompt: Words that ask for a caption.
-        shuffle_window: Records that are shuffled among one another in each worker, beside the order of shards; a
-            worker holds so many encoded images in memory.
+            ``_stats.json`` beside local shards, and counts records if there is neither. Remote shards need it.
+        prompt: Prompt for a caption.
+        shuffle_window: Records shuffled together in each worker, in addition to the order of shards; a worker holds
+            this many encoded images in memory.
         root: Folder of local shards; ``num_val`` does not apply.
         kwargs: See :class:`~visexpert.data.source.SourceData`.
     """
@@ -59,9 +59,11 @@ class CC3M(SourceData):
     ) -> None:
         super().__init__(root=root, **kwargs)
         if shuffle_window < 1:
-            raise ConfigError(f"shuffle_window is {shuffle_window}, but must be at least 1; 1 shuffles shards alone.")
+            raise ConfigError(
+                f"shuffle_window is {shuffle_window}, but must be at least 1; 1 shuffles only the shards."
+            )
         if self.settings.num_val is not None or self.settings.num_test is not None:
-            raise ConfigError("CC3M takes no num_val and num_test: name fewer shards under val.")
+            raise ConfigError("CC3M takes no num_val and num_test: leave them out and name fewer shards under val.")
         self.parts = ("train",) if val is None else ("train", "val")
         self.patterns = {"train": train} | ({} if val is None else {"val": val})
         self.sizes = None if sizes is None else Path(sizes).expanduser()
@@ -70,13 +72,13 @@ class CC3M(SourceData):
         self._counts: dict[str, tuple[int, ...]] = {}
 
     def shards(self, part: str) -> list[str]:
-        """Return paths or URLs of a part's shards that are in use."""
+        """Return the paths or URLs of the shards in use."""
         names = expand_shards(self.patterns[part], self.root)
         rows = subset(len(names), share=self.settings.share(part), most=None, seed=self.settings.seed)
         return [names[row] for row in rows]
 
     def needs(self, part: str) -> list[Need]:
-        """List local shards; those behind a URL are not asked for."""
+        """List local shards; URLs are not checked."""
         local = [Path(shard) for shard in self.shards(part) if not is_remote(shard)]
         needs = [Need(path, "A shard of CC3M", _URL, "3.3 M images, tens of GB at 256 px") for path in local]
         if self.sizes is not None:
@@ -84,25 +86,25 @@ class CC3M(SourceData):
         return needs
 
     def check(self, parts: Sequence[str]) -> None:
-        """Refuse to start where shards are missing, or are commands that are not allowed."""
+        """Check that shards exist and run no command that is not allowed."""
         super().check(parts)
         for part in parts:
             for shard in self.shards(part):
                 check_shard(shard)
 
     def prepare_data(self) -> None:
-        """Count the records of shards that no one has counted (once per machine)."""
+        """Count the records of uncounted shards (once per machine)."""
         super().prepare_data()
         for part in self.parts_of_stage(None):
             shard_counts(self.shards(part), sizes=self.sizes)
 
     def open(self, part: str) -> None:
-        """Learn how many records the shards hold."""
+        """Find out how many records the shards hold."""
         if part not in self._counts:
             self._counts[part] = shard_counts(self.shards(part), sizes=self.sizes)
 
     def records(self, part: str) -> int:
-        """Return the number of records of a part that are in use."""
+        """Return the number of records in use."""
         self.open(part)
         return sum(self._counts[part])
 
@@ -134,7 +136,7 @@ class CC3M(SourceData):
         )  # fmt: skip
 
     def image_sources(self) -> dict[str, ImageSource]:
-        """Return the opened parts; what is read in a stream has an identity, but no rows to look up."""
+        """Return the opened parts; streams have an identity, but no rows to look up."""
         return {
             self.split_of(part): StreamedImages(self.shards(part), counts, source=self.called)
             for part, counts in self._counts.items()
@@ -142,12 +144,12 @@ class CC3M(SourceData):
 
 
 class StreamedImages:
-    """Images that are read in a stream (:class:`~visexpert.types.ImageSource`).
+    """Images read as a stream (:class:`~visexpert.types.ImageSource`).
 
     Args:
         shards: Paths or URLs.
         counts: Records of each.
-        source: What to call their source in messages.
+        source: Name of their source in messages.
     """
 
     def __init__(self, shards: Sequence[str], counts: Sequence[int], *, source: str) -> None:
@@ -163,13 +165,13 @@ class StreamedImages:
         return sum(self._counts)
 
     def read(self, rows: Sequence[int]) -> Tensor:
-        """Refused.
+        """Refuse to read by row.
 
         Raises:
             ConfigError: Always.
         """
         raise ConfigError(
-            f"{self._source} reads its images in a stream, so their tokens cannot be stored; set store.folder to null."
+            f"{self._source} reads its images as a stream, so their tokens cannot be stored; set store.folder to null."
         )
 
 

@@ -1,4 +1,4 @@
-"""Broken images and records: skipped, counted, listed, and fatal above a limit."""
+"""Broken images and records: skip, count and list them, and stop above a limit."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ FILE = "skipped.jsonl"
 
 
 class FaultLog:
-    """Counts what a source has to skip, each record once, and ends the run where it is too much.
+    """Counts skipped records, each once, and stops the run if there are too many.
 
     Args:
         source: Name of the source and split, for messages.
-        total: Records that there are, for this process.
-        limit: Largest share of them that may be broken, 0 to 1. Parts of records are listed, but do not count.
-        file: JSON lines that list them; None for no list. Records that it already lists are not added again.
+        total: Number of records for this process.
+        limit: Largest share of broken records, 0 to 1. Parts of records are listed but not counted.
+        file: JSON-lines file of broken records; None for no list. Records it already lists are not added again.
     """
 
     def __init__(self, source: str, *, total: int, limit: float, file: Path | None = None) -> None:
@@ -40,22 +40,22 @@ class FaultLog:
 
     @property
     def parts(self) -> int:
-        """Number of parts that were left out of records in use."""
+        """Number of parts left out of otherwise usable records."""
         return len(self._keys) - self._whole
 
     def note(self, batch: Batch) -> None:
-        """Take note of what a batch lacks.
+        """Record the samples missing from a batch.
 
         Raises:
-            DataError: More is broken than allowed.
+            DataError: More records are broken than allowed.
         """
         self.add(batch.skipped)
 
     def add(self, skipped: Iterable[Skipped]) -> None:
-        """Take note of records that were left out.
+        """Record skipped records.
 
         Raises:
-            DataError: More is broken than allowed.
+            DataError: More records are broken than allowed.
         """
         new = [fault for fault in {fault.key: fault for fault in skipped}.values() if fault.key not in self._keys]
         if not new:
@@ -71,7 +71,7 @@ class FaultLog:
             raise DataError(
                 f"{self._whole} of the {self.total} records of {self.source} cannot be used, more than "
                 f"max_broken={self.limit:g} allows, the last because of this: {new[-1].reason.rstrip('.')} "
-                f"(mend the data or raise max_broken{where})."
+                f"(repair the data or raise max_broken{where})."
             )
 
     def _write(self, new: Iterable[Skipped]) -> None:
@@ -85,7 +85,7 @@ class FaultLog:
 
 
 def _listed(file: Path, source: str) -> set[str]:
-    """Return keys that an interrupted run has written; a line that it did not finish is passed over."""
+    """Return the keys listed by an interrupted run; an unfinished line is ignored."""
     keys = set()
     for line in file.read_text(encoding="utf-8").split("\n") if file.is_file() else ():
         try:

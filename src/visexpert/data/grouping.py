@@ -1,4 +1,4 @@
-"""An order of rows in which a batch holds texts of like length, and images or text alone but not both."""
+"""Order rows so that a batch holds texts of similar length, either all with images or none."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def grouped_order(
     """Order rows as LLaVA does (``group_by_modality_length``): random, but with little padding and one modality a step.
 
     Rows of each modality are shuffled and sorted by length within stretches of ``groups_sorted`` groups; the groups of
-    both then come in random order, and what is left of either at the very end.
+    both then come in random order, with the leftovers of both at the end.
 
     Args:
         lengths: int64 (rows,) length of each row's text, in any unit.
         has_image: bool (rows,).
         group: Rows of one step: batch size times processes.
         seed: Seed of the order.
-        groups_sorted: Groups that are sorted together; more gives less padding and less randomness.
+        groups_sorted: Groups sorted together; more groups mean less padding and less randomness.
     """
     rng = np.random.default_rng(list(seed))
     groups: list[IntArray] = []

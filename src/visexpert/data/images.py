@@ -1,4 +1,4 @@
-"""Reads image files of any kind into RGB, or says in one sentence why not."""
+"""Read image files of any kind as RGB, or explain in one sentence why that fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from visexpert.errors import DataError
 from visexpert.io.reading import IMAGE_FORMATS, check_regular
 
 MAX_PIXELS = 64_000_000
-"""Largest image that is decoded by default (192 MB as RGB); a small file can claim any size."""
+"""Largest image that is decoded by default (192 MB as RGB); a small file can declare any size."""
 
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 _UNSCALED_MODES = ("I", "F")
@@ -39,14 +39,14 @@ def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 
 def read_rgb(source: str | Path | bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read an image file, or its content.
+    """Read an image from a file or from bytes.
 
-    Gray, palette, CMYK and 16-bit images are converted, transparent ones are laid over white, and the rotation that a
-    camera noted (EXIF) is applied. Of an animation the first frame is read.
+    Gray, palette, CMYK and 16-bit images are converted, transparent ones are composited over white, and the EXIF
+    rotation is applied. For an animation, the first frame is read.
 
     Args:
         source: Path, or the bytes of a file.
-        name: What to call it in messages.
+        name: Name of the image in messages.
         max_pixels: Largest width x height that is decoded.
 
     Raises:
@@ -55,7 +55,7 @@ def read_rgb(source: str | Path | bytes, *, name: str, max_pixels: int = MAX_PIX
     """
     try:
         with warnings.catch_warnings():
-            # Pillow's warning about large images: the size is checked below, before anything is decoded.
+            # Pillow warns about large images; the size is checked below, before decoding.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             if not isinstance(source, bytes):
                 check_regular(source)
@@ -71,7 +71,7 @@ def read_rgb(source: str | Path | bytes, *, name: str, max_pixels: int = MAX_PIX
             f"The image {name} cannot be read: it is damaged, or of another format than {', '.join(IMAGE_FORMATS)}; "
             "replace the file or leave it out."
         ) from error
-    except (DataError, MemoryError):  # an image is not broken because there is no room for it
+    except (DataError, MemoryError):  # an image is not broken because memory is short
         raise
     except Exception as error:  # Pillow's decoders raise all sorts on damaged files: OSError, SyntaxError, struct.error
         told = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
@@ -79,7 +79,7 @@ def read_rgb(source: str | Path | bytes, *, name: str, max_pixels: int = MAX_PIX
 
 
 def to_rgb(image: Image.Image, *, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Convert an opened image as :func:`read_rgb` does, for those that other libraries open.
+    """Convert an image opened by another library as :func:`read_rgb` does.
 
     Raises:
         DataError: It is too large, or of a kind whose values have no agreed range.
@@ -95,7 +95,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 @cache
 def _formats() -> list[str]:
-    """Return those of the formats that this Pillow was built with."""
+    """Return the formats that this build of Pillow supports."""
     Image.init()
     return [name for name in IMAGE_FORMATS if name in Image.OPEN]
 
@@ -105,7 +105,7 @@ def _check(image: Image.Image, path: str, max_pixels: int) -> None:
         raise DataError(_too_large(path, f"{image.width} x {image.height} pixels", max_pixels))
     if image.mode in _UNSCALED_MODES:
         raise DataError(
-            f"The image {path} has 32-bit values (Pillow's mode {image.mode}), whose range is not known; "
+            f"The image {path} has 32-bit values (Pillow's mode {image.mode}), whose range is unknown; "
             "save it with 8 or 16 bits."
         )
 

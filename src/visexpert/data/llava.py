@@ -29,18 +29,18 @@ _ROLES = {"human": "prompt", "user": "prompt", "gpt": "answer", "assistant": "an
 
 
 class LLaVAInstruct(RowData):
-    """Conversations in LLaVA's JSON (arXiv 2304.08485, 2310.03744), of one or more turns, with an image or without.
+    """Conversations in LLaVA's JSON (arXiv 2304.08485, 2310.03744), of one or more turns, with or without an image.
 
-    Every answer is learned. ``<image>`` is taken out of the prompts; where the image goes is for ``template`` to say:
+    Every answer is learned. ``<image>`` is removed from the prompts; ``template`` decides where the image goes:
     :class:`~visexpert.language.LlavaTemplate` of style ``plain`` for the alignment stage, ``vicuna_v1`` or another for
     instructions. LLaVA pads images (``resize: pad``).
 
     Args:
         annotations: JSON file under ``root``.
-        images: Folder under ``root`` that the file's image names count from.
-        group_by_length: Let a batch hold conversations of like length, and images or text alone but not both
+        images: Folder under ``root`` to which the file's image names are relative.
+        group_by_length: Group conversations of similar length in a batch, either with images or text-only
             (LLaVA's ``group_by_modality_length``).
-        num_val: Conversations at the end of the file that are held out for validation; null for none.
+        num_val: Number of conversations at the end of the file to hold out for validation; null for none.
         kwargs: See :class:`~visexpert.data.rows.RowData`.
     """
 
@@ -60,7 +60,7 @@ class LLaVAInstruct(RowData):
         self.parts = ("train",) if num_val is None else ("train", "val")
 
     def needs(self, part: str) -> list[Need]:
-        """List conversations and the folder of images; which images those are, the file says."""
+        """List the conversations and the folder of images, which the file names."""
         url, size = _SOURCES.get(self.annotations.name, _ELSEWHERE)
         guide = "the list in https://github.com/haotian-liu/LLaVA#visual-instruction-tuning"
         if "558k" in self.annotations.name:
@@ -84,7 +84,7 @@ class LLaVAInstruct(RowData):
         return collect(records, self._parse, path=self.annotations, faults=faults, numbered="conversation")
 
     def order(self, part: str) -> Callable[[int], IntArray] | None:
-        """Return rows by modality and length, shuffled by epoch."""
+        """Return the order of rows: grouped by modality and length, shuffled by epoch."""
         if not self.group_by_length:
             return None
         table = self.table(part)
@@ -108,16 +108,16 @@ class LLaVAInstruct(RowData):
 
 
 def _turns(conversation: list[Any]) -> tuple[list[tuple[str, str]], list[str]]:
-    """(prompt, answer) of each turn, and why turns are left out.
+    """Return (prompt, answer) of each turn, and the reasons for leaving turns out.
 
-    As in LLaVA's code an answer before the first prompt is left out; so are turns without an answer.
+    As in LLaVA's code, an answer before the first prompt is left out, and so are turns without an answer.
     """
     said = [(_ROLES[message["from"]], _clean(message["value"])) for message in conversation]
     if said and said[0][0] == "answer":
         said = said[1:]
     said = said[: len(said) // 2 * 2]
     if not said or any(role != ("prompt", "answer")[index % 2] for index, (role, _) in enumerate(said)):
-        raise BrokenRecordError("prompts and answers do not take turns")
+        raise BrokenRecordError("prompts and answers do not alternate")
     turns = [(said[index][1], said[index + 1][1]) for index in range(0, len(said), 2)]
     answered = [turn for turn in turns if turn[1]]
     if not answered:
@@ -127,10 +127,10 @@ def _turns(conversation: list[Any]) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def _refuse_missing_image(record: Any) -> None:
-    """Refuse a record that speaks of an image or a video but names none where images are looked for.
+    """Refuse a record that refers to an image or a video but names none under 'image'.
 
     Raises:
-        BrokenRecordError: It does: it would be trained on as text about nothing.
+        BrokenRecordError: It does, and would be trained on as text about nothing.
     """
     spoken = [mark for mark in _MARKS if any(mark in str(m.get("value")) for m in record["conversations"])]
     others = [key for key in record if key not in _OWN_KEYS and record[key] and _is_medium(key)]

@@ -1,4 +1,4 @@
-"""A loader of whole batches whose order depends on seed and epoch only, and that continues in mid-epoch."""
+"""A loader of whole batches whose order depends only on seed and epoch, and that can resume in mid-epoch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from visexpert.types import Batch
 
 
 class BatchKey(NamedTuple):
-    """All that a batch depends on.
+    """Everything that determines a batch.
 
     Args:
         epoch: Epoch, from 0.
@@ -28,7 +28,7 @@ class BatchKey(NamedTuple):
 
 
 class BatchSource(Protocol):
-    """What a :class:`BatchLoader` reads: a data set that builds whole batches, without state."""
+    """What a :class:`BatchLoader` reads: a stateless data set that builds whole batches."""
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -38,30 +38,29 @@ class BatchSource(Protocol):
 
 
 class BatchLoader:
-    """Iterates over the batches of an epoch, shuffled by (seed, epoch), whatever the number of workers.
+    """Iterates over the batches of an epoch, shuffled by (seed, epoch), for any number of workers.
 
-    It is no torch ``DataLoader``, so Lightning leaves it alone (no sampler injection, no worker advice).
+    It is not a torch ``DataLoader``, so Lightning leaves it alone (no sampler injection, no worker advice).
 
-    Batches form one endless sequence, epoch after epoch, and a run that is interrupted and continued goes on in it
-    where it was. Under Lightning ``position`` says where that is, from the trainer's restored progress, at the moment
-    when the first batch is due. That is exact where a count kept here would not be: after a run that died between
-    fetching a batch and finishing it, and after one that ``max_steps`` stopped, whose epoch Lightning then takes for
-    finished.
+    Batches form one endless sequence, epoch after epoch, and a resumed run continues where it stopped. Under Lightning
+    ``position`` reads that place from the trainer's restored progress when the first batch is due. This is exact where
+    a count kept here would not be: after a run that died between fetching and finishing a batch, and after one stopped
+    by ``max_steps``, whose epoch Lightning considers finished.
 
     Args:
         source: Builds a batch from a :class:`BatchKey`.
         batch_size: Images per batch and process.
-        shuffle: New order each epoch; else rows in order.
+        shuffle: Use a new order each epoch; otherwise rows in order.
         drop_last: Leave out the last batch if it is short (never the only one).
         seed: Seed of the order.
-        rank: This process, from 0; processes take whole batches in turn.
+        rank: Rank of this process, from 0; processes take whole batches in turn.
         world_size: Number of processes.
-        num_workers: Worker processes that build batches ahead; 0 builds them in this process.
-        position: Tells how many batches of the sequence are done; an iteration then gives as many batches as an epoch
-            has from there on. None gives the rest of an epoch, by :meth:`set_epoch` and :meth:`load_state_dict`.
-        order: Rows of an epoch in order, where neither plain shuffling nor none is wanted.
-        inspect: Is shown each batch before it is given, to note what it lacks. With it, a batch of which nothing is
-            left is passed over, or refused where batches are shuffled (training counts them).
+        num_workers: Worker processes that prefetch batches; 0 builds them in this process.
+        position: Returns how many batches of the sequence are done; an iteration then yields one epoch's number of
+            batches from there. None yields the rest of an epoch, set by :meth:`set_epoch` and :meth:`load_state_dict`.
+        order: Returns the rows of an epoch in a custom order.
+        inspect: Called with each batch before it is yielded, to record missing samples. With it, an empty batch is
+            skipped, or refused if batches are shuffled (training counts them).
     """
 
     def __init__(
@@ -125,19 +124,19 @@ class BatchLoader:
         return [BatchKey(epoch, rows) for rows in self._rows_of_batches(order)]
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration, where no ``position`` tells it."""
+        """Set the epoch of the next iteration, if there is no ``position``."""
         self.epoch = epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many batches of the sequence were given, and what their order depends on."""
+        """Return the number of batches yielded, and the settings that determine their order."""
         return {"batch": self._next, "order": self._order()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`; warns where the order of batches is not the one that was interrupted."""
+        """Continue from :meth:`state_dict`; warn if the order of batches differs from the interrupted run's."""
         if state["order"] != self._order():
             warnings.warn(
                 f"The interrupted run read its batches with {state['order']}, this one with {self._order()}: "
-                "it goes on, but not with the batches that it would have seen.",
+                "it continues, but with other batches than the interrupted run would have seen.",
                 stacklevel=2,
             )
         self._restored = state["batch"]
@@ -166,7 +165,7 @@ class BatchLoader:
         if self.drop_last and len(order) >= step:
             order = order[: len(order) // step * step]
         if self.world_size > 1 and not self.drop_last:
-            # As many batches for each process, of nearly one size: forwards of a distributed model must not differ.
+            # The same number of batches for each process, nearly equal in size: distributed forwards must match.
             batches = np.array_split(order, self.world_size * -(-len(order) // step))
         else:
             batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]

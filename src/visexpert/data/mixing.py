@@ -14,11 +14,11 @@ from visexpert.types import Batch
 
 
 class ChainedLoader:
-    """Gives the batches of several loaders, one loader after another.
+    """Yields the batches of several loaders, one loader after another.
 
     Args:
         loaders: The loaders.
-        unnamed: Take the source's name off the batches, since there is only one.
+        unnamed: Remove the source's name from batches, since there is only one source.
     """
 
     def __init__(self, loaders: Sequence[Loader], *, unnamed: bool) -> None:
@@ -33,12 +33,12 @@ class ChainedLoader:
 
 
 class MixedLoader:
-    """Takes batches from several endless loaders in turn; which is next depends on how many are done alone.
+    """Takes batches from several endless loaders in turn; the next one depends only on the number of batches done.
 
     Args:
-        makers: Make the loader of each source, given what tells how many of its batches are done.
-        weights: Share of each source, in any unit; None counts its batches.
-        position: Tells how many batches of the whole sequence are done; None begins anew each time.
+        makers: Functions that build each source's loader, given a function that counts its finished batches.
+        weights: Weight of each source, in any unit; None for its number of batches.
+        position: Returns how many batches of the whole sequence are done; None restarts each time.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class MixedLoader:
             yield batch
 
     def turns(self) -> Iterator[str]:
-        """Yield whose turn it is, without end: always that of the source which lags most behind its share."""
+        """Yield the next source, endlessly: always the one furthest behind its share."""
         total = sum(self.weights.values())
         credit = dict.fromkeys(self.weights, 0.0)
         while True:
@@ -79,15 +79,15 @@ class MixedLoader:
             yield name
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the order of batches depends on."""
+        """Return the settings that determine the order of batches."""
         return {"sources": {name: loader.state_dict() for name, loader in self._stateful()}, "weights": self.weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Warn where the order is not the one that was interrupted; ``position`` says where to go on."""
+        """Warn if the order differs from the interrupted run's; ``position`` says where to continue."""
         if state["weights"] != self.weights:
             warnings.warn(
-                f"The interrupted run mixed its sources by {state['weights']}, this one by {self.weights}: it goes on, "
-                "but not with the batches that it would have seen.",
+                f"The interrupted run mixed its sources by {state['weights']}, this one by {self.weights}: "
+                "it continues, but with other batches than the interrupted run would have seen.",
                 stacklevel=2,
             )
             return

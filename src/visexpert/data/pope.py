@@ -1,4 +1,4 @@
-"""POPE: is an object there? Three ways to draw those that are not."""
+"""POPE: probes of whether an object is present, with absent objects drawn in three ways."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _URL = "https://github.com/AoiDragon/POPE/tree/main/output/coco"
 
 
 class POPE(RowData):
-    """POPE (arXiv 2305.10355) on COCO: one row per image with all its probes, scored in all and by kind.
+    """POPE (arXiv 2305.10355) on COCO: one row per image with all its probes, scored overall and by kind.
 
     Under ``root`` lie ``coco_pope_random.json``, ``coco_pope_popular.json`` and ``coco_pope_adversarial.json`` (JSON
-    lines) and, here or under ``images``, ``val2014/``.
+    lines) and, there or under ``images``, ``val2014/``.
 
     Args:
-        images: Folder that holds ``val2014/``; null takes ``root``.
-        kinds: Which of the files are used; null for all three.
-        prompt: What the model reads; ``{question}`` stands for the question.
+        images: Folder that holds ``val2014/``; null for ``root``.
+        kinds: Kinds of probes to use; null for all three.
+        prompt: Prompt for the model; ``{question}`` stands for the question.
         kwargs: See :class:`~visexpert.data.rows.RowData`.
     """
 

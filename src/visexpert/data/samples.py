@@ -1,4 +1,4 @@
-"""Annotations of a split: one record per image, kept small in memory, and the batches made of them."""
+"""Annotations of a split, one compact record per image, and the batches built from them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from visexpert.types import Batch, EncodedText, Skipped, TextEncoder, TextItem
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with its texts, or text alone.
+    """One image with its texts, or only text.
 
     Args:
-        key: Names it in messages.
-        image: Path of its file; empty for text alone.
-        items: Its texts.
-        lost: Why parts of its record were left out, one sentence each; not kept in tables.
+        key: Name of the sample in messages.
+        image: Path of its file; empty without an image.
+        items: Texts of the image.
+        lost: Reasons for leaving out parts of its record, one sentence each; not kept in tables.
     """
 
     key: str
@@ -32,7 +32,7 @@ class Sample:
 
 
 class SampleTable:
-    """The samples of a split in one array of bytes, so that workers share it and no reference count copies it.
+    """The samples of a split in one byte array, so that workers share it without copies from reference counting.
 
     Args:
         samples: The samples.
@@ -61,11 +61,11 @@ class Loaded:
 
     Args:
         row: Its number in the split.
-        picture: Its image; None for text alone.
+        picture: Its image; None without an image.
         items: The texts that were chosen.
-        encoded: The same as token ids; None where the batch has no text.
-        prompts: Of each text, the ids that the model reads before it answers; empty where nothing is written.
-        key: What names its image in the source.
+        encoded: The texts as token ids; None if the batch has no text.
+        prompts: For each text, the ids that precede its answer; empty if nothing is generated.
+        key: Name of its image in the source.
     """
 
     row: int
@@ -78,14 +78,14 @@ class Loaded:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchForm:
-    """What all batches of a split have in common.
+    """Settings common to all batches of a split.
 
     Args:
-        split: Name that row numbers count in.
-        source: Name of the source, where a run reads several.
+        split: Name of the split that rows refer to.
+        source: Name of the source, if a run reads several.
         image_size: Side of the images.
         pad_id: Id that fills short rows of text.
-        with_items: Let batches carry their texts as strings.
+        with_items: Include the texts as strings in batches.
     """
 
     split: str
@@ -95,7 +95,7 @@ class BatchForm:
     with_items: bool
 
     def batch(self, rows: Sequence[Loaded], skipped: Sequence[Skipped]) -> Batch:
-        """Put rows together; those of text alone get a black image."""
+        """Combine rows into a batch; rows without an image get a black one."""
         size = self.image_size
         images = [
             torch.zeros(3, size, size, dtype=torch.uint8) if r.picture is None else r.picture.image_CHW for r in rows
@@ -129,7 +129,7 @@ def encode_items(
 def prompts_of(
     items: Sequence[TextItem], packer: TextEncoder | None, *, has_image: bool
 ) -> tuple[tuple[int, ...], ...]:
-    """Return what the model reads before it answers each text of one row; nothing without a packer."""
+    """Return the token ids that precede the answer to each text of one row; empty without a packer."""
     if packer is None:
         return ()
     return tuple(tuple(packer.prompt(item.prompt, history=item.history, has_image=has_image)) for item in items)
@@ -142,11 +142,11 @@ def words_of(sample: Sample) -> int:
 
 
 def subset(rows: int, *, share: float, most: int | None, seed: int) -> IntArray:
-    """Choose rows in ascending order; of one seed, smaller choices lie inside larger ones.
+    """Choose rows in ascending order; with the same seed, smaller choices are subsets of larger ones.
 
     Args:
         rows: Number of rows.
-        share: Share to take, in (0, 1]; at least one row is taken.
+        share: Share of rows to take, in (0, 1]; at least one row is taken.
         most: Most rows to take; None for no limit.
         seed: Seed of the choice.
     """

@@ -1,4 +1,4 @@
-"""Batches out of shards, in the order of a plan, continued in mid-epoch."""
+"""Load batches from shards in the order of a plan, resumable in mid-epoch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from visexpert.types import Batch, Skipped, TextEncoder, TextItem
 
 _IMAGES = tuple(suffix[1:] for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 _SHARD = 10_000_000
-"""Row numbers: shard times this, plus the place in the shard."""
+"""Row number = shard index times this, plus the index in the shard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,8 @@ class RecordReader:
     Args:
         reader: Decodes images.
         packer: Tokenizes captions; None for batches without text.
-        prompt: Words that ask for a caption.
-        augment_seed: Seed of augmentation; None for none.
+        prompt: Prompt for a caption.
+        augment_seed: Seed of the augmentation; None for no augmentation.
     """
 
     reader: ImageReader
@@ -44,12 +44,12 @@ class RecordReader:
         """Decode one record.
 
         Raises:
-            DataError: It has no image or caption, or they are broken.
+            DataError: The image or caption is missing or broken.
         """
         image = record[_one_of(record, _IMAGES, what="image", name=name)]
         caption = _caption(record, name)
         if not caption:
-            raise DataError(f"The record {name} has no caption but an empty one; leave it out of the shard.")
+            raise DataError(f"The record {name} has an empty caption; leave it out of the shard.")
         items = (TextItem("caption", self.prompt, caption, generate=True),)
         rng = None if self.augment_seed is None else np.random.default_rng([self.augment_seed, epoch, row])
         picture = self.reader.read(image, name=name, rng=rng)
@@ -60,19 +60,18 @@ class RecordReader:
 class ShardLoader:
     """Iterates over the batches of this process, epoch after epoch; see :class:`~visexpert.data.loader.BatchLoader`.
 
-    Batches come in the same order each time with the same number of processes and workers. An iteration that begins in
-    mid-epoch opens the shard that is due and passes over what was read of it. Training batches of which nothing can be
-    read (the rest of a damaged shard) are passed over, and the next epoch's are given instead, so that each process
-    gives as many.
+    The order of batches depends on the number of processes and workers only. An iteration that starts in mid-epoch
+    opens the shard that is due and skips what was already read. Unreadable training batches (the rest of a damaged
+    shard) are skipped and replaced by the next epoch's, so every process yields the same number.
 
     Args:
         shards: Paths or URLs.
-        plan: Who reads what; its number of workers is this loader's.
+        plan: Assignment of records to readers; its number of workers is this loader's.
         records: Decodes.
-        form: What all batches have in common.
+        form: Settings common to all batches.
         num_workers: Worker processes; 0 reads in this one.
-        position: Tells how many batches of the endless sequence are done; None begins anew each time.
-        inspect: Is shown each batch before it is given, to note what it lacks.
+        position: Returns how many batches of the endless sequence are done; None restarts each time.
+        inspect: Called with each batch before it is yielded, to record missing samples.
     """
 
     def __init__(
@@ -115,24 +114,24 @@ class ShardLoader:
         return {"empty": sorted(self._empty), "order": self._order()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over which batches were empty; warns where the order is not the one that was interrupted."""
+        """Restore which batches were empty; warn if the order differs from the interrupted run's."""
         if state["order"] != self._order():
             warnings.warn(
                 f"The interrupted run read its shards with {state['order']}, this one with {self._order()}: "
-                "it goes on, but not with the batches that it would have seen.",
+                "it continues, but with other batches than the interrupted run would have seen.",
                 stacklevel=2,
             )
             return
         self._empty = set(state["empty"])
 
     def _place(self, done: int) -> int:
-        """Return where in the endless sequence the next batch lies, after ``done`` that were not empty."""
+        """Return the index of the next batch in the endless sequence, after ``done`` non-empty ones."""
         for empty in sorted(self._empty):
             done += empty <= done
         return done
 
     def _shown(self, epoch: int, skip: int, stop: int) -> Iterator[Batch]:
-        """Yield batches of an epoch that are not empty, each shown to ``inspect``."""
+        """Yield the non-empty batches of an epoch after passing each to ``inspect``."""
         for number, batch in enumerate(self._batches(epoch, skip, stop), skip):
             self.inspect(batch)
             if len(batch):
@@ -155,10 +154,10 @@ class ShardLoader:
 
 
 class ShardStream(IterableDataset[Batch]):
-    """Batches ``skip`` to ``stop`` of an epoch, in each worker those that are its turn.
+    """Batches ``skip`` to ``stop`` of an epoch, divided among the workers.
 
     Args:
-        loader: Says all the rest.
+        loader: Loader with all other settings.
         epoch: Epoch, from 0.
         skip: Batches of this process that are done.
         stop: Batch before which to stop.
@@ -171,11 +170,11 @@ class ShardStream(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
-        # Torch asks its worker 0 first; whose turn it is after `skip` batches reads there.
+        # Torch asks its worker 0 first, so that one takes the part of the worker due after `skip` batches.
         return self.worker(((0 if info is None else info.id) + self.skip) % self.plan.workers)
 
     def worker(self, worker: int) -> Iterator[Batch]:
-        """Yield batches of one worker, which gives every ``workers``-th of the sequence."""
+        """Yield the batches of one worker: every ``workers``-th of the sequence."""
         done, stop = (_turns(until, worker, self.plan.workers) for until in (self.skip, self.stop))
         reader = ShardReader(self.shards, self.plan.counts)
         left = stop - done
@@ -209,18 +208,18 @@ class ShardStream(IterableDataset[Batch]):
 
 
 def _turns(batches: int, worker: int, workers: int) -> int:
-    """Return how many of the first ``batches`` a worker gives."""
+    """Return how many of the first ``batches`` one worker yields."""
     return max(0, -(-(batches - worker) // workers))
 
 
 def _caption(record: Record, name: str) -> str:
-    """Return the words of a record's ``.txt``, else of ``caption`` in its ``.json``."""
+    """Return the text of a record's ``.txt``, else of ``caption`` in its ``.json``."""
     suffix = _one_of(record, ("txt", "json"), what="caption", name=name)
     try:
         content = bytes(record[suffix]).decode("utf-8-sig")
         value = content if suffix.endswith("txt") else parse_json(content)["caption"]
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"The record {name} has no caption that can be read in its .{suffix} ({error}).") from error
+        raise DataError(f"The record {name} has no readable caption in its .{suffix} ({error}).") from error
     if not isinstance(value, str):
         raise DataError(f"The caption of the record {name} is {value!r:.60}, but must be text.")
     return checked(" ".join(value.split()), name=f"The caption of the record {name}")

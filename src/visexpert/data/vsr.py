@@ -1,4 +1,4 @@
-"""VSR: statements about where things are, true or false of an image."""
+"""VSR: statements about spatial relations, true or false of an image."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ class VSR(RowData):
     ``train2017/`` and ``val2017/`` as each statement's link says.
 
     Args:
-        split: ``zeroshot`` (concepts of the test part are unseen) or ``random``.
-        images: Folder of these image folders; null takes ``root``.
-        prompt: What the model reads; ``{statement}`` stands for the statement (unconfirmed by ToVE).
-        answers: What it writes where the statement is true, and where it is false.
+        split: ``zeroshot`` (test concepts are unseen in training) or ``random``.
+        images: Folder that holds the image folders; null for ``root``.
+        prompt: Prompt for the model; ``{statement}`` stands for the statement (unconfirmed by ToVE).
+        answers: Answers for a true and for a false statement.
         kwargs: See :class:`~visexpert.data.rows.RowData`.
     """
 
@@ -107,7 +107,7 @@ class VSR(RowData):
         """Return COCO's folder, from ``http://images.cocodataset.org/train2017/000000122962.jpg``."""
         name = PurePosixPath(record["image_link"]).parent.name
         if name not in ("train2017", "val2017"):
-            raise BrokenRecordError(f"image_link {record['image_link']!r} is not of train2017 or val2017")
+            raise BrokenRecordError(f"image_link {record['image_link']!r} is in neither train2017 nor val2017")
         return self.images / name
 
     def _file(self, part: str) -> Path:
@@ -115,6 +115,6 @@ class VSR(RowData):
 
     @property
     def _flat(self) -> Path | None:
-        """The one folder of all images, where there is one."""
+        """The single folder of all images, if there is one."""
         folders = (self.images / "images", self.images / "trainval2017")
         return next((folder for folder in folders if folder.is_dir()), None)

@@ -1,4 +1,4 @@
-"""Worker processes that read ahead: what goes wrong in one is told by one sentence here, as without workers."""
+"""Prefetching worker processes, whose errors are reported in one sentence, as without workers."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from visexpert.errors import DataError, UserError, first_line, told_by_machine
 T_co = TypeVar("T_co", covariant=True)
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-"""Cores that this process may use."""
+"""Number of cores available to this process."""
 
 DEFAULT_WORKERS = min(4, CORES)
-"""Worker processes where none are asked for: more than there are cores only slow each other down."""
+"""Default number of worker processes: more than the number of cores only slow each other down."""
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """A user's error on its way out of a worker; torch would send its traceback as the message."""
+    """A user error passed out of a worker; torch would replace its message with a traceback."""
 
     kind: type[UserError]
     sentence: str
 
 
 def load(dataset: Dataset[T_co], *, num_workers: int, generator: torch.Generator | None = None) -> Iterator[T_co]:
-    """Give what a data set holds, in order, read by workers.
+    """Yield the items of a data set in order, read by workers.
 
     Args:
-        dataset: Map-style or iterable; each of its items is a whole batch and is given as it is.
+        dataset: Map-style or iterable; each item is a whole batch and is yielded as is.
         num_workers: Worker processes; 0 reads in this one.
-        generator: Draws the seed of the workers; None draws it from torch's own.
+        generator: Generator that seeds the workers; None for torch's default.
 
     Raises:
-        UserError: What ``dataset`` raised, in whatever process.
-        DataError: A worker could not be started, has died, or lacked memory or a file.
+        UserError: Raised by ``dataset`` in any process.
+        DataError: A worker could not be started, died, or ran out of memory or files.
     """
     told: Any = _ToldStream(dataset) if isinstance(dataset, IterableDataset) else _Told(dataset)
     loader: DataLoader[Any] = DataLoader(
@@ -62,7 +62,7 @@ def load(dataset: Dataset[T_co], *, num_workers: int, generator: torch.Generator
 
 
 class _Told(Dataset[Any]):
-    """Items of a map-style data set, or the failure to read one."""
+    """Items of a map-style data set; a failure is returned, not raised."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -78,7 +78,7 @@ class _Told(Dataset[Any]):
 
 
 class _ToldStream(IterableDataset[Any]):
-    """Items of an iterable data set, the last of them perhaps a failure to read on."""
+    """Items of an iterable data set; a failure to continue becomes the last item."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -92,7 +92,7 @@ class _ToldStream(IterableDataset[Any]):
 
 def _failure(error: Exception) -> _Failure:
     told = error if isinstance(error, UserError) else told_by_machine(error)
-    if told is None:  # a defect of ours
+    if told is None:  # a bug of ours
         raise error
     return _Failure(type(told), str(told))
 

@@ -6,12 +6,17 @@ import ast
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from inspect import isabstract
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from visexpert import trust
+from visexpert.app.session import open_session
+from visexpert.callbacks.meant_for import llava_problems
 from visexpert.cli import main
 from visexpert.methods import FusingMethod, Method
 
@@ -20,6 +25,12 @@ SOURCE = Path(__file__).parents[2] / "src" / "visexpert"
 
 NETWORKS = ("experts", "language", "vision", "commands/trial")
 """Where a model is a network of another library, which may lack what another one has."""
+
+
+def unpainted(figure: Any, target: Any, **options: Any) -> None:
+    """Leave out the pixels of a figure, which take longer than a run; tests of figures paint them."""
+    if isinstance(target, str | Path):
+        Path(target).touch()
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +42,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.syspath_prepend(folder)
+        patch.setattr("visexpert.metrics.java.has_java", lambda: False)
+        patch.setattr("matplotlib.figure.Figure.savefig", unpainted)
         main(["fit", "--config", "adapter_tuning.yaml"])
         yield folder
 
@@ -81,6 +94,15 @@ def test_a_third_method_is_exported_and_what_stays_behind_is_named(
     assert facts["origin"]["not exported"] == "adapter"
 
 
+def test_a_third_method_answers_on_the_page(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trust, "_granted", trust.Granted(("adapter_tuning",)))
+    session = open_session(house / "runs/adapter", device="cpu")
+    Image.new("RGB", (20, 20), (10, 200, 30)).save(house / "asked.png")
+    reply = session.ask(house / "asked.png", "a photo of", [])
+    assert session.experts == () and reply.overlay is None and len(reply.rows) == 1
+    assert "adapter" in llava_problems(session.main.captioner.run.model)
+
+
 def test_a_third_method_is_compared(house: Path) -> None:
     main(["compare", "runs/adapter", "--out", "report"])
     assert "adapter" in (house / "report/report.md").read_text(encoding="utf-8")
@@ -95,6 +117,7 @@ def test_phases_refuse_a_method_without_fusion(command: str, house: Path, capsys
     assert "AdapterTuning" in said and "FusingMethod" in said
 
 
+@cache
 def concrete(method: type[Method] = Method) -> set[str]:
     """Names of the package's methods that can be built."""
     below = {name for child in method.__subclasses__() for name in concrete(child)}

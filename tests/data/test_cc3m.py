@@ -152,7 +152,7 @@ def test_broken_records_are_skipped_counted_and_listed(tmp_path: Path) -> None:
     entries = [json.loads(line) for line in lines]
     assert {entry["key"].rsplit(":")[-1] for entry in entries} == {"3", "7", "11"} and len(entries) == 3  # once each
     reasons = " ".join(entry["reason"] for entry in entries)
-    assert "cannot be read" in reasons and "has no image" in reasons and "has no caption" in reasons
+    assert "cannot be read" in reasons and "has no image" in reasons and "has an empty caption" in reasons
 
 
 def test_too_many_broken_records_end_the_run(tmp_path: Path) -> None:

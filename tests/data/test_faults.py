@@ -27,7 +27,7 @@ def test_each_record_counts_once(tmp_path: Path) -> None:
     log.add(faults("a", "a"))
     log.add(faults("b", "a"))
     assert len(log) == 2
-    with pytest.raises(DataError, match=r"3 of the 100 records of COCO train.*max_broken=0.02.*c is broken \(mend"):
+    with pytest.raises(DataError, match=r"3 of the 100 records of COCO train.*max_broken=0.02.*c is broken \(repair"):
         log.add(faults("c"))
     lines = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
     assert [json.loads(line)["key"] for line in lines] == ["a", "b", "c"]

@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 
 class BrokenRecordError(DataError):
-    """A record that cannot be used; the message says why."""
+    """An unusable record; the message states the reason."""
 
 
 BROKEN = (BrokenRecordError, LookupError, TypeError, ValueError, AttributeError)
-"""What reading a broken record may raise."""
+"""Exceptions that a broken record may raise."""
 
 
 def read_json(path: Path) -> Any:
@@ -36,7 +36,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_list(path: Path, *keys: str) -> list[Any]:
-    """Read a JSON file and take the list that lies under ``keys``; JSON lines are a list, too.
+    """Read a JSON file and take the list that lies under ``keys``; JSON lines also count as a list.
 
     Raises:
         DataError: It is missing, damaged, or has no such list.
@@ -101,7 +101,7 @@ def collect(
 
 
 class Once:
-    """Refuses what is listed again: official code keys results by id, so nothing is scored twice.
+    """Refuses duplicates: official code keys results by id, so nothing is scored twice.
 
     Args:
         what: What is listed, for the message.
@@ -146,7 +146,7 @@ def each_usable(values: Iterable[Any], read: Callable[[Any], T], lost: list[str]
 
 
 def text_of(record: Any, key: str) -> str:
-    """Return a text that must be there and not be empty.
+    """Return a required text.
 
     Raises:
         BrokenRecordError: It is not.

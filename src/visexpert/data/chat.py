@@ -1,4 +1,4 @@
-"""Conversations to tokens by a template that transformers renders: the language model's own."""
+"""Tokenize conversations with a chat template rendered by transformers, such as the language model's own."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _TURNS = (
 
 
 class ChatPacker(TextEncoder):
-    """Frames conversations by a chat template in Jinja, such as the tokenizer's own; every answer is labelled.
+    """Formats conversations with a Jinja chat template, such as the tokenizer's own; every answer is labeled.
 
-    The assistant's parts are found by rendering the conversation up to each turn, so any template will do that only
-    ever appends. LLaVA's own templates are :class:`~visexpert.language.LlavaTemplate`.
+    The assistant's parts are found by rendering the conversation up to each turn, so any template works that only
+    appends. LLaVA's own templates are :class:`~visexpert.language.LlavaTemplate`.
 
     Args:
         tokenizer: A fast Hugging Face tokenizer.
-        template: The template; null takes the tokenizer's own.
-        image_in_text: Put the image, with a line break behind it, at the start of the first prompt; else it stands in
-            front of all text.
-        max_tokens: Longest conversation, the image counted as one; what is beyond is cut. Null for no limit.
+        template: The template; null for the tokenizer's own.
+        image_in_text: Put the image, with a line break behind it, at the start of the first prompt; otherwise it comes
+            before all text.
+        max_tokens: Longest conversation, the image counted as one; longer ones are truncated. Null for no limit.
 
     Raises:
         ConfigError: The tokenizer is not a fast one, has no end-of-sequence token, or no template of its own.
@@ -66,14 +66,14 @@ class ChatPacker(TextEncoder):
         self.eos_id, self.pad_id = frame.eos, frame.pad
 
     def encode(self, item: TextItem, *, has_image: bool = True) -> EncodedText:
-        """Tokenize one conversation; a label stands on each token of an answer, up to the first <eos> behind it.
+        """Tokenize one conversation; each token of an answer is labeled, up to the first <eos> after it.
 
         Args:
             item: Its ``history``, ``prompt`` and ``answer`` are the turns.
             has_image: Whether there is an image to place.
 
         Raises:
-            ConfigError: The template rewrites what earlier turns became.
+            ConfigError: The template rewrites earlier turns.
             DataError: An answer is empty, or ``max_tokens`` leaves nothing to learn.
         """
         with_image = has_image and self.image_in_text
@@ -90,10 +90,10 @@ class ChatPacker(TextEncoder):
         return EncodedText(ids, supervised)
 
     def prompt(self, question: str, *, history: Sequence[tuple[str, str]] = (), has_image: bool = True) -> list[int]:
-        """Return ids of a conversation up to where the next answer begins; see :meth:`TextEncoder.prompt`.
+        """Return the ids of a conversation up to the start of the next answer; see :meth:`TextEncoder.prompt`.
 
         Raises:
-            ConfigError: The template rewrites what earlier turns became.
+            ConfigError: The template rewrites earlier turns.
         """
         with_image = has_image and self.image_in_text
         text, _ = self._render([*history, (question, None)], with_image)
@@ -101,17 +101,17 @@ class ChatPacker(TextEncoder):
         return ids
 
     def prompt_text(self, question: str, *, history: Sequence[tuple[str, str]] = (), has_image: bool = True) -> str:
-        """Return the conversation up to where the next answer begins; see :meth:`TextEncoder.prompt_text`.
+        """Return the conversation up to the start of the next answer; see :meth:`TextEncoder.prompt_text`.
 
         Raises:
-            ConfigError: The template rewrites what earlier turns became.
+            ConfigError: The template rewrites earlier turns.
         """
         text, _ = self._render([*history, (question, None)], has_image and self.image_in_text)
         return MARK * (has_image and not self.image_in_text) + text
 
     @property
     def chat_template(self) -> str:
-        """The template with the image's place; see :attr:`TextEncoder.chat_template`."""
+        """The template with the image's position; see :attr:`TextEncoder.chat_template`."""
         own = self.tokenizer.get_chat_template(self.template)
         front = "" if self.image_in_text else f"{{% if ns.images %}}{say(MARK)}{{% endif %}}"
         turns = _TURNS.replace("PLACED", str(self.image_in_text).lower())
@@ -174,6 +174,6 @@ class ChatPacker(TextEncoder):
         return ids, starts, ends
 
     def _up_to_eos(self, ids: IntArray, inside: BoolArray) -> BoolArray:
-        """Templates write line breaks behind <eos>; a model that stops there never writes them."""
+        """Drop labels after <eos>: templates add line breaks there, but a model that stops never generates them."""
         ends = np.flatnonzero(inside & (ids == self.eos_id))
         return inside if not len(ends) else inside & (np.arange(len(ids)) <= ends[0])

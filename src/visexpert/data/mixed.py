@@ -1,4 +1,4 @@
-"""Several sources in one run: training batches in turn, evaluation one source after another."""
+"""Several sources in one run: training batches alternate, evaluation runs through one source after another."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ SHARED = (
 
 
 class MixedData(LightningDataModule):
-    """Several sources: a batch holds rows of one of them; scores stand under their names where there are several.
+    """Several sources: a batch holds rows of one source; scores carry the source's name if there are several.
 
     In training the sources take turns, each in proportion to its weight, evenly spread; an epoch has as many batches
-    as all sources together. A source that is used up begins anew.
+    as all sources together. An exhausted source restarts.
 
     Args:
         sources: Sources by name.
-        train: Sources to train on, with their weights; a weight of null counts the source's batches.
+        train: Sources to train on, with their weights; null for the source's number of batches.
         val: Sources to validate on; null for none.
         test: Sources to test on; null for none.
-        tokenizer: Given to all sources, as are the settings below; null leaves each its own.
+        tokenizer: Passed to all sources, like the settings below; null keeps each source's own.
         template: See :class:`~visexpert.data.source.SourceData`, here and below.
         max_tokens: Longest text.
         image_size: Side of the images.
@@ -49,7 +49,7 @@ class MixedData(LightningDataModule):
         max_broken: Share that may be broken.
 
     Raises:
-        ConfigError: A name or a weight cannot be, or sources differ in their tokenizers.
+        ConfigError: A name is unknown, a weight is out of range, or sources have different tokenizers.
     """
 
     def __init__(
@@ -87,19 +87,19 @@ class MixedData(LightningDataModule):
             source.settings = replace(source.settings, **shared)
             source.label = name
         if len({source.settings.tokenizer for source in self._used(PARTS["fit"] + PARTS["test"])}) > 1:
-            raise ConfigError("The sources of MixedData name different tokenizers; set tokenizer on MixedData alone.")
+            raise ConfigError("The sources of MixedData name different tokenizers; set tokenizer on MixedData only.")
 
     # -- Lightning hooks ------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Refuse to start where something is missing."""
+        """Check that nothing is missing."""
         for name, parts in self._by_source(None).items():
             self.sources[name].trainer = self.trainer
             self.sources[name].check(parts)
             _ = self.sources[name].packer
 
     def check_stage(self, stage: str) -> None:
-        """Refuse to start where something that a stage reads is missing."""
+        """Check that nothing a stage reads is missing."""
         for name, parts in self._by_source(stage).items():
             self.sources[name].check(parts)
 
@@ -144,12 +144,12 @@ class MixedData(LightningDataModule):
 
     @property
     def packer(self) -> TextEncoder | None:
-        """What frames the texts of the first source that is trained on; None where batches have no text."""
+        """The text encoder of the first training source; None if batches have no text."""
         return next(iter(self._used(PARTS["fit"] + PARTS["test"]))).packer
 
     @property
     def settings(self) -> Settings:
-        """How the first source that is trained on is read."""
+        """The settings of the first training source."""
         return next(iter(self._used(PARTS["fit"] + PARTS["test"]))).settings
 
     def image_sources(self) -> dict[str, ImageSource]:

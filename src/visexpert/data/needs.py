@@ -1,4 +1,4 @@
-"""What a source needs on disk, and the sentence that says what is missing."""
+"""What a source needs on disk, and messages about what is missing."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from visexpert.errors import DataError, WeightsError
 
 @dataclass(frozen=True)
 class Need:
-    """A file or folder that must be there.
+    """A required file or folder.
 
     Args:
-        path: Where; the first of several places that exists counts.
+        path: Its path.
         what: What it is.
         url: Where it comes from.
-        size: About how large the download is.
-        others: Other places where it may lie.
+        size: Approximate size of the download.
+        others: Other paths where it may be.
     """
 
     path: Path
@@ -43,7 +43,7 @@ class Need:
 
 @dataclass(frozen=True)
 class TokenizerNeed:
-    """A tokenizer that must be on this machine.
+    """A required tokenizer.
 
     Args:
         name: As :meth:`~visexpert.io.source.ModelSource.parse` reads it.
@@ -64,7 +64,7 @@ class TokenizerNeed:
 
 
 def require(needs: Iterable[Need | TokenizerNeed], *, source: str) -> None:
-    """Refuse to start where something is missing.
+    """Check that nothing is missing.
 
     Raises:
         DataError: A file or folder.

@@ -1,4 +1,4 @@
-"""Text items to token ids, and the items of several images to one packed batch."""
+"""Tokenize text items, and pack the items of several images into one batch."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _NO_TURNS = (
 class TextPacker(TextEncoder):
     """Turns text items into token ids: ``<bos> prompt answer <eos>``.
 
-    Prompt and answer are tokenized as one text with a space between them, so that sub-word tokenizers see what they
-    see at generation; the offsets tell where the answer begins.
+    Prompt and answer are tokenized as one text with a space between them, so that sub-word tokenizers see the same text
+    as in generation; offsets mark the start of the answer.
 
     Args:
         tokenizer: A fast Hugging Face tokenizer. :class:`~visexpert.types.FrameTokens` says which tokens
-            open and end an item; words such as ``<eos>`` in a text stay words.
+            open and end an item; words such as ``<eos>`` in a text stay plain text.
         max_tokens: Longest item; a longer answer is cut and then has no ``<eos>``. None for no limit.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Sources whose images lie in files of their own, so that any row can be read at any time."""
+"""Sources with one file per image, so that any row can be read at any time."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class RowData(SourceData):
 
     Args:
         texts_per_image: Most texts of an image in a training batch, drawn anew each epoch; null for all. Evaluation
-            takes all.
-        draw_answers: In training, draw each text's answer from all that are accepted; else take the first.
+            uses all.
+        draw_answers: In training, draw each text's answer from all accepted ones; otherwise use the first.
         kwargs: See :class:`~visexpert.data.source.SourceData`.
     """
 
     def __init__(self, *, texts_per_image: int | None = None, draw_answers: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if texts_per_image is not None and texts_per_image < 1:
-            raise ConfigError(f"texts_per_image is {texts_per_image}, but must be at least 1; null takes all.")
+            raise ConfigError(f"texts_per_image is {texts_per_image}, but must be at least 1; null uses all.")
         self.texts_per_image = texts_per_image
         self.draw_answers = draw_answers
         self._tables: dict[str, SampleTable] = {}
@@ -82,7 +82,7 @@ class RowData(SourceData):
         )  # fmt: skip
 
     def order(self, part: str) -> Callable[[int], IntArray] | None:
-        """Order of a part's rows by epoch, where plain shuffling is not wanted."""
+        """Return the order of a part's rows by epoch, if it is not plain shuffling."""
         return None
 
     def dataset(self, part: str) -> RowDataset:
@@ -108,7 +108,7 @@ class RowData(SourceData):
         return len(self.table("train")) if is_here else None
 
     def image_sources(self) -> dict[str, ImageSource]:
-        """Return images of the opened parts by row, for the feature store."""
+        """Return the images of the opened parts by row, for the feature store."""
         reader = self.settings.reader()
         for part, table in self._tables.items():
             changing = part == "train" and reader.augments
@@ -183,7 +183,7 @@ class RowImages:
         table: The rows.
         reader: Decodes them; rows without an image and broken ones are black.
         source: What to call their source in messages.
-        changing: Images are augmented, so that they cannot be stored.
+        changing: Images are augmented, so their tokens cannot be stored.
     """
 
     def __init__(self, table: SampleTable, reader: ImageReader, *, source: str, changing: bool) -> None:
@@ -207,7 +207,7 @@ class RowImages:
         """Return images (len(rows), 3, H, W), uint8.
 
         Raises:
-            ConfigError: They look different each time, so that stored tokens would not be those of what is trained on.
+            ConfigError: Images look different each time, so stored tokens would not match the training images.
         """
         if self._changing:
             raise ConfigError(
@@ -220,7 +220,7 @@ class RowImages:
         try:
             if path:
                 return self._reader.read(path, name=path).image_CHW
-        except DataError:  # batches leave it out and say so
+        except DataError:  # batches skip it and report it
             pass
         return torch.zeros(3, self._reader.size, self._reader.size, dtype=torch.uint8)
 

@@ -1,4 +1,4 @@
-"""Settings that all sources on disk share."""
+"""Settings shared by all sources on disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Template: TypeAlias = Callable[[PreTrainedTokenizerBase], TextEncoder]
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentSettings:
-    """What is done to training images at random. Their tokens cannot be stored then.
+    """Random augmentation of training images. With it, their tokens cannot be stored.
 
     Args:
         crop_scale: Least share of the area of random crops, in (0, 1]; null for none.
@@ -31,10 +31,10 @@ class AugmentSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a source is read; :class:`~visexpert.data.source.SourceData` says what each means.
+    """How a source is read; :class:`~visexpert.data.source.SourceData` documents each setting.
 
     Raises:
-        ConfigError: A value cannot be.
+        ConfigError: A value is out of range.
     """
 
     tokenizer: str | None
@@ -62,7 +62,7 @@ class Settings:
         for name, low_open in (("train_fraction", True), ("max_broken", False)):
             value = getattr(self, name)
             if not 0 <= value <= 1 or (low_open and value == 0):
-                raise ConfigError(f"{name} is {value}, but is a share; give a number from 0 to 1.")
+                raise ConfigError(f"{name} must be in [0, 1], got {value}.")
         self.reader()
 
     def reader(self) -> ImageReader:

@@ -1,4 +1,4 @@
-"""WebDataset shards: who reads which records in which order, and how they are read, one after another."""
+"""WebDataset shards: the plan of which process reads which records, and a sequential reader."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Divides the records of all shards among processes and workers: each record to exactly one, each epoch.
+    """Divides the records of all shards among processes and workers: each record goes to exactly one per epoch.
 
     An epoch puts the shards in a random order and their records, end to end, on a line. Each process gets an equal
     stretch of it, cut into equally many batches; each of its workers gets a part of that stretch, so that it reads
@@ -35,7 +35,8 @@ class ShardPlan:
         counts: Records of each shard.
         batch_size: Records per batch.
         shuffle: New order each epoch; else as the shards lie.
-        drop_last: Give all processes batches of ``batch_size`` alone, leaving out what is over (others each epoch).
+        drop_last: Give all processes batches of ``batch_size`` alone, dropping the remainder (a different one each
+            epoch).
         seed: Seed of the order.
         window: Batches whose records are shuffled among one another; a worker holds so many encoded in memory.
         rank: This process.
@@ -217,7 +218,7 @@ def _files(stream: Any) -> Iterator[tuple[str, bytes]]:
 
 
 def _grouped(files: Iterable[tuple[str, bytes]], url: str) -> Iterator[Record | DataError]:
-    """Yield records out of members that stand side by side and share a key."""
+    """Yield records of adjacent members with the same key."""
     members = ((*split, data) for name, data in files if (split := split_member(name)) is not None)
     for key, group in groupby(members, key=lambda member: member[0]):
         record: Record = {"__key__": key}
@@ -253,7 +254,7 @@ def expand_shards(pattern: str, root: Path) -> list[str]:
 
 
 def check_shard(name: str) -> None:
-    """Refuse a shard that is a command, unless the command line allows it, and a URL that could become one.
+    """Check that a shard is not a command, unless the command line allows it, nor a URL that could become one.
 
     Raises:
         ConfigError: It is.
@@ -272,7 +273,7 @@ def check_shard(name: str) -> None:
 
 
 def is_remote(name: str) -> bool:
-    """Return whether a shard is no local file."""
+    """Return whether a shard is remote."""
     return re.match(r"^[a-z][a-z0-9+.-]*:", name, flags=re.IGNORECASE) is not None
 
 

@@ -1,4 +1,4 @@
-"""What all sources on disk have in common: settings, tokenizer, what must be there, loaders for each stage."""
+"""Base of all sources on disk: settings, tokenizer, required files, loaders for each stage."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PARTS: dict[str | None, tuple[str, ...]] = {
 """Parts of a source that a stage of the trainer reads."""
 
 CAPTION_PROMPT = "a picture of"
-"""Words that ask for a caption (Prismer's; ToVE does not say its own)."""
+"""Prompt for a caption (Prismer's; ToVE does not state its own)."""
 
 
 class Loader(Protocol):
@@ -50,26 +50,27 @@ class SourceData(LightningDataModule):
         root: Folder of the data set.
         tokenizer: Folder or hub id (also ``hf:ORG/NAME@REVISION``) of a transformers tokenizer, read from disk, never
             downloaded; null gives batches without text.
-        template: How prompts and answers become tokens: null for ``<bos> prompt answer <eos>``;
+        template: How to tokenize prompts and answers: null for ``<bos> prompt answer <eos>``;
             :class:`~visexpert.language.LlavaTemplate` for LLaVA's templates, :class:`~visexpert.data.ChatPacker` for
-            the tokenizer's own, or a :class:`~visexpert.types.TextEncoder` of yours.
-        max_tokens: Without a template: longest text in tokens, longer ones are cut; null for no limit.
-        image_size: Side of the square images that batches hold, pixels; take the largest that CLIP or an expert reads.
+            the tokenizer's own, or your own :class:`~visexpert.types.TextEncoder`.
+        max_tokens: Without a template: longest text in tokens, longer ones are truncated; null for no limit.
+        image_size: Side of the square images that batches hold, pixels; use the largest size that CLIP or an expert
+            reads.
         resize: ``crop`` (shorter side, then the center), ``stretch`` (the whole image, distorted) or ``pad``.
-        augment: What is done to training images at random.
+        augment: Random augmentation of training images.
         batch_size: Images per training batch and process.
         eval_batch_size: Images per batch of validation, test and prediction.
-        train_fraction: Share of the training part that is used, in (0, 1]; smaller shares lie inside larger ones.
+        train_fraction: Share of the training part to use, in (0, 1]; smaller shares are subsets of larger ones.
         num_val: Most images of the validation part; null for all.
         num_test: Most images of the test part; null for all.
-        seed: Seed of the choice that ``train_fraction``, ``num_val`` and ``num_test`` make.
-        order_seed: Seed of the order of batches, of the choice of texts and of augmentation; null takes the run's own.
+        seed: Seed of the choice of rows for ``train_fraction``, ``num_val`` and ``num_test``.
+        order_seed: Seed of the order of batches, of the choice of texts and of augmentation; null for the run's own.
         num_workers: Worker processes that read and decode; by default 4, or the number of cores if that is less.
         max_broken: Largest share of images or records that may be broken; they are skipped and listed in the run's
-            folder (``skipped.jsonl``). Above it the run ends.
+            folder (``skipped.jsonl``). Above it the run stops.
 
     Raises:
-        ConfigError: A value cannot be.
+        ConfigError: A value is out of range.
     """
 
     parts: tuple[str, ...] = ("train", "val", "test")
@@ -120,7 +121,7 @@ class SourceData(LightningDataModule):
         """Read the annotations of a part, once.
 
         Raises:
-            DataError: They cannot be read, or too much of them is broken.
+            DataError: They cannot be read, or too many are broken.
         """
 
     @abstractmethod
@@ -129,7 +130,7 @@ class SourceData(LightningDataModule):
 
         Args:
             part: ``train``, ``val`` or ``test``.
-            position: Of training: tells how many batches of the endless sequence are done.
+            position: For training: returns how many batches of the endless sequence are done.
         """
 
     @abstractmethod
@@ -147,7 +148,7 @@ class SourceData(LightningDataModule):
 
     @property
     def packer(self) -> TextEncoder | None:
-        """Turns texts into ids; None where batches have no text."""
+        """The encoder of texts; None if batches have no text."""
         tokenizer, template = self.tokenizer, self.settings.template
         if self._packer is None and tokenizer is not None:
             max_tokens = self.settings.max_tokens
@@ -157,7 +158,7 @@ class SourceData(LightningDataModule):
     # -- Lightning hooks ------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Refuse to start where something is missing or the tokenizer cannot frame texts (once per machine)."""
+        """Check that nothing is missing and the tokenizer can encode texts (once per machine)."""
         self.check(self.parts_of_stage(None))
         _ = self.packer  # before encoders fill the feature store, which takes long
 
@@ -198,22 +199,22 @@ class SourceData(LightningDataModule):
         return type(self).__name__ + (f" ({self.label})" if self.label else "")
 
     def check(self, parts: Sequence[str]) -> None:
-        """Refuse to start where something that these parts need is missing."""
+        """Check that nothing these parts need is missing."""
         require(self.all_needs(parts), source=self.called)
 
     def check_stage(self, stage: str) -> None:
-        """Refuse to start where something that a stage reads is missing."""
+        """Check that nothing a stage reads is missing."""
         self.check(self.parts_of_stage(stage))
 
     def all_needs(self, parts: Sequence[str]) -> list[Need | TokenizerNeed]:
-        """Return all that these parts need, each once."""
+        """List everything that these parts need, without repeats."""
         needs: list[Need | TokenizerNeed] = [need for part in parts for need in self.needs(part)]
         if self.settings.tokenizer is not None:
             needs.append(TokenizerNeed(self.settings.tokenizer))
         return list(dict.fromkeys(needs))
 
     def split_of(self, part: str) -> str:
-        """Name that the rows of a part count in, also beside other sources."""
+        """Return the split name that rows of a part refer to, unique across sources."""
         return f"{self.label}/{part}" if self.label else part
 
     def parts_of_stage(self, stage: str | None) -> list[str]:
@@ -223,12 +224,12 @@ class SourceData(LightningDataModule):
         return [part for part in PARTS.get(stage, self.parts) if part in self.parts]
 
     def find_run_folder(self) -> None:
-        """Ask for the run's folder; every process must ask at once, since the first one tells the others."""
+        """Find the run's folder; every process must call this together, since the first one broadcasts it."""
         if self.trainer is not None:
             self._folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
 
     def faults(self, part: str, *, total: int, shared: bool) -> FaultLog:
-        """Return a list of what is broken in a part.
+        """Return the log of what is broken in a part.
 
         Args:
             part: The part.

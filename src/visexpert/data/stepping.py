@@ -1,4 +1,4 @@
-"""Training batches that know what the optimizer step they belong to counts."""
+"""Training batches that carry the counts of their optimizer step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class StepLoader:
-    """Gives the batches of another loader, each with the tokens and images of its whole optimizer step.
+    """Yields the batches of another loader, each with the token and image counts of its whole optimizer step.
 
     With ``accumulate_grad_batches`` above 1 a step's losses are divided by what all its batches count, so that many
     small batches train like a large one. These counts must be known before the first of them is used: batches are read
@@ -27,7 +27,7 @@ class StepLoader:
 
     Args:
         loader: Training batches of this process.
-        trainer: Says where steps begin; None hands batches on as they are.
+        trainer: Trainer that defines where steps begin; None passes batches on unchanged.
     """
 
     def __init__(self, loader: Loader, *, trainer: L.Trainer | None) -> None:
@@ -37,7 +37,7 @@ class StepLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator: the trainer makes it before it restores its progress.
+        # A generator: the trainer creates it before it restores its progress.
         if self._trainer is None:
             yield from self.loader
             return

@@ -1,4 +1,4 @@
-"""Prompts with a place for the question."""
+"""Prompts with a placeholder for the question."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from visexpert.errors import ConfigError
 
 
 def check_template(template: str, field: str) -> str:
-    """Return a prompt's template if it has the one place that it must have.
+    """Check that a prompt has exactly its one placeholder, and return it.
 
     Raises:
-        ConfigError: It has none, or others.
+        ConfigError: The placeholder is missing, repeated, or not the only one.
     """
     try:
         fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-"""A tokenizer has at least one of these."""
+"""Files of which a tokenizer has at least one."""
 
 
 def find_tokenizer(name: str) -> Path | WeightsError:

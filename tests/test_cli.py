@@ -18,9 +18,9 @@ from visexpert import training
 from visexpert.cli import main
 from visexpert.io.checkpoints import load_checkpoint
 from visexpert.methods.start import start_from
+from visexpert.parse_errors import explain
 from visexpert.report import read_metrics
 from visexpert.runs import load_run
-from visexpert.training import explain
 from visexpert.types import Batch
 
 SMOKE = Path(__file__).parents[1] / "configs" / "tove" / "smoke.yaml"

@@ -24,6 +24,7 @@ EVERYWHERE = frozenset(
         "trust",
         "precision",
         "overlays",
+        "parse_errors",
         "timing",
         "names",
     }

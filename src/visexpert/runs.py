@@ -20,7 +20,8 @@ from visexpert.io.checkpoints import load_checkpoint
 from visexpert.io.reading import read_yaml
 from visexpert.io.run_version import blamed_on_version
 from visexpert.methods import Method
-from visexpert.training import checkpoint_of, config_of, explain
+from visexpert.parse_errors import explain
+from visexpert.training import checkpoint_of, config_of
 from visexpert.trust import guarded, refuse_strangers
 
 

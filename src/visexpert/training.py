@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
-from inspect import Parameter, signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -49,6 +45,7 @@ from visexpert.io.run_version import blamed_on_version, is_of_run
 from visexpert.io.used import holds_run, set_run_aside
 from visexpert.methods import Method
 from visexpert.overlays import MissingBaseError, load_path, parts_without_class, unrelated_settings_dropped
+from visexpert.parse_errors import classes_in, explain
 from visexpert.trust import UntrustedError, guarded, refuse_strangers
 
 log = logging.getLogger(__name__)
@@ -399,69 +396,10 @@ class RunParser(LightningArgumentParser):
         """Raise a ConfigError; parsers of nested classes report to this one, as they always do."""
         if not self.exit_on_error:
             super().error(message, ex)
-        if parts := parts_without_class(message, _classes_in(message)):
+        if parts := parts_without_class(message, classes_in(message)):
             raise MissingBaseError(parts) from ex
         parser = getattr(ex, "subcommand_parser", None) or self
         raise ConfigError(explain(message, [action.dest for action in parser._actions])) from ex
-
-
-def explain(message: str, known: Iterable[str]) -> str:
-    """Turn jsonargparse's report into one sentence: which key or class is wrong, and what was probably meant.
-
-    Args:
-        message: The report; nested classes and each member of a union add lines of their own.
-        known: Keys that the parser knows.
-    """
-    classes = _classes_in(message)
-    unknown = re.search(
-        r"[Oo]ption '([^']+)' is not accepted|not accept option '([^']+)'|unrecognized arguments: --([\w.]+)", message
-    )
-    if unknown is not None:
-        name = next(group for group in unknown.groups() if group)
-        if not classes:
-            return f"There is no setting '{name}'; {_hint(name, known)}"
-        known_there = _settings_of(load_path(classes[-1]))
-        first = name.split(".")[0]
-        name = name if any(key.startswith(f"{first}.") for key in known_there.values()) else first
-        near = get_close_matches(name.rpartition(".")[2], known_there, n=1, cutoff=0.6)
-        hint = f"did you mean '{known_there[near[0]]}'?" if near else _hint(name, known_there.values())
-        return f"{classes[-1]} has no setting '{name}'; {hint}"
-    if classes and load_path(classes[-1]) is None:
-        module, _, name = classes[-1].rpartition(".")
-        return f"There is no class '{classes[-1]}'; {_hint(name, getattr(load_path(module), '__all__', ()))}"
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
-    kept = " ".join(line for line in lines if not line.startswith(_NOISE))
-    kept = re.sub(r"Parser key \"([^\"]+)\"", r"\1", re.sub(r"Problem with given class_path '([^']+)'", r"\1", kept))
-    given = re.findall(r"Given value: (.{1,80})$", message, flags=re.MULTILINE)
-    kept += f". Got value: {given[0]}" if given and "Got value" not in kept else ""
-    return f"{kept[:400].rstrip('.')}; see --help for what is allowed."
-
-
-def _classes_in(message: str) -> list[str]:
-    return re.findall(r"Problem with given class_path '([^']+)'", message)
-
-
-_NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
-"""How lines of a report begin that tell a user nothing."""
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    names = sorted({key for key in known if key not in ("help", "==SUPPRESS==")})
-    near = get_close_matches(name, names, n=2, cutoff=0.6)
-    if near:
-        return f"did you mean {' or '.join(map(repr, near))}?"
-    return f"known are {', '.join(names)}." if 0 < len(names) <= 40 else "see --help for what is allowed."
-
-
-def _settings_of(target: Any) -> dict[str, str]:
-    """Settings of a class by their own name, each as it is written below the class, such as ``optimizer.lr``."""
-    parameters = {} if target is None else signature(target).parameters
-    catch_all = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-    found = {key: key for key, value in parameters.items() if value.kind not in catch_all}
-    for group, value in parameters.items():
-        if is_dataclass(value.default):
-            found = {field.name: f"{group}.{field.name}" for field in fields(value.default)} | found
-    return found
 
 
 def complete_from_run(arguments: list[str]) -> list[str]:

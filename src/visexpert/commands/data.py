@@ -153,7 +153,7 @@ def build_data(paths: Sequence[Path]) -> LightningDataModule:
     from jsonargparse import ArgumentError, ArgumentParser
     from lightning.pytorch import LightningDataModule
 
-    from visexpert.training import explain
+    from visexpert.parse_errors import explain
     from visexpert.trust import guarded, refuse_strangers
 
     named = " + ".join(map(str, paths))

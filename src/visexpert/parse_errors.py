@@ -1,0 +1,112 @@
+"""What a parser reports of a wrong setting, in one sentence: which key or class is wrong, and what was meant."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from inspect import Parameter, signature
+from typing import Any
+
+from visexpert.overlays import load_path
+
+EARLIER = {
+    "adapter_hidden": "hidden", "anchor_share": "clip_teacher_weight", "convention": "convention",
+    "detach_weights": "detach", "direction": "alignment", "eval_mixture": "eval", "feature_cache": "folder",
+    "feature_dtype": "dtype", "gate_hidden": "hidden", "gate_noise": "noise", "gate_noise_std": "noise_std",
+    "learning_rate": "lr", "min_worth": "min_contribution", "mixture": "train", "normalise": "normalize",
+    "projector_norm": "norm", "render_workers": "workers", "teacher_weighting": "teachers", "text_weight": "lm_weight",
+    "token_weighting": "tokens",
+}  # fmt: skip
+"""What settings are called now, by names that they had in 0.1 or have elsewhere: for hints alone."""
+
+
+def explain(message: str, known: Iterable[str]) -> str:
+    """Turn jsonargparse's report into one sentence.
+
+    Args:
+        message: The report; nested classes and each member of a union add lines of their own.
+        known: Keys that the parser knows.
+    """
+    classes = classes_in(message)
+    unknown = re.search(
+        r"[Oo]ption '([^']+)' is not accepted|not accept option '([^']+)'|unrecognized arguments: --([\w.]+)", message
+    )
+    if unknown is not None:
+        name = next(group for group in unknown.groups() if group)
+        if not classes:
+            return f"There is no setting '{name}'; {_hint(name, known)}"
+        known_there = _settings_of(load_path(classes[-1]))
+        first = name.split(".")[0]
+        name = name if any(key.startswith(f"{first}.") for key in known_there) else first
+        return f"{classes[-1]} has no setting '{name}'; {_hint(name, known_there)}"
+    if classes and load_path(classes[-1]) is None:
+        module, _, name = classes[-1].rpartition(".")
+        return f"There is no class '{classes[-1]}'; {_hint(name, getattr(load_path(module), '__all__', ()))}"
+    if (group := _group_as_value(message, classes)) is not None:
+        return group
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    kept = " ".join(line for line in lines if not line.startswith(_NOISE))
+    kept = re.sub(r"Parser key \"([^\"]+)\"", r"\1", re.sub(r"Problem with given class_path '([^']+)'", r"\1", kept))
+    given = re.findall(r"Given value: (.{1,80})$", message, flags=re.MULTILINE)
+    kept += f". Got value: {given[0]}" if given and "Got value" not in kept else ""
+    return f"{kept[:400].rstrip('.')}; see --help for what is allowed."
+
+
+def classes_in(message: str) -> list[str]:
+    """Classes that a report finds wrong, the innermost last."""
+    return re.findall(r"Problem with given class_path '([^']+)'", message)
+
+
+_NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
+"""How lines of a report begin that tell a user nothing."""
+
+_NO_SETTINGS = ("help", "==SUPPRESS==", "print_shtab", "print_config")
+
+
+def _group_as_value(message: str, classes: list[str]) -> str | None:
+    """The sentence for a group of settings that was given one value, such as ``gate: token``; None for other reports.
+
+    A parser takes such a value for the name of a file to read the group from.
+    """
+    found = re.search(r"Parser key \"([\w.]+)\":\s+Unable to load config '([^']*)'", message)
+    if found is None or not classes:
+        return None
+    name, value = found.groups()
+    inside = [key.partition(".")[2] for key in _settings_of(load_path(classes[-1])) if key.startswith(f"{name}.")]
+    return f"{classes[-1]}: {name} is '{value}', but is a group of settings: {', '.join(inside)}." if inside else None
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    """What was probably meant: by a name of old, by the last part of a dotted name, or by all of it."""
+    names = sorted({key for key in known if key not in _NO_SETTINGS})
+    leaves: dict[str, list[str]] = {}
+    for key in names:
+        leaves.setdefault(key.rpartition(".")[2], []).append(key)
+    leaf = name.rpartition(".")[2]
+    near = leaves.get(leaf) or _renamed(leaf, leaves) or [
+        key for close in get_close_matches(leaf, leaves, n=2, cutoff=0.6) for key in leaves[close]
+    ]  # fmt: skip
+    near = near[:2] or get_close_matches(name, names, n=2, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    return f"known are {', '.join(names)}." if 0 < len(names) <= 40 else "see --help for what is allowed."
+
+
+def _renamed(leaf: str, leaves: Mapping[str, list[str]]) -> list[str]:
+    """What a setting of an earlier name is now; where several groups have that name, the one that it belonged to."""
+    found = leaves.get(EARLIER.get(leaf, ""), [])
+    own = [key for key in found if key.startswith(leaf.split("_")[0])]
+    return own or found
+
+
+def _settings_of(target: Any) -> list[str]:
+    """Settings of a class as they are written below it, those of groups as ``optimizer.lr``."""
+    parameters = {} if target is None else signature(target).parameters
+    catch_all = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    found = [key for key, value in parameters.items() if value.kind not in catch_all]
+    for group, value in parameters.items():
+        if is_dataclass(value.default):
+            found += [f"{group}.{field.name}" for field in fields(value.default)]
+    return found

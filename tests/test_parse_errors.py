@@ -1,0 +1,74 @@
+"""Hints for settings that do not exist: names of earlier versions, the group that a setting is in, misspelt ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from visexpert.errors import ConfigError
+from visexpert.methods.base import Method as Base
+from visexpert.parse_errors import explain
+from visexpert.training import RunParser
+
+TOVE, MOVEKD = "visexpert.methods.ToVE", "visexpert.methods.MoVEKD"
+
+
+def refused(kind: str, setting: str, value: str) -> str:
+    parser = RunParser(parser_mode="omegaconf")
+    parser.add_subclass_arguments(Base, "model")
+    with pytest.raises(ConfigError) as error:
+        parser.parse_args(["--model", kind, f"--model.{setting}", value])
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "meant"),
+    [
+        (TOVE, "gate_hidden", "gate.hidden"),
+        (TOVE, "gate_noise", "gate.noise"),
+        (TOVE, "top_k", "gate.top_k"),
+        (TOVE, "feature_cache", "store.folder"),
+        (TOVE, "feature_dtype", "store.dtype"),
+        (TOVE, "projector_norm", "projector.norm"),
+        (TOVE, "lr", "optimizer.lr"),
+        (TOVE, "learning_rate", "optimizer.lr"),
+        (TOVE, "optimizer.learning_rate", "optimizer.lr"),
+        (TOVE, "caption_images", "evaluation.caption_images"),
+        (MOVEKD, "teacher_weighting", "weighting.teachers"),
+        (MOVEKD, "token_weighting", "weighting.tokens"),
+        (MOVEKD, "detach_weights", "weighting.detach"),
+        (MOVEKD, "anchor_share", "weighting.clip_teacher_weight"),
+        (MOVEKD, "direction", "heads.alignment"),
+        (MOVEKD, "adapter", "heads.adapter"),
+        (MOVEKD, "adapter_hidden", "heads.hidden"),
+        (MOVEKD, "text_weight", "lm_weight"),
+    ],
+)
+def test_names_of_earlier_versions_lead_to_those_of_today(kind: str, setting: str, meant: str) -> None:
+    message = refused(kind, setting, "1")
+    assert message.startswith(f"{kind} has no setting") and f"did you mean '{meant}'?" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "value", "inside"),
+    [
+        (TOVE, "gate", "token", "kind, hidden"),
+        (TOVE, "store", "auto", "folder, dtype"),
+        (MOVEKD, "heads", "x", "hidden"),
+    ],
+)
+def test_one_value_for_a_group_of_settings(kind: str, group: str, value: str, inside: str) -> None:
+    message = refused(kind, group, value)
+    assert f"{group} is '{value}'" in message and inside in message and "NestedArg" not in message
+
+
+def test_a_phase_without_its_group() -> None:
+    parser: Any = ArgumentParser()
+    for name in ("merging.lm_weight", "optimizer.lr", "steps"):
+        parser.add_argument(f"--{name}", type=float)
+    known = [action.dest for action in parser._actions]
+    assert "'optimizer.lr'" in explain("unrecognized arguments: --lr 1", known)
+    assert "'merging.lm_weight'" in explain("unrecognized arguments: --text_weight 1", known)
+    assert "print_shtab" not in explain("unrecognized arguments: --zzz 1", [*known, "print_shtab"])

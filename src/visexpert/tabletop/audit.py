@@ -1,4 +1,4 @@
-"""How far a guesser gets that reads the questions and never sees an image: it must stay at chance.
+"""Score a guesser that reads the questions but never sees an image: it must stay at chance.
 
 Usage: ``python -m visexpert.tabletop.audit --help``.
 """

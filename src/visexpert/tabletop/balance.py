@@ -34,7 +34,7 @@ class Balancer:
         return counts[answer] - min(counts.values())
 
     def allows(self, keys: Sequence[Hashable], answer: str, options: Sequence[str]) -> bool:
-        """Tell whether using ``answer`` keeps each of ``keys`` within the slack."""
+        """Return whether using ``answer`` keeps each of ``keys`` within the slack."""
         for key in keys:
             if self.lead(key, answer, options) >= self.slack:
                 return False

@@ -19,7 +19,7 @@ FAR_FROM = 8.8
 MAX_REFERENCES = 5
 
 SCORED_AS = {"dense": "slots", "relation": "caption"}
-"""How the kinds of text are scored that do not say so themselves."""
+"""Metrics of the kinds of text that do not name their own."""
 
 
 def dense_caption(graph: SceneGraph) -> TextItem:

@@ -1,4 +1,4 @@
-"""The embedded world as a LightningDataModule: renders and writes its scenes on first use, then maps them."""
+"""The embedded world as a LightningDataModule: renders and stores its scenes on first use, then memory-maps them."""
 
 from __future__ import annotations
 
@@ -92,15 +92,15 @@ class TabletopData(LightningDataModule):
         texts: Which texts of a scene make a row.
         with_targets: Add the dense ground truth to each batch (see
             :class:`~visexpert.tabletop.dataset.TabletopDataset`); batches of the test split always have it.
-        train_fraction: Share of the training scenes that is used, in (0, 1]; smaller shares lie inside larger ones.
+        train_fraction: Share of the training scenes that is used, in (0, 1]; smaller shares are subsets of larger ones.
         train_split: Name of the training scenes; another name gives other scenes (the zoo trains on ``zoo``).
         num_workers: Worker processes that build batches; 0 is best on CPU, where a batch takes about 1 ms.
         rendering: How scenes are rendered on first use.
         world: Settings of the world, the size of its images among them; null takes its defaults.
-        tokenizer: Turns texts into ids; null takes the embedded world's own word-level tokenizer.
+        tokenizer: Turns texts into ids; null for the embedded world's own word-level tokenizer.
 
     Raises:
-        ConfigError: If a number, a share, a name of a split or a kind of text cannot be.
+        ConfigError: A number, a share, a split name or a kind of text is invalid.
     """
 
     def __init__(

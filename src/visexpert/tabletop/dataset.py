@@ -1,4 +1,4 @@
-"""Whole batches of the embedded world out of memory-mapped renders and a text table."""
+"""Build whole batches of the embedded world from memory-mapped renders and a text table."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class TabletopDataset:
 
     Args:
         cache: The rendered split.
-        split: Its name, as batches carry it.
-        num_rows: Rows in use, the first ones.
+        split: Name of the split, as carried by batches.
+        num_rows: Number of rows in use, from the first.
         table: Texts of the rows; None for images alone.
-        choice_seed: Seed of the random choice of texts, which then changes with the epoch; None takes the first ones.
-        for_evaluation: Let batches carry texts as strings and scene graphs.
-        with_targets: Let batches carry the dense ground truth: ``depth_BHW`` float32 (scene units), ``normals_B3HW``
+        choice_seed: Seed of the random choice of texts, which then changes with the epoch; None selects the first ones.
+        for_evaluation: Include texts as strings and scene graphs in batches.
+        with_targets: Include the dense ground truth in batches: ``depth_BHW`` float32 (scene units), ``normals_B3HW``
             float32 (unit length), ``instance_BHW`` int64 (0 = table, k = the graph's k-th object from 1), ``edges_BHW``
             float32 (0 or 1), and ``colour_BHW``, ``shape_BHW``, ``material_BHW``, ``size_BHW`` int64 (index into the
             constants of ``world.py``, -1 = table).
@@ -72,7 +72,7 @@ class TabletopDataset:
                 items = self.table.strings(*chosen, rows=rows)
                 prompts = self.table.prompts_of(items)
         return Batch(
-            # A view: channels last in memory, which is what the renders have and convolutions like.
+            # A view: channels last in memory, as in the renders and as convolutions prefer.
             images_BCHW=torch.from_numpy(np.ascontiguousarray(self.cache.rgb[rows])).permute(0, 3, 1, 2),
             index_B=torch.from_numpy(rows.copy()),
             split=self.split,

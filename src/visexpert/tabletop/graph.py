@@ -82,13 +82,13 @@ class RelationClaim:
 
 
 def parse_relation(caption: str) -> RelationClaim | None:
-    """Read a relation caption; None if it is not of the form."""
+    """Parse a relation caption; return None if it has another form."""
     found = _CAPTION.fullmatch(" ".join(caption.lower().split()))
     return RelationClaim(found["subject"], found["relation"], found["object"]) if found else None
 
 
 def relation_holds(relation: str, first: ObjectNode, second: ObjectNode) -> bool:
-    """Tell whether ``first <relation> second`` is true, by the sign of the difference alone.
+    """Return whether ``first <relation> second`` is true, by the sign of the difference alone.
 
     Left and right are those of the image; in front of means nearer to the camera; above and below compare the heights
     over the table; larger and smaller the true size classes.

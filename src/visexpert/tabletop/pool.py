@@ -22,10 +22,10 @@ from visexpert.tabletop.statements import popular_phrases, probes, statements
 from visexpert.types import TextItem
 
 POOL_SIZES: dict[str, int] = {"dense": 1, "relation": 4, "vsr": 6, "vqa": 8, "pope": 4, "objects": 4}
-"""Most items of each kind in a scene's pool; scenes that decide little have fewer."""
+"""Most items of each kind in a scene's pool; scenes with few clear facts have fewer."""
 
 TEXT_VERSION = 1
-"""Raise it whenever the same scenes and seed would give other texts, so that no stale cache is used."""
+"""Raise this whenever the same scenes and seed would give other texts, so that no stale cache is used."""
 
 Pools = list[list[TextItem]]
 
@@ -40,7 +40,7 @@ def ensure_pools(
         beside: The rendered split; the texts lie next to it as ``<name>.text-<key>.jsonl``.
         split: Name of the split.
         seed: Seed of the split.
-        fingerprint: What identifies the scenes.
+        fingerprint: Fingerprint of the scenes.
         progress: Show a progress bar while generating.
 
     Returns:

@@ -200,7 +200,7 @@ def object_normals(scenes: Scenes, groups: list[Group], hits: Hits, rays: Rays) 
 
 
 def shadowed(scenes: Scenes, groups: list[Group], hits: Hits, rays: Rays, facing_NHW: Tensor) -> Tensor:
-    """Tell which pixels see a surface that another object shades from the light: bool (N, H, W).
+    """Return which pixels see a surface that another object shades from the light: bool (N, H, W).
 
     Args:
         scenes: The scenes.

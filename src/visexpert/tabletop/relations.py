@@ -84,7 +84,7 @@ def facts_of(graph: SceneGraph) -> dict[str, list[Fact]]:
 
 
 def leading_matrices(graph: SceneGraph) -> dict[str, list[list[bool | None]]]:
-    """Tell for each family and ordered pair (i, j) whether object i stands in the leading direction to object j.
+    """Return for each family and ordered pair (i, j) whether object i stands in the leading direction to object j.
 
     Returns:
         Per family a square matrix: True (left of, in front of, above, larger than), False (the inverse), or None inside
@@ -103,7 +103,7 @@ def leading_matrices(graph: SceneGraph) -> dict[str, list[list[bool | None]]]:
 
 
 def named_objects(graph: SceneGraph) -> list[int]:
-    """Return the indices of the objects that ``colour shape`` names without doubt."""
+    """Return the indices of the objects that ``colour shape`` names unambiguously."""
     phrases = [(node.colour, node.shape) for node in graph.objects]
     return [i for i, phrase in enumerate(phrases) if phrases.count(phrase) == 1]
 

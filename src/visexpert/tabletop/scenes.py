@@ -268,7 +268,7 @@ def _candidate_places(uniform_NC2: Array, height_NC: Array, eye_N3: Array, axes_
 
 
 def _apart(place_NC3: Array, other_N13: Array, radius_N1: Array, other_radius_N1: Array) -> Array:
-    """Tell which places neither touch the other object nor overlap most of it in the image."""
+    """Return which places neither touch the other object nor overlap most of it in the image."""
     gap2_NC = ((place_NC3 - other_N13) ** 2).sum(axis=-1)
     image_NC2, other_N12 = place_NC3[..., :2] / place_NC3[..., 2:], other_N13[..., :2] / other_N13[..., 2:]
     image_gap2_NC = ((image_NC2 - other_N12) ** 2).sum(axis=-1)

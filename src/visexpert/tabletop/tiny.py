@@ -1,4 +1,4 @@
-"""The zoo's own experts: small networks whose architecture travels in the header of their weights file."""
+"""The zoo's own experts: small networks whose architecture is stored in the header of their weights file."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ RENDERER_VERSION = 1
 
 @dataclass(frozen=True)
 class TabletopWorld:
-    """What kind of scenes there are and how they are photographed.
+    """Settings of the scenes and how they are photographed.
 
     Args:
         image_size: Height and width of the cached renders, pixels.

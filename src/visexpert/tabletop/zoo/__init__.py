@@ -1,3 +1,3 @@
-"""Small pretrained models that ship with the package, and what trained them."""
+"""Small pretrained models that ship with the package, and their training code."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every training module of the zoo shares: optimizer, image scaling, and how its result is shipped."""
+"""Base of the zoo's training modules: optimizer, image scaling, and shipping of the result."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ZooModule(ClippedModule, ABC):
         """Return what a card says about the model: kind, input, tokens, parameters, license."""
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW over everything that trains, stepped per batch."""
+        """Build AdamW over all trained parameters, with a schedule stepped per batch."""
         trained = [value for value in self.parameters() if value.requires_grad]
         groups = [
             {"params": [value for value in trained if value.ndim > 1], "weight_decay": self.weight_decay},
@@ -86,7 +86,7 @@ def write_weights(state: Mapping[str, Tensor], path: Path, *, metadata: Mapping[
 
 
 def images_of(batch: Batch) -> Tensor:
-    """Return the batch's images as float in [0, 1], whatever they are stored as."""
+    """Return the batch's images as float in [0, 1], for any stored type."""
     images_BCHW = batch.images_BCHW
     return images_BCHW.float() / 255 if images_BCHW.dtype == torch.uint8 else images_BCHW
 

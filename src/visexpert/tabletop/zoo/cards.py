@@ -1,4 +1,4 @@
-"""Cards of the shipped weights: Markdown written from their JSON facts, so that no figure is typed by hand."""
+"""Cards of the shipped weights: Markdown written from their JSON facts, so that no number is typed by hand."""
 
 from __future__ import annotations
 

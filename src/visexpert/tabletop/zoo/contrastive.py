@@ -192,7 +192,7 @@ class NgramTextTower(nn.Module):
 
 
 def text_of(batch: Batch) -> TextBatch:
-    """Return the batch's captions, one an image.
+    """Return the batch's captions, one per image.
 
     Raises:
         ConfigError: There are none, or several an image.
@@ -205,7 +205,7 @@ def text_of(batch: Batch) -> TextBatch:
 
 
 def recall_at_1(images_ND: Tensor, texts_ND: Tensor, *, gallery: int) -> float:
-    """Return per cent of images whose own text is the nearest of its gallery; a short last gallery is left out.
+    """Return the percentage of images whose own text is the nearest of its gallery; a short last gallery is left out.
 
     Args:
         images_ND: Unit image embeddings.

@@ -1,4 +1,4 @@
-"""What a linear probe reads off the tokens of each zoo entry: ``python -m visexpert.tabletop.zoo.probe_table``."""
+"""Linear probes of the tokens of each zoo entry: ``python -m visexpert.tabletop.zoo.probe_table``."""
 
 from __future__ import annotations
 

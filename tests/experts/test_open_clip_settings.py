@@ -70,7 +70,7 @@ def test_a_file_whose_preparation_nothing_tells_is_refused() -> None:
         with pytest.raises(ConfigError, match=r"ViT-L-14 .*several values of mean"):
             ClipEncoder(source="downloaded/x.pt", architecture="ViT-L-14")
         with pytest.raises(ConfigError, match=r"ViT-H-14 .*several values of resize_mode .*shortest.*squash"):
-            OpenClipExpert(model="ViT-H-14", weights="downloaded/x.pt", framing="own")
+            OpenClipExpert(model="ViT-H-14", weights="downloaded/x.pt")
         tagged = OpenClipExpert(model="ViT-L-14", weights="laion2b_s32b_b82k")
         assert OpenClipExpert(model="ViT-L-14", weights="random").recipe.mean == pytest.approx(
             [0.4815, 0.4578, 0.4082], abs=1e-4
@@ -165,3 +165,37 @@ def test_a_repository_that_says_nothing_is_as_a_lone_file(
         return
     with pytest.raises(ConfigError, match=r"tiny-vit have several values of mean .*0\.1.*0\.2"):
         expert.load_weights()
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40)])
+@pytest.mark.parametrize("mode", ["shortest", "squash"])
+def test_images_are_framed_as_its_own_configuration_says(tmp_path: Path, mode: str, shape: tuple[int, int]) -> None:
+    """By default; pixels held against open_clip's own transform of the same folder."""
+    folder = repository(tmp_path / "mine")
+    write_preparation(folder, {**OWN, "resize_mode": mode})
+    expert = loaded(model="tiny-vit", weights=str(folder))
+    _, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    (image_CHW,) = smooth_images(1, *shape)
+    pixels_BCHW = transform(as_pil(image_CHW))[None]
+    torch.testing.assert_close(expert.preprocess(image_CHW[None] / 255), pixels_BCHW, atol=0.02, rtol=0)
+    squashed = OpenClipExpert(model="tiny-vit", weights=str(folder), framing="squash")
+    assert squashed.recipe.framing == "squash"
+
+
+def write_preparation(folder: Path, preparation: dict[str, Any]) -> None:
+    path = folder / "open_clip_config.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**written, "preprocess_cfg": preparation}), encoding="utf-8")
+
+
+def test_a_framing_that_cannot_be_done_or_is_none_is_told(tmp_path: Path) -> None:
+    folder = repository(tmp_path / "mine")
+    write_preparation(folder, {**OWN, "resize_mode": "longest"})
+    with pytest.warns(UserWarning, match="frames images in a way of its own.*squashed"):
+        assert OpenClipExpert(model="tiny-vit", weights=str(folder)).recipe.framing == "squash"
+    with pytest.raises(ConfigError, match="use framing squash, crop or pad"):
+        OpenClipExpert(model="tiny-vit", weights=str(folder), framing="own")
+    write_preparation(folder, {**OWN, "resize_mode": "diagonal"})
+    for framing in (None, "own", "squash"):
+        with pytest.raises(ConfigError, match=r"resize_mode='diagonal' .*\['longest', 'shortest', 'squash'\]"):
+            OpenClipExpert(model="tiny-vit", weights=str(folder), framing=framing)

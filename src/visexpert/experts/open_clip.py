@@ -41,8 +41,8 @@ class OpenClipExpert(MapExpert):
         image_size: Side of the input in pixels; null for the model's own. Position embeddings are interpolated.
         layer: Null for the last features; else a block or stage by index, -1 for the last, without a final norm (or
             MobileCLIP's last convolution). Later ones are not run.
-        framing: What becomes of an image that is no square: ``squash`` (as CLIP here), ``crop``, ``pad``, or ``own``
-            for the model's own.
+        framing: What becomes of an image that is no square: ``squash`` (as CLIP here, so that a patch shows the same
+            as CLIP's), ``crop`` or ``pad``; null or ``own`` for the model's own (``resize_mode``).
         interpolation: ``bilinear`` or ``bicubic``; null for the model's own.
         licence: Licence of the weights; null for what the model card says.
     """
@@ -54,7 +54,7 @@ class OpenClipExpert(MapExpert):
         weights: str,
         image_size: int | None = None,
         layer: int | None = None,
-        framing: Framing = "squash",
+        framing: Framing | None = None,
         interpolation: Interpolation | None = None,
         licence: str | None = None,
     ) -> None:
@@ -196,7 +196,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else value
 
 
-def named(model: str, weights: str, *, framing: Framing) -> tuple[dict[str, Any], dict[str, Any]]:
+def named(model: str, weights: str, *, framing: Framing | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """open_clip's settings of a model, and of the weights of a tag; those it takes for granted where they are no tag.
 
     Raises:
@@ -219,9 +219,9 @@ def named(model: str, weights: str, *, framing: Framing) -> tuple[dict[str, Any]
     return dict(settings), {**vars(PreprocessCfg()), **tagged}
 
 
-def needed_for(framing: Framing) -> tuple[str, ...]:
+def needed_for(framing: Framing | None) -> tuple[str, ...]:
     """Settings of open_clip's own preparation that nothing else replaces."""
-    return ("mean", "std", "resize_mode") if framing == "own" else ("mean", "std")
+    return ("mean", "std", "resize_mode") if framing in (None, "own") else ("mean", "std")
 
 
 def side_of(vision: Mapping[str, Any]) -> int:
@@ -238,9 +238,18 @@ def side_of(vision: Mapping[str, Any]) -> int:
 
 
 def framing_of(tagged: Mapping[str, Any]) -> Framing:
-    """Framing of open_clip's own transform."""
-    modes: dict[str, Framing] = {"shortest": "crop", "squash": "squash"}
-    return modes.get(tagged["resize_mode"], "own")
+    """Framing of open_clip's own transform.
+
+    Raises:
+        ConfigError: open_clip has no such ``resize_mode``.
+    """
+    modes: dict[str, Framing] = {"shortest": "crop", "squash": "squash", "longest": "own"}
+    mode = tagged["resize_mode"]
+    if mode not in modes:
+        raise ConfigError(
+            f"{OWNER}: resize_mode={mode!r} ({OPEN_CLIP_CONFIG}) is unknown; correct it to one of {sorted(modes)}."
+        )
+    return modes[mode]
 
 
 def build(settings: Mapping[str, Any], image_size: int) -> nn.Module:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import InterpolationMode
@@ -45,21 +46,29 @@ class InputRecipe:
     crop_floor: bool = False
 
     def adapted(
-        self, *, owner: str, image_size: int | None, framing: Framing, interpolation: Interpolation | None
+        self, *, owner: str, image_size: int | None, framing: Framing | None, interpolation: Interpolation | None
     ) -> InputRecipe:
         """The same with what a user asked for.
+
+        A framing of None is the model's own; where that is none of ours, images are squashed, with a warning.
 
         Raises:
             ConfigError: An option is unknown, or the size is no size.
         """
         for name, value, allowed in (
-            ("framing", framing, get_args(Framing)),
+            ("framing", framing or "own", get_args(Framing)),
             ("interpolation", interpolation or "bicubic", get_args(Interpolation)),
         ):
             if value not in allowed:
                 raise ConfigError(f"{owner}: {name}={value!r} is unknown; use one of {list(allowed)}.")
         if image_size is not None and image_size < 1:
             raise ConfigError(f"{owner}: image_size={image_size} is no side in pixels; use 1 or more.")
+        if framing is None and self.framing == "own":
+            rank_zero_warn(
+                f"{owner}: this model frames images in a way of its own that cannot be done here; they are squashed. "
+                "Write framing: squash, crop or pad."
+            )
+            framing = "squash"
         if framing == self.framing == "own":
             raise ConfigError(
                 f"{owner}: this model frames images in a way of its own; use framing squash, crop or pad."
@@ -67,7 +76,7 @@ class InputRecipe:
         return replace(
             self,
             image_size=image_size or self.image_size,
-            framing=self.framing if framing == "own" else framing,
+            framing=self.framing if framing in (None, "own") else framing,
             interpolation=interpolation or self.interpolation,
         )
 

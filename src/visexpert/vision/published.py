@@ -270,9 +270,11 @@ def shared_preparation(name: str, *, needed: Collection[str] = (), owner: str = 
     values = {key: list({str(each.get(key)): each.get(key) for each in tagged}.values()) for key in keys}
     for key in needed:
         if len(values[key]) > 1:
+            other = ", or choose a framing yourself (framing: squash)" if key == "resize_mode" else ""
             raise ConfigError(
                 f"{owner}: the published weights of {name} have several values of {key} ({values[key]}), and nothing "
-                f"says which applies to this file; name a tag instead, or give a folder with its {OPEN_CLIP_CONFIG}."
+                f"says which applies to this file; name a tag instead, or give a folder with its {OPEN_CLIP_CONFIG}"
+                f"{other}."
             )
     return {key: found[0] for key, found in values.items() if len(found) == 1 and found[0] is not None}
 

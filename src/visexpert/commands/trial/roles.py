@@ -104,7 +104,7 @@ def _try_expert(expert: VisionExpert) -> Found:
     images_BCHW = probe_images(expert.image_size)
     with torch.no_grad():
         tokens_BSE, again_BSE = expert(images_BCHW).tokens_BSE, expert(images_BCHW).tokens_BSE
-        pixels_BCHW = (images_BCHW - expert.mean) / expert.std
+        pixels_BCHW = expert.preprocess(images_BCHW)
         found = compare_expert(expert, pixels_BCHW, tokens_BSE)
     facts = {
         **({"tokens": expert.tokens} if expert.tokens != "features" else {}),

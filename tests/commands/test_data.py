@@ -84,7 +84,7 @@ def test_broken_annotations_are_reported(tmp_path: Path, capsys: pytest.CaptureF
     write_all(tmp_path)
     (tmp_path / "pope" / "coco_pope_random.json").write_text("no json\n")
     check(config(tmp_path), "--parts", "test", code=USAGE_ERROR)
-    assert "Line 0 of" in capsys.readouterr().out
+    assert "Line 1 of" in capsys.readouterr().out
 
 
 def test_later_files_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

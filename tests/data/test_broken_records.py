@@ -101,7 +101,7 @@ def test_an_answer_that_is_no_text_costs_no_other(tmp_path: Path) -> None:
     write_vqa(tmp_path, "val", [question], [answers])
     data = VQAv2(**options(tmp_path))
     ((item,),) = [sample.items for sample in data.table("test")]
-    assert item.references == ("red",) * 7 + ("", "blue") and "a human answer is None" in data.fault_logs[0].last
+    assert item.references == ("red",) * 7 + ("", "blue") and "a human answer is null" in data.fault_logs[0].last
 
 
 def test_a_question_of_visual_genome_costs_no_other(tmp_path: Path) -> None:

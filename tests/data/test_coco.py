@@ -150,7 +150,7 @@ def test_what_is_missing_is_named_with_its_source(tmp_path: Path) -> None:
 def test_broken_records_are_fatal_above_the_limit(tmp_path: Path) -> None:
     path = write_karpathy(tmp_path, [*IMAGES[:3], ("test", "val2014", "red", []), *[IMAGES[3]] * 3])
     with pytest.raises(
-        DataError, match=rf"1 of the 4 records.*max_broken=0.1.*Image 0 of {path} is broken \(it has no"
+        DataError, match=rf"1 of the 4 records.*max_broken=0.1.*images\[3\] of {path} is broken \(it has no"
     ):
         coco(tmp_path, max_broken=0.1).setup("test")
     data = coco(tmp_path, max_broken=0.25)

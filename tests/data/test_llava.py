@@ -127,13 +127,13 @@ def test_the_last_ones_are_held_out(tmp_path: Path) -> None:
         (turns("hello"), "do not alternate"),
         (turns("a", "b")[:1] * 2, "do not alternate"),
         (turns("hello", " "), "an answer is empty"),
-        ([{"from": "nobody", "value": "x"}], "no 'nobody'"),
+        ([{"from": "nobody", "value": "x"}], "'nobody', but must be one of human, user, gpt, assistant"),
         ([{"from": "human", "value": None}], "must be text"),
     ],
 )
 def test_broken_conversations(tmp_path: Path, conversation: list[Any], reason: str) -> None:
     records = [*RECORDS, {"id": "x", "conversations": conversation}]
-    with pytest.raises(DataError, match=f"Conversation 3 of .*{reason}"):
+    with pytest.raises(DataError, match=rf"Record \[3\] of .*{reason}"):
         llava(tmp_path, records).setup("fit")
     assert len(llava(tmp_path, records, max_broken=0.3).table("train")) == 3
 

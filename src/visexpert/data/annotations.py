@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,7 +35,33 @@ def read_json(path: Path) -> Any:
         raise DataError(f"The annotations {path} cannot be read ({error}); fetch them again.") from error
 
 
-def read_json_list(path: Path, *keys: str) -> list[Any]:
+class Records(list[Any]):
+    """Decoded records of a file, which know where in it they lie.
+
+    Args:
+        values: The records.
+        numbers: Where each lies in the file.
+        form: How a place is written, such as ``images[{}]`` or ``Line {}``.
+    """
+
+    def __init__(
+        self, values: Iterable[Any], *, numbers: Sequence[int] | None = None, form: str = "Record [{}]"
+    ) -> None:
+        super().__init__(values)
+        self.numbers = range(len(self)) if numbers is None else numbers
+        self.form = form
+
+    def place(self, row: int) -> str:
+        """Return where a record lies in its file, such as ``images[68]`` (from 0) or ``Line 3`` (from 1)."""
+        return self.form.format(self.numbers[row])
+
+    def only(self, rows: Iterable[int]) -> Records:
+        """Return some of the records."""
+        rows = list(rows)
+        return Records([self[row] for row in rows], numbers=[self.numbers[row] for row in rows], form=self.form)
+
+
+def read_json_list(path: Path, *keys: str) -> Records:
     """Read a JSON file and take the list that lies under ``keys``; JSON lines also count as a list.
 
     Raises:
@@ -44,17 +70,17 @@ def read_json_list(path: Path, *keys: str) -> list[Any]:
     text = _text(path)
     lines = [] if keys else [line for line in text.split("\n") if line.strip()]
     if len(lines) > 1 and all(line.lstrip().startswith("{") and line.rstrip().endswith("}") for line in lines[:2]):
-        return [_value(line) for line in lines]
+        return _lines(text)
     value = read_json(path)
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     if not isinstance(value, list):
         place = f"a list under {'.'.join(keys)}" if keys else "a list"
         raise DataError(f"The annotations {path} should hold {place}, but do not; is it the right file?")
-    return value
+    return Records(value, form=".".join(keys) + "[{}]" if keys else "Record [{}]")
 
 
-def read_json_lines(path: Path) -> list[Any]:
+def read_json_lines(path: Path) -> Records:
     """Read a file of one JSON value a line; a broken line becomes the error itself, for :func:`collect` to count.
 
     A file that is one JSON list is read as that list.
@@ -65,37 +91,33 @@ def read_json_lines(path: Path) -> list[Any]:
     text = _text(path)
     if text.lstrip().startswith("["):
         return read_json_list(path)
-    return [_value(line) for line in text.split("\n") if line.strip()]  # splitlines() also parts at U+2028 and U+0085
+    return _lines(text)
 
 
-def collect(
-    records: Iterable[Any], parse: Callable[[Any], T], *, path: Path, faults: FaultLog, numbered: str = "record"
-) -> Iterator[T]:
+def collect(records: Records, parse: Callable[[Any], T], *, path: Path, faults: FaultLog) -> Iterator[T]:
     """Parse records one by one; what cannot be parsed goes to ``faults``.
 
     Args:
-        records: Decoded JSON.
+        records: Decoded JSON, with its places.
         parse: Turns one into what is wanted; raises :class:`BrokenRecordError`, KeyError, TypeError or ValueError. What
             a :class:`~visexpert.data.samples.Sample` says that it ``lost`` is counted as well.
         path: Their file, for messages.
         faults: Counts what is broken.
-        numbered: What to call a record in messages.
     """
     skipped = []
-    for number, record in enumerate(records):
+    for row, record in enumerate(records):
+        place = records.place(row)
+        where = f"{place} of {path}"
         try:
             if isinstance(record, Exception):
                 raise record
-            parsed = parse(record)
+            parsed = parse(an_object(record, name="it"))
         except BROKEN as error:
-            key = f"{path.name}:{numbered} {number}"
-            skipped.append(Skipped(key, f"{numbered.capitalize()} {number} of {path} is broken ({_told(error)})."))
+            skipped.append(Skipped(f"{path.name}:{place}", f"{where} is broken ({_told(error)})."))
             continue
         for reason in getattr(parsed, "lost", ()):
-            key = f"{path.name}:{numbered} {number}: {reason}"
-            skipped.append(
-                Skipped(key, f"Of {numbered} {number} of {path} a part is left out ({reason}).", whole=False)
-            )
+            key = f"{path.name}:{place}: {reason}"
+            skipped.append(Skipped(key, f"{where} is used, but a part of it is left out ({reason}).", whole=False))
         yield parsed
     faults.add(skipped)
 
@@ -145,15 +167,99 @@ def each_usable(values: Iterable[Any], read: Callable[[Any], T], lost: list[str]
     return kept
 
 
+def kind_of(value: Any) -> str:
+    """Return what a JSON value is, in words: ``null``, ``the number 5``, ``a list``."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        return f"the string {value!r:.60}"
+    if isinstance(value, int | float):
+        return f"the number {value!r:.60}"
+    return "a list" if isinstance(value, list) else "an object"
+
+
+def an_object(value: Any, *, name: str) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Raises:
+        BrokenRecordError: It is something else.
+    """
+    if not isinstance(value, dict):
+        raise BrokenRecordError(f"{name} is {kind_of(value)}, but must be an object")
+    return value
+
+
+def value_of(record: Any, key: str, *, name: str = "it") -> Any:
+    """Return what a record holds under a key.
+
+    Raises:
+        BrokenRecordError: It is no object, or has no such key.
+    """
+    if key not in an_object(record, name=name):
+        raise BrokenRecordError(f"{name} has no {key!r}")
+    return record[key]
+
+
+def list_of(record: Any, key: str) -> list[Any]:
+    """Return a list that must be there.
+
+    Raises:
+        BrokenRecordError: It is not.
+    """
+    value = value_of(record, key)
+    if not isinstance(value, list):
+        raise BrokenRecordError(f"{key} is {kind_of(value)}, but must be a list")
+    return value
+
+
+def id_of(record: Any, key: str) -> int | float | str:
+    """Return the number or text that identifies a record.
+
+    Raises:
+        BrokenRecordError: There is none.
+    """
+    value = value_of(record, key)
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise BrokenRecordError(f"{key} is {kind_of(value)}, but must be a number or text")
+    return value
+
+
+def whole_of(record: Any, key: str) -> int:
+    """Return a whole number, also from its digits.
+
+    Raises:
+        BrokenRecordError: There is none.
+    """
+    value = value_of(record, key)
+    try:
+        if not isinstance(value, bool) and float(value) == int(value):
+            return int(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise BrokenRecordError(f"{key} is {kind_of(value)}, but must be a whole number")
+
+
+def choice_of(record: Any, key: str, allowed: Sequence[str]) -> str:
+    """Return a text that is one of several.
+
+    Raises:
+        BrokenRecordError: It is not.
+    """
+    value = value_of(record, key)
+    if value not in allowed:
+        raise BrokenRecordError(f"{key} is {kind_of(value)}, but must be one of {', '.join(allowed)}")
+    return str(value)
+
+
 def text_of(record: Any, key: str) -> str:
     """Return a required text.
 
     Raises:
         BrokenRecordError: It is not.
     """
-    value = record[key]
+    value = value_of(record, key)
     if not isinstance(value, str) or not value.strip():
-        raise BrokenRecordError(f"{key} is {value!r:.80}, but must be text")
+        raise BrokenRecordError(f"{key} is {kind_of(value)}, but must be text")
     return checked(" ".join(value.split()), name=key)
 
 
@@ -176,14 +282,21 @@ def checked(text: str, *, name: str) -> str:
     return text
 
 
-def image_path(folder: Path, name: Any) -> str:
+def image_path(folder: Path, name: Any, *, key: str) -> str:
     """Return the path of an image that an annotation names, inside its folder.
+
+    Args:
+        folder: The folder.
+        name: The name.
+        key: Where the record has it, for messages.
 
     Raises:
         BrokenRecordError: No name, or one that leads out of the folder.
     """
-    if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise BrokenRecordError(f"the image {name!r} is no name of a file inside {folder}")
+    if not isinstance(name, str) or not name:
+        raise BrokenRecordError(f"{key} is {kind_of(name)}, but must be the name of a file")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise BrokenRecordError(f"{key} is {name!r}, which is no name of a file inside {folder}")
     return str(folder / name)
 
 
@@ -203,6 +316,12 @@ def _text(path: Path) -> str:
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError(f"The annotations {path} are UTF-16; save them as UTF-8.")
     return content.decode("utf-8-sig", "surrogateescape")
+
+
+def _lines(text: str) -> Records:
+    numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    # splitlines() would also part at U+2028 and U+0085
+    return Records([_value(line) for _, line in numbered], numbers=[number for number, _ in numbered], form="Line {}")
 
 
 def _value(line: str) -> Any:

@@ -9,11 +9,16 @@ from typing import Any, Literal, get_args
 from visexpert.data.annotations import (
     BrokenRecordError,
     Once,
+    an_object,
+    choice_of,
     collect,
     each_usable,
+    id_of,
     image_path,
+    list_of,
     read_json_list,
     text_of,
+    value_of,
 )
 from visexpert.data.needs import Need
 from visexpert.data.rows import RowData
@@ -75,6 +80,7 @@ class COCOCaptions(RowData):
         self.annotations = annotations
         self.restval = restval
         self.prompt = prompt
+        self._of_no_part: set[int] = set()
 
     def needs(self, part: str) -> list[Need]:
         """List annotations and image folders of a part."""
@@ -96,19 +102,27 @@ class COCOCaptions(RowData):
         splits = {split for split, of in _KARPATHY_PARTS.items() if of == part}
         splits -= set() if self.restval else {"restval"}
         everything = read_json_list(path, "images")
-        wanted = [entry for entry in everything if not isinstance(entry, dict) or entry.get("split") in splits]
+        wanted = everything.only(row for row, entry in enumerate(everything) if self._is_due(row, entry, splits))
         once = Once("image")
 
         def parse(entry: Any) -> Sample:
-            once.check(f"{entry['filepath']}/{entry['filename']}")
+            choice_of(entry, "split", tuple(_KARPATHY_PARTS))
+            name = f"{text_of(entry, 'filepath')}/{text_of(entry, 'filename')}"
+            once.check(name)
             lost: list[str] = []
-            captions = each_usable(entry["sentences"], lambda sentence: text_of(sentence, "raw"), lost)
-            file = image_path(self.root, f"{entry['filepath']}/{entry['filename']}")
-            return self._sample(file, captions, lost)
+            captions = each_usable(list_of(entry, "sentences"), _raw, lost)
+            return self._sample(image_path(self.root, name, key="filename"), captions, lost)
 
-        return collect(
-            wanted, parse, path=path, faults=self.faults(part, total=len(wanted), shared=False), numbered="image"
-        )
+        return collect(wanted, parse, path=path, faults=self.faults(part, total=len(wanted), shared=False))
+
+    def _is_due(self, row: int, entry: Any, splits: set[str]) -> bool:
+        """Whether a part reads an entry; one that is of no part counts as broken in the part that is read first."""
+        split = entry.get("split") if isinstance(entry, dict) else None
+        if isinstance(split, str) and split in _KARPATHY_PARTS:
+            return split in splits
+        is_new = row not in self._of_no_part
+        self._of_no_part.add(row)
+        return is_new
 
     def _read_official(self, part: str) -> Iterable[Sample]:
         path = self._official(part)
@@ -124,6 +138,10 @@ class COCOCaptions(RowData):
 
     def _folder_of(self, part: str) -> str:
         return f"{'train' if part == 'train' else 'val'}{self.annotations}"
+
+
+def _raw(sentence: Any) -> str:
+    return text_of(an_object(sentence, name="a sentence"), "raw")
 
 
 def read_coco_captions(data: RowData, path: Path, folder: Path, part: str, prompt: str) -> Iterable[Sample]:
@@ -142,15 +160,16 @@ def read_coco_captions(data: RowData, path: Path, folder: Path, part: str, promp
     faults = data.faults(part, total=len(annotations) + len(images), shared=False)
 
     def parse_caption(record: Any) -> None:
-        captions.setdefault(record["image_id"], []).append(text_of(record, "caption"))
+        captions.setdefault(id_of(record, "image_id"), []).append(text_of(record, "caption"))
 
     def parse_image(record: Any) -> Sample:
-        once.check(record["id"])
-        if record["id"] not in captions:
+        number = id_of(record, "id")
+        once.check(number)
+        if number not in captions:
             raise BrokenRecordError("it has no captions")
-        file = image_path(folder, record["file_name"])
+        file = image_path(folder, value_of(record, "file_name"), key="file_name")
         family = str(record.get("domain") or "")
-        return Sample(file, file, (caption_item(captions[record["id"]], prompt, family),))
+        return Sample(file, file, (caption_item(captions[number], prompt, family),))
 
-    list(collect(annotations, parse_caption, path=path, faults=faults, numbered="annotation"))
-    return collect(images, parse_image, path=path, faults=faults, numbered="image")
+    list(collect(annotations, parse_caption, path=path, faults=faults))
+    return collect(images, parse_image, path=path, faults=faults)

@@ -30,7 +30,7 @@ class FaultLog:
         self.total = total
         self.limit = limit
         self.file = file
-        self.last = ""
+        self.first = self.last = ""
         self._keys: set[str] = set()
         self._whole = 0
         self._listed = set() if file is None else _listed(file, source)
@@ -64,7 +64,7 @@ class FaultLog:
             log.warning("%s: left out, because it cannot be used: %s", self.source, shown(new[0].reason))
         self._keys.update(fault.key for fault in new)
         self._whole += sum(fault.whole for fault in new)
-        self.last = new[-1].reason
+        self.first, self.last = self.first or new[0].reason, new[-1].reason
         self._write([fault for fault in new if fault.key not in self._listed])
         if self._whole > self.limit * self.total:
             where = "" if self.file is None else f", all in {self.file}"

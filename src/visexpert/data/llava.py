@@ -7,7 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from visexpert.data.annotations import BrokenRecordError, checked, collect, image_path, read_json_list
+from visexpert.data.annotations import (
+    BrokenRecordError,
+    checked,
+    collect,
+    image_path,
+    kind_of,
+    list_of,
+    read_json_list,
+    value_of,
+)
 from visexpert.data.grouping import grouped_order
 from visexpert.data.needs import Need
 from visexpert.data.packing import IntArray
@@ -74,14 +83,15 @@ class LLaVAInstruct(RowData):
         """Yield one sample per conversation."""
         records = read_json_list(self.annotations)
         held_out = self.settings.num_val or 0
-        if held_out >= len(records):
+        if held_out and held_out >= len(records):
             raise ConfigError(
                 f"num_val is {held_out}, but {self.annotations} has {len(records)} conversations, which leaves none to "
                 f"train on; lower it to at most {len(records) - 1}, or set it to null."
             )
-        records = records[-held_out:] if part == "val" else records[: len(records) - held_out]
+        rows = range(len(records))
+        records = records.only(rows[-held_out:] if part == "val" else rows[: len(records) - held_out])
         faults = self.faults(part, total=len(records), shared=False)
-        return collect(records, self._parse, path=self.annotations, faults=faults, numbered="conversation")
+        return collect(records, self._parse, path=self.annotations, faults=faults)
 
     def order(self, part: str) -> Callable[[int], IntArray] | None:
         """Return the order of rows: grouped by modality and length, shuffled by epoch."""
@@ -96,11 +106,11 @@ class LLaVAInstruct(RowData):
         return lambda epoch: grouped_order(lengths, has_image, group=group, seed=(seed, epoch))
 
     def _parse(self, record: Any) -> Sample:
-        turns, lost = _turns(record["conversations"])
+        turns, lost = _turns(list_of(record, "conversations"))
         image = record.get("image")
         if image is None:
             _refuse_missing_image(record)
-        file = "" if image is None else image_path(self.images, image)
+        file = "" if image is None else image_path(self.images, image, key="image")
         (prompt, answer), history = turns[-1], tuple(turns[:-1])
         item = TextItem("chat", prompt, answer, history=history)
         key = f"{self.annotations.name}:{record.get('id')}" + (f" {file}" if file else "")
@@ -112,7 +122,7 @@ def _turns(conversation: list[Any]) -> tuple[list[tuple[str, str]], list[str]]:
 
     As in LLaVA's code, an answer before the first prompt is left out, and so are turns without an answer.
     """
-    said = [(_ROLES[message["from"]], _clean(message["value"])) for message in conversation]
+    said = [(_role(message), _clean(value_of(message, "value", name="a message"))) for message in conversation]
     if said and said[0][0] == "answer":
         said = said[1:]
     said = said[: len(said) // 2 * 2]
@@ -136,14 +146,22 @@ def _refuse_missing_image(record: Any) -> None:
     others = [key for key in record if key not in _OWN_KEYS and record[key] and _is_medium(key)]
     if spoken or others:
         has = f"speaks of {spoken[0]}" if spoken else f"has {others[0]!r}"
-        raise BrokenRecordError(f"it {has}, but names no 'image' (its keys are {', '.join(map(repr, record))})")
+        lacks = "its 'image' is null" if "image" in record else "names no 'image'"
+        raise BrokenRecordError(f"it {has}, but {lacks} (its keys are {', '.join(map(repr, record))})")
 
 
 def _is_medium(key: Any) -> bool:
     return any(word in str(key).lower() for word in ("image", "img", "video", "picture", "photo", "pixel"))
 
 
+def _role(message: Any) -> str:
+    said_by = value_of(message, "from", name="a message")
+    if not isinstance(said_by, str) or said_by not in _ROLES:
+        raise BrokenRecordError(f"a message is from {kind_of(said_by)}, but must be one of {', '.join(_ROLES)}")
+    return _ROLES[said_by]
+
+
 def _clean(text: Any) -> str:
     if not isinstance(text, str):
-        raise BrokenRecordError(f"a message is {text!r:.80}, but must be text")
+        raise BrokenRecordError(f"a message is {kind_of(text)}, but must be text")
     return checked(text.replace(IMAGE_MARK, "").strip(), name="a message")

@@ -6,7 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from visexpert.data.annotations import BrokenRecordError, collect, image_path, read_json_lines, text_of
+from visexpert.data.annotations import (
+    BrokenRecordError,
+    collect,
+    image_path,
+    kind_of,
+    read_json_lines,
+    text_of,
+    value_of,
+)
 from visexpert.data.coco import coco_images
 from visexpert.data.needs import Need
 from visexpert.data.rows import RowData
@@ -62,18 +70,19 @@ class POPE(RowData):
             lines = read_json_lines(self._file(kind))
 
             def parse(record: Any, kind: str = kind) -> None:
-                file = image_path(self.images / "val2014", record["image"])
+                file = image_path(self.images / "val2014", value_of(record, "image"), key="image")
                 by_image.setdefault(file, []).append(self._item(record, kind))
 
             faults = self.faults(part, total=len(lines), shared=False)
-            list(collect(lines, parse, path=self._file(kind), faults=faults, numbered="line"))
+            list(collect(lines, parse, path=self._file(kind), faults=faults))
         return [Sample(file, file, tuple(items)) for file, items in by_image.items()]
 
     def _item(self, record: Any, kind: str) -> TextItem:
-        if record["label"] not in ("yes", "no"):
-            raise BrokenRecordError(f"label is {record['label']!r}, but must be yes or no")
+        label = value_of(record, "label")
+        if label not in ("yes", "no"):
+            raise BrokenRecordError(f"label is {kind_of(label)}, but must be yes or no")
         question = text_of(record, "text")
-        return TextItem("pope", self.prompt.format(question=question), record["label"], kind, generate=True)
+        return TextItem("pope", self.prompt.format(question=question), label, kind, generate=True)
 
     def _file(self, kind: str) -> Path:
         return self.root / f"coco_pope_{kind}.json"

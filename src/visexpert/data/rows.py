@@ -54,7 +54,14 @@ class RowData(SourceData):
         """Read the annotations of a part, once."""
         if part in self._tables:
             return
+        before = len(self.fault_logs)
         samples = list(self.read(part))
+        broken = [log for log in self.fault_logs[before:] if len(log)]
+        if not samples and broken:
+            raise DataError(
+                f"{self.called}: none of the {sum(log.total for log in broken)} records of {part} can be used, the "
+                f"first because of this: {broken[0].first.rstrip('.')} (mend the file, or name the right one)."
+            )
         if not samples:
             raise DataError(f"{self.called}: the annotations of {part} name no images; are they the right files?")
         rows = subset(

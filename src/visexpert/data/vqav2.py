@@ -8,7 +8,21 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from visexpert.data.annotations import BrokenRecordError, Once, checked, collect, each_usable, read_json_list, text_of
+from visexpert.data.annotations import (
+    BrokenRecordError,
+    Once,
+    an_object,
+    checked,
+    collect,
+    each_usable,
+    id_of,
+    kind_of,
+    list_of,
+    read_json_list,
+    text_of,
+    value_of,
+    whole_of,
+)
 from visexpert.data.coco import coco_images
 from visexpert.data.needs import Need
 from visexpert.data.rows import RowData
@@ -90,25 +104,26 @@ class VQAv2(RowData):
         once = Once("question")
 
         def parse_question(record: Any) -> None:
-            texts[record["question_id"]] = text_of(record, "question")
+            texts[id_of(record, "question_id")] = text_of(record, "question")
 
         def parse_answers(record: Any) -> Sample:
-            if record["question_id"] not in texts:
-                raise BrokenRecordError(f"question {record['question_id']} is not among the questions")
-            once.check(record["question_id"])
+            question = id_of(record, "question_id")
+            if question not in texts:
+                raise BrokenRecordError(f"question {question} is not among the questions")
+            once.check(question)
             lost: list[str] = []
-            item = self._item(texts[record["question_id"]], record, lost)
-            by_image.setdefault(int(record["image_id"]), []).append(item)
+            item = self._item(texts[question], record, lost)
+            by_image.setdefault(whole_of(record, "image_id"), []).append(item)
             return Sample("", "", (item,), tuple(lost))
 
-        list(collect(questions, parse_question, path=self._questions(part), faults=faults, numbered="question"))
-        list(collect(annotations, parse_answers, path=self._answers(part), faults=faults, numbered="annotation"))
+        list(collect(questions, parse_question, path=self._questions(part), faults=faults))
+        list(collect(annotations, parse_answers, path=self._answers(part), faults=faults))
         folder = f"{_official(part)}2014"
         files = {image: str(self.images / folder / f"COCO_{folder}_{image:012d}.jpg") for image in by_image}
         return (Sample(files[image], files[image], tuple(items)) for image, items in by_image.items())
 
     def _item(self, question: str, record: Any, lost: list[str]) -> TextItem:
-        answers = tuple(each_usable(record["answers"], _human_answer, lost))
+        answers = tuple(each_usable(list_of(record, "answers"), _human_answer, lost))
         if not answers:
             raise BrokenRecordError("it has no answers")
         family = str(record.get("answer_type") or "").replace("/", "-")  # a slash would look like a part of a key
@@ -122,17 +137,17 @@ class VQAv2(RowData):
         second = set(os.listdir(folder / "VG_100K_2")) if (folder / "VG_100K_2").is_dir() else set()
 
         def parse(record: Any) -> Sample | None:
-            number = int(record["id"] if "id" in record else record["image_id"])
+            number = whole_of(record, "id" if "id" in record else "image_id")
             if number in held_out:
                 return None
             lost: list[str] = []
-            items = each_usable(record["qas"], self._vg_item, lost)
+            items = each_usable(list_of(record, "qas"), self._vg_item, lost)
             name = f"{number}.jpg"
             file = str(folder / ("VG_100K_2" if name in second else "VG_100K") / name)
             return Sample(file, file, tuple(items), tuple(lost))
 
         faults = self.faults("train (Visual Genome)", total=len(images), shared=False)
-        samples = collect(images, parse, path=path, faults=faults, numbered="image")
+        samples = collect(images, parse, path=path, faults=faults)
         return (sample for sample in samples if sample is not None and sample.items)
 
     def _images_of_validation(self, folder: Path) -> frozenset[int]:
@@ -144,15 +159,18 @@ class VQAv2(RowData):
                 "leave those out of training, put image_data.json into %s and keep %s.", self.called, folder, questions
             )  # fmt: skip
             return frozenset()
-        asked = {record.get("image_id") for record in read_json_list(questions, "questions")}
-        numbers = (
-            (record.get("image_id", record.get("id")), record.get("coco_id")) for record in read_json_list(listed)
+        known = [record for record in read_json_list(questions, "questions") if isinstance(record, dict)]
+        asked = {str(record["image_id"]) for record in known if "image_id" in record}
+        held_out = (
+            record
+            for record in read_json_list(listed)
+            if isinstance(record, dict) and str(record.get("coco_id")) in asked
         )
-        return frozenset(int(number) for number, coco in numbers if coco is not None and coco in asked)
+        return frozenset(whole_of(record, "image_id" if "image_id" in record else "id") for record in held_out)
 
     def _vg_item(self, entry: Any) -> TextItem:
         # VQA v2's answers are lower case without a full stop; these are sentences.
-        answer = text_of(entry, "answer").rstrip(".").lower()
+        answer = text_of(an_object(entry, name="a question"), "answer").rstrip(".").lower()
         if not answer:
             raise BrokenRecordError("an answer is a full stop alone")
         return TextItem("vqa", self.prompt.format(question=text_of(entry, "question")), answer, "visual-genome")
@@ -166,9 +184,10 @@ class VQAv2(RowData):
 
 def _human_answer(entry: Any) -> str:
     """Return one of the ten; an empty one counts, as in the official code."""
-    if not isinstance(entry["answer"], str):
-        raise BrokenRecordError(f"a human answer is {entry['answer']!r:.80}, but must be text")
-    return checked(entry["answer"], name="a human answer")
+    answer = value_of(entry, "answer", name="a human answer")
+    if not isinstance(answer, str):
+        raise BrokenRecordError(f"a human answer is {kind_of(answer)}, but must be text")
+    return checked(answer, name="a human answer")
 
 
 def _official(part: str) -> str:

@@ -6,7 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
-from visexpert.data.annotations import BrokenRecordError, collect, image_path, read_json_lines, text_of
+from visexpert.data.annotations import (
+    BrokenRecordError,
+    collect,
+    image_path,
+    kind_of,
+    read_json_lines,
+    text_of,
+    value_of,
+)
 from visexpert.data.coco import coco_images
 from visexpert.data.needs import Need
 from visexpert.data.rows import RowData
@@ -88,24 +96,25 @@ class VSR(RowData):
 
         def parse(record: Any) -> None:
             folder = self._linked(record) if flat is None else flat
-            file = image_path(folder, record["image"])
+            file = image_path(folder, value_of(record, "image"), key="image")
             by_image.setdefault(file, []).append(self._item(record))
 
         faults = self.faults(part, total=len(lines), shared=False)
-        list(collect(lines, parse, path=path, faults=faults, numbered="line"))
+        list(collect(lines, parse, path=path, faults=faults))
         return [Sample(file, file, tuple(items)) for file, items in by_image.items()]
 
     def _item(self, record: Any) -> TextItem:
-        if record["label"] not in (0, 1):
-            raise BrokenRecordError(f"label is {record['label']!r}, but must be 0 or 1")
+        label = value_of(record, "label")
+        if isinstance(label, bool) or label not in (0, 1):
+            raise BrokenRecordError(f"label is {kind_of(label)}, but must be 0 or 1")
         statement = text_of(record, "caption")
-        answer = self.answers[0] if record["label"] == 1 else self.answers[1]
+        answer = self.answers[0] if label == 1 else self.answers[1]
         family = _CATEGORY_OF.get(str(record.get("relation", "")).strip(), "other")
         return TextItem("vsr", self.prompt.format(statement=statement), answer, family, generate=True)
 
     def _linked(self, record: Any) -> Path:
         """Return COCO's folder, from ``http://images.cocodataset.org/train2017/000000122962.jpg``."""
-        name = PurePosixPath(record["image_link"]).parent.name
+        name = PurePosixPath(text_of(record, "image_link")).parent.name
         if name not in ("train2017", "val2017"):
             raise BrokenRecordError(f"image_link {record['image_link']!r} is in neither train2017 nor val2017")
         return self.images / name

@@ -113,7 +113,7 @@ def test_torch_files_are_read_without_running_them(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="holds no tensors by name"):
         read_source(ModelSource.parse(str(path)), owner="Test")
     torch.save({"x": Path("runs code when it is unpickled")}, path)
-    with pytest.raises(WeightsError, match="cannot be read without running code from it"):
+    with pytest.raises(WeightsError, match=r"pickle that names pathlib[\w.]* .*convert it to safetensors"):
         read_source(ModelSource.parse(str(path)), owner="Test")
     path.unlink()
     with pytest.raises(WeightsError, match=r"Test: no weights at .*epoch_3.pt"):

@@ -50,7 +50,7 @@ def others() -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["siglip_vision_model", "dinov2", "convnext"])
 def test_a_folder_of_another_family_is_refused_by_its_model_type(tmp_path: Path, kind: str) -> None:
     others()[kind].save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=f"model_type '{kind}'.*TransformersExpert"):
+    with pytest.raises(UserError, match=rf"model_type '{kind}'.*visexpert try {tmp_path} --as expert"):
         ClipEncoder(source=str(tmp_path))
     clip = f"--model.init_args.clip.init_args.source={tmp_path}"
     with pytest.raises(UserError, match=f"model_type '{kind}'"):
@@ -84,7 +84,7 @@ def test_families_near_clip_are_refused_by_their_model_type(tmp_path: Path, kind
     for told in (encoder, kind):
         (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
         with pytest.raises(
-            UserError, match=f"model_type '{told}', .* CLIP encoders only.*TransformersExpert"
+            UserError, match=f"model_type '{told}', .* CLIP encoders only.*try {tmp_path} --as expert"
         ) as caught:
             ClipEncoder(source=str(tmp_path))
         assert "\n" not in str(caught.value)

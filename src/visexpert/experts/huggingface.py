@@ -23,7 +23,7 @@ from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts.sam_attention import chunk_attention
 from visexpert.experts.towers import build_network, factory_of, key_mapping, vision_part
 from visexpert.io.source import ModelSource, read_json
-from visexpert.io.weights import fill_module, state_keys
+from visexpert.io.weights import fill_module, reshaped, state_keys, unreadable
 from visexpert.vision.positions import fit_positions
 
 NATIVE_SIZE = ("image_size", "img_size")
@@ -145,10 +145,11 @@ class HubModel:
                 loaded, report = factory_of(own, auto=self.auto, owner=self.owner).from_pretrained(
                     str(config_path.parent), config=own, dtype=torch.float32, local_files_only=True,
                     output_loading_info=True, key_mapping=self._key_mapping(path, model),
+                    ignore_mismatched_sizes=True,  # transformers tells no shapes in its error; they are refused below
                 )  # fmt: skip
-        except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise WeightsError(f"{self.owner}: {path} cannot be read ({reason}); fetch it again.") from error
+        except (OSError, ValueError, RuntimeError, LookupError, EOFError, SafetensorError, UnpicklingError) as error:
+            raise unreadable(path, error, owner=self.owner) from error
+        _must_fit(report["mismatched_keys"], path, config_path, self.owner)
         state = dict(loaded.state_dict())
         absent = sorted(key for key in report["missing_keys"] if not key.startswith(UNUSED))
         if absent:
@@ -167,6 +168,15 @@ class HubModel:
         return key_mapping(keys, model, whole=whole, optional=UNUSED, whose=f"{self.owner}: {path}")
 
 
+def _must_fit(mismatched: Collection[tuple[str, Any, Any]], path: Path, config: Path, owner: str) -> None:
+    """Refuse weights of other shapes than the network of their own ``config.json``."""
+    if shapes := reshaped(mismatched):
+        raise WeightsError(
+            f"{owner}: the weights in {path} do not fit {config}: {', '.join(shapes)}; the two do not belong "
+            "together, take both from the same model."
+        )
+
+
 def config_of(fields: Mapping[str, Any], *, owner: str, strict: bool = False) -> PreTrainedConfig:
     """A configuration of transformers; the vision part of a model that has one.
 
@@ -181,6 +191,11 @@ def config_of(fields: Mapping[str, Any], *, owner: str, strict: bool = False) ->
     if "model_type" not in fields and "architecture" in fields:  # as timm writes it
         raise ConfigError(
             f"{owner}: this is timm's model {fields['architecture']!r}; use class_path: visexpert.experts.TimmExpert."
+        )
+    if not fields.get("model_type") and "auto_map" not in fields:
+        raise ConfigError(
+            f"{owner}: the configuration has no model_type, only {sorted(fields)[:5]}; add that of the model, such as "
+            "model_type: vit, or take the config.json that belongs to the weights."
         )
     kind = str(fields.get("model_type"))
     if kind not in CONFIG_MAPPING and "auto_map" in fields:

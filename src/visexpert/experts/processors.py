@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 
-from visexpert.errors import ConfigError
+from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts.recipe import Framing, InputRecipe, Interpolation
 from visexpert.io.source import ModelSource
 
@@ -43,10 +43,22 @@ def recipe_of(
             must_agree(source, processor, owner=owner)
         return _recipe(settings_of(own or processor or {}, owner=owner), owner, size, interpolation)
     if source is not None:
-        raise source.absent("preprocessor_config.json", owner=owner)
+        raise _absent(source, owner)
     if size is None:
         raise ConfigError(f"{owner}: nothing says which size of image this model reads; give image_size.")
     return InputRecipe(size)
+
+
+def _absent(source: ModelSource, owner: str) -> WeightsError:
+    """Return the error for files without an image processor, with the ways out where the model itself is there."""
+    if source.path is None or not source.path.is_dir():
+        return source.absent("preprocessor_config.json", owner=owner)
+    return WeightsError(
+        f"{owner}: no preprocessor_config.json in {source.path}; a model's save_pretrained writes none; save "
+        "the image processor there, too (its own save_pretrained), fetch the file of the model it was made "
+        f"from (`hf download ORG/NAME preprocessor_config.json --local-dir {source.path}`), or give processor: "
+        "{image_processor_type: ViTImageProcessor, image_mean: ..., image_std: ...}."
+    )
 
 
 def must_agree(source: ModelSource, processor: Mapping[str, Any], *, owner: str) -> None:
@@ -78,10 +90,16 @@ def settings_of(processor: Mapping[str, Any], *, owner: str) -> dict[str, Any]:
         ConfigError: There is no such class in transformers.
     """
     named = processor.get("image_processor_type") or processor.get("feature_extractor_type") or ""
+    if not named:
+        raise ConfigError(
+            f"{owner}: the image processor names no image_processor_type among {sorted(processor)}; say which class of "
+            "transformers it is, such as ViTImageProcessor."
+        )
     name = str(named).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
     kind = getattr(transformers, name, None) if name.endswith("ImageProcessor") else None
     if kind is None:
-        near = get_close_matches(name, [n for n in dir(transformers) if n.endswith("ImageProcessor")], n=3)
+        known = [n for n in dir(transformers) if n.endswith("ImageProcessor")]
+        near = get_close_matches(name, known, n=3) or "ViTImageProcessor, CLIPImageProcessor and BitImageProcessor"
         raise ConfigError(
             f"{owner}: image_processor_type {str(named)!r} is none of transformers'; the nearest are {near}."
         )

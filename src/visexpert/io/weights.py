@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -108,14 +108,40 @@ def load_state(path: Path, *, owner: str) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged content can make a reader raise anything
-        raise WeightsError(
-            f"{owner}: {path} cannot be read without running code from it ({str(error)[:120]}); convert it to "
-            "safetensors where you trust it."
-        ) from error
+        raise unreadable(path, error, owner=owner) from error
     state = _unwrapped(loaded)
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise WeightsError(f"{owner}: {path} holds no tensors by name; give a state dict.")
     return _unprefixed(state)
+
+
+def unreadable(what: Path | str, error: Exception, *, owner: str) -> WeightsError:
+    """Return the error for weights that a reader gave up on: a pickle that could run code, or a damaged file.
+
+    Args:
+        what: The file, or the words for it.
+        error: What the reader raised; torch's own text advises to load the file all the same, and is not passed on.
+        owner: Who asks, for the message.
+    """
+    text = " ".join(str(error).split())
+    if "weights_only" not in text and "Weights only" not in text:
+        return WeightsError(f"{owner}: {what} cannot be read ({text[:300]}); fetch it again.")
+    named = re.search(r"GLOBAL ([\w.]+)", text)
+    if named is None:
+        return WeightsError(f"{owner}: {what} cannot be read: no pickle of tensors alone, or damaged; fetch it again.")
+    return WeightsError(
+        f"{owner}: {what} cannot be read: a pickle that names {named[1]} could run code, and is not loaded; convert it "
+        "to safetensors where you trust it (safetensors.torch.save_file of its state dict)."
+    )
+
+
+def reshaped(mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> list[str]:
+    """Return up to three weights of another shape, with both shapes, from what transformers reports of its loading.
+
+    Args:
+        mismatched: ``mismatched_keys``: name, shape in the file, and shape in the network.
+    """
+    return [f"{name} {tuple(found)} instead of {tuple(needed)}" for name, found, needed in sorted(mismatched)][:3]
 
 
 def state_keys(path: Path) -> list[str] | None:

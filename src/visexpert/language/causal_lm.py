@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.io.reading import read_json
 from visexpert.io.source import ModelSource
+from visexpert.io.weights import reshaped, unreadable
 from visexpert.language.attention import attention_of
 from visexpert.language.lora import Quantisation, quantised
 
@@ -148,9 +149,7 @@ def read_model(
                 key_mapping=IN_WHOLE if _is_whole(folder, settings) else None, **options,
             )  # fmt: skip
     except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError, SafetensorError) as error:
-        raise WeightsError(
-            f"{owner}: the weights in {folder} cannot be read ({_reason(error)}); fetch them again."
-        ) from error
+        raise unreadable(f"the weights in {folder}", error, owner=owner) from error
     model, report = loaded
     check_report(report, folder, owner=owner, fresh=fresh)
     filled: nn.Module = model
@@ -175,11 +174,11 @@ def check_report(report: Mapping[str, Any], folder: Path, *, owner: str, fresh: 
         WeightsError: A weight is missing or has another shape.
     """
     missing = sorted(key for key in report["missing_keys"] if not any(part in key for part in fresh))
-    reshaped = sorted(str(entry[0]) for entry in report.get("mismatched_keys", ()))
-    if missing or reshaped:
+    misfits = reshaped(report.get("mismatched_keys", ()))
+    if missing or misfits:
         raise WeightsError(
             f"{owner}: the weights in {folder} do not fit its config.json: missing {missing[:3]}, of another shape "
-            f"{reshaped[:3]}; fetch them again."
+            f"{misfits}; take both from the same model."
         )
     if report["unexpected_keys"]:
         log.info("%s: left out of %s: %s", owner, folder, sorted(report["unexpected_keys"])[:3])

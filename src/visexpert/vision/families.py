@@ -56,8 +56,8 @@ def check_family(settings: Mapping[str, Any], vision: Mapping[str, Any], files: 
         )
     if kind is not None and kind not in CLIPS:
         raise WeightsError(
-            f"{OWNER}: the encoder of '{files.text}' is of model_type {kind!r}, but {_HINT}; it can be a teacher: "
-            "class_path: visexpert.experts.TransformersExpert."
+            f"{OWNER}: the encoder of '{files.text}' is of model_type {kind!r}, but {_HINT}; whether it can "
+            f"be a teacher is told by `visexpert try {files.text} --as expert`."
         )
 
 

@@ -68,7 +68,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("trainer.precision", "fp8", ["fp8", "bf16-mixed"]),
         ("trainer.strategy", "foo", ["foo", "ddp"]),
         ("trainer.gradient_clip_algorithm", "foo", ["foo", "norm"]),
-        ("trainer.val_check_interval", "2.5", ["val_check_interval", "integer"]),
+        ("trainer.val_check_interval", "2.5", ["val_check_interval is 2.5", "(0, 1]", "whole number of batches"]),
         ("trainer.max_time", "abc", ["abc", "DD:HH:MM:SS"]),
         ("trainer.barebones", "true", ["barebones"]),
     ],
@@ -265,3 +265,13 @@ def test_data_of_the_test_is_looked_for_before_a_fit(
     line = refused(fit, capsys)
     assert "nowhere" in line and "--test_after_fit false" in line
     assert "models are built" in refused([*fit, "--test_after_fit", "false"], capsys)
+
+
+@pytest.mark.parametrize(("command", "part"), [("test", "test"), ("validate", "val")])
+def test_a_command_without_its_part_of_the_data_is_one_sentence(
+    command: str, part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = {"class_path": "visexpert.data.LLaVAInstruct", "init_args": {"root": str(tmp_path)}}
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"data": source}))
+    line = refused([command, "--config", str(SMOKE), "--config", str(tmp_path / "data.yaml")], capsys)
+    assert f"{command} scores the {part} part" in line and "LLaVAInstruct has none" in line

@@ -169,6 +169,29 @@ def _constructor(error: BaseException) -> str | None:
     return found
 
 
+SCORED = {"validate": "val", "test": "test"}
+"""Part of the data that a command scores."""
+
+
+def check_has_part(data: object, part: str, *, command: str) -> None:
+    """Refuse a command whose part of the data is not there: Lightning would end without a word.
+
+    Args:
+        data: The data module; one that does not tell its parts passes.
+        part: ``val`` or ``test``.
+        command: What was asked for.
+
+    Raises:
+        ConfigError: There is no such part.
+    """
+    has_part = getattr(data, "has_part", None)
+    if has_part is not None and not has_part(part):
+        raise ConfigError(
+            f"{command} scores the {part} part of the data, but {type(data).__name__} has none; give it one, or name "
+            "data that has."
+        )
+
+
 def _check_trainer(trainer: Mapping[str, Any], *, trains: bool) -> None:
     """Numbers that Lightning takes without a word and trips over later, or that mean no training at all."""
     least = {
@@ -180,6 +203,12 @@ def _check_trainer(trainer: Mapping[str, Any], *, trains: bool) -> None:
         value = trainer.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool):
             require_numbers("trainer", least=least.get(name), above=above.get(name), **{name: value})
+    interval = trainer.get("val_check_interval")
+    if isinstance(interval, float) and interval > 1:
+        raise ConfigError(
+            f"trainer: val_check_interval is {interval}, but must be a share of an epoch in (0, 1], or a whole number "
+            f"of batches, such as {round(interval)}."
+        )
     steps, epochs = trainer.get("max_steps", -1), trainer.get("max_epochs")
     for name, value in (("max_steps", steps), ("max_epochs", epochs)):
         if value is not None and (value < -1 or (value == 0 and trains)):

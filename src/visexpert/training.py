@@ -35,7 +35,15 @@ from visexpert.callbacks import (
 )
 from visexpert.callbacks.checkpoint_io import RunTrainer, use_whole_files
 from visexpert.callbacks.predictions import check_writes
-from visexpert.checking import built, check_config_file, check_machine, check_run, check_settings
+from visexpert.checking import (
+    SCORED,
+    built,
+    check_config_file,
+    check_has_part,
+    check_machine,
+    check_run,
+    check_settings,
+)
 from visexpert.data import MixedData, SourceData
 from visexpert.errors import ConfigError, UserError, first_line
 from visexpert.interruption import stoppable
@@ -237,6 +245,8 @@ class VisexpertCLI(LightningCLI):
 
     def before_validate(self) -> None:
         """Settle what weights are scored."""
+        if self.subcommand in SCORED:
+            check_has_part(self.datamodule, SCORED[self.subcommand], command=self.subcommand)
         self.resolve_start()
         self._occupy()
 

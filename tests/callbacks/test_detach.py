@@ -14,6 +14,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from tests.data.formats import write_json
 from tests.methods.helpers import bare_trainer, logits_of, noise_batch, shake, tiny_tove, trained_names
 from tests.tabletop.quiet import QUIET
 from visexpert.callbacks import detach as module
@@ -403,3 +404,13 @@ def test_settings_that_cannot_be_are_refused(options: dict[str, Any], message: s
     make: Callable[..., ExpertDetachment] = ExpertDetachment
     with pytest.raises(ConfigError, match=message):
         make(**options)
+
+
+def test_the_outcome_tells_the_scores_that_the_data_has(tmp_path: Path) -> None:
+    phase, out = ExpertDetachment(keep=1), tmp_path / "detached"
+    write_json(out / "detachment.json", {"kept": ["a"], "detached": ["b"]})
+    write_json(tmp_path / "metrics.json", {"test/caption/cider": 0.5, "test/nll/nll": 1.5})
+    write_json(out / "metrics.json", {"test/caption/cider": 0.25, "test/nll/nll": 1.75})
+    told = phase._outcome(tmp_path, out)
+    assert "test/caption/cider 0.5 before, 0.25 after" in told and "test/nll/nll 1.5 before, 1.75 after" in told
+    assert "accuracy" not in told and "unknown" not in told

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import re
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.data.formats import tokenizer_folder, write_json_lines, write_karpathy, write_shards
+from tests.data.formats import jpeg_bytes, tokenizer_folder, write_json_lines, write_karpathy, write_shards
 from visexpert.cli import USAGE_ERROR, main
 
 IMAGES = [(split, "val2014", "red", ["a dog"]) for split in ("train", "val", "test")]
@@ -84,7 +87,8 @@ def test_broken_annotations_are_reported(tmp_path: Path, capsys: pytest.CaptureF
     write_all(tmp_path)
     (tmp_path / "pope" / "coco_pope_random.json").write_text("no json\n")
     check(config(tmp_path), "--parts", "test", code=USAGE_ERROR)
-    assert "Line 1 of" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Line 1 of" in out and "BROKEN" in out and "MISSING" not in out
 
 
 def test_later_files_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,3 +200,42 @@ def test_an_experts_own_module_lies_beside_the_configuration(
     monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
     check(path, code=None)
     assert capsys.readouterr().out.endswith("pretrained weights\nNothing is missing.\n")
+
+
+def write_tar(path: Path, names: list[str]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            content = jpeg_bytes("red") if name.endswith("jpg") else b"a dog"
+            facts = tarfile.TarInfo(name)
+            facts.size = len(content)
+            tar.addfile(facts, io.BytesIO(content))
+
+
+@pytest.mark.parametrize(
+    ("names", "said", "told"),
+    [
+        (["a.jpg", "b.jpg", "a.txt", "b.txt"], None, "4 of the first 16 records of .*00000.tar.*has no caption"),
+        (["a.b.1.jpg", "a.b.1.txt", "a.b.2.jpg", "a.b.2.txt"], None, "write keys without dots"),
+        (["a.jpg", "a.txt", "b.jpg", "b.txt"], 5, "00000_stats.json says that .* holds 5 records, but it holds 2"),
+    ],
+)
+def test_shards_are_read_as_in_training(
+    names: list[str], said: int | None, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tar(tmp_path / "00000.tar", names)
+    if said is not None:
+        (tmp_path / "00000_stats.json").write_text(f'{{"successes": {said}}}')
+    whole = {"class_path": "visexpert.data.CC3M", "init_args": {"root": str(tmp_path), "train": "00000.tar"}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"data": whole}))
+    check(tmp_path / "c.yaml", code=USAGE_ERROR)
+    broken = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  BROKEN")]
+    assert len(broken) == 1 and re.search(told, broken[0])
+
+
+def test_what_is_no_tar_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "00000.tar").write_bytes(b"<html>not found</html>" * 40)
+    whole = {"class_path": "visexpert.data.CC3M", "init_args": {"root": str(tmp_path), "train": "00000.tar"}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"data": whole}))
+    check(tmp_path / "c.yaml", code=USAGE_ERROR)
+    out = capsys.readouterr().out
+    assert "BROKEN" in out and "00000.tar" in out and "method" not in out and "\\n" not in out

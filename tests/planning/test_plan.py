@@ -198,3 +198,10 @@ def test_another_number_of_gpus_than_the_configurations_is_told_with_what_it_cha
     told = other_gpus(plan, plan.configured)
     assert "the same epochs are 6 steps there, not 4" in told and "accumulate" not in told
     assert make_plan(epochs, Asked(gpus=4, samples=40, text_tokens=TEXT)).configured is None
+
+
+def test_the_wrong_one_of_several_settings_is_named() -> None:
+    with pytest.raises(ConfigError) as error:
+        Asked(gpus=0)
+    message = str(error.value)
+    assert "--gpus 0, but must be at least 1" in message and "mfu" not in message and "None" not in message

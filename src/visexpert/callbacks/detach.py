@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 FACTS = "detachment.json"
 ACCURACY = "vqa/accuracy"
+CAPTIONS = "caption/cider"
 
 
 class ExpertDetachment(Phase):
@@ -251,10 +252,13 @@ class ExpertDetachment(Phase):
         """What was kept, what it scores beside the whole run, and what to do next."""
         facts = read_json(out / FACTS)
         whole, left = ({} if not path.is_file() else read_json(path) for path in _metrics_of(folder, out))
+        usual = next((name for name in (ACCURACY, CAPTIONS) if f"test/{name}" in whole), ACCURACY)
+        asked = (self.score or usual).removeprefix("-")
         told = [
             f"{key} {_figure(whole.get(key))} before, {_figure(left.get(key))} after"
-            for key in (f"test/{self.score or ACCURACY}", f"test/{self.loss}")
-        ]
+            for key in dict.fromkeys((f"test/{asked}", f"test/{self.loss}"))
+            if key in whole or key in left  # captions have no accuracy
+        ] or ["The test data gives no score"]
         names = {key: ", ".join(facts[key]) or "none" for key in ("kept", "detached")}
         return (
             f"Kept: {names['kept']}; dropped: {names['detached']}; re-tuned for {self.retune_steps} steps. "

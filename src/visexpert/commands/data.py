@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
     from visexpert.data.source import SourceData
 
+OK, MISSING, BROKEN = "ok", "MISSING", "BROKEN"
+
+SHARDS, RECORDS = 16, 16
+"""Shards of each part that are looked into, unless all are asked for, and records read at the beginning of each."""
+
 SAMPLE = 2000
 """Images of each part that are looked for, unless all are asked for."""
 
@@ -62,9 +67,9 @@ def run(arguments: list[str]) -> None:
     missing = 0
     for label, source, parts in sources_of(build_data(options.config), options.parts):
         print(shown(label))
-        for is_there, line in findings(source, parts, images=options.images):
-            missing += not is_there
-            print(f"  {'ok     ' if is_there else 'MISSING'}  {shown(line)}")
+        for state, line in findings(source, parts, images=options.images):
+            missing += state != OK
+            print(f"  {state:7}  {shown(line)}")
     model = merged(options.config).get("model")
     if options.weights and isinstance(model, dict):
         from visexpert.commands.weights_check import weight_findings
@@ -72,15 +77,15 @@ def run(arguments: list[str]) -> None:
         print("pretrained weights")
         for is_there, line in weight_findings(model, foreign=foreign_of(options.config)):
             missing += not is_there
-            print(f"  {'ok     ' if is_there else 'MISSING'}  {shown(line)}")
+            print(f"  {OK if is_there else MISSING:7}  {shown(line)}")
     if missing:
         things = "1 thing that the data needs is" if missing == 1 else f"{missing} things that the data needs are"
         raise DataError(f"{things} missing or broken; get them as said above and check again.")
     print("Nothing is missing.")
 
 
-def findings(source: SourceData, parts: Sequence[str], *, images: str) -> Iterator[tuple[bool, str]]:
-    """What a source needs: whether it is there, and a line that says what it is.
+def findings(source: SourceData, parts: Sequence[str], *, images: str) -> Iterator[tuple[str, str]]:
+    """What a source needs: whether it is there (``ok``, ``MISSING``, ``BROKEN``), and a line that says what it is.
 
     Args:
         source: The source.
@@ -91,17 +96,17 @@ def findings(source: SourceData, parts: Sequence[str], *, images: str) -> Iterat
     for _, alike in groupby(needs, key=lambda need: (getattr(need, "what", ""), need.found is not None)):
         first, *others = alike  # hundreds of shards are one line
         line = first.sentence if first.found is None else str(first.found)
-        yield first.found is not None, line + (f" And {len(others)} more like it." if others else "")
+        yield OK if first.found is not None else MISSING, line + (f" And {len(others)} more like it." if others else "")
     if any(need.found is None for need in needs) or images == "none":
         return
     for part in parts:
         try:
             yield from _of_part(source, part, every=images == "all")
         except UserError as error:
-            yield False, str(error)
+            yield BROKEN, str(error)
 
 
-def _of_part(source: SourceData, part: str, *, every: bool) -> Iterator[tuple[bool, str]]:
+def _of_part(source: SourceData, part: str, *, every: bool) -> Iterator[tuple[str, str]]:
     """Whether a part's annotations can be read and its images are there."""
     from visexpert.data import CC3M
     from visexpert.data.needs import missing_images
@@ -109,18 +114,25 @@ def _of_part(source: SourceData, part: str, *, every: bool) -> Iterator[tuple[bo
 
     source.open(part)
     if isinstance(source, CC3M):
-        yield True, f"{part}: {source.records(part)} records in {len(source.shards(part))} shards"
+        faults = source.faults_found(part, shards=None if every else SHARDS, records=RECORDS)
+        for fault in faults:
+            yield BROKEN, f"{part}: {fault}"
+        if not faults:
+            yield OK, f"{part}: {source.records(part)} records in {len(source.shards(part))} shards"
     if not isinstance(source, RowData):
         return
     paths = [sample.image for sample in source.table(part) if sample.image]
     looked_for = paths if every or len(paths) <= SAMPLE else [paths[n * len(paths) // SAMPLE] for n in range(SAMPLE)]
     gone = missing_images(looked_for)
     line = f"{part}: {len(source.table(part))} rows; {len(looked_for)} of {len(paths)} images looked for"
-    yield not gone, line + (f", {len(gone)} not there, such as {gone[0]}" if gone else "")
+    yield MISSING if gone else OK, line + (f", {len(gone)} not there, such as {gone[0]}" if gone else "")
     for log in source.fault_logs:
         if len(log) or log.parts:
             parts = f", {log.parts} more in part" if log.parts else ""
-            yield not len(log), f"{log.source}: {len(log)} of {log.total} records cannot be used{parts}: {log.last}"
+            yield (
+                BROKEN if len(log) else OK,
+                f"{log.source}: {len(log)} of {log.total} records cannot be used{parts}: {log.last}",
+            )
 
 
 def sources_of(data: LightningDataModule, parts: Sequence[str]) -> Iterator[tuple[str, SourceData, list[str]]]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from visexpert.data.needs import Need
 from visexpert.data.samples import BatchForm, subset
-from visexpert.data.shard_counts import shard_counts
+from visexpert.data.shard_counts import shard_counts, wrong_notes
 from visexpert.data.shard_loader import RecordReader, ShardLoader
-from visexpert.data.shards import ShardPlan, check_shard, expand_shards, is_remote
+from visexpert.data.shards import ShardPlan, check_shard, expand_shards, is_remote, iterate_shard
 from visexpert.data.source import CAPTION_PROMPT, SourceData
-from visexpert.errors import ConfigError
+from visexpert.errors import ConfigError, DataError
 from visexpert.types import ImageSource
 
 _URL = (
@@ -107,6 +108,33 @@ class CC3M(SourceData):
         """Return the number of records in use."""
         self.open(part)
         return sum(self._counts[part])
+
+    def faults_found(self, part: str, *, shards: int | None, records: int) -> list[str]:
+        """Look into local shards with the code that training reads them with.
+
+        Args:
+            part: The part.
+            shards: Most shards to look into, spread evenly; None for all.
+            records: Records to decode at the beginning of each.
+
+        Returns:
+            A sentence for each fault: numbers that do not agree, records that cannot be used, damage.
+        """
+        local = [shard for shard in self.shards(part) if not is_remote(shard)]
+        if shards is not None and len(local) > shards:
+            local = [local[number * len(local) // shards] for number in range(shards)]
+        reader = RecordReader(reader=self.settings.reader(), packer=None, prompt=self.prompt, augment_seed=None)
+        faults = []
+        for shard in local:
+            try:
+                faults += wrong_notes([shard], sizes=self.sizes)
+                bad = reader.faults(islice(iterate_shard(shard), records), shard=shard)
+            except DataError as error:
+                faults.append(str(error))
+                continue
+            if bad:
+                faults.append(f"{len(bad)} of the first {records} records of {shard} cannot be used, such as: {bad[0]}")
+        return faults
 
     def loader(self, part: str, *, position: Callable[[], int] | None = None) -> ShardLoader:
         """See :meth:`SourceData.loader`."""

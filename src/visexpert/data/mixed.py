@@ -123,6 +123,10 @@ class MixedData(LightningDataModule):
         )  # fmt: skip
         return StepLoader(mixed, trainer=self.trainer)
 
+    def has_part(self, part: str) -> bool:
+        """Return whether a part names any sources."""
+        return bool(self.names[part])
+
     def val_dataloader(self) -> ChainedLoader | list[Batch]:
         """Return the validation batches of all sources, one source after another."""
         return self._chained("val")

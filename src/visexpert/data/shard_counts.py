@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from visexpert.data.shards import is_remote, split_member
+from visexpert.data.shards import is_remote, split_member, told
 from visexpert.errors import ConfigError, DataError
 from visexpert.io.files import whole_file
 from visexpert.io.reading import read_json
@@ -42,18 +42,44 @@ def shard_counts(shards: Sequence[str], *, sizes: Path | None) -> tuple[int, ...
 
 
 def _count(shard: str, sizes: Path | None, known: dict[Path, dict[str, Any]]) -> int:
-    name = shard.rsplit("/", 1)[-1]
-    noted = _noted(sizes if sizes is not None else Path(shard).with_name("sizes.json"), known).get(name)
+    noted = _note_of(shard, sizes, known)
     if noted is not None:
-        return int(noted)
+        return noted[0]
     if is_remote(shard):
         raise ConfigError(
             f"How many records {shard} holds is not known, so it cannot be shared among processes; give a JSON file of "
             'names and numbers ({"00000.tar": 9812, ...}) as `sizes`.'
         )
+    return _counted(Path(shard))
+
+
+def wrong_notes(shards: Sequence[str], *, sizes: Path | None) -> list[str]:
+    """Return a sentence for each shard here of which a file says another number of records than it holds.
+
+    Raises:
+        DataError: A shard is damaged.
+    """
+    known: dict[Path, dict[str, Any]] = {}
+    wrong = []
+    for shard in shards:
+        noted = None if is_remote(shard) else _note_of(shard, sizes, known)
+        if noted is not None and noted[0] != (held := _counted(Path(shard))):
+            wrong.append(
+                f"{noted[1]} says that {shard} holds {noted[0]} records, but it holds {held}; correct that file, or "
+                "delete it to have them counted"
+            )
+    return wrong
+
+
+def _note_of(shard: str, sizes: Path | None, known: dict[Path, dict[str, Any]]) -> tuple[int, Path] | None:
+    """Return the number that a file says, and the file."""
     path = Path(shard)
-    stats = _noted(path.with_name(f"{path.name.split('.')[0]}_stats.json"), known).get("successes")
-    return int(stats) if stats is not None else _counted(path)
+    listed = sizes if sizes is not None else path.with_name("sizes.json")
+    number = _noted(listed, known).get(shard.rsplit("/", 1)[-1])
+    if number is None and not is_remote(shard):
+        listed = path.with_name(f"{path.name.split('.')[0]}_stats.json")
+        number = _noted(listed, known).get("successes")
+    return None if number is None else (int(number), listed)
 
 
 def _noted(path: Path, known: dict[Path, dict[str, Any]]) -> dict[str, Any]:
@@ -78,7 +104,7 @@ def _counted(path: Path) -> int:
         with whole_file(note) as part:
             part.write_text(json.dumps(number), encoding="utf-8")
     except (OSError, tarfile.TarError, ValueError) as error:
-        raise DataError(f"The shard {path} cannot be counted ({error}); fetch it again.") from error
+        raise DataError(f"The shard {path} cannot be counted ({told(error)}); fetch it again.") from error
     return number
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,6 +55,18 @@ class RecordReader:
         picture = self.reader.read(image, name=name, rng=rng)
         encoded = encode_items(items, self.packer, has_image=True)
         return Loaded(row, picture, items, encoded, prompts_of(items, self.packer, has_image=True), name)
+
+    def faults(self, records: Iterable[Record | DataError], *, shard: str) -> list[str]:
+        """Return why records of a shard cannot be used."""
+        reasons = []
+        for record in records:
+            try:
+                if isinstance(record, DataError):
+                    raise record
+                self.load(record, row=0, epoch=0, name=f"{shard}/{record['__key__']}")
+            except DataError as error:
+                reasons.append(str(error))
+        return reasons
 
 
 class ShardLoader:

@@ -180,11 +180,11 @@ def iterate_shard(url: str) -> Iterator[Record | DataError]:
         # A local name never goes through webdataset, which takes " pipe:" and "PIPE:" for commands, too.
         stream = gopen(url) if is_remote(url) else Path(url).open("rb")
     except Exception as error:  # curl, storage clients and pipes fail in their own ways
-        raise DataError(f"The shard {url} cannot be opened ({_told(error)}); check path and access.") from error
+        raise DataError(f"The shard {url} cannot be opened ({told(error)}); check path and access.") from error
     try:
         yield from _grouped(_files(stream), url)
     except Exception as error:
-        raise DataError(f"The shard {url} is damaged ({_told(error)}); fetch it again.") from error
+        raise DataError(f"The shard {url} is damaged ({told(error)}); fetch it again.") from error
     finally:
         with contextlib.suppress(Exception):  # a pipe that is left before its end complains
             stream.close()
@@ -282,6 +282,7 @@ def _require_webdataset() -> None:
         raise ConfigError("Shards are read by webdataset; install it with  pip install webdataset.")
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
+    """Return the first line of an error with its kind: tarfile adds one for each way in which it tried to read."""
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {text[0][:160].rstrip(':')}" if text else type(error).__name__

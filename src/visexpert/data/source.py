@@ -217,6 +217,10 @@ class SourceData(LightningDataModule):
         """Return the split name that rows of a part refer to, unique across sources."""
         return f"{self.label}/{part}" if self.label else part
 
+    def has_part(self, part: str) -> bool:
+        """Return whether there is such a part."""
+        return part in self.parts
+
     def parts_of_stage(self, stage: str | None) -> list[str]:
         """Return parts that a stage reads; None asks the trainer, and takes all where there is none."""
         if stage is None and self.trainer is not None and self.trainer.state.fn is not None:

@@ -35,11 +35,13 @@ class Asked:
     answer_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.gpus < 1 or not 0 < self.mfu <= 1 or (self.samples is not None and self.samples < 1):
-            raise ConfigError(
-                f"--gpus {self.gpus}, --mfu {self.mfu} and --samples {self.samples} cannot be; give at least one GPU, "
-                "a share in (0, 1] and at least one sample."
-            )
+        wrong = {
+            f"--gpus {self.gpus}, but must be at least 1": self.gpus < 1,
+            f"--mfu {self.mfu}, but must be a share of the peak in (0, 1]": not 0 < self.mfu <= 1,
+            f"--samples {self.samples}, but must be at least 1": self.samples is not None and self.samples < 1,
+        }
+        if told := [text for text, is_wrong in wrong.items() if is_wrong]:
+            raise ConfigError(f"visexpert plan was given {'; '.join(told)}.")
 
 
 @dataclass(frozen=True)

@@ -168,3 +168,21 @@ def test_the_printed_form(clip_folder: Path, capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit) as caught:
         main(["try", "--help"])
     assert caught.value.code == 0 and "docs/families.md" in capsys.readouterr().out
+
+
+def test_a_language_model_without_a_tokenizer_says_so(llama_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = tried(capsys, llama_folder, "--as", "language")
+    assert row["facts"]["tokenizer"].startswith("none")
+
+
+def test_an_empty_name_is_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["try", " "])
+    assert "MODEL is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("role", ["expert", "clip"])
+def test_a_misspelt_name_is_told_the_nearest(role: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = tried(capsys, "resnet51", "--as", role, code=2)
+    assert row["verdict"] == "refused"
+    assert "'resnet50'" in row["message"]

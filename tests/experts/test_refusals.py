@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, ViTImageProcessor
 
 from tests.experts.tiny_models import DINOV2, saved
 from visexpert.errors import ConfigError, WeightsError
-from visexpert.experts import TransformersExpert
+from visexpert.experts import OpenClipExpert, TransformersExpert
 
 
 @pytest.fixture
@@ -76,3 +76,20 @@ def test_a_missing_type_is_said_to_be_missing(folder: Path) -> None:
     edit(folder / "config.json", model_type=None)
     with pytest.raises(ConfigError, match=r"no model_type, only \['.*such as model_type: vit"):
         TransformersExpert(source=str(folder))
+
+
+@pytest.mark.parametrize("layer", [5, -6])
+def test_a_layer_that_is_none_is_told_with_the_range(layer: int) -> None:
+    with pytest.raises(ConfigError, match=rf"layer {layer} .* from -5 to 4"):  # four blocks, and what goes into them
+        TransformersExpert(config=DINOV2, layer=layer)
+
+
+def test_inputs_beside_pixels_are_named() -> None:
+    vision = {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 16, "patch_size": 8}
+    with pytest.raises(ConfigError, match="needs grid_thw beside pixels"):
+        TransformersExpert(config={"model_type": "qwen2_vl", "vision_config": vision}, image_size=32)
+
+
+def test_a_word_that_is_no_tag_is_told_the_tags() -> None:
+    with pytest.raises(ConfigError, match="no weights 'nonsense' of ViT-B-32; its tags are .*'laion2b_s34b_b79k'"):
+        OpenClipExpert(model="ViT-B-32", weights="nonsense")

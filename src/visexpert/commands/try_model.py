@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from visexpert.commands.parser import Parser
-from visexpert.errors import shown
+from visexpert.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from visexpert.commands.trial import Attempt
@@ -42,6 +42,8 @@ Families that were tried are listed in docs/families.md. VISEXPERT_TRACEBACK=1 s
 def run(arguments: list[str]) -> None:
     """Try and print; exit code 2 where nothing works."""
     options = _parser().parse_args(arguments)
+    if not options.model.strip():
+        raise ConfigError("MODEL is empty; name a folder ('.' for this one), an id of the hub or a model's name.")
     from visexpert.commands.trial import ROLES, Asked, attempts  # heavy: after --help
 
     asked = Asked(

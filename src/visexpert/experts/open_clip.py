@@ -213,10 +213,24 @@ def named(model: str, weights: str, *, framing: Framing | None) -> tuple[dict[st
         raise ConfigError(f"{OWNER}: open_clip has no model {model!r}; the nearest are {near}.")
     tagged = get_pretrained_cfg(model, weights)
     if not tagged:
+        _no_tag(model, weights)
         # A repository says it itself once it is here, see _check_own.
         lone = weights != RANDOM and ModelSource.parse(weights).repo is None
         tagged = shared_preparation(model, needed=needed_for(framing) if lone else (), owner=OWNER)
     return dict(settings), {**vars(PreprocessCfg()), **tagged}
+
+
+def _no_tag(model: str, weights: str) -> None:
+    """Refuse a plain word that is neither a tag nor a path: it would be looked for on the hub.
+
+    Raises:
+        ConfigError: It is one.
+    """
+    from open_clip import list_pretrained_tags_by_model
+
+    if weights != RANDOM and "/" not in weights and ModelSource.parse(weights).repo == weights:
+        tags = list_pretrained_tags_by_model(model)
+        raise ConfigError(f"{OWNER}: open_clip has no weights {weights!r} of {model}; its tags are {tags}.")
 
 
 def needed_for(framing: Framing | None) -> tuple[str, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
+from visexpert.errors import ConfigError
 from visexpert.experts.base import TokenKind
 from visexpert.experts.huggingface import HubModel, interpolates, patches_of, prefix_and_suffix, takes_patches
 from visexpert.experts.maps import map_of
@@ -125,6 +127,8 @@ class EncoderMap(nn.Module):
         encoder = _without_head(self.model) if self.headed else self.model
         if frames := _frames(encoder.config):
             raise ValueError(f"it reads videos of {frames} frames")
+        if not takes_patches(encoder) and (others := _other_inputs(encoder)):
+            raise ValueError(f"it reads no plain images: it needs {' and '.join(others)} beside pixels")
         size = int(pixels_BCHW.shape[-1])
         asked = {"interpolate_pos_encoding": True} if interpolates(encoder) else {}
         unrolled = hasattr(encoder, "unroll_schedule")
@@ -152,11 +156,12 @@ def _features(output: Any, layer: int | None, *, unrolled: bool) -> Tensor:
         ValueError: Nothing in the output has one of the names that transformers gives to features.
     """
     named = output if isinstance(output, ModelOutput) else {}
+    found: Any
     if unrolled:
-        found = output.reshaped_hidden_states[-1 if layer is None else layer].flatten(1, 2)  # of (B, h, w, E)
+        found = _at(output.reshaped_hidden_states, -1 if layer is None else layer).flatten(1, 2)  # of (B, h, w, E)
     elif layer is not None:
         states = named.get("hidden_states")
-        found = None if states is None else states[layer]
+        found = None if states is None else _at(states, layer)
     else:
         maps = named.get("feature_maps")  # of a backbone
         names = ("last_hidden_state", "encoder_last_hidden_state")
@@ -164,6 +169,27 @@ def _features(output: Any, layer: int | None, *, unrolled: bool) -> Tensor:
     if not isinstance(found, Tensor):
         raise ValueError(f"it hands on {list(named) or type(output).__name__}, and no features of patches among them")
     return found
+
+
+def _at(states: Sequence[Tensor], layer: int) -> Tensor:
+    """Return one of the hidden states.
+
+    Raises:
+        ConfigError: There is none of this index.
+    """
+    if not -len(states) <= layer < len(states):
+        raise ConfigError(
+            f"layer {layer} is none of the model's hidden states; give one from {-len(states)} to {len(states) - 1} "
+            "(-1 for the last block), or leave it out for the last features."
+        )
+    return states[layer]
+
+
+def _other_inputs(model: nn.Module) -> list[str]:
+    """Names of what a model needs beside pixels, such as the grid of patches that were cut beforehand (Qwen2-VL)."""
+    taken = list(inspect.signature(model.forward).parameters.values())[1:]
+    named = (each for each in taken if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD))
+    return [each.name for each in named if each.default is each.empty]
 
 
 def _frames(config: Any) -> int:

@@ -210,7 +210,10 @@ def clip_config(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
     other = {key: vision[key] for key, plain in _PLAIN.items() if vision.get(key, plain) != plain}
     if other or not isinstance(vision.get("layers", 12), int):
         found = other or {"layers": vision["layers"]}
-        raise ConfigError(f"open_clip's vision_cfg has {found}; only plain ViT towers of CLIP can be read.")
+        raise ConfigError(
+            f"open_clip's vision_cfg has {found}, and only plain ViT towers of CLIP can be read; use it as a teacher "
+            "(class_path: visexpert.experts.OpenClipExpert), or take a plain one, such as ViT-B-16."
+        )
     width = int(vision.get("width", 768))
     act = "quick_gelu" if model_cfg.get("quick_gelu", False) else "gelu"
     if act == "gelu" and (vision.get("act_kwargs") or {}).get("approximate") == "tanh":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -59,6 +60,7 @@ def expert_candidates(asked: Asked) -> list[Candidate]:
     if named is not None:
         return [(OpenClipExpert, {"model": named[0], "weights": _tag(asked, *named), **options})]
     source = ModelSource.parse(asked.model)
+    _refuse_misspelt(asked.model, source)
     if is_tiny(asked.model, source):
         return [(TinyExpert, {"source": asked.model})]
     if source.file is not None:
@@ -67,6 +69,22 @@ def expert_candidates(asked: Asked) -> list[Candidate]:
             "timm or open_clip (visexpert try vit_base_patch16_224 --weights FILE)."
         )
     return [(kind, {**arguments, **options}) for kind, arguments in _published(asked.model, source)]
+
+
+def _refuse_misspelt(text: str, source: ModelSource) -> None:
+    """Refuse a plain word that is almost the name of a model of timm or open_clip, and nothing on this machine.
+
+    Raises:
+        ConfigError: It is one.
+    """
+    if source.repo != text or "/" in text or source.find("config.json") is not None:
+        return
+    from open_clip import list_models as of_open_clip
+    from timm import list_models as of_timm
+
+    near = get_close_matches(text.partition(".")[0], [*of_timm(), *of_open_clip()], n=3, cutoff=0.8)
+    if near:
+        raise ConfigError(f"'{text}' is no folder here and no model of timm or open_clip; the nearest are {near}.")
 
 
 def _weights(asked: Asked) -> dict[str, str]:
@@ -149,6 +167,7 @@ def clip_arguments(asked: Asked) -> dict[str, Any]:
         raise ConfigError(f"'{asked.model}' is timm's, but clip takes CLIPs alone; it can be a teacher (--as expert).")
     named = open_clip_name(asked.model)
     if named is None:
+        _refuse_misspelt(asked.model, ModelSource.parse(asked.model))
         return {"source": asked.model, **options}
     name, tag = named
     from_list = tag or (asked.weights if asked.weights and open_clip_name(f"{name}/{asked.weights}") else None)

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from visexpert.commands.trial.naming import (
     language_source,
     model_type,
 )
+from visexpert.data.tokenizers import find_tokenizer
 from visexpert.errors import UserError, first_line, told_by_machine
 from visexpert.experts import VisionExpert
 from visexpert.experts.huggingface import quiet
@@ -135,8 +137,15 @@ def _try_language(side: Side) -> Found:
         "vocabulary": str(text.vocab_size),
         **({} if positions is None else {"positions": str(positions)}),
         "parameters": in_millions(side),
+        "tokenizer": _tokenizer_of(side),
     }
     return facts, compare_language(side, probe, of_transformers(side)), ""
+
+
+def _tokenizer_of(side: Side) -> str:
+    """The file of the tokenizer that comes with a language model; what to do where none does."""
+    found = find_tokenizer(str(side.source))
+    return found.name if isinstance(found, Path) else "none comes with it; training needs one of the same vocabulary"
 
 
 def _encoder_facts(part: Any, grid_hw: tuple[int, int], width: int, same: bool) -> dict[str, str]:

@@ -84,6 +84,27 @@ def require_numbers(
             raise ConfigError(f"{owner}: {name} is {value}, but must be a number {allowed}".rstrip() + ".")
 
 
+def require_channels(owner: str, *, mean: object, std: object) -> None:
+    """Check what images are normalized with: three finite numbers each, and no standard deviation of 0 or less.
+
+    Args:
+        owner: Whose settings, for the message.
+        mean: Channel means.
+        std: Channel standard deviations.
+
+    Raises:
+        ConfigError: They are something else.
+    """
+    for name, values, allowed in (("mean", mean, "three numbers"), ("std", std, "three numbers above 0")):
+        numbers = list(values) if isinstance(values, list | tuple) else []
+        real = all(isinstance(value, int | float) and math.isfinite(value) for value in numbers)
+        if len(numbers) != 3 or not real or (name == "std" and min(numbers) <= 0):
+            raise ConfigError(
+                f"{owner}: images are normalized with {name}={values!r}, which must be {allowed}; correct it in the "
+                "model's own file (preprocessor_config.json, open_clip_config.json)."
+            )
+
+
 def told_by_machine(error: BaseException) -> UserError | None:
     """One sentence for what is neither a setting nor a defect: disk, rights, memory, a worker that was killed.
 

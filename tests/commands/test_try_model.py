@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, CLIPImageProcessor, LlamaConfig, LlamaForCausalLM
 
 from tests.experts.tiny_models import CLIP_VISION, TEXT, randomised, saved
@@ -186,3 +188,53 @@ def test_a_misspelt_name_is_told_the_nearest(role: str, capsys: pytest.CaptureFi
     (row,) = tried(capsys, "resnet51", "--as", role, code=2)
     assert row["verdict"] == "refused"
     assert "'resnet50'" in row["message"]
+
+
+def changed(folder: Path, to: Path, *, weights: Any = None, **files: dict[str, Any]) -> Path:
+    """A copy of a model with other weights, or other entries in its JSON files."""
+    shutil.copytree(folder, to)
+    if weights is not None:
+        state = load_file(to / "model.safetensors")
+        save_file(dict(weights(key, value) for key, value in state.items()), to / "model.safetensors", {"format": "pt"})
+    for name, entries in files.items():
+        path = to / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | entries), encoding="utf-8")
+    return to
+
+
+def test_weights_of_a_compiled_model_are_held_against_the_same_weights(
+    clip_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiled = changed(clip_folder, tmp_path / "c", weights=lambda key, value: (f"_orig_mod.{key}", value))
+    (clip,) = tried(capsys, compiled, "--as", "clip")
+    assert clip["verdict"] == "works" and clip["comparisons"][0]["equal"], clip
+    trained = changed(clip_folder, tmp_path / "t", weights=lambda key, value: (f"student.{key}", value))
+    (clip,) = tried(capsys, trained, "--as", "clip")
+    assert (
+        clip["verdict"] == "works" and not clip["comparisons"] and "under their names" in clip["facts"]["not compared"]
+    )
+
+
+@pytest.mark.parametrize("role", ["expert", "clip"])
+def test_numbers_that_spoil_every_token_are_named(
+    role: str, clip_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoilt = "vision_model.encoder.layers.0.mlp.fc1.bias"
+    nan = changed(clip_folder, tmp_path / "nan", weights=lambda k, v: (k, v * float("nan") if k == spoilt else v))
+    (row,) = tried(capsys, nan, "--as", role, code=2)
+    assert row["verdict"] == "refused" and "NaN" in row["message"] and "layers.0.mlp.fc1.bias" in row["message"]
+    for name, entries in (("std", {"image_std": [0.0, 0.5, 0.5]}), ("mean", {"image_mean": [0.5, 0.5]})):
+        (row,) = tried(capsys, changed(clip_folder, tmp_path / name, preprocessor_config=entries), "--as", role, code=2)
+        assert row["verdict"] == "refused" and f"{name}=" in row["message"]
+        assert str(next(iter(entries.values()))) in row["message"].replace("(", "[").replace(")", "]")
+
+
+@pytest.mark.parametrize("role", ["expert", "clip"])
+def test_a_field_that_its_configuration_cannot_take_is_named(
+    role: str, clip_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vision = json.loads((clip_folder / "config.json").read_text(encoding="utf-8"))["vision_config"]
+    for name, value in (("hidden_size", None), ("num_attention_heads", 0)):
+        config = {"vision_config": {**vision, name: value}}
+        (row,) = tried(capsys, changed(clip_folder, tmp_path / name, config=config), "--as", role, code=2)
+        assert row["verdict"] == "refused", row

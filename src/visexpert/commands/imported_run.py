@@ -22,7 +22,7 @@ from visexpert.io.weights import fill_module
 from visexpert.methods import Method
 from visexpert.runs import build
 from visexpert.vision.clip import MOLE_KEY
-from visexpert.vision.published import describe_clip
+from visexpert.vision.published import describe_clip, vision_config
 
 LANGUAGE = "language"
 START = "start.safetensors"
@@ -40,7 +40,7 @@ def write_run(
         WeightsError: Weights are missing or do not fit the CLIP.
     """
     out: Path = options.out
-    sizes = CLIPVisionConfig(**describe_clip(options.clip).fields)
+    sizes = vision_config(describe_clip(options.clip).fields)
     layer = int(released.config.get("mm_vision_select_layer", -2))
     told: list[str] = []
     if shape is not None and mole is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visexpert.errors import ConfigError
+from visexpert.errors import ConfigError, require_channels
 from visexpert.io.weights import weights_digest
 from visexpert.precision import like_weights
 from visexpert.types import ExpertTokens
@@ -53,6 +53,7 @@ class VisionExpert(nn.Module, ABC):
         super().__init__()
         if tokens not in ("features", "prediction"):
             raise ConfigError(f"{type(self).__name__}: tokens={tokens!r} is unknown; use 'features' or 'prediction'.")
+        require_channels(type(self).__name__, mean=mean, std=std)
         self.image_size = image_size
         self.token_dim = token_dim
         self.grid_hw = grid_hw

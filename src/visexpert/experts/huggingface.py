@@ -24,6 +24,7 @@ from visexpert.experts.sam_attention import chunk_attention
 from visexpert.experts.towers import build_network, factory_of, key_mapping, vision_part
 from visexpert.io.source import ModelSource, read_json
 from visexpert.io.weights import fill_module, reshaped, state_keys, unreadable
+from visexpert.vision.families import checked_fields
 from visexpert.vision.positions import fit_positions
 
 NATIVE_SIZE = ("image_size", "img_size")
@@ -206,7 +207,8 @@ def config_of(fields: Mapping[str, Any], *, owner: str, strict: bool = False) ->
     if kind not in CONFIG_MAPPING:
         near = get_close_matches(kind, CONFIG_MAPPING.keys(), n=3)
         raise ConfigError(f"{owner}: transformers has no model_type {kind!r}; the nearest are {near}.")
-    config = CONFIG_MAPPING[kind](**{key: value for key, value in fields.items() if key != "model_type"})
+    with checked_fields(owner):
+        config = CONFIG_MAPPING[kind](**{key: value for key, value in fields.items() if key != "model_type"})
     if strict:
         _known_fields(fields, config, owner)
     return vision_part(config)

@@ -173,7 +173,8 @@ def fill_module(module: nn.Module, state: dict[str, Tensor], *, owner: str, path
     """Load ``state`` strictly into ``module``, casting to its dtype.
 
     Raises:
-        WeightsError: A key is missing, unexpected or of another shape; the message names up to three of each.
+        WeightsError: A key is missing, unexpected or of another shape; the message names up to three of each. Or a
+            weight is NaN or infinite.
     """
     expected = module.state_dict()
     missing = sorted(expected.keys() - state.keys())
@@ -188,6 +189,12 @@ def fill_module(module: nn.Module, state: dict[str, Tensor], *, owner: str, path
         raise WeightsError(
             f"{owner}: the weights in {path} do not fit: missing {missing[:3]}, unexpected {unexpected[:3]}, "
             f"of another shape {reshaped[:3]}; use the file that belongs to this configuration."
+        )
+    spoilt = sorted(key for key, _ in module.named_parameters() if not bool(state[key].isfinite().all()))
+    if spoilt:
+        raise WeightsError(
+            f"{owner}: {len(spoilt)} of the weights in {path} hold NaN or infinite numbers ({spoilt[:3]}); use a file "
+            "from before the training diverged, or fetch it again."
         )
     module.load_state_dict(
         {key: value.to(expected[key].dtype) for key, value in state.items()}, strict=True, assign=False

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from visexpert.errors import ConfigError, require_numbers
+from visexpert.errors import ConfigError, require_channels, require_numbers
 from visexpert.io.source import ZOO_PREFIX
 from visexpert.io.weights import fill_module, weights_digest
 from visexpert.precision import like_weights
 from visexpert.types import VisionTokens
 from visexpert.vision.mole_settings import MoLESettings
 from visexpert.vision.positions import resize_positions
-from visexpert.vision.published import OWNER, describe_clip
+from visexpert.vision.published import OWNER, describe_clip, vision_config
 
 MOLE_KEY = re.compile(r"\.mlp\.(router|fc1_experts|fc2_experts)\.")
 """Keys of a state dict that :func:`visexpert.vision.add_mole` adds to those of CLIP."""
@@ -70,11 +70,10 @@ class ClipEncoder(nn.Module):
         self._given |= {"architecture": architecture, "image_size": image_size}
         self.source = source
         self.published = describe_clip(source, config=config, architecture=architecture)
+        require_channels("ClipEncoder", mean=self.published.mean, std=self.published.std)
         shipped = source is not None and source.startswith(ZOO_PREFIX)
         self.licence = licence or ("Apache-2.0" if shipped else self.published.licence()) or "not stated"
-        clip_config = CLIPVisionConfig(
-            **{**self.published.fields, **({"image_size": image_size} if image_size else {})}
-        )
+        clip_config = vision_config({**self.published.fields, **({"image_size": image_size} if image_size else {})})
         for side in (clip_config.image_size, clip_config.patch_size):
             _side(side)
         clip_config._attn_implementation = "sdpa"
@@ -131,6 +130,7 @@ class ClipEncoder(nn.Module):
         if self.source is None:
             return
         self.published = self.published.completed()
+        require_channels("ClipEncoder", mean=self.published.mean, std=self.published.std)
         self.mean.copy_(torch.tensor(self.published.mean).view(1, 3, 1, 1))
         self.std.copy_(torch.tensor(self.published.std).view(1, 3, 1, 1))
         found = self.published.load()

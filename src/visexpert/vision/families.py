@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from visexpert.errors import WeightsError
+from huggingface_hub.errors import StrictDataclassError
+
+from visexpert.errors import ConfigError, WeightsError, first_line
 from visexpert.io.source import ModelSource
 from visexpert.vision.convert import without_wrapper
 
@@ -84,3 +87,19 @@ def check_keys(keys: Collection[str], path: Path, *, elsewhere: str | None = Non
     kind = next((name for sign, name in _SIGNS.items() if any(sign in key for key in keys)), None)
     looks = f"look like those of {kind}" if kind else f"are named {', '.join(sorted(keys)[:3]) or 'nothing'}"
     raise WeightsError(f"{OWNER}: the weights in {path} {looks}, and contain no CLIP vision tower; {_HINT}.")
+
+
+@contextmanager
+def checked_fields(owner: str) -> Iterator[None]:
+    """Tell in one sentence what a configuration of transformers says of a field that it cannot take.
+
+    Raises:
+        ConfigError: A field has a value of the wrong type, or several contradict one another.
+    """
+    try:
+        yield
+    except (StrictDataclassError, TypeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(
+            f"{owner}: transformers takes no such configuration ({first_line(error)}); correct that field of "
+            "config.json, or fetch it again."
+        ) from error

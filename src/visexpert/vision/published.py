@@ -17,7 +17,7 @@ from visexpert.errors import ConfigError, WeightsError
 from visexpert.io.source import WEIGHT_FILES, ModelSource
 from visexpert.io.weights import read_source, state_keys
 from visexpert.vision.convert import VisionTower, clip_config, from_hugging_face, from_open_clip, without_wrapper
-from visexpert.vision.families import check_family, check_keys
+from visexpert.vision.families import check_family, check_keys, checked_fields
 
 OWNER = "ClipEncoder"
 OPEN_CLIP_PREFIX = "open_clip:"
@@ -176,6 +176,16 @@ def describe_clip(
     return replace(found, source=files)
 
 
+def vision_config(fields: Mapping[str, Any]) -> CLIPVisionConfig:
+    """Return Hugging Face's configuration.
+
+    Raises:
+        ConfigError: A field has a value that it cannot have.
+    """
+    with checked_fields(OWNER):
+        return CLIPVisionConfig(**fields)
+
+
 def known_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a user's fields; refuse those that ``CLIPVisionConfig`` would accept but never read."""
     known = CLIPVisionConfig().to_dict()
@@ -288,8 +298,7 @@ def _from_open_clip(
 
 def _must_agree(given: Mapping[str, Any], own: Mapping[str, Any], files: ModelSource) -> None:
     """Refuse a setting that differs from the files' own; a wrong activation or head count would load silently."""
-    theirs = CLIPVisionConfig(**own).to_dict()
-    ours = CLIPVisionConfig(**given).to_dict()
+    theirs, ours = vision_config(own).to_dict(), vision_config(given).to_dict()
     differing = [name for name in given if name != "projection_dim" and ours.get(name) != theirs.get(name)]
     if differing:
         name = differing[0]

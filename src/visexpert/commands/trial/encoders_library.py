@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from visexpert.commands.trial.attempt import Comparison
 from visexpert.commands.trial.library import Watch, vision_part
+from visexpert.errors import first_line
 from visexpert.experts import (
     DepthExpert,
     OpenClipExpert,
@@ -23,10 +24,15 @@ from visexpert.experts.huggingface import quiet
 from visexpert.experts.pretrained import RANDOM
 from visexpert.experts.transformers import HubExpert
 from visexpert.io.source import WEIGHT_FILES, ModelSource
+from visexpert.io.weights import read_source
 from visexpert.vision import ClipEncoder
 from visexpert.vision.published import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES, OPEN_CLIP_PREFIX
 
 Call = Callable[[Tensor], Any]
+
+
+class NotLoadedError(Exception):
+    """The library by itself does not read weights that ours does, so that there is nothing to compare."""
 
 
 def compare_expert(expert: VisionExpert, pixels_BCHW: Tensor, tokens_BSE: Tensor) -> Comparison | str:
@@ -42,12 +48,22 @@ def compare_expert(expert: VisionExpert, pixels_BCHW: Tensor, tokens_BSE: Tensor
         model = of_timm(expert)
         return _watched(tokens_BSE, "timm", model, lambda: model.forward_features(pixels_BCHW))  # type: ignore[operator]
     if isinstance(expert, OpenClipExpert):
-        return _watched(tokens_BSE, "open_clip", *_of_open_clip_expert(expert, pixels_BCHW))
+        try:
+            return _watched(tokens_BSE, "open_clip", *_of_open_clip_expert(expert, pixels_BCHW))
+        except NotLoadedError as error:
+            return str(error)
     return "no other library has this network"
 
 
 def compare_clip(encoder: ClipEncoder, architecture: str | None, pixels: Tensor, tokens: Tensor) -> Comparison | str:
     """The same for the CLIP that is taught."""
+    try:
+        return _compare_clip(encoder, architecture, pixels, tokens)
+    except NotLoadedError as error:
+        return str(error)
+
+
+def _compare_clip(encoder: ClipEncoder, architecture: str | None, pixels: Tensor, tokens: Tensor) -> Comparison | str:
     files = encoder.published.source
     if files is None:
         return "random weights"
@@ -87,9 +103,16 @@ def of_transformers(source: ModelSource, kind: type[VisionExpert] | None) -> tup
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     if kind is SegmentationExpert and type(config) not in auto._model_mapping:
         auto = transformers.AutoModelForUniversalSegmentation
+    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
     with quiet():
-        whole = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32)
+        whole, report = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+        if kind is None and report["missing_keys"]:  # such as torch.compile's prefix, which our reader takes off
+            state = dict(read_source(source, owner="visexpert try", names=WEIGHT_FILES).tensors)
+            whole, report = type(whole).from_pretrained(None, config=whole.config, state_dict=state, **options)
     part = vision_part(whole.eval()) if auto is transformers.AutoModel else whole
+    needed = set(part.parameters())
+    if kind is None and any(whole.get_parameter(key) in needed for key in report["missing_keys"]):
+        raise NotLoadedError("transformers does not find these weights under their names")
     return part, lambda pixels_BCHW: part(**_inputs(part, pixels_BCHW))
 
 
@@ -162,9 +185,12 @@ def of_open_clip(name: str, file: Path | None, size: int | None, *, tag: str | N
     from open_clip.pretrained import get_pretrained_cfg
 
     quick = bool(tag and get_pretrained_cfg(name, tag).get("quick_gelu"))
-    model: Any = open_clip.create_model(
-        name, pretrained=None if file is None else str(file), force_image_size=size, force_quick_gelu=quick
-    )
+    try:
+        model: Any = open_clip.create_model(
+            name, pretrained=None if file is None else str(file), force_image_size=size, force_quick_gelu=quick
+        )
+    except RuntimeError as error:
+        raise NotLoadedError(f"open_clip does not load these weights by itself ({first_line(error)})") from error
     visual: nn.Module = model.visual.eval()
     return visual
 

@@ -31,9 +31,10 @@ SAMPLE = 2000
 EPILOG = """\
 Nothing is downloaded and nothing is started. Each thing that the data needs is listed with its place; what is missing
 comes with its source and size. Where the annotations are there, the images that they name are looked for, too: 2000 of
-each part, spread evenly, or every one with --images all. The pretrained weights of the model are listed, too. Files
-that exist may still be damaged: that shows in training, where they are skipped and listed in the run's folder
-(skipped.jsonl).
+each part, spread evenly, or every one with --images all. The pretrained weights of the model are listed, too. Of
+CC3M's shards here 16 of each part, or every one with --images all, are counted, and the first 16 records of each are
+read. Other image files may still be damaged: that shows in training, where they are skipped and listed in the run's
+folder (skipped.jsonl).
 
   visexpert data check configs/tove/paper/vit-b16.yaml
   visexpert data check base.yaml overlay.yaml --parts test

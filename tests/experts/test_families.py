@@ -340,7 +340,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "it hands on Tensor, and no features of patches",
     ),
     "idefics2": ({"model_type": "idefics2", "vision_config": VIT}, "looks at the values of pixels"),
-    "qwen2_5_vl": ({"model_type": "qwen2_5_vl", "vision_config": {"depth": 1}}, "'grid_thw'"),
+    "qwen2_5_vl": ({"model_type": "qwen2_5_vl", "vision_config": {"depth": 1}}, "needs grid_thw beside pixels"),
     "vit_mae": ({"model_type": "vit_mae", **VIT}, "draws random numbers"),
     "remote": (
         {"model_type": "internvl_chat", "auto_map": {"AutoModel": "modeling.Chat"}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 import tarfile
@@ -89,6 +90,17 @@ def test_broken_annotations_are_reported(tmp_path: Path, capsys: pytest.CaptureF
     check(config(tmp_path), "--parts", "test", code=USAGE_ERROR)
     out = capsys.readouterr().out
     assert "Line 1 of" in out and "BROKEN" in out and "MISSING" not in out
+
+
+def test_broken_records_are_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_all(tmp_path)
+    path = tmp_path / "coco" / "dataset_coco.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    index = next(place for place, image in enumerate(content["images"]) if image["split"] == "train")
+    content["images"][index] = {"split": "train"}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    check(config(tmp_path), "--parts", "train", "test", code=USAGE_ERROR)
+    assert capsys.readouterr().out.count(f"images[{index}]") == 1
 
 
 def test_later_files_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

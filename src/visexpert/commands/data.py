@@ -113,6 +113,7 @@ def _of_part(source: SourceData, part: str, *, every: bool) -> Iterator[tuple[st
     from visexpert.data.needs import missing_images
     from visexpert.data.rows import RowData
 
+    before = len(source.fault_logs)
     source.open(part)
     if isinstance(source, CC3M):
         faults = source.faults_found(part, shards=None if every else SHARDS, records=RECORDS)
@@ -127,7 +128,7 @@ def _of_part(source: SourceData, part: str, *, every: bool) -> Iterator[tuple[st
     gone = missing_images(looked_for)
     line = f"{part}: {len(source.table(part))} rows; {len(looked_for)} of {len(paths)} images looked for"
     yield MISSING if gone else OK, line + (f", {len(gone)} not there, such as {gone[0]}" if gone else "")
-    for log in source.fault_logs:
+    for log in source.fault_logs[before:]:  # of an earlier part, that is told with it
         if len(log) or log.parts:
             parts = f", {log.parts} more in part" if log.parts else ""
             yield (

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES  # type: ignore[attr-defined]
 
 from benchmarks.family_languages import shaken, small_fields
 from visexpert.commands.trial import Asked

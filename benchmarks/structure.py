@@ -130,7 +130,7 @@ def methods() -> Iterator[tuple[str, L.LightningModule, L.LightningDataModule]]:
         cli = build_cli([*arguments, "--model.init_args.store.folder", "null"], run=False)
         yield name, cli.model, cli.datamodule
         if method == "tove":
-            yield "Merging", Merging(teacher=cli.model), cli.datamodule  # type: ignore[arg-type]
+            yield "Merging", Merging(teacher=cli.model), cli.datamodule
 
 
 def traced_step(model: L.LightningModule, data: L.LightningDataModule) -> list[str]:

@@ -87,14 +87,14 @@ class Waits:
     def __enter__(self) -> Waits:
         self._modes = (_Dispatched(self), _Called(self))
         for mode in self._modes:
-            mode.__enter__()
+            mode.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for mode in reversed(self._modes):
-            mode.__exit__(kind, error, trace)
+            mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
     def is_of_host(self, value: object) -> bool:
         """Whether a tensor would be on the host in training on a GPU."""
@@ -149,7 +149,7 @@ def waits_per_step(
     if isinstance(data, L.LightningDataModule):
         trainer.fit(model, datamodule=data)
     else:
-        loader = DataLoader(list(data), batch_size=None)  # type: ignore[arg-type]
+        loader: Any = DataLoader(list(data), batch_size=None)  # type: ignore[arg-type]
         trainer.fit(model, train_dataloaders=loader)
     return counter.steps
 
@@ -178,7 +178,7 @@ class _Dispatched(TorchDispatchMode):
     """Sees every operator, those of the backward pass included."""
 
     def __init__(self, waits: Waits) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._waits = waits
 
     def __torch_dispatch__(

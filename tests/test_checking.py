@@ -49,7 +49,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("model.init_args.adapter_hidden", "0", ["adapter_hidden is 0", "at least 1"]),
         ("model.init_args.language.init_args.heads", "0", ["heads is 0", "at least 1"]),
         ("model.init_args.language.init_args.depth", "null", ["depth is null", "leave it out for 2"]),
-        ("model.init_args.clip.init_args.config.hidden_size", "[1]", ["ClipEncoder cannot be built", "hidden_size"]),
+        ("model.init_args.clip.init_args.config.hidden_size", "[1]", ["ClipEncoder", "hidden_size", "[1]"]),
         ("model.init_args.clip.init_args.image_size", "0", ["image_size is 0", "at least 1"]),
         ("data.init_args.num_train", "null", ["num_train is null"]),
         ("data.init_args.num_train", "9" * 30, ["data.init_args.num_train is 1e+30", "finite number"]),

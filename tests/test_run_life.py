@@ -396,5 +396,6 @@ def test_a_phase_that_is_ended_and_given_again_has_all_its_metrics(
     for run in runs:
         main([command, str(run), *phase])
     broken, unbroken = (read(run / name / "metrics.json") for run in runs)
-    assert broken.keys() == unbroken.keys()
+    unsure = {"cost/others_cpu_share"}  # needs times that are not too short
+    assert broken.keys() - unsure == unbroken.keys() - unsure
     assert timeless(broken) == timeless(unbroken)

@@ -40,6 +40,7 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     "gemma2": SIZES | WINDOW,  # a window in every other layer, capped logits, no attention of PyTorch's own
     "gemma3_text": SIZES | BOTH,
     "gpt_oss": SIZES | BOTH | {"num_local_experts": 2, "num_experts_per_tok": 1},
+    "gpt_neox": SIZES,  # is_decoder is false, and nothing asks it
     "cohere": SIZES,  # scaled logits
     "granite": SIZES | {"logits_scaling": 4.0},
     "olmo3": SIZES | BOTH,

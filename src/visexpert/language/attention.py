@@ -6,6 +6,7 @@ transformers builds such masks only for plain rows; packed items that share an i
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from typing import Any, Literal
 
@@ -55,7 +56,8 @@ def check_packing(settings: PretrainedConfig, *, owner: str) -> None:
         "is an encoder-decoder": bool(getattr(settings, "is_encoder_decoder", False)),
         "reads token ids in every layer": bool(getattr(text, "hidden_size_per_layer_input", None)),
         "reads text in both directions (is_decoder is false)": getattr(text, "is_decoder", True) is False
-        and "is_decoder" in inspect.signature(type(text).__init__).parameters,
+        and "is_decoder" in inspect.signature(type(text).__init__).parameters
+        and (model is None or _asks_is_decoder(model)),
         "cannot generate from embeddings": model is not None
         and "inputs_embeds" not in inspect.signature(model.prepare_inputs_for_generation).parameters,
     }
@@ -65,6 +67,11 @@ def check_packing(settings: PretrainedConfig, *, owner: str) -> None:
                 f"{owner}: a language model of type '{settings.model_type}' {problem}, so it cannot read packed text "
                 "with images as if each item were alone; use another, such as llama, qwen3, mistral or gemma3_text."
             )
+
+
+def _asks_is_decoder(model: Any) -> bool:
+    """Whether a model's code asks the field at all: GPT-NeoX has it and never looks."""
+    return re.search(r"\.is_decoder\b(?! =)", inspect.getsource(sys.modules[model.__module__])) is not None
 
 
 def layer_masks(

@@ -35,7 +35,7 @@ from rich.table import Table
 import visexpert
 from benchmarks.ablations import run_of
 from benchmarks.import_graph import circles, file_imports, folder_imports
-from benchmarks.waits import waits_per_step
+from benchmarks.waits import bare_trainer, waits_per_step
 
 ROOT = Path(visexpert.__file__).parent
 MANY = 16
@@ -167,16 +167,7 @@ def waits_of(model: L.LightningModule, data: L.LightningDataModule) -> int:
 def fit(model: L.LightningModule, data: L.LightningDataModule, *, steps: int = 3) -> None:
     """Train some steps without logger, checkpoints and validation."""
     with tempfile.TemporaryDirectory() as folder:
-        L.Trainer(
-            accelerator="cpu",
-            max_steps=steps,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            default_root_dir=folder,
-        ).fit(model, datamodule=data)
+        bare_trainer(Path(folder), steps=steps).fit(model, datamodule=data)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,18 @@ def waits_per_step(
         host: Tensors of a batch that stay on the host.
     """
     counter = _Counter(host)
-    trainer = L.Trainer(
+    trainer = bare_trainer(folder, steps=steps, callbacks=[counter])
+    if isinstance(data, L.LightningDataModule):
+        trainer.fit(model, datamodule=data)
+    else:
+        loader: Any = DataLoader(list(data), batch_size=None)  # type: ignore[arg-type]
+        trainer.fit(model, train_dataloaders=loader)
+    return counter.steps
+
+
+def bare_trainer(folder: Path, *, steps: int, callbacks: Sequence[L.Callback] = ()) -> L.Trainer:
+    """Make a trainer on the CPU without logger, checkpoints and validation; Lightning may write to ``folder``."""
+    return L.Trainer(
         accelerator="cpu",
         max_steps=steps,
         logger=False,
@@ -143,15 +154,9 @@ def waits_per_step(
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
-        callbacks=[counter],
+        callbacks=list(callbacks),
         default_root_dir=folder,
     )
-    if isinstance(data, L.LightningDataModule):
-        trainer.fit(model, datamodule=data)
-    else:
-        loader: Any = DataLoader(list(data), batch_size=None)  # type: ignore[arg-type]
-        trainer.fit(model, train_dataloaders=loader)
-    return counter.steps
 
 
 class _Counter(L.Callback):

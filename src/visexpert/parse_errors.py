@@ -12,7 +12,7 @@ from typing import Any
 from visexpert.overlays import load_path
 
 EARLIER = {
-    "adapter_hidden": "hidden", "anchor_share": "clip_teacher_weight", "convention": "convention",
+    "adapter_hidden": "hidden", "anchor_share": "clip_teacher_weight",
     "detach_weights": "detach", "direction": "alignment", "eval_mixture": "eval", "feature_cache": "folder",
     "feature_dtype": "dtype", "gate_hidden": "hidden", "gate_noise": "noise", "gate_noise_std": "noise_std",
     "learning_rate": "lr", "min_worth": "min_contribution", "mixture": "train", "normalise": "normalize",

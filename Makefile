@@ -53,7 +53,7 @@ format: $(STAMP) ## Format the code and mend what the linter can mend
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-# The zoo: configs/zoo/NAME.yaml trains what is shipped in src/visexpert/tabletop/zoo/weights; the language side needs the others.
+# The zoo: configs/zoo/NAME.yaml trains what is shipped in src/visexpert/tabletop/zoo/weights; the language model needs the others.
 WEIGHTS := src/visexpert/tabletop/zoo/weights
 EXPERTS := $(patsubst %,$(WEIGHTS)/%.safetensors,depth edges normals segmentation selfsup semantic semantic64)
 TABLETOP := --config configs/tove/tabletop.yaml

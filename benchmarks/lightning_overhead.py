@@ -1,7 +1,7 @@
 """What does Lightning's trainer cost a step? Its fit loop against a bare loop over the same ToVE and batches.
 
 Run: ``python benchmarks/lightning_overhead.py``, about a minute; with ``--clock cpu`` where others use the machine.
-Both sides call the module's own ``training_step`` and optimiser; the trainer has the logger and the callbacks of a
+Both sides call the module's own ``training_step`` and optimizer; the trainer has the logger and the callbacks of a
 real run. The two alternate, and medians are compared.
 """
 
@@ -39,7 +39,7 @@ CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class _TimedToVE(ToVE):
-    """ToVE with an optimiser that a bare loop can step: no schedule, which would need a trainer."""
+    """ToVE with an optimizer that a bare loop can step: no schedule, which would need a trainer."""
 
     def on_fit_start(self) -> None:
         """The features are there already: both loops read the same ones."""
@@ -89,14 +89,14 @@ def compare(module: LightningModule, batches: Sequence[Any], *, repeats: int, cl
 
 def time_bare(module: LightningModule, batches: Sequence[Any], clock: Clock) -> float:
     """Seconds per step of a plain loop."""
-    optimiser: Any = module.configure_optimizers()
+    optimizer: Any = module.configure_optimizers()
     module.train()
     start = clock()
     for index, batch in enumerate(DataLoader(batches, batch_size=None)):  # type: ignore[arg-type]
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss: Any = module.training_step(batch, index)
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     return (clock() - start) / len(batches)
 
 

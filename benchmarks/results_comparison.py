@@ -1,6 +1,6 @@
 """Both methods and their mixes under one trainer: `make results-comparison` writes docs/results/comparison.{md,json}.
 
-The matrix is `make ablations SCALE=default` (400 steps of 12 images from the shipped language side), so runs of either
+The matrix is `make ablations SCALE=default` (400 steps of 12 images from the shipped language model), so runs of either
 target serve the other. A finished run is not run again, an interrupted one goes on. What `visexpert compare` writes of
 the matrix (paired tests, costs, Pareto front, skills) stays with the runs; docs/results/comparison/ gets the figures
 that the page shows.
@@ -20,7 +20,7 @@ from benchmarks.results import COST, OUT, SCORES, Page, Table, row_of
 from benchmarks.runs import DONE, Run, add_arguments, execute, slug
 from visexpert.report import ResultRow
 from visexpert.report.compare import Choices, compare_runs, write_report
-from visexpert.report.palette import canvas, colours, save, styled
+from visexpert.report.palette import canvas, colors, save, styled
 
 SCALE = "default"
 BASELINE = "CLIP only"
@@ -174,12 +174,12 @@ def share_figure(rows: Sequence[ResultRow], out: Path) -> Path:
         axes = styled(
             figure.add_subplot(1, len(SHARE_SCORES), place), title=label, xlabel="training scenes, %", ylabel=label
         )
-        for title, colour in zip((WITH, WITHOUT), colours(2), strict=True):
+        for title, color in zip((WITH, WITHOUT), colors(2), strict=True):
             points = {share: _values(rows, f"{share} %, {title}", column.key) for share in SHARES}
             shown = [share for share, values in points.items() if values]
             means = [scale * statistics.fmean(points[share]) for share in shown]
             spreads = [scale * statistics.stdev(points[share]) if len(points[share]) > 1 else 0.0 for share in shown]
-            axes.errorbar(shown, means, yerr=spreads, color=colour, marker="o", markersize=4, capsize=3, label=title)
+            axes.errorbar(shown, means, yerr=spreads, color=color, marker="o", markersize=4, capsize=3, label=title)
         axes.legend(frameon=False, fontsize=8)
     return save(figure, out)
 

@@ -1,6 +1,6 @@
 """Detaching and merging on Tabletop, measured: `make results-merge` writes docs/results/merge.{md,json}.
 
-Base: ToVE with all five experts from `make results-tove` (400 steps from the shipped language side), one run per seed.
+Base: ToVE with all five experts from `make results-tove` (400 steps from the shipped language model), one run per seed.
 From it: experts detached, CLIP merged, and the controls that get the same number of further steps. Every run is
 resumable and a finished one is not run again; interrupt at will.
 """

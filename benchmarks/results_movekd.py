@@ -1,6 +1,6 @@
 """MoVE-KD on Tabletop, measured: `make results-movekd` runs this and writes docs/results/movekd-tabletop.{md,json}.
 
-Every student starts from the shipped CLIP and reads through the shipped language side. Main rows train 2000 steps,
+Every student starts from the shipped CLIP and reads through the shipped language model. Main rows train 2000 steps,
 ablations 400, all rows of a table alike. Every run is resumable and a finished one is not run again.
 """
 
@@ -25,7 +25,7 @@ heads without MoLE when their row was set (1.27; later 1.18), and of the base (1
 `python -m benchmarks.movekd_step`."""
 
 FIRST_STAGE = 600
-"""Of STEPS, those in which CLIP's own weights and the language side rest."""
+"""Of STEPS, those in which CLIP's own weights and the language model rest."""
 
 TEXT_ONLY, KD_MOLE = "text only", "KD + MoLE (base)"
 RECIPE = "recipe: depth and normals, fixed, CLIP at .1, no MoLE"

@@ -1,6 +1,6 @@
 """ToVE on Tabletop, measured: `make results-tove` runs this and writes docs/results/tove-tabletop.{md,json}.
 
-Two starts, never in one table: from scratch, and from the shipped language side. Every run is resumable and a finished
+Two starts, never in one table: from scratch, and from the shipped language model. Every run is resumable and a finished
 one is not run again; interrupt at will.
 """
 
@@ -45,7 +45,7 @@ DETACHED = ("all, lowest worth detached", "all, highest worth detached")
 PAGE = Page(
     "tove-tabletop",
     [
-        Table("From the shipped language side", [*GROUNDED, *DETACHED], [("", SCORES), ("Cost:", COST)], "grounded"),
+        Table("From the shipped language model", [*GROUNDED, *DETACHED], [("", SCORES), ("Cost:", COST)], "grounded"),
         Table("From scratch", [*SCRATCH, CONTROL], [("", SCORES), ("Cost:", COST)], "scratch"),
     ],
     also=["test/vqa/family/material"],  # which the page of merging shows
@@ -87,7 +87,7 @@ def committed_rows(root: Path) -> list[ResultRow]:
 
 
 def grounded_runs(root: Path, seeds: Sequence[int]) -> list[Run]:
-    """All variants from the shipped language side, seed by seed, so that a cut leaves whole comparisons."""
+    """All variants from the shipped language model, seed by seed, so that a cut leaves whole comparisons."""
     start = ["--config", GROUNDED_START]
     return [
         _fit(root, "grounded", variant, overlay, seed, start) for seed in seeds for variant, overlay in GROUNDED.items()

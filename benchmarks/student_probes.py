@@ -4,7 +4,7 @@
 
 Writes RUN/probes.json and prints it. Ridge probes are fitted on the first half of 600 test images and scored on the
 second.
-Standardised probes read information at any scale; raw probes have one fixed penalty in units of the start CLIP's
+Standardized probes read information at any scale; raw probes have one fixed penalty in units of the start CLIP's
 variance, so that tokens which shrink lose.
 """
 

@@ -70,7 +70,7 @@ SCORES = {
 INTRO = """# Rates and weight of distillation, on validation scenes
 
 Written by `python -m benchmarks.tune_movekd`: seed 0, 1000 steps of 12 images, 500 validation scenes, one run a line.
-The language side learns at 1e-3 (6e-4 beside a student at 1e-3). Each kind of row of
+The language model learns at 1e-3 (6e-4 beside a student at 1e-3). Each kind of row of
 [movekd-tabletop.md](movekd-tabletop.md) has the best rate that was tried for it; heads stand at the upper end of what
 was tried, fixed maps do not (1e-2, below, is worse).
 """

@@ -62,7 +62,7 @@ def captioned(run: Path, image: Path, prompt: str, capsys: pytest.CaptureFixture
 
 
 def tokens_of(run: Path, image_BCHW: torch.Tensor) -> torch.Tensor:
-    """What the CLIP of a run gives its language side, before the projector."""
+    """What the CLIP of a run gives its language model, before the projector."""
     from visexpert.runs import load_run
 
     model: Any = load_run(run).model

@@ -26,7 +26,7 @@ def test_the_same_grid_is_the_same_tensor() -> None:
 
 
 def test_growing_by_two_by_hand() -> None:
-    # Half-pixel centres: a new cell's centre lies a quarter of a cell from the nearer old centre; ends are held.
+    # Half-pixel centers: a new cell's center lies a quarter of a cell from the nearer old center; ends are held.
     out = resample_tokens(tokens([[0.0, 4.0]]), (1, 2), (1, 4))
     assert out.flatten().tolist() == [0.0, 1.0, 3.0, 4.0]
     out = resample_tokens(tokens([[0.0], [8.0]]), (2, 1), (4, 2))

@@ -35,7 +35,7 @@ from visexpert.optim import adamw
 from visexpert.precision import ClippedModule, clip_gradients, convert_records
 from visexpert.tabletop.zoo.base import ZooModule
 from visexpert.transfer.gate import TokenGate
-from visexpert.transfer.kd_maps import Standardise
+from visexpert.transfer.kd_maps import Standardize
 from visexpert.types import Batch, StepCounts, TextBatch, TextItem, VisionTokens
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -107,10 +107,10 @@ def test_what_meets_weights_is_cast_to_theirs() -> None:
 
 def test_statistics_over_a_run_stay_float32_in_a_model_of_16_bits() -> None:
     """Means of 1000 batches of ones and threes: bfloat16 would stop counting after some hundred."""
-    standardise = Standardise(1).bfloat16().train()
+    standardize = Standardize(1).bfloat16().train()
     for number in range(1000):
-        standardise(torch.full((1, 4, 1), 1.0 if number < 500 else 3.0))
-    mean = standardise.statistics.running_mean
+        standardize(torch.full((1, 4, 1), 1.0 if number < 500 else 3.0))
+    mean = standardize.statistics.running_mean
     assert mean is not None and mean.dtype == torch.float32
     assert mean.item() == pytest.approx(2.0, abs=1e-3)
 

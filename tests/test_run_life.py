@@ -312,7 +312,7 @@ def test_predict_writes_one_line_for_each_text_of_the_test_images(
     assert [(line["prompt"], line["answer"]) for line in lines[: len(first.items[0])]] == [
         (item.prompt, list(item.references) or item.answer) for item in first.items[0]
     ]
-    with torch.no_grad():  # one by one, by the language side itself
+    with torch.no_grad():  # one by one, by the language model itself
         vision = saved.model.encode(first)
         eos = saved.tokenizer.eos_token_id
         alone = [saved.model.language.generate(vision.rows([0]), [ids], eos_id=eos)[0] for ids in first.prompts[0]]

@@ -54,7 +54,7 @@ def run(arguments: list[str]) -> None:
     scores = {name: read_json(folder / "metrics.json") for name, folder in folders.items()}
     console.print(comparison(scores))
     console.print(
-        f"Both start from {START}, a language side that was trained on other scenes (its card: "
+        f"Both start from {START}, a language model that was trained on other scenes (its card: "
         "src/visexpert/tabletop/zoo/cards/language.json); adapters, gate and projector are new. Most of the scores "
         "rests on that start and on the shipped encoders, the difference between the columns on the experts."
     )

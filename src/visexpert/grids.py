@@ -13,7 +13,7 @@ from visexpert.errors import ConfigError
 def resample_tokens(tokens_BSE: Tensor, from_hw: tuple[int, int], to_hw: tuple[int, int]) -> Tensor:
     """Bring tokens from one grid to another.
 
-    Bilinear with half-pixel centres (no align_corners); the mean over the covered area where either side shrinks by
+    Bilinear with half-pixel centers (no align_corners); the mean over the covered area where either side shrinks by
     more than two, which bilinear would undersample.
 
     Args:

@@ -15,7 +15,7 @@ EARLIER = {
     "adapter_hidden": "hidden", "anchor_share": "clip_teacher_weight",
     "detach_weights": "detach", "direction": "alignment", "eval_mixture": "eval", "feature_cache": "folder",
     "feature_dtype": "dtype", "gate_hidden": "hidden", "gate_noise": "noise", "gate_noise_std": "noise_std",
-    "learning_rate": "lr", "min_worth": "min_contribution", "mixture": "train", "normalise": "normalize",
+    "learning_rate": "lr", "min_worth": "min_contribution", "mixture": "train", "normalize": "normalize",
     "projector_norm": "norm", "render_workers": "workers", "teacher_weighting": "teachers", "text_weight": "lm_weight",
     "token_weighting": "tokens",
 }  # fmt: skip

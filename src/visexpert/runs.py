@@ -34,7 +34,7 @@ class SavedRun:
         config: Its ``config.yaml``.
         model: The method with the run's weights, on the CPU, in eval mode.
         data: The data module, built but not prepared: nothing is rendered or downloaded.
-        steps: Optimiser steps behind the weights.
+        steps: Optimizer steps behind the weights.
     """
 
     folder: Path

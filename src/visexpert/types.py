@@ -227,7 +227,7 @@ class TextEncoder(ABC):
 
     @abstractmethod
     def encode(self, item: TextItem, *, has_image: bool = True) -> EncodedText:
-        """Tokenise one item.
+        """Tokenize one item.
 
         Args:
             item: The item, with all turns of its conversation.
@@ -261,8 +261,8 @@ class TextBatch(TensorRecord):
         ids_BN: int64 token ids; each item is ``<bos> prompt answer <eos>``, or a whole conversation, items follow one
             another. :data:`IMAGE_TOKEN` says where in an item its image goes; without, the image stands in front.
         labels_BN: int64, equal to ``ids_BN`` on answer tokens and their ``<eos>``, else :data:`IGNORE_INDEX`.
-            Not shifted: the language side predicts position i from the positions before it in the same item. In a
-            conversation every turn's answer is labelled, so labels may stand in several runs of one item.
+            Not shifted: the language model predicts position i from the positions before it in the same item. In a
+            conversation every turn's answer is labeled, so labels may stand in several runs of one item.
         segments_BN: int64, 0 = padding, j = the image's j-th item (from 1). A token sees its own item only.
         positions_BN: int64 position inside the item, from 0.
     """
@@ -436,7 +436,7 @@ class ExpertTokens(TensorRecord):
 
 @dataclass(frozen=True)
 class VisionTokens(TensorRecord):
-    """Tokens that a language side reads.
+    """Tokens that a language model reads.
 
     Args:
         tokens_BTD: Patch tokens, row-major; D is CLIP's width or, after a projector, the language width.
@@ -446,7 +446,7 @@ class VisionTokens(TensorRecord):
         balance: Scalar load-balancing loss of the gate, or None.
         lengths: Number of tokens of each image, the first ones of its row, the rest is padding; 0 for a sample without
             an image. None where all T are tokens.
-        newline_BT: bool, tokens that end a row of tiles: the language side puts a vector of its own there.
+        newline_BT: bool, tokens that end a row of tiles: the language model puts a vector of its own there.
     """
 
     tokens_BTD: Tensor

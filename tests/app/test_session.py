@@ -88,7 +88,7 @@ def test_the_overlay_is_densest_where_the_gate_is_greatest() -> None:
     flat = np.full((4, 4, 2), 0.5)
     pixels = gate_overlay(image, gates, {"one": "#0072B2", "two": "#E69F00"})
     assert pixels.dtype == np.uint8 and pixels.shape[2] == 3
-    blue = pixels[..., 2].astype(int) - pixels[..., 0]  # how blue: the first expert's colour
+    blue = pixels[..., 2].astype(int) - pixels[..., 0]  # how blue: the first expert's color
     height, width = pixels.shape[0], pixels.shape[1] // 3
     panel = blue[height // 6 :, width : 2 * width]  # the second of three, below its title
     rows, columns = np.nonzero(panel > 0.8 * panel.max())

@@ -54,7 +54,7 @@ def test_counting_leaves_the_run_as_it_is(tmp_path: Path) -> None:
     assert all(torch.equal(value, counted[key]) for key, value in plain.items())
 
 
-def test_a_language_side_that_joins_later_costs_more_from_then_on(tmp_path: Path) -> None:
+def test_a_language_model_that_joins_later_costs_more_from_then_on(tmp_path: Path) -> None:
     report, cheap = CostReport(gflop_every=2), CostReport(gflop_every=2)
     fit(tmp_path, tiny_tove(language_frozen_steps=2), report, steps=4)
     fit(tmp_path, tiny_tove(language_frozen_steps=2), cheap, steps=2)

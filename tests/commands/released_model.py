@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from tests.language.llava_models import randomise
+from tests.language.llava_models import randomize
 from tests.language.tokenizers_made import written_to
 
 DEPTH, WIDTH, HIDDEN, HEADS, SIDE, PATCH = 3, 16, 32, 2, 32, 8
@@ -40,13 +40,13 @@ class Release:
             hidden_size=WIDTH, intermediate_size=HIDDEN, num_hidden_layers=DEPTH, num_attention_heads=HEADS,
             image_size=SIDE, patch_size=PATCH, hidden_act="quick_gelu",
         )  # fmt: skip
-        clip: Any = randomise(CLIPVisionModel(vision))
+        clip: Any = randomize(CLIPVisionModel(vision))
         clip.save_pretrained(root / "clip")
         text = LlamaConfig(
             vocab_size=len(self.tokenizer), hidden_size=TEXT, intermediate_size=32, num_hidden_layers=2,
             num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False,
         )  # fmt: skip
-        self.language: Any = randomise(LlamaForCausalLM(text))
+        self.language: Any = randomize(LlamaForCausalLM(text))
         self.language.save_pretrained(root / "vicuna")
         self.clip = {f"{TOWER}{key}": value.clone() for key, value in clip.state_dict().items()}
         self.mole = _mole()

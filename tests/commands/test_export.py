@@ -80,14 +80,14 @@ def test_a_merged_run_becomes_a_llava_folder(tmp_path: Path, capsys: pytest.Capt
     run = write_run(tmp_path / "run", trained=False)
     torch.manual_seed(0)
     merged = write_run(run / "merged", **LLAVA | {"language": TALKATIVE})
-    facts = {"experts": {"depth": "CC-BY-NC-4.0"}, "clip_licence": "MIT", "steps": 5, "distance": "mse"}
+    facts = {"experts": {"depth": "CC-BY-NC-4.0"}, "clip_license": "MIT", "steps": 5, "distance": "mse"}
     (merged / "merge.json").write_text(json.dumps(facts), encoding="utf-8")
     main(["export", str(run), "--format", "llava", "--out", str(tmp_path / "out")])
     assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
     said = capsys.readouterr().out
     assert said.startswith(f"llava: {tmp_path / 'out'} (largest error after reloading ")
     report = json.loads((tmp_path / "out" / "fidelity.json").read_text(encoding="utf-8"))
-    assert report["licences"] == {"clip": "MIT", "expert depth": "CC-BY-NC-4.0"}
+    assert report["licenses"] == {"clip": "MIT", "expert depth": "CC-BY-NC-4.0"}
     assert report["origin"]["run"] == "run/merged" and report["origin"]["merge: distance"] == "mse"
     assert report["layer_read"] == -2 and set(report["layers"]) == {"-2", "-1"}
     assert report["logits"]["relative"] < 1e-5
@@ -165,9 +165,9 @@ def test_layers_that_the_clip_lacks_are_refused(layers: list[int], tmp_path: Pat
         source_of(saved, layers, with_language=False)
 
 
-def test_licences_without_a_merge_are_those_of_the_experts_in_use(tmp_path: Path) -> None:
+def test_licenses_without_a_merge_are_those_of_the_experts_in_use(tmp_path: Path) -> None:
     source = source_of(load_run(write_run(tmp_path / "run", use=["depth"])), None, with_language=False)
-    assert source.licences == {"clip": "not stated", "expert depth": "Apache-2.0"}
+    assert source.licenses == {"clip": "not stated", "expert depth": "Apache-2.0"}
     assert source.layers == (-2, -1) and source.pooled_trained is None
 
 
@@ -184,13 +184,13 @@ def test_whether_the_pooled_output_was_trained_is_read_from_the_weights(
         "num_attention_heads": 2,
     }
     CLIPVisionModel(CLIPVisionConfig(**fields, image_size=32, patch_size=8)).save_pretrained(tmp_path / "clip")
-    run = write_run(tmp_path / "run", clip={"source": str(tmp_path / "clip"), "licence": "MIT"})
+    run = write_run(tmp_path / "run", clip={"source": str(tmp_path / "clip"), "license": "MIT"})
     path = run / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["state_dict"][f"clip.model.{changed}"] += 0.1
     torch.save(checkpoint, path)
     source = source_of(load_run(run), None, with_language=False)
-    assert source.pooled_trained is trained and source.licences == {"clip": "MIT"}
+    assert source.pooled_trained is trained and source.licenses == {"clip": "MIT"}
 
 
 def test_the_projection_that_stays_behind_is_told(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_each_format_gets_what_it_has_a_place_for(
     assert exact["patch_tokens"]["relative"] < 2e-5 and folded["logits"]["relative"] < 2e-5
     assert folded["mole"]["treatment"] == "fold" and folded["mole"]["usage"]["validation_images"] == 8
     assert folded["mole"]["against_student_on_validation_images"]["fold"]["nmse"] > 1e-3
-    assert set(exact["licences"]) == {"clip", "expert semantic", "expert edges"}
+    assert set(exact["licenses"]) == {"clip", "expert semantic", "expert edges"}
     assert folded["parameters"] < exact["parameters"]
 
 
@@ -105,8 +105,8 @@ def test_flattening_goes_on_from_the_fold(run: Path) -> None:
     with torch.no_grad():
         images = next(iter(saved.data.val_dataloader())).images_01()
         ours, theirs = (clip(images).tokens_BTD for clip in (source.clip, student))
-    centred = theirs - theirs.mean((0, 1))
-    nmse = float((ours - theirs).square().sum() / centred.square().sum())
+    centered = theirs - theirs.mean((0, 1))
+    nmse = float((ours - theirs).square().sum() / centered.square().sum())
     assert report.on_val["flatten"]["nmse"] == pytest.approx(nmse, rel=1e-4)
 
 

@@ -13,10 +13,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, CLIPImageProcessor, LlamaConfig, LlamaForCausalLM
 
-from tests.experts.tiny_models import CLIP_VISION, TEXT, randomised, saved
+from tests.experts.tiny_models import CLIP_VISION, TEXT, randomized, saved
 from tests.io.hub import put_in_cache
 from tests.language.helpers import llama
-from tests.language.llava_models import randomise
+from tests.language.llava_models import randomize
 from visexpert.cli import main
 from visexpert.commands.trial import roles
 from visexpert.experts import TransformersExpert
@@ -28,14 +28,14 @@ from visexpert.vision import ClipEncoder
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = AutoConfig.for_model("clip", vision_config=CLIP_VISION, text_config=TEXT)
-    return saved(randomised(AutoModel.from_config(config)), CLIPImageProcessor(), tmp_path_factory.mktemp("My-CLIP"))
+    return saved(randomized(AutoModel.from_config(config)), CLIPImageProcessor(), tmp_path_factory.mktemp("My-CLIP"))
 
 
 @pytest.fixture(scope="module")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     fields = {name: value for name, value in llama().items() if name != "model_type"}
-    randomise(LlamaForCausalLM(LlamaConfig(**fields))).save_pretrained(folder)
+    randomize(LlamaForCausalLM(LlamaConfig(**fields))).save_pretrained(folder)
     return folder
 
 

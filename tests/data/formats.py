@@ -19,7 +19,7 @@ WORDS = (
     "a an the picture of is there what colour how many this true image red green blue dog cat on left right yes no "
     "mat sits two birds fly in sky describe it and then ? . , 2 3 4 man hat USER: ASSISTANT:"
 )
-COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 210), "grey": (128, 128, 128)}
+COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 210), "gray": (128, 128, 128)}
 
 
 def tokenizer_folder(folder: Path) -> str:
@@ -114,7 +114,7 @@ def write_shard(path: Path, samples: Sequence[tuple[str, bytes | None, str | Non
 
 
 def write_shards(root: Path, counts: Sequence[int], *, stats: bool = True) -> list[str]:
-    """Shards 00000.tar and on; the caption of record k of shard s is ``record s k``, and its image a grey that tells k.
+    """Shards 00000.tar and on; the caption of record k of shard s is ``record s k``, and its image a gray that tells k.
 
     Returns:
         All captions.
@@ -123,9 +123,9 @@ def write_shards(root: Path, counts: Sequence[int], *, stats: bool = True) -> li
     for shard, count in enumerate(counts):
         samples = []
         for place in range(count):
-            grey = Image.fromarray(np.full((8, 8, 3), 10 * place, dtype=np.uint8))
+            gray = Image.fromarray(np.full((8, 8, 3), 10 * place, dtype=np.uint8))
             buffer = io.BytesIO()
-            grey.save(buffer, "JPEG", quality=95)
+            gray.save(buffer, "JPEG", quality=95)
             caption = f"record {shard} {place}"
             samples.append((f"{shard:05d}{place:04d}", buffer.getvalue(), caption))
             captions.append(caption)

@@ -52,7 +52,7 @@ def test_a_record_is_an_image_with_its_caption(tmp_path: Path) -> None:
     assert [item.answer for batch in batches for (item,) in batch.items] == [f"record 1 {k}" for k in range(9)]
     assert {item.kind for batch in batches for (item,) in batch.items} == {"caption"}
     greys = [round(float(image.float().mean())) for batch in batches for image in batch.images_BCHW]
-    assert all(abs(grey - 10 * k) <= 2 for k, grey in enumerate(greys))
+    assert all(abs(gray - 10 * k) <= 2 for k, gray in enumerate(greys))
     assert batches[0].text is not None and batches[0].split == "val"
     train = next(iter(data.train_dataloader()))
     assert train.images_BCHW.shape == (3, 3, 8, 8) and train.items == ()

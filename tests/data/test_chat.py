@@ -31,7 +31,7 @@ def ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [IMAGE_TOKEN if word == "<image>" else vocabulary[word] for word in text.split()]
 
 
-def test_answers_are_labelled_up_to_the_end_token(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_answers_are_labeled_up_to_the_end_token(tokenizer: PreTrainedTokenizerBase) -> None:
     encoded = ChatPacker(tokenizer, template=TEMPLATE).encode(TALK)
     text = "<s> USER: <image> what colour ASSISTANT: red </s> . USER: how many ASSISTANT: two </s> ."
     assert encoded.ids.tolist() == ids(tokenizer, text)

@@ -18,7 +18,7 @@ IMAGES = [
     ("train", "train2014", "red", ["A dog sits on the mat.", "a red dog"]),
     ("restval", "val2014", "green", ["two birds fly"]),
     ("val", "val2014", "blue", ["a cat", "the cat sits"]),
-    ("test", "val2014", "grey", ["a man", "a man and a hat", "the man"]),
+    ("test", "val2014", "gray", ["a man", "a man and a hat", "the man"]),
 ]
 
 
@@ -47,7 +47,7 @@ def test_karpathys_splits_and_pixels(tmp_path: Path) -> None:
     (test,) = data.test_dataloader()
     assert test.split == "test" and test.index_B.tolist() == [0] and test.source == ""
     assert test.images_BCHW.shape == (1, 3, 8, 8) and test.images_BCHW.dtype == torch.uint8
-    assert close_to(test.images_BCHW[0].permute(1, 2, 0), "grey")
+    assert close_to(test.images_BCHW[0].permute(1, 2, 0), "gray")
     assert test.original_hw_B2 is not None and test.original_hw_B2.tolist() == [[8, 12]]
     ((item,),) = test.items
     assert (item.kind, item.prompt, item.answer) == ("caption", "a picture of", "a man")
@@ -121,7 +121,7 @@ def test_rows_are_what_the_feature_store_reads(tmp_path: Path) -> None:
     assert torch.equal(sources["train"].read(batch.index_B.tolist()), batch.images_BCHW)
     before = sources["train"].fingerprint
     assert before == data.image_sources()["train"].fingerprint
-    write_jpeg(tmp_path / "train2014" / "COCO_train2014_000000000000.jpg", "grey", size=(20, 20))
+    write_jpeg(tmp_path / "train2014" / "COCO_train2014_000000000000.jpg", "gray", size=(20, 20))
     again = coco(tmp_path)
     again.setup("fit")
     assert again.image_sources()["train"].fingerprint != before

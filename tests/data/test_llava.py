@@ -73,7 +73,7 @@ def test_a_batch_of_images_and_text_alone(tmp_path: Path) -> None:
     assert batch.original_hw_B2 is not None and batch.original_hw_B2[third].tolist() == [16, 8]
 
 
-def test_every_answer_is_labelled_and_nothing_else(tmp_path: Path) -> None:
+def test_every_answer_is_labeled_and_nothing_else(tmp_path: Path) -> None:
     data = llava(tmp_path)
     data.setup("fit")
     (batch,) = data.loader("train")

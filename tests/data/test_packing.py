@@ -27,14 +27,14 @@ def bpe_tokenizer(**special: str) -> PreTrainedTokenizerFast:
 
 def test_an_item_is_bos_prompt_answer_eos() -> None:
     tokenizer = tabletop_tokenizer()
-    ids, num_prompt = TextPacker(tokenizer).tokenise(TextItem("vqa", "what size is the red cube ?", "small"))
+    ids, num_prompt = TextPacker(tokenizer).tokenize(TextItem("vqa", "what size is the red cube ?", "small"))
     words = "<bos> what size is the red cube ? small <eos>".split()
     assert tokenizer.convert_ids_to_tokens(ids.tolist()) == words
     assert num_prompt == 8
 
 
 def test_an_item_without_prompt_starts_with_its_answer() -> None:
-    ids, num_prompt = TextPacker(tabletop_tokenizer()).tokenise(TextItem("objects", "", "a red cube"))
+    ids, num_prompt = TextPacker(tabletop_tokenizer()).tokenize(TextItem("objects", "", "a red cube"))
     assert len(ids) == 5 and num_prompt == 1
 
 
@@ -60,28 +60,28 @@ def test_rows_without_any_text_give_one_column_of_padding() -> None:
 @pytest.mark.parametrize("answer", ["", "  "])
 def test_an_empty_answer_is_an_error_that_names_the_item(answer: str) -> None:
     with pytest.raises(DataError, match="prompt='a picture of'.*is empty"):
-        TextPacker(tabletop_tokenizer()).tokenise(TextItem("caption", "a picture of", answer))
+        TextPacker(tabletop_tokenizer()).tokenize(TextItem("caption", "a picture of", answer))
 
 
 def test_a_long_answer_is_cut_and_then_has_no_end() -> None:
     packer = TextPacker(tabletop_tokenizer(), max_tokens=5)
-    ids, num_prompt = packer.tokenise(TextItem("caption", "image", "a red cube and a blue sphere"))
+    ids, num_prompt = packer.tokenize(TextItem("caption", "image", "a red cube and a blue sphere"))
     assert packer.tokenizer.decode(ids) == "<bos> image a red cube"
     assert num_prompt == 2
-    whole, _ = packer.tokenise(TextItem("caption", "image", "red cube"))
+    whole, _ = packer.tokenize(TextItem("caption", "image", "red cube"))
     assert packer.tokenizer.decode(whole) == "<bos> image red cube <eos>"
 
 
 def test_a_prompt_that_leaves_no_room_is_an_error() -> None:
     packer = TextPacker(tabletop_tokenizer(), max_tokens=4)
     with pytest.raises(DataError, match="takes 5 of max_tokens=4"):
-        packer.tokenise(TextItem("vqa", "is there a cube", "yes"))
+        packer.tokenize(TextItem("vqa", "is there a cube", "yes"))
 
 
 def test_sub_word_tokens_keep_the_space_before_the_answer() -> None:
     tokenizer = bpe_tokenizer()
     item = TextItem("vqa", "what colour is the cube ?", "bluish green")
-    ids, num_prompt = TextPacker(tokenizer).tokenise(item)
+    ids, num_prompt = TextPacker(tokenizer).tokenize(item)
     assert tokenizer.decode(ids[1:num_prompt]) == "what colour is the cube ?"
     assert tokenizer.decode(ids[num_prompt:]) == " bluish green<end>"
     assert ids[0] == ids[-1] == tokenizer.eos_token_id  # no <bos> of its own
@@ -95,9 +95,9 @@ def test_padding_falls_back_on_the_end_token() -> None:
 def test_many_items_give_what_single_ones_give() -> None:
     packer = TextPacker(tabletop_tokenizer())
     items = [TextItem("vqa", "is there a cube ?", answer) for answer in ("yes", "no", "yes")]
-    together = packer.tokenise_all(items)
+    together = packer.tokenize_all(items)
     for item, (ids, num_prompt) in zip(items, together, strict=True):
-        alone, alone_prompt = packer.tokenise(item)
+        alone, alone_prompt = packer.tokenize(item)
         assert ids.tolist() == alone.tolist() and num_prompt == alone_prompt
 
 

@@ -35,7 +35,7 @@ def read(source: bytes, rng: np.random.Generator | None = None, **options: Any) 
     return np.asarray(reader.read(source, name="a.png", rng=rng).image_CHW.permute(1, 2, 0))
 
 
-def test_crop_takes_the_centre() -> None:
+def test_crop_takes_the_center() -> None:
     image_HW3 = read(halves())
     assert image_HW3.shape == (8, 8, 3)
     assert (image_HW3[:, :4] == LEFT).all() and (image_HW3[:, 4:] == RIGHT).all()  # columns 8 to 16 of 24, not resized

@@ -36,7 +36,7 @@ def test_without_a_choice_the_first_items_of_each_kind_are_packed(pools: Pools, 
     for row, items in zip(rows, strings, strict=True):
         expected = [item for kind, most in MIXTURE.items() for item in of_kind(pools, row, kind)[:most]]
         assert list(items) == expected
-    reference = pack([[PACKER.tokenise(item) for item in items] for items in strings], PACKER.pad_id)
+    reference = pack([[PACKER.tokenize(item) for item in items] for items in strings], PACKER.pad_id)
     packed = table.pack(*picked, num_rows=len(rows))
     for name in ("ids_BN", "labels_BN", "segments_BN", "positions_BN"):
         assert torch.equal(getattr(packed, name), getattr(reference, name))
@@ -80,7 +80,7 @@ def test_over_the_epochs_every_item_gets_its_turn(pools: Pools, table: TextTable
 def test_only_the_kinds_of_the_mixture_are_kept(pools: Pools) -> None:
     table = TextTable(pools, packer=PACKER, mixture={"objects": 1})
     assert {item.kind for row in table.items for item in row} == {"objects"}
-    assert table.num_tokens == sum(len(PACKER.tokenise(item)[0]) for row in table.items for item in row)
+    assert table.num_tokens == sum(len(PACKER.tokenize(item)[0]) for row in table.items for item in row)
 
 
 def of_kind(pools: Pools, row: int | np.integer[Any], kind: str) -> list[object]:

@@ -14,7 +14,7 @@ class NoisyExpert(VisionExpert):
     """Patch means through BatchNorm and dropout: in train mode its output changes from call to call."""
 
     def __init__(self, *, grid: int = 4, width: int = 5) -> None:
-        super().__init__(image_size=8 * grid, token_dim=width, grid_hw=(grid, grid), licence="Apache-2.0")
+        super().__init__(image_size=8 * grid, token_dim=width, grid_hw=(grid, grid), license="Apache-2.0")
         self.patches = nn.Conv2d(3, width, kernel_size=8, stride=8)
         self.norm = nn.BatchNorm2d(width)
         self.dropout = nn.Dropout(0.5)

@@ -106,5 +106,5 @@ def test_sizes_are_known_before_weights_and_without_memory(name: str) -> None:
     with torch.device("meta"):
         twin = BUILDERS[name]()
     assert all(parameter.is_meta for parameter in twin.parameters())
-    sizes = [(e.image_size, e.token_dim, e.grid_hw, e.tokens, e.licence) for e in (expert, twin)]
+    sizes = [(e.image_size, e.token_dim, e.grid_hw, e.tokens, e.license) for e in (expert, twin)]
     assert sizes[0] == sizes[1]

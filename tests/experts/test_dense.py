@@ -17,7 +17,7 @@ from transformers import (
     SegformerImageProcessor,
 )
 
-from tests.experts.tiny_models import DEPTH, SEGFORMER, randomised, saved
+from tests.experts.tiny_models import DEPTH, SEGFORMER, randomized, saved
 from visexpert.errors import ConfigError
 from visexpert.experts import DepthExpert, NormalsFromDepth, SegmentationExpert
 
@@ -29,7 +29,7 @@ def config_of(fields: dict[str, Any]) -> Any:
 @pytest.fixture
 def depth_folder(tmp_path: Path) -> tuple[Any, str]:
     """A tiny Depth Anything and where it lies."""
-    model = randomised(AutoModelForDepthEstimation.from_config(config_of(DEPTH)))
+    model = randomized(AutoModelForDepthEstimation.from_config(config_of(DEPTH)))
     for parameter in model.head.parameters():  # its last ReLU must not cut everything off
         torch.nn.init.uniform_(parameter, 0.0, 0.5)
     processor = DPTImageProcessor(size={"height": 56, "width": 56}, keep_aspect_ratio=True, ensure_multiple_of=14)
@@ -42,8 +42,8 @@ def loaded(expert: Any) -> Any:
 
 
 def pixels(expert: Any, images_BCHW: Tensor) -> Tensor:
-    normalised: Tensor = (images_BCHW - expert.mean) / expert.std
-    return normalised
+    normalized: Tensor = (images_BCHW - expert.mean) / expert.std
+    return normalized
 
 
 def test_depth__features_are_the_backbones(depth_folder: tuple[Any, str]) -> None:
@@ -91,7 +91,7 @@ def test_depth__features_do_not_run_the_decoder(depth_folder: tuple[Any, str]) -
 
 
 def test_segmentation__class_probabilities(tmp_path: Path) -> None:
-    model = randomised(AutoModelForSemanticSegmentation.from_config(config_of(SEGFORMER)))
+    model = randomized(AutoModelForSemanticSegmentation.from_config(config_of(SEGFORMER)))
     source = str(saved(model, SegformerImageProcessor(size={"height": 64, "width": 64}), tmp_path))
     expert = loaded(SegmentationExpert(source=source, tokens="prediction"))
     assert (expert.image_size, expert.grid_hw, expert.token_dim) == (64, (16, 16), 5)

@@ -26,7 +26,7 @@ def edges(image: Tensor, **options: Any) -> Tensor:
     expert = KorniaEdges(image_size=image.shape[-1], **options).eval()
     expert.load_weights()
     tokens = expert(image)
-    assert (expert.token_dim, expert.tokens, expert.licence) == (1, "prediction", "none needed")
+    assert (expert.token_dim, expert.tokens, expert.license) == (1, "prediction", "none needed")
     map_HW: Tensor = tokens.tokens_BSE.view(*tokens.grid_hw)
     return map_HW
 
@@ -40,7 +40,7 @@ def test_edges_are_on_the_outline_and_nowhere_else(method: Any) -> None:
 
 
 def test_sobel_is_half_the_step_on_both_sides_of_it() -> None:
-    """Sobel's normalised kernel gives 1/2 on the two columns beside a step of height 1."""
+    """Sobel's normalized kernel gives 1/2 on the two columns beside a step of height 1."""
     image = torch.zeros(1, 3, 16, 16)
     image[..., 8:] = 1.0
     found = edges(image, method="sobel")
@@ -70,7 +70,7 @@ def test_dexined_reads_bgr_and_its_weights_file(tmp_path: Path) -> None:
     bgr = torch.stack([image[:, 2] * 255 - 103.939, image[:, 1] * 255 - 116.779, image[:, 0] * 255 - 123.68], dim=1)
     with torch.no_grad():
         torch.testing.assert_close(expert(image).tokens_BSE.view(32, 32), model(bgr)[0, 0].sigmoid())
-    assert expert.licence == "not stated"
+    assert expert.license == "not stated"
 
 
 def test_dexineds_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

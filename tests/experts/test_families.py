@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.experts.test_hubs import build
-from tests.experts.tiny_models import DEPTH, SAM, randomised, saved
+from tests.experts.tiny_models import DEPTH, SAM, randomized, saved
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts import TransformersExpert, VisionExpert
 from visexpert.experts.huggingface import interpolates
@@ -188,8 +188,8 @@ def whole(family: Family) -> Any:
         names = ("encoder", "decoder") if "encoder" in fields else ("vision_config", "text_config")
         parts = [transformers.AutoConfig.for_model(**fields.pop(name)) for name in names]
         how = "from_encoder_decoder_configs" if "encoder" in names else "from_vision_text_configs"
-        return randomised(model(getattr(model.config_class, how)(*parts, **fields)))
-    return randomised(model(model.config_class(**fields)))
+        return randomized(model(getattr(model.config_class, how)(*parts, **fields)))
+    return randomized(model(model.config_class(**fields)))
 
 
 def loaded(folder: Path, **options: Any) -> VisionExpert:
@@ -251,7 +251,7 @@ def test_tokens_of_hiera_are_row_by_row(tmp_path: Path, layer: int | None) -> No
     As many channels as rows, as Hiera has them at 384 px, do not make rows of channels.
     """
     config = transformers.HieraConfig(**HIERA)
-    model = randomised(transformers.HieraModel(config))
+    model = randomized(transformers.HieraModel(config))
     saved(model, transformers.BitImageProcessor(), tmp_path)
     expert = loaded(tmp_path, layer=layer)
     images_BCHW = torch.rand(2, 3, 32, 32)

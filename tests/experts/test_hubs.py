@@ -73,7 +73,7 @@ def test_experts_have_the_papers_widths_and_grids(
     assert list(experts) == list(FACTS[file])
     expert = built_once(name, experts[name])
     assert (expert.token_dim, expert.grid_hw[0] * expert.grid_hw[1]) == FACTS[file][name]
-    assert expert.licence not in ("", "not stated")
+    assert expert.license not in ("", "not stated")
     if name in PARAMETERS:
         count = sum(parameter.numel() for parameter in expert.parameters()) / 1e6
         assert count == pytest.approx(PARAMETERS[name], rel=0.015)
@@ -100,5 +100,5 @@ def test_the_documented_expert_of_ones_own_works(tmp_path: Path, monkeypatch: py
     hub = ExpertHub(build(experts_of(yaml.safe_load(settings))))
     hub.load_weights()
     tokens = hub(Batch(torch.ones(2, 3, 100, 80), torch.arange(2), split=""))["mine"]
-    assert tokens.grid_hw == (8, 8) and hub["mine"].licence == "MIT"
+    assert tokens.grid_hw == (8, 8) and hub["mine"].license == "MIT"
     torch.testing.assert_close(tokens.tokens_BSE, torch.full((2, 64, 32), 3.0 * 64))

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForDepthEstimation
 
-from tests.experts.tiny_models import CLIP_VISION, randomised, saved
+from tests.experts.tiny_models import CLIP_VISION, randomized, saved
 from visexpert.experts import DepthExpert, TransformersExpert
 from visexpert.experts.pretrained import MapExpert
 
@@ -68,7 +68,7 @@ def test_two_loads_are_one_model_and_the_librarys(tmp_path: Path, name: str) -> 
     fields = dict(COMPUTED[name])
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     auto: Any = AutoModelForDepthEstimation if name == "zoedepth" else AutoModel
-    saved(randomised(auto.from_config(config)), transformers.BitImageProcessor(), tmp_path)
+    saved(randomized(auto.from_config(config)), transformers.BitImageProcessor(), tmp_path)
     first, second = loaded(name, tmp_path), loaded(name, tmp_path)
     assert buffers_outside_the_file(first.network) == buffers_outside_the_file(second.network)
     images_BCHW = torch.rand(2, 3, first.image_size, first.image_size)

@@ -13,7 +13,7 @@ from open_clip import CLIP
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.experts.tiny_models import randomised
+from tests.experts.tiny_models import randomized
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts import OpenClipExpert
 from visexpert.experts.open_clip import STUB_TEXT
@@ -38,7 +38,7 @@ def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
 def published(path: Path, settings: dict[str, Any], **changes: Any) -> Any:
     """A whole CLIP written as a checkpoint; returns its image tower."""
     vision = {**settings["vision_cfg"], **changes}
-    model: Any = randomised(CLIP(settings["embed_dim"], vision, STUB_TEXT, quick_gelu=False))
+    model: Any = randomized(CLIP(settings["embed_dim"], vision, STUB_TEXT, quick_gelu=False))
     save_file(model.state_dict(), path)
     return model.visual
 
@@ -88,7 +88,7 @@ def test_another_size_equals_open_clips_own_interpolation(tmp_path: Path) -> Non
     torch.testing.assert_close(positions, state["visual.positional_embedding"])
 
 
-def test_the_tag_decides_weights_normalisation_and_activation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tag_decides_weights_normalization_and_activation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with torch.device("meta"):
         expert = OpenClipExpert(model="ViT-B-32", weights="openai")
@@ -128,7 +128,7 @@ def test_coca_gives_the_features_before_its_pooling(tmp_path: Path, pool: bool |
         "embed_dim": shared, "vision_cfg": vision, "text_cfg": text,
         "multimodal_cfg": {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 1, "layers": 1},
     }  # fmt: skip
-    model: Any = randomised(open_clip.CoCa(**settings, quick_gelu=False))
+    model: Any = randomized(open_clip.CoCa(**settings, quick_gelu=False))
     save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
     written = {"model_cfg": settings, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(written), encoding="utf-8")

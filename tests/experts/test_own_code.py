@@ -14,7 +14,7 @@ from open_clip import CLIP
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel
 
-from tests.experts.tiny_models import CLIP_VISION, DINOV2, randomised, saved
+from tests.experts.tiny_models import CLIP_VISION, DINOV2, randomized, saved
 from visexpert.errors import ConfigError
 from visexpert.experts import OpenClipExpert, TimmExpert, TransformersExpert
 from visexpert.experts.open_clip import STUB_TEXT
@@ -42,7 +42,7 @@ FAMILIES: list[tuple[dict[str, Any], int, int]] = [
 
 def folder(config: dict[str, Any], path: Path) -> Any:
     fields = {key: value for key, value in config.items() if key != "model_type"}
-    model = randomised(AutoModel.from_config(AutoConfig.for_model(config["model_type"], **fields)))
+    model = randomized(AutoModel.from_config(AutoConfig.for_model(config["model_type"], **fields)))
     saved(model, transformers.BitImageProcessor(), path)
     return model
 
@@ -107,7 +107,7 @@ def test_what_the_library_cannot_do_at_another_size_is_refused() -> None:
 def test_siglip2_reads_patches_as_its_own_processor_cuts_them(tmp_path: Path, side: int) -> None:
     """At its own size and another; the images go through the library's processor, which pads them."""
     fields = {key: value for key, value in CLIP_VISION.items() if key != "image_size"}
-    model = randomised(AutoModel.from_config(AutoConfig.for_model("siglip2_vision_model", num_patches=16, **fields)))
+    model = randomized(AutoModel.from_config(AutoConfig.for_model("siglip2_vision_model", num_patches=16, **fields)))
     processor: Any = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=64, do_resize=False)
     saved(model, processor, tmp_path)
     assert TransformersExpert(source=str(tmp_path)).image_size == 32
@@ -143,7 +143,7 @@ def test_a_model_that_draws_random_numbers_is_refused() -> None:
 def test_an_open_clip_folder_says_how_it_computes(tmp_path: Path) -> None:
     settings = {"embed_dim": 10, "quick_gelu": True, "vision_cfg": {
         "image_size": 32, "patch_size": 8, "layers": 2, "width": 24, "head_width": 6}}  # fmt: skip
-    model: Any = randomised(CLIP(10, settings["vision_cfg"], STUB_TEXT, quick_gelu=True))
+    model: Any = randomized(CLIP(10, settings["vision_cfg"], STUB_TEXT, quick_gelu=True))
     save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
     prepared = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7], "interpolation": "bilinear", "resize_mode": "squash"}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings, "preprocess_cfg": prepared}))

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import SamVisionConfig, SamVisionModel
 from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionSdpaAttention
 
-from tests.experts.tiny_models import SAM, randomised
+from tests.experts.tiny_models import SAM, randomized
 from visexpert.experts import TransformersExpert, sam_attention
 from visexpert.experts.probe import LogitsWatch
 from visexpert.experts.sam_attention import ChunkedSamAttention, chunk_attention
@@ -26,8 +26,8 @@ def test_chunks_equal_the_librarys_eager_attention(
     """One row at a time, three rows, of which the last chunk is shorter, and all at once; a map that is no square."""
     monkeypatch.setattr(sam_attention, "QUERIES", queries)
     config = SamVisionConfig(**{**FIELDS, "use_rel_pos": use_rel_pos})
-    reference: Any = randomised(SamVisionAttention(config, window_size=0))
-    chunked: Any = randomised(SamVisionSdpaAttention(config, window_size=0))
+    reference: Any = randomized(SamVisionAttention(config, window_size=0))
+    chunked: Any = randomized(SamVisionSdpaAttention(config, window_size=0))
     chunked.__class__ = ChunkedSamAttention
     chunked.load_state_dict(reference.state_dict(), strict=True)
     hidden = torch.randn(2, 7, 8, 16)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from timm.models import _registry
 from torch import Tensor
 
-from tests.experts.tiny_models import randomised, saved
+from tests.experts.tiny_models import randomized, saved
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts import DepthExpert, OpenClipExpert, SegmentationExpert, TimmExpert, VisionExpert
 from visexpert.experts.open_clip import STUB_TEXT
@@ -75,7 +75,7 @@ def same(expert: VisionExpert, images_BCHW: Tensor, reference_BSE: Tensor) -> No
 @pytest.mark.parametrize("name", list(OF_TIMM))
 def test_of_timm(tmp_path: Path, name: str) -> None:
     case = OF_TIMM[name]
-    model: Any = randomised(timm.create_model(case.name, pretrained=False, **case.arguments))
+    model: Any = randomized(timm.create_model(case.name, pretrained=False, **case.arguments))
     save_file({key: value.clone() for key, value in model.state_dict().items()}, tmp_path / "model.safetensors")
     expert = TimmExpert(model=case.name, weights=str(tmp_path), arguments=case.arguments, image_size=case.size).eval()
     expert.load_weights()
@@ -134,7 +134,7 @@ def tiny_trunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_of_open_clip(tmp_path: Path, name: str) -> None:
     """open_clip loads the weights first and then has timm's trunk change its size."""
     vision, size, grid = OF_OPEN_CLIP[name]
-    model: Any = randomised(CLIP(24, vision, STUB_TEXT))
+    model: Any = randomized(CLIP(24, vision, STUB_TEXT))
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     save_file(weights, tmp_path / "open_clip_model.safetensors")
     settings = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": STUB_TEXT}
@@ -204,7 +204,7 @@ def dense(folder: Path, kind: str, fields: dict[str, Any]) -> tuple[Any, type[An
     """A model in a folder, the expert that predicts with it, and what it is given."""
     model: Any = getattr(transformers, kind)
     fields = {key: value for key, value in fields.items() if key != "model_type"}
-    whole = randomised(model(model.config_class(**fields)))
+    whole = randomized(model(model.config_class(**fields)))
     depth = kind.endswith("DepthEstimation")
     processor = transformers.DPTImageProcessor if depth else transformers.SegformerImageProcessor
     saved(whole, processor(size={"height": 32, "width": 32}), folder)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.experts.tiny_models import TIMM, TIMM_ARGUMENTS, randomised
+from tests.experts.tiny_models import TIMM, TIMM_ARGUMENTS, randomized
 from tests.io.hub import put_in_cache
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts import TimmExpert
@@ -19,7 +19,7 @@ from visexpert.experts import TimmExpert
 
 def published(folder: Path, suffix: str = ".safetensors", **arguments: Any) -> Any:
     """A tiny model of timm, head included, and its weights as timm puts them on the hub."""
-    model: Any = randomised(timm.create_model(TIMM, pretrained=False, **TIMM_ARGUMENTS, **arguments))
+    model: Any = randomized(timm.create_model(TIMM, pretrained=False, **TIMM_ARGUMENTS, **arguments))
     name = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}[suffix]
     (save_file if suffix == ".safetensors" else torch.save)(model.state_dict(), folder / name)
     return model
@@ -40,7 +40,7 @@ def test_tokens_equal_timms_without_the_class_token(tmp_path: Path, suffix: str)
     model = published(tmp_path, suffix)
     expert = loaded(weights=str(tmp_path))
     assert (expert.image_size, expert.token_dim, expert.grid_hw) == (224, 24, (14, 14))
-    assert expert.licence == "apache-2.0" and not any("head" in key for key in expert.state_dict())
+    assert expert.license == "apache-2.0" and not any("head" in key for key in expert.state_dict())
     images_BCHW = images(224)
     with torch.no_grad():
         expected = model.forward_features((images_BCHW - 0.5) / 0.5)[:, 1:]
@@ -175,7 +175,7 @@ TINY: dict[str, tuple[str, int, dict[str, Any], int, int]] = {
 @pytest.mark.parametrize("family", list(TINY))
 def test_families_give_timms_own_features(tmp_path: Path, family: str) -> None:
     name, size, arguments, prefix, grid = TINY[family]
-    model: Any = randomised(timm.create_model(name, pretrained=False, **arguments))
+    model: Any = randomized(timm.create_model(name, pretrained=False, **arguments))
     save_file({key: value.clone() for key, value in model.state_dict().items()}, tmp_path / "model.safetensors")
     expert = loaded(model=name, weights=str(tmp_path), arguments=arguments, image_size=size)
     assert expert.grid_hw == (grid, grid)

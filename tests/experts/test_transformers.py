@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from tests.experts.tiny_models import CLIP_VISION, DINOV2, SAM, TEXT, randomised, saved
+from tests.experts.tiny_models import CLIP_VISION, DINOV2, SAM, TEXT, randomized, saved
 from tests.io.hub import put_in_cache
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts import DepthExpert, SegmentationExpert, TransformersExpert
@@ -32,7 +32,7 @@ PROCESSORS = {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor", "s
 def write(config: dict[str, Any], folder: Path) -> Any:
     """A tiny model with its processor on disk."""
     fields = {key: value for key, value in config.items() if key != "model_type"}
-    model = randomised(AutoModel.from_config(AutoConfig.for_model(config["model_type"], **fields)))
+    model = randomized(AutoModel.from_config(AutoConfig.for_model(config["model_type"], **fields)))
     processor = getattr(transformers, PROCESSORS.get(config["model_type"], "BitImageProcessor"))()
     saved(model, processor, folder)
     return model
@@ -191,12 +191,12 @@ def test_a_random_network_needs_no_processor_and_keeps_its_weights() -> None:
     assert expert(torch.rand(2, 3, 30, 40)).tokens_BSE.shape == (2, 16, 16)
 
 
-def test_the_licence_is_that_of_the_card(tmp_path: Path) -> None:
+def test_the_license_is_that_of_the_card(tmp_path: Path) -> None:
     write(DINOV2, tmp_path)
-    assert TransformersExpert(source=str(tmp_path)).licence == "not stated"
+    assert TransformersExpert(source=str(tmp_path)).license == "not stated"
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n", encoding="utf-8")
-    assert TransformersExpert(source=str(tmp_path)).licence == "apache-2.0"
-    assert TransformersExpert(source=str(tmp_path), licence="mine").licence == "mine"
+    assert TransformersExpert(source=str(tmp_path)).license == "apache-2.0"
+    assert TransformersExpert(source=str(tmp_path), license="mine").license == "mine"
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ SEGFORMER: dict[str, Any] = {
 }  # fmt: skip
 
 
-def randomised(model: Any) -> Any:
+def randomized(model: Any) -> Any:
     """The model in eval mode, every weight drawn anew, biases and norms included."""
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)

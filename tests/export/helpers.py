@@ -30,7 +30,7 @@ LLAMA: dict[str, Any] = {
 
 
 def tiny_clip(layer: int = -2, **fields: Any) -> ClipEncoder:
-    """A random CLIP in which every weight matters, with a normalisation of its own."""
+    """A random CLIP in which every weight matters, with a normalization of its own."""
     clip = ClipEncoder(config=FIELDS | fields, layer=layer).eval().requires_grad_(False)
     scramble(clip.model)
     clip.mean.copy_(torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1))
@@ -47,9 +47,9 @@ def scramble(module: nn.Module) -> None:
 
 def tiny_source(**fields: Any) -> ExportSource:
     """That CLIP, two layers asked for."""
-    licences = {"clip": "MIT", "expert depth": "CC-BY-NC-4.0"}
+    licenses = {"clip": "MIT", "expert depth": "CC-BY-NC-4.0"}
     left = Projection(10, "org/clip")
-    return ExportSource(tiny_clip(**fields), (-2, -1), False, licences, {"run": "runs/tiny"}, projection=left)
+    return ExportSource(tiny_clip(**fields), (-2, -1), False, licenses, {"run": "runs/tiny"}, projection=left)
 
 
 def words_only() -> PreTrainedTokenizerFast:

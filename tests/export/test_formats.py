@@ -64,9 +64,9 @@ def test_a_library_loads_the_folder(name: str, tmp_path: Path) -> None:
     assert set(facts["preprocessing"]["difference_in_levels_of_255"]) == {
         "photo_larger", "photo_smaller", "photo_noise"
     }  # fmt: skip
-    assert facts["licences"] == {"clip": "MIT", "expert depth": "CC-BY-NC-4.0"} and facts["pooled_trained"] is False
+    assert facts["licenses"] == {"clip": "MIT", "expert depth": "CC-BY-NC-4.0"} and facts["pooled_trained"] is False
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "| licence of expert depth | CC-BY-NC-4.0 |" in card and "did not train the pooled output" in card
+    assert "| license of expert depth | CC-BY-NC-4.0 |" in card and "did not train the pooled output" in card
     assert told_of_projection(tmp_path / "out") and facts["projection"] == {"dim": 10, "source": "org/clip"}
     assert "| hidden state -2 |" in (tmp_path / "out" / "fidelity.md").read_text(encoding="utf-8")
 
@@ -109,7 +109,7 @@ def test_llava_answers_as_the_prefix_lm_does(tmp_path: Path) -> None:
 
 
 def test_what_a_format_has_no_place_for_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="llava export needs a language side that is a prefix LM"):
+    with pytest.raises(ConfigError, match="llava export needs a language model that is a prefix LM"):
         export({"llava": tiny_source()}, tmp_path / "out")
     with pytest.raises(ConfigError, match="no vision tower with hidden_act='relu'"):
         export({"open_clip": tiny_source(hidden_act="relu")}, tmp_path / "out")

@@ -121,17 +121,17 @@ def test_torch_files_are_read_without_running_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("header", "licence"),
+    ("header", "license"),
     [
         ("license: apache-2.0", "apache-2.0"),
         ("license: other\nlicense_name: dinov3-license", "dinov3-license"),
         ("tags: [x]", None),
     ],
 )
-def test_the_licence_is_that_of_the_card(folder: Path, header: str, licence: str | None) -> None:
-    assert ModelSource.parse(str(folder)).licence() is None
+def test_the_license_is_that_of_the_card(folder: Path, header: str, license: str | None) -> None:
+    assert ModelSource.parse(str(folder)).license() is None
     (folder / "README.md").write_text(f"---\n{header}\n---\n# A model\n", encoding="utf-8")
-    assert ModelSource.parse(str(folder)).licence() == licence
+    assert ModelSource.parse(str(folder)).license() == license
 
 
 @pytest.mark.parametrize("text", ["[1]", "not json"])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from visexpert.data import pack
-from visexpert.language import CrossAttentionDecoder, LanguageSide, PrefixLM
+from visexpert.language import CrossAttentionDecoder, LanguageModel, PrefixLM
 from visexpert.types import TextBatch, VisionTokens
 
 VOCAB = 40
@@ -19,9 +19,9 @@ NEVER = 0
 KINDS = ("cross", "prefix")
 
 
-def language_side(kind: str) -> LanguageSide:
+def language_model(kind: str) -> LanguageModel:
     """``cross`` or ``prefix`` (a tiny Llama), random, in eval mode."""
-    side: LanguageSide
+    side: LanguageModel
     if kind == "cross":
         side = CrossAttentionDecoder(vocab_size=VOCAB, width=WIDTH, depth=2, heads=2, max_tokens=24)
     else:

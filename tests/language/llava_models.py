@@ -55,7 +55,7 @@ def llava_15() -> Any:
         vision_config=CLIPVisionConfig(**CLIP), text_config=LlamaConfig(**fields), image_token_index=IMAGE_ID,
         vision_feature_layer=-2, vision_feature_select_strategy="default",
     )  # fmt: skip
-    return randomise(LlavaForConditionalGeneration(config))
+    return randomize(LlavaForConditionalGeneration(config))
 
 
 def llava_next(pinpoints: list[list[int]]) -> Any:
@@ -66,10 +66,10 @@ def llava_next(pinpoints: list[list[int]]) -> Any:
         vision_feature_layer=-2, vision_feature_select_strategy="default",
         image_grid_pinpoints=[[rows * SIDE, columns * SIDE] for rows, columns in pinpoints],
     )  # fmt: skip
-    return randomise(LlavaNextForConditionalGeneration(config))
+    return randomize(LlavaNextForConditionalGeneration(config))
 
 
-def randomise(model: Any) -> Any:
+def randomize(model: Any) -> Any:
     """Weights wide enough that nothing is nearly constant."""
     for name, parameter in model.named_parameters():
         if "norm" not in name:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.language.helpers import KINDS, NEVER, VOCAB, item, language_side, one_item, vision
+from tests.language.helpers import KINDS, NEVER, VOCAB, item, language_model, one_item, vision
 from visexpert.data import pack
 from visexpert.errors import DataError
 from visexpert.types import VisionTokens
@@ -13,7 +13,7 @@ from visexpert.types import VisionTokens
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_together_equals_one_by_one(kind: str) -> None:
-    side, images = language_side(kind), vision(4)
+    side, images = language_model(kind), vision(4)
     prompts = [item(length, length)[0] for length in (1, 5, 9, 3)]
     together = side.generate(images, prompts, eos_id=NEVER, max_new_tokens=8)
     for index, prompt in enumerate(prompts):
@@ -25,7 +25,7 @@ def test_together_equals_one_by_one(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_ends_before_the_end_token_each_row_on_its_own(kind: str) -> None:
-    side, images = language_side(kind), vision(3)
+    side, images = language_model(kind), vision(3)
     prompts = [item(length, length)[0] for length in (2, 4, 3)]
     free = side.generate(images, prompts, eos_id=NEVER, max_new_tokens=8)
     eos = free[0][3]
@@ -37,7 +37,7 @@ def test_it_ends_before_the_end_token_each_row_on_its_own(kind: str) -> None:
 @pytest.mark.parametrize("length", [1, 4, 7])
 def test_teacher_forcing_is_right_exactly_where_greedy_decoding_is(kind: str, length: int) -> None:
     """What evaluation relies on: it scores by one packed forward instead of a generation per question."""
-    side, images = language_side(kind), vision(1)
+    side, images = language_model(kind), vision(1)
     prompt = item(length, length)[0]
     written = side.generate(images, [prompt], eos_id=NEVER, max_new_tokens=6)[0]
     answers = [written]
@@ -52,7 +52,7 @@ def test_teacher_forcing_is_right_exactly_where_greedy_decoding_is(kind: str, le
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_written_end_is_a_predicted_end(kind: str) -> None:
-    side, images = language_side(kind), vision(1)
+    side, images = language_model(kind), vision(1)
     prompt = item(3, 3)[0]
     free = side.generate(images, [prompt], eos_id=NEVER, max_new_tokens=6)[0]
     place = next(index for index in range(1, 6) if free[index] not in free[:index])
@@ -65,7 +65,7 @@ def test_a_written_end_is_a_predicted_end(kind: str) -> None:
 
 def test_a_full_row_does_not_stop_the_others() -> None:
     """Rows end at max_tokens (24) each on its own."""
-    side, images = language_side("cross"), vision(3)
+    side, images = language_model("cross"), vision(3)
     prompts = [item(length, length)[0] for length in (24, 21, 4)]
     together = side.generate(images, prompts, eos_id=NEVER, max_new_tokens=8)
     assert [len(row) for row in together] == [0, 3, 8]
@@ -75,12 +75,12 @@ def test_a_full_row_does_not_stop_the_others() -> None:
 
 def test_a_prompt_beyond_the_limit_is_refused() -> None:
     with pytest.raises(DataError, match="item of 25 tokens is longer than max_tokens=24"):
-        language_side("cross").generate(vision(1), [item(25, 25)[0]], eos_id=NEVER)
+        language_model("cross").generate(vision(1), [item(25, 25)[0]], eos_id=NEVER)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_generation_leaves_no_graph(kind: str) -> None:
-    side, images = language_side(kind), vision(1)
+    side, images = language_model(kind), vision(1)
     tokens_BTD = images.tokens_BTD.requires_grad_()
     side.generate(VisionTokens(tokens_BTD, images.grid_hw), [[1, 4]], eos_id=NEVER, max_new_tokens=2)
     assert tokens_BTD.grad is None and torch.is_grad_enabled()

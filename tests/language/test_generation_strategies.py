@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.language.helpers import KINDS, NEVER, VOCAB, item, language_side, vision
+from tests.language.helpers import KINDS, NEVER, VOCAB, item, language_model, vision
 from visexpert.data import pack
 from visexpert.errors import ConfigError, DataError
-from visexpert.language import CrossAttentionDecoder, Decoding, LanguageSide, PrefixLM
+from visexpert.language import CrossAttentionDecoder, Decoding, LanguageModel, PrefixLM
 from visexpert.language.generation import Strategy, likely_tokens, write
 from visexpert.types import VisionTokens
 
@@ -90,7 +90,7 @@ def test_beams_find_what_greedy_misses() -> None:
     assert greedy[0][0] == 1 and beams == [[2, 3]]
 
 
-def log_likelihood(side: LanguageSide, images: VisionTokens, prompt: list[int], answers: list[list[int]]) -> Tensor:
+def log_likelihood(side: LanguageModel, images: VisionTokens, prompt: list[int], answers: list[list[int]]) -> Tensor:
     """Sum over each answer's tokens, by one teacher-forced forward, hence without any cache."""
     logits_MV = side(images, pack([[([*prompt, *answer], len(prompt)) for answer in answers]], 1)).logits_MV
     flat = torch.tensor([token for answer in answers for token in answer])
@@ -98,9 +98,9 @@ def log_likelihood(side: LanguageSide, images: VisionTokens, prompt: list[int], 
     return torch.stack([part.sum() for part in gains_M.split([len(answer) for answer in answers])])
 
 
-def small_side(kind: str) -> LanguageSide:
-    """A random language side of a vocabulary small enough to try every text."""
-    side: LanguageSide
+def small_side(kind: str) -> LanguageModel:
+    """A random language model of a vocabulary small enough to try every text."""
+    side: LanguageModel
     if kind == "cross":
         side = CrossAttentionDecoder(vocab_size=SMALL, width=16, depth=2, heads=2, max_tokens=24)
     else:
@@ -133,7 +133,7 @@ def test_beam_search_of_a_model_finds_the_best_text(kind: str, penalty: float) -
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_beam_is_greedy_and_so_are_the_limits_of_sampling(kind: str) -> None:
-    side, images = language_side(kind), vision(3)
+    side, images = language_model(kind), vision(3)
     prompts = [item(length, length)[0] for length in (2, 6, 4)]
     greedy = side.generate(images, prompts, eos_id=NEVER, max_new_tokens=6)
     assert side.generate(images, prompts, eos_id=NEVER, decoding=Decoding(max_new_tokens=6)) == greedy
@@ -148,7 +148,7 @@ def test_one_beam_is_greedy_and_so_are_the_limits_of_sampling(kind: str) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_draw_is_repeated_by_its_seed_and_leaves_other_numbers_alone(kind: str) -> None:
-    side, images = language_side(kind), vision(2)
+    side, images = language_model(kind), vision(2)
     prompts = [item(length, length)[0] for length in (2, 5)]
 
     def drawn(seed: int) -> list[list[int]]:
@@ -169,7 +169,7 @@ def test_a_draw_is_repeated_by_its_seed_and_leaves_other_numbers_alone(kind: str
 )  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)
 def test_together_equals_one_by_one_for_every_strategy(kind: str, decoding: Decoding) -> None:
-    side, images = language_side(kind), vision(4)
+    side, images = language_model(kind), vision(4)
     prompts = [item(length, length)[0] for length in (1, 7, 3, 5)]
     eos = side.generate(images, prompts, eos_id=NEVER, max_new_tokens=9)[1][4]
     together = side.generate(images, prompts, eos_id=eos, decoding=decoding)
@@ -179,7 +179,7 @@ def test_together_equals_one_by_one_for_every_strategy(kind: str, decoding: Deco
 
 
 def test_a_drawn_row_does_not_depend_on_its_neighbours() -> None:
-    side, images = language_side("cross"), vision(3)
+    side, images = language_model("cross"), vision(3)
     prompts = [item(length, length)[0] for length in (2, 6, 4)]
     decoding = Decoding(strategy="sample", temperature=2.0, max_new_tokens=8, seed=10)
     together = side.generate(images, prompts, eos_id=NEVER, decoding=decoding)
@@ -207,7 +207,7 @@ def test_cached_greedy_is_the_uncached_argmax(depth: int) -> None:
 
 
 def test_each_token_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    side, images = language_side("cross"), vision(2)
+    side, images = language_model("cross"), vision(2)
     assert isinstance(side, CrossAttentionDecoder)
     seen: list[int] = []
     side.embed_tokens.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1]))
@@ -247,7 +247,7 @@ def test_top_k_and_top_p_by_hand() -> None:
 
 
 def test_a_row_without_room_writes_nothing_by_any_strategy() -> None:
-    side, images = language_side("cross"), vision(2)
+    side, images = language_model("cross"), vision(2)
     prompts = [item(24, 24)[0], item(20, 20)[0]]
     strategies: tuple[Strategy, ...] = ("beam", "sample")
     for strategy in strategies:
@@ -258,7 +258,7 @@ def test_a_row_without_room_writes_nothing_by_any_strategy() -> None:
 
 
 def test_the_prefix_lm_stops_at_its_last_position() -> None:
-    side, images = language_side("prefix"), vision(1)  # 64 positions, 6 of them the image's
+    side, images = language_model("prefix"), vision(1)  # 64 positions, 6 of them the image's
     written = side.generate(images, [item(50, 50)[0]], eos_id=NEVER, max_new_tokens=32)
     assert len(written[0]) == 8
     with pytest.raises(DataError, match="an image with its prompt takes 64 tokens and leaves no room"):

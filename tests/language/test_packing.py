@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.language.helpers import KINDS, VOCAB, item, language_side, vision
+from tests.language.helpers import KINDS, VOCAB, item, language_model, vision
 from visexpert.data import pack
 from visexpert.errors import DataError
 from visexpert.language import item_mask, supervised
@@ -37,7 +37,7 @@ def test_the_mask_by_hand() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_items_give_the_logits_of_one_item_per_row(kind: str) -> None:
-    side, images = language_side(kind), vision(2)
+    side, images = language_model(kind), vision(2)
     rows = [[item(5, 2), item(9, 4), item(4, 1)], [item(7, 3)]]
     packed_MV = side(images, pack(rows, 0)).logits_MV
     owner = [image for image, items in enumerate(rows) for _ in items]
@@ -49,7 +49,7 @@ def test_packed_items_give_the_logits_of_one_item_per_row(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_reaches_what_follows_in_its_own_item_and_nothing_else(kind: str) -> None:
-    side, images = language_side(kind), vision(1)
+    side, images = language_model(kind), vision(1)
     text = pack([[item(5, 1), item(6, 1), item(5, 1)]], 0)
     before_MV = side(images, text).logits_MV
     # Supervised tokens: 0-3 of item 1, 4-8 of item 2, 9-12 of item 3. Token 2 of item 2 (column 5 + 2) predicts
@@ -65,7 +65,7 @@ def test_a_token_reaches_what_follows_in_its_own_item_and_nothing_else(kind: str
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_is_never_read(kind: str) -> None:
-    side, images = language_side(kind), vision(2)
+    side, images = language_model(kind), vision(2)
     text = pack([[item(9, 1)], [item(4, 1)]], 0)
     filled = torch.where(text.segments_BN > 0, text.ids_BN, torch.full_like(text.ids_BN, 17))
     assert not torch.equal(filled, text.ids_BN)
@@ -74,7 +74,7 @@ def test_padding_is_never_read(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_item_reads_its_own_image(kind: str) -> None:
-    side, images = language_side(kind), vision(2)
+    side, images = language_model(kind), vision(2)
     text = pack([[item(4, 1), item(5, 1)], [item(6, 1)]], 0)
     before_MV = side(images, text).logits_MV
     tokens_BTD = images.tokens_BTD.clone()
@@ -86,22 +86,22 @@ def test_every_item_reads_its_own_image(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_grid_of_the_tokens_matters(kind: str) -> None:
-    """The language side knows where a token lies: the same tokens on a grid turned by 90 degrees read otherwise."""
-    side, images = language_side(kind), vision(1)
+    """The language model knows where a token lies: the same tokens on a grid turned by 90 degrees read otherwise."""
+    side, images = language_model(kind), vision(1)
     text = pack([[item(5, 1)]], 0)
     turned = VisionTokens(images.tokens_BTD, (images.grid_hw[1], images.grid_hw[0]))
     assert (side(images, text).logits_MV - side(turned, text).logits_MV).abs().max() > 1e-3
 
 
 def test_too_long_an_item_is_refused_though_a_long_row_is_fine() -> None:
-    side, images = language_side("cross"), vision(1)
+    side, images = language_model("cross"), vision(1)
     side(images, pack([[item(24, 1), item(24, 1)]], 0))
     with pytest.raises(DataError, match=r"item of 25 tokens is longer than max_tokens=24; shorten it or raise"):
         side(images, pack([[item(25, 1)]], 0))
 
 
 def test_too_long_an_item_behind_a_prefix_is_refused() -> None:
-    side, images = language_side("prefix"), vision(1)
+    side, images = language_model("prefix"), vision(1)
     side(images, pack([[item(58, 1), item(58, 1)]], 0))  # 6 image tokens and 58 are the 64 positions
     with pytest.raises(DataError, match=r"text item with its image takes 65 tokens, more than the 64 positions"):
         side(images, pack([[item(59, 1)]], 0))
@@ -111,4 +111,4 @@ def test_too_long_an_item_behind_a_prefix_is_refused() -> None:
 def test_a_batch_without_supervised_tokens_has_no_logits(kind: str) -> None:
     text = pack([[([1, 5], 2)]], 0)
     empty = TextBatch(text.ids_BN, torch.full_like(text.ids_BN, IGNORE_INDEX), text.segments_BN, text.positions_BN)
-    assert [part.shape for part in language_side(kind)(vision(1), empty)] == [(0, VOCAB), (0,)]
+    assert [part.shape for part in language_model(kind)(vision(1), empty)] == [(0, VOCAB), (0,)]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.language.helpers import GRID, VOCAB, WIDTH, item, language_side, llama, one_item, vision
+from tests.language.helpers import GRID, VOCAB, WIDTH, item, language_model, llama, one_item, vision
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.language import PrefixLM, sincos_2d
 
@@ -23,7 +23,7 @@ def huggingface(**changes: Any) -> LlamaForCausalLM:
 
 
 def test_logits_equal_a_plain_forward_with_embeddings() -> None:
-    side, images = language_side("prefix"), vision(1)
+    side, images = language_model("prefix"), vision(1)
     assert isinstance(side, PrefixLM)
     ids, prompt = item(7, 3)
     reference = huggingface()

@@ -1,4 +1,4 @@
-"""Language models from folders and the hub: real file formats, dtypes, freezing, LoRA, quantisation."""
+"""Language models from folders and the hub: real file formats, dtypes, freezing, LoRA, quantization."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.language.helpers import item, llama, one_item, vision
-from tests.language.llava_models import randomise
+from tests.language.llava_models import randomize
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.language import LoRASettings, PrefixLM
 from visexpert.language import causal_lm as causal_lm_module
@@ -26,7 +26,7 @@ LORA = LoRASettings(rank=2, alpha=4, dropout=0.0)
 def saved(folder: Path, **changes: Any) -> LlamaForCausalLM:
     """A random Llama, written as transformers writes it."""
     fields = {name: value for name, value in {**llama(), **changes}.items() if name != "model_type"}
-    model: LlamaForCausalLM = randomise(LlamaForCausalLM(LlamaConfig(**fields)))
+    model: LlamaForCausalLM = randomize(LlamaForCausalLM(LlamaConfig(**fields)))
     model.save_pretrained(folder)
     return model
 
@@ -186,7 +186,7 @@ def test_gradient_checkpointing_changes_no_gradient(folder: Path) -> None:
 
 
 class Owner(nn.Module):
-    """As a method holds its language side."""
+    """As a method holds its language model."""
 
     def __init__(self, language: PrefixLM) -> None:
         super().__init__()
@@ -223,11 +223,11 @@ def test_lora_starts_as_the_model_and_trains_alone(folder: Path) -> None:
     assert set(owner.state_dict()) == trained
     listed = {id(p) for module in side.trained_modules() for p in module.parameters()}
     assert listed == {id(p) for name, p in owner.named_parameters() if name in trained}
-    optimiser = torch.optim.SGD([p for p in owner.parameters() if p.requires_grad], lr=1.0)
+    optimizer = torch.optim.SGD([p for p in owner.parameters() if p.requires_grad], lr=1.0)
     for _ in range(2):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         side(images, text).logits_MV.square().mean().backward()
-        optimiser.step()
+        optimizer.step()
     moved = side(images, text).logits_MV
     assert not torch.allclose(moved, plain(images, text).logits_MV, atol=1e-3)
     again = Owner(loaded(folder, lora=LORA))
@@ -267,23 +267,23 @@ def test_a_frozen_random_model_is_refused() -> None:
             PrefixLM(config=llama(), **options)
 
 
-# -- Quantisation -----------------------------------------------------------------------------------------------------
+# -- Quantization -----------------------------------------------------------------------------------------------------
 
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 
 
-def test_quantisation_without_bitsandbytes_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantization_without_bitsandbytes_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("visexpert.language.lora.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="'nf4' needs bitsandbytes, which is not installed: pip install"):
-        PrefixLM(source=str(folder), lora=LORA, quantisation="nf4")
+        PrefixLM(source=str(folder), lora=LORA, quantization="nf4")
 
 
-def test_impossible_quantisation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_quantization(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("visexpert.language.lora.find_spec", lambda name: object())
-    with pytest.raises(ConfigError, match="quantisation='int4' is unknown; use one of nf4, int8"):
-        PrefixLM(source=str(folder), lora=LORA, quantisation="int4")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="quantization='int4' is unknown; use one of nf4, int8"):
+        PrefixLM(source=str(folder), lora=LORA, quantization="int4")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="'nf4' holds the weights of a source that stay as they are; give source"):
-        PrefixLM(source=str(folder), quantisation="nf4")
+        PrefixLM(source=str(folder), quantization="nf4")
 
 
 @pytest.mark.skipif(not HAS_BITSANDBYTES, reason="bitsandbytes is not installed")
@@ -291,7 +291,7 @@ def test_qlora_trains_beside_four_bits(tmp_path: Path) -> None:
     """On the CPU kernels of bitsandbytes, in shapes that they take."""
     wide = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
     saved(tmp_path, **wide)
-    side = loaded(tmp_path, lora=LORA, quantisation="nf4")
+    side = loaded(tmp_path, lora=LORA, quantization="nf4")
     kinds = {type(module).__name__ for module in side.modules()}
     assert "Linear4bit" in kinds
     images = type(vision(1))(torch.randn(1, 6, 64), (2, 3))
@@ -304,7 +304,7 @@ def test_qlora_trains_beside_four_bits(tmp_path: Path) -> None:
     side(images, text).logits_MV.square().mean().backward()
     trained = [p for module in side.trained_modules() for p in module.parameters()]
     assert trained and all(p.grad is not None for p in trained)
-    owner, again = Owner(side), Owner(loaded(tmp_path, lora=LORA, quantisation="nf4"))
+    owner, again = Owner(side), Owner(loaded(tmp_path, lora=LORA, quantization="nf4"))
     assert all(".lora_" in key for key in owner.state_dict())
     again.load_state_dict(owner.state_dict(), strict=True)
     with pytest.raises(ConfigError, match="updates cannot be added to weights in nf4"):

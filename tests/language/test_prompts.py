@@ -195,7 +195,7 @@ def test_the_chat_template_writes_the_prompt_of_training(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", tokenizer_kinds.GENERATIVE)
 def test_the_written_prompt_is_what_is_asked(kind: str) -> None:
-    """Cut at its special tokens and tokenised as LLaVA does, it gives the ids of the prompt."""
+    """Cut at its special tokens and tokenized as LLaVA does, it gives the ids of the prompt."""
     tokenizer = tokenizer_kinds.GENERATIVE[kind]()
     for name, encoder in written_encoders(tokenizer).items():
         for history in ((), HISTORY) if name not in ("none", "plain") else ((),):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.language.helpers import KINDS, language_side, vision
+from tests.language.helpers import KINDS, language_model, vision
 from tests.language.llava_models import words
 from visexpert.data import pack
 from visexpert.errors import DataError
@@ -51,7 +51,7 @@ def packed(rows: list[list[tuple[list[int], list[int]]]]) -> TextBatch:
 
 
 def test_packed_conversations_give_the_logits_of_one_per_row() -> None:
-    side, images = language_side("prefix"), vision(2)
+    side, images = language_model("prefix"), vision(2)
     rows = [[conversation([3, 2]), conversation([1, 4, 2])], [conversation([5])]]
     together_MV = side(images, packed(rows)).logits_MV
     owner = [image for image, items in enumerate(rows) for _ in items]
@@ -62,7 +62,7 @@ def test_packed_conversations_give_the_logits_of_one_per_row() -> None:
 
 
 def test_an_answer_in_mid_conversation_depends_on_what_was_before_it_only() -> None:
-    side, images = language_side("prefix"), vision(1)
+    side, images = language_model("prefix"), vision(1)
     ids, labels = conversation([3, 2])
     before_MV = side(images, packed([[(ids, labels)]])).logits_MV
     changed = [*ids[:-1], ids[-1] % 30 + 3]
@@ -75,7 +75,7 @@ def test_an_answer_in_mid_conversation_depends_on_what_was_before_it_only() -> N
 
 def test_an_image_first_equals_an_image_in_front() -> None:
     """The marker as the first token after <bos> differs from the prefix by the place of <bos> alone."""
-    side, images = language_side("prefix"), vision(1)
+    side, images = language_model("prefix"), vision(1)
     body = words(6)
     marked = pack([[([IMAGE_TOKEN, *body], 3)]], 0)
     torch.testing.assert_close(
@@ -84,12 +84,12 @@ def test_an_image_first_equals_an_image_in_front() -> None:
 
 
 def test_text_alone_reads_no_image() -> None:
-    side, images = language_side("prefix"), vision(2)
+    side, images = language_model("prefix"), vision(2)
     ids, labels = conversation([3])
     alone = [1, *words(4)]
     there = replace(images, lengths=(6, 0))
     mixed = packed([[(ids, labels)], [(alone, [IGNORE_INDEX, *alone[1:]])]])
-    expected = language_side_logits(side, alone)
+    expected = language_model_logits(side, alone)
     torch.testing.assert_close(side(there, mixed).logits_MV[3:], expected, atol=1e-5, rtol=1e-5)
     only = pack([[(alone, 1)]], 0)
     absent = VisionTokens(images.tokens_BTD[:1], images.grid_hw, lengths=(0,))
@@ -97,7 +97,7 @@ def test_text_alone_reads_no_image() -> None:
     assert side.generate(absent, [alone], eos_id=0, max_new_tokens=3) == [written_alone(side, alone)]
 
 
-def language_side_logits(side: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+def language_model_logits(side: torch.nn.Module, ids: list[int]) -> torch.Tensor:
     logits: torch.Tensor = side.model(input_ids=torch.tensor([ids])).logits[0, :-1]  # type: ignore[operator]
     return logits
 
@@ -111,7 +111,7 @@ def written_alone(side: torch.nn.Module, ids: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_gradient_and_no_nan_from_an_absent_image(kind: str) -> None:
-    side = language_side(kind)
+    side = language_model(kind)
     tokens_BTD = vision(2).tokens_BTD.requires_grad_()
     see = VisionTokens(tokens_BTD, (2, 3), lengths=(4, 0))
     logits_MV = side(see, pack([[([1, *words(4)], 1)]] * 2, 0)).logits_MV
@@ -124,7 +124,7 @@ def test_no_gradient_and_no_nan_from_an_absent_image(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_of_an_image_is_never_read(kind: str) -> None:
-    side, images = language_side(kind), vision(1)
+    side, images = language_model(kind), vision(1)
     short = VisionTokens(images.tokens_BTD[:, :4], (2, 2))
     side.position_scale = 0.0  # type: ignore[assignment]
     padded = replace(images, lengths=(4,))
@@ -133,7 +133,7 @@ def test_padding_of_an_image_is_never_read(kind: str) -> None:
 
 
 def test_counts_of_markers_are_checked() -> None:
-    side, images = language_side("prefix"), vision(2)
+    side, images = language_model("prefix"), vision(2)
     fine, twice, none = [1, IMAGE_TOKEN, 5], [1, IMAGE_TOKEN, IMAGE_TOKEN, 5], [1, 5, 6]
     with pytest.raises(DataError, match=r"Text item 2 of sample 0 .* has 2 image tokens .* the sample has 1 image;"):
         side(images, pack([[(fine, 2), (twice, 3)], [(fine, 2)]], 0))
@@ -148,6 +148,6 @@ def test_counts_of_markers_are_checked() -> None:
 
 def test_a_side_that_reads_images_beside_the_text_refuses_markers() -> None:
     with pytest.raises(DataError, match="CrossAttentionDecoder reads images beside the text"):
-        language_side("cross")(vision(1), pack([[([1, IMAGE_TOKEN, 5], 2)]], 0))
+        language_model("cross")(vision(1), pack([[([1, IMAGE_TOKEN, 5], 2)]], 0))
     with pytest.raises(DataError, match="CrossAttentionDecoder reads images beside the text"):
-        language_side("cross").generate(vision(1), [[1, IMAGE_TOKEN]], eos_id=0)
+        language_model("cross").generate(vision(1), [[1, IMAGE_TOKEN]], eos_id=0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from visexpert.errors import ConfigError
-from visexpert.losses import normalised_mse, token_distance
+from visexpert.losses import normalized_mse, token_distance
 from visexpert.losses.merge import TokenDistance
 
 TARGET = torch.tensor([[[3.0, 4.0], [0.0, 2.0]]])
@@ -28,16 +28,16 @@ def test_hand_computed(kind: str, expected: float) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mse", "smooth_l1", "cosine"])
-@pytest.mark.parametrize("normalise", [False, True])
-def test_zero_where_both_agree(kind: str, normalise: bool) -> None:
+@pytest.mark.parametrize("normalize", [False, True])
+def test_zero_where_both_agree(kind: str, normalize: bool) -> None:
     tokens = torch.randn(2, 5, 8)
-    assert float(token_distance(tokens, tokens, kind, normalise=normalise)) == pytest.approx(0, abs=1e-6)  # type: ignore[arg-type]
+    assert float(token_distance(tokens, tokens, kind, normalize=normalize)) == pytest.approx(0, abs=1e-6)  # type: ignore[arg-type]
 
 
-def test_normalised_distances_do_not_see_shift_and_scale() -> None:
+def test_normalized_distances_do_not_see_shift_and_scale() -> None:
     target = torch.randn(2, 5, 64)
     moved = 3 * target + 7
-    assert float(token_distance(moved, target, "mse", normalise=True)) == pytest.approx(0, abs=1e-3)
+    assert float(token_distance(moved, target, "mse", normalize=True)) == pytest.approx(0, abs=1e-3)
     assert float(token_distance(moved, target, "mse")) > 10
 
 
@@ -53,12 +53,12 @@ def test_half_precision_is_computed_in_single() -> None:
     assert float(token_distance(student, torch.zeros_like(student))) == 90_000.0  # float16 ends at 65504
 
 
-def test_normalised_mse_is_one_for_the_mean_and_zero_for_the_target() -> None:
+def test_normalized_mse_is_one_for_the_mean_and_zero_for_the_target() -> None:
     target = torch.randn(3, 7, 5)
     mean = target.mean((0, 1), keepdim=True).expand_as(target)
-    assert float(normalised_mse(mean, target)) == pytest.approx(1.0, rel=1e-5)
-    assert float(normalised_mse(target, target)) == 0.0
-    assert math.isfinite(float(normalised_mse(target, torch.ones_like(target))))  # targets without variance
+    assert float(normalized_mse(mean, target)) == pytest.approx(1.0, rel=1e-5)
+    assert float(normalized_mse(target, target)) == 0.0
+    assert math.isfinite(float(normalized_mse(target, torch.ones_like(target))))  # targets without variance
 
 
 def test_an_unknown_kind_is_refused() -> None:
@@ -72,8 +72,8 @@ def test_samples_without_an_image_take_no_part(kind: TokenDistance) -> None:
     there_B = torch.tensor([True, False, True])
     found = token_distance(student_BTD, target_BTD, kind, has_image_B=there_B)
     assert torch.equal(found, token_distance(student_BTD[[0, 2]], target_BTD[[0, 2]], kind))
-    error = normalised_mse(student_BTD, target_BTD, has_image_B=there_B)
-    assert torch.equal(error, normalised_mse(student_BTD[[0, 2]], target_BTD[[0, 2]]))
+    error = normalized_mse(student_BTD, target_BTD, has_image_B=there_B)
+    assert torch.equal(error, normalized_mse(student_BTD[[0, 2]], target_BTD[[0, 2]]))
     none = token_distance(student_BTD, target_BTD, kind, has_image_B=torch.zeros(3, dtype=torch.bool))
     none.backward()
     assert float(none) == 0 and student_BTD.grad is not None and not student_BTD.grad.any()

@@ -98,7 +98,7 @@ def logits_of(model: ToVE, batch: Batch) -> Tensor:
 
 
 def trained_names(model: Method) -> set[str]:
-    """Names of the parameters that the optimiser gets."""
+    """Names of the parameters that the optimizer gets."""
     chosen = {id(p) for group in model.trained_groups() for module in group.modules for p in module.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in chosen}
 

@@ -133,7 +133,7 @@ def test_a_file_that_does_not_say_whose_columns_it_has_is_refused(tmp_path: Path
 
 @pytest.mark.parametrize("make", [tiny_tove, tiny_movekd])
 def test_a_training_does_not_go_on_in_another_order(tmp_path: Path, make: Any) -> None:
-    """The state of the optimiser is by place, so that it would go to other experts' adapters."""
+    """The state of the optimizer is by place, so that it would go to other experts' adapters."""
     path = checkpoint(make(), tmp_path)
     content = torch.load(path, weights_only=True)
     rest = {"optimizer_states": [], "lr_schedulers": [], "epoch": 0, "pytorch-lightning_version": L.__version__}

@@ -90,7 +90,7 @@ def test_a_third_method_is_exported_and_what_stays_behind_is_named(
 ) -> None:
     main(["export", "runs/adapter", "--format", "hf", "--out", "hf", "--trust", "adapter_tuning"])
     facts = json.loads((house / "hf/fidelity.json").read_text(encoding="utf-8"))
-    assert facts["licences"].keys() == {"clip"}
+    assert facts["licenses"].keys() == {"clip"}
     assert facts["origin"]["not exported"] == "adapter"
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from visexpert.data import TextPacker, pack
-from visexpert.language import Decoding, LanguageSide, Predictions
+from visexpert.language import Decoding, LanguageModel, Predictions
 from visexpert.methods.evaluation import Evaluator, decode, item_of_supervised
 from visexpert.tabletop.tokenizer import tabletop_tokenizer
 from visexpert.types import Batch, TextBatch, TextItem, VisionTokens
@@ -41,7 +41,7 @@ def test_accuracies_of_hand_written_predictions() -> None:
          TextItem("vqa", "what shape is on the left side ?", "cube", family="shape")),
         (TextItem("pope", "is there a red cube in the image ?", "yes", family="random"),),
     )  # fmt: skip
-    text = pack([packer.tokenise_all(row) for row in items], 0)
+    text = pack([packer.tokenize_all(row) for row in items], 0)
     batch = Batch(torch.zeros(2, 3, 4, 4), torch.arange(2), "test", text=text, items=items)
     eos = TOKENIZER.eos_token_id
     predicted_M = torch.tensor([*ids("red"), eos, *ids("sphere"), eos, *ids("no"), eos])
@@ -56,7 +56,7 @@ def test_accuracies_of_hand_written_predictions() -> None:
     assert scores["nll/nll"] == pytest.approx(10 / 6)
 
 
-class Parrot(LanguageSide):
+class Parrot(LanguageModel):
     """Writes what it was told to for an image and a prompt; an image's token tells which it is."""
 
     def __init__(self, says: dict[tuple[int, str], str]) -> None:
@@ -80,7 +80,7 @@ class Parrot(LanguageSide):
 
 def batch_of(*rows: tuple[TextItem, ...], source: str = "") -> tuple[Batch, VisionTokens]:
     packer = TextPacker(TOKENIZER)
-    text = pack([packer.tokenise_all(row) for row in rows], 0)
+    text = pack([packer.tokenize_all(row) for row in rows], 0)
     number = torch.arange(len(rows))
     prompts = tuple(tuple(tuple(packer.prompt(item.prompt)) for item in row) for row in rows)
     batch = Batch(

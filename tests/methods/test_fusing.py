@@ -19,7 +19,7 @@ from visexpert.callbacks.detach import ExpertDetachment
 from visexpert.callbacks.phase import PhaseSettings
 from visexpert.experts import ExpertHub, VisionExpert
 from visexpert.grids import resample_tokens
-from visexpert.language import CrossAttentionDecoder, LanguageSide, Projector
+from visexpert.language import CrossAttentionDecoder, LanguageModel, Projector
 from visexpert.methods import EvaluationSettings, FusingMethod, MergingOptimizer, OptimizerSettings
 from visexpert.optim import ParameterGroup
 from visexpert.tabletop import TabletopData
@@ -37,7 +37,7 @@ class MeanFusing(FusingMethod):
     fusion_space = "clip"
 
     def __init__(
-        self, clip: ClipEncoder, language: LanguageSide, experts: Mapping[str, VisionExpert], *, clip_lr: float = 0.0
+        self, clip: ClipEncoder, language: LanguageModel, experts: Mapping[str, VisionExpert], *, clip_lr: float = 0.0
     ) -> None:
         projector = Projector(in_dim=clip.width, out_dim=language.width, kind="linear")
         hub = ExpertHub(experts)
@@ -80,7 +80,7 @@ class MeanFusing(FusingMethod):
     def subset_modules(self) -> Sequence[nn.Module]:
         return [self.clip, *self.hub.attached_experts().values()]
 
-    def plain(self, clip: ClipEncoder, projector: Projector, language: LanguageSide, *, clip_lr: float) -> MeanFusing:
+    def plain(self, clip: ClipEncoder, projector: Projector, language: LanguageModel, *, clip_lr: float) -> MeanFusing:
         model = MeanFusing(clip, language, {}, clip_lr=clip_lr)
         model.projector = projector
         model.mark_loaded()

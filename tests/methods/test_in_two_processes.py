@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.methods.helpers import VOCAB, WIDTH, bare_trainer, merging_of, noise_batch, shake, tiny_tove
 from tests.methods.movekd.helpers import PAPER, STAGE_1, tiny_movekd
 from tests.two_processes import in_two_processes
-from visexpert.language import BertDecoder, LanguageSide, LoRASettings, NoLanguage, PrefixLM
+from visexpert.language import BertDecoder, LanguageModel, LoRASettings, NoLanguage, PrefixLM
 from visexpert.methods import MergeStudent, Method
 from visexpert.transfer import GateSettings
 from visexpert.types import Batch
@@ -37,13 +37,13 @@ def merging(**options: Any) -> Method:
     return merging_of(teacher=shake(tiny_tove(fusion_space=space)), warmup_steps=2, **options)
 
 
-def reading(language: LanguageSide, **options: Any) -> Method:
+def reading(language: LanguageModel, **options: Any) -> Method:
     model = tiny_tove(use=["edges"], **options)
     model.language = language
     return model
 
 
-def llama(folder: Path, **options: Any) -> LanguageSide:
+def llama(folder: Path, **options: Any) -> LanguageModel:
     """One whose weights are in files, as those of a frozen model must be."""
     return PrefixLM(source=str(folder / "llama"), **options)
 
@@ -149,7 +149,7 @@ def test_no_setting_leaves_a_parameter_unused(outcome: tuple[dict[str, str], Any
 
 
 @pytest.mark.parametrize("kind", COMPARED)
-def test_a_language_side_that_joins_later_trains_as_in_one_process(
+def test_a_language_model_that_joins_later_trains_as_in_one_process(
     tmp_path: Path, outcome: tuple[Any, dict[str, dict[str, Tensor]]], kind: str
 ) -> None:
     alone = trained(kind, tmp_path)

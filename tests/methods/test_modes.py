@@ -72,7 +72,7 @@ def merging(dropout: float, **options: Any) -> Method:
 
 
 @pytest.mark.parametrize("make", [tove, movekd, merging])
-def test_a_language_side_at_rate_0_drops_nothing(tmp_path: Path, make: MakeModel) -> None:
+def test_a_language_model_at_rate_0_drops_nothing(tmp_path: Path, make: MakeModel) -> None:
     with_dropout, without = (fitted(tmp_path, make(dropout, language_lr=0.0)) for dropout in (0.5, 0.0))
     assert with_dropout.losses == without.losses
 
@@ -97,7 +97,7 @@ def test_mole_heads_and_gate_at_rate_0_are_in_eval_mode(tmp_path: Path) -> None:
     seen = fitted(tmp_path, still, steps=1).training[0]
     still_parts = (".router", "_experts", "_experts.dropout", "depth.head", "projector")
     assert not {name for name in seen if name.endswith(still_parts)}
-    assert {"distillation", "distillation.heads.depth.standardise"} <= seen  # statistics go on being learned
+    assert {"distillation", "distillation.heads.depth.standardize"} <= seen  # statistics go on being learned
     quiet, noisy = (tiny_tove(noise="fixed", gate_lr=rate) for rate in (0.0, 1e-3))
     assert "gate" not in fitted(tmp_path, quiet, steps=1).training[0]
     assert "gate" in fitted(tmp_path, noisy, steps=1).training[0]

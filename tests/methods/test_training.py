@@ -1,4 +1,4 @@
-"""Training under Lightning: resuming to the bit, the frozen start of the language side, cached features."""
+"""Training under Lightning: resuming to the bit, the frozen start of the language model, cached features."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_the_seed_of_the_run_decides_the_noise(tmp_path: Path, data: MakeData, m
 
 
 @pytest.mark.parametrize(("frozen_steps", "language_lr"), [(2, 2e-3), (0, 0.0)])
-def test_the_language_side_joins_in_when_it_is_told_to(
+def test_the_language_model_joins_in_when_it_is_told_to(
     tmp_path: Path, data: MakeData, frozen_steps: int, language_lr: float
 ) -> None:
     model = shake(tiny_tove(language_frozen_steps=frozen_steps, language_lr=language_lr, warmup_steps=1))
@@ -116,7 +116,7 @@ def test_the_language_side_joins_in_when_it_is_told_to(
 
 
 @pytest.mark.parametrize("engine", ["FSDPStrategy", "DeepSpeedStrategy"])
-def test_engines_that_keep_gradients_to_themselves_cannot_hold_the_language_side_back(engine: str) -> None:
+def test_engines_that_keep_gradients_to_themselves_cannot_hold_the_language_model_back(engine: str) -> None:
     strategy = object.__new__(getattr(strategies, engine))  # DeepSpeed itself is not installed
     with pytest.raises(ConfigError, match=rf"language_frozen_steps=100 .*{engine}.* set it to 0.* strategy ddp"):
         refuse_engine(strategy, steps=100)

@@ -1,4 +1,4 @@
-"""Samples of text alone and images in tiles through each method: the language side reads what is there, no more."""
+"""Samples of text alone and images in tiles through each method: the language model reads what is there, no more."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_texts_that_say_where_the_image_goes_are_read(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_tiles_reach_the_language_side(method: str) -> None:
+def test_tiles_reach_the_language_model(method: str) -> None:
     model = model_of(method, tiles=True)
     batch = noise_batch(size=32)
     wide = replace(batch, original_hw_B2=torch.tensor([[32, 64], [64, 32]]))

@@ -1,4 +1,4 @@
-"""Captions with everything that is hard to tokenise; run it to renew the golden file (needs Java)."""
+"""Captions with everything that is hard to tokenize; run it to renew the golden file (needs Java)."""
 
 from __future__ import annotations
 

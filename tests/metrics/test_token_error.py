@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from visexpert.losses import normalised_mse
+from visexpert.losses import normalized_mse
 from visexpert.metrics.token_error import TokenError
 
 
@@ -17,7 +17,7 @@ def test_batches_add_up_to_the_whole() -> None:
         error.update(ours[part], reference[part])
     found = error.compute()
     cosine = F.cosine_similarity(ours.double(), reference.double(), dim=-1)
-    assert found["nmse"] == pytest.approx(float(normalised_mse(ours, reference)), rel=1e-5)
+    assert found["nmse"] == pytest.approx(float(normalized_mse(ours, reference)), rel=1e-5)
     rms = ((ours - reference).square().mean() / reference.square().mean()).sqrt()
     assert found["relative"] == pytest.approx(float(rms), rel=1e-5)
     assert found["mean_cosine"] == pytest.approx(float(cosine.mean()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from visexpert.metrics import VQAAccuracy, normalise_answer
+from visexpert.metrics import VQAAccuracy, normalize_answer
 
 
 @pytest.mark.parametrize(
@@ -40,8 +40,8 @@ from visexpert.metrics import VQAAccuracy, normalise_answer
         ("  ", ""),
     ],
 )
-def test_normalisation(text: str, normal: str) -> None:
-    assert normalise_answer(text) == normal
+def test_normalization(text: str, normal: str) -> None:
+    assert normalize_answer(text) == normal
 
 
 @pytest.mark.parametrize("matches, accuracy", [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (9, 1.0)])
@@ -56,11 +56,11 @@ def test_ten_humans(matches: int, accuracy: float) -> None:
 
 def test_unanimous_humans_are_compared_raw_as_officially() -> None:
     answers, references = ["Yes.", "yes"], [["yes"] * 10] * 2
-    raw, normalise = VQAAccuracy(), VQAAccuracy(unanimous="normalise")
+    raw, normalize = VQAAccuracy(), VQAAccuracy(unanimous="normalize")
     raw.update(answers, references)
-    normalise.update(answers, references)
+    normalize.update(answers, references)
     assert raw.compute() == {"accuracy": 0.5}
-    assert normalise.compute() == {"accuracy": 1.0}
+    assert normalize.compute() == {"accuracy": 1.0}
 
 
 def test_single_reference_is_exact_match_by_family() -> None:

@@ -24,7 +24,7 @@ def plan(strategy: object, precision: str, gpus: int = 4) -> Memory:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "precision", "gpus", "weights", "gradients", "optimiser", "buffers"),
+    ("strategy", "precision", "gpus", "weights", "gradients", "optimizer", "buffers"),
     [
         ("auto", "32-true", 1, 16, 4, 8, 0),
         ("ddp", "32-true", 4, 16, 4, 8, 4),  # buckets hold the gradients again
@@ -38,11 +38,11 @@ def plan(strategy: object, precision: str, gpus: int = 4) -> Memory:
     ],
 )
 def test_bytes_by_strategy_and_precision(
-    strategy: str, precision: str, gpus: int, weights: float, gradients: float, optimiser: float, buffers: float
+    strategy: str, precision: str, gpus: int, weights: float, gradients: float, optimizer: float, buffers: float
 ) -> None:
     memory = plan(strategy, precision, gpus)
-    found = (memory.weights, memory.gradients, memory.optimiser, memory.buffers)
-    assert found == pytest.approx((weights * M, gradients * M, optimiser * M, buffers * M))
+    found = (memory.weights, memory.gradients, memory.optimizer, memory.buffers)
+    assert found == pytest.approx((weights * M, gradients * M, optimizer * M, buffers * M))
     assert memory.activations == 8000
     assert memory.total == sum(found) + 8000 + memory.overhead
 
@@ -57,7 +57,7 @@ def test_fsdp_gathers_the_unit_that_runs_and_the_next() -> None:
 def test_classes_and_their_arguments_are_read() -> None:
     settings = {"stage": 3, "offload_optimizer": True, "offload_parameters": True}
     memory = plan({"class_path": "lightning.pytorch.strategies.DeepSpeedStrategy", "init_args": settings}, "bf16-mixed")
-    assert (memory.weights, memory.gradients, memory.optimiser) == (0, 0, 0)
+    assert (memory.weights, memory.gradients, memory.optimizer) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(("strategy", "precision"), [("xla", "32-true"), ("ddp", "transformer-engine")])

@@ -29,9 +29,9 @@ def _write(folder: Path, text: str = CSV) -> Path:
     return path
 
 
-def _has(path: Path, colour: str) -> bool:
+def _has(path: Path, color: str) -> bool:
     pixels = np.asarray(Image.open(path).convert("RGB")) / 255.0
-    return bool((np.abs(pixels - np.array(to_rgb(colour))).max(axis=2) < 0.012).sum() > 50)
+    return bool((np.abs(pixels - np.array(to_rgb(color))).max(axis=2) < 0.012).sum() > 50)
 
 
 def test_blank_cells_are_skipped_and_the_later_row_of_a_step_counts(tmp_path: Path) -> None:

@@ -28,18 +28,18 @@ def _write(folder: Path, text: str = CSV) -> Path:
     return path
 
 
-def _rows(pixels: Floats, colour: str) -> NDArray[np.int_]:
-    """Rows in which a line of a colour runs."""
-    return np.nonzero((np.abs(pixels - np.array(to_rgb(colour))).max(axis=2) < 0.012).sum(axis=1) > 200)[0]
+def _rows(pixels: Floats, color: str) -> NDArray[np.int_]:
+    """Rows in which a line of a color runs."""
+    return np.nonzero((np.abs(pixels - np.array(to_rgb(color))).max(axis=2) < 0.012).sum(axis=1) > 200)[0]
 
 
-def test_each_kind_has_a_panel_and_each_teacher_a_colour(tmp_path: Path) -> None:
+def test_each_kind_has_a_panel_and_each_teacher_a_color(tmp_path: Path) -> None:
     path = distillation_curves(_write(tmp_path), tmp_path / "figures" / "distillation.png")
     pixels = np.asarray(Image.open(path).convert("RGB")) / 255.0
     assert pixels.shape[:2] == (round(3.3 * 150), round(12.6 * 150))  # three panels in a row
     weights, variances, distances = np.array_split(pixels[: int(pixels.shape[0] * 0.85)], 3, axis=1)
     clip, edges = OKABE_ITO[:2]
-    heights = [_rows(weights, colour).mean() for colour in (clip, edges)]
+    heights = [_rows(weights, color).mean() for color in (clip, edges)]
     assert heights[0] < heights[1]  # .8 is above .2
     assert len(_rows(variances, INK)) and not len(_rows(variances, clip))
     assert len(_rows(distances, edges)) and not len(_rows(distances, clip))

@@ -21,15 +21,15 @@ def _pixels(path: Path) -> Floats:
     return np.asarray(Image.open(path).convert("RGB")) / 255.0
 
 
-def _places(pixels: Floats, colour: Floats) -> tuple[NDArray[np.int_], NDArray[np.int_]]:
-    """Rows and columns of pixels of a colour."""
-    rows, columns = np.nonzero(np.abs(pixels - colour).max(axis=2) < 0.012)
+def _places(pixels: Floats, color: Floats) -> tuple[NDArray[np.int_], NDArray[np.int_]]:
+    """Rows and columns of pixels of a color."""
+    rows, columns = np.nonzero(np.abs(pixels - color).max(axis=2) < 0.012)
     return rows, columns
 
 
-def _laid(colour: Floats, share: float) -> Floats:
-    """A colour over the grey image."""
-    return 0.5 * (1 - 0.85 * share) + 0.85 * share * colour
+def _laid(color: Floats, share: float) -> Floats:
+    """A color over the gray image."""
+    return 0.5 * (1 - 0.85 * share) + 0.85 * share * color
 
 
 def test_encoders_are_shown_side_by_side_on_one_scale(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_encoders_are_shown_side_by_side_on_one_scale(tmp_path: Path) -> None:
     pixels = _pixels(path)
     scale = colormaps[ATTENTION]
     top, mean, none = (_laid(np.array(scale(value)[:3]), 0.9) for value in (1.0, 0.5**0.5, 0.0))
-    (_, left), (_, right), (_, after) = (_places(pixels, colour) for colour in (top, none, mean))
+    (_, left), (_, right), (_, after) = (_places(pixels, color) for color in (top, none, mean))
     assert len(left) == pytest.approx(len(right), rel=0.05) and len(after) == pytest.approx(2 * len(left), rel=0.05)
     assert left.max() < right.min() and right.max() < after.min()
 
@@ -54,15 +54,15 @@ def test_entropy_in_titles_is_a_share_of_the_greatest() -> None:
     assert _entropy(np.stack([two])) == pytest.approx(0.25)
 
 
-def test_a_token_is_coloured_by_the_expert_it_is_sent_to(tmp_path: Path) -> None:
+def test_a_token_is_colored_by_the_expert_it_is_sent_to(tmp_path: Path) -> None:
     """In the first block the left half goes to expert 0 for sure; in the second all goes to expert 1, barely."""
     probs = np.zeros((1, 2, 4, 4, 2))
     probs[0, 0, :, :2, 0] = probs[0, 0, :, 2:, 1] = 1.0
     probs[0, 1] = (0.4999, 0.5001)
     pixels = _pixels(router_maps(GREY_IMAGE, probs, (0, 3), tmp_path / "routing.png"))
-    first, second = (np.array(to_rgb(colour)) for colour in OKABE_ITO[:2])
+    first, second = (np.array(to_rgb(color)) for color in OKABE_ITO[:2])
     (_, left), (_, right), (_, unsure) = (
-        _places(pixels, colour) for colour in (_laid(first, 1.0), _laid(second, 1.0), _laid(second, 0.4))
+        _places(pixels, color) for color in (_laid(first, 1.0), _laid(second, 1.0), _laid(second, 0.4))
     )
     assert len(left) == pytest.approx(len(right), rel=0.05) and len(unsure) == pytest.approx(2 * len(left), rel=0.05)
     assert left.max() < right.min() and right.max() < unsure.min()
@@ -84,7 +84,7 @@ def test_bars_stand_as_high_as_the_shares_and_lines_as_the_probabilities(tmp_pat
     shares, probabilities = np.array([[0.75, 0.25]]), np.array([[0.5, 0.5]])
     pixels = _pixels(router_usage(shares, probabilities, (2,), tmp_path / "use.png", over="9 images"))
     pixels = pixels[:, : int(pixels.shape[1] * 0.65)]  # without the legend
-    rows = [_places(pixels, np.array(to_rgb(colour)))[0] for colour in OKABE_ITO[:2]]
+    rows = [_places(pixels, np.array(to_rgb(color)))[0] for color in OKABE_ITO[:2]]
     high, low = (int(np.ptp(found)) for found in rows)
     assert high / low == pytest.approx(3, rel=0.03)
     ink_rows, ink_columns = _places(pixels, np.array(to_rgb(INK)))

@@ -12,7 +12,7 @@ from PIL import Image
 from visexpert.errors import DataError
 from visexpert.report import gate_by_region, gate_maps, sample_captions
 from visexpert.report.figures import region_means
-from visexpert.report.palette import OKABE_ITO, RIGHT, WRONG, Floats, colours
+from visexpert.report.palette import OKABE_ITO, RIGHT, WRONG, Floats, colors
 
 NAMES = ["depth", "edges"]
 
@@ -21,31 +21,31 @@ def _pixels(path: Path) -> Floats:
     return np.asarray(Image.open(path).convert("RGB")) / 255.0
 
 
-def _count(pixels: Floats, colour: str | Floats) -> int:
-    wanted = np.array(to_rgb(colour)) if isinstance(colour, str) else colour
+def _count(pixels: Floats, color: str | Floats) -> int:
+    wanted = np.array(to_rgb(color)) if isinstance(color, str) else color
     return int((np.abs(pixels - wanted).max(axis=2) < 0.012).sum())
 
 
-def test_a_token_is_coloured_by_its_strongest_expert(tmp_path: Path) -> None:
-    """Left half listens to depth, right half to edges, over a grey image: both halves have known colours."""
+def test_a_token_is_colored_by_its_strongest_expert(tmp_path: Path) -> None:
+    """Left half listens to depth, right half to edges, over a gray image: both halves have known colors."""
     images = np.full((1, 16, 16, 3), 0.5)
     gates = np.zeros((1, 4, 4, 2))
     gates[:, :, :2, 0] = gates[:, :, 2:, 1] = 1.0
     pixels = _pixels(gate_maps(images, gates, NAMES, tmp_path / "gates.png"))
-    for colour in OKABE_ITO[:2]:
-        blended = 0.15 * 0.5 + 0.85 * np.array(to_rgb(colour))
+    for color in OKABE_ITO[:2]:
+        blended = 0.15 * 0.5 + 0.85 * np.array(to_rgb(color))
         columns = np.nonzero((np.abs(pixels - blended).max(axis=2) < 0.012).any(axis=0))[0]
         assert _count(pixels, blended) > 10_000  # half of two panels of about 240 x 240
         assert len(columns) > 200
-        assert _count(pixels, colour) > 100  # the legend's patch
+        assert _count(pixels, color) > 100  # the legend's patch
 
 
 def test_uniform_gates_show_no_expert_above_its_mean(tmp_path: Path) -> None:
     images = np.full((1, 16, 16, 3), 128, dtype=np.uint8)
     pixels = _pixels(gate_maps(images, np.full((1, 4, 4, 2), 0.5), NAMES, tmp_path / "gates.png"))
-    grey = np.full(3, 128 / 255)
-    blended = (1 - 0.85 * 0.5) * grey + 0.85 * 0.5 * np.array(to_rgb(OKABE_ITO[0]))
-    assert _count(pixels, grey) > 1.9 * _count(pixels, blended) > 0
+    gray = np.full(3, 128 / 255)
+    blended = (1 - 0.85 * 0.5) * gray + 0.85 * 0.5 * np.array(to_rgb(OKABE_ITO[0]))
+    assert _count(pixels, gray) > 1.9 * _count(pixels, blended) > 0
 
 
 def test_mean_gate_by_region_is_the_mean_over_images() -> None:
@@ -97,5 +97,5 @@ def test_figures_have_150_dots_an_inch_and_make_their_folder(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("count", [1, 8, 9, 20])
-def test_no_two_experts_share_a_colour(count: int) -> None:
-    assert len(set(colours(count))) == count
+def test_no_two_experts_share_a_color(count: int) -> None:
+    assert len(set(colors(count))) == count

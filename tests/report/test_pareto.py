@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from visexpert.methods.tove.subset_search import Contribution, SubsetScore
-from visexpert.report.palette import GREY, OKABE_ITO, Floats
+from visexpert.report.palette import GRAY, OKABE_ITO, Floats
 from visexpert.report.pareto import (
     FRONT,
     KEPT,
@@ -42,8 +42,8 @@ def _pixels(path: Path) -> Floats:
     return np.asarray(Image.open(path).convert("RGB")) / 255.0
 
 
-def _where(pixels: Floats, colour: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    rows, columns = np.nonzero(np.abs(pixels - np.array(to_rgb(colour))).max(axis=2) < 0.012)
+def _where(pixels: Floats, color: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    rows, columns = np.nonzero(np.abs(pixels - np.array(to_rgb(color))).max(axis=2) < 0.012)
     return rows, columns
 
 
@@ -55,15 +55,15 @@ def _figure(out: Path, *, measure: str = "ms", budget: float | None = None) -> F
     return _pixels(path)
 
 
-def _plotted(pixels: Floats, colour: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Where a colour is in the plot: up to the first gap, behind which the legend lies."""
-    rows, columns = _where(pixels, colour)
+def _plotted(pixels: Floats, color: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Where a color is in the plot: up to the first gap, behind which the legend lies."""
+    rows, columns = _where(pixels, color)
     there = np.unique(columns)
     end = np.append(np.nonzero(np.diff(there) > 10)[0], len(there) - 1)[0]
     return rows[columns <= there[end]], columns[columns <= there[end]]
 
 
-def _centre(pixels: Floats) -> tuple[float, float]:
+def _center(pixels: Floats) -> tuple[float, float]:
     """Share of the front's width and height at which the ring lies."""
     (rows, columns), (ring_rows, ring_columns) = _plotted(pixels, FRONT), _plotted(pixels, KEPT)
     at_column = (ring_columns.min() + ring_columns.max()) / 2
@@ -73,13 +73,13 @@ def _centre(pixels: Floats) -> tuple[float, float]:
 
 def test_the_ring_lies_at_the_cost_and_score_of_what_is_kept(tmp_path: Path) -> None:
     """The front runs from 2 to 7 ms and from 0.5 to 0.75; depth has 3 ms and 0.7 (points are some pixels wide)."""
-    across, up = _centre(_figure(tmp_path / "pareto.png"))
+    across, up = _center(_figure(tmp_path / "pareto.png"))
     assert abs(across - 1 / 5) < 0.03
     assert abs(up - 4 / 5) < 0.03
 
 
 def test_the_cost_may_be_gflop(tmp_path: Path) -> None:
-    across, _ = _centre(_figure(tmp_path / "pareto.png", measure="gflop"))
+    across, _ = _center(_figure(tmp_path / "pareto.png", measure="gflop"))
     assert abs(across - 3 / 7) < 0.03
 
 
@@ -95,7 +95,7 @@ def test_the_front_is_a_staircase(tmp_path: Path) -> None:
 
 def test_the_budget_is_an_upright_line_at_its_cost(tmp_path: Path) -> None:
     pixels = _figure(tmp_path / "pareto.png", budget=4.5)
-    columns, counts = np.unique(_where(pixels, GREY)[1], return_counts=True)
+    columns, counts = np.unique(_where(pixels, GRAY)[1], return_counts=True)
     front = _plotted(pixels, FRONT)[1]
     assert counts.max() > 0.4 * pixels.shape[0]  # dashes: no letter is as high
     assert abs((columns[counts.argmax()] - front.min()) / np.ptp(front) - 2.5 / 5) < 0.03
@@ -104,8 +104,8 @@ def test_the_budget_is_an_upright_line_at_its_cost(tmp_path: Path) -> None:
 def test_bars_of_worth_and_gate_are_as_long_as_they_say(tmp_path: Path) -> None:
     path = contribution_figure(WORTHS, {"depth": 0.2, "edges": 0.5, "normals": 0.3}, tmp_path / "contribution.png")
     pixels = _pixels(path)
-    for colour, longest, ratio in ((FRONT, 0, 0.3 / 0.1), (OKABE_ITO[1], 1, 0.5 / 0.3)):
-        rows, columns = _where(pixels, colour)
+    for color, longest, ratio in ((FRONT, 0, 0.3 / 0.1), (OKABE_ITO[1], 1, 0.5 / 0.3)):
+        rows, columns = _where(pixels, color)
         third = np.ptp(rows) / 3
         lengths = [np.ptp(columns[(rows - rows.min()) // third == place]) for place in range(3)]
         assert np.argmax(lengths) == longest

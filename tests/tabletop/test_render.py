@@ -48,9 +48,9 @@ def _only(scenes: Scenes, slot: int) -> Scenes:
 def _with_shape(scenes: Scenes, shape: str) -> Scenes:
     """A single scene's first object alone, as another shape, lifted well above the table."""
     one = _only(scenes.rows([0]), 0)
-    centre = one.centre_NO3.clone()
-    centre[..., 2] = 1.6
-    return replace(one, shape_NO=torch.where(one.shape_NO >= 0, SHAPES.index(shape), -1), centre_NO3=centre)
+    center = one.center_NO3.clone()
+    center[..., 2] = 1.6
+    return replace(one, shape_NO=torch.where(one.shape_NO >= 0, SHAPES.index(shape), -1), center_NO3=center)
 
 
 def _world_rays(scenes: Scenes, size: int) -> tuple[Array, Array]:
@@ -80,10 +80,10 @@ def test_sphere_depth_and_normals_in_closed_form(scenes: Scenes) -> None:
     one = _with_shape(scenes, "sphere")
     result = render(one, size=SIZE)
     eye, rays = _world_rays(one, SIZE)
-    centre = one.centre_NO3[0, 0].double().numpy()
+    center = one.center_NO3[0, 0].double().numpy()
     radius = SIZE_RADIUS[SIZES[int(one.size_NO[0, 0])]]
-    a, b = (rays**2).sum(-1), (rays * (eye - centre)).sum(-1)
-    discriminant = b**2 - a * (((eye - centre) ** 2).sum() - radius**2)
+    a, b = (rays**2).sum(-1), (rays * (eye - center)).sum(-1)
+    discriminant = b**2 - a * (((eye - center) ** 2).sum() - radius**2)
     inside = discriminant > 0
     mask = result.instance_NHW[0].numpy() == 1
     assert inside.sum() > 100
@@ -91,7 +91,7 @@ def test_sphere_depth_and_normals_in_closed_form(scenes: Scenes) -> None:
     safe = mask & (discriminant > 1e-2 * discriminant.max())
     depth = (-b - np.sqrt(discriminant.clip(0))) / a
     np.testing.assert_allclose(result.depth_NHW[0].numpy()[safe], depth[safe], rtol=2e-5)
-    normal = (eye + depth[..., None] * rays - centre) / radius
+    normal = (eye + depth[..., None] * rays - center) / radius
     np.testing.assert_allclose(_world_normals(one, result)[safe], normal[safe], atol=2e-3)
 
 
@@ -100,14 +100,14 @@ def test_first_surface_agrees_with_a_ray_march(scenes: Scenes, shape: str) -> No
     one, size = _with_shape(scenes, shape), 48
     result = render(one, size=size)
     eye, rays = _world_rays(one, size)
-    centre, yaw = one.centre_NO3[0, 0].double().numpy(), float(one.yaw_NO[0, 0])
+    center, yaw = one.center_NO3[0, 0].double().numpy(), float(one.yaw_NO[0, 0])
     half = np.array(SHAPE_HALF_EXTENT[shape]) * SIZE_RADIUS[SIZES[int(one.size_NO[0, 0])]]
     turn = np.array([[np.cos(yaw), np.sin(yaw), 0], [-np.sin(yaw), np.cos(yaw), 0], [0, 0, 1]])
-    start = float(np.linalg.norm(centre - eye)) - 1.5
+    start = float(np.linalg.norm(center - eye)) - 1.5
     step = 0.004
     first = np.full((size, size), np.inf)
     for depth in np.arange(start, start + 3.0, step)[::-1]:
-        x, y, z = np.moveaxis(((eye + depth * rays - centre) @ turn.T) / half, -1, 0)
+        x, y, z = np.moveaxis(((eye + depth * rays - center) @ turn.T) / half, -1, 0)
         inside = {
             "sphere": x**2 + y**2 + z**2 < 1,
             "cube": np.maximum(np.maximum(abs(x), abs(y)), abs(z)) < 1,
@@ -185,8 +185,8 @@ def test_shadow_of_a_sphere_on_the_table_in_closed_form(scenes: Scenes) -> None:
     hits = cast(one, groups, rays)
     shade = shadowed(one, groups, hits, rays, torch.ones(1, SIZE, SIZE, dtype=torch.bool))[0].numpy()
     points = _points(one, hits.depth_NHW[0].numpy())
-    light, centre = one.light_N3[0].double().numpy(), one.centre_NO3[0, 0].double().numpy()
-    distance = np.linalg.norm(np.cross(points - centre, light), axis=-1)  # of the centre to the line towards the light
+    light, center = one.light_N3[0].double().numpy(), one.center_NO3[0, 0].double().numpy()
+    distance = np.linalg.norm(np.cross(points - center, light), axis=-1)  # of the center to the line towards the light
     radius = SIZE_RADIUS[SIZES[int(one.size_NO[0, 0])]]
     table = hits.instance_NHW[0].numpy() == 0
     clear = table & (abs(distance - radius) > 1e-3)
@@ -201,10 +201,10 @@ def test_graph_holds_the_analytic_projection_and_the_visible_pixels(scenes: Scen
     for index, graph in enumerate(graphs):
         eye, axes = scenes.eye_N3[index].double().numpy(), scenes.axes_N33[index].double().numpy()
         for slot, node in enumerate(graph.objects):
-            right, up, depth = axes @ (scenes.centre_NO3[index, slot].double().numpy() - eye)
+            right, up, depth = axes @ (scenes.center_NO3[index, slot].double().numpy() - eye)
             expected = (right / depth / TAN_HALF_FOV, -up / depth / TAN_HALF_FOV, depth)
             assert (node.u, node.v, node.depth) == pytest.approx(expected, abs=1e-4)
-            assert node.height == float(scenes.centre_NO3[index, slot, 2])
+            assert node.height == float(scenes.center_NO3[index, slot, 2])
             assert node.pixels == int((rendered.instance_NHW[index] == slot + 1).sum())
             assert node.shape == SHAPES[int(scenes.shape_NO[index, slot])]
 

@@ -76,7 +76,7 @@ def test_rejection_leaves_the_number_of_objects_uniform(many: Scenes) -> None:
 def test_each_object_is_visible_and_inside_the_frame(many: Scenes) -> None:
     filled = many.shape_NO >= 0
     assert (visible_pixels(many, size=VISIBILITY_SIZE)[filled] >= MIN_VISIBLE_PIXELS).all()
-    offset = many.centre_NO3.double() - many.eye_N3[:, None].double()
+    offset = many.center_NO3.double() - many.eye_N3[:, None].double()
     right, up, depth = torch.einsum("nok,nak->ano", offset, many.axes_N33.double())
     assert (depth[filled] > 0).all()
     assert ((right.abs() / depth)[filled] <= FRAME_LIMIT * TAN_HALF_FOV + 1e-5).all()
@@ -87,13 +87,13 @@ def test_objects_neither_touch_nor_sink_into_the_table(many: Scenes) -> None:
     half = torch.tensor([SHAPE_HALF_EXTENT[shape] for shape in SHAPES])[many.shape_NO]
     half = half * torch.tensor([SIZE_RADIUS[size] for size in SIZES])[many.size_NO][..., None]
     filled = many.shape_NO >= 0
-    lift = (many.centre_NO3[..., 2] - half[..., 2])[filled]
+    lift = (many.center_NO3[..., 2] - half[..., 2])[filled]
     assert (lift > -1e-5).all()
     standing = lift < 1e-4
     assert 0.35 < standing.float().mean() < 0.65
     assert (lift[~standing] > 0.199).all() and (lift[~standing] < 1.701).all()
     # Two bodies are apart where the spheres inside them are (from other sizes than the sampler's).
-    gap = torch.cdist(many.centre_NO3, many.centre_NO3) - half.amin(-1)[:, :, None] - half.amin(-1)[:, None, :]
+    gap = torch.cdist(many.center_NO3, many.center_NO3) - half.amin(-1)[:, :, None] - half.amin(-1)[:, None, :]
     pair = filled[:, :, None] & filled[:, None, :] & ~torch.eye(5, dtype=torch.bool)
     assert (gap[pair] > 0).all()
 

@@ -170,7 +170,7 @@ def test_shipped__loads_and_matches_its_card(name: str) -> None:
     tokens = expert(torch.rand(2, 3, 96, 96)).tokens_BSE
     assert tokens.shape == (2, facts["grid"][0] * facts["grid"][1], facts["token_dim"])
     assert torch.isfinite(tokens).all()
-    assert expert.licence == facts["licence"] == "Apache-2.0"
+    assert expert.license == facts["license"] == "Apache-2.0"
 
 
 def test_shipped__widths_grids_inputs_and_kinds_differ() -> None:

@@ -38,10 +38,10 @@ def test_every_text_is_known_and_at_most_26_tokens_long() -> None:
     pools = generate_pools(random_graphs(300, seed=0), split="train", seed=0, progress=False)
     packer = TextPacker(tabletop_tokenizer())
     items = [item for pool in pools for item in pool]
-    tokenised = packer.tokenise_all(items)
-    assert max(len(ids) for ids, _ in tokenised) <= 26
-    assert not any((ids == 3).any() for ids, _ in tokenised)
-    used = {int(token) for ids, _ in tokenised for token in ids}
+    tokenized = packer.tokenize_all(items)
+    assert max(len(ids) for ids, _ in tokenized) <= 26
+    assert not any((ids == 3).any() for ids, _ in tokenized)
+    used = {int(token) for ids, _ in tokenized for token in ids}
     assert set(range(len(vocabulary()))) - used == {0, 3, 4}  # closed: no word is there in vain
 
 

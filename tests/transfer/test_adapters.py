@@ -31,22 +31,22 @@ def test_starts_at_zero_and_its_last_layer_hears_the_loss_at_once(map_grid: tupl
 def test_the_layers_before_hear_it_from_the_second_step() -> None:
     adapter = TokenAdapter(in_dim=5, out_dim=6, out_grid=(2, 2))
     tokens = expert_tokens((4, 4), 5)
-    optimiser = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
     target_BTD = torch.randn(2, 4, 6)
     for expected in (False, True):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.mse_loss(adapter(tokens), target_BTD).backward()
         assert adapter.hidden.weight.grad is not None
         assert bool(adapter.hidden.weight.grad.abs().max() > 0) is expected
-        optimiser.step()
+        optimizer.step()
 
 
 def test_is_the_mlp_of_the_resampled_tokens() -> None:
     adapter = TokenAdapter(in_dim=3, out_dim=4, out_grid=(2, 2), hidden_dim=7, zero_init=False)
     tokens = expert_tokens((6, 6), 3)
     x_BTE = resample_tokens(tokens.tokens_BSE, (6, 6), (2, 2))
-    centred = x_BTE - x_BTE.mean(-1, keepdim=True)
-    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    centered = x_BTE - x_BTE.mean(-1, keepdim=True)
+    normed = centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     hidden = normed @ adapter.hidden.weight.T + adapter.hidden.bias
     hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
     expected = hidden @ adapter.out.weight.T + adapter.out.bias

@@ -18,7 +18,7 @@ from visexpert.transfer.encoder_adapters import (
     KDHead,
     KDPair,
     ReleasedAdapter,
-    Standardise,
+    Standardize,
     make_kd_head,
 )
 from visexpert.types import ExpertTokens
@@ -118,7 +118,7 @@ def test_raw_is_the_teacher_itself_on_the_students_grid() -> None:
 
 
 @pytest.mark.parametrize("alignment", ["to_teacher", "fixed"])
-def test_targets_are_standardised_and_settle_with_training(alignment: Alignment) -> None:
+def test_targets_are_standardized_and_settle_with_training(alignment: Alignment) -> None:
     teacher = Sizes(8, (3, 3))
     head = make(teacher, alignment)
     for _ in range(30):
@@ -134,20 +134,20 @@ def test_targets_are_standardised_and_settle_with_training(alignment: Alignment)
 
 
 def test_statistics_are_the_mean_over_batches_and_travel_in_the_checkpoint() -> None:
-    standardise = Standardise(2)
+    standardize = Standardize(2)
     batches = [torch.randn(4, 5, 2) * scale + shift for scale, shift in ((1.0, 3.0), (2.0, -1.0))]
     for batch in batches:
-        last = standardise(batch)
+        last = standardize(batch)
     mean = torch.stack([batch.mean((0, 1)) for batch in batches]).mean(0)
     var = torch.stack([batch.flatten(0, 1).var(0) for batch in batches]).mean(0)
     torch.testing.assert_close(last, (batches[1] - mean) / (var + 1e-5).sqrt())
-    fresh = Standardise(2)
-    fresh.load_state_dict(standardise.state_dict())
+    fresh = Standardize(2)
+    fresh.load_state_dict(standardize.state_dict())
     torch.testing.assert_close(fresh.eval()(batches[1]), last)
 
 
-def test_before_any_training_the_batch_standardises_itself() -> None:
-    out = Standardise(4).eval()(torch.randn(16, 9, 4) * 7 - 2)
+def test_before_any_training_the_batch_standardizes_itself() -> None:
+    out = Standardize(4).eval()(torch.randn(16, 9, 4) * 7 - 2)
     torch.testing.assert_close(out.mean((0, 1)), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(out.var((0, 1)), torch.ones(4), atol=1e-3, rtol=0)
 
@@ -155,7 +155,7 @@ def test_before_any_training_the_batch_standardises_itself() -> None:
 def test_samples_without_an_image_leave_the_statistics_alone() -> None:
     mask = torch.tensor([True, False, True])
     tokens_BTE = torch.randn(3, 9, 4)
-    ours, theirs = Standardise(4), Standardise(4)
+    ours, theirs = Standardize(4), Standardize(4)
     masked = ours(torch.where(mask[:, None, None], tokens_BTE, 1e4), mask)
     torch.testing.assert_close(masked[mask], theirs(tokens_BTE[mask]))
     assert torch.equal(ours.statistics.state_dict()["running_mean"], theirs.statistics.state_dict()["running_mean"])
@@ -181,14 +181,14 @@ def test_a_fixed_map_of_a_narrow_teacher_keeps_distances() -> None:
     head = make(NARROW, "fixed").train()
     tokens = NARROW.tokens()
     target = head(student(), tokens).target_BTX
-    standardised = head.eval().get_submodule("standardise")(resample_tokens(tokens.tokens_BSE, (6, 6), (3, 3)))
-    torch.testing.assert_close(torch.cdist(target, target), torch.cdist(standardised, standardised), atol=1e-4, rtol=0)
+    standardized = head.eval().get_submodule("standardize")(resample_tokens(tokens.tokens_BSE, (6, 6), (3, 3)))
+    torch.testing.assert_close(torch.cdist(target, target), torch.cdist(standardized, standardized), atol=1e-4, rtol=0)
 
 
 def test_statistics_go_on_as_those_of_batch_norm_after_loading_them() -> None:
     """What is loaded replaces the count of batches, too."""
     batches = [torch.randn(4, 5, 3) * scale + scale for scale in (1.0, 2.0, 4.0, 8.0)]
-    reference, ours, other = nn.BatchNorm1d(3, affine=False, momentum=None), Standardise(3), Standardise(3)
+    reference, ours, other = nn.BatchNorm1d(3, affine=False, momentum=None), Standardize(3), Standardize(3)
     other(batches[3])
     for batch in batches[:2]:
         reference(batch.flatten(0, 1)), ours(batch)
@@ -233,7 +233,7 @@ def test_words_that_do_not_go_together_are_refused(words: Any, message: str) -> 
 def test_a_batch_that_is_not_finite_teaches_nothing(bad: float, when: int) -> None:
     """``on_nan: skip`` passes over the step; the statistics must be those of the other batches alone."""
     batches = [torch.randn(4, 5, 3) * scale + scale for scale in (1.0, 2.0, 3.0)]
-    sound, met = Standardise(3).train(), Standardise(3).train()
+    sound, met = Standardize(3).train(), Standardize(3).train()
     for number, batch in enumerate(batches):
         sound(batch)
         if number == when:

@@ -37,7 +37,7 @@ def test_rows_sum_to_one_over_what_is_attached(hidden: int | None, noise: NoiseK
     torch.testing.assert_close(gates_BTK.sum(-1), torch.ones(2, 6))
 
 
-def test_detaching_renormalises_the_rest() -> None:
+def test_detaching_renormalizes_the_rest() -> None:
     gate = gate_with_wide_logits().eval()
     tokens_BTD = clip_tokens()
     everything = gate(tokens_BTD, ALL.tolist()).gates_BTK
@@ -55,7 +55,7 @@ def test_each_token_has_its_own_gate() -> None:
     assert gates_BTK.std(dim=1).max() > 0.05
 
 
-def test_top_k_keeps_the_largest_and_renormalises() -> None:
+def test_top_k_keeps_the_largest_and_renormalizes() -> None:
     gate = gate_with_wide_logits(top_k=2).eval()
     tokens_BTD = clip_tokens()
     gates_BTK = gate(tokens_BTD, ATTACHED.tolist()).gates_BTK

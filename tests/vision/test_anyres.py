@@ -40,7 +40,7 @@ def test_tiles_of_an_image_by_hand() -> None:
     assert torch.equal(tiles, torch.stack([image[:, :, :SIDE], image[:, :, SIDE:]]))
 
 
-def test_padding_is_black_and_centred() -> None:
+def test_padding_is_black_and_centerd() -> None:
     tiles = cut(torch.ones(3, 10, 40), (10, 40), (1, 2), tiled())  # 32 wide, hence 8 of 16 rows
     assert tiles.shape == (2, 3, SIDE, SIDE)
     rows = tiles[0, 0].mean(1).round(decimals=5)

@@ -166,7 +166,7 @@ def test_preprocessing_equals_the_processor_within_two_grey_levels(folder: Path,
     assert levels.mean() <= 0.5
 
 
-def test_a_preprocessor_file_decides_the_normalisation(folder: Path) -> None:
+def test_a_preprocessor_file_decides_the_normalization(folder: Path) -> None:
     path = folder / "preprocessor_config.json"
     path.write_text(json.dumps({"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.5, 1.0]}), encoding="utf-8")
     pixels_BCHW = images()

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from tests.io.hub import put_in_cache
-from tests.vision.test_published import FIELDS, loaded, open_clip_model, randomised
+from tests.vision.test_published import FIELDS, loaded, open_clip_model, randomized
 from visexpert.errors import UserError, WeightsError
 from visexpert.planning import read_configs
 from visexpert.vision import ClipEncoder
@@ -160,7 +160,7 @@ def test_two_towers_in_a_file_are_refused(tmp_path: Path) -> None:
 
 
 def test_prefixes_of_open_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model: CLIPVisionModel = randomised(CLIPVisionModel(CLIPVisionConfig(**FIELDS)))
+    model: CLIPVisionModel = randomized(CLIPVisionModel(CLIPVisionConfig(**FIELDS)))
     model.save_pretrained(tmp_path / "hf")
     expected = loaded(source=str(tmp_path / "hf")).fingerprint()
     assert loaded(source=f"local-dir:{tmp_path / 'hf'}").fingerprint() == expected
@@ -174,7 +174,7 @@ def test_prefixes_of_open_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def llava() -> LlavaForConditionalGeneration:
     vision = FIELDS | {"model_type": "clip_vision_model"}
     model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=LlamaConfig(**TEXT)))
-    found: LlavaForConditionalGeneration = randomised(model)
+    found: LlavaForConditionalGeneration = randomized(model)
     return found
 
 

@@ -32,7 +32,7 @@ CFG: dict[str, Any] = {
 }  # fmt: skip
 
 
-def randomised(model: Any) -> Any:
+def randomized(model: Any) -> Any:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -40,7 +40,7 @@ def randomised(model: Any) -> Any:
 
 def open_clip_model(**changes: Any) -> Any:
     cfg = {**CFG, **changes}
-    return randomised(CLIP(cfg["embed_dim"], cfg["vision_cfg"], TEXT, quick_gelu=cfg["quick_gelu"]))
+    return randomized(CLIP(cfg["embed_dim"], cfg["vision_cfg"], TEXT, quick_gelu=cfg["quick_gelu"]))
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def transformers_folder(tmp_path: Path) -> Path:
     """A whole CLIP, text tower included, in save_pretrained form."""
     text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 9}
     text |= {"bos_token_id": 0, "eos_token_id": 1}
-    model = randomised(CLIPModel(CLIPConfig(vision_config=FIELDS, text_config=text, projection_dim=10)))
+    model = randomized(CLIPModel(CLIPConfig(vision_config=FIELDS, text_config=text, projection_dim=10)))
     model.save_pretrained(tmp_path / "hf")
     return tmp_path / "hf"
 
@@ -169,7 +169,7 @@ def test_what_was_given_must_agree_with_what_the_files_say(
     assert good.fingerprint() == loaded(source=str(open_clip_folder)).fingerprint()
 
 
-def test_normalisation_that_arrives_with_the_weights_is_used(
+def test_normalization_that_arrives_with_the_weights_is_used(
     open_clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "none"))
@@ -273,12 +273,12 @@ def test_positions__the_same_grid_is_untouched_and_a_constant_stays_one() -> Non
         resize_positions(positions, to_hw=(6, 4), prefix=2)
 
 
-def test_licences(transformers_folder: Path) -> None:
-    assert ClipEncoder(source=str(transformers_folder)).licence == "not stated"
+def test_licenses(transformers_folder: Path) -> None:
+    assert ClipEncoder(source=str(transformers_folder)).license == "not stated"
     (transformers_folder / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
-    assert ClipEncoder(source=str(transformers_folder)).licence == "mit"
-    assert ClipEncoder(source=str(transformers_folder), licence="MIT").licence == "MIT"
-    assert ClipEncoder(source="zoo:clip").licence == "Apache-2.0"
+    assert ClipEncoder(source=str(transformers_folder)).license == "mit"
+    assert ClipEncoder(source=str(transformers_folder), license="MIT").license == "MIT"
+    assert ClipEncoder(source="zoo:clip").license == "Apache-2.0"
 
 
 def test_fields_and_tensors_used_above_are_those_of_clip() -> None:

@@ -12,7 +12,7 @@ from visexpert.captioning import Captioner
 from visexpert.data import read_image
 from visexpert.errors import DataError, UserError
 from visexpert.io.run_files import read_json
-from visexpert.report.palette import colours
+from visexpert.report.palette import colors
 from visexpert.runs import load_run
 
 MAX_PIXELS = 16_000_000
@@ -99,7 +99,7 @@ class Session:
             rows.append((_chosen(model, other.experts), text, _cost(model, other.experts)))
         overlay = None
         if answer.gates_HWK is not None:
-            own = dict(zip(self.experts, colours(len(self.experts)), strict=True))  # of its own, whoever else is off
+            own = dict(zip(self.experts, colors(len(self.experts)), strict=True))  # of its own, whoever else is off
             overlay = gate_overlay(answer.image_HW3, answer.gates_HWK, {name: own[name] for name in answer.experts})
         unknown = captioner.unknown_words(prompt)
         note = f"The vocabulary lacks: {', '.join(unknown)}. The model reads <unk> instead." if unknown else ""

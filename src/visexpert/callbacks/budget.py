@@ -50,7 +50,7 @@ class TrainingBudget(Callback):
             raise ConfigError(f"TrainingBudget: count={count!r} is unknown; use 'as_run' or 'live'.")
         self.gflop, self.seconds, self.count = gflop, seconds, count
         self.total = UNLIMITED
-        """Optimiser steps that the budget allows, by what steps have cost so far."""
+        """Optimizer steps that the budget allows, by what steps have cost so far."""
         self._limit = UNLIMITED
         self._cost: CostReport | None = None
         self._first_end: tuple[int, float] | None = None
@@ -163,7 +163,7 @@ class TrainingBudget(Callback):
         return self._seconds + (0.0 if self._started is None else time.perf_counter() - self._started)
 
     def _step_cost(self, trainer: Trainer, done: int) -> float | None:
-        """Cost of an optimiser step: work of the last one that was counted, or the mean time of all but the first."""
+        """Cost of an optimizer step: work of the last one that was counted, or the mean time of all but the first."""
         if self.gflop is None:
             now = self._spent()
             if self._first_end is None:

@@ -20,7 +20,7 @@ class CostReport(Callback):
 
     Of training: ``train_seconds`` (wall clock of the fit, validation included), ``train_images``, ``train_gflop``
     (forward and backward, as run: tokens read from the feature store cost nothing) and ``train_gflop_live`` (the same
-    with every encoder run at each step). Filling the store is not counted, since runs share it; nor is the optimiser,
+    with every encoder run at each step). Filling the store is not counted, since runs share it; nor is the optimizer,
     which multiplies no matrices. All go on where a run is continued from a checkpoint, as if it had never ended. A
     method's steps are counted by torch as they happen, one in ``gflop_every``; those between cost what the last one
     did.

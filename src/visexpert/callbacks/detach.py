@@ -72,7 +72,7 @@ class ExpertDetachment(Phase):
         images: Validation images to score each subset on; null takes all.
         timing_images: Images per call while measuring milliseconds.
         timing_seconds: Least time to spend on measuring them, twice.
-        retune_steps: Optimiser steps of what is left after detachment; 0 for none, at a loss.
+        retune_steps: Optimizer steps of what is left after detachment; 0 for none, at a loss.
         retune_lr: Their peak learning rate, for all that trains; null takes the run's own rates.
         eval_every: Steps between scores on the validation images while re-tuning.
         checkpoint_every: Steps between checkpoints while re-tuning.

@@ -32,7 +32,7 @@ def data_identity(data: Any) -> dict[str, Any] | None:
 
 
 def tokenizer_identity(tokenizer: Any) -> str | None:
-    """Digest of a transformers tokenizer: vocabulary, merges and normalisation, not its padding; None for no such."""
+    """Digest of a transformers tokenizer: vocabulary, merges and normalization, not its padding; None for no such."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = json.loads(backend.to_str())

@@ -67,7 +67,7 @@ def check_exportable(model: LightningModule, formats: Sequence[str]) -> None:
 
 
 def llava_problems(model: Method) -> list[str]:
-    """Settings of a method's language side, projector and CLIP that LLaVA's form has no place for."""
+    """Settings of a method's language model, projector and CLIP that LLaVA's form has no place for."""
     language, layers, norm = model.language, model.projector.layers, model.projector.norm
     scale = language.position_scale if isinstance(language, PrefixLM) else 0
     problems = {

@@ -36,11 +36,11 @@ class KnowledgeMerging(Phase):
     """Merge CLIP and its experts into one plain CLIP (ToVE's knowledge merging), after training or on a finished run.
 
     Writes RUN/merged, a run of its own: configuration, scores, checkpoint and ``merge.json`` (how it came about, and
-    the licence of each expert that contributed). An interrupted merge goes on from its last checkpoint when the same
+    the license of each expert that contributed). An interrupted merge goes on from its last checkpoint when the same
     command is given again; a finished one is not done again.
 
     Args:
-        steps: Optimiser steps; null is as many as the run had.
+        steps: Optimizer steps; null is as many as the run had.
         student: Merge into a CLIP with MoLE, as MoVE-KD's student has; null for a plain one. `visexpert export` can
             keep it or fold it into a plain CLIP.
         merging: What trains, and against what.
@@ -149,8 +149,8 @@ class KnowledgeMerging(Phase):
             "teacher_steps": model.trained_steps,
             "layer": model.clip.layer,
             "fusion_space": model.fusion_space,
-            "clip_licence": model.clip.licence,
-            "experts": {name: model.hub[name].licence for name in model.hub.attached},
+            "clip_license": model.clip.license,
+            "experts": {name: model.hub[name].license for name in model.hub.attached},
         }
 
     def _is_done(self, model: FusingMethod, out: Path) -> bool:

@@ -78,7 +78,7 @@ class PhaseSettings:
 
         Args:
             folder: Folder of the phase.
-            steps: Optimiser steps; 0 for a trainer that only scores.
+            steps: Optimizer steps; 0 for a trainer that only scores.
             checkpoint_every: Steps between checkpoints to continue from; None for none.
             cost: The report that saw the training, so that the test's says how long it took.
             options: More of Lightning's own.

@@ -1,4 +1,4 @@
-"""Save a trained language side as a start for other runs."""
+"""Save a trained language model as a start for other runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from visexpert.methods import Method
 
 
 class ShipLanguage(Callback):
-    """Writes the language side's weights (fp16 safetensors) and how they came about at the end of training.
+    """Writes the language model's weights (fp16 safetensors) and how they came about at the end of training.
 
     Args:
         out: Weights file; the facts go beside it as ``.json`` under ``cards``.
@@ -30,7 +30,7 @@ class ShipLanguage(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, Method):
-            raise ConfigError("ShipLanguage needs a method with a language side; remove it from this config.")
+            raise ConfigError("ShipLanguage needs a method with a language model; remove it from this config.")
         if not trainer.is_global_zero:
             return
         state = pl_module.language.state_dict()
@@ -44,7 +44,7 @@ class ShipLanguage(Callback):
         }
         facts = {
             "name": self.out.stem,
-            "licence": "Apache-2.0",
+            "license": "Apache-2.0",
             "trained_on": self.trained_on,
             "steps": trainer.global_step,
             "parameters": sum(value.numel() for value in weights.values()),

@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "images, or its training images where it has no others)",
     )  # fmt: skip
     parser.add_argument(
-        "--steps", type=int, metavar="N", help=f"optimiser steps of --mole flatten (default: {STEPS})"
+        "--steps", type=int, metavar="N", help=f"optimizer steps of --mole flatten (default: {STEPS})"
     )  # fmt: skip
     parser.add_argument(
         "--lr", type=float, metavar="X",

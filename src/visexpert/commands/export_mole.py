@@ -62,7 +62,7 @@ def sources_of(
     others = [name for name in formats if name not in sources]
     if others:
         clip, report = _plain(with_images(saved, images), student, chosen[others[0]], flatten, named=images is not None)
-        model.clip = clip  # what the language side of the export is compared with
+        model.clip = clip  # what the language model of the export is compared with
         sources |= dict.fromkeys(others, replace(source, clip=clip, mole=report))
     return {name: sources[name] for name in formats}
 

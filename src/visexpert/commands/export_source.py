@@ -37,10 +37,10 @@ def source_of(saved: SavedRun, layers: Sequence[int] | None, *, with_language: b
     Args:
         saved: The run.
         layers: Hidden states to compare; None for the one that is read and the last.
-        with_language: Take the language side, too (for LLaVA).
+        with_language: Take the language model, too (for LLaVA).
 
     Raises:
-        ConfigError: A layer that the CLIP does not have, or a language side that LLaVA has no place for.
+        ConfigError: A layer that the CLIP does not have, or a language model that LLaVA has no place for.
     """
     model, clip = saved.model, saved.model.clip
     clip.requires_grad_(False)
@@ -52,24 +52,24 @@ def source_of(saved: SavedRun, layers: Sequence[int] | None, *, with_language: b
     path = saved.folder / FACTS
     facts = read_json(path) if path.is_file() else {}
     name = saved.folder.resolve()
-    origin = {"run": f"{name.parent.name}/{name.name}", "optimiser steps in all": str(saved.steps)}
+    origin = {"run": f"{name.parent.name}/{name.name}", "optimizer steps in all": str(saved.steps)}
     origin |= {f"merge: {key.replace('_', ' ')}": str(facts[key]) for key in TOLD if facts.get(key) is not None}
     if model.beside_clip():
         origin["not exported"] = ", ".join(model.beside_clip())
-        log.warning("What its language side reads through beside CLIP is not exported: %s.", origin["not exported"])
+        log.warning("What its language model reads through beside CLIP is not exported: %s.", origin["not exported"])
     start = _start_of(clip)
     return ExportSource(
-        clip, wanted, None if start is None else _pooled_trained(clip, start), _licences(model, facts), origin,
+        clip, wanted, None if start is None else _pooled_trained(clip, start), _licenses(model, facts), origin,
         _language_parts(saved) if with_language else None, projection=None if start is None else _projection(start),
     )  # fmt: skip
 
 
-def _licences(model: Method, facts: Mapping[str, Any]) -> dict[str, str]:
+def _licenses(model: Method, facts: Mapping[str, Any]) -> dict[str, str]:
     """Of CLIP, and of the experts that were merged into it or, without a merge, trained beside it."""
     own = dict(model.licenses())
     experts = facts.get("experts")
-    merged = own if experts is None else {f"expert {name}": str(licence) for name, licence in experts.items()}
-    return merged | {"clip": str(facts.get("clip_licence", own["clip"]))}
+    merged = own if experts is None else {f"expert {name}": str(license) for name, license in experts.items()}
+    return merged | {"clip": str(facts.get("clip_license", own["clip"]))}
 
 
 def _start_of(clip: ClipEncoder) -> ClipEncoder | None:
@@ -93,7 +93,7 @@ def _projection(start: ClipEncoder) -> Projection | None:
 
 
 def _language_parts(saved: SavedRun) -> LanguageParts:
-    """The language side in LLaVA's form.
+    """The language model in LLaVA's form.
 
     Raises:
         ConfigError: A setting of the run that LLaVA has no place for, by name.
@@ -102,7 +102,7 @@ def _language_parts(saved: SavedRun) -> LanguageParts:
     language, projector = model.language, model.projector
     problems = llava_problems(model)
     if model.read_experts:
-        problems.append(f"use: {list(model.read_experts)} (its language side reads experts: merge first)")
+        problems.append(f"use: {list(model.read_experts)} (its language model reads experts: merge first)")
     if problems:
         raise ConfigError(f"--format llava has no place for {problems[0]}; export '{saved.folder}' as hf, or train so.")
     layers = list(projector.layers.children())

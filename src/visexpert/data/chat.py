@@ -78,7 +78,7 @@ class ChatPacker(TextEncoder):
         """
         with_image = has_image and self.image_in_text
         text, spans = self._render([*item.history, (item.prompt, item.answer)], with_image)
-        ids, starts, ends = self._tokenise(text, with_image=with_image)
+        ids, starts, ends = self._tokenize(text, with_image=with_image)
         supervised = np.zeros(len(ids), dtype=np.bool_)
         for start, end in spans:
             supervised |= self._up_to_eos(ids, (starts >= start) & (ends <= end) & (ends > starts))
@@ -97,7 +97,7 @@ class ChatPacker(TextEncoder):
         """
         with_image = has_image and self.image_in_text
         text, _ = self._render([*history, (question, None)], with_image)
-        ids: list[int] = self._tokenise(text, with_image=with_image)[0].tolist()
+        ids: list[int] = self._tokenize(text, with_image=with_image)[0].tolist()
         return ids
 
     def prompt_text(self, question: str, *, history: Sequence[tuple[str, str]] = (), has_image: bool = True) -> str:
@@ -158,7 +158,7 @@ class ChatPacker(TextEncoder):
             )
         )
 
-    def _tokenise(self, text: str, *, with_image: bool) -> tuple[IntArray, IntArray, IntArray]:
+    def _tokenize(self, text: str, *, with_image: bool) -> tuple[IntArray, IntArray, IntArray]:
         """Return ids and the characters at which each begins and ends, the image's mark as one."""
         place = text.index(MARK) if with_image else 0
         stretches = [(0, text[:place])] if place else []

@@ -87,14 +87,14 @@ class TextPacker(TextEncoder):
 
         Raises:
             ConfigError: The item is a conversation.
-            DataError: As :meth:`tokenise`.
+            DataError: As :meth:`tokenize`.
         """
         if item.history:
             raise ConfigError(_NO_TURNS)
-        ids, num_prompt = self.tokenise(item)
+        ids, num_prompt = self.tokenize(item)
         return EncodedText(ids, np.arange(len(ids)) >= num_prompt)
 
-    def tokenise(self, item: TextItem) -> tuple[IntArray, int]:
+    def tokenize(self, item: TextItem) -> tuple[IntArray, int]:
         """Tokenize one item.
 
         Args:
@@ -106,10 +106,10 @@ class TextPacker(TextEncoder):
         Raises:
             DataError: If the answer is empty, or the prompt leaves no room for it.
         """
-        return self.tokenise_all([item])[0]
+        return self.tokenize_all([item])[0]
 
-    def tokenise_all(self, items: Sequence[TextItem]) -> list[tuple[IntArray, int]]:
-        """Tokenize many items as :meth:`tokenise` does; equal texts are tokenized once and share their array."""
+    def tokenize_all(self, items: Sequence[TextItem]) -> list[tuple[IntArray, int]]:
+        """Tokenize many items as :meth:`tokenize` does; equal texts are tokenized once and share their array."""
         known: dict[tuple[str, str], tuple[IntArray, int]] = {}
         todo = list({(item.prompt, item.answer): item for item in items}.values())
         for start in range(0, len(todo), _CHUNK):

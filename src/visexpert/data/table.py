@@ -28,16 +28,16 @@ class TextTable:
         codes = {kind: code for code, kind in enumerate(mixture)}
         self.items = [[item for item in pool if item.kind in codes] for pool in pools]
         flat = [item for pool in self.items for item in pool]
-        tokenised = packer.tokenise_all(flat)
+        tokenized = packer.tokenize_all(flat)
         self.pad_id = packer.pad_id
         self._packer = packer
         self._prompts: dict[str, tuple[int, ...]] = {}
         self.quota = np.array(list(mixture.values()), dtype=np.int64)
         self.codes = np.array([codes[item.kind] for item in flat], dtype=np.int64)
-        self.prompts = np.array([prompt for _, prompt in tokenised], dtype=np.int64)
-        self.lengths = np.array([len(ids) for ids, _ in tokenised], dtype=np.int64)
+        self.prompts = np.array([prompt for _, prompt in tokenized], dtype=np.int64)
+        self.lengths = np.array([len(ids) for ids, _ in tokenized], dtype=np.int64)
         self.starts = np.cumsum(self.lengths) - self.lengths
-        ids = [ids for ids, _ in tokenised]
+        ids = [ids for ids, _ in tokenized]
         self.ids: npt.NDArray[np.int32] = (np.concatenate(ids) if ids else np.zeros(0)).astype(np.int32)
         self.row_lengths = np.array([len(pool) for pool in self.items], dtype=np.int64)
         self.row_starts = np.cumsum(self.row_lengths) - self.row_lengths

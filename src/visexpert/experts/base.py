@@ -22,15 +22,15 @@ class VisionExpert(nn.Module, ABC):
     """A frozen encoder that turns images into tokens.
 
     A subclass builds its network in ``__init__`` without touching the network or the disk's big files, fills it in
-    :meth:`load_weights`, and implements :meth:`encode`. Resizing and normalising happen here, on the device, so that
+    :meth:`load_weights`, and implements :meth:`encode`. Resizing and normalizing happen here, on the device, so that
     the data never learns about an expert. Sizes are read from the expert by whoever needs them; no YAML repeats them.
 
     Args:
         image_size: Side in pixels that :meth:`encode` expects.
         token_dim: Width E of a token.
         grid_hw: Grid of the tokens, height x width = S.
-        licence: Licence of the weights (SPDX identifier, or the vendor's name for it).
-        mean: Channel means for normalisation, in [0, 1] units.
+        license: License of the weights (SPDX identifier, or the vendor's name for it).
+        mean: Channel means for normalization, in [0, 1] units.
         std: Channel standard deviations, likewise.
         tokens: ``features`` - tokens of the encoder; ``prediction`` - the predicted map, one token per map cell,
             E = its channels (Prismer's low-level experts; a conv stem in the adapter turns it into patch tokens).
@@ -45,7 +45,7 @@ class VisionExpert(nn.Module, ABC):
         image_size: int,
         token_dim: int,
         grid_hw: tuple[int, int],
-        licence: str,
+        license: str,
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         std: Sequence[float] = (0.5, 0.5, 0.5),
         tokens: TokenKind = "features",
@@ -57,7 +57,7 @@ class VisionExpert(nn.Module, ABC):
         self.image_size = image_size
         self.token_dim = token_dim
         self.grid_hw = grid_hw
-        self.licence = licence
+        self.license = license
         self.tokens: TokenKind = tokens
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -77,7 +77,7 @@ class VisionExpert(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
-        """Map normalised pixels (B, 3, image_size, image_size) to tokens (B, S, E), row-major."""
+        """Map normalized pixels (B, 3, image_size, image_size) to tokens (B, S, E), row-major."""
 
     def fingerprint(self) -> str:
         """Hash of what the tokens depend on besides the image, weights included: the feature store's provenance."""
@@ -85,7 +85,7 @@ class VisionExpert(nn.Module, ABC):
         return weights_digest(self, facts=repr(facts))
 
     def preprocess(self, images_BCHW: Tensor) -> Tensor:
-        """Resize (bilinear, antialiased) and normalise images (B, 3, H, W) in [0, 1]."""
+        """Resize (bilinear, antialiased) and normalize images (B, 3, H, W) in [0, 1]."""
         if images_BCHW.shape[-2:] != (self.image_size, self.image_size):
             images_BCHW = resize_images(images_BCHW, self.image_size)
         return (images_BCHW - self.mean) / self.std
@@ -96,5 +96,5 @@ class VisionExpert(nn.Module, ABC):
 
 
 def resize_images(images_BCHW: Tensor, size: int) -> Tensor:
-    """Resize to a square of ``size`` px: bilinear, half-pixel centres, antialiased when shrinking."""
+    """Resize to a square of ``size`` px: bilinear, half-pixel centers, antialiased when shrinking."""
     return F.interpolate(images_BCHW, size=(size, size), mode="bilinear", align_corners=False, antialias=True)

@@ -32,7 +32,7 @@ class KorniaEdges(MapExpert):
         low: Canny: weak edges have at least this gradient.
         high: Canny: strong ones this.
         weights: DexiNed: a file, or a hub id that holds ``DexiNed_BIPED_10.pth``; ``random`` for none.
-        licence: Licence of DexiNed's weights; null says "not stated". The operators have none.
+        license: License of DexiNed's weights; null says "not stated". The operators have none.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class KorniaEdges(MapExpert):
         low: float = 0.1,
         high: float = 0.2,
         weights: str = "kornia/dexined",
-        licence: str | None = None,
+        license: str | None = None,
     ) -> None:
         if method not in get_args(EdgeMethod):
             raise ConfigError(f"{OWNER}: method={method!r} is unknown; use one of {list(get_args(EdgeMethod))}.")
@@ -55,7 +55,7 @@ class KorniaEdges(MapExpert):
         super().__init__(
             network=network,
             recipe=InputRecipe(image_size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
-            licence=licence or (None if learned else "none needed"),
+            license=license or (None if learned else "none needed"),
             facts={"method": method, "low": low, "high": high, "map_size": map_size},
             tokens="prediction",
         )
@@ -96,7 +96,7 @@ class OperatorMap(nn.Module):
         kornia()
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Edges of the grey image."""
+        """Edges of the gray image."""
         filters, grey_B1HW = kornia().filters, kornia().color.rgb_to_grayscale(pixels_BCHW)
         if self.method == "sobel":
             edges_B1HW = filters.sobel(grey_B1HW).clamp(0.0, 1.0)

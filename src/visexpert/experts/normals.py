@@ -52,7 +52,7 @@ class NormalsFromDepth(VisionExpert):
         if inverse is None:
             raise ConfigError(f"{OWNER}: the depth model does not say whether its depth is inverse; give inverse.")
         super().__init__(
-            image_size=depth.image_size, token_dim=3, grid_hw=depth.grid_hw, licence=depth.licence,
+            image_size=depth.image_size, token_dim=3, grid_hw=depth.grid_hw, license=depth.license,
             mean=depth.recipe.mean, std=depth.recipe.std, tokens="prediction",
         )  # fmt: skip
         kornia()
@@ -72,7 +72,7 @@ class NormalsFromDepth(VisionExpert):
         return self.depth.preprocess(images_BCHW)
 
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
-        """Map normalised pixels to unit normals (B, S, 3), row-major."""
+        """Map normalized pixels to unit normals (B, S, 3), row-major."""
         depth_B1HW = self.depth.network(pixels_BCHW).float()
         normals_B3HW = self.normals(self.distance(depth_B1HW) if self.inverse else depth_B1HW)
         return normals_B3HW.flatten(2).transpose(1, 2).to(pixels_BCHW.dtype)

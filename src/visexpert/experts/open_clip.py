@@ -44,7 +44,7 @@ class OpenClipExpert(MapExpert):
         framing: What becomes of an image that is no square: ``squash`` (as CLIP here, so that a patch shows the same
             as CLIP's), ``crop`` or ``pad``; null or ``own`` for the model's own (``resize_mode``).
         interpolation: ``bilinear`` or ``bicubic``; null for the model's own.
-        licence: Licence of the weights; null for what the model card says.
+        license: License of the weights; null for what the model card says.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class OpenClipExpert(MapExpert):
         layer: int | None = None,
         framing: Framing | None = None,
         interpolation: Interpolation | None = None,
-        licence: str | None = None,
+        license: str | None = None,
     ) -> None:
         own_settings = own_of(weights, model)
         settings, tagged = own_settings or named(model, weights, framing=framing)
@@ -73,7 +73,7 @@ class OpenClipExpert(MapExpert):
         super().__init__(
             network=network,
             recipe=recipe,
-            licence=licence or (self_source.licence() if self_source else None),
+            license=license or (self_source.license() if self_source else None),
             facts=facts if layer is not None or network.normed else {**facts, "normed": False},
         )
         self.source = self_source

@@ -22,9 +22,9 @@ class MapExpert(VisionExpert):
     Width and grid are read from the network itself at the size asked for, also on the ``meta`` device.
 
     Args:
-        network: Maps normalised pixels (B, 3, H, W) to (B, E, h, w).
+        network: Maps normalized pixels (B, 3, H, W) to (B, E, h, w).
         recipe: How images get there.
-        licence: Of the weights; None says "not stated".
+        license: Of the weights; None says "not stated".
         facts: What the tokens depend on beside weights and recipe, such as the layer.
         tokens: See :class:`~visexpert.experts.base.VisionExpert`.
     """
@@ -34,7 +34,7 @@ class MapExpert(VisionExpert):
         *,
         network: nn.Module,
         recipe: InputRecipe,
-        licence: str | None,
+        license: str | None,
         facts: Mapping[str, object],
         tokens: TokenKind = "features",
     ) -> None:
@@ -43,7 +43,7 @@ class MapExpert(VisionExpert):
             image_size=recipe.image_size,
             token_dim=shape[1],
             grid_hw=(shape[2], shape[3]),
-            licence=licence or "not stated",
+            license=license or "not stated",
             mean=recipe.mean,
             std=recipe.std,
             tokens=tokens,
@@ -53,11 +53,11 @@ class MapExpert(VisionExpert):
         self.facts = dict(facts)
 
     def preprocess(self, images_BCHW: Tensor) -> Tensor:
-        """Frame and normalise images (B, 3, H, W) in [0, 1] as the recipe says, on their device."""
+        """Frame and normalize images (B, 3, H, W) in [0, 1] as the recipe says, on their device."""
         return self.recipe.prepare(images_BCHW, self.mean, self.std)
 
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
-        """Map normalised pixels (B, 3, image_size, image_size) to tokens (B, S, E), row-major."""
+        """Map normalized pixels (B, 3, image_size, image_size) to tokens (B, S, E), row-major."""
         map_BEHW: Tensor = self.network(pixels_BCHW)
         return map_BEHW.flatten(2).transpose(1, 2)
 

@@ -117,7 +117,7 @@ def _own_settings(source: ModelSource, owner: str) -> dict[str, Any] | None:
 def _recipe(
     settings: Mapping[str, Any], owner: str, size: int | None, interpolation: Interpolation | None
 ) -> InputRecipe:
-    normalise = settings.get("do_normalize", True) and settings.get("image_mean") is not None  # GLPN's has none
+    normalize = settings.get("do_normalize", True) and settings.get("image_mean") is not None  # GLPN's has none
     resample = _RESAMPLING.get(int(settings.get("resample") or 2))
     if resample is None and interpolation is None:
         raise ConfigError(
@@ -130,8 +130,8 @@ def _recipe(
         raise ConfigError(f"{owner}: the processor's size {settings.get('size')} is no square; give image_size.")
     return InputRecipe(
         image_size=size,
-        mean=tuple(settings["image_mean"]) if normalise else (0.0, 0.0, 0.0),
-        std=tuple(settings["image_std"]) if normalise else (1.0, 1.0, 1.0),
+        mean=tuple(settings["image_mean"]) if normalize else (0.0, 0.0, 0.0),
+        std=tuple(settings["image_std"]) if normalize else (1.0, 1.0, 1.0),
         interpolation=interpolation or resample or "bicubic",
         framing=framing,
         crop_share=share,

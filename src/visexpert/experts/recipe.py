@@ -18,7 +18,7 @@ from visexpert.errors import ConfigError
 Interpolation = Literal["bilinear", "bicubic"]
 Framing = Literal["squash", "crop", "pad", "own"]
 """What becomes of an image that is no square: ``squash`` - all of it, stretched, as ``ClipEncoder`` does, so that a
-patch of every expert shows the same as CLIP's; ``crop`` - shortest edge resized, then the centre; ``pad`` - longest
+patch of every expert shows the same as CLIP's; ``crop`` - shortest edge resized, then the center; ``pad`` - longest
 edge resized, then zeros to the right and below; ``own`` - what the model's own processor does."""
 
 
@@ -81,7 +81,7 @@ class InputRecipe:
         )
 
     def prepare(self, images_BCHW: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """Frame and normalise.
+        """Frame and normalize.
 
         Args:
             images_BCHW: (B, 3, H, W), float in [0, 1], any size.
@@ -95,8 +95,8 @@ class InputRecipe:
         if self.framing == "pad":
             height, width = images_BCHW.shape[-2:]
             scale = size / max(height, width)
-            normalised = (self._resized(images_BCHW, [_half_up(height * scale), _half_up(width * scale)]) - mean) / std
-            return F.pad(normalised, (0, size - normalised.shape[-1], 0, size - normalised.shape[-2]))
+            normalized = (self._resized(images_BCHW, [_half_up(height * scale), _half_up(width * scale)]) - mean) / std
+            return F.pad(normalized, (0, size - normalized.shape[-1], 0, size - normalized.shape[-2]))
         if self.framing == "crop":
             # The share is a quotient of whole numbers: 224 / 0.875 must give 256, not 255.
             shortest = math.floor(size / self.crop_share + 1e-6)

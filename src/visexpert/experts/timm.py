@@ -20,7 +20,7 @@ OWNER = "TimmExpert"
 class TimmExpert(MapExpert):
     """Any timm model with feature maps; tokens of [CLS] and registers are left out.
 
-    Input size, normalisation, interpolation, crop and licence are those of timm's ``pretrained_cfg``. Position
+    Input size, normalization, interpolation, crop and license are those of timm's ``pretrained_cfg``. Position
     embeddings and, with another patch size, the patch convolution are interpolated by timm itself.
 
     Args:
@@ -34,7 +34,7 @@ class TimmExpert(MapExpert):
         framing: What becomes of an image that is no square: ``squash`` (as CLIP here), ``crop``, ``pad``, or ``own``
             for the model's own.
         interpolation: ``bilinear`` or ``bicubic``; null for the model's own.
-        licence: Licence of the weights; null for what timm says.
+        license: License of the weights; null for what timm says.
         arguments: Further arguments of the timm model, such as ``{patch_size: 16}``.
     """
 
@@ -47,7 +47,7 @@ class TimmExpert(MapExpert):
         layer: int | None = None,
         framing: Framing = "squash",
         interpolation: Interpolation | None = None,
-        licence: str | None = None,
+        license: str | None = None,
         arguments: dict[str, Any] | None = None,
     ) -> None:
         settings = published_settings(model)
@@ -59,7 +59,7 @@ class TimmExpert(MapExpert):
         super().__init__(
             network=TimmMap(build(model, self_arguments), layer=layer),
             recipe=recipe,
-            licence=licence or settings["license"],
+            license=license or settings["license"],
             facts={"layer": layer, "model": model, "arguments": sorted(self_arguments.items())},
         )
         self.model_name = model

@@ -35,7 +35,7 @@ class HubExpert(MapExpert):
         framing: What becomes of an image that is no square: ``squash`` (as CLIP here), ``crop``, ``pad``, or ``own``
             for the processor's own.
         interpolation: ``bilinear`` or ``bicubic``; null for the processor's own.
-        licence: Licence of the weights; null for what the model card says.
+        license: License of the weights; null for what the model card says.
         facts: See :class:`~visexpert.experts.pretrained.MapExpert`.
         tokens: ``features`` or ``prediction``.
     """
@@ -51,7 +51,7 @@ class HubExpert(MapExpert):
         image_size: int | None = None,
         framing: Framing = "squash",
         interpolation: Interpolation | None = None,
-        licence: str | None = None,
+        license: str | None = None,
         facts: Mapping[str, object],
         tokens: TokenKind = "features",
     ) -> None:
@@ -64,7 +64,7 @@ class HubExpert(MapExpert):
         model = described.build(recipe.image_size)
         super().__init__(
             network=wrap(model), recipe=recipe, facts={**facts, "model": described.config.model_type}, tokens=tokens,
-            licence=licence or (described.source.licence() if described.source else None),
+            license=license or (described.source.license() if described.source else None),
         )  # fmt: skip
         self.described = described
         self.processor = processor

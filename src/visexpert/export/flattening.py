@@ -85,7 +85,7 @@ class Flattening(ClippedModule):
         self.error.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Compare patch tokens, those that a language side reads."""
+        """Compare patch tokens, those that a language model reads."""
         images_BCHW = images_of(batch)
         if len(images_BCHW):
             self.error.update(self.plain(images_BCHW).tokens_BTD, self.student(images_BCHW).tokens_BTD)

@@ -21,7 +21,7 @@ from transformers import AutoImageProcessor, CLIPVisionModel
 
 processor, model = AutoImageProcessor.from_pretrained(FOLDER), CLIPVisionModel.from_pretrained(FOLDER)
 output = model(**processor(images=image, return_tensors="pt"), output_hidden_states=True)
-tokens = output.hidden_states[{layer}][:, 1:]  # patch tokens as the language side reads them"""
+tokens = output.hidden_states[{layer}][:, 1:]  # patch tokens as the language model reads them"""
 
 
 PREFIX = "vision_model."

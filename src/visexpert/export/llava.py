@@ -37,10 +37,10 @@ def write(source: ExportSource, folder: Path) -> None:
     """Write model, tokenizer and processor.
 
     Raises:
-        ConfigError: There is no language side that LLaVA has a place for.
+        ConfigError: There is no language model that LLaVA has a place for.
     """
     if source.language is None:
-        raise ConfigError("A llava export needs a language side that is a prefix LM; this run has none.")
+        raise ConfigError("A llava export needs a language model that is a prefix LM; this run has none.")
     tokenizer, image_id = tokenizer_with_image(source.language.tokenizer)
     model = _assemble(source, source.language, image_id)
     _pad_vocabulary(
@@ -77,7 +77,7 @@ def processor_of(source: ExportSource, tokenizer: Any) -> LlavaProcessor:
     """The processor, with the prompt of training as its chat template and its tokenizer's.
 
     Args:
-        source: What is exported, with a language side.
+        source: What is exported, with a language model.
         tokenizer: A copy of its tokenizer that has ``<image>``; changed.
     """
     assert source.language is not None

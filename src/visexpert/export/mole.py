@@ -39,7 +39,7 @@ class MoLEReport:
             is compared with the student.
         on_val: Errors of patch tokens against the student on the run's validation images, of ``fold`` and, behind it,
             ``flatten``: ``nmse``, ``relative`` (root mean squares), ``mean_cosine``, ``min_cosine``, ``num_images``.
-        steps: Optimiser steps of ``flatten``.
+        steps: Optimizer steps of ``flatten``.
         images: Which images ``usage`` and ``on_val`` are from: ``validation``, ``training`` or ``named`` (--data).
     """
 

@@ -1,4 +1,4 @@
-"""One ONNX graph with a dynamic batch: normalised pixels to named tokens."""
+"""One ONNX graph with a dynamic batch: normalized pixels to named tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ USAGE = """\
 import onnxruntime
 
 session = onnxruntime.InferenceSession("FOLDER/model.onnx")
-(tokens,) = session.run(["patch_tokens"], {{"pixel_values": pixels}})  # float32 (B, 3, {side}, {side}), normalised"""
+(tokens,) = session.run(["patch_tokens"], {{"pixel_values": pixels}})  # float32 (B, 3, {side}, {side}), normalized"""
 
 INLINE_BYTES = 1_500_000_000
 """Above this the weights go into a file beside the graph: protobuf holds no more than 2 GB."""

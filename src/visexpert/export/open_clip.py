@@ -22,7 +22,7 @@ model, _, transform = open_clip.create_model_and_transforms("local-dir:FOLDER")
 output = model.visual.forward_intermediates(
     transform(image)[None], indices=[{index}], output_fmt="NLC", intermediates_only=True
 )
-tokens = output["image_intermediates"][0]  # patch tokens as the language side reads them"""
+tokens = output["image_intermediates"][0]  # patch tokens as the language model reads them"""
 
 TEXT: dict[str, Any] = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1, "proj_type": "none"}
 """open_clip builds no model without a text tower. This one has one word, so that encoding a text fails at once (index

@@ -46,7 +46,7 @@ def report_facts(source: ExportSource, name: str, form: Format, fidelity: Fideli
         "projection": None if source.projection is None else asdict(source.projection),
         "activation": {"hidden_act": act, "quick_gelu": act == "quick_gelu"},
         "preprocessing": {**source.preprocessing, "difference_in_levels_of_255": fidelity.levels},
-        "licences": dict(source.licences),
+        "licenses": dict(source.licenses),
         "origin": dict(source.origin),
         "weights": weights_told(source),
         **({"rounding": _by_layer(source, fidelity.rounding)} if fidelity.rounding else {}),
@@ -113,7 +113,7 @@ def fidelity_text(facts: dict[str, Any]) -> str:
 
 
 def card(source: ExportSource, name: str, form: Format, facts: dict[str, Any]) -> str:
-    """What the folder is, how it loads, and whose licences bind it."""
+    """What the folder is, how it loads, and whose licenses bind it."""
     clip = source.clip
     index = clip.config.num_hidden_layers + clip.layer
     usage = form.usage.format(layer=clip.layer, index=index, side=clip.image_size, question=QUESTION)
@@ -155,7 +155,7 @@ def _facts_table(facts: dict[str, Any]) -> list[str]:
     if how["difference_in_levels_of_255"]:
         worst = ", ".join(f"{key} {value:.2f}" for key, value in how["difference_in_levels_of_255"].items())
         rows["this folder's image processor"] = f"largest difference from training, in levels of 255: {worst}"
-    rows |= {f"licence of {key}": value for key, value in facts["licences"].items()}
+    rows |= {f"license of {key}": value for key, value in facts["licenses"].items()}
     rows |= facts["origin"]
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
 

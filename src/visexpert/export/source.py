@@ -32,7 +32,7 @@ class LanguageParts:
         linear_2: Second layer, behind a GELU.
         tokenizer: Its fast tokenizer.
         encoder: What frames a question in training, with that tokenizer.
-        side: The run's language side, whose ``model`` is the same without its low-rank updates added.
+        side: The run's language model, whose ``model`` is the same without its low-rank updates added.
         logits: Images (B, 3, H, W) in [0, 1] and token ids (B, N) of one text per image to the logits (B, N - 1, V) of
             its tokens from the second on, by visexpert's own forward: what the export is compared with.
     """
@@ -67,9 +67,9 @@ class ExportSource:
         clip: The merged or student CLIP, weights loaded, in eval mode.
         layers: Hidden states to compare: -1 the last, -2 the one before, ...
         pooled_trained: Whether the run trained the pooled output; None where that cannot be told.
-        licences: Licence of ``clip`` and of each expert whose knowledge went into it.
+        licenses: License of ``clip`` and of each expert whose knowledge went into it.
         origin: How it came about, for the report: title to value.
-        language: The language side, where LLaVA has a place for it.
+        language: The language model, where LLaVA has a place for it.
         mole: What becomes of the student's MoLE; None where it never had one.
         projection: What stays behind in CLIP's source; None where that has no projection.
         dtype: What all weights are rounded to and stored in; None for float32, the language model in its own.
@@ -78,7 +78,7 @@ class ExportSource:
     clip: ClipEncoder
     layers: tuple[int, ...]
     pooled_trained: bool | None
-    licences: Mapping[str, str]
+    licenses: Mapping[str, str]
     origin: Mapping[str, str] = field(default_factory=dict)
     language: LanguageParts | None = None
     mole: MoLEReport | None = None
@@ -106,7 +106,7 @@ def layer_name(layer: int) -> str:
 
 
 class NamedOutputs(nn.Module):
-    """A CLIP as one graph: normalised pixels to named tensors.
+    """A CLIP as one graph: normalized pixels to named tensors.
 
     Args:
         clip: The encoder.

@@ -12,7 +12,7 @@ USAGE = """\
 import torch
 
 encoder = torch.export.load("FOLDER/model.pt2").module()
-tokens = encoder(pixels)["patch_tokens"]  # float32 (B, 3, {side}, {side}), normalised"""
+tokens = encoder(pixels)["patch_tokens"]  # float32 (B, 3, {side}, {side}), normalized"""
 
 
 def write(source: ExportSource, folder: Path) -> None:

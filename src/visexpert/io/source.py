@@ -173,8 +173,8 @@ class ModelSource:
         wanted = {str(name) for key, name in listed.items() if holding is not None and holding.search(str(key))}
         return sorted(wanted) or names
 
-    def licence(self) -> str | None:
-        """The licence that the model card (``README.md``) states, where the card is on this machine."""
+    def license(self) -> str | None:
+        """The license that the model card (``README.md``) states, where the card is on this machine."""
         card = None if self.file is not None else self.find("README.md")
         if card is None:
             return None

@@ -206,7 +206,7 @@ def weights_digest(module: nn.Module, *, facts: str) -> str:
 
     Args:
         module: The network, weights loaded.
-        facts: What else its output depends on: input size, layer, normalisation.
+        facts: What else its output depends on: input size, layer, normalization.
     """
     digest = hashlib.sha256(facts.encode())
     for key, value in module.state_dict().items():

@@ -1,6 +1,6 @@
 """Language models: from vision tokens and text to logits, and generation."""
 
-from visexpert.language.base import LanguageSide, Predictions, item_mask, supervised
+from visexpert.language.base import LanguageModel, Predictions, item_mask, supervised
 from visexpert.language.bert_decoder import BertDecoder
 from visexpert.language.chat import LlavaTemplate
 from visexpert.language.cross_attention import CrossAttentionDecoder
@@ -15,7 +15,7 @@ __all__ = [
     "BertDecoder",
     "CrossAttentionDecoder",
     "Decoding",
-    "LanguageSide",
+    "LanguageModel",
     "LlavaTemplate",
     "LoRASettings",
     "NoLanguage",

@@ -27,7 +27,7 @@ class Predictions(NamedTuple):
     targets_M: Tensor
 
 
-class LanguageSide(nn.Module, ABC):
+class LanguageModel(nn.Module, ABC):
     """Reads vision tokens and text and predicts text.
 
     Args:
@@ -163,7 +163,7 @@ def token_lengths(vision: VisionTokens) -> tuple[int, ...]:
     return (tokens_BTD.shape[1],) * len(tokens_BTD) if vision.lengths is None else vision.lengths
 
 
-def refuse_markers(text: TextBatch, side: LanguageSide) -> None:
+def refuse_markers(text: TextBatch, side: LanguageModel) -> None:
     """Check that a text has no image tokens, for models that read images beside the text.
 
     Raises:

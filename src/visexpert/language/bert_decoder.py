@@ -59,7 +59,7 @@ class BertDecoder(PretrainedSide):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(
-            config=config, source=source, weights=weights, dtype=dtype, frozen=frozen, lora=lora, quantisation=None,
+            config=config, source=source, weights=weights, dtype=dtype, frozen=frozen, lora=lora, quantization=None,
             gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
         self.position_scale = position_scale
@@ -80,7 +80,7 @@ class BertDecoder(PretrainedSide):
         return int(self.settings.max_position_embeddings) - self._first_position
 
     def forward(self, vision: VisionTokens, text: TextBatch) -> Predictions:
-        """See :meth:`LanguageSide.forward`."""
+        """See :meth:`LanguageModel.forward`."""
         refuse_markers(text, self)
         self._check_length(text.facts.longest)
         targets_M, predicting_M = supervised(text)

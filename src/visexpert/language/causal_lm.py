@@ -21,7 +21,7 @@ from visexpert.io.reading import read_json
 from visexpert.io.source import ModelSource
 from visexpert.io.weights import reshaped, unreadable
 from visexpert.language.attention import attention_of
-from visexpert.language.lora import Quantisation, quantised
+from visexpert.language.lora import Quantization, quantized
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def read_model(
     settings: PretrainedConfig,
     *,
     dtype: torch.dtype,
-    quantisation: Quantisation | None,
+    quantization: Quantization | None,
     owner: str,
     fresh: tuple[str, ...] = (),
 ) -> nn.Module:
@@ -130,16 +130,16 @@ def read_model(
         source: As :meth:`~visexpert.io.source.ModelSource.parse` reads it.
         settings: Its configuration, from :func:`build_config`.
         dtype: Type of the weights.
-        quantisation: Quantization of the weights.
+        quantization: Quantization of the weights.
         owner: Name of the caller, for messages.
         fresh: Fragments of weight names that may be missing and then stay random.
 
     Raises:
         WeightsError: The weights are missing or damaged, could run code, or do not fit the configuration.
-        ConfigError: ``quantisation`` is unknown or unavailable.
+        ConfigError: ``quantization`` is unknown or unavailable.
     """
     folder = ModelSource.parse(source).fetch_weights(owner=owner).parent
-    options: dict[str, Any] = {} if quantisation is None else {"quantization_config": quantised(quantisation, dtype)}
+    options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantized(quantization, dtype)}
     log.info("%s: reading %s", owner, folder)
     try:
         with _quiet():

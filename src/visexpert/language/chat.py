@@ -87,7 +87,7 @@ class LlavaTemplate(TextEncoder):
         turns = self._with_marker([*item.history, (item.prompt, item.answer)], has_image)
         if any(not answer.strip() for _, answer in turns if answer is not None):
             raise DataError(f"An answer of {item} is empty; correct the annotation or leave the item out.")
-        text = self._tokenise(self._parts(turns))
+        text = self._tokenize(self._parts(turns))
         if self.max_tokens is not None:
             text = EncodedText(text.ids[: self.max_tokens], text.supervised[: self.max_tokens])
             if not text.supervised.any():
@@ -103,7 +103,7 @@ class LlavaTemplate(TextEncoder):
             DataError: As :meth:`encode`.
         """
         turns = self._with_marker([*history, (question, None)], has_image)
-        ids: list[int] = self._tokenise(self._parts(turns)).ids.tolist()
+        ids: list[int] = self._tokenize(self._parts(turns)).ids.tolist()
         return ids
 
     def prompt_text(self, question: str, *, history: Sequence[tuple[str, str]] = (), has_image: bool = True) -> str:
@@ -192,7 +192,7 @@ class LlavaTemplate(TextEncoder):
         if answer is not None:
             yield _Part(f"{answer}\n", learned=True)
 
-    def _tokenise(self, parts: Iterator[_Part]) -> EncodedText:
+    def _tokenize(self, parts: Iterator[_Part]) -> EncodedText:
         """Tokenize each stretch of text as a whole, with the special tokens between them."""
         ids: list[int] = []
         supervised: list[bool] = []

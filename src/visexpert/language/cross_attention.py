@@ -12,7 +12,7 @@ from visexpert.errors import ConfigError, DataError, require_numbers
 from visexpert.io.source import ModelSource
 from visexpert.io.weights import fill_module, read_source
 from visexpert.language.base import (
-    LanguageSide,
+    LanguageModel,
     Predictions,
     at_places,
     image_mask,
@@ -27,7 +27,7 @@ from visexpert.language.writing import CachedWriting
 from visexpert.types import TextBatch, VisionTokens
 
 
-class CrossAttentionDecoder(LanguageSide):
+class CrossAttentionDecoder(LanguageModel):
     """Pre-norm transformer decoder; all text items of an image share the image's keys and values.
 
     Args:
@@ -81,7 +81,7 @@ class CrossAttentionDecoder(LanguageSide):
 
     @property
     def weights_from(self) -> str | None:
-        """See :attr:`LanguageSide.weights_from`."""
+        """See :attr:`LanguageModel.weights_from`."""
         return self.source
 
     @property
@@ -98,7 +98,7 @@ class CrossAttentionDecoder(LanguageSide):
             fill_module(self, state, owner="CrossAttentionDecoder", path=found.path)
 
     def forward(self, vision: VisionTokens, text: TextBatch) -> Predictions:
-        """See :meth:`LanguageSide.forward`."""
+        """See :meth:`LanguageModel.forward`."""
         targets_M, predicting_M = supervised(text)
         refuse_markers(text, self)
         self._check_length(text.facts.longest)

@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig
 
 from visexpert.errors import ConfigError
 
-Quantisation = Literal["nf4", "int8"]
+Quantization = Literal["nf4", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ def lora_modules(model: nn.Module) -> tuple[nn.Module, ...]:
     return tuple(part for layer in layers for part in (layer.lora_A, layer.lora_B))
 
 
-def quantised(kind: Quantisation, compute: torch.dtype) -> Any:
+def quantized(kind: Quantization, compute: torch.dtype) -> Any:
     """Return transformers' setting for loading a model in 4 or 8 bits.
 
     Args:
@@ -85,12 +85,12 @@ def quantised(kind: Quantisation, compute: torch.dtype) -> Any:
     Raises:
         ConfigError: An unknown kind, or bitsandbytes is not installed.
     """
-    if kind not in get_args(Quantisation):
-        raise ConfigError(f"quantisation={kind!r} is unknown; use one of {', '.join(get_args(Quantisation))}.")
+    if kind not in get_args(Quantization):
+        raise ConfigError(f"quantization={kind!r} is unknown; use one of {', '.join(get_args(Quantization))}.")
     if find_spec("bitsandbytes") is None:
         raise ConfigError(
-            f"quantisation={kind!r} needs bitsandbytes, which is not installed: pip install 'bitsandbytes>=0.46', or "
-            "set quantisation to null and dtype to bfloat16."
+            f"quantization={kind!r} needs bitsandbytes, which is not installed: pip install 'bitsandbytes>=0.46', or "
+            "set quantization to null and dtype to bfloat16."
         )
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)

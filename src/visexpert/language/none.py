@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from visexpert.errors import ConfigError
-from visexpert.language.base import LanguageSide, Predictions
+from visexpert.language.base import LanguageModel, Predictions
 from visexpert.language.generation import Decoding
 from visexpert.types import TextBatch, VisionTokens
 
 
-class NoLanguage(LanguageSide):
+class NoLanguage(LanguageModel):
     """Placeholder for a language model; builds nothing and cannot read or generate text."""
 
     def __init__(self) -> None:

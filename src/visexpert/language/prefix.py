@@ -16,7 +16,7 @@ from visexpert.language.base import Predictions, at_places, token_lengths
 from visexpert.language.causal_lm import Dtype
 from visexpert.language.generation import Decoding
 from visexpert.language.hf_generation import seeded, strategy, until
-from visexpert.language.lora import LoRASettings, Quantisation
+from visexpert.language.lora import LoRASettings, Quantization
 from visexpert.language.position import sincos_2d
 from visexpert.language.pretrained import PretrainedSide
 from visexpert.language.reading_check import check_reading
@@ -43,7 +43,7 @@ class PrefixLM(PretrainedSide):
         dtype: Type of the weights: ``float32``, ``bfloat16`` or ``float16``; LoRA parameters stay float32.
         frozen: Keep the weights of ``source``: no gradient, not in checkpoints. LoRA implies it.
         lora: Train low-rank updates instead of the model itself; null for none.
-        quantisation: Hold the frozen model in 4 bits (``nf4``, QLoRA) or 8 (``int8``), with bitsandbytes; null for
+        quantization: Hold the frozen model in 4 bits (``nf4``, QLoRA) or 8 (``int8``), with bitsandbytes; null for
             neither.
         gradient_checkpointing: Keep no activations inside the blocks: less memory, about a third more time.
         image_newline: Train a vector that ends each row of tiles (LLaVA-NeXT); for tiled images.
@@ -59,13 +59,13 @@ class PrefixLM(PretrainedSide):
         dtype: Dtype = "float32",
         frozen: bool = False,
         lora: LoRASettings | None = None,
-        quantisation: Quantisation | None = None,
+        quantization: Quantization | None = None,
         gradient_checkpointing: bool = False,
         image_newline: bool = False,
     ) -> None:
         super().__init__(
             config=config, source=source, weights=weights, dtype=dtype, frozen=frozen, lora=lora,
-            quantisation=quantisation, gradient_checkpointing=gradient_checkpointing,
+            quantization=quantization, gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
         self.position_scale = position_scale
         self.width = int(self.model.get_input_embeddings().embedding_dim)  # OPT-350m projects narrower ones
@@ -78,7 +78,7 @@ class PrefixLM(PretrainedSide):
         return () if self.image_newline is None else (self.image_newline,)
 
     def forward(self, vision: VisionTokens, text: TextBatch) -> Predictions:
-        """See :meth:`LanguageSide.forward`.
+        """See :meth:`LanguageModel.forward`.
 
         Raises:
             DataError: The text is too long, or its markers do not match the images of the samples.

@@ -12,13 +12,13 @@ from typing_extensions import Self
 from visexpert.errors import ConfigError
 from visexpert.io.source import ModelSource
 from visexpert.io.weights import fill_module, read_source
-from visexpert.language.base import LanguageSide
+from visexpert.language.base import LanguageModel
 from visexpert.language.causal_lm import Dtype, build_config, build_model, read_model, torch_dtype
 from visexpert.language.frozen import leave_out_of_checkpoints
-from visexpert.language.lora import LoRASettings, Quantisation, add_lora, lora_modules, quantised
+from visexpert.language.lora import LoRASettings, Quantization, add_lora, lora_modules, quantized
 
 
-class PretrainedSide(LanguageSide):
+class PretrainedSide(LanguageModel):
     """Holds a causal language model of transformers as ``model``; the arguments are those of its subclasses."""
 
     fresh: tuple[str, ...] = ()
@@ -33,7 +33,7 @@ class PretrainedSide(LanguageSide):
         dtype: Dtype,
         frozen: bool,
         lora: LoRASettings | None,
-        quantisation: Quantisation | None,
+        quantization: Quantization | None,
         gradient_checkpointing: bool,
     ) -> None:
         self.owner = type(self).__name__
@@ -43,7 +43,7 @@ class PretrainedSide(LanguageSide):
         super().__init__(width=int(settings.hidden_size))
         self.settings, self.source = settings, source
         self._dtype = torch_dtype(dtype, owner=self.owner)
-        self._weights, self._lora, self._quantisation = weights, lora, quantisation
+        self._weights, self._lora, self._quantization = weights, lora, quantization
         self._is_frozen, self._checkpointing = frozen or lora is not None, gradient_checkpointing
         self._check()
         self.model: Any = None
@@ -58,7 +58,7 @@ class PretrainedSide(LanguageSide):
     def read(self, source: str) -> nn.Module:
         """Read the model with the weights of a source."""
         return read_model(
-            source, self.settings, dtype=self._dtype, quantisation=self._quantisation, owner=self.owner,
+            source, self.settings, dtype=self._dtype, quantization=self._quantization, owner=self.owner,
             fresh=self.fresh,
         )  # fmt: skip
 
@@ -83,7 +83,7 @@ class PretrainedSide(LanguageSide):
 
     @property
     def weights_from(self) -> str | None:
-        """See :attr:`LanguageSide.weights_from`."""
+        """See :attr:`LanguageModel.weights_from`."""
         return self.source if self.source is not None else self._weights
 
     @property
@@ -111,21 +111,21 @@ class PretrainedSide(LanguageSide):
         """
         if self._lora is None:
             return self.model
-        if self._quantisation is not None:
+        if self._quantization is not None:
             raise ConfigError(
-                f"{self.owner}: updates cannot be added to weights in {self._quantisation}; load the run with "
-                "quantisation null (the checkpoint holds the updates alone)."
+                f"{self.owner}: updates cannot be added to weights in {self._quantization}; load the run with "
+                "quantization null (the checkpoint holds the updates alone)."
             )
         copied: Any = copy.deepcopy(self)
         copied.model.float()  # bfloat16 would round away most of an update
         return copied._tuner.merge_and_unload()
 
     def _check(self) -> None:
-        if self._quantisation is not None:
-            quantised(self._quantisation, self._dtype)
+        if self._quantization is not None:
+            quantized(self._quantization, self._dtype)
             if self.source is None or self._lora is None:
                 raise ConfigError(
-                    f"{self.owner}: quantisation={self._quantisation!r} holds the weights of a source that stay as "
+                    f"{self.owner}: quantization={self._quantization!r} holds the weights of a source that stay as "
                     "they are; give source, and lora for what trains."
                 )
         if self._is_frozen and self.source is None and self._weights is None:

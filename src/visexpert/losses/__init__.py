@@ -10,7 +10,7 @@ from visexpert.losses.distill import (
     uniform_teacher_weights,
 )
 from visexpert.losses.language import text_loss, token_nll
-from visexpert.losses.merge import normalised_mse, token_distance
+from visexpert.losses.merge import normalized_mse, token_distance
 
 __all__ = [
     "across_image_variance",
@@ -18,7 +18,7 @@ __all__ = [
     "feature_kd",
     "gate_balance",
     "gated_kd",
-    "normalised_mse",
+    "normalized_mse",
     "router_balance",
     "teacher_weights",
     "text_loss",

@@ -18,7 +18,7 @@ def token_distance(
     target_BTD: Tensor,
     kind: TokenDistance = "mse",
     *,
-    normalise: bool = False,
+    normalize: bool = False,
     has_image_B: Tensor | None = None,
 ) -> Tensor:
     """Return the mean distance of tokens from their targets (ToVE's knowledge merging; its form is unconfirmed).
@@ -28,7 +28,7 @@ def token_distance(
         target_BTD: Fused tokens, not differentiated.
         kind: ``mse`` - squared error, mean over all entries; ``smooth_l1`` - Huber's with beta 1; ``cosine`` - one
             minus the cosine of each token pair.
-        normalise: Apply LayerNorm (without affine) to every token of both sides first.
+        normalize: Apply LayerNorm (without affine) to every token of both sides first.
         has_image_B: bool; samples without an image take no part. None: all have one.
 
     Returns:
@@ -41,7 +41,7 @@ def token_distance(
     student, target = student_BTD.float(), target_BTD.detach().float()
     if not student.numel():
         return student.sum()
-    if normalise:
+    if normalize:
         student, target = (F.layer_norm(tokens, tokens.shape[-1:]) for tokens in (student, target))
     if kind == "mse":
         return F.mse_loss(student, target)
@@ -52,12 +52,12 @@ def token_distance(
     raise ConfigError(f"token_distance: kind={kind!r} is unknown; use one of {', '.join(get_args(TokenDistance))}.")
 
 
-def normalised_mse(student_BTD: Tensor, target_BTD: Tensor, *, has_image_B: Tensor | None = None) -> Tensor:
+def normalized_mse(student_BTD: Tensor, target_BTD: Tensor, *, has_image_B: Tensor | None = None) -> Tensor:
     """Return the squared error over the targets' variance about their mean token: 0 is exact, 1 is the best constant.
 
     Samples without an image (``has_image_B`` False) are ignored; 0 if none has one.
     """
     student_BTD, target_BTD = imaged(student_BTD, has_image_B), imaged(target_BTD, has_image_B)
     student, target = student_BTD.float(), target_BTD.float()
-    centred = target - target.mean(dim=(0, 1), keepdim=True)
-    return (student - target).square().sum() / centred.square().sum().clamp_min(1e-12)
+    centered = target - target.mean(dim=(0, 1), keepdim=True)
+    return (student - target).square().sum() / centered.square().sum().clamp_min(1e-12)

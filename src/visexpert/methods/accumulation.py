@@ -24,7 +24,7 @@ class StepShares:
     This is exact for text, distillation, merging's distance and the routers' balance, which are means over tokens or
     images. It cannot be for what a batch decides as a whole: the balance of ToVE's gate (its CV^2 is that of a batch;
     a step has the mean over batches, each weighed by its images), the released rule for dominant teachers, and the
-    running statistics that standardise teachers. With tiles merging's distance and the routers' balance of a batch
+    running statistics that standardize teachers. With tiles merging's distance and the routers' balance of a batch
     are means over its views.
     """
 

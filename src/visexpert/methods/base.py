@@ -1,4 +1,4 @@
-"""What every method shares: the step's logging, the optimiser, scoring and resumable randomness."""
+"""What every method shares: the step's logging, the optimizer, scoring and resumable randomness."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from visexpert.errors import ConfigError
 from visexpert.experts import ExpertHub, FeatureCache
-from visexpert.language import LanguageSide, NoLanguage, Predictions, Projector
+from visexpert.language import LanguageModel, NoLanguage, Predictions, Projector
 from visexpert.losses import text_loss, token_nll
 from visexpert.methods.accumulation import StepShares, batches_done
 from visexpert.methods.checkpointed import CheckpointedModule
@@ -36,7 +36,7 @@ from visexpert.vision import ClipEncoder, collect_routing, views_of
 
 
 class Method(CheckpointedModule):
-    """A method turns images into vision tokens; the language side reads them; the base trains, scores and saves.
+    """A method turns images into vision tokens; the language model reads them; the base trains, scores and saves.
 
     This class is all that fit, plan, export, caption, serve and compare ask of a method. A method must say
     :meth:`view_tokens`, :meth:`frozen_modules` and :meth:`trained_groups`; all else has an answer that fits a method
@@ -44,7 +44,7 @@ class Method(CheckpointedModule):
 
     Args:
         clip: The encoder: what `visexpert export` writes.
-        projector: Its tokens to those of the language side.
+        projector: Its tokens to those of the language model.
         language: Language model.
         hub: Frozen experts or teachers; None for a method without.
         optimizer: Rates and schedule.
@@ -61,7 +61,7 @@ class Method(CheckpointedModule):
         *,
         clip: ClipEncoder,
         projector: Projector,
-        language: LanguageSide,
+        language: LanguageModel,
         hub: ExpertHub | None = None,
         optimizer: OptimizerSettings,
         evaluation: EvaluationSettings,
@@ -90,7 +90,7 @@ class Method(CheckpointedModule):
         """
 
     def to_language(self, tokens: VisionTokens) -> VisionTokens:
-        """Bring what :meth:`view_tokens` gives into the width that the language side reads."""
+        """Bring what :meth:`view_tokens` gives into the width that the language model reads."""
         return replace(tokens, tokens_BTD=self.projector(tokens.tokens_BTD))
 
     def see(self, batch: Batch, *, watch_routers: bool = False) -> Seen:
@@ -108,11 +108,11 @@ class Method(CheckpointedModule):
         return Seen(batch, views, tokens, routing.record())
 
     def read_by_language(self, seen: Seen) -> VisionTokens:
-        """One row of tokens for each sample, tiles joined, as the language side reads them."""
+        """One row of tokens for each sample, tiles joined, as the language model reads them."""
         return seen.views.join(self.to_language(seen.tokens))
 
     def encode(self, batch: Batch) -> VisionTokens:
-        """Images to the tokens that the language side reads: (B, T, d_lang)."""
+        """Images to the tokens that the language model reads: (B, T, d_lang)."""
         return self.read_by_language(self.see(batch))
 
     # -- What commands ask ----------------------------------------------------------------------------------------
@@ -128,9 +128,9 @@ class Method(CheckpointedModule):
         return tuple(name for name in self.hub.attached if id(self.hub[name]) not in unused)
 
     def licenses(self) -> Mapping[str, str]:
-        """Licence of the encoder and of each expert, by part: what a trained encoder may owe its knowledge to."""
-        experts = {f"expert {name}": self.hub[name].licence for name in self.hub.names}
-        return {"clip": self.clip.licence, **experts}
+        """License of the encoder and of each expert, by part: what a trained encoder may owe its knowledge to."""
+        experts = {f"expert {name}": self.hub[name].license for name in self.hub.names}
+        return {"clip": self.clip.license, **experts}
 
     def beside_clip(self) -> Sequence[str]:
         """What the language model reads through beside encoder, projector and experts, as a message names it.
@@ -186,7 +186,7 @@ class Method(CheckpointedModule):
         return Compared()
 
     def compare_in_validation(self, seen: Seen) -> None:
-        """Keep what there is to score of a validation batch beside what the language side makes of it."""
+        """Keep what there is to score of a validation batch beside what the language model makes of it."""
 
     @property
     def router_balance(self) -> RouterBalance | None:
@@ -197,7 +197,7 @@ class Method(CheckpointedModule):
         text = seen.batch.text
         if text is None or not self.reads_text:
             raise ConfigError(
-                f"{type(self).__name__}: lm_weight is above 0, but there is no text or no language side; add them, "
+                f"{type(self).__name__}: lm_weight is above 0, but there is no text or no language model; add them, "
                 "or set it to 0 where the method has it."
             )
         predicted: Predictions = self.language(self.read_by_language(seen), text)
@@ -205,12 +205,12 @@ class Method(CheckpointedModule):
 
     @property
     def reads_text(self) -> bool:
-        """Whether there is a language side at all."""
+        """Whether there is a language model at all."""
         return not isinstance(self.language, NoLanguage)
 
     @property
     def language_joins(self) -> bool:
-        """Whether the language side trains in the present step."""
+        """Whether the language model trains in the present step."""
         return self.language_lr > 0 and self.global_step >= self.language_frozen_steps
 
     @property
@@ -225,7 +225,7 @@ class Method(CheckpointedModule):
     # -- Lightning hooks ------------------------------------------------------------------------------------------
 
     def load_weights(self) -> None:
-        """Encoder, attached experts, language side; then ``init_from``."""
+        """Encoder, attached experts, language model; then ``init_from``."""
         self.clip.load_weights()
         self.hub.load_weights()
         self.language.load_weights()
@@ -310,7 +310,7 @@ class Method(CheckpointedModule):
         super().on_save_checkpoint(checkpoint)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Drop gradients of a language side that is not to train yet, and keep NaN and infinity out of the weights.
+        """Drop gradients of a language model that is not to train yet, and keep NaN and infinity out of the weights.
 
         Without a gradient a parameter has no step, no decay and no state of the optimizer, and no part in clipping.
         """
@@ -427,7 +427,7 @@ def refuse_engine(strategy: Strategy, *, steps: int) -> None:
     """
     if isinstance(strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
         raise ConfigError(
-            f"language_frozen_steps={steps} drops the gradients of the language side, which {type(strategy).__name__} "
+            f"language_frozen_steps={steps} drops the gradients of the language model, which {type(strategy).__name__} "
             "keeps to itself; set it to 0, or train with strategy ddp."
         )
 

@@ -21,7 +21,7 @@ class CheckpointedModule(ClippedModule, ABC):
     """A module of which frozen parts are read from their own files and the rest is kept in checkpoints.
 
     Args:
-        weight_decay: Of the optimiser, which splits each group of parameters by it.
+        weight_decay: Of the optimizer, which splits each group of parameters by it.
     """
 
     init_from: str | None = None
@@ -53,11 +53,11 @@ class CheckpointedModule(ClippedModule, ABC):
 
     @property
     def trained_steps(self) -> int:
-        """Optimiser steps behind the present weights, those of a loaded checkpoint included."""
+        """Optimizer steps behind the present weights, those of a loaded checkpoint included."""
         return max(self._loaded_steps, 0 if self._trainer is None else int(self.trainer.global_step))
 
     def count_steps(self, steps: int) -> None:
-        """Say how many optimiser steps are behind the weights, where no checkpoint does."""
+        """Say how many optimizer steps are behind the weights, where no checkpoint does."""
         self._loaded_steps = steps
 
     def mark_loaded(self) -> None:

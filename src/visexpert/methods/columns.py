@@ -89,7 +89,7 @@ def experts_in(checkpoint: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 
 def refuse_other_order(columns: Columns, theirs: Sequence[str] | None, *, path: object) -> None:
-    """Refuse to go on with a training that has the same experts in another order: the optimiser's state has no names.
+    """Refuse to go on with a training that has the same experts in another order: the optimizer's state has no names.
 
     Raises:
         WeightsError: The order is another.

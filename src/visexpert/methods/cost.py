@@ -38,7 +38,7 @@ def measure_cost(method: Method, batch: Batch, *, seconds: float = 1.0) -> dict[
     """Cost of one image at inference, encoders live.
 
     GFLOP counts 1 multiply-add as 2, over matrix products, convolutions and attention (torch's FlopCounterMode), for
-    the vision side and for the language side on the batch's own text. Images per second are those of the vision side
+    the vision side and for the language model on the batch's own text. Images per second are those of the vision side
     on this machine, now, by the median of the repeats: compare them only within one run of a benchmark. How far they
     can be trusted is beside them: the spread of the repeats (interquartile range over median) and, on Linux, the share
     of the machine that other processes kept busy.

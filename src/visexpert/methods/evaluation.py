@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from visexpert.errors import ConfigError
-from visexpert.language import LanguageSide
+from visexpert.language import LanguageModel
 from visexpert.metrics import (
     CaptionScores,
     JudgedCaptions,
@@ -84,7 +84,7 @@ class EvalOutput:
     """What an evaluation step hands to callbacks.
 
     Args:
-        vision: Tokens that the language side read, gates included.
+        vision: Tokens that the language model read, gates included.
         captions: Generated captions of the first images of the batch (empty past the quota).
     """
 
@@ -237,7 +237,7 @@ class Evaluator:
         for kind, rows in answers.items():
             scores.update(kind, rows)
 
-    def write_answers(self, batch: Batch, vision: VisionTokens, language: LanguageSide, tokenizer: Any) -> None:
+    def write_answers(self, batch: Batch, vision: VisionTokens, language: LanguageModel, tokenizer: Any) -> None:
         """Let the model write the answers that must not be judged token by token, and score them."""
         scores = self._of(batch.source)
         places = [
@@ -257,7 +257,7 @@ class Evaluator:
             scores.update(kind, rows)
 
     def generate_captions(
-        self, batch: Batch, vision: VisionTokens, language: LanguageSide, tokenizer: Any
+        self, batch: Batch, vision: VisionTokens, language: LanguageModel, tokenizer: Any
     ) -> tuple[Caption, ...]:
         """Caption images whose texts include a caption to write, up to the quota of their source."""
         places = [
@@ -324,7 +324,7 @@ class Evaluator:
 
 
 def _write(
-    batch: Batch, places: list[tuple[int, int]], vision: VisionTokens, language: LanguageSide, tokenizer: Any
+    batch: Batch, places: list[tuple[int, int]], vision: VisionTokens, language: LanguageModel, tokenizer: Any
 ) -> list[str]:
     """What the model writes to items, given by image and number."""
     if not batch.prompts:
@@ -335,7 +335,7 @@ def _write(
     return [decode(ids, tokenizer) for ids in written]
 
 
-def write_all(batch: Batch, vision: VisionTokens, language: LanguageSide, tokenizer: Any) -> tuple[Written, ...]:
+def write_all(batch: Batch, vision: VisionTokens, language: LanguageModel, tokenizer: Any) -> tuple[Written, ...]:
     """What the model writes to every text item of a batch, image by image."""
     places = [(image, number) for image, items in enumerate(batch.items) for number in range(len(items))]
     parts = [places[start : start + WRITE_AT_ONCE] for start in range(0, len(places), WRITE_AT_ONCE)]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from visexpert.errors import ConfigError
-from visexpert.language import LanguageSide, Projector
+from visexpert.language import LanguageModel, Projector
 from visexpert.methods.base import Method
 from visexpert.types import Batch, VisionTokens
 from visexpert.vision import ClipEncoder, MoLESettings
@@ -51,13 +51,13 @@ class FusingMethod(Method):
         """Modules whose output on a batch is the same whatever experts are attached."""
 
     @abstractmethod
-    def plain(self, clip: ClipEncoder, projector: Projector, language: LanguageSide, *, clip_lr: float) -> FusingMethod:
+    def plain(self, clip: ClipEncoder, projector: Projector, language: LanguageModel, *, clip_lr: float) -> FusingMethod:
         """A model without experts, of parts that were trained to do without: what merging ends in.
 
         Args:
             clip: The merged encoder.
             projector: Its projector, of this model's kind.
-            language: Language side.
+            language: Language model.
             clip_lr: Learning rate that CLIP was merged with, above 0, so that its weights are in the checkpoint.
         """
 

@@ -57,8 +57,8 @@ def refuse_other_training(groups: Sequence[Mapping[str, Any]], checkpoint: Mappi
     """Refuse to go on with a training in which other parts trained, such as that of another stage.
 
     Args:
-        groups: The optimiser's groups, as :func:`~visexpert.optim.make_groups` gives them.
-        checkpoint: With the state of the optimiser, where it has one.
+        groups: The optimizer's groups, as :func:`~visexpert.optim.make_groups` gives them.
+        checkpoint: With the state of the optimizer, where it has one.
         path: Where it lies, for the message.
 
     Raises:

@@ -7,7 +7,7 @@ from visexpert.metrics.judged import JudgedCaptions
 from visexpert.metrics.pope import POPEScores
 from visexpert.metrics.probes import RidgeProbe, fit_ridge, ridge_accuracy, ridge_r2
 from visexpert.metrics.smooth import SlotAccuracy, TokenNLL
-from visexpert.metrics.vqa import VQAAccuracy, normalise_answer
+from visexpert.metrics.vqa import VQAAccuracy, normalize_answer
 from visexpert.metrics.vsr import VSRAccuracy
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
     "VQAAccuracy",
     "VSRAccuracy",
     "fit_ridge",
-    "normalise_answer",
+    "normalize_answer",
     "ridge_accuracy",
     "ridge_r2",
 ]

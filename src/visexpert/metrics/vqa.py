@@ -14,19 +14,19 @@ class VQAAccuracy(RecordMetric):
 
     With several references (ten human answers) an answer scores ``min(matches / 3, 1)``, averaged over all subsets that
     leave one human out; with a single reference it scores 1 for a match, else 0. Normalization follows
-    https://github.com/GT-Vision-Lab/VQA at commit a013f00 (see :func:`normalise_answer`).
+    https://github.com/GT-Vision-Lab/VQA at commit a013f00 (see :func:`normalize_answer`).
 
     ``compute()``: ``accuracy``, and ``family/<name>`` per family; all in [0, 1].
 
     Args:
         unanimous: How to score a question whose references are all the same string. The official code then compares
             the raw strings, so that ``Yes.`` scores 0 against ten times ``yes``: ``raw`` does the same and matches what
-            a server would report. ``normalise`` treats such questions like all others.
+            a server would report. ``normalize`` treats such questions like all others.
     """
 
     higher_is_better = True
 
-    def __init__(self, *, unanimous: Literal["raw", "normalise"] = "raw", **kwargs: Any) -> None:
+    def __init__(self, *, unanimous: Literal["raw", "normalize"] = "raw", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.unanimous = unanimous
 
@@ -58,14 +58,14 @@ class VQAAccuracy(RecordMetric):
             raise ValueError(f"the question answered with {answer!r} has no reference")
         answer, truths = _one_line(answer), [_one_line(truth) for truth in truths]
         if len(truths) == 1:
-            return float(normalise_answer(answer) == normalise_answer(truths[0]))
-        if len(set(truths)) > 1 or self.unanimous == "normalise":
-            answer, truths = normalise_answer(answer), [normalise_answer(truth) for truth in truths]
+            return float(normalize_answer(answer) == normalize_answer(truths[0]))
+        if len(set(truths)) > 1 or self.unanimous == "normalize":
+            answer, truths = normalize_answer(answer), [normalize_answer(truth) for truth in truths]
         matches = [truth == answer for truth in truths]
         return sum(min((sum(matches) - left_out) / 3, 1.0) for left_out in matches) / len(truths)
 
 
-def normalise_answer(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """Normalize an answer by the official rules.
 
     In this order: punctuation other than ``.`` ``:`` ``'`` ``&`` ``$`` ``%`` is deleted where it touches a space

@@ -22,7 +22,7 @@ class Amount:
         batch_size: Samples per process and batch.
         rows: Training images; None where the data is not here and no one said.
         samples: Images that pass through training, all epochs; None likewise.
-        steps: Optimiser steps; None likewise.
+        steps: Optimizer steps; None likewise.
         per_step: Samples of an optimizer step, all processes.
         by_steps: Whether steps end the fit (``max_steps``), whatever that is in epochs.
     """
@@ -47,7 +47,7 @@ def amount_of(
 
     Args:
         data: Not prepared.
-        trainer: Its settings: ``max_steps`` counts optimiser steps, else ``max_epochs`` epochs.
+        trainer: Its settings: ``max_steps`` counts optimizer steps, else ``max_epochs`` epochs.
         gpus: Number of processes.
         samples: Training images, where the data is not here to be counted.
     """

@@ -19,7 +19,7 @@ from visexpert.planning.sample import sample_of
 from visexpert.planning.strategy import Precision, Strategy
 
 PACKED = {"nf4": 0.52, "int8": 1.0}
-"""Bytes of a number of a quantised weight; nf4 with doubly quantised constants takes 4.13 bits (QLoRA, section 3)."""
+"""Bytes of a number of a quantized weight; nf4 with doubly quantized constants takes 4.13 bits (QLoRA, section 3)."""
 
 
 def make_plan(planned: Planned, asked: Asked) -> Plan:
@@ -85,7 +85,7 @@ def _disk(planned: Planned, trained: list[nn.Parameter], stored: Mapping[str, in
 
 def _packed(planned: Planned) -> dict[int, float]:
     """Weights of a language model that is held in fewer bits: matrices of its blocks, which do not train."""
-    size = PACKED.get(str(planned.model_setting("language", "quantisation")))
+    size = PACKED.get(str(planned.model_setting("language", "quantization")))
     if size is None:
         return {}
     blocks = (p for n, p in planned.method.language.named_parameters() if ".layers." in n and p.ndim == 2)

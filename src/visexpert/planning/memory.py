@@ -1,4 +1,4 @@
-"""Memory of one GPU while training: weights, gradients, optimiser, what is gathered and sent, activations."""
+"""Memory of one GPU while training: weights, gradients, optimizer, what is gathered and sent, activations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Memory:
     Args:
         weights: Trained and frozen ones.
         gradients: Of trained weights.
-        optimiser: AdamW's two moments and, where weights are in 16 bits under DeepSpeed, the float32 copy.
+        optimizer: AdamW's two moments and, where weights are in 16 bits under DeepSpeed, the float32 copy.
         buffers: Gathered weights, buckets of gradients, 16-bit copies that autocast keeps.
         activations: At the batch size of the configuration.
         overhead: :data:`OVERHEAD`.
@@ -34,7 +34,7 @@ class Memory:
 
     weights: float
     gradients: float
-    optimiser: float
+    optimizer: float
     buffers: float
     activations: float
     overhead: float = OVERHEAD
@@ -42,7 +42,7 @@ class Memory:
     @property
     def total(self) -> float:
         """All of it."""
-        return self.weights + self.gradients + self.optimiser + self.buffers + self.activations + self.overhead
+        return self.weights + self.gradients + self.optimizer + self.buffers + self.activations + self.overhead
 
 
 def memory_per_gpu(
@@ -60,7 +60,7 @@ def memory_per_gpu(
 
     Args:
         model: All that lies on the GPU.
-        trained: What the optimiser gets.
+        trained: What the optimizer gets.
         strategy: How it is shared.
         precision: How large numbers are.
         gpus: Number of processes.
@@ -76,11 +76,11 @@ def memory_per_gpu(
     numbers = sum(parameter.numel() for parameter in trained)
     states = 12 * numbers if lowered else 2 * gradients
     buffers = _buffers(model, trained, strategy, precision, held, gpus)
-    on_host = strategy.offloads_optimiser
+    on_host = strategy.offloads_optimizer
     return Memory(
         weights=0.0 if strategy.offloads_weights else weights / (share if strategy.shards_weights else 1),
         gradients=0.0 if on_host else gradients / (share if strategy.shards_gradients else 1),
-        optimiser=0.0 if on_host else states / (share if strategy.shards_optimiser else 1),
+        optimizer=0.0 if on_host else states / (share if strategy.shards_optimizer else 1),
         buffers=buffers,
         activations=float(activation_bytes * batch_size),
     )
@@ -109,7 +109,7 @@ def _buffers(
     if strategy.engine == "deepspeed":
         size = 2 if precision.compute == 2 else 4
         gathered = min(sum(p.numel() for p in model.parameters()), LIVE) if strategy.shards_weights else 0
-        buckets = 2 * min(numbers, BUCKET) if gpus > 1 or strategy.offloads_optimiser else 0
+        buckets = 2 * min(numbers, BUCKET) if gpus > 1 or strategy.offloads_optimizer else 0
         return float(size * (gathered + buckets))
     copies = sum(2.0 * p.numel() for p in trained if p.element_size() > 2) if precision.mixed else 0.0
     if strategy.engine == "fsdp":

@@ -14,7 +14,7 @@ class Counts:
     """Parameters of a part.
 
     Args:
-        trained: Those that an optimiser is to get.
+        trained: Those that an optimizer is to get.
         frozen: The others.
     """
 
@@ -31,7 +31,7 @@ def ready_to_train(method: Method) -> None:
 
 
 def trained_parameters(method: Method) -> list[nn.Parameter]:
-    """What the optimiser gets, each once; after :func:`ready_to_train`."""
+    """What the optimizer gets, each once; after :func:`ready_to_train`."""
     modules = [module for group in method.trained_groups() for module in group.modules]
     found = dict.fromkeys(parameter for module in modules for parameter in module.parameters())
     return [parameter for parameter in found if parameter.requires_grad]

@@ -90,7 +90,7 @@ class Disk:
     """Bytes on disk.
 
     Args:
-        checkpoint: One checkpoint with the optimiser's states; the trainer keeps two.
+        checkpoint: One checkpoint with the optimizer's states; the trainer keeps two.
         frozen: Frozen weights as they are built, which come from their own files.
         store: Tokens in the feature store; None where the number of images is not known, 0 without a store.
         data: What the data needs.

@@ -16,7 +16,7 @@ def sample_of(method: Method, *, text_tokens: int, answer_tokens: int | None, im
     """A batch of one: pixels on ``meta``, ids real, so that the method's own step runs on it.
 
     Args:
-        method: Whose language side limits the length of an item; longer texts are several items.
+        method: Whose language model limits the length of an item; longer texts are several items.
         text_tokens: Tokens of the image's texts, all items together.
         answer_tokens: Those that are supervised; None for half of them.
         image_size: Side of the image.
@@ -42,8 +42,8 @@ def _text(tokens: int, answers: int | None, longest: int | None) -> TextBatch:
     labels, segments, positions = [], [], []
     for item, (end, done) in enumerate(zip(ends, answered, strict=True)):
         length = end - (ends[item - 1] if item else 0)
-        labelled = min(done - (answered[item - 1] if item else 0), length - 1)
-        labels += [IGNORE_INDEX] * (length - labelled) + [1] * labelled
+        labeled = min(done - (answered[item - 1] if item else 0), length - 1)
+        labels += [IGNORE_INDEX] * (length - labeled) + [1] * labeled
         segments += [item + 1] * length
         positions += list(range(length))
     rows = (torch.tensor([values]) for values in ([1] * tokens, labels, segments, positions))

@@ -105,7 +105,7 @@ def _memory(plan: Plan) -> Table:
     table = Table(box=SIMPLE)
     table.add_column("memory per GPU", no_wrap=True)
     table.add_column("GiB", justify="right")
-    for name in ("weights", "gradients", "optimiser", "buffers", "activations", "overhead"):
+    for name in ("weights", "gradients", "optimizer", "buffers", "activations", "overhead"):
         table.add_row(name, f"{getattr(memory, name) / 2**30:.2f}")
     table.add_section()
     verdict = "fits" if plan.fits else "does not fit"
@@ -158,7 +158,7 @@ def _strategy(plan: Plan) -> str:
     shared = [
         name
         for name, is_shared in (
-            ("weights", kind.shards_weights), ("gradients", kind.shards_gradients), ("optimiser", kind.shards_optimiser)
+            ("weights", kind.shards_weights), ("gradients", kind.shards_gradients), ("optimizer", kind.shards_optimizer)
         )
         if is_shared
     ]  # fmt: skip

@@ -16,14 +16,14 @@ NODE = 8
 
 @dataclass(frozen=True)
 class Strategy:
-    """How parameters, gradients and optimiser states lie on the processes.
+    """How parameters, gradients and optimizer states lie on the processes.
 
     Args:
         engine: What runs it.
         shards_weights: Each process holds its share of the weights, and gathers what it needs.
         shards_gradients: Each process holds its share of the gradients.
-        shards_optimiser: Each process holds its share of the optimiser's states.
-        offloads_optimiser: The states (and gradients) are in the host's memory.
+        shards_optimizer: Each process holds its share of the optimizer's states.
+        offloads_optimizer: The states (and gradients) are in the host's memory.
         offloads_weights: So are the weights.
         within_node: Shares are of one node's GPUs, at most :data:`NODE`.
         units: Names of classes that FSDP wraps one by one; empty where it wraps the whole model as one unit.
@@ -32,8 +32,8 @@ class Strategy:
     engine: Engine
     shards_weights: bool = False
     shards_gradients: bool = False
-    shards_optimiser: bool = False
-    offloads_optimiser: bool = False
+    shards_optimizer: bool = False
+    offloads_optimizer: bool = False
     offloads_weights: bool = False
     within_node: bool = False
     units: tuple[str, ...] = ()
@@ -52,10 +52,10 @@ class Strategy:
         if name in ("auto", "single_device") or name.split("_")[0] == "ddp":
             return cls("ddp")
         if name in ("fsdp", "fsdp_cpu_offload"):
-            return replace(_fsdp({}), offloads_weights="offload" in name, offloads_optimiser="offload" in name)
+            return replace(_fsdp({}), offloads_weights="offload" in name, offloads_optimizer="offload" in name)
         if name.startswith("deepspeed"):
             stage = next((int(word) for word in name.split("_") if word.isdigit()), 2)
-            return _deepspeed(stage, optimiser="offload" in name, weights="offload" in name and stage == 3)
+            return _deepspeed(stage, optimizer="offload" in name, weights="offload" in name and stage == 3)
         raise _unknown(name)
 
     def shares(self, gpus: int) -> int:
@@ -70,7 +70,7 @@ def _of_class(name: str, options: dict[str, Any]) -> Strategy:
         return _fsdp(options)
     if name == "DeepSpeedStrategy":
         return _deepspeed(
-            int(options.get("stage") or 2), optimiser=bool(options.get("offload_optimizer")),
+            int(options.get("stage") or 2), optimizer=bool(options.get("offload_optimizer")),
             weights=bool(options.get("offload_parameters")),
         )  # fmt: skip
     raise _unknown(name)
@@ -85,15 +85,15 @@ def _fsdp(options: Mapping[str, Any]) -> Strategy:
     units = tuple(str(unit).rsplit(".", 1)[-1] for unit in policy) if isinstance(policy, list | set | tuple) else ()
     return Strategy(
         "fsdp", shards_weights="GRAD_OP" not in kind and "ZERO2" not in kind, shards_gradients=True,
-        shards_optimiser=True, offloads_optimiser=offload, offloads_weights=offload,
+        shards_optimizer=True, offloads_optimizer=offload, offloads_weights=offload,
         within_node="HYBRID" in kind, units=units,
     )  # fmt: skip
 
 
-def _deepspeed(stage: int, *, optimiser: bool, weights: bool) -> Strategy:
+def _deepspeed(stage: int, *, optimizer: bool, weights: bool) -> Strategy:
     return Strategy(
-        "deepspeed", shards_weights=stage >= 3, shards_gradients=stage >= 2, shards_optimiser=stage >= 1,
-        offloads_optimiser=optimiser, offloads_weights=weights,
+        "deepspeed", shards_weights=stage >= 3, shards_gradients=stage >= 2, shards_optimizer=stage >= 1,
+        offloads_optimizer=optimizer, offloads_weights=weights,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 @contextmanager
 def weightless() -> Iterator[None]:
-    """Whatever is built inside has its parameters on ``meta``: shapes and dtypes without memory or initialisation.
+    """Whatever is built inside has its parameters on ``meta``: shapes and dtypes without memory or initialization.
 
     Buffers stay real, since code reads their values (which experts are attached, say). Tied weights stay tied.
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from visexpert.errors import DataError
-from visexpert.report.palette import Floats, NothingToDrawError, canvas, colours, save, styled
+from visexpert.report.palette import Floats, NothingToDrawError, canvas, colors, save, styled
 
 
 def loss_curves(metrics_csv: Path, out: Path, *, keys: Sequence[str] = ("loss", "nll")) -> Path:
@@ -37,17 +37,17 @@ def loss_curves(metrics_csv: Path, out: Path, *, keys: Sequence[str] = ("loss", 
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = canvas(4.2 * columns, 2.9 * rows + 0.3)
-    train_colour, val_colour = colours(2)
+    train_color, val_color = colors(2)
     for place, (name, curves) in enumerate(
         sorted(panels.items(), key=lambda item: (item[0] != "loss", item[0])), start=1
     ):
         axes = styled(figure.add_subplot(rows, columns, place), title=name, xlabel="step")
         if "train" in curves:
             steps, values = curves["train"]
-            axes.plot(steps, values, color=train_colour, alpha=0.3, linewidth=0.8)
-            axes.plot(steps, moving_mean(values), color=train_colour, linewidth=1.8, label="training")
+            axes.plot(steps, values, color=train_color, alpha=0.3, linewidth=0.8)
+            axes.plot(steps, moving_mean(values), color=train_color, linewidth=1.8, label="training")
         if "val" in curves:
-            axes.plot(*curves["val"], color=val_colour, marker="o", markersize=4, linewidth=1.4, label="validation")
+            axes.plot(*curves["val"], color=val_color, marker="o", markersize=4, linewidth=1.4, label="validation")
         axes.legend(frameon=False, fontsize=8)
     return save(figure, out)
 
@@ -65,16 +65,16 @@ def learning_curves(
     """
     figure = canvas(6.0, 3.8)
     axes = styled(figure.add_subplot(), title=title, xlabel="training step", ylabel=ylabel)
-    for (variant, curves), colour in zip(runs.items(), colours(len(runs)), strict=True):
+    for (variant, curves), color in zip(runs.items(), colors(len(runs)), strict=True):
         first, last = max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves)
         at = np.unique(np.concatenate([steps for steps, _ in curves]))
         at = at[(at >= first) & (at <= last)]
         values = np.stack([np.interp(at, steps, scores) for steps, scores in curves])
         mean = values.mean(axis=0)
-        axes.plot(at, mean, color=colour, linewidth=1.8, label=f"{variant} (n={len(curves)})")
+        axes.plot(at, mean, color=color, linewidth=1.8, label=f"{variant} (n={len(curves)})")
         if len(curves) > 1:
             spread = values.std(axis=0, ddof=1)
-            axes.fill_between(at, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
+            axes.fill_between(at, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
     axes.legend(frameon=False, fontsize=8)
     return save(figure, out)
 
@@ -103,7 +103,7 @@ def read_metrics(metrics_csv: Path) -> dict[str, tuple[Floats, Floats]]:
 
 
 def moving_mean(values: Floats, share: float = 0.05) -> Floats:
-    """Centred mean over a twentieth of the curve; fewer values at its ends."""
+    """Centered mean over a twentieth of the curve; fewer values at its ends."""
     half = max(1, round(len(values) * share / 2))
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from visexpert.names import STUDENT, WEIGHED
 from visexpert.report.curves import moving_mean, read_metrics
-from visexpert.report.palette import GREY, INK, Floats, NothingToDrawError, canvas, colours, save, styled
+from visexpert.report.palette import GRAY, INK, Floats, NothingToDrawError, canvas, colors, save, styled
 
 Curves = Mapping[str, tuple[Floats, Floats]]
 
@@ -25,8 +25,8 @@ PANELS = {
 }
 """Beginnings of logged names, and the title of the panel that shows what they begin."""
 
-ENTROPIES = dict(zip(WEIGHED, ("#8C510A", GREY), strict=True))
-"""Colours of the entropies of weights."""
+ENTROPIES = dict(zip(WEIGHED, ("#8C510A", GRAY), strict=True))
+"""Colors of the entropies of weights."""
 
 UNITS = {
     "train/weight/": "share",
@@ -40,7 +40,7 @@ UNITS = {
 def distillation_curves(metrics_csv: Path, out: Path) -> Path:
     """Draw what a distillation watched over its steps, one panel for each kind that was logged.
 
-    A teacher has one colour in all panels. Variances are divided by their first value, on
+    A teacher has one color in all panels. Variances are divided by their first value, on
     a logarithmic scale, beside the third of it at which a run raises an alarm.
 
     Args:
@@ -65,8 +65,8 @@ def distillation_curves(metrics_csv: Path, out: Path) -> Path:
         styled(axes, title=PANELS[start], xlabel="step", ylabel=UNITS[start])
         _draw(axes, start, curves, palette)
     handles = [
-        Line2D([], [], color=colour, linewidth=2, label=f"weights of {name}" if name in WEIGHED else name)
-        for name, colour in palette.items()
+        Line2D([], [], color=color, linewidth=2, label=f"weights of {name}" if name in WEIGHED else name)
+        for name, color in palette.items()
     ]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=min(len(handles), 3 * columns), frameon=False, fontsize=9
@@ -75,11 +75,11 @@ def distillation_curves(metrics_csv: Path, out: Path) -> Path:
 
 
 def _palette(panels: Mapping[str, Curves]) -> dict[str, str]:
-    """A colour for each teacher, the student black; ``teachers`` and ``tokens`` are no teachers and come last."""
+    """A color for each teacher, the student black; ``teachers`` and ``tokens`` are no teachers and come last."""
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     teachers = [name for name in names if name not in (STUDENT, *WEIGHED)]
-    palette = dict(zip(teachers, colours(len(teachers)), strict=True))
-    return palette | {name: colour for name, colour in {STUDENT: INK, **ENTROPIES}.items() if name in names}
+    palette = dict(zip(teachers, colors(len(teachers)), strict=True))
+    return palette | {name: color for name, color in {STUDENT: INK, **ENTROPIES}.items() if name in names}
 
 
 def _of(logged: Curves, start: str) -> dict[str, tuple[Floats, Floats]]:
@@ -94,16 +94,16 @@ def _of(logged: Curves, start: str) -> dict[str, tuple[Floats, Floats]]:
 
 def _draw(axes: Axes, start: str, curves: Curves, palette: Mapping[str, str]) -> None:
     for place, (name, (steps, values)) in enumerate(curves.items()):
-        colour = palette[name]
+        color = palette[name]
         if start == "val/kd/":
-            axes.plot(steps, values, color=colour, marker="o", markersize=4, linewidth=1.4)
+            axes.plot(steps, values, color=color, marker="o", markersize=4, linewidth=1.4)
             continue
         if start == "train/variance/":
             values = values / max(float(values[0]), 1e-12)
-        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
         # Earlier lines are thicker, so that one under another still shows.
         thick = 1.5 + 1.5 * (len(curves) - 1 - place) / max(1, len(curves) - 1)
-        axes.plot(steps, moving_mean(values), color=colour, linewidth=thick)
+        axes.plot(steps, moving_mean(values), color=color, linewidth=thick)
     if start == "train/variance/":
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -119,8 +119,8 @@ def _draw(axes: Axes, start: str, curves: Curves, palette: Mapping[str, str]) ->
 
 def _mark(axes: Axes, level: float, words: str, *, above: bool) -> None:
     """A dashed line with its meaning at its right end."""
-    axes.axhline(level, color=GREY, linewidth=0.9, linestyle="--")
+    axes.axhline(level, color=GRAY, linewidth=0.9, linestyle="--")
     axes.annotate(
         words, (1.0, level), xycoords=("axes fraction", "data"), xytext=(0, 2 if above else -3),
-        textcoords="offset points", ha="right", va="bottom" if above else "top", fontsize=8, color=GREY,
+        textcoords="offset points", ha="right", va="bottom" if above else "top", fontsize=8, color=GRAY,
     )  # fmt: skip

@@ -15,11 +15,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from visexpert.report.palette import GREY, INK, Floats, canvas, colours, rgb, save, styled
-from visexpert.report.panels import as_float, grey, overlay
+from visexpert.report.palette import GRAY, INK, Floats, canvas, colors, rgb, save, styled
+from visexpert.report.panels import as_float, gray, overlay
 
 ATTENTION = "viridis"
-"""Colour map that reads alike with and without colour vision, by its lightness."""
+"""Color map that reads alike with and without color vision, by its lightness."""
 
 
 def cls_attention_maps(
@@ -49,8 +49,8 @@ def cls_attention_maps(
     bar = figure.colorbar(
         ScalarMappable(scale, ATTENTION), ax=figure.axes, fraction=0.02, aspect=35, pad=0.01, extend="max"
     )
-    bar.set_label("attention, times the mean over tokens", fontsize=9, color=GREY)
-    bar.ax.tick_params(labelsize=8, colors=GREY)
+    bar.set_label("attention, times the mean over tokens", fontsize=9, color=GRAY)
+    bar.ax.tick_params(labelsize=8, colors=GRAY)
     figure.suptitle("Where the [CLS] token looks (mean over heads)", fontsize=11, color=INK)
     return save(figure, out)
 
@@ -63,7 +63,7 @@ def router_maps(
     *,
     most_layers: int = 6,
 ) -> Path:
-    """Lay each router's choice over images, one colour per low-rank expert, stronger where the router is surer.
+    """Lay each router's choice over images, one color per low-rank expert, stronger where the router is surer.
 
     Args:
         images_NHW3: RGB, uint8 0-255 or float in [0, 1].
@@ -73,7 +73,7 @@ def router_maps(
         most_layers: Of more, as many are shown, evenly spread from the first to the last.
     """
     images, experts = as_float(images_NHW3), probs_NLHWE.shape[-1]
-    palette, names = rgb(colours(experts)), expert_names(experts)
+    palette, names = rgb(colors(experts)), expert_names(experts)
     shown = np.unique(np.linspace(0, len(layers) - 1, min(most_layers, len(layers))).round().astype(int))
     columns = 2 if len(shown) <= 3 and len(images) > 1 else 1
     figure = canvas(1.62 * columns * (1 + len(shown)) + 0.3, 1.66 * -(-len(images) // columns) + 1.0)
@@ -81,18 +81,18 @@ def router_maps(
         panels = [image]
         for probs in probs_LHWE[shown]:
             sure = (probs.max(axis=2) - 1 / experts) / max(1 - 1 / experts, 1e-6)
-            panels.append(overlay(grey(image), palette[probs.argmax(axis=2)], 0.4 + 0.6 * sure))
+            panels.append(overlay(gray(image), palette[probs.argmax(axis=2)], 0.4 + 0.6 * sure))
         titles = ["image", *(f"block {layers[place]}" for place in shown)]
         _panel_row(figure, index, len(images), columns, panels, titles)
     share_E = np.bincount(probs_NLHWE.argmax(axis=-1).ravel(), minlength=experts) / probs_NLHWE[..., 0].size
     handles = [
-        Patch(color=colour, label=f"{name}  {share:.2f}")
-        for name, colour, share in zip(names, colours(experts), share_E, strict=True)
+        Patch(color=color, label=f"{name}  {share:.2f}")
+        for name, color, share in zip(names, colors(experts), share_E, strict=True)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(experts, 4), frameon=False, fontsize=9)
     some = "" if len(shown) == len(layers) else f", {len(shown)} of {len(layers)} layers"
     title = f"Low-rank expert that each token is sent to{some}\n"
-    figure.suptitle(f"{title}(stronger colour: surer router; legend: share of tokens)", fontsize=10, color=INK)
+    figure.suptitle(f"{title}(stronger color: surer router; legend: share of tokens)", fontsize=10, color=INK)
     return save(figure, out)
 
 
@@ -113,17 +113,17 @@ def router_usage(share_LE: Floats, probability_LE: Floats, layers: Sequence[int]
         xlabel="block of the encoder",
     )  # fmt: skip
     width = 0.8 / experts
-    for expert, colour in enumerate(colours(experts)):
+    for expert, color in enumerate(colors(experts)):
         at = np.arange(len(layers)) + (expert - (experts - 1) / 2) * width
-        axes.bar(at, share_LE[:, expert], width * 0.9, color=colour, label=expert_names(experts)[expert])
+        axes.bar(at, share_LE[:, expert], width * 0.9, color=color, label=expert_names(experts)[expert])
         axes.hlines(probability_LE[:, expert], at - 0.45 * width, at + 0.45 * width, color=INK, linewidth=2)
-    axes.axhline(1 / experts, color=GREY, linewidth=0.9, linestyle="--")
+    axes.axhline(1 / experts, color=GRAY, linewidth=0.9, linestyle="--")
     axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
     axes.set_ylim(0, 1)
     axes.grid(visible=False, axis="x")
     handles, _ = axes.get_legend_handles_labels()
     handles.append(Line2D([], [], color=INK, linewidth=2, label="mean probability"))
-    handles.append(Line2D([], [], color=GREY, linewidth=0.9, linestyle="--", label="uniform"))
+    handles.append(Line2D([], [], color=GRAY, linewidth=0.9, linestyle="--", label="uniform"))
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
     return save(figure, out)
 
@@ -146,16 +146,16 @@ def _panel_row(
     if index >= columns:
         return
     for place, title in enumerate(titles):
-        centre = place * (width + gap_HW3.shape[1]) + width / 2
+        center = place * (width + gap_HW3.shape[1]) + width / 2
         axes.annotate(
-            title, (centre, -0.5), xytext=(0, 4), textcoords="offset points", ha="center", va="bottom", fontsize=9,
+            title, (center, -0.5), xytext=(0, 4), textcoords="offset points", ha="center", va="bottom", fontsize=9,
             color=INK,
         )  # fmt: skip
 
 
 def _heat(image_HW3: Floats, lift_hw: Floats, scale: Normalize) -> Floats:
     heat_hw3 = colormaps[ATTENTION](scale(lift_hw))[..., :3]
-    return overlay(grey(image_HW3), heat_hw3, np.full(lift_hw.shape, 0.9))
+    return overlay(gray(image_HW3), heat_hw3, np.full(lift_hw.shape, 0.9))
 
 
 def _entropy(shares_Nhw: Floats) -> float:

@@ -12,14 +12,14 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from visexpert.errors import DataError
-from visexpert.report.palette import GREY, INK, RIGHT, WRONG, Floats, canvas, colours, rgb, save, styled
-from visexpert.report.panels import as_float, grey, overlay
+from visexpert.report.palette import GRAY, INK, RIGHT, WRONG, Floats, canvas, colors, rgb, save, styled
+from visexpert.report.panels import as_float, gray, overlay
 
 
 def gate_maps(
     images_NHW3: NDArray[Any], gates_NHWK: Floats, names: Sequence[str], out: Path, *, columns: int = 2
 ) -> Path:
-    """Lay the gate over test images, one colour per expert.
+    """Lay the gate over test images, one color per expert.
 
     Three panels an image: the image; the expert with the greatest gate at each token, as opaque as its gate is great;
     and the expert whose gate is most above its own mean over all images, as opaque as it is above (twice is full).
@@ -32,7 +32,7 @@ def gate_maps(
         columns: Images beside each other.
     """
     images = as_float(images_NHW3)
-    palette = rgb(colours(len(names)))
+    palette = rgb(colors(len(names)))
     mean_K = gates_NHWK.reshape(-1, len(names)).mean(axis=0)
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
@@ -40,7 +40,7 @@ def gate_maps(
     grid = figure.add_gridspec(rows, 3 * columns, wspace=0.04, hspace=0.06)
     for index, (image, gates) in enumerate(zip(images, gates_NHWK, strict=True)):
         row, column = divmod(index, columns)
-        pale = grey(image)
+        pale = gray(image)
         lift_HWK = gates / np.maximum(mean_K, 1e-6)
         strongest = overlay(pale, palette[gates.argmax(axis=2)], gates.max(axis=2))
         above_mean = overlay(pale, palette[lift_HWK.argmax(axis=2)], np.clip(lift_HWK.max(axis=2) - 1, 0, 1))
@@ -51,8 +51,8 @@ def gate_maps(
             axes.set_axis_off()
             axes.set_title(title, fontsize=9, color=INK)
     handles = [
-        Patch(color=colour, label=f"{name}  {share:.2f}")
-        for name, colour, share in zip(names, colours(len(names)), mean_K, strict=True)
+        Patch(color=color, label=f"{name}  {share:.2f}")
+        for name, color, share in zip(names, colors(len(names)), mean_K, strict=True)
     ]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=min(len(names), 3 * columns), frameon=False, fontsize=9
@@ -79,17 +79,17 @@ def gate_by_region(gates_NHWK: Floats, regions: Mapping[str, NDArray[Any]], name
     width = 0.8 / len(names)
     for place, (region, mask_NHW) in enumerate(regions.items()):
         mean_K, interval_K = region_means(gates_NHWK, mask_NHW, region)
-        for expert, colour in enumerate(colours(len(names))):
+        for expert, color in enumerate(colors(len(names))):
             axes.bar(
                 place + (expert - (len(names) - 1) / 2) * width,
                 mean_K[expert],
                 width * 0.92,
                 yerr=interval_K[expert],
-                color=colour,
+                color=color,
                 error_kw={"elinewidth": 1, "capsize": 2, "ecolor": INK},
                 label=names[expert] if place == 0 else None,
             )
-    axes.axhline(1 / len(names), color=GREY, linewidth=0.9, linestyle="--", label="uniform")
+    axes.axhline(1 / len(names), color=GRAY, linewidth=0.9, linestyle="--", label="uniform")
     axes.set_xticks(range(len(regions)), list(regions))
     axes.grid(visible=False, axis="x")
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
@@ -139,14 +139,14 @@ def sample_captions(
         axes.imshow(image, interpolation="nearest")
         axes.set_xticks([])
         axes.set_yticks([])
-        colour = INK if right is None else RIGHT if right else WRONG
+        color = INK if right is None else RIGHT if right else WRONG
         mark = "" if right is None else "✓ " if right else "✗ "
         for spine in axes.spines.values():
-            spine.set_color(colour)
+            spine.set_color(color)
             spine.set_linewidth(2.5)
         written = _wrapped(mark + caption)
-        axes.set_title(written, fontsize=8, color=colour, loc="left", fontweight="bold")
-        axes.set_xlabel(_wrapped(reference), fontsize=7.5, color=GREY, loc="left")
+        axes.set_title(written, fontsize=8, color=color, loc="left", fontweight="bold")
+        axes.set_xlabel(_wrapped(reference), fontsize=7.5, color=GRAY, loc="left")
     figure.suptitle("Captions by the model (above) and truth (below)", fontsize=11, color=INK)
     return save(figure, out)
 

@@ -1,4 +1,4 @@
-"""Colours and look of the figures: one palette that colour-blind readers can tell apart."""
+"""Colors and look of the figures: one palette that color-blind readers can tell apart."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ log = logging.getLogger(__name__)
 Floats = NDArray[np.floating[Any]]
 
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#7F7F7F")
-"""Okabe and Ito's colours (https://jfly.uni-koeln.de/color/), black replaced by grey."""
+"""Okabe and Ito's colors (https://jfly.uni-koeln.de/color/), black replaced by gray."""
 
 DPI = 150
 
 INK = "#222222"
-GREY = "#666666"
+GRAY = "#666666"
 RIGHT = "#00794F"
 WRONG = "#C63A00"
 
@@ -39,15 +39,15 @@ class NothingToDrawError(DataError):
     """A run has logged nothing of what a figure shows."""
 
 
-def colours(count: int) -> list[str]:
-    """One hex colour for each of ``count`` things; beyond eight they come from an even, less distinct scale."""
+def colors(count: int) -> list[str]:
+    """One hex color for each of ``count`` things; beyond eight they come from an even, less distinct scale."""
     if count <= len(OKABE_ITO):
         return list(OKABE_ITO[:count])
     return [to_hex(colormaps["turbo"](i / (count - 1))) for i in range(count)]
 
 
 def rgb(names: list[str]) -> Floats:
-    """Colours as rows of RGB in [0, 1]."""
+    """Colors as rows of RGB in [0, 1]."""
     return np.array([to_rgb(name) for name in names])
 
 
@@ -59,11 +59,11 @@ def blend(below_HW3: Floats, above_HW3: Floats, share: float | Floats) -> Floats
 def styled(axes: Axes, *, title: str = "", xlabel: str = "", ylabel: str = "") -> Axes:
     """Give axes the common look: light horizontal grid, no box, quiet text."""
     axes.set_title(title, fontsize=10, color=INK, loc="left")
-    axes.set_xlabel(xlabel, fontsize=9, color=GREY)
-    axes.set_ylabel(ylabel, fontsize=9, color=GREY)
+    axes.set_xlabel(xlabel, fontsize=9, color=GRAY)
+    axes.set_ylabel(ylabel, fontsize=9, color=GRAY)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#BBBBBB")
-    axes.tick_params(labelsize=8, colors=GREY, length=3)
+    axes.tick_params(labelsize=8, colors=GRAY, length=3)
     axes.grid(color="#E6E6E6", linewidth=0.7)
     axes.set_axisbelow(True)
     return axes

@@ -17,16 +17,16 @@ def as_float(images_NHW3: NDArray[Any]) -> Floats:
     return images
 
 
-def grey(image_HW3: Floats) -> Floats:
-    """The image without its colours, so that those laid over it stand out."""
+def gray(image_HW3: Floats) -> Floats:
+    """The image without its colors, so that those laid over it stand out."""
     pale: Floats = image_HW3.mean(axis=2, keepdims=True).repeat(3, axis=2)
     return pale
 
 
-def overlay(image_HW3: Floats, colour_hw3: Floats, share_hw: Floats) -> Floats:
-    """Colour the image's tokens, at most 85 % opaque so that the image stays visible."""
+def overlay(image_HW3: Floats, color_hw3: Floats, share_hw: Floats) -> Floats:
+    """Color the image's tokens, at most 85 % opaque so that the image stays visible."""
     size = (image_HW3.shape[0], image_HW3.shape[1])
-    return blend(image_HW3, upsample(colour_hw3, size), 0.85 * upsample(share_hw[..., None], size))
+    return blend(image_HW3, upsample(color_hw3, size), 0.85 * upsample(share_hw[..., None], size))
 
 
 def upsample(grid_hwC: Floats, size: tuple[int, int]) -> Floats:

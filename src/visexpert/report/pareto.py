@@ -9,7 +9,7 @@ from typing import Protocol
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from visexpert.report.palette import GREY, INK, OKABE_ITO, canvas, save, styled
+from visexpert.report.palette import GRAY, INK, OKABE_ITO, canvas, save, styled
 from visexpert.timing import MARK, TOLD, UNSTEADY
 
 Subset = tuple[str, ...]
@@ -90,7 +90,7 @@ def pareto_figure(
         *place[kept], s=260, facecolors="none", edgecolors=KEPT, linewidths=2, zorder=4,
         label=f"kept: {subset_label(kept, experts)}",
     )  # fmt: skip
-    lines = [] if budget is None else [axes.axvline(budget, color=GREY, linewidth=1, linestyle="--", label="budget")]
+    lines = [] if budget is None else [axes.axvline(budget, color=GRAY, linewidth=1, linestyle="--", label="budget")]
     figure.legend(handles=[*handles, ring, *lines], loc="outside right upper", frameon=False, fontsize=8)
     return save(figure, out)
 
@@ -111,7 +111,7 @@ def contribution_figure(contributions: Sequence[Valued], gate_mass: Mapping[str,
     left.axvline(0, color=INK, linewidth=0.8)
     styled(right, title="Gate mass", xlabel="mean gate over validation tokens")
     right.barh(names, [gate_mass.get(name, 0.0) for name in names], color=OKABE_ITO[1])
-    right.axvline(1 / len(names), color=GREY, linewidth=0.9, linestyle="--")
+    right.axvline(1 / len(names), color=GRAY, linewidth=0.9, linestyle="--")
     return save(figure, out)
 
 
@@ -169,14 +169,14 @@ def subset_label(subset: Subset, experts: Subset) -> str:
 
 
 def numbered(
-    axes: Axes, number: int, at: tuple[float, float], label: str, *, colour: str = FRONT, level: float = 3
+    axes: Axes, number: int, at: tuple[float, float], label: str, *, color: str = FRONT, level: float = 3
 ) -> Line2D:
     """Put a point with a number on the axes, above those of a lower level; return its entry in the legend."""
-    axes.scatter(*at, s=90, color=colour, zorder=level)
+    axes.scatter(*at, s=90, color=color, zorder=level)
     axes.annotate(
         str(number), at, color="white", fontsize=7, fontweight="bold", ha="center", va="center", zorder=level + 0.5
     )
-    return Line2D([], [], linestyle="none", marker="o", color=colour, markersize=6, label=f"{number}  {label}")
+    return Line2D([], [], linestyle="none", marker="o", color=color, markersize=6, label=f"{number}  {label}")
 
 
 def _ms(costed: Costed) -> str:

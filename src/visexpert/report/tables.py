@@ -20,7 +20,7 @@ class ResultRow:
     Args:
         variant: What was run, the same words for every seed.
         seed: Its seed.
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         parameters: Trained parameters.
         gflop: Floating-point operations of one image's forward pass, in 10^9.
         images_per_s: Training throughput.

@@ -53,7 +53,7 @@ class Group:
         shape: Index into ``SHAPES``.
         scene_K: int64 scene of each object.
         slot_K: int64 slot of each object in its scene.
-        centre_3K: Center.
+        center_3K: Center.
         bound2_K: Squared radius of the bounding sphere.
         to_unit_33K: Matrix (row, column, object) that maps camera-frame offsets from the center to the unit shape.
     """
@@ -61,7 +61,7 @@ class Group:
     shape: int
     scene_K: Tensor
     slot_K: Tensor
-    centre_3K: Tensor
+    center_3K: Tensor
     bound2_K: Tensor
     to_unit_33K: Tensor
 
@@ -98,8 +98,8 @@ def count_instances(instance_NHW: Tensor, num_slots: int) -> Tensor:
 
 def pixel_rays(size: int) -> Rays:
     """Return the rays of a ``size`` x ``size`` image."""
-    centre = (torch.arange(size, dtype=torch.float32) + 0.5) * (2.0 / size) - 1.0
-    x_W, y_H = centre * TAN_HALF_FOV, -centre * TAN_HALF_FOV
+    center = (torch.arange(size, dtype=torch.float32) + 0.5) * (2.0 / size) - 1.0
+    x_W, y_H = center * TAN_HALF_FOV, -center * TAN_HALF_FOV
     x_HW, y_HW = x_W.expand(size, size), y_H[:, None].expand(size, size)
     return Rays(
         x_W=x_W,
@@ -111,7 +111,7 @@ def pixel_rays(size: int) -> Rays:
 
 def object_groups(scenes: Scenes) -> list[Group]:
     """Gather the objects of a batch of scenes by shape; shapes that do not occur are left out."""
-    centre_NO3 = scenes.camera_centres()
+    center_NO3 = scenes.camera_centers()
     right, up, forward = scenes.axes_N33.unbind(1)
     yaw_NO = scenes.yaw_NO.double()
     cos_NO, sin_NO = torch.cos(yaw_NO).float(), torch.sin(yaw_NO).float()
@@ -133,7 +133,7 @@ def object_groups(scenes: Scenes) -> list[Group]:
                 shape=shape,
                 scene_K=scene_K,
                 slot_K=slot_K,
-                centre_3K=centre_NO3[scene_K, slot_K].T.contiguous(),
+                center_3K=center_NO3[scene_K, slot_K].T.contiguous(),
                 bound2_K=radius_K * radius_K * (_BOUND2[shape](half)),
                 to_unit_33K=torch.stack(rows),
             )
@@ -148,12 +148,12 @@ def cast(scenes: Scenes, groups: list[Group], rays: Rays) -> Hits:
     depth_Q = depth_NHW.view(-1)
     crossings = []
     for group in groups:
-        along_KHW = _along(group.centre_3K, rays)
-        centre2_K = _dot(group.centre_3K, group.centre_3K)
-        limit_KHW = rays.norm2_HW * (centre2_K - group.bound2_K * _SLACK)[:, None, None]
+        along_KHW = _along(group.center_3K, rays)
+        center2_K = _dot(group.center_3K, group.center_3K)
+        limit_KHW = rays.norm2_HW * (center2_K - group.bound2_K * _SLACK)[:, None, None]
         near_M = torch.nonzero((along_KHW * along_KHW > limit_KHW).reshape(-1)).squeeze(1)
         object_M, pixel_M = near_M // P, near_M % P
-        origin_3K = -_apply(group.to_unit_33K, group.centre_3K)
+        origin_3K = -_apply(group.to_unit_33K, group.center_3K)
         direction_3M = _apply(take(group.to_unit_33K, object_M), take(rays.xyz_3P, pixel_M))
         enter_M, leave_M = _INTERVAL[group.shape](take(origin_3K, object_M), direction_3M)
         enter_M = torch.where(enter_M < leave_M, enter_M, torch.inf)
@@ -187,7 +187,7 @@ def object_normals(scenes: Scenes, groups: list[Group], hits: Hits, rays: Rays) 
         row_of[group.scene_K * num_slots + group.slot_K] = torch.arange(len(group.scene_K))
         mine = shape_M == group.shape
         pixel_M, row_M = seen_M[mine], take(row_of, object_M[mine])
-        point_3M = take(rays.xyz_3P, pixel_M % P) * take(depth_Q, pixel_M) - take(group.centre_3K, row_M)
+        point_3M = take(rays.xyz_3P, pixel_M % P) * take(depth_Q, pixel_M) - take(group.center_3K, row_M)
         matrix_33M = take(group.to_unit_33K, row_M)
         unit_3M = _UNIT_NORMAL[group.shape](_apply(matrix_33M, point_3M))
         # Normals go back by the transpose of the map that brought the points.
@@ -218,12 +218,12 @@ def shadowed(scenes: Scenes, groups: list[Group], hits: Hits, rays: Rays, facing
     for group in groups:
         scene_K = group.scene_K
         light_3K = take(light_3N, scene_K)
-        offset_KP = (light_NHW.index_select(0, scene_K) - _dot(group.centre_3K, light_3K)[:, None, None]).view(
+        offset_KP = (light_NHW.index_select(0, scene_K) - _dot(group.center_3K, light_3K)[:, None, None]).view(
             -1, H * W
         )
         across_KHW = length2_NHW.index_select(0, scene_K)
-        across_KHW -= 2.0 * hits.depth_NHW.index_select(0, scene_K) * _along(group.centre_3K, rays)
-        limit_K = group.bound2_K * _SLACK - _dot(group.centre_3K, group.centre_3K)
+        across_KHW -= 2.0 * hits.depth_NHW.index_select(0, scene_K) * _along(group.center_3K, rays)
+        limit_K = group.bound2_K * _SLACK - _dot(group.center_3K, group.center_3K)
         near_KP = offset_KP * offset_KP > across_KHW.view(-1, H * W) - limit_K[:, None]
         # The object must lie ahead on the way to the light, and a convex object never shades its own lit side.
         near_KP &= (offset_KP < torch.sqrt(group.bound2_K)[:, None]) & facing_NP.index_select(0, scene_K)
@@ -231,7 +231,7 @@ def shadowed(scenes: Scenes, groups: list[Group], hits: Hits, rays: Rays, facing
         near_M = torch.nonzero(near_KP.reshape(-1)).squeeze(1)
         object_M, pixel_M = near_M // (H * W), near_M % (H * W)
         target_M = take(scene_K, object_M) * (H * W) + pixel_M
-        point_3M = take(rays.xyz_3P, pixel_M) * take(depth_Q, target_M) - take(group.centre_3K, object_M)
+        point_3M = take(rays.xyz_3P, pixel_M) * take(depth_Q, target_M) - take(group.center_3K, object_M)
         origin_3M = _apply(take(group.to_unit_33K, object_M), point_3M)
         direction_3M = take(_apply(group.to_unit_33K, light_3K), object_M)
         enter_M, leave_M = _INTERVAL[group.shape](origin_3M, direction_3M)

@@ -85,12 +85,12 @@ def class_masks(instance_NHW: Tensor, attributes: dict[str, Tensor]) -> dict[str
 
 def object_table(scenes: Scenes, rendered: Rendered) -> Tensor:
     """Return u, v, depth, height (see :class:`ObjectNode`) and visible pixels of every slot: float32 (N, O, 5)."""
-    camera_NO3 = scenes.camera_centres()
+    camera_NO3 = scenes.camera_centers()
     depth_NO = camera_NO3[..., 2]
     u_NO = camera_NO3[..., 0] / (depth_NO * TAN_HALF_FOV)
     v_NO = -camera_NO3[..., 1] / (depth_NO * TAN_HALF_FOV)
     pixels_NO = count_instances(rendered.instance_NHW, scenes.shape_NO.shape[1]).float()
-    return torch.stack([u_NO, v_NO, depth_NO, scenes.centre_NO3[..., 2], pixels_NO], dim=-1)
+    return torch.stack([u_NO, v_NO, depth_NO, scenes.center_NO3[..., 2], pixels_NO], dim=-1)
 
 
 def scene_graphs(scenes: Scenes, rendered: Rendered) -> list[SceneGraph]:

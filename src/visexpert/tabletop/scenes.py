@@ -62,7 +62,7 @@ class Scenes:
         colour_NO: int64 index into ``COLOURS``, -1 in empty slots.
         size_NO: int64 index into ``SIZES``, -1 in empty slots.
         material_NO: int64 index into ``MATERIALS``, -1 in empty slots.
-        centre_NO3: float32 center of each object, world frame.
+        center_NO3: float32 center of each object, world frame.
         yaw_NO: float32 rotation about the vertical, radians.
         albedo_NO3: float32 actual colour, linear 0-1: the colour word's, slightly varied.
         eye_N3: float32 position of the camera.
@@ -79,7 +79,7 @@ class Scenes:
     colour_NO: Tensor
     size_NO: Tensor
     material_NO: Tensor
-    centre_NO3: Tensor
+    center_NO3: Tensor
     yaw_NO: Tensor
     albedo_NO3: Tensor
     eye_N3: Tensor
@@ -97,9 +97,9 @@ class Scenes:
         chosen = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "world"}
         return replace(self, **chosen)
 
-    def camera_centres(self) -> Tensor:
+    def camera_centers(self) -> Tensor:
         """Return the objects' centers in the camera frame (right, up, forward), float32 (N, O, 3)."""
-        offset_NO3 = self.centre_NO3 - self.eye_N3[:, None]
+        offset_NO3 = self.center_NO3 - self.eye_N3[:, None]
         # Summed by hand: a matrix product may round differently from one batch size to the next.
         terms = offset_NO3[:, :, None, :] * self.axes_N33[:, None, :, :]
         return terms[..., 0] + terms[..., 1] + terms[..., 2]
@@ -121,14 +121,14 @@ def sample_scenes(num: int, *, seed: int, first: int = 0, world: TabletopWorld) 
     key_N2 = np.stack([np.repeat(words, num), np.arange(first, first + num, dtype=np.uint64)], axis=1)
     scenes = _content(key_N2, world)
     pending = np.arange(num)
-    centre_NO3 = scenes.centre_NO3.clone()
+    center_NO3 = scenes.center_NO3.clone()
     for attempt in range(_MAX_ATTEMPTS):
         if not len(pending):
-            return replace(scenes, centre_NO3=centre_NO3)
+            return replace(scenes, center_NO3=center_NO3)
         candidate = scenes.rows(pending.tolist())
         candidate, valid_N = _place(candidate, key_N2[pending], attempt)
         valid_N[valid_N] = _all_visible(candidate.rows(np.flatnonzero(valid_N).tolist()))
-        centre_NO3[pending[valid_N]] = candidate.centre_NO3[valid_N]
+        center_NO3[pending[valid_N]] = candidate.center_NO3[valid_N]
         pending = pending[~valid_N]
     raise ConfigError(
         f"scene {first + int(pending[0])} of seed {seed} found no placement for its objects in {_MAX_ATTEMPTS} "
@@ -171,7 +171,7 @@ def _content(key_N2: Array, world: TabletopWorld) -> Scenes:
         colour_NO=_filled(colour_NO, filled_NO),
         size_NO=_filled(size_NO, filled_NO),
         material_NO=_filled(material_NO, filled_NO),
-        centre_NO3=torch.zeros(len(num_N), num_slots, 3),
+        center_NO3=torch.zeros(len(num_N), num_slots, 3),
         yaw_NO=_float32(per_object[..., 7] * (2 * math.pi)),
         albedo_NO3=_float32(albedo_NO3.clip(0, 1)),
         eye_N3=_float32(eye_N3),
@@ -243,8 +243,8 @@ def _place(scenes: Scenes, key_N2: Array, attempt: int) -> tuple[Scenes, Array]:
     for slot in range(num_slots):
         hovers_NC = draw_NOC4[:, slot, :, 2] < scenes.world.float_probability
         lift_NC = _LIFT_RANGE[0] + draw_NOC4[:, slot, :, 3] * (_LIFT_RANGE[1] - _LIFT_RANGE[0])
-        centre_NC = np.where(hovers_NC, lift_NC, 0.0) + height_NO[:, slot, None]
-        place_NC3 = _candidate_places(draw_NOC4[:, slot, :, :2], centre_NC, eye_N3, axes_N33)
+        center_NC = np.where(hovers_NC, lift_NC, 0.0) + height_NO[:, slot, None]
+        place_NC3 = _candidate_places(draw_NOC4[:, slot, :, :2], center_NC, eye_N3, axes_N33)
         fits_NC = np.abs(place_NC3[..., 1]) <= FRAME_LIMIT * TAN_HALF_FOV * place_NC3[..., 2]
         for other in range(slot):
             radii = radius_NO[:, slot, None], radius_NO[:, other, None]
@@ -254,9 +254,9 @@ def _place(scenes: Scenes, key_N2: Array, attempt: int) -> tuple[Scenes, Array]:
         camera_NO3[:, slot] = place_NC3[np.arange(N), best_N]
         placed_NO[:, slot] |= fits_NC.any(axis=1)
     terms = camera_NO3[..., :, None] * axes_N33[:, None]
-    centre_NO3 = np.where(filled_NO[..., None], eye_N3[:, None] + terms.sum(axis=2), 0.0)
+    center_NO3 = np.where(filled_NO[..., None], eye_N3[:, None] + terms.sum(axis=2), 0.0)
     valid_N = np.asarray(placed_NO.all(axis=1))
-    return replace(scenes, centre_NO3=_float32(centre_NO3)), valid_N
+    return replace(scenes, center_NO3=_float32(center_NO3)), valid_N
 
 
 def _candidate_places(uniform_NC2: Array, height_NC: Array, eye_N3: Array, axes_N33: Array) -> Array:

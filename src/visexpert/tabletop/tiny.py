@@ -29,7 +29,7 @@ class TinyExpert(VisionExpert):
         source: ``zoo:NAME`` of a shipped expert, or a ``.safetensors`` file that ``visexpert fit`` on a
             ``configs/zoo`` file wrote. The architecture is read from its header; excludes ``arch``.
         arch: The architecture itself, for training: ``kind`` (``conv`` or ``vit``), ``image_size``, optionally
-            ``mean``, ``std`` and ``licence``, and ``network``, the arguments of
+            ``mean``, ``std`` and ``license``, and ``network``, the arguments of
             :class:`~visexpert.tabletop.tiny_networks.ConvNetwork` or ``ViTNetwork``. Weights stay random.
         tokens: ``features`` - the encoder's tokens; ``prediction`` - its head's map after the activation, one token
             per map cell.
@@ -54,7 +54,7 @@ class TinyExpert(VisionExpert):
             image_size=int(header["image_size"]),
             token_dim=sum(network.outputs.values()) if predicts else network.token_dim,
             grid_hw=network.map_hw if predicts else network.grid_hw,
-            licence=str(header.get("licence", "Apache-2.0")),
+            license=str(header.get("license", "Apache-2.0")),
             mean=header.get("mean", (0.5, 0.5, 0.5)),
             std=header.get("std", (0.25, 0.25, 0.25)),
             tokens=tokens,

@@ -145,7 +145,7 @@ class ResidualBlock(nn.Module):
 
 
 class ViTNetwork(TinyNetwork):
-    """timm's pre-LN ``VisionTransformer`` without [CLS]; with a mask token for masked image modelling.
+    """timm's pre-LN ``VisionTransformer`` without [CLS]; with a mask token for masked image modeling.
 
     Args:
         image_size: Side of the input in pixels.

@@ -14,7 +14,7 @@ from visexpert.transfer.kd_heads import (
     ToStudentHead,
     ToTeacherHead,
 )
-from visexpert.transfer.kd_maps import AdapterKind, ReleasedAdapter, Standardise
+from visexpert.transfer.kd_maps import AdapterKind, ReleasedAdapter, Standardize
 
 __all__ = [
     "AdapterKind",
@@ -25,7 +25,7 @@ __all__ = [
     "KDSizes",
     "RawHead",
     "ReleasedAdapter",
-    "Standardise",
+    "Standardize",
     "Teacher",
     "ToStudentHead",
     "ToTeacherHead",

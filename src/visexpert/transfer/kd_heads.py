@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from visexpert.errors import ConfigError
 from visexpert.grids import resample_tokens
 from visexpert.precision import like_weights
-from visexpert.transfer.kd_maps import AdapterKind, ReleasedAdapter, Standardise, token_map
+from visexpert.transfer.kd_maps import AdapterKind, ReleasedAdapter, Standardize, token_map
 from visexpert.types import ExpertTokens
 
 
@@ -168,7 +168,7 @@ class ToTeacherHead(KDHead):
 
     def __init__(self, sizes: KDSizes, *, kind: AdapterKind = "mlp", hidden_dim: int | None = None) -> None:
         super().__init__(sizes)
-        self.standardise = Standardise(sizes.token_dim)
+        self.standardize = Standardize(sizes.token_dim)
         self.head = token_map(kind, sizes.clip_width, sizes.token_dim, hidden_dim or sizes.clip_width)
 
     @property
@@ -179,7 +179,7 @@ class ToTeacherHead(KDHead):
     def pair(self, student_BTD: Tensor, teacher: ExpertTokens, has_image_B: Tensor | None) -> KDPair:
         """Return the head's prediction (B, T, E), the teacher's tokens standardized."""
         return KDPair(
-            self.head(like_weights(student_BTD, self.head)), self.standardise(self.resampled(teacher), has_image_B)
+            self.head(like_weights(student_BTD, self.head)), self.standardize(self.resampled(teacher), has_image_B)
         )
 
 
@@ -199,7 +199,7 @@ class FixedHead(KDHead):
 
     def __init__(self, sizes: KDSizes, *, seed: int = 0) -> None:
         super().__init__(sizes)
-        self.standardise = Standardise(sizes.token_dim)
+        self.standardize = Standardize(sizes.token_dim)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {sizes.name}".encode()))
         empty_ED = torch.empty(sizes.token_dim, sizes.clip_width, device="cpu")
         self.register_buffer("map_ED", nn.init.orthogonal_(empty_ED, generator=generator))
@@ -207,5 +207,5 @@ class FixedHead(KDHead):
     def pair(self, student_BTD: Tensor, teacher: ExpertTokens, has_image_B: Tensor | None) -> KDPair:
         """Return the student's tokens as they are, the teacher's standardized and rotated."""
         return KDPair(
-            student_BTD, self.standardise(self.resampled(teacher), has_image_B) @ self.map_ED.to(torch.float32)
+            student_BTD, self.standardize(self.resampled(teacher), has_image_B) @ self.map_ED.to(torch.float32)
         )

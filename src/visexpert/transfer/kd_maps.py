@@ -46,7 +46,7 @@ def token_map(kind: str, in_dim: int, out_dim: int, hidden_dim: int | None) -> n
     return nn.Sequential(nn.LayerNorm(in_dim), nn.Linear(in_dim, hidden), nn.GELU(), nn.Linear(hidden, out_dim))
 
 
-class Standardise(nn.Module):
+class Standardize(nn.Module):
     """Standardizes tokens to zero mean and unit variance per channel, with statistics over all tokens seen in training.
 
     Statistics are cumulative (each batch counts equally) instead of per batch or per token, so that an image's target
@@ -63,7 +63,7 @@ class Standardise(nn.Module):
         super().__init__()
         self.statistics = nn.BatchNorm1d(dim, affine=False, momentum=None)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Standardise:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Standardize:
         """Move and cast like any module, but keep the statistics in float32, which a mean over many batches needs."""
         before = [self.statistics.running_mean, self.statistics.running_var]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

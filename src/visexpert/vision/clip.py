@@ -46,7 +46,7 @@ class ClipEncoder(nn.Module):
         architecture: Name of an open_clip model instead of ``config``, such as ``ViT-L-14-336-quickgelu``.
         image_size: Side of the input in pixels; null for the source's own. For any other size, position embeddings are
             interpolated as in the source's own library (transformers: bicubic; open_clip: with antialias as well).
-        licence: License of the weights, for export reports; null means the package's own for ``zoo:`` sources.
+        license: License of the weights, for export reports; null means the package's own for ``zoo:`` sources.
         mole: Add a mixture of low-rank experts to its MLPs (MoVE-KD's student); null for a plain CLIP.
     """
 
@@ -61,18 +61,18 @@ class ClipEncoder(nn.Module):
         config: dict[str, Any] | None = None,
         architecture: str | None = None,
         image_size: int | None = None,
-        licence: str | None = None,
+        license: str | None = None,
         mole: MoLESettings | None = None,
     ) -> None:
         super().__init__()
         require_numbers("ClipEncoder", least=1, image_size=image_size)
-        self._given = {"source": source, "layer": layer, "config": config, "licence": licence}
+        self._given = {"source": source, "layer": layer, "config": config, "license": license}
         self._given |= {"architecture": architecture, "image_size": image_size}
         self.source = source
         self.published = describe_clip(source, config=config, architecture=architecture)
         require_channels("ClipEncoder", mean=self.published.mean, std=self.published.std)
         shipped = source is not None and source.startswith(ZOO_PREFIX)
-        self.licence = licence or ("Apache-2.0" if shipped else self.published.licence()) or "not stated"
+        self.license = license or ("Apache-2.0" if shipped else self.published.license()) or "not stated"
         clip_config = vision_config({**self.published.fields, **({"image_size": image_size} if image_size else {})})
         for side in (clip_config.image_size, clip_config.patch_size):
             _side(side)

@@ -70,9 +70,9 @@ class PublishedClip:
     elsewhere: str | None = None
     of_open_clip: bool = False
 
-    def licence(self) -> str | None:
+    def license(self) -> str | None:
         """As stated by the model card, where it is on this machine."""
-        return None if self.source is None else self.source.licence()
+        return None if self.source is None else self.source.license()
 
     def completed(self) -> PublishedClip:
         """Return a copy completed from the files' own configuration, which is fetched if it is not on this machine yet.
@@ -227,7 +227,7 @@ def _own_config(files: ModelSource) -> PublishedClip | None:
     if absent:
         raise WeightsError(
             f"{OWNER}: {files.find('preprocessor_config.json')} lacks {absent}; give a folder written by "
-            "save_pretrained, or delete that file for OpenAI's normalisation."
+            "save_pretrained, or delete that file for OpenAI's normalization."
         )
     return PublishedClip(fields, files, own=True, mean=prepared["image_mean"], std=prepared["image_std"])
 

@@ -18,7 +18,7 @@ from tests.methods.helpers import (
     sorted_settings,
     tiny_experts,
 )
-from visexpert.language import CrossAttentionDecoder, LanguageSide
+from visexpert.language import CrossAttentionDecoder, LanguageModel
 from visexpert.methods import MoVEKD
 from visexpert.tabletop import TabletopData
 from visexpert.types import Batch, ExpertTokens
@@ -48,7 +48,7 @@ def tiny_movekd(
     return MoVEKD(clip=clip, **sorted_settings(MoVEKD, {**parts, **options}))
 
 
-def decoder() -> LanguageSide:
+def decoder() -> LanguageModel:
     return CrossAttentionDecoder(vocab_size=VOCAB, width=WIDTH, depth=1, heads=2, dropout=0.0)
 
 

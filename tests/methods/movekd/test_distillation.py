@@ -79,7 +79,7 @@ def test_variance_under_a_third_of_its_start_raises_one_alarm(
 def test_fixed_maps_give_the_student_their_scale_which_raises_no_alarm(
     share: float, alarms: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Standardised targets vary less than CLIP's tokens: following them is no collapse, falling below them is."""
+    """Standardized targets vary less than CLIP's tokens: following them is no collapse, falling below them is."""
     clip_BTD, depth_BTD = 3 * tokens(seed=1), tokens(seed=2)
     alignments: dict[str, Alignment] = {"clip": "raw", "depth": "fixed"}
     heads = {

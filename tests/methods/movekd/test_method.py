@@ -226,7 +226,7 @@ def test_samples_without_an_image_take_no_part_in_distillation_and_balance(align
     assert none["kd_loss"] == 0 and none["balance_loss"] == 0
 
 
-def test_distillation_without_a_language_side_trains_and_is_probed(tmp_path: Path, data: MakeData) -> None:
+def test_distillation_without_a_language_model_trains_and_is_probed(tmp_path: Path, data: MakeData) -> None:
     model = tiny_movekd(language=NoLanguage(), lm_weight=0.0)
     before = model.clip.model.state_dict()["embeddings.class_embedding"].clone()
     trainer = bare_trainer(tmp_path, steps=2, limit_val_batches=1, val_check_interval=2, check_val_every_n_epoch=None)

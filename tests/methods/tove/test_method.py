@@ -77,7 +77,7 @@ def test_at_step_0_it_equals_its_clip_only_twin_to_the_bit(space: Space, trainin
 
 
 @pytest.mark.parametrize("space", ["language", "clip"])
-def test_a_detached_expert_equals_a_gate_of_zero_with_the_rest_renormalised(space: Space) -> None:
+def test_a_detached_expert_equals_a_gate_of_zero_with_the_rest_renormalized(space: Space) -> None:
     model = shake(tiny_tove(fusion_space=space)).eval()
     batch = noise_batch()
     assert model.gate is not None

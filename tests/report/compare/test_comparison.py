@@ -112,9 +112,9 @@ def test_scores_are_chosen_by_key_or_by_what_is_there() -> None:
 
 
 def test_skills_are_grouped_by_task() -> None:
-    keys = ["test/vqa/family/size", "test/slots/slot/colour", "test/probe/depth", "test/nll/kind/vqa", "val/probe/x"]
+    keys = ["test/vqa/family/size", "test/slots/slot/color", "test/probe/depth", "test/nll/kind/vqa", "val/probe/x"]
     assert skill_groups(keys, split="test") == {
-        "vqa": ["test/vqa/family/size"], "slots": ["test/slots/slot/colour"], "probe": ["test/probe/depth"],
+        "vqa": ["test/vqa/family/size"], "slots": ["test/slots/slot/color"], "probe": ["test/probe/depth"],
     }  # fmt: skip
 
 

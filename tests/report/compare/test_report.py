@@ -16,7 +16,7 @@ from PIL import Image
 from tests.report.compare.made import make_run
 from visexpert.report.compare import Choices, compare_runs, find_runs, write_report
 from visexpert.report.compare.figures import curves, pareto, skills
-from visexpert.report.palette import GREY
+from visexpert.report.palette import GRAY
 from visexpert.report.pareto import FRONT
 
 EVIL = "<script>alert('x')</script>|a"
@@ -152,9 +152,9 @@ def test_bars_of_skills_are_as_long_as_the_scores(runs: Path, tmp_path: Path) ->
     scores = [score for score in found.all_scores if score.key.endswith("family/size")]
     rows, columns = _blue(skills(found, scores, "vqa", tmp_path / "s.png"))
     pixels = np.asarray(Image.open(tmp_path / "s.png").convert("RGB")) / 255.0
-    grey = np.abs(pixels - np.array(to_rgb(GREY))).max(axis=2) < 0.012
-    bar = np.nonzero(grey.sum(axis=1) > 60)[0]
-    length = np.nonzero(grey[int(np.quantile(bar, 0.2))])[0]  # beside the interval, which lies across the end
+    gray = np.abs(pixels - np.array(to_rgb(GRAY))).max(axis=2) < 0.012
+    bar = np.nonzero(gray.sum(axis=1) > 60)[0]
+    length = np.nonzero(gray[int(np.quantile(bar, 0.2))])[0]  # beside the interval, which lies across the end
     assert np.ptp(length) / np.ptp(columns) == pytest.approx(0.405 / 0.61, rel=0.02)
 
 

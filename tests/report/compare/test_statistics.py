@@ -7,12 +7,12 @@ import math
 import pytest
 from scipy import stats
 
-from visexpert.report.compare.statistics import PairedTest, corrected, holm, paired_test, summarise
+from visexpert.report.compare.statistics import PairedTest, corrected, holm, paired_test, summarize
 
 
 def test_the_interval_is_that_of_student() -> None:
     values = [0.71, 0.74, 0.69, 0.73]
-    summary = summarise(values)
+    summary = summarize(values)
     assert summary is not None and summary.half_width is not None and summary.n == 4
     low, high = stats.t.interval(0.95, 3, loc=summary.mean, scale=stats.sem(values))
     assert (summary.mean - summary.half_width, summary.mean + summary.half_width) == pytest.approx((low, high))
@@ -20,15 +20,15 @@ def test_the_interval_is_that_of_student() -> None:
 
 def test_three_seeds_by_hand() -> None:
     """1, 2, 3: mean 2, sd 1, and t of two degrees of freedom is 4.303."""
-    summary = summarise([1.0, 2.0, 3.0])
+    summary = summarize([1.0, 2.0, 3.0])
     assert summary is not None and summary.mean == 2 and summary.sd == 1
     assert summary.half_width == pytest.approx(4.303 / math.sqrt(3), abs=1e-3)
 
 
 def test_one_value_has_no_interval_and_none_no_summary() -> None:
-    summary = summarise([0.5])
+    summary = summarize([0.5])
     assert summary is not None and (summary.n, summary.sd, summary.half_width) == (1, None, None)
-    assert summarise([]) is None
+    assert summarize([]) is None
 
 
 def test_the_paired_test_is_scipys_over_the_seeds_in_common() -> None:

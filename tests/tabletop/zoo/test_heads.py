@@ -60,7 +60,7 @@ def test_attributes__shares_perfect_map_and_loss_at_the_optimum() -> None:
 
 
 def test_depth__log_of_the_cell_and_error_in_objects_only() -> None:
-    task = DepthTask(centre=0.0)
+    task = DepthTask(center=0.0)
     truth_BCHW = task.target(one_object(), (2, 2))
     torch.testing.assert_close(truth_BCHW[0, 0, 0], torch.tensor([math.log(5), math.log(10)]))
     torch.testing.assert_close(truth_BCHW[0, 1, 0], torch.tensor([1.0, 0.0]))

@@ -47,7 +47,7 @@ def test_all__encoders_present_and_at_most_8_megabytes() -> None:
 def test_card__is_complete_and_written_from_its_facts(name: str) -> None:
     facts = facts_of(name)
     assert (CARDS / f"{name}.md").read_text(encoding="utf-8") == card_text(facts)
-    for key in ("data", "steps", "licence", "score_definition", "training_seconds", "recipe", "probes"):
+    for key in ("data", "steps", "license", "score_definition", "training_seconds", "recipe", "probes"):
         assert facts[key], key
     assert {"world", "train_split", "train_scenes", "seed", "held_out_split"} <= facts["data"].keys()
     assert facts["data"]["train_split"] != facts["data"]["held_out_split"]

@@ -1,4 +1,4 @@
-"""Calls of a library's own encoder on normalised pixels, whichever library it is of."""
+"""Calls of a library's own encoder on normalized pixels, whichever library it is of."""
 
 from __future__ import annotations
 

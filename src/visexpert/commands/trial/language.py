@@ -27,7 +27,7 @@ class Probe:
     """Two texts in one row, behind an image or without one, and what our side makes of them.
 
     Args:
-        side: The language side, weights loaded.
+        side: The language model, weights loaded.
     """
 
     def __init__(self, side: Side) -> None:

@@ -111,7 +111,7 @@ def _try_expert(expert: VisionExpert) -> Found:
     facts = {
         **({"tokens": expert.tokens} if expert.tokens != "features" else {}),
         **_encoder_facts(expert, expert.grid_hw, expert.token_dim, torch.equal(tokens_BSE, again_BSE)),
-        "license": expert.licence,
+        "license": expert.license,
     }
     return (facts, (), found) if isinstance(found, str) else (facts, (found,), "")
 
@@ -123,7 +123,7 @@ def _try_clip(encoder: ClipEncoder) -> Found:
         pixels_BCHW = (images_BCHW - encoder.mean) / encoder.std
         found = compare_clip(encoder, encoder._given["architecture"], pixels_BCHW, tokens_BTD)  # type: ignore[arg-type]
     facts = _encoder_facts(encoder, encoder.grid_hw, encoder.width, torch.equal(tokens_BTD, again_BTD))
-    facts |= {"layer": str(encoder.layer), "activation": str(encoder.config.hidden_act), "license": encoder.licence}
+    facts |= {"layer": str(encoder.layer), "activation": str(encoder.config.hidden_act), "license": encoder.license}
     return (facts, (), found) if isinstance(found, str) else (facts, (found,), "")
 
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from visexpert.errors import ConfigError, DataError
 from visexpert.experts import ExpertHub, FeatureCache, VisionExpert
-from visexpert.language import LanguageSide, NoLanguage, Projector
+from visexpert.language import LanguageModel, NoLanguage, Projector
 from visexpert.language.projector import ProjectorSettings
 from visexpert.losses.balance import RouterBalanceForm
 from visexpert.methods.base import Method
@@ -45,7 +45,7 @@ class MoVEKD(Method):
     """MoVE-KD (arXiv 2501.01709, CVPR 2025): L = lm_weight L_text + kd_weight L_kd + balance_weight L_bal.
 
     The student is a CLIP, plain or with MoLE (``clip.init_args.mole``). A frozen copy of it without MoLE gives [CLS]
-    attention and is, as ``clip``, one of the teachers. At inference only the student and the language side remain.
+    attention and is, as ``clip``, one of the teachers. At inference only the student and the language model remain.
 
     Defaults are what measured best in miniature (docs/results/movekd-tabletop.md), not the paper's; configs/movekd says
     the paper's forms by name.
@@ -53,7 +53,7 @@ class MoVEKD(Method):
     Args:
         clip: The student.
         experts: Frozen teachers by name, beside CLIP.
-        language: Language side; :class:`~visexpert.language.NoLanguage` for distillation of the encoder alone.
+        language: Language model; :class:`~visexpert.language.NoLanguage` for distillation of the encoder alone.
         use: Names of the experts to use; null for all.
         heads: How the student is compared with each expert.
         weighting: How teachers and tokens are weighed.
@@ -75,7 +75,7 @@ class MoVEKD(Method):
         *,
         clip: ClipEncoder,
         experts: dict[str, VisionExpert],
-        language: LanguageSide,
+        language: LanguageModel,
         use: list[str] | None = None,
         heads: HeadSettings = HeadSettings(),
         weighting: WeightingSettings = WeightingSettings(),
@@ -186,7 +186,7 @@ class MoVEKD(Method):
         }
 
     def trained_groups(self) -> Sequence[ParameterGroup]:
-        """Heads and projector; the student's own weights; MoLE; the language side. A rate of 0 leaves a group out."""
+        """Heads and projector; the student's own weights; MoLE; the language model. A rate of 0 leaves a group out."""
         fusion: list[nn.Module] = [self.distillation.heads] if self.kd_weight > 0 else []
         fusion += [self.projector] if self.lm_weight > 0 else []
         groups = [
@@ -199,7 +199,7 @@ class MoVEKD(Method):
         return [group for group in groups if group.lr > 0 and any(list(m.parameters()) for m in group.modules)]
 
     def load_weights(self) -> None:
-        """Student, its frozen copy, teachers, language side; then ``init_from``."""
+        """Student, its frozen copy, teachers, language model; then ``init_from``."""
         self.clip.load_weights()
         if self.anchor is not None:
             self.anchor.load_weights()

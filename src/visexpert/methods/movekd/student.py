@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from visexpert.errors import ConfigError
-from visexpert.language import LanguageSide, NoLanguage
+from visexpert.language import LanguageModel, NoLanguage
 from visexpert.vision import ClipEncoder
 
 
-def check_weights(language: LanguageSide, **weights: float) -> None:
+def check_weights(language: LanguageModel, **weights: float) -> None:
     """Refuse weights of losses that cannot work: ``kd_weight``, ``lm_weight``, ``balance_weight``.
 
     Raises:

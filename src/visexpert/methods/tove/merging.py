@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from visexpert.errors import ConfigError
 from visexpert.experts import FeatureCache
 from visexpert.io.weights import cache_root
-from visexpert.losses import normalised_mse, token_distance
+from visexpert.losses import normalized_mse, token_distance
 from visexpert.methods.base import Method
 from visexpert.methods.fusing import FusingMethod
 from visexpert.methods.parts import Part
@@ -97,9 +97,9 @@ class Merging(Method):
         student_BTD, target_BTD = seen.tokens.tokens_BTD, self._target(seen.views.batch)
         there_B = seen.views.batch.has_image_B
         distance = token_distance(
-            student_BTD, target_BTD, self.settings.distance, normalise=self.settings.normalize, has_image_B=there_B
+            student_BTD, target_BTD, self.settings.distance, normalize=self.settings.normalize, has_image_B=there_B
         )
-        nmse = normalised_mse(student_BTD.detach(), target_BTD, has_image_B=there_B)
+        nmse = normalized_mse(student_BTD.detach(), target_BTD, has_image_B=there_B)
         return Compared({"token_loss": LossTerm(distance, "image", self.settings.token_weight)}, {"nmse": nmse})
 
     def compare_in_validation(self, seen: Seen) -> None:
@@ -119,7 +119,7 @@ class Merging(Method):
         return {"teacher": self.teacher}
 
     def unused_modules(self) -> Sequence[nn.Module]:
-        """The teacher but for the language side, which both share."""
+        """The teacher but for the language model, which both share."""
         return [part for name, part in self.teacher.named_children() if name != "language"]
 
     def own_parts(self) -> Sequence[Part]:

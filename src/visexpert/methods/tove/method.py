@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from visexpert.errors import require_numbers
 from visexpert.experts import ExpertHub, FeatureCache, VisionExpert
 from visexpert.io.weights import weights_digest
-from visexpert.language import LanguageSide, Projector
+from visexpert.language import LanguageModel, Projector
 from visexpert.language.projector import ProjectorSettings
 from visexpert.losses import gate_balance
 from visexpert.methods.columns import Columns
@@ -40,7 +40,7 @@ class ToVE(FusingMethod):
     Args:
         clip: The frozen CLIP.
         experts: Frozen experts by name.
-        language: Language side.
+        language: Language model.
         use: Names of the experts to use, others are not built into the model; null for all, [] for CLIP only.
         detached: Names of used experts that start detached: built, but not loaded or run, and -inf in the gate.
         projector: CLIP tokens to the language width (its kind and norm are unconfirmed).
@@ -61,7 +61,7 @@ class ToVE(FusingMethod):
         *,
         clip: ClipEncoder,
         experts: dict[str, VisionExpert],
-        language: LanguageSide,
+        language: LanguageModel,
         use: list[str] | None = None,
         detached: list[str] | None = None,
         projector: ProjectorSettings = ProjectorSettings(),
@@ -171,7 +171,7 @@ class ToVE(FusingMethod):
         elif not kept:
             self.gate = None
 
-    def plain(self, clip: ClipEncoder, projector: Projector, language: LanguageSide, *, clip_lr: float) -> ToVE:
+    def plain(self, clip: ClipEncoder, projector: Projector, language: LanguageModel, *, clip_lr: float) -> ToVE:
         """ToVE without experts, whose CLIP trains."""
         optimizer = ToVEOptimizer(clip_lr=clip_lr, on_nan=self.on_nan)
         model = ToVE(clip=clip, experts={}, language=language, optimizer=optimizer, **self._plain)
@@ -251,7 +251,7 @@ class ToVE(FusingMethod):
         return self.transfer.mode == "residual" or not alone or not self.hub.attached
 
     def trained_groups(self) -> Sequence[ParameterGroup]:
-        """Gate, adapters and projector, unless blind; the language side unless its rate is 0."""
+        """Gate, adapters and projector, unless blind; the language model unless its rate is 0."""
         groups = [] if self.blind else self._vision_groups()
         if self.language_lr > 0:
             groups.append(ParameterGroup("language", self.language.trained_modules(), self.language_lr))

@@ -11,7 +11,7 @@ from functools import cached_property
 from visexpert.errors import ConfigError
 from visexpert.report.compare.record import RunRecord
 from visexpert.report.compare.scores import Score, choose_primary, choose_scores, score_of
-from visexpert.report.compare.statistics import PairedTest, Summary, corrected, paired_test, summarise
+from visexpert.report.compare.statistics import PairedTest, Summary, corrected, paired_test, summarize
 from visexpert.report.compare.terms import Difference
 from visexpert.report.compare.variants import Variant
 
@@ -95,7 +95,7 @@ class Comparison:
         found: dict[str, dict[str, Summary]] = {}
         for variant in self.variants:
             keys = dict.fromkeys(key for run in variant.runs for key in run.metrics)
-            every = {key: summarise(variant.values(key)) for key in keys}
+            every = {key: summarize(variant.values(key)) for key in keys}
             found[variant.name] = {key: summary for key, summary in every.items() if summary is not None}
         return found
 

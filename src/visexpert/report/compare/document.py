@@ -54,7 +54,7 @@ class Picture:
     Args:
         path: The file.
         title: What it is of.
-        is_plot: A drawing on white, whose colours may follow the page; else a photograph.
+        is_plot: A drawing on white, whose colors may follow the page; else a photograph.
     """
 
     path: Path

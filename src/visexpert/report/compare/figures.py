@@ -15,7 +15,7 @@ from visexpert.report.compare.costs import MS, unsteady
 from visexpert.report.compare.scores import Score
 from visexpert.report.compare.variants import Variant
 from visexpert.report.curves import learning_curves, read_metrics
-from visexpert.report.palette import GREY, INK, Floats, canvas, save, styled
+from visexpert.report.palette import GRAY, INK, Floats, canvas, save, styled
 from visexpert.report.pareto import FRONT, numbered
 from visexpert.timing import MARK, TOLD
 
@@ -59,10 +59,10 @@ def pareto(comparison: Comparison, out: Path, *, measure: str = "gflop") -> Path
     handles = {}
     for name in sorted(places, key=lambda each: each in ahead):  # the front on top
         cost, value, half = places[name]
-        colour, level = (FRONT, 4) if name in ahead else (_BEHIND, 3)
-        axes.errorbar(cost, value, yerr=half, color=colour, elinewidth=1, capsize=2, zorder=2)
+        color, level = (FRONT, 4) if name in ahead else (_BEHIND, 3)
+        axes.errorbar(cost, value, yerr=half, color=color, elinewidth=1, capsize=2, zorder=2)
         handles[name] = numbered(
-            axes, numbers[name], (cost, value), MARK * (name in marked) + _short(name), colour=colour, level=level
+            axes, numbers[name], (cost, value), MARK * (name in marked) + _short(name), color=color, level=level
         )
     axes.plot(*zip(*(places[name][:2] for name in ahead), strict=True), color=FRONT, linewidth=1.3,
               drawstyle="steps-post", zorder=1)  # fmt: skip
@@ -135,8 +135,8 @@ def skills(comparison: Comparison, scores: Sequence[Score], task: str, out: Path
             if summary is None:
                 continue
             half = (summary.half_width or 0.0) * score.scale
-            colour = GREY if variant.name == comparison.baseline else FRONT
-            axes.barh(place, summary.mean * score.scale, 0.75, xerr=half, color=colour,
+            color = GRAY if variant.name == comparison.baseline else FRONT
+            axes.barh(place, summary.mean * score.scale, 0.75, xerr=half, color=color,
                       error_kw={"elinewidth": 0.8, "capsize": 1.5, "ecolor": INK})  # fmt: skip
         axes.set_yticks(places, [str(place + 1) for place in places], fontsize=6.5)
         axes.set_ylim(len(places) - 0.4, -0.6)
@@ -146,7 +146,7 @@ def skills(comparison: Comparison, scores: Sequence[Score], task: str, out: Path
         )
     for axes in list(grid.flat)[len(scores) :]:
         axes.set_axis_off()
-    figure.suptitle(f"{task}, by skill (numbers as in the table; grey: the baseline)", fontsize=10, color=INK)
+    figure.suptitle(f"{task}, by skill (numbers as in the table; gray: the baseline)", fontsize=10, color=INK)
     return save(figure, out)
 
 

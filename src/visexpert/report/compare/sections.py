@@ -94,7 +94,7 @@ def _warnings(comparison: Comparison) -> Iterator[Section]:
 
 def _results(comparison: Comparison) -> Iterator[Section]:
     told = (
-        f"Bold: the best mean of a column. Colour on the page: better or worse than '{comparison.baseline}' beyond "
+        f"Bold: the best mean of a column. Color on the page: better or worse than '{comparison.baseline}' beyond "
         "chance, by the tests below."
     )
     yield Section("Scores", (told,), tables=(score_table(comparison, comparison.scores),))

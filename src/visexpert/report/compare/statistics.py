@@ -50,7 +50,7 @@ class PairedTest:
     p_holm: float | None = None
 
 
-def summarise(values: Sequence[float]) -> Summary | None:
+def summarize(values: Sequence[float]) -> Summary | None:
     """Mean, sd and t interval; None without values."""
     if not values:
         return None

@@ -22,7 +22,7 @@ _MOST_NAMES = 8
 
 
 def score_table(comparison: Comparison, scores: Sequence[Score], *, caption: str = "") -> Table:
-    """Means with sd and interval; the best of a column marked, differences beyond chance coloured."""
+    """Means with sd and interval; the best of a column marked, differences beyond chance colored."""
     rows = []
     for number, variant in enumerate(comparison.variants, start=1):
         row = [Cell(str(number), number), Cell(variant.name), Cell(_seeds(variant), len(variant.runs))]
@@ -44,8 +44,8 @@ def paired_table(comparison: Comparison) -> Table:
         rows.append(tuple(row))
     caption = (
         f"Mean difference to '{comparison.baseline}' over the seeds that both have, with its 95 % interval; p of the "
-        "paired t test → after Holm's correction over the variants of its column. Coloured where the corrected p is "
-        f"below {SIGNIFICANT}. Three seeds give a test little power: no colour is no proof of no difference."
+        "paired t test → after Holm's correction over the variants of its column. Colored where the corrected p is "
+        f"below {SIGNIFICANT}. Three seeds give a test little power: no color is no proof of no difference."
     )
     return Table(("#", "variant", *(_titled(score) for score in scores)), tuple(rows), caption, text_columns=2)
 

@@ -50,7 +50,7 @@ def card_text(facts: Mapping[str, Any]) -> str:
         f"{facts['training_seconds']} s on {facts['training_hardware']}",
         "Recipe": f"`visexpert fit --config {facts['recipe']}`",
         "Files": f"{', '.join(f'`{name}`' for name in facts['files'])} ({total / 1e6:.2f} MB, fp16)",
-        "Licence": facts["licence"],
+        "License": facts["license"],
     }
     lines = [
         f"# zoo:{facts['name']}",

@@ -153,7 +153,7 @@ class ContrastiveCLIP(ZooModule):
             "token_dim": self.clip.width,
             "parameters": parameter_count(self.clip.model),
             "text_parameters": parameter_count(self.text) + self.projection.weight.numel() + 1,
-            "licence": "Apache-2.0",
+            "license": "Apache-2.0",
             "trained_on": "captions that name objects (colour and shape), no position, size or relation",
         }
 

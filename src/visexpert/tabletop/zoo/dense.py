@@ -128,5 +128,5 @@ def expert_facts(expert: TinyExpert) -> dict[str, Any]:
         "grid": list(expert.grid_hw),
         "token_dim": expert.token_dim,
         "parameters": parameter_count(expert.network),
-        "licence": expert.licence,
+        "license": expert.license,
     }

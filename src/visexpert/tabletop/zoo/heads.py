@@ -110,18 +110,18 @@ class DepthTask(DenseTask):
         f"least {MOSTLY:.0%}; lower is better"
     )
 
-    def __init__(self, *, object_weight: float = 8.0, centre: float = 2.1) -> None:
+    def __init__(self, *, object_weight: float = 8.0, center: float = 2.1) -> None:
         """Set the loss weight and the offset.
 
         Args:
             object_weight: Weight of a cell full of objects, relative to an empty cell: the table is easy.
-            centre: Log-depth that a raw output of 0 stands for.
+            center: Log-depth that a raw output of 0 stands for.
         """
         self.object_weight = object_weight
-        self.centre = centre
+        self.center = center
 
     def target(self, targets: Targets, cells_hw: tuple[int, int]) -> Tensor:
-        depth_B1HW = _to_cells(targets["depth_BHW"].float().log()[:, None], cells_hw) - self.centre
+        depth_B1HW = _to_cells(targets["depth_BHW"].float().log()[:, None], cells_hw) - self.center
         return torch.cat([depth_B1HW, _object_share(targets["instance_BHW"], cells_hw)], dim=1)
 
     def loss(self, map_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Masked image modelling: an expert that learns from pixels alone, without any label."""
+"""Masked image modeling: an expert that learns from pixels alone, without any label."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ class MaskedExpert(ZooModule):
         pixels_BCHW = self.expert.preprocess(images_of(batch))
         patches_BSP = self._patches(pixels_BCHW)
         mask_BS = torch.rand(patches_BSP.shape[:2]) < self.mask_ratio
-        raw_BSP, normalised_BSP = self._rebuild(pixels_BCHW, mask_BS)
+        raw_BSP, normalized_BSP = self._rebuild(pixels_BCHW, mask_BS)
         error_BS = (raw_BSP - patches_BSP).abs().mean(-1)
-        error_BS = error_BS + F.smooth_l1_loss(normalised_BSP, _normalised(patches_BSP), reduction="none").mean(-1)
+        error_BS = error_BS + F.smooth_l1_loss(normalized_BSP, _normalized(patches_BSP), reduction="none").mean(-1)
         weight_BS = torch.where(mask_BS, 1.0, self.visible_weight)
         loss = (error_BS * weight_BS).sum() / weight_BS.sum()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
@@ -109,13 +109,13 @@ class MaskedExpert(ZooModule):
         assert vit.pos_embed is not None  # ViTNetwork builds it with learned positions
         tokens_BSE = torch.where(mask_BS[..., None], self.mask_token, vit.patch_embed(pixels_BCHW)) + vit.pos_embed
         rebuilt: Tensor = self.decoder(vit.norm(vit.blocks(tokens_BSE)))
-        raw_BSP, normalised_BSP = rebuilt.chunk(2, dim=-1)
-        return raw_BSP, normalised_BSP
+        raw_BSP, normalized_BSP = rebuilt.chunk(2, dim=-1)
+        return raw_BSP, normalized_BSP
 
     def _patches(self, pixels_BCHW: Tensor) -> Tensor:
         return F.unfold(pixels_BCHW, self.patch, stride=self.patch).transpose(1, 2)
 
 
-def _normalised(patches_BSP: Tensor) -> Tensor:
+def _normalized(patches_BSP: Tensor) -> Tensor:
     mean_BS1, std_BS1 = patches_BSP.mean(-1, keepdim=True), patches_BSP.std(-1, keepdim=True)
     return (patches_BSP - mean_BS1) / (std_BS1 + 0.1)

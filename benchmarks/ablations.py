@@ -87,10 +87,15 @@ def run_of(method: str, name: str, *, seed: int, scale: str, root: Path = ROOT) 
         run, checkpoint = MATRIX[method]["starts"][name]
         start = ("--model.init_args.init_from", str(root / scale / "tove" / run / f"seed{seed}" / checkpoint))
     arguments = (
-        "fit", *(part for file in files for part in ("--config", str(file))),
-        "--seed_everything", str(seed), "--data.init_args.seed", "0", "--model.init_args.evaluation.meteor=false",
+        "fit",
+        *(part for file in files for part in ("--config", str(file))),
+        "--seed_everything",
+        str(seed),
+        "--data.init_args.seed",
+        "0",
+        "--model.init_args.evaluation.meteor=false",
         *start,
-    )  # fmt: skip
+    )
     return Run(root / scale / method / name / f"seed{seed}", arguments, seed, f"{method}/{name}")
 
 

@@ -290,8 +290,10 @@ def titles_on(text: str) -> Mapping[str, set[str]]:
         kind: [line.split(" | ")[0].removeprefix("| ") for line in part.splitlines() if line.startswith("| ")]
         for kind, part in (("encoders", seeing), ("languages", speaking))
     }
-    return {kind: {cell.strip("`") if kind == "languages" else cell for cell in cells if not cell.startswith("family")}
-            for kind, cells in rows.items()}  # fmt: skip
+    return {
+        kind: {cell.strip("`") if kind == "languages" else cell for cell in cells if not cell.startswith("family")}
+        for kind, cells in rows.items()
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

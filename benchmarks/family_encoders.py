@@ -67,8 +67,16 @@ class Published:
     size: int | None = None
 
 
-DINO = {"model_type": "dinov2", "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 56,
-        "patch_size": 14, "out_indices": [1, 2, 3, 4], "reshape_hidden_states": False}  # fmt: skip
+DINO = {
+    "model_type": "dinov2",
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 56,
+    "patch_size": 14,
+    "out_indices": [1, 2, 3, 4],
+    "reshape_hidden_states": False,
+}
 STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 DEPTH, SEGMENTATION = "AutoModelForDepthEstimation", "AutoModelForSemanticSegmentation"
 UNIVERSAL = "AutoModelForUniversalSegmentation"
@@ -96,8 +104,12 @@ TRANSFORMERS = [
     Published("PaliGemma", "paligemma", processor="SiglipImageProcessor"),
     Published("Gemma 3", "gemma3"),
     Published("InternVL", "internvl", {"vision_config": {"image_size": [32, 32], "patch_size": [8, 8]}}),
-    Published("InternVL, vision part alone", "internvl_vision", {"image_size": [32, 32], "patch_size": [8, 8]},
-              processor="ViTImageProcessor"),
+    Published(
+        "InternVL, vision part alone",
+        "internvl_vision",
+        {"image_size": [32, 32], "patch_size": [8, 8]},
+        processor="ViTImageProcessor",
+    ),
     Published("AIMv2", "aimv2"),
     Published("AIMv2, vision part alone", "aimv2_vision_model", processor="CLIPImageProcessor"),
     Published("MLCD", "mlcd_vision_model", processor="CLIPImageProcessor"),
@@ -110,16 +122,25 @@ TRANSFORMERS = [
     Published("ViTDet", "vitdet", {"pretrain_image_size": 32}, processor="ViTImageProcessor"),
     Published("I-JEPA", "ijepa"),
     Published("DINOv2", "dinov2", {**DINO, "out_indices": [4]}),
-    Published("DINOv2 with registers", "dinov2_with_registers", {"num_register_tokens": 4},
-              processor="BitImageProcessor"),
+    Published(
+        "DINOv2 with registers", "dinov2_with_registers", {"num_register_tokens": 4}, processor="BitImageProcessor"
+    ),
     Published("DINOv3 ViT", "dinov3_vit", {"num_register_tokens": 4}),
-    Published("DINOv3 ConvNeXt", "dinov3_convnext", STAGES | {"image_size": SIDE},
-              processor="DINOv3ViTImageProcessor"),
+    Published("DINOv3 ConvNeXt", "dinov3_convnext", STAGES | {"image_size": SIDE}, processor="DINOv3ViTImageProcessor"),
     Published("YOLOS", "yolos", {"num_detection_tokens": 5, "image_size": [32, 32]}),
     Published("Swin", "swin", SWIN | {"image_size": SIDE}),
     Published("Swin V2", "swinv2", SWIN | {"image_size": SIDE}),
-    Published("Hiera", "hiera", {"image_size": [64, 64], "embed_dim": 16, "num_heads": [1, 2, 2, 4],
-                                 "depths": [1, 1, 2, 1], "patch_size": [7, 7]}),
+    Published(
+        "Hiera",
+        "hiera",
+        {
+            "image_size": [64, 64],
+            "embed_dim": 16,
+            "num_heads": [1, 2, 2, 4],
+            "depths": [1, 1, 2, 1],
+            "patch_size": [7, 7],
+        },
+    ),
     Published("PVT", "pvt", {"image_size": SIDE}),
     Published("PVT v2", "pvt_v2", {"image_size": SIDE}),
     Published("CvT", "cvt", {"embed_dim": [8, 16, 32], "depth": [1, 2, 3], "num_heads": [1, 2, 4]}, size=SIDE),
@@ -128,57 +149,184 @@ TRANSFORMERS = [
     Published("ResNet", "resnet", STAGES | {"embedding_size": 8}, size=SIDE),
     Published("RegNet", "regnet", STAGES | {"embedding_size": 8, "groups_width": 8}, size=SIDE),
     Published("BiT", "bit", STAGES | {"embedding_size": 8, "num_groups": 4}, size=SIDE),
-    Published("EfficientNet", "efficientnet", {"image_size": SIDE, "width_coefficient": 0.25, "hidden_dim": 320},
-              size=SIDE),
+    Published(
+        "EfficientNet", "efficientnet", {"image_size": SIDE, "width_coefficient": 0.25, "hidden_dim": 320}, size=SIDE
+    ),
     Published("MobileNet V2", "mobilenet_v2", {"depth_multiplier": 0.25, "image_size": SIDE}, size=SIDE),
     Published("MobileViT", "mobilevit", {"image_size": SIDE}, size=SIDE),
-    Published("LeViT", "levit", {"image_size": SIDE, "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 3, 4],
-                                 "key_dim": [8, 8, 8], "depths": [1, 1, 1], "patch_size": 16}),
+    Published(
+        "LeViT",
+        "levit",
+        {
+            "image_size": SIDE,
+            "hidden_sizes": [16, 24, 32],
+            "num_attention_heads": [2, 3, 4],
+            "key_dim": [8, 8, 8],
+            "depths": [1, 1, 1],
+            "patch_size": 16,
+        },
+    ),
     Published("PoolFormer", "poolformer", STAGES, size=SIDE),
     Published("FocalNet", "focalnet", {"image_size": SIDE, "embed_dim": 8, "depths": [1, 1, 1, 1]}),
-    Published("SAM", "sam", {"vision_config": {"global_attn_indexes": [1], "output_channels": 16, "mlp_dim": 64,
-                                               "window_size": 3, "num_hidden_layers": 2, "image_size": SIDE}}),
-    Published("SAM, vision part alone", "sam_vision_model",
-              {"global_attn_indexes": [1], "output_channels": 16, "mlp_dim": 64, "window_size": 3,
-               "num_hidden_layers": 2, "image_size": SIDE}, processor="SamImageProcessor"),
-    Published("SAM 2", "sam2", {"vision_config": {
-        "model_type": "sam2_vision_model", "fpn_hidden_size": 16, "backbone_channel_list": [32, 24, 16, 8],
-        "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]], "backbone_config": {
-            "model_type": "sam2_hiera_det_model", "hidden_size": 8, "image_size": [64, 64],
-            "blocks_per_stage": [1, 1, 2, 1],
-            "embed_dim_per_stage": [8, 16, 24, 32], "num_attention_heads_per_stage": [1, 2, 2, 4],
-            "window_size_per_stage": [2, 2, 2, 2], "global_attention_blocks": [3],
-            "window_positional_embedding_background_size": [2, 2]}}}),
-    Published("Depth Anything", "depth_anything", {"backbone_config": DINO, "neck_hidden_sizes": [8, 8, 8, 8],
-                                                   "fusion_hidden_size": 8, "reassemble_hidden_size": 32,
-                                                   "patch_size": 14, "depth_estimation_type": "metric",
-                                                   "max_depth": 10},
-              processor="DPTImageProcessor", auto=DEPTH),
-    Published("DPT", "dpt", {"backbone_out_indices": [0, 1, 2, 3], "num_hidden_layers": 4,
-                             "neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8}, auto=DEPTH),
-    Published("ZoeDepth", "zoedepth", {
-        "backbone_config": {"model_type": "beit", "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
-                            "intermediate_size": 64, "image_size": 64, "patch_size": 16, "reshape_hidden_states": False,
-                            "use_relative_position_bias": True, "out_indices": [1, 2, 3, 4]},
-        "neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8, "bottleneck_features": 8,
-        "num_attractors": [4, 2, 2, 1], "bin_embedding_dim": 8}, auto=DEPTH),
-    Published("GLPN", "glpn", {**STAGES, "decoder_hidden_size": 8, "num_attention_heads": [1, 2, 3, 4]}, auto=DEPTH,
-              size=SIDE),
-    Published("SegFormer", "segformer", {**STAGES, "decoder_hidden_size": 8, "num_attention_heads": [1, 2, 3, 4],
-                                         "num_labels": 5}, auto=SEGMENTATION, size=SIDE),
-    Published("BEiT, segmentation", "beit", {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "num_labels": 5,
-                                             "image_size": SIDE, "patch_size": 16}, auto=SEGMENTATION),
-    Published("UperNet", "upernet", {"backbone_config": {"model_type": "convnext", **STAGES, "image_size": SIDE,
-                                                         "out_features": ["stage1", "stage2", "stage3", "stage4"]},
-                                     "hidden_size": 16, "auxiliary_in_channels": 24, "num_labels": 5},
-              processor="SegformerImageProcessor", auto=SEGMENTATION, size=SIDE),
-    Published("Mask2Former", "mask2former", {
-        "backbone_config": {"model_type": "swin", **SWIN, "image_size": SIDE,
-                            "out_features": ["stage1", "stage2", "stage3", "stage4"]},
-        "feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 32,
-        "dim_feedforward": 32, "encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2, "num_queries": 5,
-        "num_labels": 5}, auto=UNIVERSAL, size=SIDE),
-]  # fmt: skip
+    Published(
+        "SAM",
+        "sam",
+        {
+            "vision_config": {
+                "global_attn_indexes": [1],
+                "output_channels": 16,
+                "mlp_dim": 64,
+                "window_size": 3,
+                "num_hidden_layers": 2,
+                "image_size": SIDE,
+            }
+        },
+    ),
+    Published(
+        "SAM, vision part alone",
+        "sam_vision_model",
+        {
+            "global_attn_indexes": [1],
+            "output_channels": 16,
+            "mlp_dim": 64,
+            "window_size": 3,
+            "num_hidden_layers": 2,
+            "image_size": SIDE,
+        },
+        processor="SamImageProcessor",
+    ),
+    Published(
+        "SAM 2",
+        "sam2",
+        {
+            "vision_config": {
+                "model_type": "sam2_vision_model",
+                "fpn_hidden_size": 16,
+                "backbone_channel_list": [32, 24, 16, 8],
+                "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+                "backbone_config": {
+                    "model_type": "sam2_hiera_det_model",
+                    "hidden_size": 8,
+                    "image_size": [64, 64],
+                    "blocks_per_stage": [1, 1, 2, 1],
+                    "embed_dim_per_stage": [8, 16, 24, 32],
+                    "num_attention_heads_per_stage": [1, 2, 2, 4],
+                    "window_size_per_stage": [2, 2, 2, 2],
+                    "global_attention_blocks": [3],
+                    "window_positional_embedding_background_size": [2, 2],
+                },
+            }
+        },
+    ),
+    Published(
+        "Depth Anything",
+        "depth_anything",
+        {
+            "backbone_config": DINO,
+            "neck_hidden_sizes": [8, 8, 8, 8],
+            "fusion_hidden_size": 8,
+            "reassemble_hidden_size": 32,
+            "patch_size": 14,
+            "depth_estimation_type": "metric",
+            "max_depth": 10,
+        },
+        processor="DPTImageProcessor",
+        auto=DEPTH,
+    ),
+    Published(
+        "DPT",
+        "dpt",
+        {
+            "backbone_out_indices": [0, 1, 2, 3],
+            "num_hidden_layers": 4,
+            "neck_hidden_sizes": [8, 8, 8, 8],
+            "fusion_hidden_size": 8,
+        },
+        auto=DEPTH,
+    ),
+    Published(
+        "ZoeDepth",
+        "zoedepth",
+        {
+            "backbone_config": {
+                "model_type": "beit",
+                "hidden_size": 32,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "intermediate_size": 64,
+                "image_size": 64,
+                "patch_size": 16,
+                "reshape_hidden_states": False,
+                "use_relative_position_bias": True,
+                "out_indices": [1, 2, 3, 4],
+            },
+            "neck_hidden_sizes": [8, 8, 8, 8],
+            "fusion_hidden_size": 8,
+            "bottleneck_features": 8,
+            "num_attractors": [4, 2, 2, 1],
+            "bin_embedding_dim": 8,
+        },
+        auto=DEPTH,
+    ),
+    Published(
+        "GLPN", "glpn", {**STAGES, "decoder_hidden_size": 8, "num_attention_heads": [1, 2, 3, 4]}, auto=DEPTH, size=SIDE
+    ),
+    Published(
+        "SegFormer",
+        "segformer",
+        {**STAGES, "decoder_hidden_size": 8, "num_attention_heads": [1, 2, 3, 4], "num_labels": 5},
+        auto=SEGMENTATION,
+        size=SIDE,
+    ),
+    Published(
+        "BEiT, segmentation",
+        "beit",
+        {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "num_labels": 5, "image_size": SIDE, "patch_size": 16},
+        auto=SEGMENTATION,
+    ),
+    Published(
+        "UperNet",
+        "upernet",
+        {
+            "backbone_config": {
+                "model_type": "convnext",
+                **STAGES,
+                "image_size": SIDE,
+                "out_features": ["stage1", "stage2", "stage3", "stage4"],
+            },
+            "hidden_size": 16,
+            "auxiliary_in_channels": 24,
+            "num_labels": 5,
+        },
+        processor="SegformerImageProcessor",
+        auto=SEGMENTATION,
+        size=SIDE,
+    ),
+    Published(
+        "Mask2Former",
+        "mask2former",
+        {
+            "backbone_config": {
+                "model_type": "swin",
+                **SWIN,
+                "image_size": SIDE,
+                "out_features": ["stage1", "stage2", "stage3", "stage4"],
+            },
+            "feature_size": 32,
+            "mask_feature_size": 32,
+            "hidden_dim": 32,
+            "encoder_feedforward_dim": 32,
+            "dim_feedforward": 32,
+            "encoder_layers": 1,
+            "decoder_layers": 2,
+            "num_attention_heads": 2,
+            "num_queries": 5,
+            "num_labels": 5,
+        },
+        auto=UNIVERSAL,
+        size=SIDE,
+    ),
+]
 
 
 def _of_transformers(family: Published) -> Encoder:
@@ -272,27 +420,43 @@ VIT = {"image_size": 32, "layers": 2, "width": 32, "head_width": 8, "patch_size"
 
 def trunk(name: str, size: int, **more: Any) -> dict[str, Any]:
     """A timm encoder inside open_clip."""
-    return {"timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "avg", "timm_proj": "linear",
-            "image_size": size, **more}  # fmt: skip
+    return {
+        "timm_model_name": name,
+        "timm_model_pretrained": False,
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+        "image_size": size,
+        **more,
+    }
 
 
 OPEN_CLIP: list[tuple[str, dict[str, Any]]] = [
     ("ViT", {"vision_cfg": VIT}),
     ("ViT, QuickGELU", {"vision_cfg": VIT, "quick_gelu": True}),
-    ("ViT, average pool (CLIPA)", {"vision_cfg": {**VIT, "no_ln_pre": True, "pool_type": "avg",
-                                                  "final_ln_after_pool": True}}),
-    ("CoCa", {"vision_cfg": {**VIT, "attentional_pool": True, "attn_pooler_heads": 4, "output_tokens": True},
-              "text_cfg": {**TEXT, "embed_cls": True, "output_tokens": True},
-              "multimodal_cfg": {**TEXT, "attn_pooler_heads": 4}, "custom_text": True}),
-    ("SigLIP", {"vision_cfg": trunk("test_vit", 160, timm_pool="map", timm_proj="none"), "embed_dim": 64,
-                "custom_text": True}),
+    (
+        "ViT, average pool (CLIPA)",
+        {"vision_cfg": {**VIT, "no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}},
+    ),
+    (
+        "CoCa",
+        {
+            "vision_cfg": {**VIT, "attentional_pool": True, "attn_pooler_heads": 4, "output_tokens": True},
+            "text_cfg": {**TEXT, "embed_cls": True, "output_tokens": True},
+            "multimodal_cfg": {**TEXT, "attn_pooler_heads": 4},
+            "custom_text": True,
+        },
+    ),
+    (
+        "SigLIP",
+        {"vision_cfg": trunk("test_vit", 160, timm_pool="map", timm_proj="none"), "embed_dim": 64, "custom_text": True},
+    ),
     ("PE-Core", {"vision_cfg": trunk("vit_pe_core_tiny_patch16_384", 384, timm_pool="map"), "custom_text": True}),
     ("EVA-02", {"vision_cfg": trunk("eva02_tiny_patch14_224", 224, timm_pool="token"), "custom_text": True}),
     ("MobileCLIP", {"vision_cfg": trunk("fastvit_mci0", 256, timm_proj=None), "embed_dim": 512, "custom_text": True}),
     ("ViTamin", {"vision_cfg": trunk("vitamin_small_224", 224), "custom_text": True}),
     ("ConvNeXt", {"vision_cfg": trunk("test_convnext", 160)}),
     ("ResNet", {"vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}}),
-]  # fmt: skip
+]
 """Title and what makes the family's configuration another than that of the plain ViT."""
 
 

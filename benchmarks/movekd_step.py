@@ -23,9 +23,18 @@ from visexpert.report import describe_machine
 from visexpert.training import build_cli
 
 FORMS = (
-    "text-only", "no-kd", "no-mole", "geometry", "fixed-no-mole", "recipe", "base", "mole-dense", "paper-form",
-    "encoder-only", "recipe-distil",
-)  # fmt: skip
+    "text-only",
+    "no-kd",
+    "no-mole",
+    "geometry",
+    "fixed-no-mole",
+    "recipe",
+    "base",
+    "mole-dense",
+    "paper-form",
+    "encoder-only",
+    "recipe-distil",
+)
 BESIDE = "text-only"
 
 

@@ -34,11 +34,14 @@ MERGED = {
     f"text only, ToVE's decoder frozen, equal time ({EQUAL_TIME} steps)": [*TEXT, "--steps", str(EQUAL_TIME)],
     "text only, ToVE's decoder trained along": [*TEXT, *ALONG],
     f"text only, ToVE's decoder trained along, equal time ({EQUAL_TIME_ALONG} steps)": [
-        *TEXT, *ALONG, "--steps", str(EQUAL_TIME_ALONG),
+        *TEXT,
+        *ALONG,
+        "--steps",
+        str(EQUAL_TIME_ALONG),
     ],
     "merged: tokens, LoRA": ["--merging.adaptation", "lora"],
     "merged: tokens + text, ToVE's decoder trained along": ["--merging.lm_weight", "0.33", *ALONG],
-}  # fmt: skip
+}
 """What `visexpert merge` does from the base run; a later option replaces an earlier one."""
 
 CONTINUED = {
@@ -174,9 +177,16 @@ def _steps(steps: int) -> list[str]:
 
 def _fit(runs: Path, seed: int, variant: str, extra: Sequence[str]) -> Run:
     arguments = (
-        "fit", "--config", BASE, *extra, "--seed_everything", str(seed), "--data.init_args.seed", "0",
+        "fit",
+        "--config",
+        BASE,
+        *extra,
+        "--seed_everything",
+        str(seed),
+        "--data.init_args.seed",
+        "0",
         "--model.init_args.evaluation.meteor=false",
-    )  # fmt: skip
+    )
     return Run(runs / slug(variant) / f"seed{seed}", arguments, seed, variant)
 
 
@@ -189,10 +199,12 @@ def report(runs: Sequence[Run]) -> None:
 
 
 REFERENCES = {
-    "CLIP only": "CLIP only", SEMANTIC: "CLIP + semantic (best single expert)", ALL: "ToVE, all five experts",
+    "CLIP only": "CLIP only",
+    SEMANTIC: "CLIP + semantic (best single expert)",
+    ALL: "ToVE, all five experts",
     "all, lowest worth detached": "detached: lowest worth first, 4 left",
     "all, highest worth detached": "detached: highest worth first, 4 left",
-}  # fmt: skip
+}
 """Rows that docs/results/tove-tabletop.json has already."""
 
 

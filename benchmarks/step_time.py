@@ -14,10 +14,16 @@ def seconds_per_step(model: L.LightningModule, data: L.LightningDataModule, *, s
     """Mean over ``steps`` steps, after two that warm up."""
     clock = _Clock()
     trainer = L.Trainer(
-        accelerator=PhaseSettings().accelerator, max_steps=steps + 2, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, callbacks=[clock],
+        accelerator=PhaseSettings().accelerator,
+        max_steps=steps + 2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        callbacks=[clock],
         default_root_dir=folder,
-    )  # fmt: skip
+    )
     trainer.fit(model, datamodule=data)
     return (clock.times[-1] - clock.times[1]) / steps
 

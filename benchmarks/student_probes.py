@@ -133,9 +133,11 @@ def _images(run: SavedRun) -> list[Batch]:
 
 def _cut(batch: Batch, size: int) -> Batch:
     return Batch(
-        images_BCHW=batch.images_BCHW[:size], index_B=batch.index_B[:size], split=batch.split,
+        images_BCHW=batch.images_BCHW[:size],
+        index_B=batch.index_B[:size],
+        split=batch.split,
         targets={name: value[:size] for name, value in batch.targets.items()},
-    )  # fmt: skip
+    )
 
 
 _TEACHERS: dict[str, Tensor] = {}

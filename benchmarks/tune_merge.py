@@ -59,11 +59,24 @@ def _merge(base: Path, name: str, extra: list[str]) -> Run:
 
 def _fresh(runs: Path, name: str, rate: str) -> Run:
     arguments = (
-        "fit", "--config", BASE, "--config", str(OVERLAYS / "clip-only.yaml"),
-        "--model.init_args.optimizer.clip_lr", rate,
-        "--trainer.max_steps", "2900", "--trainer.val_check_interval", "725", "--seed_everything", "0",
-        "--data.init_args.seed", "0", "--test_after_fit", "false",
-    )  # fmt: skip
+        "fit",
+        "--config",
+        BASE,
+        "--config",
+        str(OVERLAYS / "clip-only.yaml"),
+        "--model.init_args.optimizer.clip_lr",
+        rate,
+        "--trainer.max_steps",
+        "2900",
+        "--trainer.val_check_interval",
+        "725",
+        "--seed_everything",
+        "0",
+        "--data.init_args.seed",
+        "0",
+        "--test_after_fit",
+        "false",
+    )
     return Run(runs / f"fresh-{rate}", arguments, 0, name)
 
 

@@ -26,10 +26,23 @@ def _quick_speeds() -> None:
 
 
 SLOWEST = (
-    "test_config_headers.py", "test_configs_train.py", "test_end_to_end.py", "test_run_life.py", "test_precision.py",
-    "test_in_two_processes.py", "test_detach.py", "test_workers.py", "test_trust.py", "test_merge.py", "test_cli.py",
-    "test_walk.py", "test_sharded.py", "test_one_source.py", "test_checking.py", "test_configs.py",
-)  # fmt: skip
+    "test_config_headers.py",
+    "test_configs_train.py",
+    "test_end_to_end.py",
+    "test_run_life.py",
+    "test_precision.py",
+    "test_in_two_processes.py",
+    "test_detach.py",
+    "test_workers.py",
+    "test_trust.py",
+    "test_merge.py",
+    "test_cli.py",
+    "test_walk.py",
+    "test_sharded.py",
+    "test_one_source.py",
+    "test_checking.py",
+    "test_configs.py",
+)
 """Files that take longest: those that share the work begin with them, so that none waits for another at the end."""
 
 

@@ -48,14 +48,15 @@ class Parts:
                     "edges": {"class_path": "visexpert.experts.KorniaEdges", "init_args": {"image_size": 32}},
                 },
                 "language": {
-                    "class_path": "visexpert.language.PrefixLM", "init_args": {"source": self.llama, **language},
+                    "class_path": "visexpert.language.PrefixLM",
+                    "init_args": {"source": self.llama, **language},
                 },
                 "projector": {"kind": "mlp2x_gelu", "norm": False},  # LLaVA's, for the export as one
                 "optimizer": {"warmup_steps": 1},
                 "evaluation": {"meteor": False, "caption_images": 1},
                 **options,
             },
-        }  # fmt: skip
+        }
 
 
 def write_parts(root: Path) -> Parts:

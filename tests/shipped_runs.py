@@ -35,11 +35,27 @@ NORM = 10.0
 """What gradients are scaled to before they are clipped, so that every clipping has something to do."""
 
 LIMITS: dict[str, float] = {
-    "batch_size": 2, "eval_batch_size": 2, "num_workers": 0, "workers": 0, "num_train": 24, "num_val": 4,
-    "num_test": 4, "max_steps": 2, "steps": 2, "val_check_interval": 2, "eval_every": 2, "checkpoint_every": 2,
-    "warmup_steps": 1, "language_frozen_steps": 1, "map_size": 16, "devices": 1, "num_nodes": 1,
-    "caption_images": 2, "timing_images": 1, "timing_seconds": 0,
-}  # fmt: skip
+    "batch_size": 2,
+    "eval_batch_size": 2,
+    "num_workers": 0,
+    "workers": 0,
+    "num_train": 24,
+    "num_val": 4,
+    "num_test": 4,
+    "max_steps": 2,
+    "steps": 2,
+    "val_check_interval": 2,
+    "eval_every": 2,
+    "checkpoint_every": 2,
+    "warmup_steps": 1,
+    "language_frozen_steps": 1,
+    "map_size": 16,
+    "devices": 1,
+    "num_nodes": 1,
+    "caption_images": 2,
+    "timing_images": 1,
+    "timing_seconds": 0,
+}
 """Settings that are cut down to these wherever they are larger, in whatever class."""
 
 
@@ -274,9 +290,13 @@ class ShippedRuns:
         assert isinstance(trainer, L.Trainer)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         return Run(
-            Path(given["run"]).absolute(), trainer.global_step, trainer.state.finished, callbacks, watch,
+            Path(given["run"]).absolute(),
+            trainer.global_step,
+            trainer.state.finished,
+            callbacks,
+            watch,
             given["trainer"]["gradient_clip_val"],
-        )  # fmt: skip
+        )
 
 
 def _leave_one_batch_of_text(path: Path) -> None:

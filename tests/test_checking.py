@@ -72,7 +72,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("trainer.max_time", "abc", ["abc", "DD:HH:MM:SS"]),
         ("trainer.barebones", "true", ["barebones"]),
     ],
-)  # fmt: skip
+)
 def test_a_setting_that_cannot_be_is_one_sentence(
     setting: str, value: str, fragments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,17 +142,23 @@ def config_files() -> Iterator[tuple[str, bytes, list[str]]]:
     yield "nul", b"\0\1", ["cannot be read as YAML", "#x0000"]
     yield "tag", b"a: !!python/object/apply:os.system [ls]", ["line 1", "python/object/apply:os.system"]
     yield "documents", b"---\na: 1\n---\nb: 2\n", ["line 3", "another document"]
-    yield "twice", smoke.replace("seed_everything: 0", "seed_everything: 0\nseed_everything: 1").encode(), [
-        "line 5", "'seed_everything' comes twice",
-    ]  # fmt: skip
+    yield (
+        "twice",
+        smoke.replace("seed_everything: 0", "seed_everything: 0\nseed_everything: 1").encode(),
+        [
+            "line 5",
+            "'seed_everything' comes twice",
+        ],
+    )
     yield "interpolation", smoke.replace("max_steps: 8", "max_steps: ${nothing.here}").encode(), ["nothing.here"]
     for value in ("3", "true", "[]", "null", "[a]"):
         yield f"trainer {value}", yaml.safe_dump({"trainer": yaml.safe_load(value)}).encode(), ["trainer is", "mapping"]
     yield "no class", b"model: {}\ndata: {}\ntrainer: {max_steps: 1}\n", ["model", "class_path"]
 
 
-@pytest.mark.parametrize(("content", "fragments"), [each[1:] for each in config_files()],
-                         ids=[each[0] for each in config_files()])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "fragments"), [each[1:] for each in config_files()], ids=[each[0] for each in config_files()]
+)
 def test_a_file_that_is_no_configuration_is_named(
     content: bytes, fragments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,9 +228,12 @@ def test_a_missing_deepspeed_names_the_extra(strategy: Any, monkeypatch: pytest.
 
 CONFIGS = SMOKE.parents[1]
 ON_CPU = [
-    "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto",
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.num_nodes=1",
+    "--trainer.strategy=auto",
     "--trainer.precision=32-true",
-]  # fmt: skip
+]
 
 
 @pytest.fixture

@@ -137,21 +137,33 @@ def edited(tmp_path: Path, old: str, new: str) -> list[str]:
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
-        ("warmup_steps:", "warmup_step:",
-         "visexpert.methods.ToVE has no setting 'warmup_step'; did you mean 'optimizer.warmup_steps'"),
-        ("depth: 1, heads: 2}", "dept: 1, heads: 2}",
-         "visexpert.language.CrossAttentionDecoder has no setting 'dept'; did you mean 'depth'"),
+        (
+            "warmup_steps:",
+            "warmup_step:",
+            "visexpert.methods.ToVE has no setting 'warmup_step'; did you mean 'optimizer.warmup_steps'",
+        ),
+        (
+            "depth: 1, heads: 2}",
+            "dept: 1, heads: 2}",
+            "visexpert.language.CrossAttentionDecoder has no setting 'dept'; did you mean 'depth'",
+        ),
         ("max_steps:", "max_stepps:", "There is no setting 'trainer.max_stepps'; did you mean 'trainer.max_steps'"),
-        ("arch: {kind: vit,", "archi: {kind: vit,",
-         "visexpert.tabletop.TinyExpert has no setting 'archi'; did you mean 'arch'"),
-        ("visexpert.tabletop.TabletopData", "visexpert.tabletop.TableTopData",
-         "There is no class 'visexpert.tabletop.TableTopData'; did you mean 'TabletopData'"),
+        (
+            "arch: {kind: vit,",
+            "archi: {kind: vit,",
+            "visexpert.tabletop.TinyExpert has no setting 'archi'; did you mean 'arch'",
+        ),
+        (
+            "visexpert.tabletop.TabletopData",
+            "visexpert.tabletop.TableTopData",
+            "There is no class 'visexpert.tabletop.TableTopData'; did you mean 'TabletopData'",
+        ),
         ("tokens: prediction", "tokens: predictions", "predictions"),
         ("num_train: 32", "num_train: many", "num_train: Expected a <class 'int'>. Got value: many"),
         ("num_train: 32", "num_train: 0", "TabletopData.num_train is 0, but must be at least 1"),
         ("layer: -2", "layer: -9", "ClipEncoder: layer=-9 is outside -3..-1 of a CLIP with 2 layers"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_setting_is_one_sentence(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, sentence: str
 ) -> None:

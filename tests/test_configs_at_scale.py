@@ -28,10 +28,17 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 FOLDERS = ("movekd/llava", "tove/paper")
 
 LLAMA: dict[str, Any] = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
     "tie_word_embeddings": False,
-}  # fmt: skip
+}
 
 
 def llama(width: int, hidden: int, layers: int, heads: int) -> dict[str, Any]:
@@ -43,11 +50,21 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "lmsys/vicuna-7b-v1.5": llama(4096, 11008, 32, 32),
     "lmsys/vicuna-13b-v1.5": llama(5120, 13824, 40, 40),
     "FacebookAI/roberta-base": {
-        "model_type": "roberta", "architectures": ["RobertaForMaskedLM"], "vocab_size": 50265, "hidden_size": 768,
-        "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072, "max_position_embeddings": 514,
-        "type_vocab_size": 1, "layer_norm_eps": 1e-5, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2,
+        "model_type": "roberta",
+        "architectures": ["RobertaForMaskedLM"],
+        "vocab_size": 50265,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 514,
+        "type_vocab_size": 1,
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+        "eos_token_id": 2,
     },
-}  # fmt: skip
+}
 """``config.json`` of language models, as published, without what does not change the model."""
 
 CLIPS = {

@@ -25,11 +25,15 @@ CLIP = {
         "source": None,
         "layer": -2,
         "config": {
-            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "image_size": 32, "patch_size": 8,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
         },
     },
-}  # fmt: skip
+}
 
 LANGUAGE = {
     "class_path": "visexpert.language.CrossAttentionDecoder",

@@ -63,13 +63,18 @@ def test_a_log_line_escapes_names_and_keeps_its_own_lines() -> None:
         (OSError("Can't load the model 'x'.\nSee the page\nfor more."), ["Can't load the model 'x'."]),
         (MemoryError(), ["memory", "batch_size", "num_workers"]),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0"), ["2.00 GiB", "batch_size"]),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: not enough memory: you tried to "
-                      "allocate 80000 bytes.\nmore"), ["80000 bytes", "batch_size"]),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: not enough memory: you tried to "
+                "allocate 80000 bytes.\nmore"
+            ),
+            ["80000 bytes", "batch_size"],
+        ),
         (RuntimeError("DataLoader worker (pid 77) is killed by signal: Killed. "), ["pid 77", "num_workers"]),
         (RuntimeError("DataLoader worker (pid(s) 5, 6) exited unexpectedly"), ["5, 6", "num_workers"]),
         (RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"), ["full", "data/1"]),
     ],
-)  # fmt: skip
+)
 def test_faults_of_the_machine_are_one_sentence(
     error: BaseException, fragments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -52,8 +52,9 @@ def test_decay_is_for_matrices_only_and_each_parameter_comes_once() -> None:
 
 
 def test_an_empty_group_is_left_out_and_no_group_is_refused() -> None:
-    made = make_groups([ParameterGroup("none", (nn.GELU(),), 0.1), ParameterGroup("norm", (nn.LayerNorm(2),), 0.1)],
-                       weight_decay=0.1)  # fmt: skip
+    made = make_groups(
+        [ParameterGroup("none", (nn.GELU(),), 0.1), ParameterGroup("norm", (nn.LayerNorm(2),), 0.1)], weight_decay=0.1
+    )
     assert [group["name"] for group in made] == ["norm (no decay)"]
     with pytest.raises(ConfigError, match="Nothing trains: every part is frozen; set language_lr above 0 or attach"):
         make_groups([ParameterGroup("none", (nn.GELU(),), 0.1)], weight_decay=0.1)

@@ -36,7 +36,7 @@ BASE = {
         "init_args": {"root": "talk", "num_val": 8, "batch_size": 3, "eval_batch_size": 5, "max_broken": 0.5},
     },
     "trainer": {"max_steps": 1},
-}  # fmt: skip
+}
 
 
 def files(folder: Path, overlay: Any) -> list[Path]:

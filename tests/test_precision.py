@@ -61,11 +61,16 @@ def batch_of(images_BCHW: torch.Tensor) -> Batch:
     ids = torch.tensor([[1, 40_001, 2]])
     text = TextBatch(ids, ids.clone(), torch.ones_like(ids), torch.arange(3)[None])
     return Batch(
-        images_BCHW, torch.tensor([70_001]), "train", text, items=((TextItem("vqa", "how many?", "two"),),),
+        images_BCHW,
+        torch.tensor([70_001]),
+        "train",
+        text,
+        items=((TextItem("vqa", "how many?", "two"),),),
         targets={"depth_BHW": torch.ones(1, 2, 2), "instance_BHW": torch.ones(1, 2, 2, dtype=torch.int16)},
-        has_image_B=torch.tensor([True]), original_hw_B2=torch.tensor([[481, 640]]),
+        has_image_B=torch.tensor([True]),
+        original_hw_B2=torch.tensor([[481, 640]]),
         step=StepCounts({"token": 3, "image": 1}, {"token": 3, "image": 1}, 0),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(("plugin", "dtype"), PLUGINS, ids=lambda value: str(getattr(value, "precision", value)))
@@ -146,8 +151,12 @@ def clipped_shards(rank: int, algorithm: str) -> list[list[float]]:
     root(given).sum().backward()
     module = ClippedModule()
     plugin = FSDPPrecision("bf16-mixed")
-    module._trainer = trainer_with(plugin, strategy=SimpleNamespace(model=root), gradient_clip_val=1.0,
-                                   gradient_clip_algorithm=GradClipAlgorithmType(algorithm))  # fmt: skip
+    module._trainer = trainer_with(
+        plugin,
+        strategy=SimpleNamespace(model=root),
+        gradient_clip_val=1.0,
+        gradient_clip_algorithm=GradClipAlgorithmType(algorithm),
+    )
     optimizer = adamw([{"params": list(root.parameters())}], lr=0.1, betas=(0.9, 0.98), trainer=module.trainer)
     module.configure_gradient_clipping(optimizer, 1.0, algorithm)
     return [p.grad.tolist() for p in root.parameters() if p.grad is not None]
@@ -198,10 +207,26 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def test_a_whole_run_with_weights_in_16_bits(method: str, tmp_path: Path) -> None:
     """Fit with clipped gradients, test, figures, cost: all of it in 16 bits."""
     main(
-        ["fit", "--config", str(CONFIGS / method / "smoke.yaml"), "--run", str(tmp_path), "--trainer.precision",
-         "bf16-true", "--trainer.gradient_clip_val", "1.0", "--trainer.max_steps", "2", "--trainer.val_check_interval",
-         "2", "--model.init_args.evaluation.caption_images", "2", "--trainer.enable_progress_bar", "false"]
-    )  # fmt: skip
+        [
+            "fit",
+            "--config",
+            str(CONFIGS / method / "smoke.yaml"),
+            "--run",
+            str(tmp_path),
+            "--trainer.precision",
+            "bf16-true",
+            "--trainer.gradient_clip_val",
+            "1.0",
+            "--trainer.max_steps",
+            "2",
+            "--trainer.val_check_interval",
+            "2",
+            "--model.init_args.evaluation.caption_images",
+            "2",
+            "--trainer.enable_progress_bar",
+            "false",
+        ]
+    )
     with (tmp_path / "metrics.csv").open(encoding="utf-8") as file:
         losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")]
     assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)

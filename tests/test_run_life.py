@@ -163,9 +163,15 @@ def test_a_run_killed_after_its_last_step_has_all_its_metrics_once_continued(
     ],
 )
 def test_a_signal_saves_says_so_and_the_run_goes_on_to_the_same_end(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    signum: int, code: int, hook: str, step: int,
-) -> None:  # fmt: skip
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    signum: int,
+    code: int,
+    hook: str,
+    step: int,
+) -> None:
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     ended = end_at(hook, step, sent(signum), fit(tmp_path, "--checkpoint_every", "100"), monkeypatch)
     assert isinstance(ended, SystemExit) and ended.code == code
@@ -183,9 +189,12 @@ def test_a_signal_saves_says_so_and_the_run_goes_on_to_the_same_end(
 
 
 def test_a_signal_in_the_test_leaves_a_finished_fit(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     assert end_at("on_test_start", 8, sent(signal.SIGTERM), fit(tmp_path), monkeypatch).code == 143
     assert "SIGTERM" in capsys.readouterr().err.strip().splitlines()[-1]
     stages = read(tmp_path / "environment.json")

@@ -43,11 +43,29 @@ CONVNEXT = "test_convnext.r160_in1k"
 STEPS = 2
 
 LIMITS: dict[str, int] = {
-    "map_size": 16, "batch_size": 2, "eval_batch_size": 2, "num_workers": 0, "workers": 0,
-    "num_train": 8, "num_val": 4, "num_test": 4, "max_tokens": 384, "warmup_steps": 1, "caption_images": 2,
-    "adapter_hidden": 32, "rank": 4, "max_steps": STEPS, "val_check_interval": STEPS, "log_every_n_steps": 1,
-    "steps": STEPS, "eval_every": STEPS, "devices": 1, "num_nodes": 1, "timing_images": 1, "timing_seconds": 0,
-}  # fmt: skip
+    "map_size": 16,
+    "batch_size": 2,
+    "eval_batch_size": 2,
+    "num_workers": 0,
+    "workers": 0,
+    "num_train": 8,
+    "num_val": 4,
+    "num_test": 4,
+    "max_tokens": 384,
+    "warmup_steps": 1,
+    "caption_images": 2,
+    "adapter_hidden": 32,
+    "rank": 4,
+    "max_steps": STEPS,
+    "val_check_interval": STEPS,
+    "log_every_n_steps": 1,
+    "steps": STEPS,
+    "eval_every": STEPS,
+    "devices": 1,
+    "num_nodes": 1,
+    "timing_images": 1,
+    "timing_seconds": 0,
+}
 """Settings that are cut down to these wherever they are larger."""
 
 METHODS = ("visexpert.methods.ToVE", "visexpert.methods.MoVEKD")
@@ -69,9 +87,16 @@ def write_models(root: Path) -> dict[str, str]:
     )
     tokenizer_folder(root / "roberta")  # whole words, so that questions fit into 40 tokens
     roberta = RobertaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=130, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=130,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     RobertaForMaskedLM(roberta).save_pretrained(root / "roberta")
     names = ("openai/clip-vit-large-patch14-336", "openai/clip-vit-large-patch14", "openai/clip-vit-base-patch16")
     return {

@@ -195,9 +195,14 @@ def check_has_part(data: object, part: str, *, command: str) -> None:
 def _check_trainer(trainer: Mapping[str, Any], *, trains: bool) -> None:
     """Numbers that Lightning takes without a word and trips over later, or that mean no training at all."""
     least = {
-        "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 0, "gradient_clip_val": 0,
-        "num_sanity_val_steps": -1, "min_steps": 0, "min_epochs": 0,
-    }  # fmt: skip
+        "accumulate_grad_batches": 1,
+        "check_val_every_n_epoch": 1,
+        "log_every_n_steps": 0,
+        "gradient_clip_val": 0,
+        "num_sanity_val_steps": -1,
+        "min_steps": 0,
+        "min_epochs": 0,
+    }
     above = {"val_check_interval": 0, **({"limit_train_batches": 0} if trains else {})}
     for name in (*least, *above):
         value = trainer.get(name)

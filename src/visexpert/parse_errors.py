@@ -12,13 +12,26 @@ from typing import Any
 from visexpert.overlays import load_path
 
 EARLIER = {
-    "adapter_hidden": "hidden", "anchor_share": "clip_teacher_weight",
-    "detach_weights": "detach", "direction": "alignment", "eval_mixture": "eval", "feature_cache": "folder",
-    "feature_dtype": "dtype", "gate_hidden": "hidden", "gate_noise": "noise", "gate_noise_std": "noise_std",
-    "learning_rate": "lr", "min_worth": "min_contribution", "mixture": "train", "normalize": "normalize",
-    "projector_norm": "norm", "render_workers": "workers", "teacher_weighting": "teachers", "text_weight": "lm_weight",
+    "adapter_hidden": "hidden",
+    "anchor_share": "clip_teacher_weight",
+    "detach_weights": "detach",
+    "direction": "alignment",
+    "eval_mixture": "eval",
+    "feature_cache": "folder",
+    "feature_dtype": "dtype",
+    "gate_hidden": "hidden",
+    "gate_noise": "noise",
+    "gate_noise_std": "noise_std",
+    "learning_rate": "lr",
+    "min_worth": "min_contribution",
+    "mixture": "train",
+    "normalize": "normalize",
+    "projector_norm": "norm",
+    "render_workers": "workers",
+    "teacher_weighting": "teachers",
+    "text_weight": "lm_weight",
     "token_weighting": "tokens",
-}  # fmt: skip
+}
 """What settings are called now, by names that they had in 0.1 or have elsewhere: for hints alone."""
 
 
@@ -85,9 +98,11 @@ def _hint(name: str, known: Iterable[str]) -> str:
     for key in names:
         leaves.setdefault(key.rpartition(".")[2], []).append(key)
     leaf = name.rpartition(".")[2]
-    near = leaves.get(leaf) or _renamed(leaf, leaves) or [
-        key for close in get_close_matches(leaf, leaves, n=2, cutoff=0.6) for key in leaves[close]
-    ]  # fmt: skip
+    near = (
+        leaves.get(leaf)
+        or _renamed(leaf, leaves)
+        or [key for close in get_close_matches(leaf, leaves, n=2, cutoff=0.6) for key in leaves[close]]
+    )
     near = near[:2] or get_close_matches(name, names, n=2, cutoff=0.6)
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"

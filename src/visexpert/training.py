@@ -102,16 +102,19 @@ class VisexpertCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Arguments of our own."""
         parser.add_argument(
-            "--run", type=str, default="runs/default",
+            "--run",
+            type=str,
+            default="runs/default",
             help="Folder of the run: config.yaml, metrics.csv, metrics.json, figures/, checkpoints/.",
-        )  # fmt: skip
+        )
         parser.add_argument(
             "--checkpoint_every", type=int, default=250, help="Steps between checkpoints; --ckpt_path last continues."
         )
         parser.add_argument(
-            "--overwrite", action="store_true",
+            "--overwrite",
+            action="store_true",
             help="fit: in a folder that holds a run, begin anew; what that run wrote is moved to previous.1 in it.",
-        )  # fmt: skip
+        )
         parser.add_argument(
             "--test_after_fit", type=bool, default=True, help="Score the test split when training is done."
         )
@@ -501,9 +504,14 @@ def _option(arguments: list[str], name: str) -> str | None:
 def default_callbacks() -> list[L.Callback]:
     """What every run carries: progress, throughput, metrics of earlier starts, run folder, cost, figures."""
     return [
-        TrainingProgress(), ThroughputMonitor(), MetricsContinuation(), RunFolder(), CostReport(), RunFigures(),
+        TrainingProgress(),
+        ThroughputMonitor(),
+        MetricsContinuation(),
+        RunFolder(),
+        CostReport(),
+        RunFigures(),
         Predictions(),
-    ]  # fmt: skip
+    ]
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -516,9 +524,12 @@ class LastCheckpoint(ModelCheckpoint):
 
     def __init__(self, *, run: Path, every_n_steps: int) -> None:
         super().__init__(
-            dirpath=run / FOLDER, filename="{step}", save_last=True, every_n_train_steps=every_n_steps,
+            dirpath=run / FOLDER,
+            filename="{step}",
+            save_last=True,
+            every_n_train_steps=every_n_steps,
             enable_version_counter=False,  # what the next command reads has one name
-        )  # fmt: skip
+        )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the final weights; Lightning saves at multiples of ``every_n_steps`` only."""

@@ -24,7 +24,9 @@ def test_the_base_is_the_baseline_where_it_was_run(tmp_path: Path, with_base: bo
     settings = [f"BIN={command.parent}", f"ABLATION_ROOT={tmp_path / 'runs'}", "SCALE=smoke"]
     asked = subprocess.run(
         ["make", "--no-print-directory", "-C", str(ROOT), "ablation-report-movekd", *settings],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert ("--baseline base" in asked) == with_base
     assert asked.count("/seed0") == 1 + with_base

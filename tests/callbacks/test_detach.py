@@ -310,8 +310,9 @@ def zoo_run(tmp_path: Path) -> Path:
         "clip": {"class_path": "visexpert.vision.ClipEncoder", "init_args": {"source": "zoo:clip"}},
         "experts": experts,
         "language": {"class_path": "visexpert.language.CrossAttentionDecoder", "init_args": decoder},
-        "gate": {"top_k": 2}, "evaluation": {"caption_images": 1, "meteor": False},
-    }  # fmt: skip
+        "gate": {"top_k": 2},
+        "evaluation": {"caption_images": 1, "meteor": False},
+    }
     sizes = {
         "num_train": 8,
         "num_val": 6,

@@ -63,7 +63,7 @@ def test_a_figure_that_does_not_fit_leaves_the_earlier_one(tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("error", "fragment"),
     [(DataError("Cannot write x."), "write x"), (MemoryError(), "memory"), (TypeError("odd\nmore"), "TypeError: odd")],
-)  # fmt: skip
+)
 def test_what_spoils_a_figure_is_one_warning(error: Exception, fragment: str, caplog: pytest.LogCaptureFixture) -> None:
 
     def draw() -> None:
@@ -123,8 +123,10 @@ def test_a_training_outlives_its_figures_and_says_so(
     main(["fit", "--config", str(SMOKE), "--run", str(run), *small])
     told = [record.getMessage() for record in caplog.records if "figure" in record.getMessage()]
     assert {name for name in ("loss_curves", "gate_maps", "captions") if any(name in line for line in told)} == {
-        "loss_curves", "gate_maps", "captions",
-    }  # fmt: skip
+        "loss_curves",
+        "gate_maps",
+        "captions",
+    }
     assert all("No space left" in line for line in told)
     assert "test/nll/nll" in json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))

@@ -37,15 +37,26 @@ class Release:
         self.root = root
         self.tokenizer = written_to(root / "vicuna")
         vision = CLIPVisionConfig(
-            hidden_size=WIDTH, intermediate_size=HIDDEN, num_hidden_layers=DEPTH, num_attention_heads=HEADS,
-            image_size=SIDE, patch_size=PATCH, hidden_act="quick_gelu",
-        )  # fmt: skip
+            hidden_size=WIDTH,
+            intermediate_size=HIDDEN,
+            num_hidden_layers=DEPTH,
+            num_attention_heads=HEADS,
+            image_size=SIDE,
+            patch_size=PATCH,
+            hidden_act="quick_gelu",
+        )
         clip: Any = randomize(CLIPVisionModel(vision))
         clip.save_pretrained(root / "clip")
         text = LlamaConfig(
-            vocab_size=len(self.tokenizer), hidden_size=TEXT, intermediate_size=32, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False,
-        )  # fmt: skip
+            vocab_size=len(self.tokenizer),
+            hidden_size=TEXT,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+        )
         self.language: Any = randomize(LlamaForCausalLM(text))
         self.language.save_pretrained(root / "vicuna")
         self.clip = {f"{TOWER}{key}": value.clone() for key, value in clip.state_dict().items()}

@@ -24,8 +24,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("PL_GLOBAL_SEED", "0")
         patch.setattr("sys.argv", ["visexpert"])
         for name, extra in {"tove": [], "merged": ["--model.init_args.use=[]"]}.items():
-            main(["fit", "--config", str(SMOKE), "--run", str(folder / name), "--trainer.max_steps", "1",
-                  "--test_after_fit", "false", "--trainer.val_check_interval", "1", *extra])  # fmt: skip
+            main(
+                [
+                    "fit",
+                    "--config",
+                    str(SMOKE),
+                    "--run",
+                    str(folder / name),
+                    "--trainer.max_steps",
+                    "1",
+                    "--test_after_fit",
+                    "false",
+                    "--trainer.val_check_interval",
+                    "1",
+                    *extra,
+                ]
+            )
         yield folder
 
 
@@ -114,11 +128,15 @@ def test_unknown_words_are_named(
         (["a.png", "--prompt", "red " * 60], "CrossAttentionDecoder: a text item of 61 tokens is longer than"),
         (["a.png", "--batch_size", "0"], "batch_size is 0"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_is_one_sentence(
-    runs: Path, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str], sentence: str,
-) -> None:  # fmt: skip
+    runs: Path,
+    images: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    sentence: str,
+) -> None:
     monkeypatch.chdir(images)
     refused(["caption", *arguments, "--run", str(runs / "tove")], sentence, capsys)
     assert Image.open(images / "a.png").size == (50, 30)  # as it was

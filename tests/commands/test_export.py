@@ -29,11 +29,17 @@ PREFIX: dict[str, Any] = {
     "class_path": "visexpert.language.PrefixLM",
     "init_args": {
         "config": {
-            "model_type": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
-            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True,
+            "model_type": "llama",
+            "vocab_size": 96,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
         }
     },
-}  # fmt: skip
+}
 TALKATIVE: dict[str, Any] = PREFIX | {
     "init_args": {"config": PREFIX["init_args"]["config"] | {"tie_word_embeddings": False, "initializer_range": 0.5}}
 }

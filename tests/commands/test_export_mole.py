@@ -126,10 +126,11 @@ def test_what_cannot_be_is_refused(run: Path, tmp_path: Path, capsys: pytest.Cap
     plain = write_run(tmp_path / "plain")
     assert "has no MoLE; leave --mole out" in refusal([str(plain), "--format", "hf", "--mole", "fold", *out], capsys)
     for given, message in (
-        (["--steps", "3"], "--steps 3 is for --mole flatten"), (["--lr", "0.1", "--mole", "fold"], "--lr 0.1 is for"),
+        (["--steps", "3"], "--steps 3 is for --mole flatten"),
+        (["--lr", "0.1", "--mole", "fold"], "--lr 0.1 is for"),
         (["--mole", "flatten", "--steps", "0"], "--steps 0 must be above 0"),
         (["--mole", "flatten", "--lr", "-1"], "--lr -1.0 must be above 0"),
-    ):  # fmt: skip
+    ):
         assert message in refusal([str(run), "--format", "hf", *given, *out], capsys)
     assert not (tmp_path / "out").exists()
 
@@ -150,9 +151,7 @@ def test_a_fold_on_images_of_a_named_folder(run: Path, tmp_path: Path) -> None:
     for colour in ("red", "blue"):
         write_jpeg(tmp_path / "own" / f"{colour}.jpg", colour, size=(40, 30))
     saved, student = opened(run)
-    source = sources_of(
-        saved, ["hf"], layers=None, treatment=None, flatten=(1, 1e-4), images=tmp_path / "own"
-    )["hf"]  # fmt: skip
+    source = sources_of(saved, ["hf"], layers=None, treatment=None, flatten=(1, 1e-4), images=tmp_path / "own")["hf"]
     assert source.mole is not None and source.mole.usage is not None and source.mole.images == "named"
     assert source.mole.usage.num_images == 2
     meter = UsageMeter(student)

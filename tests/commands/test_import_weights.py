@@ -22,9 +22,12 @@ from visexpert.transfer.encoder_adapters import Teacher
 from visexpert.types import Batch, ExpertTokens
 
 MOE = {
-    "moe_encoder": True, "moe_encoder_dense": False, "moe_encoder_lora_rank": 4, "moe_encoder_lora_alpha": 1,
+    "moe_encoder": True,
+    "moe_encoder_dense": False,
+    "moe_encoder_lora_rank": 4,
+    "moe_encoder_lora_alpha": 1,
     "moe_encoder_num_experts": 3,
-}  # fmt: skip
+}
 
 
 @pytest.fixture

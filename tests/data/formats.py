@@ -79,10 +79,15 @@ def write_karpathy(root: Path, images: Sequence[tuple[str, str, str, Sequence[st
         ]
         entries.append(
             {
-                "filepath": folder, "sentids": [sentence["sentid"] for sentence in sentences], "filename": name,
-                "imgid": number, "split": split, "sentences": sentences, "cocoid": number,
+                "filepath": folder,
+                "sentids": [sentence["sentid"] for sentence in sentences],
+                "filename": name,
+                "imgid": number,
+                "split": split,
+                "sentences": sentences,
+                "cocoid": number,
             }
-        )  # fmt: skip
+        )
     return write_json(root / "dataset_coco.json", {"images": entries, "dataset": "coco"})
 
 
@@ -149,19 +154,27 @@ def write_vqa(
 def annotation(question: int, image: int, answers: list[str], kind: str) -> dict[str, Any]:
     """The answers to a question, as in VQA v2's file."""
     return {
-        "question_type": "what", "multiple_choice_answer": max(answers, key=answers.count), "image_id": image,
+        "question_type": "what",
+        "multiple_choice_answer": max(answers, key=answers.count),
+        "image_id": image,
         "answers": [{"answer": a, "answer_confidence": "yes", "answer_id": k} for k, a in enumerate(answers, 1)],
-        "answer_type": kind, "question_id": question,
-    }  # fmt: skip
+        "answer_type": kind,
+        "question_id": question,
+    }
 
 
 def statement(image: str, link: str, caption: str, label: int, relation: str) -> dict[str, Any]:
     """A line of VSR's files."""
     return {
-        "image": image, "image_link": f"http://images.cocodataset.org/{link}/{image}", "caption": caption,
-        "label": label, "relation": relation, "annotator_id": 31, "vote_true_validator_id": [2, 6],
+        "image": image,
+        "image_link": f"http://images.cocodataset.org/{link}/{image}",
+        "caption": caption,
+        "label": label,
+        "relation": relation,
+        "annotator_id": 31,
+        "vote_true_validator_id": [2, 6],
         "vote_false_validator_id": [],
-    }  # fmt: skip
+    }
 
 
 def close_to(pixels_HW3: Any, colour: str) -> bool:

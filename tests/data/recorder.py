@@ -44,6 +44,11 @@ class Recorder(LightningModule):
 def trainer(folder: Path, **options: Any) -> Trainer:
     """A quiet trainer on the CPU whose run folder is ``folder``."""
     return Trainer(
-        default_root_dir=folder, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False, **options,
-    )  # fmt: skip
+        default_root_dir=folder,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **options,
+    )

@@ -34,11 +34,17 @@ def test_nocaps_has_domains(tmp_path: Path) -> None:
         write_jpeg(tmp_path / "val" / name, ("red", "blue")[number])
         images.append(
             {
-                "id": number, "open_images_id": name[:-4], "height": 8, "width": 12, "file_name": name,
-                "coco_url": f"https://s3.amazonaws.com/nocaps/val/{name}", "license": 0, "domain": domain,
+                "id": number,
+                "open_images_id": name[:-4],
+                "height": 8,
+                "width": 12,
+                "file_name": name,
+                "coco_url": f"https://s3.amazonaws.com/nocaps/val/{name}",
+                "license": 0,
+                "domain": domain,
                 "date_captured": "2018-11-06 11:04:33",
             }
-        )  # fmt: skip
+        )
     captions = [(1, "a blue bird"), (0, "a red dog"), (1, "the sky")]
     write_coco(tmp_path / "nocaps_val_4500_captions.json", images, captions)
     data = NoCaps(**options(tmp_path))
@@ -106,9 +112,13 @@ def test_visual_genomes_questions_are_trained_on_as_well(vqa: Path) -> None:
 
     def entry(image: int, number: int, question: str, answer: str) -> dict[str, Any]:
         return {
-            "a_objects": [], "question": question, "image_id": image, "qa_id": number, "answer": answer,
+            "a_objects": [],
+            "question": question,
+            "image_id": image,
+            "qa_id": number,
+            "answer": answer,
             "q_objects": [],
-        }  # fmt: skip
+        }
 
     qas = [
         {"id": 1, "qas": [entry(1, 986769, "What colour is the clock?", "Green."), entry(1, 2, "Who?", "A man.")]},
@@ -172,8 +182,12 @@ def test_pope_puts_all_kinds_of_an_image_together(tmp_path: Path) -> None:
     data.setup("test")
     (batch,) = data.test_dataloader()
     assert [(item.family, item.answer) for item in batch.items[0]] == [
-        ("random", "yes"), ("popular", "yes"), ("popular", "no"), ("adversarial", "yes"), ("adversarial", "no"),
-    ]  # fmt: skip
+        ("random", "yes"),
+        ("popular", "yes"),
+        ("popular", "no"),
+        ("adversarial", "yes"),
+        ("adversarial", "no"),
+    ]
     assert batch.items[0][-1].prompt == "Is there a adversarial in the image?"
     assert [item.kind for item in batch.items[0]] == ["pope"] * 5
     chosen = POPE(kinds=["popular"], **options(tmp_path))

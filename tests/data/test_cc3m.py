@@ -23,9 +23,13 @@ COUNTS = [5, 9, 4, 8]
 
 def cc3m(root: Path, **options: Any) -> CC3M:
     settings: dict[str, Any] = {
-        "train": "{00000..00003}.tar", "image_size": 8, "batch_size": 3, "num_workers": 0, "shuffle_window": 6,
+        "train": "{00000..00003}.tar",
+        "image_size": 8,
+        "batch_size": 3,
+        "num_workers": 0,
+        "shuffle_window": 6,
         "order_seed": 1,
-    }  # fmt: skip
+    }
     return CC3M(root=str(root), **(settings | options))
 
 
@@ -147,7 +151,7 @@ def test_broken_records_are_skipped_counted_and_listed(tmp_path: Path) -> None:
     trainer(tmp_path / "run", max_epochs=3).fit(recorder, data)
     assert sorted(row for _, batch in recorder.shown[:4] for row in batch) == [
         k for k in range(20) if k not in (3, 7, 11)
-    ]  # fmt: skip
+    ]
     lines = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
     entries = [json.loads(line) for line in lines]
     assert {entry["key"].rsplit(":")[-1] for entry in entries} == {"3", "7", "11"} and len(entries) == 3  # once each

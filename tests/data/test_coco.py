@@ -89,8 +89,9 @@ def test_official_files(tmp_path: Path, year: str) -> None:
         image = {"license": 3, "file_name": name, "height": 8, "width": 12, "id": number}
         write_coco(
             tmp_path / "annotations" / f"captions_{part}{year}.json",
-            [image], [(number, f"the {colour} cat\n"), (number, "a cat")],
-        )  # fmt: skip
+            [image],
+            [(number, f"the {colour} cat\n"), (number, "a cat")],
+        )
     data = coco(tmp_path, annotations=year, batch_size=1)
     data.prepare_data()
     data.setup()

@@ -59,9 +59,14 @@ def coco(root: Path, *, max_broken: float, num_workers: int = 0, batch_size: int
         path.write_bytes(path.read_bytes()[:100])
     (root / "train2014" / "COCO_train2014_000000000009.jpg").unlink()
     return COCOCaptions(
-        root=str(root), tokenizer=tokenizer_folder(root / "words"), image_size=8, batch_size=batch_size,
-        eval_batch_size=1, num_workers=num_workers, max_broken=max_broken,
-    )  # fmt: skip
+        root=str(root),
+        tokenizer=tokenizer_folder(root / "words"),
+        image_size=8,
+        batch_size=batch_size,
+        eval_batch_size=1,
+        num_workers=num_workers,
+        max_broken=max_broken,
+    )
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -25,15 +25,17 @@ def turns(*texts: str) -> list[dict[str, str]]:
 
 RECORDS: list[dict[str, Any]] = [
     {
-        "id": "000000033471", "image": "coco/train2017/000000033471.jpg",
+        "id": "000000033471",
+        "image": "coco/train2017/000000033471.jpg",
         "conversations": turns("<image>\nwhat colour is the bus?", "the bus is red .", "how many dogs?", "two ."),
     },
     {"id": "wgByO4Y_0", "model": "", "conversations": turns("describe the sky", "it is blue")},
     {
-        "id": "vg/2", "image": "vg/VG_100K/2.jpg",
+        "id": "vg/2",
+        "image": "vg/VG_100K/2.jpg",
         "conversations": turns("what is there?\n<image>", "a cat"),
     },
-]  # fmt: skip
+]
 
 
 def llava(root: Path, records: Any = None, **options: Any) -> LLaVAInstruct:
@@ -41,9 +43,14 @@ def llava(root: Path, records: Any = None, **options: Any) -> LLaVAInstruct:
     write_jpeg(root / "coco" / "train2017" / "000000033471.jpg", "red")
     write_jpeg(root / "vg" / "VG_100K" / "2.jpg", "green", size=(8, 16))
     settings: dict[str, Any] = {
-        "image_size": 8, "batch_size": 3, "num_workers": 0, "resize": "pad", "group_by_length": False,
-        "tokenizer": tokenizer_folder(root / "words"), "template": partial(LlavaTemplate, style="vicuna_v1"),
-    }  # fmt: skip
+        "image_size": 8,
+        "batch_size": 3,
+        "num_workers": 0,
+        "resize": "pad",
+        "group_by_length": False,
+        "tokenizer": tokenizer_folder(root / "words"),
+        "template": partial(LlavaTemplate, style="vicuna_v1"),
+    }
     return LLaVAInstruct(root=str(root), **(settings | options))
 
 
@@ -91,10 +98,11 @@ def test_every_answer_is_labeled_and_nothing_else(tmp_path: Path) -> None:
 def test_the_alignment_stage_leaves_prompts_out(tmp_path: Path) -> None:
     records = [
         {
-            "id": "004539375", "image": "coco/train2017/000000033471.jpg",
+            "id": "004539375",
+            "image": "coco/train2017/000000033471.jpg",
             "conversations": turns("Render a clear and concise summary of the photo.\n<image>", "a red hat"),
         }
-    ]  # fmt: skip
+    ]
     data = llava(tmp_path, records, template=partial(LlavaTemplate, style="plain"), batch_size=1)
     data.setup("fit")
     (batch,) = data.loader("train")

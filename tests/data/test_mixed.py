@@ -33,9 +33,14 @@ def mixed(root: Path, **options: Any) -> MixedData:
         "pope": POPE(root=str(root / "pope"), images=str(root / "coco")),
     }
     settings: dict[str, Any] = {
-        "train": {"coco": None, "cc3m": None}, "val": ["coco"], "test": ["coco", "pope"], "image_size": 8,
-        "batch_size": 2, "num_workers": 0, "tokenizer": tokenizer_folder(root / "words"),
-    }  # fmt: skip
+        "train": {"coco": None, "cc3m": None},
+        "val": ["coco"],
+        "test": ["coco", "pope"],
+        "image_size": 8,
+        "batch_size": 2,
+        "num_workers": 0,
+        "tokenizer": tokenizer_folder(root / "words"),
+    }
     return MixedData(sources=sources, **(settings | options))
 
 

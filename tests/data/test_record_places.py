@@ -154,8 +154,10 @@ def test_null_is_called_null_where_an_image_is_needed(tmp_path: Path) -> None:
 
 
 def test_a_file_of_broken_records_ends_with_the_first_reason_and_their_number(tmp_path: Path) -> None:
-    records = [{"id": str(n), "conversations": [{"from": "human", "value": "Café"}, {"from": "gpt", "value": "é"}]}
-               for n in range(3)]  # fmt: skip
+    records = [
+        {"id": str(n), "conversations": [{"from": "human", "value": "Café"}, {"from": "gpt", "value": "é"}]}
+        for n in range(3)
+    ]
     path = write_json(tmp_path / "talk.json", [])
     import json
 

@@ -92,8 +92,11 @@ def test_a_reader_goes_on_from_shard_to_shard(tmp_path: Path) -> None:
     reader = ShardReader([str(tmp_path / "00000.tar"), str(tmp_path / "00001.tar")])
     got = list(reader.read(np.array([[1, 1], [1, 3], [0, 0], [0, 2]])))
     assert [record["txt"] for record in got if isinstance(record, dict)] == [
-        b"record 1 1", b"record 1 3", b"record 0 0", b"record 0 2",
-    ]  # fmt: skip
+        b"record 1 1",
+        b"record 1 3",
+        b"record 0 0",
+        b"record 0 2",
+    ]
 
 
 def test_a_shard_that_is_cut_short_loses_its_rest_alone(tmp_path: Path) -> None:
@@ -153,8 +156,10 @@ def test_braces_are_expanded_and_local_names_lie_under_the_root() -> None:
     assert expand_shards("{00000..00002}.tar", Path("/data")) == [f"/data/0000{k}.tar" for k in range(3)]
     remote = "https://host/cc3m-train-{0009..0010}.tar::more.tar"
     assert expand_shards(remote, Path("/data")) == [
-        "https://host/cc3m-train-0009.tar", "https://host/cc3m-train-0010.tar", "/data/more.tar",
-    ]  # fmt: skip
+        "https://host/cc3m-train-0009.tar",
+        "https://host/cc3m-train-0010.tar",
+        "/data/more.tar",
+    ]
     with pytest.raises(ConfigError, match="cannot be expanded"):
         expand_shards("{0..1.tar", Path("/data"))
 

@@ -66,8 +66,11 @@ def test_batches_know_the_counts_of_their_whole_step() -> None:
 def test_an_epoch_ends_where_the_trainer_ends_it(length: float) -> None:
     source = Source(4 if length == float("inf") else 9)
     assert [tokens for _, tokens, _ in steps(StepLoader(source, trainer=trainer_at(0, of=length, accumulated=3)))] == [
-        6, 6, 6, 4,
-    ]  # fmt: skip
+        6,
+        6,
+        6,
+        4,
+    ]
     assert source.read == 4
 
 

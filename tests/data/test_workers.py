@@ -61,7 +61,7 @@ def test_all_items_come_in_order(num_workers: int) -> None:
         (OSError(errno.EIO, os.strerror(errno.EIO), "/nfs/1.jpg"), DataError, ["Input/output error: /nfs/1.jpg"]),
         (MemoryError(), DataError, ["memory", "num_workers"]),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("form", [Items, Stream])
 def test_an_error_keeps_its_kind_and_sentence(
     form: Any, error: Exception, kind: type[UserError], fragments: list[str], num_workers: int

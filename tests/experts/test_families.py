@@ -26,45 +26,79 @@ SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden
 VIT = SIZES | {"image_size": 32, "patch_size": 8}
 LISTED = VIT | {"image_size": [32, 32], "patch_size": [8, 8]}
 TEXT = SIZES | {
-    "vocab_size": 32, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "max_position_embeddings": 16,
-}  # fmt: skip
+    "vocab_size": 32,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+    "max_position_embeddings": 16,
+}
 LLAMA = TEXT | {"model_type": "llama", "num_key_value_heads": 1}
 SMALL = {"projection_dim": 8}
 CLIP_LIKE: dict[str, Any] = {"vision_config": VIT, "text_config": TEXT, **SMALL}
 STAGES: dict[str, Any] = {"depths": [1] * 4, "hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 1, 2, 2]}
 HIERA: dict[str, Any] = {
-    "embed_dim": 8, "image_size": [32, 32], "depths": [1, 1, 1], "num_heads": [1, 2, 2], "masked_unit_size": [4, 4],
+    "embed_dim": 8,
+    "image_size": [32, 32],
+    "depths": [1, 1, 1],
+    "num_heads": [1, 2, 2],
+    "masked_unit_size": [4, 4],
     "num_query_pool": 1,
-}  # fmt: skip
+}
 SWIN: dict[str, Any] = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "image_size": 32, "window_size": 2}
 HIERA_DET: dict[str, Any] = {
-    "model_type": "sam2_hiera_det_model", "hidden_size": 8, "num_attention_heads": 1, "blocks_per_stage": [1, 1, 2, 1],
-    "embed_dim_per_stage": [8, 16, 32, 64], "num_attention_heads_per_stage": [1] * 4, "global_attention_blocks": [3],
-    "window_size_per_stage": [4, 2, 2, 2], "window_positional_embedding_background_size": [2, 2],
+    "model_type": "sam2_hiera_det_model",
+    "hidden_size": 8,
+    "num_attention_heads": 1,
+    "blocks_per_stage": [1, 1, 2, 1],
+    "embed_dim_per_stage": [8, 16, 32, 64],
+    "num_attention_heads_per_stage": [1] * 4,
+    "global_attention_blocks": [3],
+    "window_size_per_stage": [4, 2, 2, 2],
+    "window_positional_embedding_background_size": [2, 2],
     "image_size": [64, 64],
-}  # fmt: skip
+}
 SAM2: dict[str, Any] = {
     "vision_config": {"backbone_config": HIERA_DET, "backbone_channel_list": [64, 32, 16, 8], "fpn_hidden_size": 16},
     "prompt_encoder_config": {"hidden_size": 16, "image_size": 64},
     "mask_decoder_config": {"hidden_size": 16, "mlp_dim": 8, "num_attention_heads": 1, "iou_head_hidden_dim": 8},
-}  # fmt: skip
+}
 FLORENCE: dict[str, Any] = {
     "vision_config": {
-        "embed_dim": [8, 8, 16, 16], "depths": [1] * 4, "num_heads": [1, 1, 2, 2], "num_groups": [1, 1, 2, 2],
-        "window_size": 2, "projection_dim": 16,
+        "embed_dim": [8, 8, 16, 16],
+        "depths": [1] * 4,
+        "num_heads": [1, 1, 2, 2],
+        "num_groups": [1, 1, 2, 2],
+        "window_size": 2,
+        "projection_dim": 16,
     },
     "text_config": {
-        "model_type": "bart", "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8,
-        "decoder_ffn_dim": 8, "encoder_attention_heads": 1, "decoder_attention_heads": 1, "vocab_size": 32,
+        "model_type": "bart",
+        "d_model": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_ffn_dim": 8,
+        "decoder_ffn_dim": 8,
+        "encoder_attention_heads": 1,
+        "decoder_attention_heads": 1,
+        "vocab_size": 32,
         "max_position_embeddings": 16,
     },
     "image_token_id": 3,
-}  # fmt: skip
+}
 MBART: dict[str, Any] = {
-    "model_type": "mbart", "d_model": 16, "decoder_layers": 1, "decoder_ffn_dim": 8, "decoder_attention_heads": 1,
-    "encoder_layers": 1, "encoder_ffn_dim": 8, "encoder_attention_heads": 1, "vocab_size": 32,
-    "max_position_embeddings": 16, "is_decoder": True, "add_cross_attention": True,
-}  # fmt: skip
+    "model_type": "mbart",
+    "d_model": 16,
+    "decoder_layers": 1,
+    "decoder_ffn_dim": 8,
+    "decoder_attention_heads": 1,
+    "encoder_layers": 1,
+    "encoder_ffn_dim": 8,
+    "encoder_attention_heads": 1,
+    "vocab_size": 32,
+    "max_position_embeddings": 16,
+    "is_decoder": True,
+    "add_cross_attention": True,
+}
 CROSS = {"encoder_hidden_size": 16}
 
 
@@ -100,7 +134,8 @@ FAMILIES = {
     "clipseg": Family(
         "CLIPSegForImageSegmentation",
         CLIP_LIKE | {"extract_layers": [0, 1], "reduce_dim": 8, "decoder_num_attention_heads": 2},
-        tower="clip.vision_model", processor="ViTImageProcessor",
+        tower="clip.vision_model",
+        processor="ViTImageProcessor",
     ),
     "blip": Family(
         "BlipForConditionalGeneration", CLIP_LIKE | {"text_config": TEXT | CROSS}, processor="BlipImageProcessor"
@@ -118,39 +153,55 @@ FAMILIES = {
     "flava": Family(
         "FlavaModel",
         {
-            "image_config": VIT, "text_config": TEXT, "multimodal_config": SIZES, **SMALL, "hidden_size": 16,
+            "image_config": VIT,
+            "text_config": TEXT,
+            "multimodal_config": SIZES,
+            **SMALL,
+            "hidden_size": 16,
             "image_codebook_config": {"num_groups": 4, "num_blocks_per_group": 1, "hidden_size": 8},
         },
-        tower="image_model", processor="FlavaImageProcessor",
+        tower="image_model",
+        processor="FlavaImageProcessor",
     ),
     "internvl": Family(
         "InternVLForConditionalGeneration",
         {"vision_config": VIT, "text_config": LLAMA, "image_token_id": 3},
-        tower="model.vision_tower", processor="GotOcr2ImageProcessor",
+        tower="model.vision_tower",
+        processor="GotOcr2ImageProcessor",
     ),
     "internvl_lists": Family(
         "InternVLForConditionalGeneration",
         {"vision_config": LISTED, "text_config": LLAMA, "image_token_id": 3},
-        tower="model.vision_tower", processor="GotOcr2ImageProcessor",
+        tower="model.vision_tower",
+        processor="GotOcr2ImageProcessor",
     ),
     "llava_next": Family(
-        "LlavaNextForConditionalGeneration", VICUNA | {"vision_config": VIT | {"model_type": "clip_vision_model"}},
-        tower="model.vision_tower", processor="LlavaNextImageProcessor",
+        "LlavaNextForConditionalGeneration",
+        VICUNA | {"vision_config": VIT | {"model_type": "clip_vision_model"}},
+        tower="model.vision_tower",
+        processor="LlavaNextImageProcessor",
     ),
     "paligemma": Family(
         "PaliGemmaForConditionalGeneration",
         {
-            "vision_config": SIGLIP, "image_token_index": 3, **SMALL,
+            "vision_config": SIGLIP,
+            "image_token_index": 3,
+            **SMALL,
             "text_config": TEXT | {"model_type": "gemma", "num_key_value_heads": 1, "head_dim": 8},
         },
-        tower="model.vision_tower", prefix=0, processor="SiglipImageProcessor",
+        tower="model.vision_tower",
+        prefix=0,
+        processor="SiglipImageProcessor",
     ),
     "florence2": Family(
         "Florence2ForConditionalGeneration", FLORENCE, tower="model.vision_tower", prefix=0, grid=2, size=64
     ),
     "donut": Family(
-        "VisionEncoderDecoderModel", {"encoder": SWIN | {"model_type": "donut-swin"}, "decoder": MBART},
-        tower="encoder", prefix=0, processor="DonutImageProcessor",
+        "VisionEncoderDecoderModel",
+        {"encoder": SWIN | {"model_type": "donut-swin"}, "decoder": MBART},
+        tower="encoder",
+        prefix=0,
+        processor="DonutImageProcessor",
     ),
     "dual": Family(
         "VisionTextDualEncoderModel",
@@ -164,20 +215,52 @@ FAMILIES = {
             "prompt_encoder_config": {"hidden_size": 16, "image_size": 64, "patch_size": 8},
             "mask_decoder_config": SAM2["mask_decoder_config"],
         },
-        tower="vision_encoder", prefix=0, grid=8, processor="SamImageProcessor",
+        tower="vision_encoder",
+        prefix=0,
+        grid=8,
+        processor="SamImageProcessor",
     ),
     "sam2": Family("Sam2Model", SAM2, tower="vision_encoder", prefix=0, grid=2, processor="Sam2ImageProcessor"),
-    "yolos": Family("YolosForObjectDetection", VIT | {"image_size": [32, 48], "num_detection_tokens": 5}, tower="vit",
-                    processor="YolosImageProcessor", size=32),
-    "glpn": Family("GLPNForDepthEstimation", STAGES | {"decoder_hidden_size": 8}, tower="glpn", prefix=0, grid=2,
-                   processor="GLPNImageProcessor", size=64),
-    "cvt": Family("CvtForImageClassification", {"embed_dim": [8, 16, 16], "depth": [1, 2, 3], "num_heads": [1, 2, 2]},
-                  tower="cvt", prefix=0, processor="ConvNextImageProcessor", size=64),
-    "dpt": Family("DPTForDepthEstimation", VIT | {"backbone_out_indices": [0, 0, 1, 1], "neck_hidden_sizes": [8] * 4,
-                  "fusion_hidden_size": 8, "is_hybrid": False}, tower="dpt", processor="DPTImageProcessor"),
-    "pvt": Family("PvtForImageClassification", STAGES | {"image_size": 64}, tower="pvt", grid=2,
-                  processor="PvtImageProcessor"),
-}  # fmt: skip
+    "yolos": Family(
+        "YolosForObjectDetection",
+        VIT | {"image_size": [32, 48], "num_detection_tokens": 5},
+        tower="vit",
+        processor="YolosImageProcessor",
+        size=32,
+    ),
+    "glpn": Family(
+        "GLPNForDepthEstimation",
+        STAGES | {"decoder_hidden_size": 8},
+        tower="glpn",
+        prefix=0,
+        grid=2,
+        processor="GLPNImageProcessor",
+        size=64,
+    ),
+    "cvt": Family(
+        "CvtForImageClassification",
+        {"embed_dim": [8, 16, 16], "depth": [1, 2, 3], "num_heads": [1, 2, 2]},
+        tower="cvt",
+        prefix=0,
+        processor="ConvNextImageProcessor",
+        size=64,
+    ),
+    "dpt": Family(
+        "DPTForDepthEstimation",
+        VIT
+        | {
+            "backbone_out_indices": [0, 0, 1, 1],
+            "neck_hidden_sizes": [8] * 4,
+            "fusion_hidden_size": 8,
+            "is_hybrid": False,
+        },
+        tower="dpt",
+        processor="DPTImageProcessor",
+    ),
+    "pvt": Family(
+        "PvtForImageClassification", STAGES | {"image_size": 64}, tower="pvt", grid=2, processor="PvtImageProcessor"
+    ),
+}
 
 
 def whole(family: Family) -> Any:

@@ -22,13 +22,20 @@ from visexpert.experts.pretrained import MapExpert
 SWIN: dict[str, Any] = {"embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "image_size": 32, "window_size": 2}
 BEIT: dict[str, Any] = {**CLIP_VISION, "model_type": "beit"}
 ZOE: dict[str, Any] = {
-    "model_type": "zoedepth", "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8, "bottleneck_features": 8,
-    "num_attractors": [4, 2, 2, 1], "bin_embedding_dim": 8,
+    "model_type": "zoedepth",
+    "neck_hidden_sizes": [8] * 4,
+    "fusion_hidden_size": 8,
+    "bottleneck_features": 8,
+    "num_attractors": [4, 2, 2, 1],
+    "bin_embedding_dim": 8,
     "backbone_config": {
-        **BEIT, "use_relative_position_bias": True, "reshape_hidden_states": False, "out_indices": [1, 2, 3, 4],
+        **BEIT,
+        "use_relative_position_bias": True,
+        "reshape_hidden_states": False,
+        "out_indices": [1, 2, 3, 4],
         "num_hidden_layers": 4,
     },
-}  # fmt: skip
+}
 COMPUTED: dict[str, dict[str, Any]] = {
     "clip": {**CLIP_VISION, "model_type": "clip_vision_model"},
     "aimv2": {**CLIP_VISION, "model_type": "aimv2_vision_model"},
@@ -40,11 +47,15 @@ COMPUTED: dict[str, dict[str, Any]] = {
     "swin": {**SWIN, "model_type": "swin"},
     "swinv2": {**SWIN, "model_type": "swinv2"},
     "levit": {
-        "model_type": "levit", "image_size": 64, "hidden_sizes": [16, 16, 16], "num_attention_heads": [2, 2, 2],
-        "depths": [1, 1, 1], "key_dim": [8, 8, 8],
+        "model_type": "levit",
+        "image_size": 64,
+        "hidden_sizes": [16, 16, 16],
+        "num_attention_heads": [2, 2, 2],
+        "depths": [1, 1, 1],
+        "key_dim": [8, 8, 8],
     },
     "zoedepth": ZOE,
-}  # fmt: skip
+}
 
 
 def last_features(model: Any, pixels_BCHW: Tensor) -> Tensor:

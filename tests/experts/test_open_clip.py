@@ -125,9 +125,11 @@ def test_coca_gives_the_features_before_its_pooling(tmp_path: Path, pool: bool |
     text = {**STUB_TEXT, "embed_cls": True, "output_tokens": True}
     vision = {**VIT["vision_cfg"], "attentional_pool": pool, "attn_pooler_heads": 2, "output_tokens": True}
     settings = {
-        "embed_dim": shared, "vision_cfg": vision, "text_cfg": text,
+        "embed_dim": shared,
+        "vision_cfg": vision,
+        "text_cfg": text,
         "multimodal_cfg": {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 1, "layers": 1},
-    }  # fmt: skip
+    }
     model: Any = randomized(open_clip.CoCa(**settings, quick_gelu=False))
     save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
     written = {"model_cfg": settings, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]}}

@@ -21,8 +21,11 @@ from visexpert.vision import ClipEncoder
 __all__ = ["tiny_models"]
 
 OWN: dict[str, Any] = {
-    "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear", "resize_mode": "squash",
-}  # fmt: skip
+    "mean": [0.1, 0.2, 0.3],
+    "std": [0.4, 0.5, 0.6],
+    "interpolation": "bilinear",
+    "resize_mode": "squash",
+}
 LAION = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 APPLE = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 

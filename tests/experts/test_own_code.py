@@ -141,8 +141,11 @@ def test_a_model_that_draws_random_numbers_is_refused() -> None:
 
 
 def test_an_open_clip_folder_says_how_it_computes(tmp_path: Path) -> None:
-    settings = {"embed_dim": 10, "quick_gelu": True, "vision_cfg": {
-        "image_size": 32, "patch_size": 8, "layers": 2, "width": 24, "head_width": 6}}  # fmt: skip
+    settings = {
+        "embed_dim": 10,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": 32, "patch_size": 8, "layers": 2, "width": 24, "head_width": 6},
+    }
     model: Any = randomized(CLIP(10, settings["vision_cfg"], STUB_TEXT, quick_gelu=True))
     save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
     prepared = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7], "interpolation": "bilinear", "resize_mode": "squash"}

@@ -153,28 +153,41 @@ def test_of_open_clip(tmp_path: Path, name: str) -> None:
 
 
 VIT: dict[str, Any] = {
-    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 32,
     "patch_size": 8,
-}  # fmt: skip
+}
 BEIT = VIT | {
-    "model_type": "beit", "use_relative_position_bias": True, "out_indices": [1, 2, 3, 4],
+    "model_type": "beit",
+    "use_relative_position_bias": True,
+    "out_indices": [1, 2, 3, 4],
     "reshape_hidden_states": False,
-}  # fmt: skip
+}
 STAGES: dict[str, Any] = {"out_features": ["stage1", "stage2", "stage3", "stage4"], "depths": [1] * 4}
 SWIN = STAGES | {"model_type": "swin", "embed_dim": 8, "num_heads": [1, 1, 2, 2], "image_size": 32, "window_size": 2}
 BIT: dict[str, Any] = {
-    "model_type": "bit", "embedding_size": 8, "hidden_sizes": [8, 8, 16], "depths": [1, 1, 1], "num_groups": 4,
-    "layer_type": "bottleneck", "global_padding": "same", "out_features": ["stage1", "stage2", "stage3"],
-}  # fmt: skip
+    "model_type": "bit",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 8, 16],
+    "depths": [1, 1, 1],
+    "num_groups": 4,
+    "layer_type": "bottleneck",
+    "global_padding": "same",
+    "out_features": ["stage1", "stage2", "stage3"],
+}
 NECK: dict[str, Any] = {"neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8}
 DPT = VIT | NECK | {"backbone_out_indices": [0, 1, 2, 3], "is_hybrid": False}
 HYBRID = DPT | {
-    "patch_size": 16, "is_hybrid": True, "backbone_config": BIT, "backbone_featmap_shape": [1, 16, 2, 2],
+    "patch_size": 16,
+    "is_hybrid": True,
+    "backbone_config": BIT,
+    "backbone_featmap_shape": [1, 16, 2, 2],
     "neck_ignore_stages": [0, 1],
-}  # fmt: skip
-ZOE = NECK | {
-    "backbone_config": BEIT, "bottleneck_features": 8, "num_attractors": [4, 2, 2, 1], "bin_embedding_dim": 8
-}  # fmt: skip
+}
+ZOE = NECK | {"backbone_config": BEIT, "bottleneck_features": 8, "num_attractors": [4, 2, 2, 1], "bin_embedding_dim": 8}
 UPER: dict[str, Any] = {"hidden_size": 16, "auxiliary_in_channels": 32, "num_labels": 5}
 PYRAMID = BEIT | {"reshape_hidden_states": True, "add_fpn": True}
 LABELS = {"num_labels": 5}
@@ -188,16 +201,20 @@ DENSE: dict[str, tuple[str, dict[str, Any], int]] = {
     "DPT, classes": ("DPTForSemanticSegmentation", DPT | LABELS, 48),
     "UperNet on Swin": ("UperNetForSemanticSegmentation", UPER | {"backbone_config": SWIN}, 96),
     "UperNet on BEiT": (
-        "UperNetForSemanticSegmentation", UPER | {"backbone_config": PYRAMID, "auxiliary_in_channels": 16}, 64,
+        "UperNetForSemanticSegmentation",
+        UPER | {"backbone_config": PYRAMID, "auxiliary_in_channels": 16},
+        64,
     ),
-}  # fmt: skip
+}
 REFUSED: dict[str, tuple[str, dict[str, Any], int]] = {
     "DPT-hybrid": ("DPTForDepthEstimation", HYBRID, 48),
     "Data2Vec": ("Data2VecVisionForSemanticSegmentation", BEIT | LABELS | {"model_type": "data2vec-vision"}, 48),
     "UperNet on Swin, absolute": (
-        "UperNetForSemanticSegmentation", UPER | {"backbone_config": SWIN | {"use_absolute_embeddings": True}}, 96,
+        "UperNetForSemanticSegmentation",
+        UPER | {"backbone_config": SWIN | {"use_absolute_embeddings": True}},
+        96,
     ),
-}  # fmt: skip
+}
 
 
 def dense(folder: Path, kind: str, fields: dict[str, Any]) -> tuple[Any, type[Any], dict[str, Any]]:

@@ -153,9 +153,11 @@ def test_impossible_settings_are_refused(options: dict[str, Any], message: str) 
 def test_a_model_that_would_hold_logits_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"at 512 px this model holds attention logits of .*1024, 1024\) in memory"):
         TimmExpert(
-            model="samvit_base_patch16.sa1b", weights="random", image_size=512,
+            model="samvit_base_patch16.sa1b",
+            weights="random",
+            image_size=512,
             arguments={"embed_dim": 16, "depth": 3, "num_heads": 2, "global_attn_indexes": (2,)},
-        )  # fmt: skip
+        )
 
 
 TINY: dict[str, tuple[str, int, dict[str, Any], int, int]] = {
@@ -166,9 +168,13 @@ TINY: dict[str, tuple[str, int, dict[str, Any], int, int]] = {
     "skresnet": ("skresnet18.ra_in1k", 64, {"layers": [1, 1, 1, 1]}, 0, 2),
     "rexnet": ("rexnet_100.nav_in1k", 64, {"width_mult": 0.5}, 0, 2),
     "davit": (
-        "davit_tiny.msft_in1k", 224, {"embed_dims": (8, 8, 16, 16), "depths": (1,) * 4, "num_heads": (1,) * 4}, 0, 7
+        "davit_tiny.msft_in1k",
+        224,
+        {"embed_dims": (8, 8, 16, 16), "depths": (1,) * 4, "num_heads": (1,) * 4},
+        0,
+        7,
     ),
-}  # fmt: skip
+}
 """Name, side of the images, arguments that make it small, tokens before the grid, side of the grid."""
 
 

@@ -17,16 +17,26 @@ from visexpert.types import IGNORE_INDEX, TextBatch, VisionTokens
 from visexpert.vision import ClipEncoder
 
 FIELDS: dict[str, Any] = {
-    "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
     "patch_size": 8,
-}  # fmt: skip
+}
 WIDTH = 24
 WORDS = ("<bos>", "<eos>", "<unk>", "red", "blue", "cube", "ball", "left", "right", "near", "far")
 LLAMA: dict[str, Any] = {
-    "model_type": "llama", "vocab_size": len(WORDS), "hidden_size": WIDTH, "intermediate_size": 32,
-    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+    "model_type": "llama",
+    "vocab_size": len(WORDS),
+    "hidden_size": WIDTH,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
     "tie_word_embeddings": False,
-}  # fmt: skip
+}
 
 
 def tiny_clip(layer: int = -2, **fields: Any) -> ClipEncoder:
@@ -56,9 +66,7 @@ def words_only() -> PreTrainedTokenizerFast:
     """A tokenizer without ``<image>`` and without ``<pad>``."""
     backend = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
-    )  # fmt: skip
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
 
 
 def tiny_llava(dtype: Dtype = "float32") -> ExportSource:

@@ -70,7 +70,7 @@ def test_a_killed_export_leaves_nothing_of_its_name(tmp_path: Path, monkeypatch:
     use_writer(monkeypatch, killed)
     process = multiprocessing.get_context("fork").Process(
         target=export, args=({"onnx": tiny_source()}, tmp_path / "out")
-    )  # fmt: skip
+    )
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
@@ -110,9 +110,10 @@ def test_the_fresh_process_can_import_nothing_that_is_refused() -> None:
     )
     done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
-        "visexpert is kept out of this process", "visexpert is kept out of this process",
+        "visexpert is kept out of this process",
+        "visexpert is kept out of this process",
         "wave is kept out of this process",
-    ]  # fmt: skip
+    ]
 
 
 def test_what_is_imported_already_is_noticed() -> None:

@@ -62,8 +62,10 @@ def test_a_library_loads_the_folder(name: str, tmp_path: Path) -> None:
     facts = exported(source, name, tmp_path / "out")
     assert facts["activation"]["quick_gelu"] is (name == "hf")
     assert set(facts["preprocessing"]["difference_in_levels_of_255"]) == {
-        "photo_larger", "photo_smaller", "photo_noise"
-    }  # fmt: skip
+        "photo_larger",
+        "photo_smaller",
+        "photo_noise",
+    }
     assert facts["licenses"] == {"clip": "MIT", "expert depth": "CC-BY-NC-4.0"} and facts["pooled_trained"] is False
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "| license of expert depth | CC-BY-NC-4.0 |" in card and "did not train the pooled output" in card

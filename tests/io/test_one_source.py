@@ -35,9 +35,14 @@ def mark_weights(model: torch.nn.Module, folder: Path, place: int) -> None:
 
 def clip_folder(folder: Path, place: int) -> None:
     config = CLIPVisionConfig(
-        hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, image_size=16,
-        patch_size=8, projection_dim=8,
-    )  # fmt: skip
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        projection_dim=8,
+    )
     mark_weights(CLIPVisionModel(config), folder, place)
     CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16).save_pretrained(folder)
 

@@ -52,9 +52,12 @@ def llava_15() -> Any:
     """LLaVA-1.5 as transformers has it."""
     fields = {name: value for name, value in llama().items() if name != "model_type"} | {"max_position_embeddings": 256}
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**CLIP), text_config=LlamaConfig(**fields), image_token_index=IMAGE_ID,
-        vision_feature_layer=-2, vision_feature_select_strategy="default",
-    )  # fmt: skip
+        vision_config=CLIPVisionConfig(**CLIP),
+        text_config=LlamaConfig(**fields),
+        image_token_index=IMAGE_ID,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
     return randomize(LlavaForConditionalGeneration(config))
 
 
@@ -62,10 +65,13 @@ def llava_next(pinpoints: list[list[int]]) -> Any:
     """LLaVA-NeXT as transformers has it; pinpoints are tiles (rows, columns)."""
     fields = {name: value for name, value in llama().items() if name != "model_type"} | {"max_position_embeddings": 512}
     config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(**CLIP), text_config=LlamaConfig(**fields), image_token_index=IMAGE_ID,
-        vision_feature_layer=-2, vision_feature_select_strategy="default",
+        vision_config=CLIPVisionConfig(**CLIP),
+        text_config=LlamaConfig(**fields),
+        image_token_index=IMAGE_ID,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
         image_grid_pinpoints=[[rows * SIDE, columns * SIDE] for rows, columns in pinpoints],
-    )  # fmt: skip
+    )
     return randomize(LlavaNextForConditionalGeneration(config))
 
 

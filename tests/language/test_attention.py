@@ -15,22 +15,43 @@ from visexpert.language import PrefixLM
 from visexpert.types import IMAGE_TOKEN, VisionTokens
 
 SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1,
-    "pad_token_id": 0, "tie_word_embeddings": False,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
 GPT2_SIZES = {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
 WINDOW = {"sliding_window": 4}
 BOTH = WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}
 CHUNKS: dict[str, Any] = {
-    "attention_chunk_size": 4, "num_local_experts": 2, "intermediate_size_mlp": 32, "no_rope_layers": [1, 0],
-    "moe_layers": [], "layer_types": ["chunked_attention", "full_attention"],
-}  # fmt: skip
+    "attention_chunk_size": 4,
+    "num_local_experts": 2,
+    "intermediate_size_mlp": 32,
+    "no_rope_layers": [1, 0],
+    "moe_layers": [],
+    "layer_types": ["chunked_attention", "full_attention"],
+}
 QWEN = WINDOW | {"use_sliding_window": True, "max_window_layers": 1}
 LATENT: dict[str, Any] = {
-    "q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "head_dim": 4,
-    "num_key_value_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
-}  # fmt: skip
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "head_dim": 4,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
 SUPPORTED: dict[str, dict[str, Any]] = {
     "mistral": SIZES | WINDOW,
     "phi3": SIZES | WINDOW,

@@ -18,9 +18,14 @@ from visexpert.types import VisionTokens
 
 FAMILIES = ("bert", "roberta")
 FIELDS: dict[str, Any] = {
-    "vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "max_position_embeddings": 26, "pad_token_id": 1,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 26,
+    "pad_token_id": 1,
+}
 NEVER = 0
 
 
@@ -72,9 +77,16 @@ def test_beams_find_what_transformers_finds() -> None:
     prompt = item(3, 3)[0]
     decoding = Decoding(strategy="beam", num_beams=3, max_new_tokens=4)
     wanted = side.model.generate(
-        torch.tensor([prompt]), encoder_hidden_states=images.tokens_BTD, num_beams=3, max_new_tokens=4,
-        do_sample=False, early_stopping="never", eos_token_id=NEVER, pad_token_id=NEVER, use_cache=False,
-    )[0, 3:]  # fmt: skip
+        torch.tensor([prompt]),
+        encoder_hidden_states=images.tokens_BTD,
+        num_beams=3,
+        max_new_tokens=4,
+        do_sample=False,
+        early_stopping="never",
+        eos_token_id=NEVER,
+        pad_token_id=NEVER,
+        use_cache=False,
+    )[0, 3:]
     assert side.generate(images, [prompt], eos_id=NEVER, decoding=decoding) == [wanted.tolist()]
 
 

@@ -106,11 +106,20 @@ def small_side(kind: str) -> LanguageModel:
     else:
         side = PrefixLM(
             config={
-                "model_type": "llama", "vocab_size": SMALL, "hidden_size": 16, "intermediate_size": 32,
-                "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 1,
-                "max_position_embeddings": 64, "tie_word_embeddings": False, "eos_token_id": EOS, "pad_token_id": EOS,
+                "model_type": "llama",
+                "vocab_size": SMALL,
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "bos_token_id": 1,
+                "max_position_embeddings": 64,
+                "tie_word_embeddings": False,
+                "eos_token_id": EOS,
+                "pad_token_id": EOS,
             }
-        )  # fmt: skip
+        )
     for name, parameter in side.named_parameters():
         if "norm" not in name:
             torch.nn.init.normal_(parameter, std=0.5)
@@ -164,9 +173,13 @@ def test_a_draw_is_repeated_by_its_seed_and_leaves_other_numbers_alone(kind: str
 
 
 @pytest.mark.parametrize(
-    "decoding", [Decoding(max_new_tokens=9), Decoding(strategy="beam", num_beams=3, max_new_tokens=9),
-                 Decoding(strategy="beam", num_beams=3, length_penalty=0.0, max_new_tokens=9)]
-)  # fmt: skip
+    "decoding",
+    [
+        Decoding(max_new_tokens=9),
+        Decoding(strategy="beam", num_beams=3, max_new_tokens=9),
+        Decoding(strategy="beam", num_beams=3, length_penalty=0.0, max_new_tokens=9),
+    ],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_together_equals_one_by_one_for_every_strategy(kind: str, decoding: Decoding) -> None:
     side, images = language_model(kind), vision(4)

@@ -47,9 +47,13 @@ def test_a_batch_writes_what_llava_15_writes_alone() -> None:
     written = ours.language.generate(ours.see(images), rows, eos_id=NEVER, max_new_tokens=5)
     for row, image, text in zip(rows, images, written, strict=True):
         wanted = model.generate(
-            input_ids=torch.tensor([widened(row, 16)]), pixel_values=ours.clip.preprocess(image[None]),
-            max_new_tokens=5, do_sample=False, eos_token_id=NEVER, pad_token_id=NEVER,
-        )[0, len(row) + 15 :]  # fmt: skip
+            input_ids=torch.tensor([widened(row, 16)]),
+            pixel_values=ours.clip.preprocess(image[None]),
+            max_new_tokens=5,
+            do_sample=False,
+            eos_token_id=NEVER,
+            pad_token_id=NEVER,
+        )[0, len(row) + 15 :]
         assert text == [token for token in wanted.tolist() if token != NEVER]
 
 
@@ -69,9 +73,11 @@ def test_logits_equal_llava_next(size: tuple[int, int]) -> None:
     ours, model = next_parts()
     image = 0.3 + 0.4 * torch.rand(3, *size)  # no overshoot of bicubic filters to clip
     processor = LlavaNextImageProcessor(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, do_rescale=False,
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        do_rescale=False,
         image_grid_pinpoints=[[rows * SIDE, columns * SIDE] for rows, columns in PINPOINTS],
-    )  # fmt: skip
+    )
     theirs = processor(image, return_tensors="pt")
     vision = next_tokens(ours, Batch(image[None], torch.arange(1), "test"))
     assert vision.lengths is not None
@@ -101,8 +107,10 @@ def test_images_of_unlike_tiles_share_a_batch() -> None:
         assert ours.language.generate(see, [row], eos_id=NEVER, max_new_tokens=4) == [wanted]
     # The same with the image in front of packed items.
     plain = pack([[item(4, 1), item(5, 2)], [item(6, 2)]], 0)
-    parts = [pack([[(plain.ids_BN[0, :4].tolist(), 1), (plain.ids_BN[0, 4:9].tolist(), 2)]], 0),
-             pack([[(plain.ids_BN[1, :6].tolist(), 2)]], 0)]  # fmt: skip
+    parts = [
+        pack([[(plain.ids_BN[0, :4].tolist(), 1), (plain.ids_BN[0, 4:9].tolist(), 2)]], 0),
+        pack([[(plain.ids_BN[1, :6].tolist(), 2)]], 0),
+    ]
     expected = torch.cat([ours.language(see, one).logits_MV for see, one in zip(alone, parts, strict=True)])
     torch.testing.assert_close(ours.language(both, plain).logits_MV, expected, atol=1e-4, rtol=1e-4)
 

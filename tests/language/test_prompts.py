@@ -128,9 +128,13 @@ def test_evaluation_asks_as_caption_does(template: str, tmp_path: Path) -> None:
         folder = str(tmp_path / kind)
         make().save_pretrained(folder)
         data = POPE(
-            root=str(tmp_path), kinds=["random"], tokenizer=folder, image_size=8, num_workers=0,
+            root=str(tmp_path),
+            kinds=["random"],
+            tokenizer=folder,
+            image_size=8,
+            num_workers=0,
             template=None if template == "none" else lambda tokenizer: encoders(tokenizer)[template],
-        )  # fmt: skip
+        )
         data.prepare_data()
         data.setup("test")
         (batch,) = data.test_dataloader()
@@ -172,10 +176,11 @@ def written_encoders(tokenizer: PreTrainedTokenizerBase) -> dict[str, TextEncode
     tokenizer.chat_template = OWN
     system = "Say it's {{ so }} \\ \n你好."
     return encoders(tokenizer) | {
-        "own": ChatPacker(tokenizer), "own, image in front": ChatPacker(tokenizer, image_in_text=False),
+        "own": ChatPacker(tokenizer),
+        "own, image in front": ChatPacker(tokenizer, image_in_text=False),
         "vicuna, system": LlavaTemplate(tokenizer, system=system),
         "vicuna, no system": LlavaTemplate(tokenizer, system=""),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("kind", tokenizer_kinds.GENERATIVE)
@@ -186,8 +191,10 @@ def test_the_chat_template_writes_the_prompt_of_training(kind: str) -> None:
             for has_image, parts in product((True, False), repeat=2):
                 rendered = tokenizer.apply_chat_template(
                     conversation("  How many? ", history, has_image=has_image, parts=parts),
-                    chat_template=encoder.chat_template, tokenize=False, add_generation_prompt=True,
-                )  # fmt: skip
+                    chat_template=encoder.chat_template,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                )
                 expected = encoder.prompt_text("  How many? ", history=history, has_image=has_image)
                 assert rendered == expected, (name, history, has_image, parts)
                 assert rendered.count("<image>") == has_image

@@ -29,14 +29,26 @@ from visexpert.language import PrefixLM
 from visexpert.types import VisionTokens
 
 TEXT: dict[str, Any] = {
-    "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 0,
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
     "eos_token_id": 1,
-}  # fmt: skip
+}
 EYES: dict[str, Any] = {
-    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
     "patch_size": 8,
-}  # fmt: skip
+}
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
 SCOUT = {"num_local_experts": 2, "intermediate_size_mlp": 32, "moe_layers": [], "no_rope_layers": [1, 0]}
 SEES = {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
@@ -96,9 +108,13 @@ def test_embeddings_that_are_projected(tmp_path: Path) -> None:
     torch.manual_seed(0)
     fields = {name: TEXT[name] for name in ("vocab_size", "num_hidden_layers", "num_attention_heads")}
     config = OPTConfig(
-        **fields, hidden_size=16, ffn_dim=32, word_embed_proj_dim=8, do_layer_norm_before=False,
+        **fields,
+        hidden_size=16,
+        ffn_dim=32,
+        word_embed_proj_dim=8,
+        do_layer_norm_before=False,
         max_position_embeddings=64,
-    )  # fmt: skip
+    )
     model: Any = OPTForCausalLM(config).eval()
     model.save_pretrained(tmp_path)
     side = PrefixLM(source=str(tmp_path), image_newline=True).eval()

@@ -86,9 +86,13 @@ def test_batches_of_one_step_draw_noise_of_their_own(tmp_path: Path) -> None:
     for accumulated in (1, 3):
         draws = Draws()
         bare_trainer(
-            tmp_path, steps=-1, max_epochs=2, callbacks=[draws], enable_checkpointing=False,
+            tmp_path,
+            steps=-1,
+            max_epochs=2,
+            callbacks=[draws],
+            enable_checkpointing=False,
             accumulate_grad_batches=accumulated,
-        ).fit(tiny_tove(), datamodule=ListData(batches_of(2)))  # fmt: skip
+        ).fit(tiny_tove(), datamodule=ListData(batches_of(2)))
         drawn[accumulated] = draws.drawn
     assert len(set(drawn[3])) == 12
     assert drawn[3] == drawn[1]
@@ -188,9 +192,14 @@ def of_two(rank: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
     found = {}
     for name, make in MODELS.items():
         steps = gradients(
-            folder, make(), batches_of(2, rank=rank, world=2), accumulate_grad_batches=2, devices=2,
-            strategy="ddp_find_unused_parameters_true", use_distributed_sampler=False,
-        )  # fmt: skip
+            folder,
+            make(),
+            batches_of(2, rank=rank, world=2),
+            accumulate_grad_batches=2,
+            devices=2,
+            strategy="ddp_find_unused_parameters_true",
+            use_distributed_sampler=False,
+        )
         found[name] = [{key: value.numpy() for key, value in step.items()} for step in steps]
     return found
 

@@ -71,8 +71,11 @@ def test_a_third_method_is_planned(house: Path, capsys: pytest.CaptureFixture[st
     plan = json.loads(capsys.readouterr().out)
     rows = {row["name"]: row for row in plan["parts"]}
     assert {name: row["role"] for name, row in rows.items()} == {
-        "CLIP": "student", "projector": "transfer", "adapter": "transfer", "language model": "language",
-    }  # fmt: skip
+        "CLIP": "student",
+        "projector": "transfer",
+        "adapter": "transfer",
+        "language model": "language",
+    }
     assert rows["CLIP"]["trained"] == 0
     assert rows["adapter"]["trained"] == 2 * 32 * 16 + 16 + 32
     assert rows["adapter"]["forward"] == pytest.approx(16 * 2 * 2 * 32 * 16 / 1e9)

@@ -37,10 +37,12 @@ def test_words_end_at_the_end_token() -> None:
 def test_accuracies_of_hand_written_predictions() -> None:
     packer = TextPacker(TOKENIZER)
     items = (
-        (TextItem("vqa", "what colour is the cube ?", "red", family="colour"),
-         TextItem("vqa", "what shape is on the left side ?", "cube", family="shape")),
+        (
+            TextItem("vqa", "what colour is the cube ?", "red", family="colour"),
+            TextItem("vqa", "what shape is on the left side ?", "cube", family="shape"),
+        ),
         (TextItem("pope", "is there a red cube in the image ?", "yes", family="random"),),
-    )  # fmt: skip
+    )
     text = pack([packer.tokenize_all(row) for row in items], 0)
     batch = Batch(torch.zeros(2, 3, 4, 4), torch.arange(2), "test", text=text, items=items)
     eos = TOKENIZER.eos_token_id

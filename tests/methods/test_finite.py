@@ -74,9 +74,17 @@ def fit(model: ToVE, data: TabletopData, folder: Path, *, steps: int = 4, **opti
     seen = Weights()
     saving = ModelCheckpoint(dirpath=folder / "checkpoints", save_last=True, every_n_train_steps=1)
     trainer = L.Trainer(
-        max_steps=steps, accelerator="cpu", logger=False, default_root_dir=folder, callbacks=[seen, saving],
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, **options,
-    )  # fmt: skip
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        default_root_dir=folder,
+        callbacks=[seen, saving],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        **options,
+    )
     trainer.fit(model, datamodule=data)
     return seen
 
@@ -155,10 +163,19 @@ def one_spoilt_rank(rank: int, folder: Path, cache: Path, on_nan: Any) -> tuple[
     model = spoilt({1} if rank == 1 else set(), on_nan=on_nan, noise="none")
     seen = Weights()
     trainer = L.Trainer(
-        max_steps=2, accelerator="cpu", devices=2, strategy="ddp", logger=False, default_root_dir=folder,
-        callbacks=[seen], enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0, limit_val_batches=0,
-    )  # fmt: skip
+        max_steps=2,
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        logger=False,
+        default_root_dir=folder,
+        callbacks=[seen],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
     try:
         trainer.fit(model, datamodule=data)
     except DataError as error:

@@ -22,14 +22,25 @@ from visexpert.vision import MoLESettings
 
 STEPS = 4
 LLAMA = {
-    "model_type": "llama", "vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": 16,
-    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
     "tie_word_embeddings": False,
-}  # fmt: skip
+}
 BERT = {
-    "model_type": "bert", "vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": 16,
-    "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64,
-}  # fmt: skip
+    "model_type": "bert",
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
 
 
 def merging(**options: Any) -> Method:

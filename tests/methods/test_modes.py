@@ -124,9 +124,15 @@ class Calls:
 def test_a_frozen_language_model_goes_on_saving_memory(tmp_path: Path) -> None:
     """Activations of its blocks are computed anew for the gradient of what stands before it."""
     fields = {
-        "model_type": "llama", "vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": 16,
-        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "attention_dropout": 0.5,
-    }  # fmt: skip
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": WIDTH,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "attention_dropout": 0.5,
+    }
     language = PrefixLM(config=fields, gradient_checkpointing=True)
     frozen = ToVEOptimizer(language_lr=0.0)
     model = ToVE(clip=ClipEncoder(config=CLIP_FIELDS), experts=tiny_experts(), language=language, optimizer=frozen)

@@ -41,9 +41,14 @@ def scored(folder: Path, scenes: Path, kind: str, *, batch_size: int, **options:
     torch.manual_seed(0)
     model = KINDS[kind]()
     data = TabletopData(
-        root=str(scenes), rendering=QUIET, num_train=8, num_val=11, num_test=11,
-        batch_size=batch_size, eval_batch_size=4,
-    )  # fmt: skip
+        root=str(scenes),
+        rendering=QUIET,
+        num_train=8,
+        num_val=11,
+        num_test=11,
+        batch_size=batch_size,
+        eval_batch_size=4,
+    )
     found: dict[str, Any] = {}
     for stage in ("validate", "test"):
         trainer = bare_trainer(folder, steps=2, limit_val_batches=1.0, **options)

@@ -21,9 +21,14 @@ from visexpert.vision import ClipEncoder, MoLESettings, TiledClipEncoder, views_
 METHODS = ["tove", "movekd", "merging"]
 
 LLAMA = {
-    "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "num_key_value_heads": 2,
-}  # fmt: skip
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 
 
 MOLE = MoLESettings(num_experts=2, rank=2, dropout=0.0)
@@ -146,9 +151,12 @@ def test_stored_targets_are_of_whole_images_only() -> None:
 def test_text_alone_needs_no_image_at_all() -> None:
     text = pack([[([5, 6, 7, 8], 2)], [([9, 10, 11], 1)]], 0)
     batch = Batch(
-        torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.arange(2), "train", text=text,
+        torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
+        torch.arange(2),
+        "train",
+        text=text,
         has_image_B=torch.tensor([False, False]),
-    )  # fmt: skip
+    )
     model = model_of("movekd")
     assert torch.isfinite(model.step(batch).loss)
     language: Any = model.language

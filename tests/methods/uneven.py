@@ -32,9 +32,19 @@ class Row:
 
 # Two rows make a small batch: the third of them has no image, the fifth nothing to write.
 ROWS = (
-    Row((1,)), Row((9, 7)), Row((2,), has_image=False), Row((1, 1)), Row((5,), has_image=False),
-    Row((1,), has_image=False), Row((3,)), Row((12,)), Row(()), Row(()), Row((2,)), Row((1,), has_image=False),
-)  # fmt: skip
+    Row((1,)),
+    Row((9, 7)),
+    Row((2,), has_image=False),
+    Row((1, 1)),
+    Row((5,), has_image=False),
+    Row((1,), has_image=False),
+    Row((3,)),
+    Row((12,)),
+    Row(()),
+    Row(()),
+    Row((2,)),
+    Row((1,), has_image=False),
+)
 
 
 def batch_of(first: int, last: int) -> Batch:

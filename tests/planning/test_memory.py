@@ -18,9 +18,14 @@ def plan(strategy: object, precision: str, gpus: int = 4) -> Memory:
         model = nn.Sequential(nn.Linear(1000, 1000, bias=False), nn.Linear(3000, 1000, bias=False))
     trained = list(model[0].parameters())
     return memory_per_gpu(
-        model, trained, strategy=Strategy.of(strategy), precision=Precision.of(precision), gpus=gpus,
-        activation_bytes=1000, batch_size=8,
-    )  # fmt: skip
+        model,
+        trained,
+        strategy=Strategy.of(strategy),
+        precision=Precision.of(precision),
+        gpus=gpus,
+        activation_bytes=1000,
+        batch_size=8,
+    )
 
 
 @pytest.mark.parametrize(

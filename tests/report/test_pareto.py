@@ -49,9 +49,15 @@ def _where(pixels: Floats, color: str) -> tuple[NDArray[Any], NDArray[Any]]:
 
 def _figure(out: Path, *, measure: str = "ms", budget: float | None = None) -> Floats:
     path = pareto_figure(
-        SCORES, out, front=ON_FRONT, kept=("depth",), experts=EXPERTS, measure=measure, budget=budget,
+        SCORES,
+        out,
+        front=ON_FRONT,
+        kept=("depth",),
+        experts=EXPERTS,
+        measure=measure,
+        budget=budget,
         score_name="vqa/accuracy",
-    )  # fmt: skip
+    )
     return _pixels(path)
 
 
@@ -152,7 +158,9 @@ def test_milliseconds_that_were_measured_unsteadily_are_marked(tmp_path: Path) -
     )
     assert sure.read_bytes() != unsure.read_bytes()
     work = [
-        pareto_figure(scores, tmp_path / "gflop.png", front=ON_FRONT, kept=(), experts=EXPERTS, measure="gflop")
-        .read_bytes() for scores in (SCORES, doubtful)
-    ]  # fmt: skip
+        pareto_figure(
+            scores, tmp_path / "gflop.png", front=ON_FRONT, kept=(), experts=EXPERTS, measure="gflop"
+        ).read_bytes()
+        for scores in (SCORES, doubtful)
+    ]
     assert work[0] == work[1]  # work is counted, not timed

@@ -12,9 +12,13 @@ from visexpert.vision.anyres import TiledClipEncoder, cut, views_of
 
 SIDE = 16
 FIELDS = {
-    "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": SIDE,
     "patch_size": 8,
-}  # fmt: skip
+}
 
 
 def tiled(pinpoints: list[list[int]] | None = None) -> TiledClipEncoder:

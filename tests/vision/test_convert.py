@@ -21,9 +21,14 @@ from visexpert.vision.convert import (
 )
 
 FIELDS: dict[str, Any] = {
-    "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32,
-    "patch_size": 8, "layer_norm_eps": 1e-3,
-}  # fmt: skip
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+    "layer_norm_eps": 1e-3,
+}
 
 
 def hugging_face(act: str = "quick_gelu") -> CLIPVisionModel:
@@ -63,9 +68,10 @@ def test_outwards_equals_open_clips_forward(act: str) -> None:
 @pytest.mark.parametrize("quick_gelu", [True, False])
 def test_inwards_equals_open_clips_forward(quick_gelu: bool) -> None:
     cfg: dict[str, Any] = {
-        "embed_dim": 10, "quick_gelu": quick_gelu,
+        "embed_dim": 10,
+        "quick_gelu": quick_gelu,
         "vision_cfg": {"image_size": 32, "patch_size": 8, "layers": 3, "width": 24, "head_width": 6},
-    }  # fmt: skip
+    }
     tower = open_clip_tower(cfg, 10)
     for parameter in tower.parameters():
         nn.init.normal_(parameter, std=0.3)

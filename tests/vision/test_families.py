@@ -70,14 +70,24 @@ def test_a_whole_model_is_refused_by_the_encoder_in_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "encoder"),
     [
-        ("metaclip_2", "metaclip_2_vision_model"), ("altclip", "altclip_vision_model"),
-        ("chinese_clip", "chinese_clip_vision_model"), ("clipseg", "clipseg_vision_model"),
-        ("blip", "blip_vision_model"), ("blip-2", "blip_2_vision_model"), ("owlvit", "owlvit_vision_model"),
-        ("owlv2", "owlv2_vision_model"), ("aimv2", "aimv2_vision_model"), ("flava", "flava"),
-        ("xclip", "xclip_vision_model"), ("groupvit", "groupvit_vision_model"), ("siglip2", "siglip2_vision_model"),
-        ("bridgetower", "bridgetower_vision_model"), ("florence2", "florence_vision"), ("vit", "vit"),
+        ("metaclip_2", "metaclip_2_vision_model"),
+        ("altclip", "altclip_vision_model"),
+        ("chinese_clip", "chinese_clip_vision_model"),
+        ("clipseg", "clipseg_vision_model"),
+        ("blip", "blip_vision_model"),
+        ("blip-2", "blip_2_vision_model"),
+        ("owlvit", "owlvit_vision_model"),
+        ("owlv2", "owlv2_vision_model"),
+        ("aimv2", "aimv2_vision_model"),
+        ("flava", "flava"),
+        ("xclip", "xclip_vision_model"),
+        ("groupvit", "groupvit_vision_model"),
+        ("siglip2", "siglip2_vision_model"),
+        ("bridgetower", "bridgetower_vision_model"),
+        ("florence2", "florence_vision"),
+        ("vit", "vit"),
     ],
-)  # fmt: skip
+)
 def test_families_near_clip_are_refused_by_their_model_type(tmp_path: Path, kind: str, encoder: str) -> None:
     """With the configuration that transformers writes, and without the type of the part, as older ones are."""
     settings = CONFIG_MAPPING[kind]().to_dict()

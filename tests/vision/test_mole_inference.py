@@ -58,9 +58,11 @@ def test_a_fold_averages_the_merged_experts() -> None:
     weights = equipped_blocks(clip)[1].merged_weights()
     mlp: Any = plain.model.encoder.layers[1].mlp
     for got, each in (
-        (mlp.fc1.weight, weights.fc1_EHD), (mlp.fc1.bias, weights.fc1_bias_EH),
-        (mlp.fc2.weight, weights.fc2_EDH), (mlp.fc2.bias, weights.fc2_bias_ED),
-    ):  # fmt: skip
+        (mlp.fc1.weight, weights.fc1_EHD),
+        (mlp.fc1.bias, weights.fc1_bias_EH),
+        (mlp.fc2.weight, weights.fc2_EDH),
+        (mlp.fc2.bias, weights.fc2_bias_ED),
+    ):
         expected = sum(float(gate) * weight for gate, weight in zip(gates_E, each, strict=True))
         torch.testing.assert_close(got.data, expected, atol=1e-5, rtol=1e-5)
     assert plain.state_dict().keys() == ClipEncoder(config=FIELDS).state_dict().keys()
@@ -148,9 +150,11 @@ def test_weighed_experts_may_stay_as_they_are() -> None:
 
 def test_what_learns_of_a_layer() -> None:
     for routing, router, balanced, learns in (
-        ("top1", "released", False, False), ("top1", "released", True, True), ("dense", "released", False, True),
+        ("top1", "released", False, False),
+        ("top1", "released", True, True),
+        ("dense", "released", False, True),
         ("top1", "scaled", False, True),
-    ):  # fmt: skip
+    ):
         clip, _ = student(routing=routing, router=router)
         mole = equipped_blocks(clip)[0]
         parts = mole.learning_modules(balanced=balanced)

@@ -22,14 +22,20 @@ from visexpert.vision.positions import resize_positions
 from visexpert.vision.published import describe_clip
 
 FIELDS: dict[str, Any] = {
-    "hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32,
+    "hidden_size": 24,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 32,
     "patch_size": 8,
-}  # fmt: skip
+}
 TEXT = {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 1, "layers": 1}
 CFG: dict[str, Any] = {
-    "embed_dim": 10, "quick_gelu": True, "text_cfg": TEXT,
+    "embed_dim": 10,
+    "quick_gelu": True,
+    "text_cfg": TEXT,
     "vision_cfg": {"image_size": 32, "patch_size": 8, "layers": 3, "width": 24, "head_width": 6},
-}  # fmt: skip
+}
 
 
 def randomized(model: Any) -> Any:

@@ -11,9 +11,21 @@ from starlette.responses import PlainTextResponse
 
 API = "/gradio_api/"
 CALLED = (
-    "queue/", "upload", "upload_progress", "file=", "heartbeat/", "info", "startup-events", "app_id", "theme.css",
-    "cancel", "reset", "user", "login_check", "run/predict",
-)  # fmt: skip
+    "queue/",
+    "upload",
+    "upload_progress",
+    "file=",
+    "heartbeat/",
+    "info",
+    "startup-events",
+    "app_id",
+    "theme.css",
+    "cancel",
+    "reset",
+    "user",
+    "login_check",
+    "run/predict",
+)
 """What the page itself calls. Gradio serves more: recordings, tools for editing the page, a proxy, files by address."""
 
 POLICY = (

@@ -36,31 +36,53 @@ def build_page(session: Session, *, uploads: Path, examples: Sequence[Path] = ()
         with gr.Row():
             with gr.Column(scale=2):
                 image = gr.Image(
-                    type="filepath", image_mode=None, sources=["upload", "clipboard"], label="image", elem_id="image",
-                    buttons=[], height=300,
-                )  # fmt: skip
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "clipboard"],
+                    label="image",
+                    elem_id="image",
+                    buttons=[],
+                    height=300,
+                )
                 if examples:
                     gr.Examples([[str(path)] for path in examples], inputs=[image], label="or take a scene")
                 prompt = gr.Dropdown(
-                    list(prompts), value=prompts[0] if prompts else "", allow_custom_value=True, elem_id="prompt",
-                    label="prompt", info="words that ask for a caption, or a question",
-                )  # fmt: skip
+                    list(prompts),
+                    value=prompts[0] if prompts else "",
+                    allow_custom_value=True,
+                    elem_id="prompt",
+                    label="prompt",
+                    info="words that ask for a caption, or a question",
+                )
                 experts = gr.CheckboxGroup(
-                    list(session.experts), value=list(session.experts), label="experts to listen to",
-                    elem_id="experts", visible=bool(session.experts),
-                )  # fmt: skip
+                    list(session.experts),
+                    value=list(session.experts),
+                    label="experts to listen to",
+                    elem_id="experts",
+                    visible=bool(session.experts),
+                )
                 button = gr.Button("ask", variant="primary", elem_id="ask")
             with gr.Column(scale=3):
                 answer = gr.Textbox(label="answer", elem_id="answer", interactive=False)
                 note = gr.Textbox(label="note", elem_id="note", interactive=False, visible=False)
                 table = gr.Dataframe(
-                    headers=list(HEADER), label="side by side", elem_id="table", interactive=False, wrap=True,
-                    column_widths=["36%", "44%", "20%"], buttons=[],
-                )  # fmt: skip
+                    headers=list(HEADER),
+                    label="side by side",
+                    elem_id="table",
+                    interactive=False,
+                    wrap=True,
+                    column_widths=["36%", "44%", "20%"],
+                    buttons=[],
+                )
                 overlay = gr.Image(
-                    label="which expert each patch listens to", show_label=False, elem_id="overlay", format="png",
-                    interactive=False, visible=bool(session.experts), buttons=["fullscreen"],
-                )  # fmt: skip
+                    label="which expert each patch listens to",
+                    show_label=False,
+                    elem_id="overlay",
+                    format="png",
+                    interactive=False,
+                    visible=bool(session.experts),
+                    buttons=["fullscreen"],
+                )
         _connect(session, uploads, button, [image, prompt, experts], [answer, note, table, overlay])
     assert isinstance(page, gr.Blocks)
     return page

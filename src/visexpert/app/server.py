@@ -38,11 +38,23 @@ def serving(session: Session, *, host: str = "127.0.0.1", port: int = 7860, max_
         page = build_page(session, uploads=uploads, examples=write_examples(session.main.captioner, examples))
         try:
             _, url, _ = page.launch(
-                server_name=host, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=True,
-                max_file_size=max_upload_mb * 1_000_000, allowed_paths=[str(examples)], theme=theme(), footer_links=[],
-                ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, run_history=False,
+                server_name=host,
+                server_port=port,
+                share=False,
+                inbrowser=False,
+                quiet=True,
+                prevent_thread_lock=True,
+                max_file_size=max_upload_mb * 1_000_000,
+                allowed_paths=[str(examples)],
+                theme=theme(),
+                footer_links=[],
+                ssr_mode=False,
+                pwa=False,
+                mcp_server=False,
+                enable_monitoring=False,
+                run_history=False,
                 app_kwargs={"middleware": _layers(host), "docs_url": None, "redoc_url": None},
-            )  # fmt: skip
+            )
         except OSError as error:
             raise ConfigError(
                 f"The page cannot be served at {host}:{port} ({error}); take another --port or --host."

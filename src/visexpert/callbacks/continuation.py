@@ -64,8 +64,10 @@ class MetricsContinuation(Callback):
         if trainer.ckpt_path is not None and not self._trained and trainer.is_global_zero:
             log.warning(
                 "No step is left: %s is at step %d and %s; raise that to train further.",
-                trainer.ckpt_path, trainer.global_step, _limit_of(trainer),
-            )  # fmt: skip
+                trainer.ckpt_path,
+                trainer.global_step,
+                _limit_of(trainer),
+            )
 
     def _take_up(self, trainer: Trainer) -> None:
         before, self._before = self._before, None

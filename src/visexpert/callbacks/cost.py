@@ -62,13 +62,19 @@ class CostReport(Callback):
     def state_dict(self) -> dict[str, Any]:
         """What training took so far, and the batch that those to come are counted by."""
         sample = {
-            "gflop": self.batch_gflop, "gflop_live": self.batch_gflop_live, "saved_per_image": self._saved_per_image,
-            "until_next": self._until_next, "processes": self._processes,
-        }  # fmt: skip
+            "gflop": self.batch_gflop,
+            "gflop_live": self.batch_gflop_live,
+            "saved_per_image": self._saved_per_image,
+            "until_next": self._until_next,
+            "processes": self._processes,
+        }
         return {
-            "seconds": self.train_seconds, "images": self.train_images, "gflop": self.train_gflop,
-            "gflop_live": self.train_gflop_live, "sample": sample,
-        }  # fmt: skip
+            "seconds": self.train_seconds,
+            "images": self.train_images,
+            "gflop": self.train_gflop,
+            "gflop_live": self.train_gflop_live,
+            "sample": sample,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from an earlier start."""

@@ -239,9 +239,13 @@ class ExpertDetachment(Phase):
         if not self.retune_steps:
             return True
         trainer = settings.trainer(
-            out, steps=self.retune_steps, checkpoint_every=self.checkpoint_every, cost=cost,
-            val_check_interval=min(self.eval_every, self.retune_steps), check_val_every_n_epoch=None,
-        )  # fmt: skip
+            out,
+            steps=self.retune_steps,
+            checkpoint_every=self.checkpoint_every,
+            cost=cost,
+            val_check_interval=min(self.eval_every, self.retune_steps),
+            check_val_every_n_epoch=None,
+        )
         unfinished = out / "checkpoints" / TRAINING
         start = str(unfinished) if unfinished.is_file() else None
         with model.retuning(self.retune_lr, steps=self.retune_steps):
@@ -267,9 +271,14 @@ class ExpertDetachment(Phase):
 
     def _settings(self) -> dict[str, Any]:
         return {
-            **asdict(self.criterion), "search": self.search, "loss": self.loss, "score": self.score,
-            "images": self.images, "retune_steps": self.retune_steps, "retune_lr": self.retune_lr,
-        }  # fmt: skip
+            **asdict(self.criterion),
+            "search": self.search,
+            "loss": self.loss,
+            "score": self.score,
+            "images": self.images,
+            "retune_steps": self.retune_steps,
+            "retune_lr": self.retune_lr,
+        }
 
 
 @dataclass(frozen=True)
@@ -309,22 +318,38 @@ class Findings:
         limit = None if budget is None else budget * choice.scores[0].cost(measure)
         with spared("pareto"):
             pareto_figure(
-                choice.scores, out / "figures" / "pareto.png", front=front, kept=choice.kept, experts=experts,
-                measure=measure, budget=limit, score_name=score_name,
-            )  # fmt: skip
+                choice.scores,
+                out / "figures" / "pareto.png",
+                front=front,
+                kept=choice.kept,
+                experts=experts,
+                measure=measure,
+                budget=limit,
+                score_name=score_name,
+            )
         with spared("contribution"):
             contribution_figure(choice.contributions, self.gate_mass, out / "figures" / "contribution.png")
         tables = contribution_table(choice.contributions, self.gate_mass, kept=choice.kept)
         tables += "\n" + subset_table(choice.scores, front=front, kept=choice.kept, experts=experts)
         write_text(out / "detachment.md", f"{self._summary(experts, settings, score_name)}\n{tables}")
         facts = {
-            "settings": settings, "weights": weights, "experts": experts, "kept": choice.kept,
-            "detached": choice.detached, "search": choice.search, "images": self.images,
-            "contributions": [asdict(one) for one in choice.contributions], "gate_mass": self.gate_mass,
+            "settings": settings,
+            "weights": weights,
+            "experts": experts,
+            "kept": choice.kept,
+            "detached": choice.detached,
+            "search": choice.search,
+            "images": self.images,
+            "contributions": [asdict(one) for one in choice.contributions],
+            "gate_mass": self.gate_mass,
             "scores": [{**asdict(score), "front": score.experts in front} for score in choice.scores],
-            "measured": {"clip_ms": self.clip_ms, "kept_ms": self.kept_ms, "ratio": self.kept_ms / self.clip_ms,
-                         "unsteadiness": self.unsteadiness},
-        }  # fmt: skip
+            "measured": {
+                "clip_ms": self.clip_ms,
+                "kept_ms": self.kept_ms,
+                "ratio": self.kept_ms / self.clip_ms,
+                "unsteadiness": self.unsteadiness,
+            },
+        }
         write_json(out / FACTS, facts)
 
     def _summary(self, experts: Subset, settings: Mapping[str, Any], score_name: str) -> str:
@@ -361,9 +386,14 @@ def _validate(
 ) -> None:
     """Pass validation batches through a module as ``visexpert validate`` would; write nothing."""
     own: dict[str, Any] = {
-        "accelerator": settings.accelerator, "devices": 1, "precision": settings.precision, "logger": False,
-        "enable_checkpointing": False, "enable_model_summary": False, "default_root_dir": folder,
+        "accelerator": settings.accelerator,
+        "devices": 1,
+        "precision": settings.precision,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "default_root_dir": folder,
         "callbacks": [TrainingProgress()],
-    }  # fmt: skip
+    }
     trainer = L.Trainer(**own, **options)
     trainer.validate(module, datamodule=data, verbose=False)

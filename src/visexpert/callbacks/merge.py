@@ -103,9 +103,12 @@ class KnowledgeMerging(Phase):
         with torch.random.fork_rng():
             torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")))  # low-rank updates start at random
             student = Merging(
-                teacher=model, student=self.student, merging=self.merging, optimizer=self.optimizer,
+                teacher=model,
+                student=self.student,
+                merging=self.merging,
+                optimizer=self.optimizer,
                 evaluation=evaluation,
-            )  # fmt: skip
+            )
         teacher_steps = model.trained_steps
         cost = CostReport()
         if not self._train(student, data if self.data is None else self.data, out, settings, cost):
@@ -125,9 +128,13 @@ class KnowledgeMerging(Phase):
     ) -> bool:
         """Whether it came to its end."""
         trainer = settings.trainer(
-            out, steps=self.steps, checkpoint_every=self.checkpoint_every, cost=cost,
-            val_check_interval=min(self.eval_every, self.steps), check_val_every_n_epoch=None,
-        )  # fmt: skip
+            out,
+            steps=self.steps,
+            checkpoint_every=self.checkpoint_every,
+            cost=cost,
+            val_check_interval=min(self.eval_every, self.steps),
+            check_val_every_n_epoch=None,
+        )
         unfinished = out / "checkpoints" / TRAINING
         start = str(unfinished) if unfinished.is_file() else None
         if start is not None:

@@ -84,23 +84,38 @@ class PhaseSettings:
             options: More of Lightning's own.
         """
         callbacks: list[Callback] = [
-            TrainingProgress(), ThroughputMonitor(), MetricsContinuation(), RunFolder(), RunFigures(),
+            TrainingProgress(),
+            ThroughputMonitor(),
+            MetricsContinuation(),
+            RunFolder(),
+            RunFigures(),
             cost or CostReport(),
-        ]  # fmt: skip
+        ]
         if checkpoint_every is not None:
             callbacks.append(StopOnSignal(checkpoint=folder / "checkpoints" / TRAINING))
             callbacks.append(
                 ModelCheckpoint(
-                    dirpath=folder / "checkpoints", filename=Path(TRAINING).stem, enable_version_counter=False,
+                    dirpath=folder / "checkpoints",
+                    filename=Path(TRAINING).stem,
+                    enable_version_counter=False,
                     every_n_train_steps=checkpoint_every,
                 )
-            )  # fmt: skip
+            )
         return L.Trainer(
-            accelerator=self.accelerator, devices=self.devices, precision=self.precision, max_steps=max(steps, 1),
-            logger=RunLogger(str(folder)), default_root_dir=folder, callbacks=callbacks,
-            enable_checkpointing=checkpoint_every is not None, enable_model_summary=False, num_sanity_val_steps=0,
-            log_every_n_steps=self.log_every_n_steps, plugins=[WholeFileIO()], **options,
-        )  # fmt: skip
+            accelerator=self.accelerator,
+            devices=self.devices,
+            precision=self.precision,
+            max_steps=max(steps, 1),
+            logger=RunLogger(str(folder)),
+            default_root_dir=folder,
+            callbacks=callbacks,
+            enable_checkpointing=checkpoint_every is not None,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=self.log_every_n_steps,
+            plugins=[WholeFileIO()],
+            **options,
+        )
 
 
 class Phase(Callback):

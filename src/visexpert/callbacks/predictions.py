@@ -98,7 +98,12 @@ def check_writes(model: LightningModule) -> None:
 def _record(batch: Batch, written: Written) -> dict[str, Any]:
     item = written.item
     return {
-        "source": batch.source, "split": batch.split, "row": int(batch.index_B[written.row]),
-        "image": batch.keys[written.row] if batch.keys else None, "kind": item.kind, "prompt": item.prompt,
-        "text": written.text, "answer": list(item.references) or item.answer,
-    }  # fmt: skip
+        "source": batch.source,
+        "split": batch.split,
+        "row": int(batch.index_B[written.row]),
+        "image": batch.keys[written.row] if batch.keys else None,
+        "kind": item.kind,
+        "prompt": item.prompt,
+        "text": written.text,
+        "answer": list(item.references) or item.answer,
+    }

@@ -63,9 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of runs, or folders of such folders")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
     parser.add_argument(
-        "--group", action="append", default=[], type=_group, metavar="NAME=GLOB",
+        "--group",
+        action="append",
+        default=[],
+        type=_group,
+        metavar="NAME=GLOB",
         help="these runs are the variant NAME (quote it, so that the shell leaves the * alone)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--baseline", metavar="NAME", help="variant to test against (default: clip-only, else the first)"
     )

@@ -52,9 +52,12 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("action", choices=["check"], help="what to do: check")
     parser.add_argument("config", nargs="+", type=Path, metavar="CONFIG", help="YAML file of a run; later ones win")
     parser.add_argument(
-        "--parts", nargs="+", choices=["train", "val", "test"], default=["train", "val", "test"],
+        "--parts",
+        nargs="+",
+        choices=["train", "val", "test"],
+        default=["train", "val", "test"],
         help="parts that you mean to use (default: all that the sources have)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--images",
         choices=["sample", "all", "none"],

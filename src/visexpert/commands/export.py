@@ -54,7 +54,7 @@ def run(arguments: list[str]) -> None:
     check_clip(saved)
     sources = sources_of(
         saved, formats, layers=options.layers, treatment=options.mole, flatten=flatten, images=options.data
-    )  # fmt: skip
+    )
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     sources = {name: replace(source, dtype=dtype) for name, source in sources.items()}
     found = export(sources, options.out, tolerance=options.tolerance)
@@ -80,41 +80,54 @@ def _parser() -> argparse.ArgumentParser:
         help="a run that `visexpert merge` has merged, its merged folder, or any run that trained CLIP",
     )
     parser.add_argument(
-        "--format", action="append", required=True, metavar="NAME",
+        "--format",
+        action="append",
+        required=True,
+        metavar="NAME",
         help=f"{', '.join(NAMES)}; several separated by commas, each then in a folder of its name inside DIR",
-    )  # fmt: skip
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new or empty folder")
     parser.add_argument(
-        "--layers", type=int, nargs="+", metavar="N",
+        "--layers",
+        type=int,
+        nargs="+",
+        metavar="N",
         help="hidden states to hand out and compare, -1 for the last (default: the layer that the run reads, and -1)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--tolerance", type=float, default=1e-4, metavar="X",
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        metavar="X",
         help="largest error allowed, over the root mean square of the output (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--dtype", choices=DTYPES,
+        "--dtype",
+        choices=DTYPES,
         help="round all weights and store them so (hf, open_clip, llava); fidelity.md says what that changes (default: "
         "float32, but a language model as the run has it)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--mole", choices=MOLE,
+        "--mole",
+        choices=MOLE,
         help="for a student with MoLE: exact keeps its low-rank experts (onnx, torch_export, visexpert), fold averages "
         "them by their use on the run's validation images into one plain CLIP, flatten also trains that CLIP to give "
         "the student's tokens; fidelity.md says what either loses (default: exact where the format can, else fold)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--data", type=Path, metavar="FOLDER|YAML",
+        "--data",
+        type=Path,
+        metavar="FOLDER|YAML",
         help="images to fold and flatten on: a folder, or a configuration with `data` (default: the run's validation "
         "images, or its training images where it has no others)",
-    )  # fmt: skip
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help=f"optimizer steps of --mole flatten (default: {STEPS})")
     parser.add_argument(
-        "--steps", type=int, metavar="N", help=f"optimizer steps of --mole flatten (default: {STEPS})"
-    )  # fmt: skip
-    parser.add_argument(
-        "--lr", type=float, metavar="X",
+        "--lr",
+        type=float,
+        metavar="X",
         help=f"peak learning rate of --mole flatten (default: {RATE:g})",
-    )  # fmt: skip
+    )
     return parser
 
 

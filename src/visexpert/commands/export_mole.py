@@ -30,9 +30,14 @@ BATCHES = 8
 
 
 def sources_of(
-    saved: SavedRun, formats: Sequence[str], *, layers: Sequence[int] | None, treatment: Treatment | None,
-    flatten: tuple[int, float], images: Path | None = None,
-) -> dict[str, ExportSource]:  # fmt: skip
+    saved: SavedRun,
+    formats: Sequence[str],
+    *,
+    layers: Sequence[int] | None,
+    treatment: Treatment | None,
+    flatten: tuple[int, float],
+    images: Path | None = None,
+) -> dict[str, ExportSource]:
     """What an opened run has to export, by format.
 
     Args:
@@ -83,8 +88,9 @@ def _treatment_of(name: str, wanted: Treatment | None) -> Treatment:
     if wanted is None and name not in KEEP_MOLE:
         log.warning(
             "%s has no place for MoLE: its experts are folded into a plain CLIP (--mole fold); %s keep them.",
-            name, ", ".join(KEEP_MOLE),
-        )  # fmt: skip
+            name,
+            ", ".join(KEEP_MOLE),
+        )
         return "fold"
     return "exact" if wanted is None else wanted
 
@@ -105,8 +111,15 @@ def _plain(
         on_val["flatten"] = _error(saved, work, part)
     plain.requires_grad_(False).eval()
     on_checks = differences(student.clip, plain, student.layers)
-    report = MoLEReport(treatment, settings, usage, on_checks, on_val, steps if treatment == "flatten" else 0,
-                        images="named" if named else part)  # fmt: skip
+    report = MoLEReport(
+        treatment,
+        settings,
+        usage,
+        on_checks,
+        on_val,
+        steps if treatment == "flatten" else 0,
+        images="named" if named else part,
+    )
     return plain, report
 
 
@@ -136,10 +149,18 @@ def _run(saved: SavedRun, module: L.LightningModule, what: str, *, steps: int = 
     settings = saved_settings(saved.folder)
     precision: Any = settings.precision if str(settings.precision).endswith("mixed") else "32-true"
     trainer = L.Trainer(
-        accelerator=settings.accelerator, devices=1, precision=precision, max_steps=max(steps, 1),
-        limit_val_batches=0 if steps else BATCHES, num_sanity_val_steps=0, logger=False, enable_checkpointing=False,
-        enable_model_summary=False, default_root_dir=gettempdir(), callbacks=[TrainingProgress()],
-    )  # fmt: skip
+        accelerator=settings.accelerator,
+        devices=1,
+        precision=precision,
+        max_steps=max(steps, 1),
+        limit_val_batches=0 if steps else BATCHES,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        default_root_dir=gettempdir(),
+        callbacks=[TrainingProgress()],
+    )
     log.info("%s, on the run's images", what)
     try:
         if steps:

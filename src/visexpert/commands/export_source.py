@@ -25,9 +25,16 @@ log = logging.getLogger(__name__)
 
 FACTS = "merge.json"
 TOLD = (
-    "steps", "student", "distance", "adaptation", "normalize", "token_weight", "lm_weight", "fusion_space",
+    "steps",
+    "student",
+    "distance",
+    "adaptation",
+    "normalize",
+    "token_weight",
+    "lm_weight",
+    "fusion_space",
     "teacher_steps",
-)  # fmt: skip
+)
 """Entries of ``merge.json`` that the report repeats."""
 
 
@@ -59,9 +66,14 @@ def source_of(saved: SavedRun, layers: Sequence[int] | None, *, with_language: b
         log.warning("What its language model reads through beside CLIP is not exported: %s.", origin["not exported"])
     start = _start_of(clip)
     return ExportSource(
-        clip, wanted, None if start is None else _pooled_trained(clip, start), _licenses(model, facts), origin,
-        _language_parts(saved) if with_language else None, projection=None if start is None else _projection(start),
-    )  # fmt: skip
+        clip,
+        wanted,
+        None if start is None else _pooled_trained(clip, start),
+        _licenses(model, facts),
+        origin,
+        _language_parts(saved) if with_language else None,
+        projection=None if start is None else _projection(start),
+    )
 
 
 def _licenses(model: Method, facts: Mapping[str, Any]) -> dict[str, str]:

@@ -95,10 +95,13 @@ def settle(
     if kept.get("moe_encoder_dense") is False and options.dense:
         raise ConfigError("--dense contradicts config.json, which says moe_encoder_dense=false; leave it out.")
     mole = {
-        "num_experts": shape.num_experts, "rank": shape.rank, "alpha": float(alpha or options.alpha or 1),
-        "routing": "dense" if options.dense or kept.get("moe_encoder_dense") else "top1", "init": "released",
+        "num_experts": shape.num_experts,
+        "rank": shape.rank,
+        "alpha": float(alpha or options.alpha or 1),
+        "routing": "dense" if options.dense or kept.get("moe_encoder_dense") else "top1",
+        "init": "released",
         "router": "released",
-    }  # fmt: skip
+    }
     return mole, told
 
 
@@ -119,9 +122,10 @@ def _check_language(released: Released, options: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="visexpert import", description="Turn MoVE-KD's released weights into a run that captions and trains on.",
+        prog="visexpert import",
+        description="Turn MoVE-KD's released weights into a run that captions and trains on.",
         epilog=EPILOG,
-    )  # fmt: skip
+    )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of released files")
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="new folder of the run")
     parser.add_argument(
@@ -131,9 +135,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--alpha", type=float, help="of MoLE, where config.json does not say (default: 1)")
     parser.add_argument("--dense", action="store_true", help="MoLE is dense, where config.json does not say")
     parser.add_argument(
-        "--chat", default="vicuna_v1", metavar="STYLE",
+        "--chat",
+        default="vicuna_v1",
+        metavar="STYLE",
         help="template that it was trained with: vicuna_v1, llama_2, mistral, plain (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--dtype", default="bfloat16", help="of the language model: float32, bfloat16, float16 (default: %(default)s)"
     )

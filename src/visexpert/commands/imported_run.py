@@ -93,20 +93,29 @@ def run_config(
         "language": {"class_path": "visexpert.language.PrefixLM", "init_args": text},
         "heads": {"alignment": "to_student", "adapter": "released"},
         "weighting": {
-            "clip_teacher_weight": 0.8, "teachers": "attention", "tokens": "attention", "convention": "released",
+            "clip_teacher_weight": 0.8,
+            "teachers": "attention",
+            "tokens": "attention",
+            "convention": "released",
         },
-        "kd_weight": 0.5, "balance_weight": 0.01,
+        "kd_weight": 0.5,
+        "balance_weight": 0.01,
         "projector": {"kind": "mlp2x_gelu", "norm": False},
         "optimizer": {"lr": 2e-5, "clip_lr": 2e-5, "language_lr": 0.0},
-    }  # fmt: skip
+    }
     data = {
-        "root": options.data, "tokenizer": language, "template": template, "resize": "pad", "image_size": image_size,
-    }  # fmt: skip
+        "root": options.data,
+        "tokenizer": language,
+        "template": template,
+        "resize": "pad",
+        "image_size": image_size,
+    }
     return {
-        "seed_everything": 0, "run": str(options.out),
+        "seed_everything": 0,
+        "run": str(options.out),
         "model": {"class_path": "visexpert.methods.MoVEKD", "init_args": model},
         "data": {"class_path": "visexpert.data.LLaVAInstruct", "init_args": data},
-    }  # fmt: skip
+    }
 
 
 def copy_language(source: Path, target: Path, config: Mapping[str, Any]) -> None:

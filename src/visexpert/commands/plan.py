@@ -40,9 +40,13 @@ def run(arguments: list[str]) -> None:
     planned = read_configs(options.config, overrides)
     gpus = configured_gpus(planned.trainer) or 1 if options.gpus is None else options.gpus
     asked = Asked(
-        gpus=gpus, gpu=options.gpu, mfu=options.mfu,
-        samples=options.samples, text_tokens=options.text_tokens, answer_tokens=options.answer_tokens,
-    )  # fmt: skip
+        gpus=gpus,
+        gpu=options.gpu,
+        mfu=options.mfu,
+        samples=options.samples,
+        text_tokens=options.text_tokens,
+        answer_tokens=options.answer_tokens,
+    )
     plan = make_plan(planned, asked)
     if options.json:
         print(json.dumps(plan.as_json(), indent=2))
@@ -65,9 +69,11 @@ def _parser() -> Parser:
     parser.add_argument("--config", action="append", default=[], type=Path, metavar="YAML", help="may be repeated")
     parser.add_argument("--gpus", type=int, metavar="N", help="number of GPUs (default: the trainer's devices, else 1)")
     parser.add_argument(
-        "--gpu", default="h100", metavar="NAME",
+        "--gpu",
+        default="h100",
+        metavar="NAME",
         help="h100, h200, h800, a100, a100-40, a800, l40s, rtx4090 or v100 (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--mfu", type=float, default=0.4, metavar="X", help="share of the peak that is reached (default: %(default)s)"
     )

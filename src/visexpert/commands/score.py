@@ -30,9 +30,13 @@ def run(arguments: list[str]) -> None:
 
     for path in options.results:
         stored = import_lmms(
-            path, options.run, tasks=options.task, harness_version=options.harness_version, limited=options.limited,
+            path,
+            options.run,
+            tasks=options.task,
+            harness_version=options.harness_version,
+            limited=options.limited,
             replace=options.replace,
-        )  # fmt: skip
+        )
         for key, value in stored.items():
             print(f"{shown(key)}: {value:.6g}")
     kept, source = shown(options.run / "metrics.json"), shown(options.run / "lmms.json")

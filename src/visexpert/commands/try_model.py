@@ -47,9 +47,12 @@ def run(arguments: list[str]) -> None:
     from visexpert.commands.trial import ROLES, Asked, attempts  # heavy: after --help
 
     asked = Asked(
-        model=options.model, weights=options.weights, image_size=options.image_size, layer=options.layer,
+        model=options.model,
+        weights=options.weights,
+        image_size=options.image_size,
+        layer=options.layer,
         dtype=options.dtype,
-    )  # fmt: skip
+    )
     found: list[Attempt] = []
     for attempt in attempts(asked, ROLES if options.role == "all" else (options.role,)):
         found.append(attempt)
@@ -81,10 +84,13 @@ def text_of(attempt: Attempt, model: str) -> str:
 
 def _as_json(found: Attempt, model: str) -> dict[str, object]:
     written: dict[str, object] = {
-        "role": found.role, "class": found.name, "verdict": found.verdict, "message": found.message,
+        "role": found.role,
+        "class": found.name,
+        "verdict": found.verdict,
+        "message": found.message,
         "facts": dict(found.facts),
         "comparisons": [{**asdict(each), "dtype": str(each.dtype), "equal": each.equal} for each in found.comparisons],
-    }  # fmt: skip
+    }
     return {**written, "yaml": found.yaml(model)} if found.works else written
 
 
@@ -97,18 +103,25 @@ def _parser() -> Parser:
     )
     parser.add_argument("model", metavar="MODEL", help="folder, hub id or name, see below")
     parser.add_argument(
-        "--as", dest="role", default="all", choices=("expert", "clip", "language", "all"),
+        "--as",
+        dest="role",
+        default="all",
+        choices=("expert", "clip", "language", "all"),
         help="role to try it in (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument("--weights", metavar="W", help="for a name: file, folder, hub id or tag; 'random' for none")
     parser.add_argument("--image_size", type=int, metavar="PX", help="side of the input (default: the model's own)")
     parser.add_argument(
-        "--layer", type=int, metavar="N",
+        "--layer",
+        type=int,
+        metavar="N",
         help="whose tokens: -1 the last block's, ... (default: an expert's last features; -2 of CLIP)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
         help="of a language model's weights (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser

@@ -146,22 +146,33 @@ class CC3M(SourceData):
         return ShardLoader(
             shards=self.shards(part),
             plan=ShardPlan(
-                counts=counts, batch_size=batch_size, shuffle=training, drop_last=training, seed=settings.order_seed,
-                window=-(-self.shuffle_window // batch_size), rank=rank, world_size=world,
+                counts=counts,
+                batch_size=batch_size,
+                shuffle=training,
+                drop_last=training,
+                seed=settings.order_seed,
+                window=-(-self.shuffle_window // batch_size),
+                rank=rank,
+                world_size=world,
                 workers=max(1, settings.num_workers),
             ),
             records=RecordReader(
-                reader=settings.reader(), packer=packer, prompt=self.prompt,
+                reader=settings.reader(),
+                packer=packer,
+                prompt=self.prompt,
                 augment_seed=settings.order_seed if training else None,
             ),
             form=BatchForm(
-                split=self.split_of(part), source=self.label, image_size=settings.image_size,
-                pad_id=0 if packer is None else packer.pad_id, with_items=not training,
+                split=self.split_of(part),
+                source=self.label,
+                image_size=settings.image_size,
+                pad_id=0 if packer is None else packer.pad_id,
+                with_items=not training,
             ),
             num_workers=settings.num_workers,
             position=position,
             inspect=self.faults(part, total=sum(counts), shared=True).note,
-        )  # fmt: skip
+        )
 
     def image_sources(self) -> dict[str, ImageSource]:
         """Return the opened parts; streams have an identity, but no rows to look up."""

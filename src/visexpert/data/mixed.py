@@ -22,9 +22,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHARED = (
-    "tokenizer", "template", "max_tokens", "image_size", "resize", "batch_size", "eval_batch_size",
-    "num_workers", "max_broken",
-)  # fmt: skip
+    "tokenizer",
+    "template",
+    "max_tokens",
+    "image_size",
+    "resize",
+    "batch_size",
+    "eval_batch_size",
+    "num_workers",
+    "max_broken",
+)
 
 
 class MixedData(LightningDataModule):
@@ -71,9 +78,16 @@ class MixedData(LightningDataModule):
     ) -> None:
         super().__init__()
         given = (
-            tokenizer, template, max_tokens, image_size, resize, batch_size, eval_batch_size,
-            num_workers, max_broken,
-        )  # fmt: skip
+            tokenizer,
+            template,
+            max_tokens,
+            image_size,
+            resize,
+            batch_size,
+            eval_batch_size,
+            num_workers,
+            max_broken,
+        )
         shared: dict[str, Any] = {name: value for name, value in zip(SHARED, given, strict=True) if value is not None}
         self.sources = sources
         self.weights = dict(train or {})
@@ -118,9 +132,10 @@ class MixedData(LightningDataModule):
         if not self.weights:
             raise ConfigError("MixedData has nothing to train on; name sources under train.")
         mixed = MixedLoader(
-            {name: self._train_loader_of(name) for name in self.weights}, weights=self.weights,
+            {name: self._train_loader_of(name) for name in self.weights},
+            weights=self.weights,
             position=batches_done(self),
-        )  # fmt: skip
+        )
         return StepLoader(mixed, trainer=self.trainer)
 
     def has_part(self, part: str) -> bool:
@@ -171,12 +186,7 @@ class MixedData(LightningDataModule):
 
     def all_needs(self, parts: Sequence[str]) -> list[Need | TokenizerNeed]:
         """Return all that these parts need, each once."""
-        needs = [
-            need
-            for part in parts
-            for name in self.names[part]
-            for need in self.sources[name].all_needs([part])
-        ]  # fmt: skip
+        needs = [need for part in parts for name in self.names[part] for need in self.sources[name].all_needs([part])]
         return list(dict.fromkeys(needs))
 
     # -- Parts ----------------------------------------------------------------------------------------------------

@@ -37,10 +37,13 @@ class NoCaps(RowData):
         return [
             Need(self.root / FILE, "NoCaps' captions", f"https://s3.amazonaws.com/nocaps/{FILE}", "7 MB"),
             Need(
-                self.root / "val", "NoCaps' images", "https://nocaps.org/download (coco_url of each image)",
-                "4500 images", others=(self.root / "images",),
+                self.root / "val",
+                "NoCaps' images",
+                "https://nocaps.org/download (coco_url of each image)",
+                "4500 images",
+                others=(self.root / "images",),
             ),
-        ]  # fmt: skip
+        ]
 
     def read(self, part: str) -> Iterable[Sample]:
         """Yield one sample per image, its domain as the family."""

@@ -83,10 +83,16 @@ class RowData(SourceData):
         return BatchLoader(
             self.dataset(part),
             batch_size=settings.batch_size if training else settings.eval_batch_size,
-            shuffle=training, drop_last=training, seed=settings.order_seed, rank=rank, world_size=world,
-            num_workers=settings.num_workers, position=position, order=self.order(part) if training else None,
+            shuffle=training,
+            drop_last=training,
+            seed=settings.order_seed,
+            rank=rank,
+            world_size=world,
+            num_workers=settings.num_workers,
+            position=position,
+            order=self.order(part) if training else None,
             inspect=self.faults(part, total=len(table), shared=True).note,
-        )  # fmt: skip
+        )
 
     def order(self, part: str) -> Callable[[int], IntArray] | None:
         """Return the order of a part's rows by epoch, if it is not plain shuffling."""
@@ -101,13 +107,16 @@ class RowData(SourceData):
             reader=self.settings.reader(),
             packer=packer,
             form=BatchForm(
-                split=self.split_of(part), source=self.label, image_size=self.settings.image_size,
-                pad_id=0 if packer is None else packer.pad_id, with_items=not training,
+                split=self.split_of(part),
+                source=self.label,
+                image_size=self.settings.image_size,
+                pad_id=0 if packer is None else packer.pad_id,
+                with_items=not training,
             ),
             choice_seed=self.settings.order_seed if training else None,
             texts_per_image=self.texts_per_image,
             draw_answers=self.draw_answers,
-        )  # fmt: skip
+        )
 
     def training_rows(self) -> int | None:
         """Return the number of training images; None where a file is not here."""

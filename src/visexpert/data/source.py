@@ -99,11 +99,22 @@ class SourceData(LightningDataModule):
         self.root = Path(root).expanduser()
         order_seed = int(os.environ.get("PL_GLOBAL_SEED", seed)) if order_seed is None else order_seed
         self.settings = Settings(
-            tokenizer=tokenizer, template=template, max_tokens=max_tokens,
-            image_size=image_size, resize=resize, augment=augment, batch_size=batch_size,
-            eval_batch_size=eval_batch_size, train_fraction=train_fraction, num_val=num_val, num_test=num_test,
-            seed=seed, order_seed=order_seed, num_workers=num_workers, max_broken=max_broken,
-        )  # fmt: skip
+            tokenizer=tokenizer,
+            template=template,
+            max_tokens=max_tokens,
+            image_size=image_size,
+            resize=resize,
+            augment=augment,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            train_fraction=train_fraction,
+            num_val=num_val,
+            num_test=num_test,
+            seed=seed,
+            order_seed=order_seed,
+            num_workers=num_workers,
+            max_broken=max_broken,
+        )
         self.label = ""
         self.fault_logs: list[FaultLog] = []
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -244,9 +255,11 @@ class SourceData(LightningDataModule):
         name = FILE if rank == 0 else FILE.replace(".", f".rank{rank}.", 1)
         file = None if self._folder is None or (rank and not shared) else self._folder / name
         log = FaultLog(
-            f"{self.called} {part}", total=-(-total // world) if shared else total, limit=self.settings.max_broken,
+            f"{self.called} {part}",
+            total=-(-total // world) if shared else total,
+            limit=self.settings.max_broken,
             file=file,
-        )  # fmt: skip
+        )
         self.fault_logs.append(log)
         return log
 

@@ -156,8 +156,11 @@ class VQAv2(RowData):
         if not listed.is_file() or not questions.is_file():
             log.warning(
                 "%s: half of Visual Genome's images are COCO's, and some of them are VQA v2's validation images; to "
-                "leave those out of training, put image_data.json into %s and keep %s.", self.called, folder, questions
-            )  # fmt: skip
+                "leave those out of training, put image_data.json into %s and keep %s.",
+                self.called,
+                folder,
+                questions,
+            )
             return frozenset()
         known = [record for record in read_json_list(questions, "questions") if isinstance(record, dict)]
         asked = {str(record["image_id"]) for record in known if "image_id" in record}

@@ -68,9 +68,15 @@ class FeatureCache:
         with torch.no_grad():
             sample = encode(_images(source, [0], device))
         key = FeatureKey(
-            role=name.role, data=source.fingerprint, encoder=fingerprint, rows=len(source), tokens=sample.shape[1],
-            width=sample.shape[2], grid_hw=grid_hw, dtype=self.dtype,
-        )  # fmt: skip
+            role=name.role,
+            data=source.fingerprint,
+            encoder=fingerprint,
+            rows=len(source),
+            tokens=sample.shape[1],
+            width=sample.shape[2],
+            grid_hw=grid_hw,
+            dtype=self.dtype,
+        )
         file = open_features(self.root, key)
         if file is None:
             self._look_for_earlier_versions()
@@ -86,8 +92,12 @@ class FeatureCache:
             size = sum(path.stat().st_size for path in old) / 1e6
             log.warning(
                 "The feature store in %s has %d files (%.0f MB, such as %s) of an earlier version, which this one does "
-                "not read: tokens are computed anew; delete them.", self.root, len(old), size, old[0].name,
-            )  # fmt: skip
+                "not read: tokens are computed anew; delete them.",
+                self.root,
+                len(old),
+                size,
+                old[0].name,
+            )
 
     def read(self, name: EncoderName, batch: Batch) -> Tensor | None:
         """Cached tokens (B, S, E) of a batch, float32, on its device; None where encoder and split are not cached."""

@@ -144,10 +144,14 @@ class HubModel:
         try:
             with quiet():
                 loaded, report = factory_of(own, auto=self.auto, owner=self.owner).from_pretrained(
-                    str(config_path.parent), config=own, dtype=torch.float32, local_files_only=True,
-                    output_loading_info=True, key_mapping=self._key_mapping(path, model),
+                    str(config_path.parent),
+                    config=own,
+                    dtype=torch.float32,
+                    local_files_only=True,
+                    output_loading_info=True,
+                    key_mapping=self._key_mapping(path, model),
                     ignore_mismatched_sizes=True,  # transformers tells no shapes in its error; they are refused below
-                )  # fmt: skip
+                )
         except (OSError, ValueError, RuntimeError, LookupError, EOFError, SafetensorError, UnpicklingError) as error:
             raise unreadable(path, error, owner=self.owner) from error
         _must_fit(report["mismatched_keys"], path, config_path, self.owner)

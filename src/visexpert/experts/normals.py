@@ -52,9 +52,14 @@ class NormalsFromDepth(VisionExpert):
         if inverse is None:
             raise ConfigError(f"{OWNER}: the depth model does not say whether its depth is inverse; give inverse.")
         super().__init__(
-            image_size=depth.image_size, token_dim=3, grid_hw=depth.grid_hw, license=depth.license,
-            mean=depth.recipe.mean, std=depth.recipe.std, tokens="prediction",
-        )  # fmt: skip
+            image_size=depth.image_size,
+            token_dim=3,
+            grid_hw=depth.grid_hw,
+            license=depth.license,
+            mean=depth.recipe.mean,
+            std=depth.recipe.std,
+            tokens="prediction",
+        )
         kornia()
         self.depth = depth
         self.field_of_view, self.inverse, self.nearest = field_of_view, inverse, nearest

@@ -62,9 +62,12 @@ class OpenClipExpert(MapExpert):
         settings, tagged = own_settings or named(model, weights, framing=framing)
         vision = settings["vision_cfg"]
         recipe = InputRecipe(
-            image_size=side_of(vision), framing=framing_of(tagged),
-            mean=tagged["mean"], std=tagged["std"], interpolation=tagged["interpolation"],
-        ).adapted(owner=OWNER, image_size=image_size, framing=framing, interpolation=interpolation)  # fmt: skip
+            image_size=side_of(vision),
+            framing=framing_of(tagged),
+            mean=tagged["mean"],
+            std=tagged["std"],
+            interpolation=tagged["interpolation"],
+        ).adapted(owner=OWNER, image_size=image_size, framing=framing, interpolation=interpolation)
         quick = tagged.get("quick_gelu", settings.get("quick_gelu", False))
         visual = build({**settings, "quick_gelu": quick}, recipe.image_size)
         self_source = None if weights == RANDOM else ModelSource.parse(tagged.get("hf_hub", weights))
@@ -159,9 +162,13 @@ class OpenClipMap(nn.Module):
         if trunk is not None and self.layer is None:
             return last_map(trunk, pixels_BCHW)
         found = self.visual.forward_intermediates(
-            pixels_BCHW, indices=1 if self.layer is None else [self.layer], stop_early=True, intermediates_only=True,
-            normalize_intermediates=self.normed, output_fmt="NCHW",
-        )  # fmt: skip
+            pixels_BCHW,
+            indices=1 if self.layer is None else [self.layer],
+            stop_early=True,
+            intermediates_only=True,
+            normalize_intermediates=self.normed,
+            output_fmt="NCHW",
+        )
         (map_BEHW,) = found["image_intermediates"]
         return map_BEHW  # type: ignore[no-any-return]
 

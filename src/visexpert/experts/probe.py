@@ -52,8 +52,15 @@ def probe_map(network: nn.Module, image_size: int, *, owner: str) -> torch.Size:
         ):
             found = functional_call(network, meta, (pixels_BCHW,), tie_weights=False)
     except (
-        ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError,
-    ) as error:  # fmt: skip
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ConfigError(
             f"{owner}: the model gives no map of images of {image_size} px ({_first_line(error)}); use another "
             "image_size or layer, or an expert of your own (docs/own-expert.md)."

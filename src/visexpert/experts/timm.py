@@ -133,9 +133,13 @@ class TimmMap(nn.Module):
         """Feature map of the last or the chosen layer."""
         if self.layer is not None:
             (map_BEHW,) = self.model.forward_intermediates(
-                pixels_BCHW, indices=[self.layer], norm=False, stop_early=True, output_fmt="NCHW",
+                pixels_BCHW,
+                indices=[self.layer],
+                norm=False,
+                stop_early=True,
+                output_fmt="NCHW",
                 intermediates_only=True,
-            )  # fmt: skip
+            )
             return map_BEHW  # type: ignore[no-any-return]
         return last_map(self.model, pixels_BCHW)
 
@@ -194,9 +198,13 @@ def own_recipe(settings: dict[str, Any], interpolation: Interpolation | None) ->
     mode = settings["crop_mode"] or "center"
     framing: Framing = "crop" if mode == "center" else "squash" if (mode, share) == ("squash", 1.0) else "own"
     return InputRecipe(
-        image_size=height, mean=settings["mean"], std=settings["std"],
-        interpolation=own if own in ("bilinear", "bicubic") else "bicubic", framing=framing, crop_share=share,
-    )  # fmt: skip
+        image_size=height,
+        mean=settings["mean"],
+        std=settings["std"],
+        interpolation=own if own in ("bilinear", "bicubic") else "bicubic",
+        framing=framing,
+        crop_share=share,
+    )
 
 
 def build(model: str, arguments: dict[str, Any]) -> nn.Module:

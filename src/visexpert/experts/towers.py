@@ -90,10 +90,13 @@ _NO_NETWORKS = ("PreTrainedModel", "WithProjection")
 
 def _without_network(config: PreTrainedConfig, owner: str) -> ConfigError:
     other = next(
-        (f"use visexpert.experts.{name}" for name, maps in _EXPERTS.items()
-         if name != owner and any(type(config) in getattr(transformers, each) for each in maps)),
+        (
+            f"use visexpert.experts.{name}"
+            for name, maps in _EXPERTS.items()
+            if name != owner and any(type(config) in getattr(transformers, each) for each in maps)
+        ),
         "use another model, or an expert of your own (docs/own-expert.md)",
-    )  # fmt: skip
+    )
     return ConfigError(
         f"{owner}: transformers has no encoder of images alone for model_type {config.model_type!r}; {other}."
     )

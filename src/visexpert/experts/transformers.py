@@ -63,9 +63,12 @@ class HubExpert(MapExpert):
         ).adapted(owner=owner, image_size=image_size, framing=framing, interpolation=interpolation)
         model = described.build(recipe.image_size)
         super().__init__(
-            network=wrap(model), recipe=recipe, facts={**facts, "model": described.config.model_type}, tokens=tokens,
+            network=wrap(model),
+            recipe=recipe,
+            facts={**facts, "model": described.config.model_type},
+            tokens=tokens,
             license=license or (described.source.license() if described.source else None),
-        )  # fmt: skip
+        )
         self.described = described
         self.processor = processor
 

@@ -52,9 +52,18 @@ def image_processor(source: ExportSource) -> CLIPImageProcessor:
     how = source.preprocessing
     size = dict(zip(("height", "width"), how["size"], strict=True))
     return CLIPImageProcessor(
-        do_resize=True, size=size, resample=3, do_center_crop=False, crop_size=size, do_rescale=True,
-        rescale_factor=1 / 255, do_normalize=True, image_mean=how["mean"], image_std=how["std"], do_convert_rgb=True,
-    )  # fmt: skip
+        do_resize=True,
+        size=size,
+        resample=3,
+        do_center_crop=False,
+        crop_size=size,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=how["mean"],
+        image_std=how["std"],
+        do_convert_rgb=True,
+    )
 
 
 @contextmanager

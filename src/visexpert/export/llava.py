@@ -83,10 +83,14 @@ def processor_of(source: ExportSource, tokenizer: Any) -> LlavaProcessor:
     assert source.language is not None
     tokenizer.chat_template = source.language.encoder.chat_template
     return LlavaProcessor(
-        image_processor=image_processor(source), tokenizer=writes_no_frame(tokenizer),
-        chat_template=tokenizer.chat_template, patch_size=source.clip.config.patch_size,
-        vision_feature_select_strategy="default", image_token=IMAGE_TOKEN, num_additional_image_tokens=1,
-    )  # fmt: skip
+        image_processor=image_processor(source),
+        tokenizer=writes_no_frame(tokenizer),
+        chat_template=tokenizer.chat_template,
+        patch_size=source.clip.config.patch_size,
+        vision_feature_select_strategy="default",
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=1,
+    )
 
 
 def _restore_prefix(folder: Path) -> None:
@@ -147,11 +151,16 @@ def _assemble(source: ExportSource, parts: LanguageParts, image_id: int) -> Llav
     check_language(parts.model)
     head = parts.model.get_output_embeddings()
     config = LlavaConfig(
-        vision_config=vision_config(source), text_config=copy.deepcopy(parts.model.config),
-        image_token_index=image_id, image_seq_length=source.clip.grid_hw[0] * source.clip.grid_hw[1],
-        projector_hidden_act="gelu", vision_feature_layer=source.clip.layer, vision_feature_select_strategy="default",
-        multimodal_projector_bias=True, tie_word_embeddings=bool(parts.model.config.tie_word_embeddings),
-    )  # fmt: skip
+        vision_config=vision_config(source),
+        text_config=copy.deepcopy(parts.model.config),
+        image_token_index=image_id,
+        image_seq_length=source.clip.grid_hw[0] * source.clip.grid_hw[1],
+        projector_hidden_act="gelu",
+        vision_feature_layer=source.clip.layer,
+        vision_feature_select_strategy="default",
+        multimodal_projector_bias=True,
+        tie_word_embeddings=bool(parts.model.config.tie_word_embeddings),
+    )
     model: LlavaForConditionalGeneration = LlavaForConditionalGeneration(config).eval()
     model.model.vision_tower.load_state_dict(source.clip.model.state_dict(), strict=True)
     model.model.language_model.load_state_dict(parts.model.base_model.state_dict(), strict=True)

@@ -136,8 +136,11 @@ def _usage_table(usage: Mapping[str, Any]) -> list[str]:
     shares = usage["mean_gates_by_block"]
     num_experts = len(next(iter(shares.values())))
     images = usage["images"]
-    lines = [f"| mean gate, {usage[f'{images}_images']} {images} images | "
-             + " | ".join(f"expert {index}" for index in range(num_experts)) + " |"]  # fmt: skip
+    lines = [
+        f"| mean gate, {usage[f'{images}_images']} {images} images | "
+        + " | ".join(f"expert {index}" for index in range(num_experts))
+        + " |"
+    ]
     lines.append("|---" * (num_experts + 1) + "|")
     lines += [f"| block {block} | " + " | ".join(f"{g:.3f}" for g in gates) + " |" for block, gates in shares.items()]
     return [*lines, ""]

@@ -31,9 +31,14 @@ def write(source: ExportSource, folder: Path) -> None:
     example = torch.zeros(2, 3, side, side)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            network, (example,), input_names=["pixel_values"], output_names=list(network(example)), dynamo=True,
-            dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}}, verbose=False,
-        )  # fmt: skip
+            network,
+            (example,),
+            input_names=["pixel_values"],
+            output_names=list(network(example)),
+            dynamo=True,
+            dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
+            verbose=False,
+        )
     assert program is not None
     program.model.metadata_props["preprocessing"] = json.dumps(source.preprocessing)
     program.model.metadata_props["patch_tokens_layer"] = str(source.clip.layer)

@@ -43,9 +43,13 @@ def write(source: ExportSource, folder: Path) -> None:
     how = source.preprocessing
     model_cfg = {"embed_dim": source.clip.width, **open_clip_config(source.clip.config), "text_cfg": TEXT}
     preprocess = {
-        "size": how["size"], "mode": "RGB", "mean": how["mean"], "std": how["std"], "interpolation": "bicubic",
+        "size": how["size"],
+        "mode": "RGB",
+        "mean": how["mean"],
+        "std": how["std"],
+        "interpolation": "bicubic",
         "resize_mode": "squash",
-    }  # fmt: skip
+    }
     text = json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess}, indent=2)
     (folder / "open_clip_config.json").write_text(text + "\n", encoding="utf-8")
     state = {f"visual.{key}": value for key, value in to_open_clip(source.clip.model.state_dict()).items()}

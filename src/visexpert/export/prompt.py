@@ -34,9 +34,12 @@ class PromptCheck:
     def facts(self) -> dict[str, Any]:
         """For ``fidelity.json``."""
         return {
-            "question": QUESTION, "text": self.text, "ids_equal": self.trained_ids == self.folder_ids,
-            "trained_ids": list(self.trained_ids), "folder_ids": list(self.folder_ids),
-        }  # fmt: skip
+            "question": QUESTION,
+            "text": self.text,
+            "ids_equal": self.trained_ids == self.folder_ids,
+            "trained_ids": list(self.trained_ids),
+            "folder_ids": list(self.folder_ids),
+        }
 
 
 def check_prompt(encoder: TextEncoder, text: str, ids: Sequence[int], *, image_id: int) -> PromptCheck:

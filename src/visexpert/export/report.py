@@ -54,10 +54,12 @@ def report_facts(source: ExportSource, name: str, form: Format, fidelity: Fideli
         **({} if fidelity.prompt is None else {"prompt": fidelity.prompt.facts()}),
         **({} if source.mole is None else {"mole": source.mole.facts()}),
         "reload": {
-            "batch_sizes": list(BATCHES), "images_compared": fidelity.num_images,
-            "not_importable": list(FORBIDDEN[name]), "versions": fidelity.versions,
+            "batch_sizes": list(BATCHES),
+            "images_compared": fidelity.num_images,
+            "not_importable": list(FORBIDDEN[name]),
+            "versions": fidelity.versions,
         },
-    }  # fmt: skip
+    }
 
 
 def _by_layer(source: ExportSource, outputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,18 @@ SIDECAR = "lmms.json"
 """File of a run's folder that says where the scores under ``lmms/`` come from."""
 
 OWN = (
-    "config*.yaml", "environment.json", "metrics*.csv", "metrics*.json", "figures", "checkpoints", "hpc_ckpt_*.ckpt",
-    "predictions*.jsonl", "skipped*.jsonl", "not_finite*.jsonl", SIDECAR,
-)  # fmt: skip
+    "config*.yaml",
+    "environment.json",
+    "metrics*.csv",
+    "metrics*.json",
+    "figures",
+    "checkpoints",
+    "hpc_ckpt_*.ckpt",
+    "predictions*.jsonl",
+    "skipped*.jsonl",
+    "not_finite*.jsonl",
+    SIDECAR,
+)
 """What a run writes, and what is stored of its scores."""
 
 PHASE_FACTS = ("merge.json", "detachment.json")

@@ -59,9 +59,15 @@ class BertDecoder(PretrainedSide):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(
-            config=config, source=source, weights=weights, dtype=dtype, frozen=frozen, lora=lora, quantization=None,
+            config=config,
+            source=source,
+            weights=weights,
+            dtype=dtype,
+            frozen=frozen,
+            lora=lora,
+            quantization=None,
             gradient_checkpointing=gradient_checkpointing,
-        )  # fmt: skip
+        )
         self.position_scale = position_scale
 
     def adapt(self, settings: Any) -> Any:
@@ -123,9 +129,13 @@ class BertDecoder(PretrainedSide):
         cache: EncoderDecoderCache | None,
     ) -> Tensor:
         output = self.model.base_model(
-            input_ids=ids_BN, position_ids=positions_BN + self._first_position,
-            attention_mask=additive(mask, self._dtype), past_key_values=cache, use_cache=cache is not None, **memory,
-        )  # fmt: skip
+            input_ids=ids_BN,
+            position_ids=positions_BN + self._first_position,
+            attention_mask=additive(mask, self._dtype),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **memory,
+        )
         hidden_BND: Tensor = output.last_hidden_state
         return hidden_BND
 

@@ -144,10 +144,17 @@ def read_model(
     try:
         with _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, config=settings, dtype=dtype, attn_implementation=attention_of(settings), local_files_only=True,
-                trust_remote_code=False, weights_only=True, output_loading_info=True,
-                key_mapping=IN_WHOLE if _is_whole(folder, settings) else None, **options,
-            )  # fmt: skip
+                folder,
+                config=settings,
+                dtype=dtype,
+                attn_implementation=attention_of(settings),
+                local_files_only=True,
+                trust_remote_code=False,
+                weights_only=True,
+                output_loading_info=True,
+                key_mapping=IN_WHOLE if _is_whole(folder, settings) else None,
+                **options,
+            )
     except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError, SafetensorError) as error:
         raise unreadable(f"the weights in {folder}", error, owner=owner) from error
     model, report = loaded

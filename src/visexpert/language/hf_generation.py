@@ -16,15 +16,20 @@ def strategy(decoding: Decoding) -> dict[str, Any]:
     if decoding.strategy == "beam":
         # "never" stops once nothing better is possible, as our own search does; the default is a heuristic.
         return {
-            "do_sample": False, "num_beams": decoding.num_beams, "length_penalty": decoding.length_penalty,
+            "do_sample": False,
+            "num_beams": decoding.num_beams,
+            "length_penalty": decoding.length_penalty,
             "early_stopping": "never",
-        }  # fmt: skip
+        }
     if decoding.strategy == "sample":
         top_k = 0 if decoding.top_k is None else decoding.top_k  # 0 is transformers' "all"
         return {
-            "do_sample": True, "num_beams": 1, "temperature": decoding.temperature, "top_k": top_k,
+            "do_sample": True,
+            "num_beams": 1,
+            "temperature": decoding.temperature,
+            "top_k": top_k,
             "top_p": decoding.top_p,
-        }  # fmt: skip
+        }
     return {"do_sample": False, "num_beams": 1}
 
 

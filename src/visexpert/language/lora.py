@@ -52,9 +52,12 @@ def add_lora(model: nn.Module, settings: LoRASettings) -> LoraModel:
     """
     model.requires_grad_(False)
     config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout,  # type: ignore[arg-type]
-        target_modules=settings.targets or "all-linear", task_type="CAUSAL_LM",
-    )  # fmt: skip
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,  # type: ignore[arg-type]
+        target_modules=settings.targets or "all-linear",
+        task_type="CAUSAL_LM",
+    )
     place = next(model.parameters()).device
     try:
         with place if place.type == "meta" else nullcontext():  # else peft allocates memory

@@ -64,9 +64,15 @@ class PrefixLM(PretrainedSide):
         image_newline: bool = False,
     ) -> None:
         super().__init__(
-            config=config, source=source, weights=weights, dtype=dtype, frozen=frozen, lora=lora,
-            quantization=quantization, gradient_checkpointing=gradient_checkpointing,
-        )  # fmt: skip
+            config=config,
+            source=source,
+            weights=weights,
+            dtype=dtype,
+            frozen=frozen,
+            lora=lora,
+            quantization=quantization,
+            gradient_checkpointing=gradient_checkpointing,
+        )
         self.position_scale = position_scale
         self.width = int(self.model.get_input_embeddings().embedding_dim)  # OPT-350m projects narrower ones
         self.image_newline = nn.Embedding(1, self.width, dtype=self._dtype) if image_newline else None
@@ -137,9 +143,13 @@ class PrefixLM(PretrainedSide):
         mask = (torch.arange(longest, device=pad.device) >= pad[:, None]).long()
         with seeded(decoding):
             out = self.model.generate(
-                inputs_embeds=embeds, attention_mask=mask, eos_token_id=eos_id, pad_token_id=eos_id,
-                max_new_tokens=min(decoding.max_new_tokens, room), **strategy(decoding),
-            )  # fmt: skip
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                eos_token_id=eos_id,
+                pad_token_id=eos_id,
+                max_new_tokens=min(decoding.max_new_tokens, room),
+                **strategy(decoding),
+            )
         return [until(row, eos_id) for row in out.tolist()]
 
     def _row(self, ids: Sequence[int], image_TD: Tensor) -> Tensor:

@@ -58,9 +58,13 @@ class PretrainedSide(LanguageModel):
     def read(self, source: str) -> nn.Module:
         """Read the model with the weights of a source."""
         return read_model(
-            source, self.settings, dtype=self._dtype, quantization=self._quantization, owner=self.owner,
+            source,
+            self.settings,
+            dtype=self._dtype,
+            quantization=self._quantization,
+            owner=self.owner,
             fresh=self.fresh,
-        )  # fmt: skip
+        )
 
     def added_modules(self) -> tuple[nn.Module, ...]:
         """Return the modules trained beside the model, whether it is frozen or not."""

@@ -107,9 +107,16 @@ def _written(model: Any, items: list[Tensor]) -> list[Tensor]:
     rows = [nn.functional.pad(item, (0, 0, longest - item.shape[1], 0)) for item in items]
     mask = torch.stack([torch.arange(longest) >= longest - item.shape[1] for item in items]).long()
     out = model.generate(
-        inputs_embeds=torch.cat(rows), attention_mask=mask.to(rows[0].device), eos_token_id=1, pad_token_id=1,
-        max_new_tokens=2, do_sample=False, num_beams=1, output_logits=True, return_dict_in_generate=True,
-    )  # fmt: skip
+        inputs_embeds=torch.cat(rows),
+        attention_mask=mask.to(rows[0].device),
+        eos_token_id=1,
+        pad_token_id=1,
+        max_new_tokens=2,
+        do_sample=False,
+        num_beams=1,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
     return [logits_RV.float() for logits_RV in out.logits]
 
 

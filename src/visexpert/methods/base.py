@@ -352,9 +352,13 @@ class Method(CheckpointedModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over :meth:`trained_groups`, warm-up and cosine by step."""
         return adamw_and_cosine(
-            self.trained_groups(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay,
-            warmup_steps=self.warmup_steps, trainer=self.trainer,
-        )  # fmt: skip
+            self.trained_groups(),
+            lr=self.lr,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            warmup_steps=self.warmup_steps,
+            trainer=self.trainer,
+        )
 
     # -- Evaluation -----------------------------------------------------------------------------------------------
 

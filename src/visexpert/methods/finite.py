@@ -146,10 +146,16 @@ def _write(trainer: L.Trainer, batches: Iterable[Noted]) -> Path:
     lines = []
     for noted in batches:
         parts = {name: str(float(value)) for name, value in noted.parts.items()}
-        lines.append({
-            "step": trainer.global_step, "split": noted.split, "source": noted.source,
-            "rows": noted.index_B.tolist(), "loss": str(float(noted.loss)), "parts": parts,
-        })  # fmt: skip
+        lines.append(
+            {
+                "step": trainer.global_step,
+                "split": noted.split,
+                "source": noted.source,
+                "rows": noted.index_B.tolist(),
+                "loss": str(float(noted.loss)),
+                "parts": parts,
+            }
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:

@@ -51,7 +51,9 @@ class FusingMethod(Method):
         """Modules whose output on a batch is the same whatever experts are attached."""
 
     @abstractmethod
-    def plain(self, clip: ClipEncoder, projector: Projector, language: LanguageModel, *, clip_lr: float) -> FusingMethod:
+    def plain(
+        self, clip: ClipEncoder, projector: Projector, language: LanguageModel, *, clip_lr: float
+    ) -> FusingMethod:
         """A model without experts, of parts that were trained to do without: what merging ends in.
 
         Args:

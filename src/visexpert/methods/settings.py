@@ -49,10 +49,14 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         require_numbers(
-            "optimizer", least=0, lr=self.lr, language_lr=self.language_lr,
-            language_frozen_steps=self.language_frozen_steps, weight_decay=self.weight_decay,
+            "optimizer",
+            least=0,
+            lr=self.lr,
+            language_lr=self.language_lr,
+            language_frozen_steps=self.language_frozen_steps,
+            weight_decay=self.weight_decay,
             warmup_steps=self.warmup_steps,
-        )  # fmt: skip
+        )
         for beta in self.betas:
             require_numbers("optimizer", least=0, below=1, betas=beta)
 
@@ -188,9 +192,11 @@ class WeightingSettings:
 
     def __post_init__(self) -> None:
         require_words(
-            "weighting", teachers=(self.teachers, TeacherWeighting), tokens=(self.tokens, TokenWeighting),
+            "weighting",
+            teachers=(self.teachers, TeacherWeighting),
+            tokens=(self.tokens, TokenWeighting),
             convention=(self.convention, Convention),
-        )  # fmt: skip
+        )
         require_numbers("weighting", least=0, most=1, clip_teacher_weight=self.clip_teacher_weight)
 
 
@@ -225,9 +231,11 @@ class MergeSettings:
 
     def __post_init__(self) -> None:
         require_words(
-            "merging", adaptation=(self.adaptation, Adaptation), distance=(self.distance, TokenDistance),
+            "merging",
+            adaptation=(self.adaptation, Adaptation),
+            distance=(self.distance, TokenDistance),
             targets=(self.targets, Targets),
-        )  # fmt: skip
+        )
         require_numbers("merging", least=0, token_weight=self.token_weight, lm_weight=self.lm_weight)
         require_numbers("merging", least=1, lora_rank=self.lora_rank)
         if self.token_weight + self.lm_weight == 0:

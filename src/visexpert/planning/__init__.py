@@ -7,5 +7,14 @@ from visexpert.planning.plan import Asked, Plan
 from visexpert.planning.read import Planned, read_configs
 
 __all__ = [
-    "GPUS", "USUAL_MFU", "Asked", "Gpu", "Plan", "Planned", "configured_gpus", "gpu_named", "make_plan", "read_configs",
-]  # fmt: skip
+    "GPUS",
+    "USUAL_MFU",
+    "Asked",
+    "Gpu",
+    "Plan",
+    "Planned",
+    "configured_gpus",
+    "gpu_named",
+    "make_plan",
+    "read_configs",
+]

@@ -43,14 +43,29 @@ def make_plan(planned: Planned, asked: Asked) -> Plan:
     if method.feature_cache is not None:
         stored = stored_bytes(method, dtype=method.feature_cache.dtype)
     memory = memory_per_gpu(
-        method, trained, strategy=strategy, precision=precision, gpus=asked.gpus,
-        activation_bytes=cost.activation_bytes, batch_size=amount.batch_size, packed=_packed(planned),
-    )  # fmt: skip
+        method,
+        trained,
+        strategy=strategy,
+        precision=precision,
+        gpus=asked.gpus,
+        activation_bytes=cost.activation_bytes,
+        batch_size=amount.batch_size,
+        packed=_packed(planned),
+    )
     return Plan(
-        method=type(method).__name__, rows=_rows(parts, trained, cost, stored), amount=amount, memory=memory,
-        disk=_disk(planned, trained, stored, amount), gpu=gpu, asked=asked, strategy=strategy, precision=precision,
-        activation_bytes=cost.activation_bytes, image_size=side, configured=configured,
-    )  # fmt: skip
+        method=type(method).__name__,
+        rows=_rows(parts, trained, cost, stored),
+        amount=amount,
+        memory=memory,
+        disk=_disk(planned, trained, stored, amount),
+        gpu=gpu,
+        asked=asked,
+        strategy=strategy,
+        precision=precision,
+        activation_bytes=cost.activation_bytes,
+        image_size=side,
+        configured=configured,
+    )
 
 
 def _count(method: Method, parts: list[Part], asked: Asked, precision: Precision, side: int) -> StepCost:
@@ -63,11 +78,16 @@ def _rows(parts: list[Part], trained: list[nn.Parameter], cost: StepCost, stored
     counts = parameter_counts(parts, trained)
     rows = [
         Row(
-            part.name, part.role, counts[part.name].trained, counts[part.name].frozen,
-            cost.forward.get(part.name, 0) / 1e9, cost.backward.get(part.name, 0) / 1e9, part.name in stored,
+            part.name,
+            part.role,
+            counts[part.name].trained,
+            counts[part.name].frozen,
+            cost.forward.get(part.name, 0) / 1e9,
+            cost.backward.get(part.name, 0) / 1e9,
+            part.name in stored,
         )
         for part in sorted(parts, key=lambda part: ROLES.index(part.role))
-    ]  # fmt: skip
+    ]
     rest = Row(OTHER, "", 0, 0, cost.forward.get(OTHER, 0) / 1e9, cost.backward.get(OTHER, 0) / 1e9, False)
     return [*rows, rest] if rest.training else rows
 

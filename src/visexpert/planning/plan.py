@@ -171,12 +171,21 @@ class Plan:
         """Everything as JSON values."""
         rows = [asdict(row) | {"training": row.training} for row in self.rows]
         return {
-            "method": self.method, "asked": asdict(self.asked), "parts": rows, "amount": asdict(self.amount),
+            "method": self.method,
+            "asked": asdict(self.asked),
+            "parts": rows,
+            "amount": asdict(self.amount),
             "parameters": {key: sum(getattr(row, key) for row in self.rows) for key in ("trained", "frozen")},
             "gflop_per_sample": {"training": self.gflop, "live": self.gflop_live, "stored": self.gflop_stored},
-            "shares": self.shares, "memory_per_gpu": asdict(self.memory) | {"total": self.memory.total},
-            "activation_bytes_per_sample": self.activation_bytes, "image_size": self.image_size,
-            "fits": self.fits, "gpu": asdict(self.gpu),
-            "strategy": asdict(self.strategy), "precision": self.precision.name, "disk": asdict(self.disk),
-            "hours": self.hours, "configured": None if self.configured is None else asdict(self.configured),
-        }  # fmt: skip
+            "shares": self.shares,
+            "memory_per_gpu": asdict(self.memory) | {"total": self.memory.total},
+            "activation_bytes_per_sample": self.activation_bytes,
+            "image_size": self.image_size,
+            "fits": self.fits,
+            "gpu": asdict(self.gpu),
+            "strategy": asdict(self.strategy),
+            "precision": self.precision.name,
+            "disk": asdict(self.disk),
+            "hours": self.hours,
+            "configured": None if self.configured is None else asdict(self.configured),
+        }

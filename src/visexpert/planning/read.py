@@ -70,10 +70,17 @@ def read_configs(configs: Sequence[str | Path], overrides: Sequence[str] = ()) -
     """
     arguments = ["fit", *(part for path in configs for part in ("--config", str(path))), *overrides]
     parsed = ConfigReader(
-        L.LightningModule, L.LightningDataModule, subclass_mode_model=True, subclass_mode_data=True,
-        seed_everything_default=0, save_config_callback=None, parser_class=RunParser,
-        parser_kwargs={"parser_mode": "omegaconf"}, auto_configure_optimizers=False, args=arguments,
-    ).parsed  # fmt: skip
+        L.LightningModule,
+        L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        save_config_callback=None,
+        parser_class=RunParser,
+        parser_kwargs={"parser_mode": "omegaconf"},
+        auto_configure_optimizers=False,
+        args=arguments,
+    ).parsed
     named = " ".join(map(str, configs))
     if not {"model", "data"} <= {key for key, value in parsed.items() if value}:
         raise ConfigError(f"{named} lacks model or data; a plan needs both, as `visexpert fit` does.")

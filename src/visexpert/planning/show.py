@@ -18,8 +18,11 @@ def show(plan: Plan, console: Console) -> None:
     console.print(f"{_strategy(plan)}, {plan.precision.name}, batch {plan.amount.batch_size} per GPU:", highlight=False)
     console.print(_memory(plan))
     console.print(_disk(plan), highlight=False, soft_wrap=True)
-    console.print("\n".join(["[bold]Assumptions[/bold]", *(f"- {line}" for line in assumptions(plan))]),
-                  highlight=False, soft_wrap=True)  # fmt: skip
+    console.print(
+        "\n".join(["[bold]Assumptions[/bold]", *(f"- {line}" for line in assumptions(plan))]),
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _parts(plan: Plan) -> Table:
@@ -30,9 +33,14 @@ def _parts(plan: Plan) -> Table:
     for row in plan.rows:
         name = f"{row.name} (stored)" if row.is_stored else row.name
         table.add_row(
-            name, millions(row.trained), millions(row.frozen), figure(row.forward), figure(row.backward),
-            figure(row.training), f"{row.training / plan.gflop_live:.1%}",
-        )  # fmt: skip
+            name,
+            millions(row.trained),
+            millions(row.frozen),
+            figure(row.forward),
+            figure(row.backward),
+            figure(row.training),
+            f"{row.training / plan.gflop_live:.1%}",
+        )
     trained, frozen = (sum(getattr(row, key) for row in plan.rows) for key in ("trained", "frozen"))
     forward, backward = (sum(getattr(row, key) for row in plan.rows) for key in ("forward", "backward"))
     table.add_section()
@@ -109,9 +117,7 @@ def _memory(plan: Plan) -> Table:
         table.add_row(name, f"{getattr(memory, name) / 2**30:.2f}")
     table.add_section()
     verdict = "fits" if plan.fits else "does not fit"
-    table.add_row(
-        f"all ({verdict} in {plan.gpu.memory_bytes / 2**30:.1f})", f"{memory.total / 2**30:.2f}"
-    )  # fmt: skip
+    table.add_row(f"all ({verdict} in {plan.gpu.memory_bytes / 2**30:.1f})", f"{memory.total / 2**30:.2f}")
     return table
 
 
@@ -146,9 +152,10 @@ def assumptions(plan: Plan) -> list[str]:
         "way.",
         f"Overhead is {OVERHEAD / 2**30:g} GiB for CUDA, libraries and fragmentation; buffers are what the strategy "
         "gathers or sends and what autocast keeps in 16 bits.",
-        f"'{OTHER}' is what happens in no part, such as losses." if any(row.name == OTHER for row in plan.rows) else
-        "AdamW keeps two numbers for each trained weight.",
-    ]  # fmt: skip
+        f"'{OTHER}' is what happens in no part, such as losses."
+        if any(row.name == OTHER for row in plan.rows)
+        else "AdamW keeps two numbers for each trained weight.",
+    ]
 
 
 def _strategy(plan: Plan) -> str:
@@ -158,10 +165,12 @@ def _strategy(plan: Plan) -> str:
     shared = [
         name
         for name, is_shared in (
-            ("weights", kind.shards_weights), ("gradients", kind.shards_gradients), ("optimizer", kind.shards_optimizer)
+            ("weights", kind.shards_weights),
+            ("gradients", kind.shards_gradients),
+            ("optimizer", kind.shards_optimizer),
         )
         if is_shared
-    ]  # fmt: skip
+    ]
     return f"{kind.engine} ({', '.join(shared)} shared by {kind.shares(plan.asked.gpus)})"
 
 

@@ -70,9 +70,10 @@ def _of_class(name: str, options: dict[str, Any]) -> Strategy:
         return _fsdp(options)
     if name == "DeepSpeedStrategy":
         return _deepspeed(
-            int(options.get("stage") or 2), optimizer=bool(options.get("offload_optimizer")),
+            int(options.get("stage") or 2),
+            optimizer=bool(options.get("offload_optimizer")),
             weights=bool(options.get("offload_parameters")),
-        )  # fmt: skip
+        )
     raise _unknown(name)
 
 
@@ -84,17 +85,26 @@ def _fsdp(options: Mapping[str, Any]) -> Strategy:
     policy = options.get("auto_wrap_policy") or ()
     units = tuple(str(unit).rsplit(".", 1)[-1] for unit in policy) if isinstance(policy, list | set | tuple) else ()
     return Strategy(
-        "fsdp", shards_weights="GRAD_OP" not in kind and "ZERO2" not in kind, shards_gradients=True,
-        shards_optimizer=True, offloads_optimizer=offload, offloads_weights=offload,
-        within_node="HYBRID" in kind, units=units,
-    )  # fmt: skip
+        "fsdp",
+        shards_weights="GRAD_OP" not in kind and "ZERO2" not in kind,
+        shards_gradients=True,
+        shards_optimizer=True,
+        offloads_optimizer=offload,
+        offloads_weights=offload,
+        within_node="HYBRID" in kind,
+        units=units,
+    )
 
 
 def _deepspeed(stage: int, *, optimizer: bool, weights: bool) -> Strategy:
     return Strategy(
-        "deepspeed", shards_weights=stage >= 3, shards_gradients=stage >= 2, shards_optimizer=stage >= 1,
-        offloads_optimizer=optimizer, offloads_weights=weights,
-    )  # fmt: skip
+        "deepspeed",
+        shards_weights=stage >= 3,
+        shards_gradients=stage >= 2,
+        shards_optimizer=stage >= 1,
+        offloads_optimizer=optimizer,
+        offloads_weights=weights,
+    )
 
 
 def _unknown(name: str) -> ConfigError:
@@ -129,10 +139,17 @@ class Precision:
         """
         name = str(setting or "32-true")
         known = {
-            "32": (4, None, False), "32-true": (4, None, False), "64": (8, 8, False), "64-true": (8, 8, False),
-            "16": (2, None, True), "16-mixed": (2, None, True), "bf16": (2, None, True), "bf16-mixed": (2, None, True),
-            "16-true": (2, 2, False), "bf16-true": (2, 2, False),
-        }  # fmt: skip
+            "32": (4, None, False),
+            "32-true": (4, None, False),
+            "64": (8, 8, False),
+            "64-true": (8, 8, False),
+            "16": (2, None, True),
+            "16-mixed": (2, None, True),
+            "bf16": (2, None, True),
+            "bf16-mixed": (2, None, True),
+            "16-true": (2, 2, False),
+            "bf16-true": (2, 2, False),
+        }
         if name not in known:
             raise ConfigError(f"plan knows no trainer.precision={name!r}; use one of {', '.join(known)}.")
         return cls(name, *known[name])

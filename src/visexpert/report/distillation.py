@@ -121,6 +121,13 @@ def _mark(axes: Axes, level: float, words: str, *, above: bool) -> None:
     """A dashed line with its meaning at its right end."""
     axes.axhline(level, color=GRAY, linewidth=0.9, linestyle="--")
     axes.annotate(
-        words, (1.0, level), xycoords=("axes fraction", "data"), xytext=(0, 2 if above else -3),
-        textcoords="offset points", ha="right", va="bottom" if above else "top", fontsize=8, color=GRAY,
-    )  # fmt: skip
+        words,
+        (1.0, level),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 2 if above else -3),
+        textcoords="offset points",
+        ha="right",
+        va="bottom" if above else "top",
+        fontsize=8,
+        color=GRAY,
+    )

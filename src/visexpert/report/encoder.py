@@ -109,9 +109,11 @@ def router_usage(share_LE: Floats, probability_LE: Floats, layers: Sequence[int]
     experts = share_LE.shape[1]
     figure = canvas(min(16.0, max(5.2, 2.2 + 0.3 * len(layers) * (experts + 1))), 3.4)
     axes = styled(
-        figure.add_subplot(), title=f"How routers use their experts ({over})", ylabel="share of patch tokens",
+        figure.add_subplot(),
+        title=f"How routers use their experts ({over})",
+        ylabel="share of patch tokens",
         xlabel="block of the encoder",
-    )  # fmt: skip
+    )
     width = 0.8 / experts
     for expert, color in enumerate(colors(experts)):
         at = np.arange(len(layers)) + (expert - (experts - 1) / 2) * width
@@ -148,9 +150,15 @@ def _panel_row(
     for place, title in enumerate(titles):
         center = place * (width + gap_HW3.shape[1]) + width / 2
         axes.annotate(
-            title, (center, -0.5), xytext=(0, 4), textcoords="offset points", ha="center", va="bottom", fontsize=9,
+            title,
+            (center, -0.5),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=9,
             color=INK,
-        )  # fmt: skip
+        )
 
 
 def _heat(image_HW3: Floats, lift_hw: Floats, scale: Normalize) -> Floats:

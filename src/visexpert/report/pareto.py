@@ -73,9 +73,11 @@ def pareto_figure(
     figure = canvas(8.2, max(3.8, 1.4 + 0.22 * len(front)))
     unit = "ms" if measure == "ms" else "GFLOP"
     axes = styled(
-        figure.add_subplot(), title="Score against cost, by experts attached", xlabel=f"vision side, {unit} per image",
+        figure.add_subplot(),
+        title="Score against cost, by experts attached",
+        xlabel=f"vision side, {unit} per image",
         ylabel=f"validation {score_name}",
-    )  # fmt: skip
+    )
     costs, values = zip(*place.values(), strict=True)
     axes.scatter(costs, values, s=22, color="#B5B5B5")
     marked = {score.experts for score in scores if measure == "ms" and score.unsteadiness > UNSTEADY}
@@ -87,9 +89,14 @@ def pareto_figure(
     ]
     axes.plot(*zip(*(place[one] for one in front), strict=True), color=FRONT, linewidth=1.4, drawstyle="steps-post")
     ring = axes.scatter(
-        *place[kept], s=260, facecolors="none", edgecolors=KEPT, linewidths=2, zorder=4,
+        *place[kept],
+        s=260,
+        facecolors="none",
+        edgecolors=KEPT,
+        linewidths=2,
+        zorder=4,
         label=f"kept: {subset_label(kept, experts)}",
-    )  # fmt: skip
+    )
     lines = [] if budget is None else [axes.axvline(budget, color=GRAY, linewidth=1, linestyle="--", label="budget")]
     figure.legend(handles=[*handles, ring, *lines], loc="outside right upper", frameon=False, fontsize=8)
     return save(figure, out)
@@ -127,13 +134,18 @@ def subset_table(scores: Sequence[Scored], *, front: Collection[Subset], kept: S
     clip = next(score for score in scores if not score.experts)
     rows = [
         [
-            subset_label(score.experts, experts), f"{score.loss:.4f}", f"{score.score:.4f}",
-            _ms(score), f"{score.milliseconds / clip.milliseconds:.2f}", f"{score.gflop:.4f}",
-            f"{score.gflop / clip.gflop:.2f}", "yes" if score.experts in front else "",
+            subset_label(score.experts, experts),
+            f"{score.loss:.4f}",
+            f"{score.score:.4f}",
+            _ms(score),
+            f"{score.milliseconds / clip.milliseconds:.2f}",
+            f"{score.gflop:.4f}",
+            f"{score.gflop / clip.gflop:.2f}",
+            "yes" if score.experts in front else "",
             "**kept**" if score.experts == kept else "",
         ]
         for score in scores
-    ]  # fmt: skip
+    ]
     heading = ["experts", "loss", "score", "ms/image", "x CLIP", "GFLOP/image", "x CLIP", "on the front", "choice"]
     return _table(heading, rows)
 
@@ -148,12 +160,16 @@ def contribution_table(contributions: Sequence[Valued], gate_mass: Mapping[str, 
     """
     rows = [
         [
-            contribution.expert, f"{contribution.loss:+.4f}", f"{0 - contribution.score:+.4f}",
-            f"{gate_mass[contribution.expert]:.3f}" if contribution.expert in gate_mass else "–", _ms(contribution),
-            f"{contribution.gflop:.4f}", "kept" if contribution.expert in kept else "detached",
+            contribution.expert,
+            f"{contribution.loss:+.4f}",
+            f"{0 - contribution.score:+.4f}",
+            f"{gate_mass[contribution.expert]:.3f}" if contribution.expert in gate_mass else "–",
+            _ms(contribution),
+            f"{contribution.gflop:.4f}",
+            "kept" if contribution.expert in kept else "detached",
         ]
         for contribution in contributions
-    ]  # fmt: skip
+    ]
     heading = ["expert", "loss without it", "score without it", "gate mass", "ms/image", "GFLOP/image", "choice"]
     return _table(heading, rows)
 

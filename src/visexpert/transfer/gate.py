@@ -46,9 +46,10 @@ class GateSettings:
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
-            ("kind", self.kind, GateKind), ("noise", self.noise, NoiseKind),
+            ("kind", self.kind, GateKind),
+            ("noise", self.noise, NoiseKind),
             ("balance_form", self.balance_form, GateBalanceForm),
-        ):  # fmt: skip
+        ):
             if value not in get_args(allowed):
                 raise ConfigError(f"gate: {name}={value!r} is unknown; use one of {', '.join(get_args(allowed))}.")
         require_numbers("gate", least=0, noise_std=self.noise_std, balance_weight=self.balance_weight)

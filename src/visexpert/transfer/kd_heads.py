@@ -142,9 +142,11 @@ class ToStudentHead(KDHead):
         self.adapter: nn.Module
         if kind == "released":
             self.adapter = ReleasedAdapter(
-                in_dim=sizes.token_dim, in_tokens=math.prod(sizes.token_grid),
-                out_dim=sizes.clip_width, out_tokens=math.prod(sizes.clip_grid),
-            )  # fmt: skip
+                in_dim=sizes.token_dim,
+                in_tokens=math.prod(sizes.token_grid),
+                out_dim=sizes.clip_width,
+                out_tokens=math.prod(sizes.clip_grid),
+            )
         else:
             self.adapter = token_map(kind, sizes.token_dim, sizes.clip_width, hidden_dim)
         self.kind = kind

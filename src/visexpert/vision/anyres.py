@@ -70,9 +70,11 @@ class Views:
         count = len(self.index_BM)
         gates, cls = seen.gates_BTK, seen.cls_BD
         return replace(
-            seen, tokens_BTD=seen.tokens_BTD[:count], cls_BD=None if cls is None else cls[:count],
+            seen,
+            tokens_BTD=seen.tokens_BTD[:count],
+            cls_BD=None if cls is None else cls[:count],
             gates_BTK=None if gates is None else gates[:count],
-        )  # fmt: skip
+        )
 
     def join(self, seen: VisionTokens) -> VisionTokens:
         """Join the tokens of all views into one row per image: the whole, then its tiles in reading order, unpadded.

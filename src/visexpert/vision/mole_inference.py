@@ -47,9 +47,14 @@ def mole_settings(clip: ClipEncoder) -> MoLESettings | None:
     first = next(iter(blocks.values()))
     experts = first.fc1_experts
     return MoLESettings(
-        num_experts=experts.num_experts, rank=experts.rank, alpha=experts.scale * experts.rank,
-        dropout=experts.dropout.p, routing=first.routing, router=first.router_kind, layers=list(blocks),
-    )  # fmt: skip
+        num_experts=experts.num_experts,
+        rank=experts.rank,
+        alpha=experts.scale * experts.rank,
+        dropout=experts.dropout.p,
+        routing=first.routing,
+        router=first.router_kind,
+        layers=list(blocks),
+    )
 
 
 @dataclass(frozen=True)

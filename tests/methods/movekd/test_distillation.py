@@ -306,9 +306,11 @@ def test_between_looks_nothing_waits_for_the_device() -> None:
     module.to("meta")
     module._finite = {}
     distilled = distil(
-        module, tokens().to("meta"), {name: value.to("meta") for name, value in teachers.items()},
+        module,
+        tokens().to("meta"),
+        {name: value.to("meta") for name, value in teachers.items()},
         clip=said(tokens().to("meta"), torch.zeros(4, 2, 5, device="meta")),
-    )  # fmt: skip
+    )
     assert distilled.loss.is_meta and len(distilled.watched) == 5 + 2 + 4 + 1
     with pytest.raises(RuntimeError, match="meta"):
         module.check_finite()

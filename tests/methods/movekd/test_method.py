@@ -144,8 +144,11 @@ def test_a_router_that_nothing_teaches_and_parts_that_no_loss_reaches_stay_out()
 def test_rates_of_the_groups() -> None:
     model = tiny_movekd(lr=1.0, clip_lr=2.0, mole_lr=3.0, language_lr=4.0)
     assert {group.name: group.lr for group in model.trained_groups()} == {
-        "fusion": 1.0, "clip": 2.0, "mole": 3.0, "language": 4.0,
-    }  # fmt: skip
+        "fusion": 1.0,
+        "clip": 2.0,
+        "mole": 3.0,
+        "language": 4.0,
+    }
     assert next(group.lr for group in tiny_movekd(lr=5.0).trained_groups() if group.name == "mole") == 5.0
 
 
@@ -200,8 +203,10 @@ def test_an_interrupted_run_ends_with_the_weights_of_one_never_interrupted(tmp_p
     )
     for key, value in whole.state_dict().items():
         assert torch.equal(value, second.state_dict()[key]), key
-    assert not torch.equal(whole.clip.model.state_dict()["embeddings.class_embedding"],
-                           make().clip.model.state_dict()["embeddings.class_embedding"])  # fmt: skip
+    assert not torch.equal(
+        whole.clip.model.state_dict()["embeddings.class_embedding"],
+        make().clip.model.state_dict()["embeddings.class_embedding"],
+    )
 
 
 @pytest.mark.parametrize("alignment", ["to_student", "to_teacher"])

@@ -80,9 +80,14 @@ def test_validation_logs_distances_and_leaves_training_as_it_was(tmp_path: Path,
     bare_trainer(tmp_path, steps=4, callbacks=[without], enable_checkpointing=False).fit(models[0], datamodule=data())
     watching, source = Recorder(), data(num_val=6, eval_batch_size=4)
     trainer = bare_trainer(
-        tmp_path, steps=4, callbacks=[watching], enable_checkpointing=False, limit_val_batches=1.0,
-        val_check_interval=1, check_val_every_n_epoch=None,
-    )  # fmt: skip
+        tmp_path,
+        steps=4,
+        callbacks=[watching],
+        enable_checkpointing=False,
+        limit_val_batches=1.0,
+        val_check_interval=1,
+        check_val_every_n_epoch=None,
+    )
     trainer.fit(models[1], datamodule=source)
     assert watching.losses == without.losses
     for key, value in models[0].state_dict().items():

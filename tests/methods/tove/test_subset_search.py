@@ -25,13 +25,27 @@ A, B, C = "a", "b", "c"
 
 # Redundant pair: a and b say the same, c says something of its own. The pair {a, b} is worth 4, one of them 3.75.
 REDUNDANT = {
-    (): 8.0, (A,): 4.25, (B,): 4.25, (C,): 6.0, (A, B): 4.0, (A, C): 2.5, (B, C): 2.5, (A, B, C): 2.25,
-}  # fmt: skip
+    (): 8.0,
+    (A,): 4.25,
+    (B,): 4.25,
+    (C,): 6.0,
+    (A, B): 4.0,
+    (A, C): 2.5,
+    (B, C): 2.5,
+    (A, B, C): 2.25,
+}
 
 # Interaction: a and b are worth much, but only together; c alone is better than either of them alone.
 TOGETHER = {
-    (): 8.0, (A,): 7.5, (B,): 7.5, (C,): 5.0, (A, B): 3.0, (A, C): 4.0, (B, C): 4.5, (A, B, C): 2.0,
-}  # fmt: skip
+    (): 8.0,
+    (A,): 7.5,
+    (B,): 7.5,
+    (C,): 5.0,
+    (A, B): 3.0,
+    (A, C): 4.0,
+    (B, C): 4.5,
+    (A, B, C): 2.0,
+}
 
 COSTS = {A: 4.0, B: 2.0, C: 1.0}
 

@@ -26,9 +26,11 @@ CONFIG: dict[str, Any] = {
             "evaluation": {"caption_images": 8},
         },
     },
-    "data": {"class_path": "visexpert.tabletop.TabletopData", "init_args": {"seed": 0, "num_test": 16, "batch_size": 4,
-                                                                        "train_fraction": 1.0}},
-}  # fmt: skip
+    "data": {
+        "class_path": "visexpert.tabletop.TabletopData",
+        "init_args": {"seed": 0, "num_test": 16, "batch_size": 4, "train_fraction": 1.0},
+    },
+}
 
 
 def make_run(
@@ -53,11 +55,19 @@ def make_run(
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     figures: dict[str, Any] = {
-        "test/vqa/accuracy": vqa, "test/vqa/family/size": vqa - 0.1, "test/vqa/family/side": vqa - 0.2,
-        "test/nll/nll": nll, "train/text_loss": nll, "cost/steps": 10.0, "cost/gflop_vision": 0.1,
-        "cost/gflop_language": 0.05, "cost/images_per_s": 500.0, "cost/parameters_trained": 2e6,
-        "cost/parameters_inference": 3e6, "cost/train_seconds": 1800.0,
-    }  # fmt: skip
+        "test/vqa/accuracy": vqa,
+        "test/vqa/family/size": vqa - 0.1,
+        "test/vqa/family/side": vqa - 0.2,
+        "test/nll/nll": nll,
+        "train/text_loss": nll,
+        "cost/steps": 10.0,
+        "cost/gflop_vision": 0.1,
+        "cost/gflop_language": 0.05,
+        "cost/images_per_s": 500.0,
+        "cost/parameters_trained": 2e6,
+        "cost/parameters_inference": 3e6,
+        "cost/train_seconds": 1800.0,
+    }
     figures |= metrics or {}
     (folder / "metrics.json").write_text(json.dumps(figures), encoding="utf-8")
     rows = "".join(f"{step},{nll + 1 / (step + 1)}\n" for step in range(10))

@@ -114,8 +114,10 @@ def test_scores_are_chosen_by_key_or_by_what_is_there() -> None:
 def test_skills_are_grouped_by_task() -> None:
     keys = ["test/vqa/family/size", "test/slots/slot/color", "test/probe/depth", "test/nll/kind/vqa", "val/probe/x"]
     assert skill_groups(keys, split="test") == {
-        "vqa": ["test/vqa/family/size"], "slots": ["test/slots/slot/color"], "probe": ["test/probe/depth"],
-    }  # fmt: skip
+        "vqa": ["test/vqa/family/size"],
+        "slots": ["test/slots/slot/color"],
+        "probe": ["test/probe/depth"],
+    }
 
 
 def test_the_front_is_what_nothing_beats_in_both() -> None:

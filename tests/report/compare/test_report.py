@@ -48,8 +48,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_run(folder / "clip-only" / f"seed{seed}", seed=seed, vqa=0.5 + seed / 100, nll=0.6)
         tove = {"cost/gflop_vision": 0.4, "cost/train_gflop": 12345.0}
         make_run(folder / "tove" / f"seed{seed}", seed=seed, vqa=0.7 + seed / 50, metrics=tove, gates=True)
-        make_run(folder / "bad" / f"seed{seed}", seed=seed, vqa=0.4, metrics={"cost/gflop_vision": 0.3}, gates=True,
-                 trainer={"max_steps": 9})  # fmt: skip
+        make_run(
+            folder / "bad" / f"seed{seed}",
+            seed=seed,
+            vqa=0.4,
+            metrics={"cost/gflop_vision": 0.3},
+            gates=True,
+            trainer={"max_steps": 9},
+        )
     (make_run(folder / "died" / "seed0") / "metrics.json").unlink()
     return folder
 
@@ -138,8 +144,10 @@ def test_the_front_is_drawn_through_what_is_on_it(runs: Path, tmp_path: Path) ->
 
 
 def test_curves_are_split_over_figures_with_the_baseline_in_each(runs: Path, tmp_path: Path) -> None:
-    made = [make_run(tmp_path / "runs" / f"v{number}" / "seed0", trainer={"max_steps": 9 - number % 2})
-            for number in range(8)]  # fmt: skip
+    made = [
+        make_run(tmp_path / "runs" / f"v{number}" / "seed0", trainer={"max_steps": 9 - number % 2})
+        for number in range(8)
+    ]
     (made[7] / "metrics.csv").write_text("step,train/loss\n1,2\n", encoding="utf-8")
     found = compare_runs(made, Choices())
     paths, told = curves(found, tmp_path)
@@ -188,8 +196,12 @@ def test_milliseconds_of_a_busy_machine_are_marked_in_table_figure_and_words(tmp
     """One of two seeds was measured beside others; the other variant recorded no such thing."""
     for seed in (0, 1):
         make_run(tmp_path / "runs" / "old" / f"seed{seed}", seed=seed)
-        make_run(tmp_path / "runs" / "busy" / f"seed{seed}", seed=seed, model={"lr": 0.5},
-                 metrics={"cost/others_cpu_share": 0.6 * seed, "cost/images_per_s_spread": 0.0})  # fmt: skip
+        make_run(
+            tmp_path / "runs" / "busy" / f"seed{seed}",
+            seed=seed,
+            model={"lr": 0.5},
+            metrics={"cost/others_cpu_share": 0.6 * seed, "cost/images_per_s_spread": 0.0},
+        )
     folders, _ = find_runs([tmp_path / "runs"])
     write_report(compare_runs(folders, Choices()), tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")

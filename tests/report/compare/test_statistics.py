@@ -59,8 +59,10 @@ def test_holm_by_hand() -> None:
 
 def test_every_score_is_a_family_of_its_own() -> None:
     tests = {
-        ("a", "vqa"): PairedTest(3, 0.1, 0.1, 0.01), ("b", "vqa"): PairedTest(3, 0.1, 0.1, 0.03),
-        ("a", "nll"): PairedTest(3, 0.1, 0.1, 0.04), ("b", "nll"): PairedTest(1, 0.1),
-    }  # fmt: skip
+        ("a", "vqa"): PairedTest(3, 0.1, 0.1, 0.01),
+        ("b", "vqa"): PairedTest(3, 0.1, 0.1, 0.03),
+        ("a", "nll"): PairedTest(3, 0.1, 0.1, 0.04),
+        ("b", "nll"): PairedTest(1, 0.1),
+    }
     found = {key: test.p_holm for key, test in corrected(tests).items()}
     assert found == {("a", "vqa"): 0.02, ("b", "vqa"): 0.03, ("a", "nll"): 0.04, ("b", "nll"): None}

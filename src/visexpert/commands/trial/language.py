@@ -113,9 +113,14 @@ def compare_writing(probe: Probe, model: Any) -> Comparison:
     prompt = torch.tensor([probe.items[0]])
     with torch.no_grad(), quiet():
         out = model.generate(
-            input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, num_beams=1,
-            max_new_tokens=NEW_TOKENS, eos_token_id=probe.eos, pad_token_id=probe.eos,
-        )  # fmt: skip
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=NEW_TOKENS,
+            eos_token_id=probe.eos,
+            pad_token_id=probe.eos,
+        )
     ours, theirs = probe.written, _until(out[0, prompt.shape[1] :].tolist(), probe.eos)
     rows = [torch.nn.functional.pad(torch.tensor(ids), (0, NEW_TOKENS - len(ids)), value=-1) for ids in (ours, theirs)]
     what = f"ids of a greedy answer ({len(theirs)} tokens)"

@@ -76,9 +76,14 @@ def kd_heads(
     }
     for name in hub.names:
         heads[name] = make_kd_head(
-            name, hub[name], clip_width=clip.width, clip_grid=clip.grid_hw, alignment=settings.alignment,
-            adapter=settings.adapter, hidden_dim=settings.hidden,
-        )  # fmt: skip
+            name,
+            hub[name],
+            clip_width=clip.width,
+            clip_grid=clip.grid_hw,
+            alignment=settings.alignment,
+            adapter=settings.adapter,
+            hidden_dim=settings.hidden,
+        )
     wide = {name: head.width for name, head in heads.items() if head.width != clip.width}
     if cls_weighs and wide:
         raise ConfigError(
@@ -109,10 +114,14 @@ def store_anchor(anchor: ClipEncoder, cache: FeatureCache, sources: Mapping[str,
     """Fill or open the store of the frozen CLIP's tokens and [CLS] attention for these images, by split."""
     for split, source in sources.items():
         cache.prepare(
-            FROZEN_CLIP, split, source, fingerprint=anchor.fingerprint(),
-            encode=lambda images_BCHW: ClsAttention.of(anchor, images_BCHW).packed(), grid_hw=anchor.grid_hw,
+            FROZEN_CLIP,
+            split,
+            source,
+            fingerprint=anchor.fingerprint(),
+            encode=lambda images_BCHW: ClsAttention.of(anchor, images_BCHW).packed(),
+            grid_hw=anchor.grid_hw,
             device=anchor.mean.device,
-        )  # fmt: skip
+        )
 
 
 def stored_anchor(anchor: ClipEncoder) -> StoredTokens:

@@ -208,9 +208,12 @@ class MoVEKD(Method):
         if self.init_from is not None:
             brought = ("language",) if self.language.has_source else ()  # left out by a stage that froze it
             start_from(
-                self, self.init_from, complete=self.init_complete, ignore=(*self.frozen_modules(), *brought),
+                self,
+                self.init_from,
+                complete=self.init_complete,
+                ignore=(*self.frozen_modules(), *brought),
                 need=("gate",) if self.gate is not None else (),
-            )  # fmt: skip
+            )
             if not self.init_complete:
                 self.distillation.forget_start()  # another stage goes on from its start, another run does not
 
@@ -264,7 +267,10 @@ class MoVEKD(Method):
         batch = seen.batch
         lesson = run_teachers(self.hub, self.anchor, self.gate, batch, cache=self._cache)
         distilled: Distilled = self.distillation(
-            seen.whole.tokens_BTD, lesson.teachers, lesson.clip, gates_BTK=lesson.gates_BTK,
+            seen.whole.tokens_BTD,
+            lesson.teachers,
+            lesson.clip,
+            gates_BTK=lesson.gates_BTK,
             has_image_B=batch.has_image_B,
-        )  # fmt: skip
+        )
         return distilled

@@ -65,10 +65,12 @@ class Merging(Method):
             optimizer = replace(optimizer, language_lr=0.0)
         shared = optimizer.language_lr == 0
         super().__init__(
-            clip=copy.deepcopy(teacher.clip).requires_grad_(False), projector=copy.deepcopy(teacher.projector),
-            language=teacher.language if shared else copy.deepcopy(teacher.language), optimizer=optimizer,
+            clip=copy.deepcopy(teacher.clip).requires_grad_(False),
+            projector=copy.deepcopy(teacher.projector),
+            language=teacher.language if shared else copy.deepcopy(teacher.language),
+            optimizer=optimizer,
             evaluation=evaluation,
-        )  # fmt: skip
+        )
         self.teacher = teacher
         self.student = student
         if student is not None:
@@ -199,7 +201,12 @@ class Merging(Method):
 
         for split, source in sources.items():
             cache.prepare(
-                FUSED, split, source, fingerprint=teacher.fusion_fingerprint(),
-                encode=encode, grid_hw=teacher.clip.grid_hw, device=self.device,
-            )  # fmt: skip
+                FUSED,
+                split,
+                source,
+                fingerprint=teacher.fusion_fingerprint(),
+                encode=encode,
+                grid_hw=teacher.clip.grid_hw,
+                device=self.device,
+            )
         self._stored = cache

@@ -76,10 +76,13 @@ class ToVE(FusingMethod):
         evaluation: EvaluationSettings = EvaluationSettings(),
     ) -> None:
         super().__init__(
-            clip=clip, projector=Projector(in_dim=clip.width, out_dim=language.width, **vars(projector)),
-            language=language, hub=ExpertHub.chosen(experts, use, owner="ToVE", detached=detached or ()),
-            optimizer=optimizer, evaluation=evaluation,
-        )  # fmt: skip
+            clip=clip,
+            projector=Projector(in_dim=clip.width, out_dim=language.width, **vars(projector)),
+            language=language,
+            hub=ExpertHub.chosen(experts, use, owner="ToVE", detached=detached or ()),
+            optimizer=optimizer,
+            evaluation=evaluation,
+        )
         require_words("ToVE", fusion_space=(fusion_space, FusionSpace))
         require_numbers("ToVE", least=1, adapter_hidden=adapter_hidden)
         fused_width = language.width if fusion_space == "language" else clip.width
@@ -97,8 +100,10 @@ class ToVE(FusingMethod):
         self.blind = blind
         self.init_from = init_from
         self._plain: dict[str, Any] = {
-            "projector": projector, "fusion_space": fusion_space, "evaluation": evaluation,
-        }  # fmt: skip
+            "projector": projector,
+            "fusion_space": fusion_space,
+            "evaluation": evaluation,
+        }
         self._cache = store.open()
 
     def view_tokens(self, batch: Batch) -> VisionTokens:
@@ -286,9 +291,14 @@ class ToVE(FusingMethod):
         self._cache = cache
         for split, source in sources.items() if self._stores_clip else ():
             cache.prepare(
-                CLIP_TOKENS, split, source, fingerprint=self.clip.fingerprint(),
-                encode=lambda images: self.clip(images).tokens_BTD, grid_hw=self.clip.grid_hw, device=self.device,
-            )  # fmt: skip
+                CLIP_TOKENS,
+                split,
+                source,
+                fingerprint=self.clip.fingerprint(),
+                encode=lambda images: self.clip(images).tokens_BTD,
+                grid_hw=self.clip.grid_hw,
+                device=self.device,
+            )
         self.hub.use_cache(cache, sources, resample=self._stored_grids())
 
     @property
@@ -323,6 +333,10 @@ class ToVE(FusingMethod):
 
     def _adapter(self, expert: VisionExpert, width: int, hidden: int | None, transfer: TransferMode) -> TokenAdapter:
         return TokenAdapter(
-            in_dim=expert.token_dim, out_dim=width, out_grid=self.clip.grid_hw, hidden_dim=hidden,
-            map_grid=expert.grid_hw if expert.tokens == "prediction" else None, zero_init=transfer == "residual",
-        )  # fmt: skip
+            in_dim=expert.token_dim,
+            out_dim=width,
+            out_grid=self.clip.grid_hw,
+            hidden_dim=hidden,
+            map_grid=expert.grid_hw if expert.tokens == "prediction" else None,
+            zero_init=transfer == "residual",
+        )

@@ -196,10 +196,14 @@ def leave_one_out(experts: Sequence[str], scores: Iterable[SubsetScore]) -> tupl
         less = table[tuple(other for other in everything if other != name)]
         contributions.append(
             Contribution(
-                name, less.loss - full.loss, full.score - less.score, full.milliseconds - less.milliseconds,
-                full.gflop - less.gflop, max(full.unsteadiness, less.unsteadiness),
+                name,
+                less.loss - full.loss,
+                full.score - less.score,
+                full.milliseconds - less.milliseconds,
+                full.gflop - less.gflop,
+                max(full.unsteadiness, less.unsteadiness),
             )
-        )  # fmt: skip
+        )
     return tuple(contributions)
 
 
@@ -214,10 +218,11 @@ def pareto_front(scores: Iterable[SubsetScore], *, measure: Measure = "ms") -> t
     def beaten(one: SubsetScore) -> bool:
         cost = one.cost(measure)
         return any(
-            other.cost(measure) <= cost and other.score >= one.score
+            other.cost(measure) <= cost
+            and other.score >= one.score
             and (other.cost(measure) < cost or other.score > one.score)
             for other in every
-        )  # fmt: skip
+        )
 
     return tuple(sorted((one for one in every if not beaten(one)), key=lambda one: (one.cost(measure), one.score)))
 

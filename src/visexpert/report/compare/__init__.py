@@ -64,9 +64,14 @@ def compare_runs(folders: Sequence[Path], choices: Choices, *, strays: Sequence[
     if not choices.allow_mixed:
         refuse_mixed(mixed)
     return Comparison.of(
-        variants, baseline=choices.baseline, scores=choices.scores, primary=choices.primary, split=choices.split,
-        left_out=left_out, mixed=mixed,
-    )  # fmt: skip
+        variants,
+        baseline=choices.baseline,
+        scores=choices.scores,
+        primary=choices.primary,
+        split=choices.split,
+        left_out=left_out,
+        mixed=mixed,
+    )
 
 
 def write_report(comparison: Comparison, out: Path) -> None:

@@ -63,9 +63,14 @@ class Comparison:
         chosen = [_score(variants, key) for key in keys]
         main = choose_primary(keys, primary, known, split=split)
         return cls(
-            tuple(variants), choose_baseline([variant.name for variant in variants], baseline), tuple(chosen),
-            _score(variants, main), split, tuple(left_out), tuple(mixed),
-        )  # fmt: skip
+            tuple(variants),
+            choose_baseline([variant.name for variant in variants], baseline),
+            tuple(chosen),
+            _score(variants, main),
+            split,
+            tuple(left_out),
+            tuple(mixed),
+        )
 
     @cached_property
     def base(self) -> Variant:
@@ -143,8 +148,21 @@ class Comparison:
         return [variant.name, key, summary.n, *told[:4], seeds, self.baseline, *told[4:]]
 
 
-_COLUMNS = ["variant", "figure", "n", "mean", "sd", "ci95_low", "ci95_high", "by_seed", "baseline",
-            "difference", "difference_ci95_half_width", "p_paired_t", "p_holm"]  # fmt: skip
+_COLUMNS = [
+    "variant",
+    "figure",
+    "n",
+    "mean",
+    "sd",
+    "ci95_low",
+    "ci95_high",
+    "by_seed",
+    "baseline",
+    "difference",
+    "difference_ci95_half_width",
+    "p_paired_t",
+    "p_holm",
+]
 
 
 def choose_baseline(names: Sequence[str], wanted: str | None) -> str:

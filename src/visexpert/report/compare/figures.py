@@ -64,8 +64,13 @@ def pareto(comparison: Comparison, out: Path, *, measure: str = "gflop") -> Path
         handles[name] = numbered(
             axes, numbers[name], (cost, value), MARK * (name in marked) + _short(name), color=color, level=level
         )
-    axes.plot(*zip(*(places[name][:2] for name in ahead), strict=True), color=FRONT, linewidth=1.3,
-              drawstyle="steps-post", zorder=1)  # fmt: skip
+    axes.plot(
+        *zip(*(places[name][:2] for name in ahead), strict=True),
+        color=FRONT,
+        linewidth=1.3,
+        drawstyle="steps-post",
+        zorder=1,
+    )
     costs = [cost for cost, _, _ in places.values()]
     if min(costs) > 0 and max(costs) / min(costs) > 20:
         axes.set_xscale("log")
@@ -136,8 +141,14 @@ def skills(comparison: Comparison, scores: Sequence[Score], task: str, out: Path
                 continue
             half = (summary.half_width or 0.0) * score.scale
             color = GRAY if variant.name == comparison.baseline else FRONT
-            axes.barh(place, summary.mean * score.scale, 0.75, xerr=half, color=color,
-                      error_kw={"elinewidth": 0.8, "capsize": 1.5, "ecolor": INK})  # fmt: skip
+            axes.barh(
+                place,
+                summary.mean * score.scale,
+                0.75,
+                xerr=half,
+                color=color,
+                error_kw={"elinewidth": 0.8, "capsize": 1.5, "ecolor": INK},
+            )
         axes.set_yticks(places, [str(place + 1) for place in places], fontsize=6.5)
         axes.set_ylim(len(places) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")

@@ -107,11 +107,14 @@ def read_run(folder: Path, *, split: str = "test") -> RunRecord:
         return RunRecord(folder, problem=f"cannot be read: {str(error).splitlines()[0]}")
     numbers = {key: value for key, value in (figures or {}).items() if _is_number(value)}
     record = RunRecord(
-        folder, _seed(config, environment), settings,
+        folder,
+        _seed(config, environment),
+        settings,
         {key: float(value) for key, value in numbers.items() if math.isfinite(value)},
         tuple(key for key, value in (figures or {}).items() if value is None or not math.isfinite(numbers.get(key, 0))),
-        environment, _start(config, environment),
-    )  # fmt: skip
+        environment,
+        _start(config, environment),
+    )
     return RunRecord(**{**vars(record), "problem": _problem(record, split, has_metrics=figures is not None)})
 
 

@@ -45,9 +45,13 @@ def document(comparison: Comparison, out: Path) -> Document:
     """
     drawn = out / "figures"
     parts = [
-        *_warnings(comparison), *_results(comparison), *_figures(comparison, drawn),
-        *_skills(comparison, drawn), *_side_by_side(comparison), *_appendix(comparison),
-    ]  # fmt: skip
+        *_warnings(comparison),
+        *_results(comparison),
+        *_figures(comparison, drawn),
+        *_skills(comparison, drawn),
+        *_side_by_side(comparison),
+        *_appendix(comparison),
+    ]
     count = sum(len(variant.runs) for variant in comparison.variants)
     title = f"{len(comparison.variants)} variants, {count} runs"
     return Document(f"Comparison: {title}", tuple(_summary(comparison)), tuple(parts))
@@ -112,8 +116,10 @@ def _results(comparison: Comparison) -> Iterator[Section]:
 
 
 def _figures(comparison: Comparison, folder: Path) -> Iterator[Section]:
-    made = [(measure, figures.pareto(comparison, folder / f"pareto_{measure}.png", measure=measure))
-            for measure in figures.COST_AXES]  # fmt: skip
+    made = [
+        (measure, figures.pareto(comparison, folder / f"pareto_{measure}.png", measure=measure))
+        for measure in figures.COST_AXES
+    ]
     pictures = tuple(
         Picture(path, f"{comparison.primary.title} against {figures.COST_AXES[measure][1]}")
         for measure, path in made
@@ -153,10 +159,11 @@ def _side_by_side(comparison: Comparison) -> Iterator[Section]:
     if strips:
         mixed = any(one.kind == "data" for one in comparison.mixed)
         told = (
-            "Runs of different data: the images are not the same." if mixed
+            "Runs of different data: the images are not the same."
+            if mixed
             else "The first images of the same split in every run, one run of each variant. Variants without such a "
             "figure are left out."
-        )  # fmt: skip
+        )
         yield Section("Side by side", (told,), strips=tuple(strips), folded=len(shown) > RUNS_PAGE)
 
 

@@ -74,10 +74,12 @@ def setting_table(comparison: Comparison) -> Table:
     """Settings in which variants differ, by variant."""
     apart = differences([variant.runs[0].settings for variant in comparison.variants])
     rows = [
-        (Cell(variant.name), *(ABSENT if values[index] is None else Cell(shown(values[index])[:60])
-                               for values in apart.values()))
+        (
+            Cell(variant.name),
+            *(ABSENT if values[index] is None else Cell(shown(values[index])[:60]) for values in apart.values()),
+        )
         for index, variant in enumerate(comparison.variants)
-    ]  # fmt: skip
+    ]
     return Table(("variant", *apart), tuple(rows), text_columns=1 + len(apart))
 
 
@@ -90,11 +92,15 @@ def run_table(comparison: Comparison) -> Table:
             versions = run.fact("versions") or {}
             rows.append(
                 cells(
-                    variant.name, "?" if run.seed is None else str(run.seed), str(run.folder),
-                    str(run.fact("time") or "–")[:16].replace("T", " "), _short(commit),
-                    str(versions.get("torch", "–")), str(run.fact("machine", "cpu") or "–"),
+                    variant.name,
+                    "?" if run.seed is None else str(run.seed),
+                    str(run.folder),
+                    str(run.fact("time") or "–")[:16].replace("T", " "),
+                    _short(commit),
+                    str(versions.get("torch", "–")),
+                    str(run.fact("machine", "cpu") or "–"),
                 )
-            )  # fmt: skip
+            )
     return Table(("variant", "seed", "folder", "scored (UTC)", "commit", "torch", "CPU"), tuple(rows), text_columns=7)
 
 

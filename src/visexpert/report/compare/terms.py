@@ -22,11 +22,27 @@ TRAINING_DATA = (
 """Settings of the data that say what is trained on; all others say what world it is."""
 
 BATCH = ("data.batch_size", "trainer.accumulate_grad_batches")
-EVALUATION = ("model.evaluation.caption_images", "data.texts.eval", "trainer.limit_test_batches",
-              "trainer.limit_val_batches", "trainer.fast_dev_run", "trainer.overfit_batches")  # fmt: skip
-SCHEDULE = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "trainer.min_steps", "trainer.min_epochs",
-            "model.optimizer.warmup_steps", "model.optimizer.weight_decay", "trainer.gradient_clip_val", "merge.steps",
-            "merge.warmup_steps", "detachment.retune_steps")  # fmt: skip
+EVALUATION = (
+    "model.evaluation.caption_images",
+    "data.texts.eval",
+    "trainer.limit_test_batches",
+    "trainer.limit_val_batches",
+    "trainer.fast_dev_run",
+    "trainer.overfit_batches",
+)
+SCHEDULE = (
+    "trainer.max_steps",
+    "trainer.max_epochs",
+    "trainer.max_time",
+    "trainer.min_steps",
+    "trainer.min_epochs",
+    "model.optimizer.warmup_steps",
+    "model.optimizer.weight_decay",
+    "trainer.gradient_clip_val",
+    "merge.steps",
+    "merge.warmup_steps",
+    "detachment.retune_steps",
+)
 
 NOT_RECORDED = "not recorded"
 

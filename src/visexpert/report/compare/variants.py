@@ -70,8 +70,10 @@ def group_runs(runs: Sequence[RunRecord], named: Mapping[Path, str] | None = Non
             order.append(same)
         same.append(run)
     loose_names = iter(_loose_names(loose, taken=set(groups)))
-    variants = [Variant(key, tuple(groups[key])) if isinstance(key, str) else Variant(next(loose_names), tuple(key))
-                for key in order]  # fmt: skip
+    variants = [
+        Variant(key, tuple(groups[key])) if isinstance(key, str) else Variant(next(loose_names), tuple(key))
+        for key in order
+    ]
     return [_by_seed(variant) for variant in variants]
 
 

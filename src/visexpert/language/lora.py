@@ -53,8 +53,8 @@ def add_lora(model: nn.Module, settings: LoRASettings) -> LoraModel:
     model.requires_grad_(False)
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,  # type: ignore[arg-type]
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]
+        lora_dropout=settings.dropout,
         target_modules=settings.targets or "all-linear",
         task_type="CAUSAL_LM",
     )

@@ -18,7 +18,7 @@ from tests.captioners import captioner, lively
 from tests.methods.helpers import tiny_tove
 from visexpert.captioning import Answer, Captioner
 from visexpert.data import COCOCaptions, read_image
-from visexpert.data.resize import Resize
+from visexpert.data.images import Resize
 from visexpert.errors import ConfigError, DataError
 from visexpert.language import Decoding
 from visexpert.methods import ToVE

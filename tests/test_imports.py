@@ -107,7 +107,6 @@ def test_the_law_has_no_cycle() -> None:
 
 
 KNOWN_CIRCLES = {
-    frozenset({"data/source.py", "data/stepping.py"}),
     frozenset({"export/mole.py", "export/source.py"}),
     frozenset({"tabletop/raycast.py", "tabletop/scenes.py"}),
     frozenset({"vision/clip.py", "vision/mole.py", "vision/routing.py"}),

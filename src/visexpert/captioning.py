@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visexpert.data import TextPacker, read_image
-from visexpert.data.images import to_tensor
-from visexpert.data.resize import Picture
-from visexpert.data.settings import Settings
+from visexpert.data.images import Picture, to_tensor
+from visexpert.data.source import Settings
 from visexpert.errors import ConfigError, DataError, shown
 from visexpert.experts import VisionExpert
 from visexpert.language import Decoding

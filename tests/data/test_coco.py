@@ -10,7 +10,7 @@ import torch
 
 from tests.data.formats import close_to, tokenizer_folder, write_coco, write_jpeg, write_karpathy
 from visexpert.data import COCOCaptions
-from visexpert.data.settings import AugmentSettings
+from visexpert.data.source import AugmentSettings
 from visexpert.errors import ConfigError, DataError
 from visexpert.types import IGNORE_INDEX, Batch
 

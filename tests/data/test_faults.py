@@ -12,8 +12,7 @@ from tests.data.recorder import Recorder, trainer
 from visexpert.data import COCOCaptions
 from visexpert.data.annotations import read_json, read_json_lines, read_json_list
 from visexpert.data.faults import FaultLog
-from visexpert.data.needs import TokenizerNeed, missing_images
-from visexpert.data.tokenizers import load_tokenizer
+from visexpert.data.needs import TokenizerNeed, load_tokenizer, missing_images
 from visexpert.errors import DataError, WeightsError
 from visexpert.types import Skipped
 

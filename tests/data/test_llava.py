@@ -13,7 +13,7 @@ import torch
 
 from tests.data.formats import close_to, tokenizer_folder, write_jpeg, write_json
 from visexpert.data import LLaVAInstruct
-from visexpert.data.grouping import grouped_order
+from visexpert.data.llava import grouped_order
 from visexpert.errors import ConfigError, DataError
 from visexpert.language import LlavaTemplate
 from visexpert.types import IMAGE_TOKEN, Batch

@@ -12,8 +12,8 @@ import pytest
 
 from tests.data.formats import write_json, write_shard, write_shards
 from visexpert import trust
-from visexpert.data.shard_counts import shard_counts
-from visexpert.data.shards import ShardPlan, ShardReader, expand_shards, iterate_shard
+from visexpert.data.shard_loader import ShardPlan
+from visexpert.data.shards import ShardReader, expand_shards, iterate_shard, shard_counts
 from visexpert.errors import ConfigError, DataError
 
 COUNTS = (7, 13, 1, 0, 22, 9, 30, 4)

@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, 
 from tests.data.formats import tokenizer_folder
 from tests.io.hub import put_in_cache
 from tests.language.helpers import llama
-from visexpert.data.tokenizers import load_tokenizer
+from visexpert.data.needs import load_tokenizer
 from visexpert.errors import WeightsError
 from visexpert.experts import TransformersExpert
 from visexpert.io import source as source_module

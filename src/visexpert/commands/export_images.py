@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from visexpert.commands.data import build_data
 from visexpert.commands.image_files import find_images
-from visexpert.data.resize import ImageReader, Resize
+from visexpert.data.images import ImageReader, Resize
 from visexpert.errors import ConfigError
 from visexpert.runs import SavedRun
 from visexpert.types import Batch

@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from visexpert.data.cc3m import CC3M
     from visexpert.data.chat import ChatPacker
-    from visexpert.data.coco import COCOCaptions
+    from visexpert.data.coco import COCOCaptions, NoCaps
     from visexpert.data.images import read_image
     from visexpert.data.llava import LLaVAInstruct
-    from visexpert.data.loader import BatchKey, BatchLoader
+    from visexpert.data.loader import BatchKey, BatchLoader, StepLoader
     from visexpert.data.mixed import MixedData
-    from visexpert.data.nocaps import NoCaps
     from visexpert.data.packing import TextPacker, pack
     from visexpert.data.pope import POPE
     from visexpert.data.source import SourceData
-    from visexpert.data.stepping import StepLoader
     from visexpert.data.vqav2 import VQAv2
     from visexpert.data.vsr import VSR
 
@@ -52,10 +50,10 @@ _HOMES = {
     "BatchLoader": "loader",
     "LLaVAInstruct": "llava",
     "MixedData": "mixed",
-    "NoCaps": "nocaps",
+    "NoCaps": "coco",
     "POPE": "pope",
     "SourceData": "source",
-    "StepLoader": "stepping",
+    "StepLoader": "loader",
     "TextPacker": "packing",
     "VQAv2": "vqav2",
     "VSR": "vsr",

@@ -14,9 +14,15 @@ from torch import Tensor
 
 from visexpert.data.needs import Need
 from visexpert.data.samples import BatchForm, subset
-from visexpert.data.shard_counts import shard_counts, wrong_notes
-from visexpert.data.shard_loader import RecordReader, ShardLoader
-from visexpert.data.shards import ShardPlan, check_shard, expand_shards, is_remote, iterate_shard
+from visexpert.data.shard_loader import RecordReader, ShardLoader, ShardPlan
+from visexpert.data.shards import (
+    check_shard,
+    expand_shards,
+    is_remote,
+    iterate_shard,
+    shard_counts,
+    wrong_notes,
+)
 from visexpert.data.source import CAPTION_PROMPT, SourceData
 from visexpert.errors import ConfigError, DataError
 from visexpert.types import ImageSource

@@ -1,4 +1,4 @@
-"""COCO captions: Karpathy's split in one JSON, or the official files of 2014 and 2017."""
+"""COCO captions (Karpathy's split or the official files of 2014 and 2017), and NoCaps in the same format."""
 
 from __future__ import annotations
 
@@ -173,3 +173,42 @@ def read_coco_captions(data: RowData, path: Path, folder: Path, part: str, promp
 
     list(collect(annotations, parse_caption, path=path, faults=faults))
     return collect(images, parse_image, path=path, faults=faults)
+
+
+_NOCAPS = "nocaps_val_4500_captions.json"
+
+
+class NoCaps(RowData):
+    """NoCaps' validation set (arXiv 1812.08658): 4500 images, ten captions each; never trained on.
+
+    Under ``root`` lie ``nocaps_val_4500_captions.json`` and the images in ``val/`` (or ``images/``). Scores come for
+    all images and by domain (``in-domain``, ``near-domain``, ``out-domain``), each domain scored as a set of its own.
+
+    Args:
+        prompt: Words that ask for a caption.
+        kwargs: See :class:`~visexpert.data.rows.RowData`.
+    """
+
+    parts = ("val", "test")
+
+    def __init__(self, *, prompt: str = CAPTION_PROMPT, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.prompt = prompt
+
+    def needs(self, part: str) -> list[Need]:
+        """List captions and images."""
+        return [
+            Need(self.root / _NOCAPS, "NoCaps' captions", f"https://s3.amazonaws.com/nocaps/{_NOCAPS}", "7 MB"),
+            Need(
+                self.root / "val",
+                "NoCaps' images",
+                "https://nocaps.org/download (coco_url of each image)",
+                "4500 images",
+                others=(self.root / "images",),
+            ),
+        ]
+
+    def read(self, part: str) -> Iterable[Sample]:
+        """Yield one sample per image, its domain as the family."""
+        folder: Path = self.needs(part)[1].found or self.root / "val"
+        return read_coco_captions(self, self.root / _NOCAPS, folder, part, self.prompt)

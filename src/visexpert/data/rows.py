@@ -8,15 +8,16 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, replace
+from string import Formatter
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from visexpert.data.images import ImageReader
 from visexpert.data.loader import BatchKey, BatchLoader
 from visexpert.data.packing import IntArray
-from visexpert.data.resize import ImageReader
 from visexpert.data.samples import BatchForm, Loaded, Sample, SampleTable, encode_items, prompts_of, subset
 from visexpert.data.source import SourceData
 from visexpert.errors import ConfigError, DataError
@@ -247,3 +248,18 @@ def _stat(path: str) -> str:
     except OSError:
         return ""
     return f"{facts.st_size}/{facts.st_mtime_ns}"
+
+
+def check_template(template: str, field: str) -> str:
+    """Check that a prompt has exactly its one placeholder, and return it.
+
+    Raises:
+        ConfigError: The placeholder is missing, repeated, or not the only one.
+    """
+    try:
+        fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    except ValueError:
+        fields = []
+    if fields != [field]:
+        raise ConfigError(f"prompt is {template!r}, but must have {{{field}}} in it once and no other braces.")
+    return template

@@ -9,8 +9,8 @@ from dataclasses import astuple, dataclass
 import numpy as np
 import torch
 
+from visexpert.data.images import Picture
 from visexpert.data.packing import IntArray, pack_encoded
-from visexpert.data.resize import Picture
 from visexpert.types import Batch, EncodedText, Skipped, TextEncoder, TextItem
 
 

@@ -1,4 +1,4 @@
-"""Load batches from shards in the order of a plan, resumable in mid-epoch."""
+"""Load batches from shards: a plan of which process reads which records, and a loader that resumes in mid-epoch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from visexpert.data.annotations import checked
-from visexpert.data.resize import ImageReader
+from visexpert.data.images import ImageReader
+from visexpert.data.packing import IntArray
 from visexpert.data.samples import BatchForm, Loaded, encode_items, prompts_of
-from visexpert.data.shards import Record, ShardPlan, ShardReader
+from visexpert.data.shards import Record, ShardReader
 from visexpert.data.workers import load
 from visexpert.errors import DataError
 from visexpert.io.reading import IMAGE_FORMATS, parse_json
@@ -22,6 +23,96 @@ from visexpert.types import Batch, Skipped, TextEncoder, TextItem
 _IMAGES = tuple(suffix[1:] for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 _SHARD = 10_000_000
 """Row number = shard index times this, plus the index in the shard."""
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Divides the records of all shards among processes and workers: each record goes to exactly one per epoch.
+
+    An epoch puts the shards in a random order and their records, end to end, on a line. Each process gets an equal
+    stretch of it, cut into equally many batches; each of its workers gets a part of that stretch, so that it reads
+    from one shard on to the next. Within stretches of ``window`` batches the records are shuffled.
+
+    Args:
+        counts: Records of each shard.
+        batch_size: Records per batch.
+        shuffle: New order each epoch; else as the shards lie.
+        drop_last: Give all processes batches of ``batch_size`` alone, dropping the remainder (a different one each
+            epoch).
+        seed: Seed of the order.
+        window: Batches whose records are shuffled among one another; a worker holds so many encoded in memory.
+        rank: This process.
+        world_size: Number of processes.
+        workers: Workers of each process.
+    """
+
+    counts: tuple[int, ...]
+    batch_size: int
+    shuffle: bool
+    drop_last: bool
+    seed: int
+    window: int
+    rank: int = 0
+    world_size: int = 1
+    workers: int = 1
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of this process in an epoch; the same for each process."""
+        step = self.batch_size * self.world_size
+        total = sum(self.counts)
+        return total // step if self.drop_last and total >= step else -(-total // step)
+
+    def windows(self, epoch: int, worker: int, *, skip: int = 0) -> Iterator[tuple[IntArray, list[IntArray]]]:
+        """Yield what a worker reads in an epoch, window by window.
+
+        Args:
+            epoch: Epoch, from 0.
+            worker: The worker, from 0.
+            skip: Number of its batches that are done.
+
+        Yields:
+            The window's records, int64 (n, 2) of shard and place in it, in the order in which they lie; and for each
+            batch that is not done the places in the window that make it up.
+        """
+        line = self._line(epoch)
+        ends = self._batch_ends(len(line))
+        first = self._first_batch(worker)
+        last = self._first_batch(worker + 1)
+        for number, start in enumerate(range(first, last, self.window)):
+            stop = min(start + self.window, last)
+            if stop <= first + skip:
+                continue
+            begin = int(ends[start])
+            order = np.arange(int(ends[stop]) - begin)
+            if self.shuffle:
+                order = np.random.default_rng([self.seed, epoch, self.rank, worker, number]).permutation(order)
+            batches = [order[ends[b] - begin : ends[b + 1] - begin] for b in range(start, stop)]
+            yield line[begin : int(ends[stop])], batches[max(0, first + skip - start) :]
+
+    def _line(self, epoch: int) -> IntArray:
+        """Return all records of an epoch end to end, int64 (n, 2), as far as they are this process's."""
+        shards = np.arange(len(self.counts))
+        if self.shuffle:
+            shards = np.random.default_rng([self.seed, epoch]).permutation(shards)
+        counts = np.asarray(self.counts, dtype=np.int64)[shards]
+        total = int(counts.sum())
+        size = self.num_batches * self.batch_size
+        exact = self.drop_last and size * self.world_size <= total
+        bounds = [size * rank if exact else total * rank // self.world_size for rank in (self.rank, self.rank + 1)]
+        position = np.arange(*bounds)
+        starts = np.cumsum(counts) - counts
+        index = np.searchsorted(starts, position, side="right") - 1
+        return np.stack([shards[index], position - starts[index]], axis=1)
+
+    def _batch_ends(self, size: int) -> IntArray:
+        """Return where in this process's stretch its batches begin, and where the last one ends."""
+        return np.arange(self.num_batches + 1) * size // max(self.num_batches, 1)
+
+    def _first_batch(self, worker: int) -> int:
+        """Return where a worker's batches begin, if workers give batches in turn and each reads one stretch."""
+        full, over = divmod(self.num_batches, self.workers)
+        return worker * full + min(worker, over)
 
 
 @dataclass(frozen=True, kw_only=True)

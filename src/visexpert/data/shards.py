@@ -1,116 +1,30 @@
-"""WebDataset shards: the plan of which process reads which records, and a sequential reader."""
+"""WebDataset shards: their names, how many records each holds, and a sequential reader."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from visexpert.data.packing import IntArray
 from visexpert.errors import ConfigError, DataError
+from visexpert.io.files import whole_file
+from visexpert.io.reading import read_json
+from visexpert.io.weights import cache_root
 from visexpert.trust import pipe_allowed
 from visexpert.types import Skipped
 
 Record = dict[str, Any]
 """What a shard holds of one sample: ``__key__`` and the bytes of each file by suffix (``jpg``, ``txt``, ``json``)."""
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """Divides the records of all shards among processes and workers: each record goes to exactly one per epoch.
-
-    An epoch puts the shards in a random order and their records, end to end, on a line. Each process gets an equal
-    stretch of it, cut into equally many batches; each of its workers gets a part of that stretch, so that it reads
-    from one shard on to the next. Within stretches of ``window`` batches the records are shuffled.
-
-    Args:
-        counts: Records of each shard.
-        batch_size: Records per batch.
-        shuffle: New order each epoch; else as the shards lie.
-        drop_last: Give all processes batches of ``batch_size`` alone, dropping the remainder (a different one each
-            epoch).
-        seed: Seed of the order.
-        window: Batches whose records are shuffled among one another; a worker holds so many encoded in memory.
-        rank: This process.
-        world_size: Number of processes.
-        workers: Workers of each process.
-    """
-
-    counts: tuple[int, ...]
-    batch_size: int
-    shuffle: bool
-    drop_last: bool
-    seed: int
-    window: int
-    rank: int = 0
-    world_size: int = 1
-    workers: int = 1
-
-    @property
-    def num_batches(self) -> int:
-        """Batches of this process in an epoch; the same for each process."""
-        step = self.batch_size * self.world_size
-        total = sum(self.counts)
-        return total // step if self.drop_last and total >= step else -(-total // step)
-
-    def windows(self, epoch: int, worker: int, *, skip: int = 0) -> Iterator[tuple[IntArray, list[IntArray]]]:
-        """Yield what a worker reads in an epoch, window by window.
-
-        Args:
-            epoch: Epoch, from 0.
-            worker: The worker, from 0.
-            skip: Number of its batches that are done.
-
-        Yields:
-            The window's records, int64 (n, 2) of shard and place in it, in the order in which they lie; and for each
-            batch that is not done the places in the window that make it up.
-        """
-        line = self._line(epoch)
-        ends = self._batch_ends(len(line))
-        first = self._first_batch(worker)
-        last = self._first_batch(worker + 1)
-        for number, start in enumerate(range(first, last, self.window)):
-            stop = min(start + self.window, last)
-            if stop <= first + skip:
-                continue
-            begin = int(ends[start])
-            order = np.arange(int(ends[stop]) - begin)
-            if self.shuffle:
-                order = np.random.default_rng([self.seed, epoch, self.rank, worker, number]).permutation(order)
-            batches = [order[ends[b] - begin : ends[b + 1] - begin] for b in range(start, stop)]
-            yield line[begin : int(ends[stop])], batches[max(0, first + skip - start) :]
-
-    def _line(self, epoch: int) -> IntArray:
-        """Return all records of an epoch end to end, int64 (n, 2), as far as they are this process's."""
-        shards = np.arange(len(self.counts))
-        if self.shuffle:
-            shards = np.random.default_rng([self.seed, epoch]).permutation(shards)
-        counts = np.asarray(self.counts, dtype=np.int64)[shards]
-        total = int(counts.sum())
-        size = self.num_batches * self.batch_size
-        exact = self.drop_last and size * self.world_size <= total
-        bounds = [size * rank if exact else total * rank // self.world_size for rank in (self.rank, self.rank + 1)]
-        position = np.arange(*bounds)
-        starts = np.cumsum(counts) - counts
-        index = np.searchsorted(starts, position, side="right") - 1
-        return np.stack([shards[index], position - starts[index]], axis=1)
-
-    def _batch_ends(self, size: int) -> IntArray:
-        """Return where in this process's stretch its batches begin, and where the last one ends."""
-        return np.arange(self.num_batches + 1) * size // max(self.num_batches, 1)
-
-    def _first_batch(self, worker: int) -> int:
-        """Return where a worker's batches begin, if workers give batches in turn and each reads one stretch."""
-        full, over = divmod(self.num_batches, self.workers)
-        return worker * full + min(worker, over)
 
 
 class ShardReader:
@@ -286,3 +200,106 @@ def told(error: Exception) -> str:
     """Return the first line of an error with its kind: tarfile adds one for each way in which it tried to read."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:160].rstrip(':')}" if text else type(error).__name__
+
+
+def shard_counts(shards: Sequence[str], *, sizes: Path | None) -> tuple[int, ...]:
+    """Find out how many records each shard holds.
+
+    In this order: ``sizes`` or a ``sizes.json`` beside the shard (webdataset's own convention, name to number), the
+    ``_stats.json`` that img2dataset writes beside it (``successes``), or the shard's headers, whose count is kept in
+    the cache. Shards behind a URL are not read for this.
+
+    Args:
+        shards: Paths or URLs.
+        sizes: The file of numbers; None looks for one beside each shard.
+
+    Raises:
+        ConfigError: A remote shard is in no file of numbers.
+        DataError: A shard is damaged or empty.
+    """
+    known: dict[Path, dict[str, Any]] = {}
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        counts = tuple(pool.map(lambda shard: _count(shard, sizes, known), shards))
+    if not sum(counts):
+        raise DataError(f"The shards {shards[0]} and on hold no records; check the pattern.")
+    return counts
+
+
+def _count(shard: str, sizes: Path | None, known: dict[Path, dict[str, Any]]) -> int:
+    noted = _note_of(shard, sizes, known)
+    if noted is not None:
+        return noted[0]
+    if is_remote(shard):
+        raise ConfigError(
+            f"How many records {shard} holds is not known, so it cannot be shared among processes; give a JSON file of "
+            'names and numbers ({"00000.tar": 9812, ...}) as `sizes`.'
+        )
+    return _counted(Path(shard))
+
+
+def wrong_notes(shards: Sequence[str], *, sizes: Path | None) -> list[str]:
+    """Return a sentence for each shard here of which a file says another number of records than it holds.
+
+    Raises:
+        DataError: A shard is damaged.
+    """
+    known: dict[Path, dict[str, Any]] = {}
+    wrong = []
+    for shard in shards:
+        noted = None if is_remote(shard) else _note_of(shard, sizes, known)
+        if noted is not None and noted[0] != (held := _counted(Path(shard))):
+            wrong.append(
+                f"{noted[1]} says that {shard} holds {noted[0]} records, but it holds {held}; correct that file, or "
+                "delete it to have them counted"
+            )
+    return wrong
+
+
+def _note_of(shard: str, sizes: Path | None, known: dict[Path, dict[str, Any]]) -> tuple[int, Path] | None:
+    """Return the number that a file says, and the file."""
+    path = Path(shard)
+    listed = sizes if sizes is not None else path.with_name("sizes.json")
+    number = _noted(listed, known).get(shard.rsplit("/", 1)[-1])
+    if number is None and not is_remote(shard):
+        listed = path.with_name(f"{path.name.split('.')[0]}_stats.json")
+        number = _noted(listed, known).get("successes")
+    return None if number is None else (int(number), listed)
+
+
+def _noted(path: Path, known: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    if path not in known:
+        try:
+            content = read_json(path)
+        except (OSError, ValueError):
+            content = {}
+        known[path] = content if isinstance(content, dict) else {}
+    return known[path]
+
+
+def _counted(path: Path) -> int:
+    """Count the groups of files of one name, by headers alone; remembered by size and time of change."""
+    try:
+        facts = path.stat()
+        content = os.fsencode(path.resolve()) + f"\0{facts.st_size}\0{facts.st_mtime_ns}".encode()
+        note = cache_root() / "shards" / f"{hashlib.sha256(content).hexdigest()[:24]}.json"
+        if note.is_file():
+            return int(read_json(note))
+        number = _groups(path)
+        with whole_file(note) as part:
+            part.write_text(json.dumps(number), encoding="utf-8")
+    except (OSError, tarfile.TarError, ValueError) as error:
+        raise DataError(f"The shard {path} cannot be counted ({told(error)}); fetch it again.") from error
+    return number
+
+
+def _groups(path: Path) -> int:
+    number, previous = 0, ""
+    with tarfile.open(path, "r:*") as tar:
+        for member in tar:
+            named = split_member(member.name) if member.isreg() else None
+            if named is None:
+                continue
+            number += named[0] != previous
+            previous = named[0]
+            tar.members = []  # type: ignore[attr-defined]
+    return number

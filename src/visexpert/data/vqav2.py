@@ -25,9 +25,8 @@ from visexpert.data.annotations import (
 )
 from visexpert.data.coco import coco_images
 from visexpert.data.needs import Need
-from visexpert.data.rows import RowData
+from visexpert.data.rows import RowData, check_template
 from visexpert.data.samples import Sample
-from visexpert.data.templates import check_template
 from visexpert.types import TextItem
 
 log = logging.getLogger(__name__)

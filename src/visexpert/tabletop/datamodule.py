@@ -11,9 +11,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from visexpert.data.loader import BatchLoader
+from visexpert.data.loader import BatchLoader, StepLoader
 from visexpert.data.packing import TextPacker
-from visexpert.data.stepping import StepLoader
 from visexpert.data.table import TextTable
 from visexpert.errors import ConfigError
 from visexpert.io.weights import cache_root

@@ -22,7 +22,7 @@ from visexpert.commands.trial.naming import (
     language_source,
     model_type,
 )
-from visexpert.data.tokenizers import find_tokenizer
+from visexpert.data.needs import find_tokenizer
 from visexpert.errors import UserError, first_line, told_by_machine
 from visexpert.experts import VisionExpert
 from visexpert.experts.huggingface import quiet

@@ -19,7 +19,7 @@ from tests.io.hub import put_in_cache
 from visexpert.data import CC3M, POPE, VSR, COCOCaptions, LLaVAInstruct, MixedData, NoCaps, VQAv2
 from visexpert.language import LlavaTemplate
 from visexpert.methods import MoVEKD, ToVE
-from visexpert.planning.weightless import weightless
+from visexpert.planning.meta import weightless
 from visexpert.training import VisexpertCLI, build_cli
 from visexpert.vision import TiledClipEncoder
 from visexpert.vision.published import describe_clip

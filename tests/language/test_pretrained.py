@@ -286,6 +286,20 @@ def test_impossible_quantization(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         PrefixLM(source=str(folder), quantization="nf4")
 
 
+def test_packed_weights_are_the_linear_layers_of_the_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("visexpert.language.pretrained.quantized", lambda kind, dtype: None)
+    assert PrefixLM(source=str(folder), lora=LORA).packed_weights() == {}
+    for kind, size in (("nf4", 0.52), ("int8", 1.0)):
+        side = PrefixLM(source=str(folder), lora=LORA, quantization=kind)  # type: ignore[arg-type]
+        packed = side.packed_weights()
+        names = {name for name, weight in side.model.named_parameters() if id(weight) in packed}
+        kinds = {name.split(".layers.")[1].removesuffix(".weight").removesuffix(".base_layer")[2:] for name in names}
+        attention = {f"self_attn.{letter}_proj" for letter in "qkvo"}
+        assert kinds == attention | {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+        assert len(names) == 7 * side.settings.num_hidden_layers == len(packed)
+        assert set(packed.values()) == {size}
+
+
 @pytest.mark.skipif(not HAS_BITSANDBYTES, reason="bitsandbytes is not installed")
 def test_qlora_trains_beside_four_bits(tmp_path: Path) -> None:
     """On the CPU kernels of bitsandbytes, in shapes that they take."""

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from visexpert.experts.timm import TimmExpert
 from visexpert.experts.transformers import TransformersExpert
 from visexpert.planning.counting import StepCost, count_step
-from visexpert.planning.weightless import weightless
+from visexpert.planning.meta import weightless
 from visexpert.vision import ClipEncoder
 
 CLOSE = 0.02

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from visexpert.planning.counting import count_step
-from visexpert.planning.weightless import weightless
+from visexpert.planning.meta import weightless
 
 ROWS, WIDTH = 5, 16
 PRODUCT = 2 * ROWS * WIDTH * WIDTH

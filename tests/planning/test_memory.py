@@ -6,9 +6,9 @@ import pytest
 from torch import nn
 
 from visexpert.errors import ConfigError
+from visexpert.planning.machine import Precision, Strategy
 from visexpert.planning.memory import Memory, memory_per_gpu
-from visexpert.planning.strategy import Precision, Strategy
-from visexpert.planning.weightless import weightless
+from visexpert.planning.meta import weightless
 
 M = 10**6
 

@@ -13,9 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from visexpert.errors import ConfigError
 from visexpert.methods import Method, ToVE
 from visexpert.planning import Asked, Plan, Planned, configured_gpus, make_plan, read_configs
-from visexpert.planning.parts import ready_to_train
+from visexpert.planning.make import ready_to_train, sample_of
 from visexpert.planning.plan import Row
-from visexpert.planning.sample import sample_of
 from visexpert.planning.show import other_gpus, steps_in_epochs
 from visexpert.runs import build
 
@@ -130,6 +129,15 @@ def test_a_store_moves_the_teachers_out_of_the_steps_onto_the_disk() -> None:
     assert row(kept, "frozen CLIP").is_stored and not row(kept, "CLIP").is_stored
     alone = planned(MOVEKD, "--model.init_args.store.folder", "auto", "--model.init_args.use", "[]")
     assert alone.disk.store == 32 * 2 * (T + 1) * (D + 2)  # hidden states and [CLS] attention of two heads, float16
+
+
+def test_memory_counts_weights_as_the_language_model_packs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned_now = read(MOVEKD)
+    language = planned_now.method.language
+    plain, weights = planned(MOVEKD).memory, list(language.parameters())
+    monkeypatch.setattr(language, "packed_weights", lambda: {id(weight): 0.5 for weight in weights})
+    packed = make_plan(planned_now, Asked(gpus=2, gpu="a100", text_tokens=TEXT, answer_tokens=20)).memory
+    assert plain.weights - packed.weights == 3.5 * sum(weight.numel() for weight in weights) > 0
 
 
 def test_a_checkpoint_holds_what_trains_twice_over_and_no_teacher() -> None:

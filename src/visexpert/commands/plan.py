@@ -34,7 +34,7 @@ def run(arguments: list[str]) -> None:
         raise ConfigError("visexpert plan: no configuration was given; name YAML files by --config.")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported, below
     from visexpert.planning import Asked, configured_gpus, make_plan, read_configs  # heavy: after --help
-    from visexpert.planning.hardware import gpu_named
+    from visexpert.planning.machine import gpu_named
 
     gpu_named(options.gpu)
     planned = read_configs(options.config, overrides)

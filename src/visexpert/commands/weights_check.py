@@ -13,7 +13,7 @@ from visexpert.checking import built
 from visexpert.errors import UserError, WeightsError
 from visexpert.experts.edges import DEXINED_FILE
 from visexpert.io.source import WEIGHT_FILES, ModelSource
-from visexpert.planning.weightless import weightless
+from visexpert.planning.meta import weightless
 from visexpert.trust import UntrustedError, guarded, refuse_strangers
 from visexpert.vision.published import OPEN_CLIP_FILES
 

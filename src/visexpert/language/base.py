@@ -65,6 +65,10 @@ class LanguageModel(nn.Module, ABC):
         """Whether it has its own start weights, so that an earlier stage need not provide them."""
         return False
 
+    def packed_weights(self) -> dict[int, float]:
+        """Return the bytes per number, by ``id`` of the weight, of weights that loading packs into fewer bits."""
+        return {}
+
     def trained_modules(self) -> tuple[nn.Module, ...]:
         """Return the modules to optimize, without permanently frozen ones (such as a model beside its LoRA)."""
         return (self,)

@@ -17,6 +17,9 @@ from visexpert.errors import ConfigError
 
 Quantization = Literal["nf4", "int8"]
 
+PACKED: dict[Quantization, float] = {"nf4": 0.52, "int8": 1.0}
+"""Bytes per number of a quantized weight; nf4 with doubly quantized constants takes 4.13 bits (QLoRA, section 3)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoRASettings:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 from typing_extensions import Self
 
 from visexpert.errors import ConfigError
@@ -15,7 +16,7 @@ from visexpert.io.weights import fill_module, read_source
 from visexpert.language.base import LanguageModel
 from visexpert.language.causal_lm import Dtype, build_config, build_model, read_model, torch_dtype
 from visexpert.language.frozen import leave_out_of_checkpoints
-from visexpert.language.lora import LoRASettings, Quantization, add_lora, lora_modules, quantized
+from visexpert.language.lora import PACKED, LoRASettings, Quantization, add_lora, lora_modules, quantized
 
 
 class PretrainedSide(LanguageModel):
@@ -94,6 +95,15 @@ class PretrainedSide(LanguageModel):
     def has_source(self) -> bool:
         """Whether ``source`` or ``weights`` is set."""
         return self.source is not None or self._weights is not None
+
+    def packed_weights(self) -> dict[int, float]:
+        """See :meth:`LanguageModel.packed_weights`: frozen linear layers, except the output layer."""
+        if self._quantization is None:
+            return {}
+        added = {module for part in lora_modules(self.model) for module in part.modules()}
+        left_out = {self.model.get_output_embeddings(), *added}
+        layers = [layer for layer in self.model.modules() if isinstance(layer, nn.Linear | Conv1D)]
+        return {id(layer.weight): PACKED[self._quantization] for layer in layers if layer not in left_out}
 
     def trained_modules(self) -> tuple[nn.Module, ...]:
         """Return the modules that train: all, or those added to a frozen model."""

@@ -1,7 +1,7 @@
 """What a configuration will cost, found out on the ``meta`` device: no weights, no download, no accelerator."""
 
 from visexpert.planning.amount import configured_gpus
-from visexpert.planning.hardware import GPUS, USUAL_MFU, Gpu, gpu_named
+from visexpert.planning.machine import GPUS, USUAL_MFU, Gpu, gpu_named
 from visexpert.planning.make import make_plan
 from visexpert.planning.plan import Asked, Plan
 from visexpert.planning.read import Planned, read_configs

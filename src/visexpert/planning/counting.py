@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import warnings
+import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from visexpert.planning.attribution import Attribution
-from visexpert.planning.live import LiveTensors
-from visexpert.planning.metamode import MetaMode, RealNumbers
+from visexpert.planning.meta import MetaMode, RealNumbers
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def count_step(
 
     Args:
         step: Calls the model; where it returns a tensor with a graph, that is differentiated.
-        model: With its parameters on ``meta`` (see :func:`~visexpert.planning.weightless.weightless`).
+        model: With its parameters on ``meta`` (see :func:`~visexpert.planning.meta.weightless`).
         parts: Modules by the name of their part; a part may lie inside another.
         float_bytes: Bytes of a floating-point activation.
     """
@@ -105,3 +108,164 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+OTHER = "the rest"
+"""Where operations are counted that happen in no part, such as losses."""
+
+_KEY = "visexpert_part"
+
+
+class Attribution:
+    """Says the part of the operation that runs now, between :meth:`watching`.
+
+    In the forward pass it is the innermost part whose ``forward`` runs. In the backward pass it is the part that made
+    the node of autograd's graph: when a part is left, all nodes behind its outputs that have no owner yet are its own.
+    (torch's ``ModuleTracker`` cannot tell, where modules hand dataclasses to each other.)
+
+    Args:
+        parts: Modules of each part by its name; a part may lie inside another.
+    """
+
+    def __init__(self, parts: Mapping[str, Sequence[nn.Module]]) -> None:
+        self._parts = parts
+        self._running: list[str] = [OTHER]
+
+    @property
+    def now(self) -> str:
+        """Name of the part."""
+        node = torch._C._current_autograd_node()
+        return self._running[-1] if node is None else _notes(node).get(_KEY, OTHER)
+
+    @property
+    def is_backward(self) -> bool:
+        """Whether the backward pass runs."""
+        return torch._C._current_autograd_node() is not None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Follow the parts' forward calls."""
+        handles = []
+        for name, modules in self._parts.items():
+            for module in modules:
+                handles.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True))
+                handles.append(module.register_forward_hook(self._leave))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, name: str) -> Any:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if not self.is_backward:  # a block that is run again for its activations belongs to the node that asks
+                _own(_tensors((args, kwargs)), self._running[-1])
+                self._running.append(name)
+
+        return enter
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self.is_backward:
+            _own(_tensors(output), self._running.pop())
+
+
+def _own(tensors: Iterable[Tensor], part: str) -> None:
+    """Give a part all nodes behind some tensors that have no owner."""
+    waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    while waiting:
+        node = waiting.pop()
+        if _KEY in _notes(node):
+            continue
+        _notes(node)[_KEY] = part
+        waiting += [behind for behind, _ in node.next_functions if behind is not None]
+
+
+def _notes(node: Any) -> dict[str, str]:
+    """What a node of autograd's graph carries for whoever asks."""
+    notes: dict[str, str] = node.metadata
+    return notes
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Tensors in nested records, mappings and sequences."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for entry in fields(value):
+            yield from _tensors(getattr(value, entry.name))
+
+
+class LiveTensors:
+    """Adds up the results on ``meta`` that are alive, and remembers the most there were at once.
+
+    Weights' gradients are left out (they are counted by themselves), and so are the logits of attention, which fused
+    attention never holds.
+
+    Args:
+        float_bytes: Bytes of a floating-point number.
+        weights: What the model itself holds; outlives this object.
+    """
+
+    def __init__(self, *, float_bytes: int, weights: Iterable[Tensor]) -> None:
+        held = list(weights)
+        self.peak = 0
+        self.scores = AttentionShapes()
+        self._now = 0
+        self._alive: dict[int, weakref.ref[Any]] = {}
+        self._held = {tensor.untyped_storage()._cdata for tensor in held}
+        self._gradients = {tensor.numel() for tensor in held if tensor.requires_grad}
+        self._float_bytes = float_bytes
+
+    def add(self, result: Any, *, is_backward: bool) -> None:
+        """Take the results of an operation into account."""
+        for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.is_meta and not self._is_left_out(tensor, is_backward):
+                self._add(tensor)
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive or key in self._held:
+            return
+        numbers = storage.nbytes() // tensor.element_size()
+        size = numbers * (self._float_bytes if tensor.is_floating_point() else tensor.element_size())
+        self._alive[key] = weakref.ref(storage, partial(self._forget, key, size))
+        self._now += size
+        self.peak = max(self.peak, self._now)
+
+    def _forget(self, key: int, size: int, _: Any) -> None:
+        self._alive.pop(key, None)
+        self._now -= size
+
+    def _is_left_out(self, tensor: Tensor, is_backward: bool) -> bool:
+        if (is_backward or self.scores.inside) and tensor.ndim > 2 and tuple(tensor.shape[-2:]) in self.scores.seen:
+            return True
+        return is_backward and tensor.numel() in self._gradients
+
+
+class AttentionShapes(TorchFunctionMode):
+    """Notes the shapes (queries, keys) of the logits of fused attention, and whether it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, int]] = set()
+        self.inside = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        named = dict(zip(("query", "key"), args, strict=False)) | dict(kwargs or {})
+        self.seen.add((named["query"].shape[-2], named["key"].shape[-2]))
+        self.inside = True
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.inside = False

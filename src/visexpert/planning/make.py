@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from visexpert.errors import ConfigError
 from visexpert.methods import ROLES, Method, Part
 from visexpert.planning.amount import Amount, amount_of, configured_gpus, data_needs, image_size_of, stored_bytes
-from visexpert.planning.attribution import OTHER
-from visexpert.planning.counting import StepCost, count_step
-from visexpert.planning.hardware import gpu_named
+from visexpert.planning.counting import OTHER, StepCost, count_step
+from visexpert.planning.machine import Precision, Strategy, gpu_named
 from visexpert.planning.memory import memory_per_gpu
-from visexpert.planning.parts import find_parts, parameter_counts, ready_to_train, trained_parameters
 from visexpert.planning.plan import Asked, Configured, Disk, Plan, Row
 from visexpert.planning.read import Planned
-from visexpert.planning.sample import sample_of
-from visexpert.planning.strategy import Precision, Strategy
-
-PACKED = {"nf4": 0.52, "int8": 1.0}
-"""Bytes of a number of a quantized weight; nf4 with doubly quantized constants takes 4.13 bits (QLoRA, section 3)."""
+from visexpert.types import IGNORE_INDEX, Batch, TextBatch
 
 
 def make_plan(planned: Planned, asked: Asked) -> Plan:
@@ -50,7 +47,7 @@ def make_plan(planned: Planned, asked: Asked) -> Plan:
         gpus=asked.gpus,
         activation_bytes=cost.activation_bytes,
         batch_size=amount.batch_size,
-        packed=_packed(planned),
+        packed=method.language.packed_weights(),
     )
     return Plan(
         method=type(method).__name__,
@@ -103,10 +100,86 @@ def _disk(planned: Planned, trained: list[nn.Parameter], stored: Mapping[str, in
     return Disk(checkpoint, float(everything - learned), store, data_needs(planned.data))
 
 
-def _packed(planned: Planned) -> dict[int, float]:
-    """Weights of a language model that is held in fewer bits: matrices of its blocks, which do not train."""
-    size = PACKED.get(str(planned.model_setting("language", "quantization")))
-    if size is None:
-        return {}
-    blocks = (p for n, p in planned.method.language.named_parameters() if ".layers." in n and p.ndim == 2)
-    return {id(parameter): size for parameter in blocks if not parameter.requires_grad}
+@dataclass(frozen=True)
+class Counts:
+    """Parameters of a part.
+
+    Args:
+        trained: Those that an optimizer is to get.
+        frozen: The others.
+    """
+
+    trained: int
+    frozen: int
+
+
+def ready_to_train(method: Method) -> None:
+    """Freeze and thaw as a fit does, without reading weights."""
+    method.mark_loaded()
+    method.init_from = None
+    method.setup("fit")
+    method.train()
+
+
+def trained_parameters(method: Method) -> list[nn.Parameter]:
+    """What the optimizer gets, each once; after :func:`ready_to_train`."""
+    modules = [module for group in method.trained_groups() for module in group.modules]
+    found = dict.fromkeys(parameter for module in modules for parameter in module.parameters())
+    return [parameter for parameter in found if parameter.requires_grad]
+
+
+def find_parts(method: Method) -> list[Part]:
+    """The method's parts that have parameters."""
+    return [part for part in method.parts() if any(True for module in part.modules for _ in module.parameters())]
+
+
+def parameter_counts(parts: list[Part], trained: list[nn.Parameter]) -> dict[str, Counts]:
+    """Parameters by part, each in the first part that has it."""
+    learning, seen = {id(parameter) for parameter in trained}, set[int]()
+    counts: dict[str, Counts] = {}
+    for part in parts:
+        sums = {True: 0, False: 0}
+        for parameter in (parameter for module in part.modules for parameter in module.parameters()):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                sums[id(parameter) in learning] += parameter.numel()
+        counts[part.name] = Counts(trained=sums[True], frozen=sums[False])
+    return counts
+
+
+def sample_of(method: Method, *, text_tokens: int, answer_tokens: int | None, image_size: int) -> Batch:
+    """A batch of one: pixels on ``meta``, ids real, so that the method's own step runs on it.
+
+    Args:
+        method: Whose language model limits the length of an item; longer texts are several items.
+        text_tokens: Tokens of the image's texts, all items together.
+        answer_tokens: Those that are supervised; None for half of them.
+        image_size: Side of the image.
+
+    Raises:
+        ConfigError: Too few tokens, or more answers than text.
+    """
+    image = torch.empty(1, 3, image_size, image_size, device="meta")
+    text = _text(text_tokens, answer_tokens, method.language.max_tokens) if method.reads_text else None
+    return Batch(image, torch.zeros(1, dtype=torch.long), split="", text=text)
+
+
+def _text(tokens: int, answers: int | None, longest: int | None) -> TextBatch:
+    answers = tokens // 2 if answers is None else answers
+    if tokens < 2 or not 0 < answers < tokens:
+        raise ConfigError(
+            f"--text-tokens {tokens} and --answer-tokens {answers} cannot be; a text has at least 2 tokens, and some "
+            "but not all of them are answers."
+        )
+    count = 1 if longest is None else -(-tokens // longest)
+    ends = [round(tokens * (item + 1) / count) for item in range(count)]
+    answered = [round(answers * (item + 1) / count) for item in range(count)]
+    labels, segments, positions = [], [], []
+    for item, (end, done) in enumerate(zip(ends, answered, strict=True)):
+        length = end - (ends[item - 1] if item else 0)
+        labeled = min(done - (answered[item - 1] if item else 0), length - 1)
+        labels += [IGNORE_INDEX] * (length - labeled) + [1] * labeled
+        segments += [item + 1] * length
+        positions += list(range(length))
+    rows = (torch.tensor([values]) for values in ([1] * tokens, labels, segments, positions))
+    return TextBatch(*rows)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from visexpert.planning.strategy import Precision, Strategy
+from visexpert.planning.machine import Precision, Strategy
 
 OVERHEAD = 1.5 * 2**30
 """CUDA's context, workspaces of cuBLAS, cuDNN and NCCL, and what the allocator cannot use; an assumption."""

@@ -8,10 +8,11 @@ from typing import Any
 from visexpert.errors import ConfigError
 from visexpert.methods import ROLES
 from visexpert.planning.amount import Amount, DataNeed
-from visexpert.planning.hardware import USUAL_MFU, Gpu
+from visexpert.planning.machine import USUAL_MFU, Gpu, Precision, Strategy
 from visexpert.planning.memory import Memory
-from visexpert.planning.sample import TEXT_TOKENS
-from visexpert.planning.strategy import Precision, Strategy
+
+TEXT_TOKENS = 124
+"""With the 576 image tokens of CLIP L/14-336 this makes 700 tokens, about LLaVA's mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class Asked:
 
     Args:
         gpus: Number of accelerators, one process each.
-        gpu: Name of one (:data:`~visexpert.planning.hardware.GPUS`).
+        gpu: Name of one (:data:`~visexpert.planning.machine.GPUS`).
         mfu: Share of the peak that is reached, in (0, 1].
         samples: Training images, where the data is not here to be counted.
         text_tokens: Tokens of an image's texts.

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule
 
 from visexpert.errors import ConfigError
 from visexpert.methods import Method
-from visexpert.planning.weightless import weightless
+from visexpert.planning.meta import weightless
 from visexpert.runs import build
 from visexpert.training import RunParser, VisexpertCLI
 
@@ -35,14 +35,6 @@ class Planned:
     def trainer(self) -> Mapping[str, Any]:
         """Settings of the trainer."""
         return self.config.get("trainer") or {}
-
-    def model_setting(self, *names: str) -> Any:
-        """A setting of the model by the names of nested arguments; None where it is not set."""
-        value: Any = self.config["model"]
-        for name in names:
-            arguments = value.get("init_args") if isinstance(value, Mapping) else None
-            value = arguments.get(name) if isinstance(arguments, Mapping) else None
-        return value
 
 
 class ConfigReader(VisexpertCLI):

@@ -6,7 +6,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from visexpert.planning.attribution import OTHER
+from visexpert.planning.counting import OTHER
 from visexpert.planning.memory import OVERHEAD
 from visexpert.planning.plan import Configured, Plan
 

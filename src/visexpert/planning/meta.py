@@ -1,15 +1,37 @@
-"""Running a step whose weights and images are on ``meta`` while ids, masks and flags are real."""
+"""Models and steps on the ``meta`` device: parameters and images without values; ids, masks and flags are real."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+
+@contextmanager
+def weightless() -> Iterator[None]:
+    """Whatever is built inside has its parameters on ``meta``: shapes and dtypes without memory or initialization.
+
+    Buffers stay real, since code reads their values (which experts are attached, say). Tied weights stay tied.
+    """
+    handle = register_module_parameter_registration_hook(_empty)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    if parameter is None or parameter.is_meta:
+        return parameter
+    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
 
 aten = torch.ops.aten
 

@@ -48,7 +48,7 @@ class LowRankExperts(nn.Module):
         update_EOI = torch.einsum("ero,eri->eoi", self.B_weight, self.A_weight)
         shift_EO = torch.einsum("ero,er->eo", self.B_weight, self.A_bias.view(self.num_experts, self.rank))
         shift_EO = shift_EO + self.B_bias.view(self.num_experts, -1)
-        return linear.weight + self.scale * update_EOI, linear.bias + self.scale * shift_EO
+        return linear.weight + self.scale * update_EOI, _bias(linear) + self.scale * shift_EO
 
     def folded(self, linear: nn.Linear, gates_E: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weight (out, in) and bias (out,) of ``linear`` with the experts added, each times its gate."""
@@ -56,4 +56,8 @@ class LowRankExperts(nn.Module):
         update_OI = torch.einsum("ero,eri->oi", weighed_ERO, self.A_weight)
         shift_O = torch.einsum("ero,er->o", weighed_ERO, self.A_bias.view(self.num_experts, self.rank))
         shift_O = shift_O + gates_E @ self.B_bias.view(self.num_experts, -1)
-        return linear.weight + self.scale * update_OI, linear.bias + self.scale * shift_O
+        return linear.weight + self.scale * update_OI, _bias(linear) + self.scale * shift_O
+
+
+def _bias(linear: nn.Linear) -> Tensor:
+    return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias

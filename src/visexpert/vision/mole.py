@@ -1,4 +1,4 @@
-"""MoLE: CLIP's MLPs with a mixture of low-rank experts beside each linear layer (MoVE-KD, arXiv 2501.01709).
+"""MoLE: MLPs of a vision transformer with low-rank experts beside each linear layer (MoVE-KD, arXiv 2501.01709).
 
 Letters beside those of types.py: E low-rank experts, N tokens with [CLS], H hidden width of the MLP.
 """
@@ -20,17 +20,18 @@ from visexpert.vision.clip import ClipEncoder
 from visexpert.vision.low_rank import LowRankExperts
 from visexpert.vision.merged_feed_forward import ExpertWeights, MergedFeedForward
 from visexpert.vision.mole_settings import MoLEInit, RouterKind, Routing
+from visexpert.vision.plain_mlp import find_mlps, order_of
 from visexpert.vision.routing import Router, RouterChoice
 
 
 class MoLEFeedForward(nn.Module):
-    """A CLIP MLP with E low-rank experts beside each of its two linear layers.
+    """An MLP with E low-rank experts beside each of its two linear layers.
 
     y = W2 act(W1 x + c1 + sum_e g_e D_e(x)) + c2 + sum_e g_e U_e(act(.)), each expert with biases:
     L_e(v) = (alpha / rank) (B_e (A_e drop(v) + a_e) + b_e). One router on the MLP's input serves both layers:
     p = softmax(router(x)), and g is p (``dense``) or picks the largest (``top1``).
 
-    ``fc1`` and ``fc2`` keep their names, so the keys of CLIP's own state dict do not change; MoLE adds
+    The MLP's layers keep their names (CLIP: ``fc1``, ``fc2``), so the keys of its own state dict stay; MoLE adds
     ``router.{weight,bias}`` and, under ``fc1_experts`` and ``fc2_experts``, ``A_weight`` (E, R, in), ``A_bias`` (E R),
     ``B_weight`` (E, R, out) and ``B_bias`` (E out). Nothing is frozen here. All experts are evaluated in rank space on
     every token, so each of their parameters always has a gradient, as DDP requires. A ``released`` top-1 router without
@@ -53,9 +54,13 @@ class MoLEFeedForward(nn.Module):
             ``straight_through`` - not weighted, but differentiated as if it were dense.
 
     Raises:
-        ConfigError: An unknown name, an invalid number, ``router`` with ``dense``, or an MLP that is not a plain CLIP
-            MLP.
+        ConfigError: An unknown name, an invalid number, ``router`` with ``dense``, or an MLP that is not two linear
+            layers in sequence.
     """
+
+    fc1: nn.Linear  # these three where the MLP is a CLIP's; others may have other names, see order
+    activation_fn: nn.Module
+    fc2: nn.Linear
 
     def __init__(
         self,
@@ -70,8 +75,9 @@ class MoLEFeedForward(nn.Module):
         router: RouterKind = "released",
     ) -> None:
         super().__init__()
-        if not isinstance(mlp, CLIPMLP):
-            raise ConfigError(f"MoLE goes beside a plain CLIPMLP, not a {type(mlp).__name__}; add it to a CLIP once.")
+        if isinstance(mlp, MoLEFeedForward):
+            raise ConfigError("add_mole: an MLP has MoLE already (MoLEFeedForward); add it to a model once.")
+        self.order = order_of(mlp)
         _check_names(routing=(routing, Routing), init=(init, MoLEInit), router=(router, RouterKind))
         _check_numbers(num_experts=num_experts, rank=rank, dropout=dropout)
         if routing == "dense" and router != "released":
@@ -79,15 +85,29 @@ class MoLEFeedForward(nn.Module):
                 f"MoLE: router={router!r} is for routing='top1' only; a dense router learns from the task."
             )
         self.routing, self.router_kind = routing, router
-        self.fc1, self.activation_fn, self.fc2 = mlp.fc1, mlp.activation_fn, mlp.fc2
-        width, hidden = mlp.fc1.in_features, mlp.fc1.out_features
+        for name in (self.order.first, *self.order.between, self.order.second, *self.order.after):
+            self.add_module(name, mlp.get_submodule(name))
+        width, hidden = self._first.in_features, self._first.out_features
         scale = ((1.0 if init == "released" else rank) if alpha is None else alpha) / rank
         make = partial(LowRankExperts, num_experts=num_experts, rank=rank, scale=scale, dropout=dropout, init=init)
         self.router = Router(width, num_experts)
         self.fc1_experts = make(width, hidden)
         self.fc2_experts = make(hidden, width)
         for module in self.added_modules():
-            module.to(mlp.fc1.weight)
+            module.to(self._first.weight)
+
+    @property
+    def _first(self) -> nn.Linear:
+        return self.get_submodule(self.order.first)  # type: ignore[return-value]
+
+    @property
+    def _second(self) -> nn.Linear:
+        return self.get_submodule(self.order.second)  # type: ignore[return-value]
+
+    def _between(self, hidden_NH: Tensor) -> Tensor:
+        for name in self.order.between:
+            hidden_NH = self.get_submodule(name)(hidden_NH)
+        return hidden_NH
 
     @property
     def router_learns(self) -> bool:
@@ -113,8 +133,10 @@ class MoLEFeedForward(nn.Module):
         chosen: RouterChoice = self.router(hidden_states)
         gates_NE = self.gates(chosen).to(hidden_states.dtype).flatten(0, -2)
         x_ND = hidden_states.flatten(0, -2)
-        hidden_NH = self.activation_fn(self.fc1_experts(x_ND, gates_NE, base_NO=self.fc1(x_ND)))
-        out_ND: Tensor = self.fc2_experts(hidden_NH, gates_NE, base_NO=self.fc2(hidden_NH))
+        hidden_NH = self._between(self.fc1_experts(x_ND, gates_NE, base_NO=self._first(x_ND)))
+        out_ND: Tensor = self.fc2_experts(hidden_NH, gates_NE, base_NO=self._second(hidden_NH))
+        for name in self.order.after:
+            out_ND = self.get_submodule(name)(out_ND)
         return out_ND.view(hidden_states.shape)
 
     def gates(self, chosen: RouterChoice) -> Tensor:
@@ -133,7 +155,7 @@ class MoLEFeedForward(nn.Module):
     @torch.no_grad()
     def merged_weights(self) -> ExpertWeights:
         """Return the plain MLP equivalent to each expert: W_e = W + (alpha / rank) B_e A_e, with its biases."""
-        return ExpertWeights(*self.fc1_experts.merged(self.fc1), *self.fc2_experts.merged(self.fc2))
+        return ExpertWeights(*self.fc1_experts.merged(self._first), *self.fc2_experts.merged(self._second))
 
     def for_inference(self) -> MergedFeedForward:
         """Return an equivalent module that costs (almost) as much as the plain MLP, with the weights of E MLPs.
@@ -146,7 +168,9 @@ class MoLEFeedForward(nn.Module):
                 f"MoLE with routing={self.routing!r} and router={self.router_kind!r} weighs experts by token and has "
                 "no merged form; use it as it is, or train with routing='top1' and another router."
             )
-        return MergedFeedForward(self.merged_weights(), copy.deepcopy(self.router), self.activation_fn)
+        between = [self.get_submodule(name) for name in self.order.between]
+        activation = between[0] if len(between) == 1 else nn.Sequential(*between)
+        return MergedFeedForward(self.merged_weights(), copy.deepcopy(self.router), activation)
 
     @torch.no_grad()
     def folded(self, gates_E: Tensor, config: CLIPVisionConfig) -> CLIPMLP:
@@ -156,10 +180,13 @@ class MoLEFeedForward(nn.Module):
             gates_E: One weight per expert for all tokens.
             config: Configuration of the CLIP.
         """
-        gates_E = gates_E.to(self.fc1.weight)
-        plain = CLIPMLP(config).to(self.fc1.weight)
-        for name, experts in (("fc1", self.fc1_experts), ("fc2", self.fc2_experts)):
-            weight, bias = experts.folded(self.get_submodule(name), gates_E)  # type: ignore[arg-type]
+        gates_E = gates_E.to(self._first.weight)
+        plain = CLIPMLP(config).to(self._first.weight)
+        for name, linear, experts in (
+            ("fc1", self._first, self.fc1_experts),
+            ("fc2", self._second, self.fc2_experts),
+        ):
+            weight, bias = experts.folded(linear, gates_E)
             plain.get_submodule(name).load_state_dict({"weight": weight, "bias": bias})
         return plain
 
@@ -169,7 +196,7 @@ class MoLEFeedForward(nn.Module):
 
 
 def add_mole(
-    clip: ClipEncoder,
+    encoder: nn.Module,
     *,
     layers: Sequence[int] | Literal["all"] | None = None,
     num_experts: int = 3,
@@ -180,35 +207,47 @@ def add_mole(
     init: MoLEInit = "identity",
     router: RouterKind = "released",
 ) -> tuple[MoLEFeedForward, ...]:
-    """Replace MLPs of a CLIP with MoLE. The options are those of :class:`MoLEFeedForward`.
+    """Replace the MLPs of a vision transformer with MoLE. The options are those of :class:`MoLEFeedForward`.
+
+    With ``init="identity"`` the model at first gives what it gave before, to the bit. Its parameters keep their names.
 
     Args:
-        clip: The encoder, changed in place, with or without its weights loaded.
+        encoder: A :class:`ClipEncoder`, or a vision transformer of transformers or timm, changed in place, with or
+            without its weights loaded.
         layers: Blocks to equip, from 0; None for all that the tokens depend on; ``all`` (the released code) also for
-            those behind the hidden state in use, which neither text nor teachers reach.
+            those behind the hidden state in use of a :class:`ClipEncoder`, which neither text nor teachers reach.
 
     Returns:
         The new modules in block order; train their :meth:`MoLEFeedForward.added_modules`.
 
     Raises:
-        ConfigError: A block that does not exist, is named twice or already has MoLE; invalid options.
+        ConfigError: The model has no plain MLPs of two linear layers, or several towers of them; a block does not
+            exist, is named twice or already has MoLE; invalid options.
     """
-    blocks = list(clip.model.encoder.layers)
-    read = len(clip.read_modules()) - 2
-    chosen = sorted(range(read) if layers is None else range(len(blocks)) if layers == "all" else layers)
-    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(len(blocks))):
-        raise ConfigError(
-            f"add_mole: layers={chosen} must name different blocks of 0..{len(blocks) - 1}; hidden state {clip.layer} "
-            f"depends on 0..{read - 1}, the others learn from the balance loss alone."
-        )
+    if isinstance(encoder, ClipEncoder):
+        names = [f"model.encoder.layers.{index}.mlp" for index in range(len(encoder.model.encoder.layers))]
+        read = len(encoder.read_modules()) - 2
+        state = f"hidden state {encoder.layer} depends on 0..{read - 1}, the others learn from the balance loss alone."
+    else:
+        names = list(find_mlps(encoder))
+        read, state = len(names), f"{type(encoder).__name__} has {len(names)} of them."
+    chosen = sorted(range(read) if layers is None else range(len(names)) if layers == "all" else layers)
+    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(len(names))):
+        raise ConfigError(f"add_mole: layers={chosen} must name different blocks of 0..{len(names) - 1}; {state}")
     options = {"num_experts": num_experts, "rank": rank, "alpha": alpha, "dropout": dropout}
-    made = [
-        MoLEFeedForward(blocks[index].mlp, routing=routing, init=init, router=router, **options)  # type: ignore[arg-type]
+    made = {
+        names[index]: MoLEFeedForward(
+            encoder.get_submodule(names[index]),
+            routing=routing,
+            init=init,
+            router=router,
+            **options,  # type: ignore[arg-type]
+        )
         for index in chosen
-    ]
-    for index, mole in zip(chosen, made, strict=True):
-        blocks[index].mlp = mole
-    return tuple(made)
+    }
+    for name, mole in made.items():
+        encoder.set_submodule(name, mole)
+    return tuple(made.values())
 
 
 def _check_names(**chosen: tuple[str, object]) -> None:

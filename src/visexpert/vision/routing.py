@@ -73,27 +73,36 @@ class RoutingCollector:
 
 
 @contextmanager
-def collect_routing(clip: ClipEncoder) -> Iterator[RoutingCollector]:
-    """Record the routers' decisions in ``clip``: ``with collect_routing(clip) as routing: clip(images)``.
+def collect_routing(encoder: nn.Module) -> Iterator[RoutingCollector]:
+    """Record the routers' decisions in an encoder: ``with collect_routing(clip) as routing: clip(images)``.
 
-    Blocks with MoLE behind the tokens also run, for their routers. The modules store nothing, so no graph outlives the
-    record. Under gradient checkpointing the blocks run again in the backward pass, after the ``with``, and are not
-    recorded; the recorded probabilities have a gradient if checkpointing is not reentrant (transformers' default).
-    Under DDP each process has the decisions on its own images.
+    Layers count blocks of a :class:`ClipEncoder`, and routers in the order of the model in any other encoder that
+    :func:`~visexpert.vision.add_mole` has equipped. In a :class:`ClipEncoder`, blocks with MoLE behind the tokens also
+    run, for their routers. The modules store nothing, so no graph outlives the record. Under gradient checkpointing the
+    blocks run again in the backward pass, after the ``with``, and are not recorded; the recorded probabilities have a
+    gradient if checkpointing is not reentrant (transformers' default). Under DDP each process has the decisions on its
+    own images.
     """
     collector = RoutingCollector()
-    watched, clip.routing_watched = clip.routing_watched, True
-    handles = []
-    for index, block in enumerate(clip.model.encoder.layers):
-        router = getattr(block.mlp, "router", None)
-        if isinstance(router, Router):
-            handles.append(router.register_forward_hook(partial(_report, collector, index)))
+    clip = encoder if isinstance(encoder, ClipEncoder) else None
+    watched = clip is not None and clip.routing_watched
+    if clip is not None:
+        clip.routing_watched = True
+    handles = [router.register_forward_hook(partial(_report, collector, index)) for index, router in _routers(encoder)]
     try:
         yield collector
     finally:
-        clip.routing_watched = watched
+        if clip is not None:
+            clip.routing_watched = watched
         for handle in handles:
             handle.remove()
+
+
+def _routers(encoder: nn.Module) -> list[tuple[int, Router]]:
+    if not isinstance(encoder, ClipEncoder):
+        return list(enumerate(module for module in encoder.modules() if isinstance(module, Router)))
+    found = ((index, getattr(block.mlp, "router", None)) for index, block in enumerate(encoder.model.encoder.layers))
+    return [(index, router) for index, router in found if isinstance(router, Router)]
 
 
 def _report(collector: RoutingCollector, layer: int, module: nn.Module, inputs: object, output: RouterChoice) -> None:

@@ -9,9 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.captioners import captioner
-from visexpert.app.examples import example_prompts, write_examples
-from visexpert.app.overlay import gate_overlay
-from visexpert.app.session import Session, open_session
+from visexpert.app.session import Session, example_prompts, gate_overlay, open_session, write_examples
 from visexpert.data import read_image
 from visexpert.errors import ConfigError, DataError
 from visexpert.methods import ToVE

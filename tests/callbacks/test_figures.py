@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import pytest
 import torch
 
 from visexpert.callbacks import RunFigures
-from visexpert.callbacks.figures import token_regions
+from visexpert.callbacks import figures as module
+from visexpert.callbacks.figures import EncoderFigures, token_regions
+from visexpert.methods.views import EncoderViews, RoutingViews
+from visexpert.types import Batch
 
 
 def test_regions_of_a_mask_drawn_by_hand() -> None:
@@ -66,3 +70,70 @@ def test_every_process_asks_for_the_folder_equally_often(hook: str, tmp_path: Pa
         getattr(RunFigures(), hook)(trainer, torch.nn.Identity())
         asked.append(trainer.asked)
     assert asked[0] == asked[1] > 0
+
+
+class Viewed:
+    """Stands for a method: two images a batch, two blocks, three experts; the first is chosen at one token of four."""
+
+    def __init__(self, *, routed: bool = True, views: bool = True) -> None:
+        self.routed, self.given, self.asked = routed, views, 0
+
+    def views(self, batch: Batch) -> EncoderViews | None:
+        self.asked += 1
+        if not self.given:
+            return None
+        probs_BLHWE = torch.tensor([0.2, 0.5, 0.3]).repeat(2, 2, 2, 2, 1)
+        probs_BLHWE[:, :, 0, 0] = torch.tensor([0.6, 0.3, 0.1])
+        routing = RoutingViews((0, 2), probs_BLHWE, probs_BLHWE.argmax(-1)) if self.routed else None
+        shares_BHW = torch.full((2, 2, 2), 0.25)
+        return EncoderViews(batch.images_01(), {"clip": shares_BHW, "student": shares_BHW}, routing)
+
+
+def batch() -> Batch:
+    return Batch(torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8), torch.arange(2), "test")
+
+
+def collected(method: Any, *, shown: int = 3, counted: int = 4, batches: int = 3) -> EncoderFigures:
+    figures = EncoderFigures(shown=shown, counted=counted)
+    for _ in range(batches):
+        figures.add(method, batch())
+    return figures
+
+
+def test_usage_is_counted_over_so_many_images_and_maps_show_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, tuple[Any, ...]] = {}
+    for name in ("cls_attention_maps", "router_maps", "router_usage"):
+        monkeypatch.setattr(module, name, lambda *given, name=name, **_: drawn.update({name: given}))
+    method = Viewed()
+    collected(method).draw(tmp_path)
+    assert method.asked == 2  # four images are enough
+    images, attention, out = drawn["cls_attention_maps"]
+    assert images.shape == (3, 8, 8, 3) and set(attention) == {"CLIP", "student"} and out.name == "cls_attention.png"
+    assert drawn["router_maps"][1].shape == (1, 2, 2, 2, 3) and drawn["router_maps"][2] == (0, 2)
+    share_LE, probability_LE, layers, _ = drawn["router_usage"]
+    assert layers == (0, 2)
+    np.testing.assert_allclose(share_LE, [[0.25, 0.75, 0.0]] * 2)
+    np.testing.assert_allclose(probability_LE, [[0.3, 0.45, 0.25]] * 2, rtol=1e-6)
+
+
+def test_figures_are_written_for_what_there_is(tmp_path: Path) -> None:
+    collected(Viewed(routed=False)).draw(tmp_path / "plain")
+    assert {path.name for path in (tmp_path / "plain").iterdir()} == {"cls_attention.png"}
+    collected(Viewed()).draw(tmp_path / "routed")
+    names = {"cls_attention.png", "router_maps.png", "router_usage.png"}
+    assert {path.name for path in (tmp_path / "routed").iterdir()} == names
+
+
+def test_a_batch_of_text_alone_is_passed_over(tmp_path: Path) -> None:
+    method, figures = Viewed(), EncoderFigures(shown=3, counted=4)
+    figures.add(method, replace(batch(), has_image_B=torch.tensor([False, False])))  # type: ignore[arg-type]
+    figures.draw(tmp_path / "none")
+    assert method.asked == 0 and not (tmp_path / "none").exists()
+
+
+def test_a_method_without_views_is_asked_once(tmp_path: Path) -> None:
+    method = Viewed(views=False)
+    collected(method).draw(tmp_path / "none")
+    assert method.asked == 1 and not (tmp_path / "none").exists()

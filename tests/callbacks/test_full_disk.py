@@ -15,7 +15,7 @@ import pytest
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from matplotlib.figure import Figure
 
-from visexpert.callbacks.run_logger import RunLogger
+from visexpert.callbacks.run_folder import RunLogger
 from visexpert.cli import main
 from visexpert.errors import DataError
 from visexpert.io.run_files import write_bytes, write_text

@@ -19,8 +19,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from tests.callbacks.tiny import TinyModule, loader, trainer
 from visexpert.callbacks import RunFolder, RunLogger, SaveRunConfig
-from visexpert.callbacks.identity import METRICS_VERSION, data_identity, tokenizer_identity
-from visexpert.callbacks.run_folder import git_commit, metrics_table
+from visexpert.callbacks.run_folder import METRICS_VERSION, data_identity, git_commit, metrics_table, tokenizer_identity
 from visexpert.report import read_metrics
 from visexpert.tabletop.tokenizer import tabletop_tokenizer
 

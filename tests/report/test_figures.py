@@ -6,15 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import colormaps
 from matplotlib.colors import to_rgb
+from numpy.typing import NDArray
 from PIL import Image
 
 from visexpert.errors import DataError
 from visexpert.report import gate_by_region, gate_maps, sample_captions
-from visexpert.report.figures import region_means
-from visexpert.report.palette import OKABE_ITO, RIGHT, WRONG, Floats, colors
+from visexpert.report.figures import ATTENTION, _entropy, cls_attention_maps, region_means, router_maps, router_usage
+from visexpert.report.palette import INK, OKABE_ITO, RIGHT, WRONG, Floats, colors
 
 NAMES = ["depth", "edges"]
+
+GREY_IMAGE = np.full((1, 16, 16, 3), 0.5)
 
 
 def _pixels(path: Path) -> Floats:
@@ -99,3 +103,80 @@ def test_figures_have_150_dots_an_inch_and_make_their_folder(tmp_path: Path) -> 
 @pytest.mark.parametrize("count", [1, 8, 9, 20])
 def test_no_two_experts_share_a_color(count: int) -> None:
     assert len(set(colors(count))) == count
+
+
+def _places(pixels: Floats, color: Floats) -> tuple[NDArray[np.int_], NDArray[np.int_]]:
+    """Rows and columns of pixels of a color."""
+    rows, columns = np.nonzero(np.abs(pixels - color).max(axis=2) < 0.012)
+    return rows, columns
+
+
+def _laid(color: Floats, share: float) -> Floats:
+    """A color over the gray image."""
+    return 0.5 * (1 - 0.85 * share) + 0.85 * share * color
+
+
+def test_encoders_are_shown_side_by_side_on_one_scale(tmp_path: Path) -> None:
+    """CLIP looks at the left half alone, at 2 times the mean; the student everywhere alike, at 1."""
+    clip, student = np.zeros((1, 4, 4)), np.full((1, 4, 4), 1 / 16)
+    clip[:, :, :2] = 1 / 8
+    path = cls_attention_maps(GREY_IMAGE, {"CLIP": clip, "student": student}, tmp_path / "new" / "cls.png")
+    pixels = _pixels(path)
+    scale = colormaps[ATTENTION]
+    top, mean, none = (_laid(np.array(scale(value)[:3]), 0.9) for value in (1.0, 0.5**0.5, 0.0))
+    (_, left), (_, right), (_, after) = (_places(pixels, color) for color in (top, none, mean))
+    assert len(left) == pytest.approx(len(right), rel=0.05) and len(after) == pytest.approx(2 * len(left), rel=0.05)
+    assert left.max() < right.min() and right.max() < after.min()
+
+
+def test_entropy_in_titles_is_a_share_of_the_greatest() -> None:
+    even, one, two = np.full((4, 4), 1 / 16), np.zeros((4, 4)), np.zeros((4, 4))
+    one[0, 0] = 1.0
+    two[0, :2] = 0.5
+    assert _entropy(np.stack([even])) == pytest.approx(1.0)
+    assert _entropy(np.stack([even, one])) == pytest.approx(0.5)
+    assert _entropy(np.stack([two])) == pytest.approx(0.25)
+
+
+def test_a_token_is_colored_by_the_expert_it_is_sent_to(tmp_path: Path) -> None:
+    """In the first block the left half goes to expert 0 for sure; in the second all goes to expert 1, barely."""
+    probs = np.zeros((1, 2, 4, 4, 2))
+    probs[0, 0, :, :2, 0] = probs[0, 0, :, 2:, 1] = 1.0
+    probs[0, 1] = (0.4999, 0.5001)
+    pixels = _pixels(router_maps(GREY_IMAGE, probs, (0, 3), tmp_path / "routing.png"))
+    first, second = (np.array(to_rgb(color)) for color in OKABE_ITO[:2])
+    (_, left), (_, right), (_, unsure) = (
+        _places(pixels, color) for color in (_laid(first, 1.0), _laid(second, 1.0), _laid(second, 0.4))
+    )
+    assert len(left) == pytest.approx(len(right), rel=0.05) and len(unsure) == pytest.approx(2 * len(left), rel=0.05)
+    assert left.max() < right.min() and right.max() < unsure.min()
+
+
+@pytest.mark.parametrize(("count", "shown"), [(3, 3), (23, 6)])
+def test_of_many_layers_some_are_shown(tmp_path: Path, count: int, shown: int) -> None:
+    probs = np.zeros((1, count, 2, 2, 2))
+    probs[..., 0] = 1.0
+    path = router_maps(GREY_IMAGE, probs, tuple(range(count)), tmp_path / "routing.png")
+    row, columns = _places(_pixels(path), _laid(np.array(to_rgb(OKABE_ITO[0])), 1.0))
+    filled = np.isin(np.arange(columns.max() + 2), columns[row == row.min() + 20])
+    assert (np.diff(filled.astype(int)) == 1).sum() == shown
+    with Image.open(path) as image:
+        assert image.width <= 7.3 * 1.62 * 150
+
+
+def test_bars_stand_as_high_as_the_shares_and_lines_as_the_probabilities(tmp_path: Path) -> None:
+    shares, probabilities = np.array([[0.75, 0.25]]), np.array([[0.5, 0.5]])
+    pixels = _pixels(router_usage(shares, probabilities, (2,), tmp_path / "use.png", over="9 images"))
+    pixels = pixels[:, : int(pixels.shape[1] * 0.65)]  # without the legend
+    rows = [_places(pixels, np.array(to_rgb(color)))[0] for color in OKABE_ITO[:2]]
+    high, low = (int(np.ptp(found)) for found in rows)
+    assert high / low == pytest.approx(3, rel=0.03)
+    ink_rows, ink_columns = _places(pixels, np.array(to_rgb(INK)))
+    line = ink_rows[(ink_columns > pixels.shape[1] * 0.4) & (ink_rows > rows[0].min())]
+    assert rows[0].max() - np.median(line) == pytest.approx(high * 2 / 3, abs=4)
+
+
+def test_a_router_of_many_layers_keeps_to_a_page(tmp_path: Path) -> None:
+    even = np.full((23, 3), 1 / 3)
+    with Image.open(router_usage(even, even, tuple(range(23)), tmp_path / "use.png", over="9 images")) as image:
+        assert image.width <= 16 * 150

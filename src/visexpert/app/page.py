@@ -12,8 +12,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio as gr
 
-from visexpert.app.examples import example_prompts
-from visexpert.app.session import Session
+from visexpert.app.session import Session, example_prompts
 from visexpert.errors import UserError
 
 HEADER = ("model", "answer", "GFLOP (vision)")

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from visexpert.callbacks.budget import TrainingBudget
-from visexpert.callbacks.continuation import MetricsContinuation
-from visexpert.callbacks.cost import CostReport
+from visexpert.callbacks.checkpoint_io import ShipLanguage
+from visexpert.callbacks.cost import CostReport, TrainingBudget
 from visexpert.callbacks.detach import ExpertDetachment
 from visexpert.callbacks.figures import RunFigures
 from visexpert.callbacks.meant_for import MeantFor
 from visexpert.callbacks.merge import KnowledgeMerging
 from visexpert.callbacks.phase import Phase, PhaseSettings
 from visexpert.callbacks.predictions import Predictions
-from visexpert.callbacks.progress import TrainingProgress
-from visexpert.callbacks.run_folder import RunFolder, SaveRunConfig
-from visexpert.callbacks.run_logger import RunLogger
-from visexpert.callbacks.ship_language import ShipLanguage
-from visexpert.callbacks.stop import StopOnSignal
-from visexpert.callbacks.throughput import ThroughputMonitor
+from visexpert.callbacks.progress import ThroughputMonitor, TrainingProgress
+from visexpert.callbacks.run_folder import RunFolder, RunLogger, SaveRunConfig
+from visexpert.callbacks.stop import MetricsContinuation, StopOnSignal
 
 __all__ = [
     "CostReport",

@@ -18,14 +18,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from visexpert.callbacks.checkpoint_io import WholeFileIO, save_whole
-from visexpert.callbacks.continuation import MetricsContinuation
 from visexpert.callbacks.cost import CostReport
 from visexpert.callbacks.figures import RunFigures
-from visexpert.callbacks.progress import TrainingProgress
-from visexpert.callbacks.run_folder import RunFolder, folder_of
-from visexpert.callbacks.run_logger import RunLogger
-from visexpert.callbacks.stop import StopOnSignal
-from visexpert.callbacks.throughput import ThroughputMonitor
+from visexpert.callbacks.progress import ThroughputMonitor, TrainingProgress
+from visexpert.callbacks.run_folder import RunFolder, RunLogger, folder_of
+from visexpert.callbacks.stop import MetricsContinuation, StopOnSignal
 from visexpert.errors import ConfigError
 from visexpert.interruption import check
 from visexpert.io.lock import hold

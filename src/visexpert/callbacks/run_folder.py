@@ -1,7 +1,12 @@
-"""A run's folder: what was run, on what, and what came out."""
+"""A run's folder: what was run, on what, what makes its scores comparable, and what came out."""
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import hashlib
+import io
+import json
 import logging
 import os
 import subprocess
@@ -12,24 +17,29 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich import get_console
 from rich.table import Table
 
-from visexpert.callbacks.identity import score_identity
 from visexpert.errors import DataError, shown
 from visexpert.interruption import Interrupted
-from visexpert.io.run_files import read_object, set_aside, write_json, write_text
+from visexpert.io.run_files import read_object, set_aside, write_bytes, write_json, write_text
 from visexpert.io.run_version import stamped
-from visexpert.report.counts import generated_counts, is_count
 from visexpert.report.machine import machine_facts, package_versions
+from visexpert.report.tables import generated_counts, is_count
 
 log = logging.getLogger(__name__)
 
 RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"
 """Outcomes of a stage."""
+
+METRICS_VERSION = 1
+"""Raise it when a score changes its value or meaning under an old name: runs of unlike versions are not compared."""
 
 
 class RunFolder(Callback):
@@ -227,3 +237,105 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+class RunLogger(CSVLogger):
+    """Lightning's CSV logger with two differences: no ``version_N`` folders, and rows of an earlier start are kept.
+
+    Lightning's own deletes ``metrics.csv`` when a run is continued in its folder, or tested. Rows that a continued
+    run writes again for a step come later in the file and replace the earlier ones for
+    :func:`visexpert.report.curves.read_metrics`.
+
+    Args:
+        folder: The run's folder; checkpoints go to ``checkpoints/`` in it.
+        flush_logs_every_n_steps: Steps between two writes to the disk.
+    """
+
+    def __init__(self, folder: str, flush_logs_every_n_steps: int = 50) -> None:
+        super().__init__(save_dir=folder, name="", version="", flush_logs_every_n_steps=flush_logs_every_n_steps)
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        """The writer of the file, made on first use."""
+        if self._experiment is None:
+            Path(self.log_dir).mkdir(parents=True, exist_ok=True)
+            self._experiment = _ContinuingWriter(log_dir=self.log_dir)
+        assert isinstance(self._experiment, ExperimentWriter)
+        return self._experiment
+
+
+class _ContinuingWriter(ExperimentWriter):
+    """Takes up the columns of the file that is there, where Lightning's deletes it, and loses no row on a full disk."""
+
+    _whole = 0
+    """Bytes of the file that are rows of this header."""
+
+    def save(self) -> None:
+        """Append the rows; all of them or none.
+
+        Raises:
+            DataError: The disk is full, or the file cannot be written; what it held stays.
+        """
+        path = Path(self.metrics_file_path)
+        self._whole = path.stat().st_size if path.is_file() else 0
+        self._columns = list(self.metrics_keys)
+        try:
+            super().save()
+        except (OSError, DataError) as error:
+            self.metrics_keys = self._columns
+            with contextlib.suppress(OSError):
+                os.truncate(path, self._whole) if self._whole else path.unlink()
+            told = error.strerror if isinstance(error, OSError) else str(error)
+            raise DataError(
+                f"Cannot write {path} ({told}); free the disk, then continue by --ckpt_path last."
+            ) from error
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        path = Path(self.metrics_file_path)
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=fieldnames)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_bytes(path, text.getvalue().encode("utf-8"))
+        self._whole, self._columns = path.stat().st_size, list(fieldnames)
+
+    def _check_log_dir_exists(self) -> None:
+        path = Path(self.metrics_file_path)
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                self.metrics_keys = next(csv.reader(file), [])
+
+
+def score_identity(trainer: Trainer) -> dict[str, Any]:
+    """Identities of what a stage read and how it is scored; None where the data does not tell."""
+    data = getattr(trainer, "datamodule", None)
+    return {
+        "metrics_version": METRICS_VERSION,
+        "data": data_identity(data),
+        "tokenizer": tokenizer_identity(getattr(data, "tokenizer", None)),
+        "processes": trainer.world_size,
+    }
+
+
+def data_identity(data: Any) -> dict[str, Any] | None:
+    """Class of a set-up data module and the fingerprint of the images of each split in use, where it has any."""
+    if data is None:
+        return None
+    sources = data.image_sources() if hasattr(data, "image_sources") else {}
+    return {"class": type(data).__name__, "images": {name: source.fingerprint for name, source in sources.items()}}
+
+
+def tokenizer_identity(tokenizer: Any) -> str | None:
+    """Digest of a transformers tokenizer: vocabulary, merges and normalization, not its padding; None for no such."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        content = {key: value for key, value in content.items() if key not in ("padding", "truncation")}
+    elif hasattr(tokenizer, "get_vocab"):
+        content = tokenizer.get_vocab()
+    else:
+        return None
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

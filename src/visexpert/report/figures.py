@@ -1,4 +1,4 @@
-"""What a model saw and said, as figures: pure functions from arrays to a PNG file."""
+"""What a model saw, said and did inside, as figures: pure functions from arrays to a PNG file."""
 
 from __future__ import annotations
 
@@ -8,12 +8,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from visexpert.errors import DataError
-from visexpert.report.palette import GRAY, INK, RIGHT, WRONG, Floats, canvas, colors, rgb, save, styled
-from visexpert.report.panels import as_float, gray, overlay
+from visexpert.report.palette import (
+    GRAY,
+    INK,
+    RIGHT,
+    WRONG,
+    Floats,
+    as_float,
+    canvas,
+    colors,
+    gray,
+    overlay,
+    rgb,
+    save,
+    styled,
+)
+
+ATTENTION = "viridis"
+"""Color map that reads alike with and without color vision, by its lightness."""
 
 
 def gate_maps(
@@ -153,3 +174,154 @@ def sample_captions(
 
 def _wrapped(text: str) -> str:
     return textwrap.fill(text, 32, max_lines=4, placeholder=" ...")
+
+
+def cls_attention_maps(
+    images_NHW3: NDArray[Any], attention: Mapping[str, Floats], out: Path, *, columns: int = 2
+) -> Path:
+    """Show where the [CLS] token of each encoder looks, side by side for each image, on one scale.
+
+    Values are times the mean over the image's tokens: 1 everywhere is attention to nothing in particular. Titles give
+    the entropy of the attention, as a share of the greatest, mean over the images.
+
+    Args:
+        images_NHW3: RGB, uint8 0-255 or float in [0, 1].
+        attention: By encoder, (N, h, w) on its own grid, each image's sum is 1.
+        out: The PNG to write.
+        columns: Images beside each other.
+    """
+    images = as_float(images_NHW3)
+    lifts = {name: shares * shares[0].size for name, shares in attention.items()}
+    titles = [f"{name}\nentropy {_entropy(shares):.3f}" for name, shares in attention.items()]
+    top = max(2.0, float(np.quantile(np.concatenate([lift.ravel() for lift in lifts.values()]), 0.995)))
+    scale = PowerNorm(0.5, 0.0, top)  # a few tokens get most of it: the others would all look alike
+    columns = min(columns, len(images))
+    figure = canvas(columns * (1.5 * (1 + len(lifts)) + 0.2) + 0.8, 1.56 * -(-len(images) // columns) + 0.75)
+    for index, image in enumerate(images):
+        panels = [image, *(_heat(image, lift[index], scale) for lift in lifts.values())]
+        _panel_row(figure, index, len(images), columns, panels, ["image\n", *titles])
+    bar = figure.colorbar(
+        ScalarMappable(scale, ATTENTION), ax=figure.axes, fraction=0.02, aspect=35, pad=0.01, extend="max"
+    )
+    bar.set_label("attention, times the mean over tokens", fontsize=9, color=GRAY)
+    bar.ax.tick_params(labelsize=8, colors=GRAY)
+    figure.suptitle("Where the [CLS] token looks (mean over heads)", fontsize=11, color=INK)
+    return save(figure, out)
+
+
+def router_maps(
+    images_NHW3: NDArray[Any],
+    probs_NLHWE: Floats,
+    layers: Sequence[int],
+    out: Path,
+    *,
+    most_layers: int = 6,
+) -> Path:
+    """Lay each router's choice over images, one color per low-rank expert, stronger where the router is surer.
+
+    Args:
+        images_NHW3: RGB, uint8 0-255 or float in [0, 1].
+        probs_NLHWE: Probability of each expert per image, layer and token; the greatest is the choice.
+        layers: Blocks of the encoder that L runs over, from 0.
+        out: The PNG to write.
+        most_layers: Of more, as many are shown, evenly spread from the first to the last.
+    """
+    images, experts = as_float(images_NHW3), probs_NLHWE.shape[-1]
+    palette, names = rgb(colors(experts)), expert_names(experts)
+    shown = np.unique(np.linspace(0, len(layers) - 1, min(most_layers, len(layers))).round().astype(int))
+    columns = 2 if len(shown) <= 3 and len(images) > 1 else 1
+    figure = canvas(1.62 * columns * (1 + len(shown)) + 0.3, 1.66 * -(-len(images) // columns) + 1.0)
+    for index, (image, probs_LHWE) in enumerate(zip(images, probs_NLHWE, strict=True)):
+        panels = [image]
+        for probs in probs_LHWE[shown]:
+            sure = (probs.max(axis=2) - 1 / experts) / max(1 - 1 / experts, 1e-6)
+            panels.append(overlay(gray(image), palette[probs.argmax(axis=2)], 0.4 + 0.6 * sure))
+        titles = ["image", *(f"block {layers[place]}" for place in shown)]
+        _panel_row(figure, index, len(images), columns, panels, titles)
+    share_E = np.bincount(probs_NLHWE.argmax(axis=-1).ravel(), minlength=experts) / probs_NLHWE[..., 0].size
+    handles = [
+        Patch(color=color, label=f"{name}  {share:.2f}")
+        for name, color, share in zip(names, colors(experts), share_E, strict=True)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(experts, 4), frameon=False, fontsize=9)
+    some = "" if len(shown) == len(layers) else f", {len(shown)} of {len(layers)} layers"
+    title = f"Low-rank expert that each token is sent to{some}\n"
+    figure.suptitle(f"{title}(stronger color: surer router; legend: share of tokens)", fontsize=10, color=INK)
+    return save(figure, out)
+
+
+def router_usage(share_LE: Floats, probability_LE: Floats, layers: Sequence[int], out: Path, *, over: str) -> Path:
+    """Draw how many tokens each low-rank expert gets in each layer, beside the mean probability it is given.
+
+    Args:
+        share_LE: Share of tokens for which the expert is the most probable; each row sums to 1.
+        probability_LE: Its mean probability.
+        layers: Blocks of the encoder that L runs over, from 0.
+        out: The PNG to write.
+        over: What the means are over, for the title: ``"128 test images"``.
+    """
+    experts = share_LE.shape[1]
+    figure = canvas(min(16.0, max(5.2, 2.2 + 0.3 * len(layers) * (experts + 1))), 3.4)
+    axes = styled(
+        figure.add_subplot(),
+        title=f"How routers use their experts ({over})",
+        ylabel="share of patch tokens",
+        xlabel="block of the encoder",
+    )
+    width = 0.8 / experts
+    for expert, color in enumerate(colors(experts)):
+        at = np.arange(len(layers)) + (expert - (experts - 1) / 2) * width
+        axes.bar(at, share_LE[:, expert], width * 0.9, color=color, label=expert_names(experts)[expert])
+        axes.hlines(probability_LE[:, expert], at - 0.45 * width, at + 0.45 * width, color=INK, linewidth=2)
+    axes.axhline(1 / experts, color=GRAY, linewidth=0.9, linestyle="--")
+    axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+    axes.set_ylim(0, 1)
+    axes.grid(visible=False, axis="x")
+    handles, _ = axes.get_legend_handles_labels()
+    handles.append(Line2D([], [], color=INK, linewidth=2, label="mean probability"))
+    handles.append(Line2D([], [], color=GRAY, linewidth=0.9, linestyle="--", label="uniform"))
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
+    return save(figure, out)
+
+
+def expert_names(count: int) -> list[str]:
+    """Low-rank experts have no names of their own; they count from 0, as their weights do."""
+    return [f"expert {index}" for index in range(count)]
+
+
+def _panel_row(
+    figure: Figure, index: int, images: int, columns: int, panels: Sequence[Floats], titles: Sequence[str]
+) -> None:
+    """Draw what belongs to one image as a single picture, which is laid out faster than many; titles on top of all."""
+    axes = figure.add_subplot(-(-images // columns), columns, index + 1)
+    height, width, _ = panels[0].shape
+    gap_HW3 = np.ones((height, max(1, width // 20), 3))
+    parts = [part for panel in panels for part in (panel, gap_HW3)]
+    axes.imshow(np.concatenate(parts[:-1], axis=1), interpolation="nearest")
+    axes.set_axis_off()
+    if index >= columns:
+        return
+    for place, title in enumerate(titles):
+        center = place * (width + gap_HW3.shape[1]) + width / 2
+        axes.annotate(
+            title,
+            (center, -0.5),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=9,
+            color=INK,
+        )
+
+
+def _heat(image_HW3: Floats, lift_hw: Floats, scale: Normalize) -> Floats:
+    heat_hw3 = colormaps[ATTENTION](scale(lift_hw))[..., :3]
+    return overlay(gray(image_HW3), heat_hw3, np.full(lift_hw.shape, 0.9))
+
+
+def _entropy(shares_Nhw: Floats) -> float:
+    """Mean over images of the entropy over tokens, as a share of the greatest."""
+    shares_NT = shares_Nhw.reshape(len(shares_Nhw), -1)
+    entropy_N = -(shares_NT * np.log(np.maximum(shares_NT, 1e-12))).sum(axis=1)
+    return float(entropy_N.mean() / np.log(shares_NT.shape[1]))

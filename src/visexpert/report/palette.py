@@ -1,4 +1,4 @@
-"""Colors and look of the figures: one palette that color-blind readers can tell apart."""
+"""Colors and look of the figures: one palette that color-blind readers can tell apart, and colors laid over images."""
 
 from __future__ import annotations
 
@@ -97,3 +97,30 @@ def spared(name: str) -> Iterator[None]:
     except Exception as error:
         told = str(told_by_machine(error) or f"{type(error).__name__}: {first_line(error)}").rstrip(".")
         log.warning("The figure %s is missing: %s. The run goes on without it.", name, told)
+
+
+def as_float(images_NHW3: NDArray[Any]) -> Floats:
+    """RGB in [0, 1] of uint8 0-255 or of floats."""
+    scale = 255.0 if images_NHW3.dtype == np.uint8 else 1.0
+    images: Floats = images_NHW3.astype(np.float64) / scale
+    return images
+
+
+def gray(image_HW3: Floats) -> Floats:
+    """The image without its colors, so that those laid over it stand out."""
+    pale: Floats = image_HW3.mean(axis=2, keepdims=True).repeat(3, axis=2)
+    return pale
+
+
+def overlay(image_HW3: Floats, color_hw3: Floats, share_hw: Floats) -> Floats:
+    """Color the image's tokens, at most 85 % opaque so that the image stays visible."""
+    size = (image_HW3.shape[0], image_HW3.shape[1])
+    return blend(image_HW3, upsample(color_hw3, size), 0.85 * upsample(share_hw[..., None], size))
+
+
+def upsample(grid_hwC: Floats, size: tuple[int, int]) -> Floats:
+    """Nearest: a token's true extent stays visible."""
+    rows = np.arange(size[0]) * grid_hwC.shape[0] // size[0]
+    columns = np.arange(size[1]) * grid_hwC.shape[1] // size[1]
+    upsampled: Floats = grid_hwC[rows][:, columns]
+    return upsampled

@@ -1,4 +1,4 @@
-"""Rows of results (JSON) and the Markdown table made of them: mean ± standard deviation over the seeds of a variant."""
+"""Rows of results (JSON), the Markdown table made of them, and the counts that scores of generated text stand on."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from visexpert.errors import ConfigError, DataError
 from visexpert.io.run_files import read_json, write_json_list
+
+_UNITS = {"images": "images", "answers": "answers written"}
 
 
 @dataclass(frozen=True)
@@ -165,3 +167,19 @@ def _column_cells(values: Sequence[Sequence[float]], column: Column) -> list[str
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def is_count(key: str) -> bool:
+    """Whether a figure says on how many images or answers a score stands, such as ``test/caption/images_of``."""
+    return key.rpartition("/")[2].removesuffix("_of") in _UNITS
+
+
+def generated_counts(metrics: Mapping[str, float | None]) -> dict[str, str]:
+    """What generated scores stand on, by the part of the keys before their last names: ``500 of 5000 images``."""
+    found: dict[str, str] = {}
+    for name, total in metrics.items():
+        part, _, last = name.rpartition("/")
+        done = metrics.get(name.removesuffix("_of"))
+        if is_count(name) and last.endswith("_of") and total is not None and done is not None:
+            found[part] = f"{done:.0f} of {total:.0f} {_UNITS[last.removesuffix('_of')]}"
+    return found

@@ -14,7 +14,7 @@ from visexpert.errors import ConfigError
 from visexpert.report.compare import Choices, Comparison, compare_runs
 from visexpert.report.compare.comparison import choose_baseline
 from visexpert.report.compare.figures import front
-from visexpert.report.compare.scores import choose_scores, score_of, skill_groups
+from visexpert.report.compare.scores import score_of
 
 VQA = {"clip-only": (0.50, 0.52, 0.51), "tove": (0.70, 0.75, 0.71), "merged": (0.66, 0.69, 0.70)}
 
@@ -83,41 +83,6 @@ def test_the_best_goes_by_the_direction_of_the_score(tmp_path: Path) -> None:
     best = {score.key: found.best(score) for score in found.scores}
     assert best["test/vqa/accuracy"] == pytest.approx(0.72) and best["test/nll/nll"] == pytest.approx(0.28)
     assert found.best(score_of("cost/gflop_vision", [])) is None  # all have the same
-
-
-@pytest.mark.parametrize(
-    ("key", "values", "better", "percent"),
-    [
-        ("test/vqa/accuracy", [0.1, 0.9], 1, True),
-        ("test/nll/kind/dense", [0.1, 0.9], -1, False),
-        ("test/caption/cider", [0.1, 0.9], 1, False),
-        ("test/pope/yes_ratio", [0.5], 0, True),
-        ("test/pope/unparsable", [0.0], -1, False),
-        ("val/nmse", [0.2], -1, False),
-        ("test/caption/meteor", [25.0], 1, False),
-    ],
-)
-def test_scores_by_their_keys(key: str, values: list[float], better: int, percent: bool) -> None:
-    score = score_of(key, values)
-    assert (score.better, score.percent) == (better, percent)
-
-
-def test_scores_are_chosen_by_key_or_by_what_is_there() -> None:
-    known = ["test/nll/nll", "test/vqa/accuracy", "test/own/score", "val/nll/nll"]
-    assert choose_scores(known, [], split="test") == ["test/vqa/accuracy", "test/nll/nll"]
-    assert choose_scores(known, ["own/score", "val/nll/nll"], split="test") == ["test/own/score", "val/nll/nll"]
-    assert choose_scores(["test/own/score", "train/loss"], [], split="test") == ["test/own/score"]
-    with pytest.raises(ConfigError, match="No run has a score 'vqa'; there are test/vqa/accuracy and more"):
-        choose_scores(known, ["vqa"], split="test")
-
-
-def test_skills_are_grouped_by_task() -> None:
-    keys = ["test/vqa/family/size", "test/slots/slot/color", "test/probe/depth", "test/nll/kind/vqa", "val/probe/x"]
-    assert skill_groups(keys, split="test") == {
-        "vqa": ["test/vqa/family/size"],
-        "slots": ["test/slots/slot/color"],
-        "probe": ["test/probe/depth"],
-    }
 
 
 def test_the_front_is_what_nothing_beats_in_both() -> None:

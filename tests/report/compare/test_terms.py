@@ -9,8 +9,8 @@ import pytest
 
 from tests.report.compare.made import make_run
 from visexpert.errors import ConfigError
-from visexpert.report.compare.costs import with_costs
 from visexpert.report.compare.record import read_run
+from visexpert.report.compare.scores import with_costs
 from visexpert.report.compare.terms import mismatches, refuse_mixed, unequal_terms, uneven_variants
 from visexpert.report.compare.variants import Variant
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from visexpert.errors import ConfigError
 from visexpert.io.run_files import write_text
 from visexpert.report.compare.comparison import Comparison
-from visexpert.report.compare.costs import with_costs
 from visexpert.report.compare.document import markdown
 from visexpert.report.compare.page import page
 from visexpert.report.compare.record import RunRecord, find_runs, read_run
+from visexpert.report.compare.scores import with_costs
 from visexpert.report.compare.sections import document
 from visexpert.report.compare.terms import mismatches, refuse_mixed
 from visexpert.report.compare.variants import group_runs

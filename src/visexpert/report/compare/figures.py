@@ -11,8 +11,7 @@ from matplotlib.axes import Axes
 
 from visexpert.errors import DataError
 from visexpert.report.compare.comparison import Comparison
-from visexpert.report.compare.costs import MS, unsteady
-from visexpert.report.compare.scores import Score
+from visexpert.report.compare.scores import MS, Score, unsteady
 from visexpert.report.compare.variants import Variant
 from visexpert.report.curves import learning_curves, read_metrics
 from visexpert.report.palette import GRAY, INK, Floats, canvas, save, styled

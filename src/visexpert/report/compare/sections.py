@@ -8,10 +8,9 @@ from pathlib import Path
 
 from visexpert.report.compare import figures
 from visexpert.report.compare.comparison import Comparison
-from visexpert.report.compare.costs import unsteady
 from visexpert.report.compare.document import Cell, Document, Picture, Section, Table
 from visexpert.report.compare.record import RunRecord
-from visexpert.report.compare.scores import skill_groups
+from visexpert.report.compare.scores import skill_groups, unsteady
 from visexpert.report.compare.tables import (
     cost_table,
     difference_table,

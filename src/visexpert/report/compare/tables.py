@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from visexpert.report.compare.comparison import Comparison
-from visexpert.report.compare.costs import COSTS, MS, unsteady
 from visexpert.report.compare.document import ABSENT, NOT_RECORDED, Cell, Table, cells
-from visexpert.report.compare.record import RunRecord
-from visexpert.report.compare.scores import Score
-from visexpert.report.compare.settings import differences, shown
+from visexpert.report.compare.record import RunRecord, differences, shown
+from visexpert.report.compare.scores import COSTS, MS, Score, unsteady
 from visexpert.report.compare.statistics import PairedTest, Summary
 from visexpert.report.compare.terms import Difference
 from visexpert.report.compare.variants import Variant

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from visexpert.errors import ConfigError
-from visexpert.report.compare.record import RunRecord
-from visexpert.report.compare.settings import differences, shown
+from visexpert.report.compare.record import RunRecord, differences, shown
 from visexpert.report.compare.variants import Variant
-from visexpert.report.counts import is_count
+from visexpert.report.tables import is_count
 
 TRAINING_DATA = (
     "data.num_train",

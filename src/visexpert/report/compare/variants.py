@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visexpert.errors import ConfigError
-from visexpert.report.compare.record import RunRecord, is_run, natural
-from visexpert.report.compare.settings import differences, shown
+from visexpert.report.compare.record import RunRecord, differences, is_run, natural, shown
 
 SEED_FOLDER = re.compile(r"(seed|s)?[-_]?\d+", re.IGNORECASE)
 """Name of a folder that stands for a seed."""

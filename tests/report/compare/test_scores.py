@@ -1,4 +1,4 @@
-"""What training took, with what it started from."""
+"""Scores by their keys, and what training took, with what it started from."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.report.compare.made import make_run, write_environment
-from visexpert.report.compare.costs import with_costs
+from visexpert.errors import ConfigError
 from visexpert.report.compare.record import read_run
+from visexpert.report.compare.scores import choose_scores, score_of, skill_groups, with_costs
 
 NEW = {"cost/train_images": 41.0, "cost/train_gflop": 100.0, "cost/train_gflop_live": 300.0}
 
@@ -74,3 +75,38 @@ def test_a_folder_that_only_scored_another_run_has_trained_nothing(tmp_path: Pat
 def test_a_run_that_starts_from_itself_ends_the_search(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", model={"init_from": str(tmp_path / "r" / "checkpoints" / "last.ckpt")})
     assert "all_train_hours" not in _costs(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "better", "percent"),
+    [
+        ("test/vqa/accuracy", [0.1, 0.9], 1, True),
+        ("test/nll/kind/dense", [0.1, 0.9], -1, False),
+        ("test/caption/cider", [0.1, 0.9], 1, False),
+        ("test/pope/yes_ratio", [0.5], 0, True),
+        ("test/pope/unparsable", [0.0], -1, False),
+        ("val/nmse", [0.2], -1, False),
+        ("test/caption/meteor", [25.0], 1, False),
+    ],
+)
+def test_scores_by_their_keys(key: str, values: list[float], better: int, percent: bool) -> None:
+    score = score_of(key, values)
+    assert (score.better, score.percent) == (better, percent)
+
+
+def test_scores_are_chosen_by_key_or_by_what_is_there() -> None:
+    known = ["test/nll/nll", "test/vqa/accuracy", "test/own/score", "val/nll/nll"]
+    assert choose_scores(known, [], split="test") == ["test/vqa/accuracy", "test/nll/nll"]
+    assert choose_scores(known, ["own/score", "val/nll/nll"], split="test") == ["test/own/score", "val/nll/nll"]
+    assert choose_scores(["test/own/score", "train/loss"], [], split="test") == ["test/own/score"]
+    with pytest.raises(ConfigError, match="No run has a score 'vqa'; there are test/vqa/accuracy and more"):
+        choose_scores(known, ["vqa"], split="test")
+
+
+def test_skills_are_grouped_by_task() -> None:
+    keys = ["test/vqa/family/size", "test/slots/slot/color", "test/probe/depth", "test/nll/kind/vqa", "val/probe/x"]
+    assert skill_groups(keys, split="test") == {
+        "vqa": ["test/vqa/family/size"],
+        "slots": ["test/slots/slot/color"],
+        "probe": ["test/probe/depth"],
+    }

@@ -24,8 +24,7 @@ from tqdm.auto import tqdm
 
 from visexpert.grids import resample_tokens
 from visexpert.losses import across_image_variance
-from visexpert.metrics.probes import ridge_r2
-from visexpert.metrics.token_probes import TokenProbes, cell_targets
+from visexpert.metrics.tokens import TokenProbes, cell_targets, ridge_r2
 from visexpert.runs import SavedRun, load_run
 from visexpert.tabletop import TinyExpert
 from visexpert.types import Batch

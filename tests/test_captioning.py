@@ -23,7 +23,7 @@ from visexpert.errors import ConfigError, DataError
 from visexpert.language import Decoding
 from visexpert.methods import ToVE
 from visexpert.runs import SavedRun
-from visexpert.tabletop.tokenizer import tabletop_tokenizer
+from visexpert.tabletop.texts import tabletop_tokenizer
 from visexpert.types import Batch
 
 SIDE = 48

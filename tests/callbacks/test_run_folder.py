@@ -21,7 +21,7 @@ from tests.callbacks.tiny import TinyModule, loader, trainer
 from visexpert.callbacks import RunFolder, RunLogger, SaveRunConfig
 from visexpert.callbacks.run_folder import METRICS_VERSION, data_identity, git_commit, metrics_table, tokenizer_identity
 from visexpert.report import read_metrics
-from visexpert.tabletop.tokenizer import tabletop_tokenizer
+from visexpert.tabletop.texts import tabletop_tokenizer
 
 
 def _read(path: Path) -> Any:

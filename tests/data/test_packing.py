@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from visexpert.data.packing import TextPacker, pack
 from visexpert.errors import ConfigError, DataError
-from visexpert.tabletop.tokenizer import tabletop_tokenizer
+from visexpert.tabletop.texts import tabletop_tokenizer
 from visexpert.types import IGNORE_INDEX, TextItem
 
 X = IGNORE_INDEX

@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.methods.helpers import CLIP_FIELDS, bare_trainer, noise_batch
 from visexpert.export.flattening import Flattening, RouterUse, images_of
-from visexpert.metrics.token_error import TokenError
+from visexpert.metrics.tokens import TokenError
 from visexpert.tabletop import TabletopData
 from visexpert.vision import ClipEncoder, MoLESettings, equipped_blocks, fold
 

@@ -10,7 +10,7 @@ import torch
 from visexpert.data import TextPacker, pack
 from visexpert.language import Decoding, LanguageModel, Predictions
 from visexpert.methods.evaluation import Evaluator, decode, item_of_supervised
-from visexpert.tabletop.tokenizer import tabletop_tokenizer
+from visexpert.tabletop.texts import tabletop_tokenizer
 from visexpert.types import Batch, TextBatch, TextItem, VisionTokens
 
 TOKENIZER = tabletop_tokenizer()

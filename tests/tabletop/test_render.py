@@ -12,7 +12,7 @@ import torch
 
 from visexpert.tabletop.raycast import cast, object_groups, pixel_rays, shadowed
 from visexpert.tabletop.render import Rendered, attribute_masks, render, scene_graphs
-from visexpert.tabletop.scenes import Scenes, sample_scenes
+from visexpert.tabletop.scenes import sample_scenes
 from visexpert.tabletop.world import (
     COLOUR_RGB,
     COLOURS,
@@ -22,6 +22,7 @@ from visexpert.tabletop.world import (
     SIZE_RADIUS,
     SIZES,
     TAN_HALF_FOV,
+    Scenes,
     TabletopWorld,
 )
 

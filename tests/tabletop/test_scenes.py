@@ -11,8 +11,8 @@ import torch
 from visexpert.errors import ConfigError
 from visexpert.tabletop import scenes as scenes_module
 from visexpert.tabletop.raycast import visible_pixels
-from visexpert.tabletop.scenes import FRAME_LIMIT, MIN_VISIBLE_PIXELS, VISIBILITY_SIZE, Scenes, sample_scenes
-from visexpert.tabletop.world import COLOURS, SHAPE_HALF_EXTENT, SHAPES, SIZE_RADIUS, SIZES, TAN_HALF_FOV
+from visexpert.tabletop.scenes import FRAME_LIMIT, MIN_VISIBLE_PIXELS, VISIBILITY_SIZE, sample_scenes
+from visexpert.tabletop.world import COLOURS, SHAPE_HALF_EXTENT, SHAPES, SIZE_RADIUS, SIZES, TAN_HALF_FOV, Scenes
 from visexpert.tabletop.world import TabletopWorld as World
 
 

@@ -12,9 +12,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from visexpert.errors import ConfigError, WeightsError
-from visexpert.tabletop.tiny import TinyExpert, half_state, header_metadata, read_header
-from visexpert.tabletop.tiny_networks import NETWORKS, ConvNetwork
-from visexpert.tabletop.zoo.cards import CARDS, encoder_facts
+from visexpert.tabletop.tiny import NETWORKS, ConvNetwork, TinyExpert, half_state, header_metadata, read_header
+from visexpert.tabletop.zoo.ship import CARDS, encoder_facts
 
 CONV: dict[str, Any] = {
     "kind": "conv",

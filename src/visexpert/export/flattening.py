@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from visexpert.losses import token_distance
-from visexpert.metrics.token_error import TokenError
+from visexpert.metrics.tokens import TokenError
 from visexpert.optim import ParameterGroup, adamw_and_cosine
 from visexpert.precision import ClippedModule
 from visexpert.types import Batch, VisionTokens, imaged

@@ -20,9 +20,9 @@ from visexpert.metrics import (
     VQAAccuracy,
     VSRAccuracy,
 )
-from visexpert.metrics.gather import Key, first_of_all, gathered, key_of
+from visexpert.metrics.records import Key, first_of_all, gathered, key_of
 from visexpert.metrics.smooth import WeightedMeans
-from visexpert.metrics.token_probes import TokenProbes
+from visexpert.metrics.tokens import TokenProbes
 from visexpert.types import Batch, CaptionTruth, FrameTokens, TextBatch, TextItem, VisionTokens
 
 CAPTION = "caption"

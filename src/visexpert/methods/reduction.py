@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from visexpert.metrics.gather import gathered
+from visexpert.metrics.records import gathered
 from visexpert.types import StepOutput, Unit
 
 _Key = TypeVar("_Key")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from visexpert.metrics.caption import CaptionScores
-from visexpert.metrics.judged import JudgedCaptions
-from visexpert.metrics.pope import POPEScores
-from visexpert.metrics.probes import RidgeProbe, fit_ridge, ridge_accuracy, ridge_r2
+from visexpert.metrics.answers import POPEScores, VQAAccuracy, VSRAccuracy, normalize_answer
+from visexpert.metrics.caption import CaptionScores, JudgedCaptions
 from visexpert.metrics.smooth import SlotAccuracy, TokenNLL
-from visexpert.metrics.vqa import VQAAccuracy, normalize_answer
-from visexpert.metrics.vsr import VSRAccuracy
+from visexpert.metrics.tokens import RidgeProbe, fit_ridge, ridge_accuracy, ridge_r2
 
 __all__ = [
     "CaptionScores",

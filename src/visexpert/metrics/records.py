@@ -1,18 +1,22 @@
-"""A torchmetrics base for text scores: one row per answer, stored as bytes so that ranks can gather them."""
+"""A torchmetrics base for text scores, and how processes share what each has seen."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 Row: TypeAlias = list[Any]
 """A JSON value: a string, number, boolean, None or a list of these."""
+Item = TypeVar("Item")
+Key: TypeAlias = tuple[str, int, int]
+"""Split, row of the split, and how many times the row was seen before."""
 
 
 class RecordMetric(Metric):
@@ -64,13 +68,6 @@ class RecordMetric(Metric):
         super().sync(*args, **kwargs)
 
 
-def gather_anywhere(tensor: Tensor, group: Any = None) -> list[Tensor]:
-    """Gather a tensor from all ranks, on whatever device it is: NCCL moves GPU tensors only."""
-    nccl = "nccl" in str(torch.distributed.get_backend(group))
-    gathered: list[Tensor] = gather_all_tensors(tensor.cuda() if nccl else tensor, group)
-    return [part.to(tensor.device) for part in gathered]
-
-
 def check_lengths(**columns: Sequence[Any]) -> None:
     """Check that all columns have the same length; raise ValueError with the lengths if not."""
     lengths = {name: len(column) for name, column in columns.items()}
@@ -95,6 +92,42 @@ def mean_by_family(rows: Iterable[tuple[str, float]]) -> dict[str, float]:
 def families_or_blank(families: Sequence[str] | None, count: int) -> Sequence[str]:
     """Return ``families``, or ``count`` empty names if it is None."""
     return [""] * count if families is None else families
+
+
+def gathered(own: Item) -> list[Item]:
+    """Gather the objects of all processes, rank by rank; every process must call this."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [own]
+    everything: list[Item] = [own] * dist.get_world_size()
+    dist.all_gather_object(everything, own)
+    return everything
+
+
+def first_of_all(own: Mapping[Key, Item], limit: int | None) -> list[Item]:
+    """Return the first ``limit`` items over all processes (None: all), in key order; no other items are sent.
+
+    A row seen by two processes, such as one that pads the last batch, counts once.
+    """
+    keys = sorted({key for keys in gathered(list(own)) for key in keys})[:limit]
+    wanted = set(keys)
+    parts = gathered({key: item for key, item in own.items() if key in wanted})
+    items = {key: item for part in parts for key, item in part.items()}
+    return [items[key] for key in keys]
+
+
+def key_of(known: Mapping[Key, object], split: str, row: int) -> Key:
+    """Return a new key for a row, given the keys already in use."""
+    times = 0
+    while (split, row, times) in known:
+        times += 1
+    return split, row, times
+
+
+def gather_anywhere(tensor: Tensor, group: Any = None) -> list[Tensor]:
+    """Gather a tensor from all ranks, on whatever device it is: NCCL moves GPU tensors only."""
+    nccl = "nccl" in str(torch.distributed.get_backend(group))
+    gathered: list[Tensor] = gather_all_tensors(tensor.cuda() if nccl else tensor, group)
+    return [part.to(tensor.device) for part in gathered]
 
 
 def _mean(values: Sequence[float]) -> float:

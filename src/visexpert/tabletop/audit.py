@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from visexpert.tabletop.datamodule import TabletopData
-from visexpert.tabletop.pool import Pools
 from visexpert.tabletop.questions import CHANCE as VQA_CHANCE
+from visexpert.tabletop.texts import Pools
 from visexpert.tabletop.world import COLOURS
 from visexpert.types import TextItem
 

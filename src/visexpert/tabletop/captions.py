@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from numpy.random import Generator
 
-from visexpert.tabletop.graph import ObjectNode, SceneGraph
-from visexpert.tabletop.relations import FAMILIES, Fact, facts_of
+from visexpert.tabletop.graph import RELATION_FAMILIES, Fact, ObjectNode, SceneGraph, facts_of
 from visexpert.types import TextItem
 
 DENSE_PROMPT = "list objects"
@@ -47,10 +46,10 @@ def relation_captions(
         graph: The scene.
         rng: Source of the choice; families come equally often where the scene decides them.
         count: Number of captions; fewer (down to none) where the scene decides fewer.
-        facts: The scene's :func:`~visexpert.tabletop.relations.facts_of`, if already known.
+        facts: The scene's :func:`~visexpert.tabletop.graph.facts_of`, if already known.
     """
     facts = facts_of(graph) if facts is None else facts
-    queues = [[facts[family][k] for k in rng.permutation(len(facts[family]))] for family in FAMILIES]
+    queues = [[facts[family][k] for k in rng.permutation(len(facts[family]))] for family in RELATION_FAMILIES]
     order = [queues[k] for k in rng.permutation(len(queues))]
     wanted = max(count, MAX_REFERENCES)
     picked: list[tuple[str, str]] = []

@@ -13,17 +13,15 @@ from transformers import PreTrainedTokenizerBase
 
 from visexpert.data.loader import BatchLoader, StepLoader
 from visexpert.data.packing import TextPacker
-from visexpert.data.table import TextTable
 from visexpert.errors import ConfigError
 from visexpert.io.weights import cache_root
 from visexpert.precision import convert_records
 from visexpert.tabletop.cache import SplitCache, ensure_split
 from visexpert.tabletop.captions import DENSE_PROMPT, RELATION_PROMPT
-from visexpert.tabletop.dataset import SplitImages, TabletopDataset
-from visexpert.tabletop.pool import POOL_SIZES, Pools, ensure_pools
+from visexpert.tabletop.dataset import SplitImages, TabletopDataset, TextTable
 from visexpert.tabletop.render import render
 from visexpert.tabletop.scenes import sample_scenes
-from visexpert.tabletop.tokenizer import tabletop_tokenizer
+from visexpert.tabletop.texts import POOL_SIZES, Pools, ensure_pools, tabletop_tokenizer
 from visexpert.tabletop.world import TabletopWorld
 
 TRAIN_MIXTURE: dict[str, int] = {"dense": 1, "relation": 1, "vsr": 3, "vqa": 2, "pope": 1}

@@ -1,4 +1,4 @@
-"""Scene graphs: the exact content of an image, and what is true of it."""
+"""Scene graphs: the exact content of an image, and which relations hold in it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations
+from typing import NamedTuple
+
+from visexpert.tabletop.world import SIZES
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,9 @@ class SceneGraph:
             for first, second in permutations(self.objects, 2)
             if first.phrase == claim.subject and second.phrase == claim.object
         ]
-        true = any(relation_holds(claim.relation, first, second) for first, second in pairs)
-        family = _RELATIONS[claim.relation][0]
-        return {"parsed": True, "object": bool(pairs), "relation": true, f"family/{family}": true}
+        relation = RELATIONS[claim.relation]
+        true = any(relation.holds(first, second) for first, second in pairs)
+        return {"parsed": True, "object": bool(pairs), "relation": true, f"family/{relation.family}": true}
 
 
 @dataclass(frozen=True)
@@ -81,36 +84,126 @@ class RelationClaim:
     object: str
 
 
+class Relation(NamedTuple):
+    """A relation between two objects.
+
+    Args:
+        words: The words between two noun phrases: ``"in front of"``.
+        inverse: The relation with the objects exchanged, which is also its false twin.
+        family: ``left-right``, ``depth``, ``height`` or ``size``.
+        sign: 1 if the relation says that the first object measures more, -1 if it measures less.
+        measure: What is compared: position in the image, depth, height above the table, or size class.
+    """
+
+    words: str
+    inverse: str
+    family: str
+    sign: int
+    measure: Callable[[ObjectNode], float]
+
+    def holds(self, first: ObjectNode, second: ObjectNode) -> bool:
+        """Return whether ``first <relation> second`` is true, by the sign of the difference alone.
+
+        Left and right are those of the image; in front of means nearer to the camera; above and below compare heights
+        above the table; larger and smaller compare true size classes, never apparent sizes.
+        """
+        return self.sign * (self.measure(first) - self.measure(second)) > 0
+
+
+SIDE_MARGIN = 0.14
+"""Least |u - u'| of left / right, in half image widths."""
+DEPTH_MARGIN = 0.7
+"""Least |depth - depth'| of in front of / behind, scene units."""
+HEIGHT_MARGIN = 0.5
+"""Least |height - height'| of above / below, scene units."""
+
+LEADING: dict[str, Relation] = {
+    "left-right": Relation("left of", "right of", "left-right", -1, lambda node: node.u),
+    "depth": Relation("in front of", "behind", "depth", -1, lambda node: node.depth),
+    "height": Relation("above", "below", "height", 1, lambda node: node.height),
+    "size": Relation("larger than", "smaller than", "size", 1, lambda node: SIZES.index(node.size)),
+}
+"""The leading relation of each family."""
+
+RELATION_FAMILIES: tuple[str, ...] = tuple(LEADING)
+
+RELATIONS: dict[str, Relation] = {
+    relation.words: relation
+    for one in LEADING.values()
+    for relation in (one, Relation(one.inverse, one.words, one.family, -one.sign, one.measure))
+}
+"""All relations by their words."""
+
+_MARGINS = {"left-right": SIDE_MARGIN, "depth": DEPTH_MARGIN, "height": HEIGHT_MARGIN, "size": 0.0}
+_CAPTION = re.compile(
+    rf"an? (?P<subject>\w+ \w+)(?: is)? (?P<relation>{'|'.join(RELATIONS)}) an? (?P<object>\w+ \w+) ?\.?"
+)
+
+
+class Fact(NamedTuple):
+    """A relation that is true beyond the dead margin: ``objects[subject] relation objects[other]``."""
+
+    subject: int
+    relation: Relation
+    other: int
+
+
 def parse_relation(caption: str) -> RelationClaim | None:
     """Parse a relation caption; return None if it has another form."""
     found = _CAPTION.fullmatch(" ".join(caption.lower().split()))
     return RelationClaim(found["subject"], found["relation"], found["object"]) if found else None
 
 
-def relation_holds(relation: str, first: ObjectNode, second: ObjectNode) -> bool:
-    """Return whether ``first <relation> second`` is true, by the sign of the difference alone.
+def facts_of(graph: SceneGraph) -> dict[str, list[Fact]]:
+    """Find every decided pair of a scene, once per pair and family.
 
-    Left and right are those of the image; in front of means nearer to the camera; above and below compare the heights
-    over the table; larger and smaller the true size classes.
+    Args:
+        graph: The scene.
+
+    Returns:
+        The facts by family. Each states the family's leading relation (left of, in front of, above, larger than);
+        exchange the objects and take ``inverse`` for the other wording. Objects that share their name with another are
+        left out.
     """
-    _, sign, measure = _RELATIONS[relation]
-    return sign * (measure(first) - measure(second)) > 0
+    facts: dict[str, list[Fact]] = {family: [] for family in RELATION_FAMILIES}
+    named = named_objects(graph)
+    for position, i in enumerate(named):
+        for j in named[position + 1 :]:
+            for family, leads in _leads(graph.objects[i], graph.objects[j]):
+                first, second = (i, j) if leads else (j, i)
+                facts[family].append(Fact(first, LEADING[family], second))
+    return facts
 
 
-def _size_rank(node: ObjectNode) -> float:
-    return float(("small", "medium", "large").index(node.size))
+def leading_matrices(graph: SceneGraph) -> dict[str, list[list[bool | None]]]:
+    """Return for each family and ordered pair (i, j) whether object i stands in the leading direction to object j.
+
+    Returns:
+        Per family a square matrix: True (left of, in front of, above, larger than), False (the inverse), or None inside
+        the dead margin and on the diagonal.
+    """
+    count = len(graph.objects)
+    matrices: dict[str, list[list[bool | None]]] = {
+        family: [[None] * count for _ in range(count)] for family in RELATION_FAMILIES
+    }
+    for i in range(count):
+        for j in range(i + 1, count):
+            for family, leads in _leads(graph.objects[i], graph.objects[j]):
+                matrices[family][i][j] = leads
+                matrices[family][j][i] = not leads
+    return matrices
 
 
-_RELATIONS: dict[str, tuple[str, int, Callable[[ObjectNode], float]]] = {
-    "left of": ("left-right", -1, lambda node: node.u),
-    "right of": ("left-right", 1, lambda node: node.u),
-    "in front of": ("depth", -1, lambda node: node.depth),
-    "behind": ("depth", 1, lambda node: node.depth),
-    "above": ("height", 1, lambda node: node.height),
-    "below": ("height", -1, lambda node: node.height),
-    "larger than": ("size", 1, _size_rank),
-    "smaller than": ("size", -1, _size_rank),
-}
-_CAPTION = re.compile(
-    rf"an? (?P<subject>\w+ \w+)(?: is)? (?P<relation>{'|'.join(_RELATIONS)}) an? (?P<object>\w+ \w+) ?\.?"
-)
+def named_objects(graph: SceneGraph) -> list[int]:
+    """Return the indices of the objects that ``colour shape`` names unambiguously."""
+    phrases = [(node.colour, node.shape) for node in graph.objects]
+    return [i for i, phrase in enumerate(phrases) if phrases.count(phrase) == 1]
+
+
+def _leads(a: ObjectNode, b: ObjectNode) -> list[tuple[str, bool]]:
+    """List the decided families of a pair, each with True if the leading relation holds from ``a`` to ``b``."""
+    return [
+        (family, relation.holds(a, b))
+        for family, relation in LEADING.items()
+        if abs(relation.measure(a) - relation.measure(b)) > _MARGINS[family]
+    ]

@@ -14,15 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from visexpert.tabletop.world import SHAPE_HALF_EXTENT, SHAPES, SIZE_RADIUS, SIZES, TAN_HALF_FOV
-
-if TYPE_CHECKING:
-    from visexpert.tabletop.scenes import Scenes
+from visexpert.tabletop.world import SHAPE_HALF_EXTENT, SHAPES, SIZE_RADIUS, SIZES, TAN_HALF_FOV, Scenes
 
 _SLACK = 1.01  # of the squared bounding radius, so that rounding never cuts a silhouette
 _SMALL = 1e-9

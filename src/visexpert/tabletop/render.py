@@ -25,8 +25,8 @@ from visexpert.tabletop.raycast import (
     shadowed,
     take,
 )
-from visexpert.tabletop.scenes import Scenes, generator
-from visexpert.tabletop.world import COLOURS, MATERIALS, SHAPES, SIZES, TAN_HALF_FOV
+from visexpert.tabletop.scenes import generator
+from visexpert.tabletop.world import COLOURS, MATERIALS, SHAPES, SIZES, TAN_HALF_FOV, Scenes
 
 CREASE_COSINE = 0.7
 """Normals of neighboring pixels on one object that differ by more than this cosine (45 degrees) form an edge."""

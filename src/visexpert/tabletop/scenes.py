@@ -10,8 +10,7 @@ World frame: x and y span the table, z points up, the table is z = 0. Lengths ar
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,6 +28,7 @@ from visexpert.tabletop.world import (
     SIZE_RADIUS,
     SIZES,
     TAN_HALF_FOV,
+    Scenes,
     TabletopWorld,
 )
 
@@ -49,60 +49,6 @@ _LIFT_RANGE = (0.2, 1.7)
 _CANDIDATES = 12
 _MAX_ATTEMPTS = 300
 _SCENE_DRAWS, _OBJECT_DRAWS, _PLACE_DRAWS = 10, 8, 4
-
-
-@dataclass(frozen=True)
-class Scenes:
-    """A batch of scenes; O = ``world.max_objects`` slots, the first ``num_objects_N`` of each are filled.
-
-    Args:
-        world: The world that the scenes belong to.
-        num_objects_N: int64 number of objects.
-        shape_NO: int64 index into ``SHAPES``, -1 in empty slots.
-        colour_NO: int64 index into ``COLOURS``, -1 in empty slots.
-        size_NO: int64 index into ``SIZES``, -1 in empty slots.
-        material_NO: int64 index into ``MATERIALS``, -1 in empty slots.
-        center_NO3: float32 center of each object, world frame.
-        yaw_NO: float32 rotation about the vertical, radians.
-        albedo_NO3: float32 actual colour, linear 0-1: the colour word's, slightly varied.
-        eye_N3: float32 position of the camera.
-        axes_N33: float32 rows right, up and forward of the camera, orthonormal.
-        light_N3: float32 unit vector towards the light.
-        brightness_N: float32 strength of the light.
-        table_N3: float32 colour of the table.
-        key_N2: int64 key of each scene's random stream (pixel noise continues it).
-    """
-
-    world: TabletopWorld
-    num_objects_N: Tensor
-    shape_NO: Tensor
-    colour_NO: Tensor
-    size_NO: Tensor
-    material_NO: Tensor
-    center_NO3: Tensor
-    yaw_NO: Tensor
-    albedo_NO3: Tensor
-    eye_N3: Tensor
-    axes_N33: Tensor
-    light_N3: Tensor
-    brightness_N: Tensor
-    table_N3: Tensor
-    key_N2: Tensor
-
-    def __len__(self) -> int:
-        return self.num_objects_N.shape[0]
-
-    def rows(self, index: slice | Sequence[int]) -> Scenes:
-        """Return the scenes at ``index``."""
-        chosen = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "world"}
-        return replace(self, **chosen)
-
-    def camera_centers(self) -> Tensor:
-        """Return the objects' centers in the camera frame (right, up, forward), float32 (N, O, 3)."""
-        offset_NO3 = self.center_NO3 - self.eye_N3[:, None]
-        # Summed by hand: a matrix product may round differently from one batch size to the next.
-        terms = offset_NO3[:, :, None, :] * self.axes_N33[:, None, :, :]
-        return terms[..., 0] + terms[..., 1] + terms[..., 2]
 
 
 def sample_scenes(num: int, *, seed: int, first: int = 0, world: TabletopWorld) -> Scenes:

@@ -1,22 +1,24 @@
-"""The zoo's own experts: small networks whose architecture is stored in the header of their weights file."""
+"""The zoo's own experts: a small CNN or ViT whose architecture is stored in the header of its weights file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts.base import TokenKind, VisionExpert
 from visexpert.io.reading import parse_json
 from visexpert.io.source import local_path, zoo_names
 from visexpert.io.weights import fill_module, load_safetensors, weights_digest
-from visexpert.tabletop.tiny_networks import NETWORKS, TinyNetwork
 
 HEADER_KEY = "visexpert"
 """Key of the safetensors metadata that holds the architecture as JSON."""
@@ -30,7 +32,7 @@ class TinyExpert(VisionExpert):
             ``configs/zoo`` file wrote. The architecture is read from its header; excludes ``arch``.
         arch: The architecture itself, for training: ``kind`` (``conv`` or ``vit``), ``image_size``, optionally
             ``mean``, ``std`` and ``license``, and ``network``, the arguments of
-            :class:`~visexpert.tabletop.tiny_networks.ConvNetwork` or ``ViTNetwork``. Weights stay random.
+            :class:`~visexpert.tabletop.tiny.ConvNetwork` or ``ViTNetwork``. Weights stay random.
         tokens: ``features`` - the encoder's tokens; ``prediction`` - its head's map after the activation, one token
             per map cell.
     """
@@ -142,7 +144,7 @@ def build_network(header: Mapping[str, Any]) -> TinyNetwork:
     try:
         network = build(image_size=int(header["image_size"]), **header["network"])
     except TypeError as error:
-        raise ConfigError(f"TinyExpert: {error}; see visexpert.tabletop.tiny_networks for its arguments.") from error
+        raise ConfigError(f"TinyExpert: {error}; see visexpert.tabletop.tiny for its arguments.") from error
     return network
 
 
@@ -154,3 +156,199 @@ def header_metadata(header: Mapping[str, Any]) -> dict[str, str]:
 def half_state(module: nn.Module) -> dict[str, Tensor]:
     """Return the module's weights as fp16 on the CPU, contiguous: the form in which the zoo ships them."""
     return {key: value.detach().to("cpu", torch.float16).contiguous() for key, value in module.state_dict().items()}
+
+
+Activation = Literal["none", "sigmoid", "unit", "softmax"]
+ACTIVATIONS = ("none", "sigmoid", "unit", "softmax")
+
+
+class TinyNetwork(nn.Module, ABC):
+    """A feature map of ``token_dim`` channels on ``grid_hw``, and a linear head that reads a map off it.
+
+    The head is linear on purpose: what it predicts is then linearly decodable from the tokens.
+
+    Args:
+        token_dim: Channels E of the feature map.
+        grid_hw: Its grid.
+        outputs: Channels of the head by name, e.g. ``{"colour": 9, "shape": 4}``; empty means no head.
+        upsample: The head's map is this many times finer than the grid (pixel shuffle).
+        activation: How raw outputs become a prediction: ``none``, ``sigmoid``, ``unit`` (vector of length one) or
+            ``softmax`` within each named output.
+    """
+
+    def __init__(
+        self,
+        *,
+        token_dim: int,
+        grid_hw: tuple[int, int],
+        outputs: Mapping[str, int] | None = None,
+        upsample: int = 1,
+        activation: Activation = "none",
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ConfigError(f"TinyExpert: activation={activation!r} is unknown; use one of {list(ACTIVATIONS)}.")
+        self.token_dim = token_dim
+        self.grid_hw = grid_hw
+        self.map_hw = (grid_hw[0] * upsample, grid_hw[1] * upsample)
+        self.outputs = dict(outputs or {})
+        self.upsample = upsample
+        self.activation: Activation = activation
+        channels = sum(self.outputs.values())
+        self.head = nn.Conv2d(token_dim, channels * upsample**2, 1) if channels else nn.Identity()
+
+    @abstractmethod
+    def features(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return the feature map (B, E, h, w) of normalized pixels (B, 3, H, W)."""
+
+    def predict(self, features_BEHW: Tensor) -> Tensor:
+        """Return the raw map (B, C, h * upsample, w * upsample), C = all outputs side by side."""
+        return F.pixel_shuffle(self.head(features_BEHW), self.upsample)
+
+    def split(self, map_BCHW: Tensor) -> dict[str, Tensor]:
+        """Return the map's channels by output name."""
+        return dict(zip(self.outputs, map_BCHW.split(list(self.outputs.values()), dim=1), strict=True))
+
+    def activate(self, map_BCHW: Tensor) -> Tensor:
+        """Turn a raw map into the prediction: probabilities, unit vectors, or the values themselves."""
+        match self.activation:
+            case "sigmoid":
+                return map_BCHW.sigmoid()
+            case "unit":
+                return F.normalize(map_BCHW, dim=1)
+            case "softmax":
+                return torch.cat([part.softmax(dim=1) for part in self.split(map_BCHW).values()], dim=1)
+            case _:
+                return map_BCHW
+
+
+class ConvNetwork(TinyNetwork):
+    """Strided convolutions down to the grid, residual blocks there, a norm on top. No position code.
+
+    Args:
+        image_size: Side of the input in pixels; the grid is ``image_size / 2**len(widths)``.
+        widths: Channels after each stride-2 convolution; the last one is the width of the residual blocks.
+        token_dim: Channels of the tokens.
+        dilations: One residual block per entry, with this dilation in its first convolution; larger ones see wider.
+        outputs: Head channels by name.
+        upsample: See :class:`TinyNetwork`.
+        activation: See :class:`TinyNetwork`.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        widths: Sequence[int],
+        token_dim: int,
+        dilations: Sequence[int] = (1, 1),
+        outputs: Mapping[str, int] | None = None,
+        upsample: int = 1,
+        activation: Activation = "none",
+    ) -> None:
+        stride = 2 ** len(widths)
+        if image_size % stride:
+            raise ConfigError(
+                f"TinyExpert: image_size={image_size} is no multiple of {stride} (2 per entry of widths)."
+            )
+        side = image_size // stride
+        super().__init__(
+            token_dim=token_dim, grid_hw=(side, side), outputs=outputs, upsample=upsample, activation=activation
+        )
+        layers: list[nn.Module] = []
+        for index, (before, after) in enumerate(zip((3, *widths[:-1]), widths, strict=True)):
+            kernel = 5 if index == 0 else 3
+            layers += [
+                nn.Conv2d(before, after, kernel, stride=2, padding=kernel // 2, bias=False),
+                group_norm(after),
+                nn.ReLU(inplace=True),
+            ]
+        layers += [ResidualBlock(widths[-1], dilation) for dilation in dilations]
+        layers += [nn.Conv2d(widths[-1], token_dim, 1, bias=False), group_norm(token_dim)]
+        self.trunk = nn.Sequential(*layers)
+        self.to(memory_format=torch.channels_last)
+
+    def features(self, pixels_BCHW: Tensor) -> Tensor:
+        map_BEHW: Tensor = self.trunk(pixels_BCHW.contiguous(memory_format=torch.channels_last))
+        return map_BEHW
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions beside an identity; the second norm starts at zero, so the block starts as the identity."""
+
+    def __init__(self, width: int, dilation: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation, bias=False)
+        self.norm1 = group_norm(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = group_norm(width)
+        nn.init.zeros_(self.norm2.weight)
+
+    def forward(self, x_BEHW: Tensor) -> Tensor:
+        y_BEHW = F.relu(self.norm1(self.conv1(x_BEHW)), inplace=True)
+        return F.relu(x_BEHW + self.norm2(self.conv2(y_BEHW)))
+
+
+class ViTNetwork(TinyNetwork):
+    """timm's pre-LN ``VisionTransformer`` without [CLS]; with a mask token for masked image modeling.
+
+    Args:
+        image_size: Side of the input in pixels.
+        patch_size: Side of a patch; must divide ``image_size``.
+        token_dim: Width.
+        depth: Number of blocks.
+        num_heads: Attention heads; must divide ``token_dim``.
+        mlp_ratio: Width of the MLP over ``token_dim``.
+        outputs: Head channels by name.
+        upsample: See :class:`TinyNetwork`.
+        activation: See :class:`TinyNetwork`.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        patch_size: int,
+        token_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        outputs: Mapping[str, int] | None = None,
+        upsample: int = 1,
+        activation: Activation = "none",
+    ) -> None:
+        if image_size % patch_size or token_dim % num_heads:
+            raise ConfigError(
+                f"TinyExpert: patch_size={patch_size} must divide image_size={image_size}, "
+                f"and num_heads={num_heads} must divide token_dim={token_dim}."
+            )
+        side = image_size // patch_size
+        super().__init__(
+            token_dim=token_dim, grid_hw=(side, side), outputs=outputs, upsample=upsample, activation=activation
+        )
+        self.vit = VisionTransformer(
+            img_size=image_size,
+            patch_size=patch_size,
+            embed_dim=token_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            class_token=False,
+            global_pool="",
+            num_classes=0,
+        )
+
+    def features(self, pixels_BCHW: Tensor) -> Tensor:
+        tokens_BSE: Tensor = self.vit.forward_features(pixels_BCHW)
+        map_BEHW: Tensor = tokens_BSE.transpose(1, 2).unflatten(2, self.grid_hw)
+        return map_BEHW
+
+
+def group_norm(width: int) -> nn.GroupNorm:
+    """Build a GroupNorm with groups of eight channels (fewer if eight does not divide): no batch statistics to fold."""
+    groups = max(1, width // 8)
+    return nn.GroupNorm(groups if width % groups == 0 else 1, width)
+
+
+NETWORKS: dict[str, type[TinyNetwork]] = {"conv": ConvNetwork, "vit": ViTNetwork}
+"""Kinds of network by the name a header uses."""

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from visexpert.tabletop.zoo.cards import CARDS, PROBE_COLUMNS
 from visexpert.tabletop.zoo.probe_table import ATTRIBUTES, CellTruth, cell_truth, encode_cells, probe, write_results
+from visexpert.tabletop.zoo.ship import CARDS, PROBE_COLUMNS
 from visexpert.types import Batch, ExpertTokens
 
 SCENES = 40

@@ -15,10 +15,10 @@ from tests.tabletop.zoo.conftest import HELD_OUT
 from visexpert.io.source import ZOO
 from visexpert.io.weights import load_safetensors
 from visexpert.tabletop.tiny import TinyExpert
-from visexpert.tabletop.zoo.cards import CARDS, PROBE_COLUMNS, card_text, encoder_facts
 from visexpert.tabletop.zoo.contrastive import NgramTextTower, recall_at_1
 from visexpert.tabletop.zoo.dense import score_expert
 from visexpert.tabletop.zoo.heads import AttributeTask, DenseTask, DepthTask, EdgeTask, NormalsTask, SegmentationTask
+from visexpert.tabletop.zoo.ship import CARDS, PROBE_COLUMNS, card_text, encoder_facts
 from visexpert.types import Batch
 from visexpert.vision.clip import ClipEncoder
 

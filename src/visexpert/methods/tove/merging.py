@@ -19,7 +19,7 @@ from visexpert.methods.parts import Part
 from visexpert.methods.seen import Compared, RouterBalance, Seen
 from visexpert.methods.settings import EvaluationSettings, MergeSettings, MergingOptimizer
 from visexpert.methods.tove.merge_student import MergeStudent
-from visexpert.metrics.token_error import TokenError
+from visexpert.metrics.tokens import TokenError
 from visexpert.names import EncoderName
 from visexpert.optim import ParameterGroup
 from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens, imaged

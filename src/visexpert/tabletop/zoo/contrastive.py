@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visexpert.errors import ConfigError
+from visexpert.tabletop.texts import tabletop_tokenizer
 from visexpert.tabletop.tiny import half_state
-from visexpert.tabletop.tokenizer import tabletop_tokenizer
 from visexpert.tabletop.zoo.base import ZooModule, images_of, parameter_count, write_weights
 from visexpert.types import Batch, TextBatch
 from visexpert.vision.clip import ClipEncoder

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from visexpert.tabletop.tiny_networks import Activation
+from visexpert.tabletop.tiny import Activation
 from visexpert.tabletop.world import COLOURS, MATERIALS, SHAPES
 
 Targets = Mapping[str, Tensor]

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from visexpert.grids import resample_tokens
-from visexpert.metrics.probes import ridge_accuracy, ridge_r2
+from visexpert.metrics.tokens import ridge_accuracy, ridge_r2
 from visexpert.tabletop import TabletopData
 from visexpert.tabletop.datamodule import TextSettings
 from visexpert.tabletop.tiny import TinyExpert
 from visexpert.tabletop.zoo.base import images_of
-from visexpert.tabletop.zoo.cards import CARDS, PROBE_NOTE, encoder_facts, probe_lines, write_card
+from visexpert.tabletop.zoo.ship import CARDS, PROBE_NOTE, encoder_facts, probe_lines, write_card
 from visexpert.types import Batch, ExpertTokens, VisionTokens
 from visexpert.vision.clip import ClipEncoder
 

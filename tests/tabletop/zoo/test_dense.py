@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from visexpert.tabletop.zoo.augment import SpatialAugment
+from visexpert.tabletop.zoo.dense import SpatialAugment
 
 
 def test_identity() -> None:

@@ -1,4 +1,4 @@
-"""The pool of texts of every scene of a split: generated once, cached as JSON lines beside the rendered images."""
+"""All texts of a split, generated once and cached as JSON lines, and the tokenizer that knows their words."""
 
 from __future__ import annotations
 
@@ -8,26 +8,45 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import WordLevel
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from visexpert.errors import DataError
 from visexpert.io.files import whole_file
 from visexpert.io.reading import parse_json
-from visexpert.tabletop.balance import Balancer
-from visexpert.tabletop.captions import SCORED_AS, dense_caption, object_captions, relation_captions
-from visexpert.tabletop.graph import SceneGraph
-from visexpert.tabletop.questions import questions
-from visexpert.tabletop.relations import facts_of
-from visexpert.tabletop.statements import popular_phrases, probes, statements
+from visexpert.tabletop.captions import (
+    DENSE_PROMPT,
+    RELATION_PROMPT,
+    SCORED_AS,
+    dense_caption,
+    object_captions,
+    relation_captions,
+)
+from visexpert.tabletop.graph import RELATIONS, SceneGraph, facts_of
+from visexpert.tabletop.questions import (
+    DISTANCES,
+    NUMBERS,
+    SIDES,
+    Balancer,
+    popular_phrases,
+    probes,
+    questions,
+    statements,
+)
+from visexpert.tabletop.world import COLOURS, MATERIALS, SHAPES, SIZES
 from visexpert.types import TextItem
 
 POOL_SIZES: dict[str, int] = {"dense": 1, "relation": 4, "vsr": 6, "vqa": 8, "pope": 4, "objects": 4}
 """Most items of each kind in a scene's pool; scenes with few clear facts have fewer."""
-
 TEXT_VERSION = 1
 """Raise this whenever the same scenes and seed would give other texts, so that no stale cache is used."""
-
 Pools = list[list[TextItem]]
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
+_FUNCTION_WORDS = (
+    "a an the and is there in on what which how many are far side image object objects colour shape size material"
+)
 
 
 def ensure_pools(
@@ -88,6 +107,36 @@ def generate_pools(graphs: Sequence[SceneGraph], *, split: str, seed: int, progr
             ]
         )
     return pools
+
+
+def tabletop_tokenizer() -> PreTrainedTokenizerFast:
+    """Build the tokenizer: lower case, split at white space and punctuation, one id a word, unknown words ``<unk>``.
+
+    Returns:
+        A tokenizer with ``<pad>`` = 0, ``<bos>`` = 1, ``<eos>`` = 2, ``<unk>`` = 3, ``<image>`` = 4.
+    """
+    model = WordLevel({word: index for index, word in enumerate(vocabulary())}, unk_token="<unk>")
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def vocabulary() -> tuple[str, ...]:
+    """Return the closed vocabulary in id order, special tokens first."""
+    plurals = [f"{shape}s" for shape in SHAPES]
+    prompts = [DENSE_PROMPT, RELATION_PROMPT, _FUNCTION_WORDS]
+    groups = [*COLOURS, *SHAPES, *plurals, *SIZES, *MATERIALS, *RELATIONS, *DISTANCES, *SIDES, *NUMBERS, "yes no ?"]
+    words = [word for group in (*prompts, *groups) for word in group.split()]
+    return tuple(dict.fromkeys((*SPECIAL_TOKENS, *words)))
 
 
 def _read(path: Path, num_scenes: int) -> Pools | None:

@@ -8,8 +8,8 @@ import pytest
 
 from tests.tabletop.some_graphs import random_graphs
 from visexpert.tabletop.audit import audit, report
-from visexpert.tabletop.balance import Balancer
-from visexpert.tabletop.pool import Pools, generate_pools
+from visexpert.tabletop.questions import Balancer
+from visexpert.tabletop.texts import Pools, generate_pools
 from visexpert.types import TextItem
 
 

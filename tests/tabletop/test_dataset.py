@@ -11,9 +11,8 @@ import torch
 
 from tests.tabletop.some_graphs import random_graphs
 from visexpert.data.packing import TextPacker, pack
-from visexpert.data.table import TextTable
-from visexpert.tabletop.pool import Pools, generate_pools
-from visexpert.tabletop.tokenizer import tabletop_tokenizer
+from visexpert.tabletop.dataset import TextTable
+from visexpert.tabletop.texts import Pools, generate_pools, tabletop_tokenizer
 
 MIXTURE = {"dense": 1, "vsr": 3, "vqa": 2, "pope": 1}
 PACKER = TextPacker(tabletop_tokenizer())

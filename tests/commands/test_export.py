@@ -20,7 +20,7 @@ from visexpert.commands.export import run_with_clip
 from visexpert.commands.export_source import source_of
 from visexpert.errors import ConfigError
 from visexpert.export import FORMATS, TOLERANCE, Dtype, Projection, Treatment
-from visexpert.export.prompt import QUESTION
+from visexpert.export.llava import QUESTION
 from visexpert.language import Decoding
 from visexpert.runs import build, load_run
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from visexpert.errors import WeightsError
-from visexpert.export.fidelity import check_levels, compare, difference, equal_ids, levels
-from visexpert.export.inputs import check_inputs
+from visexpert.export.fidelity import check_inputs, check_levels, compare, difference, equal_ids, levels
 
 
 def test_a_difference_by_hand() -> None:

@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration
 from tests.export.helpers import WORDS, tiny_clip, tiny_llava, tiny_source
 from visexpert.errors import ConfigError
 from visexpert.export import FORMATS, ExportSource, differences, export
-from visexpert.export.open_clip import write as write_open_clip
+from visexpert.export.clip_folders import write_open_clip
 
 FILES = {
     "hf": {"config.json", "model.safetensors", "preprocessor_config.json"},

@@ -16,9 +16,8 @@ from transformers import AutoModel
 from tests.export.helpers import tiny_clip, tiny_source
 from visexpert.errors import ConfigError
 from visexpert.export import FORMATS, KEEP_MOLE, ExportSource, MoLEReport, differences, export
-from visexpert.export.inputs import check_inputs
-from visexpert.export.mole import mole_lines
-from visexpert.export.report import write_reports
+from visexpert.export.fidelity import check_inputs
+from visexpert.export.report import mole_lines, write_reports
 from visexpert.export.verify import UNDECIDED, Fidelity, _decided
 from visexpert.vision import ClipEncoder, MoLESettings, add_mole, equipped_blocks, fold, mole_settings
 from visexpert.vision.mole_inference import UsageMeter

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from visexpert.export.exporter import FORMATS, KEEP_MOLE, check_formats, export
-from visexpert.export.fidelity import TOLERANCE
-from visexpert.export.folder import check_target
-from visexpert.export.mole import MoLEReport, Treatment, differences
+from visexpert.export.exporter import FORMATS, KEEP_MOLE, check_formats, check_target, export
+from visexpert.export.fidelity import TOLERANCE, differences
 from visexpert.export.rounding import Dtype, check_dtype
-from visexpert.export.source import ExportSource, LanguageParts, Projection
+from visexpert.export.source import ExportSource, LanguageParts, MoLEReport, Projection, Treatment
 
 __all__ = [
     "FORMATS",

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from visexpert.errors import ConfigError
-from visexpert.export import hf, llava, native, onnx, open_clip, torch_export
+from visexpert.errors import ConfigError, DataError
+from visexpert.export import clip_folders, graphs, llava
 from visexpert.export.fidelity import TOLERANCE
-from visexpert.export.folder import check_target, whole_or_nothing
 from visexpert.export.report import write_reports
 from visexpert.export.rounding import check_dtype, name_of
 from visexpert.export.source import LOGITS, PATCH_TOKENS, POOLED, ExportSource, Format
 from visexpert.export.verify import Fidelity, verify
+from visexpert.io.files import whole_folder
 from visexpert.vision import equipped_blocks
 
 log = logging.getLogger(__name__)
@@ -22,12 +23,14 @@ log = logging.getLogger(__name__)
 _GRAPH = (PATCH_TOKENS, POOLED)
 
 FORMATS: dict[str, Format] = {
-    "hf": Format(hf.write, (), hf.USAGE, (POOLED,)),
-    "open_clip": Format(open_clip.write, (), open_clip.USAGE, (POOLED,)),
-    "onnx": Format(onnx.write, ("onnx", "onnxscript", "onnxruntime"), onnx.USAGE, _GRAPH, False, "merged"),
-    "torch_export": Format(torch_export.write, (), torch_export.USAGE, _GRAPH, False, "merged"),
-    "llava": Format(llava.write, (), llava.USAGE, (POOLED, LOGITS)),
-    "visexpert": Format(native.write, (), native.USAGE, (POOLED,), mole="trained"),
+    "hf": Format(clip_folders.write_hf, (), clip_folders.HF_USAGE, (POOLED,)),
+    "open_clip": Format(clip_folders.write_open_clip, (), clip_folders.OPEN_CLIP_USAGE, (POOLED,)),
+    "onnx": Format(
+        graphs.write_onnx, ("onnx", "onnxscript", "onnxruntime"), graphs.ONNX_USAGE, _GRAPH, False, "merged"
+    ),
+    "torch_export": Format(graphs.write_torch_export, (), graphs.TORCH_EXPORT_USAGE, _GRAPH, False, "merged"),
+    "llava": Format(llava.write_llava, (), llava.LLAVA_USAGE, (POOLED, LOGITS)),
+    "visexpert": Format(clip_folders.write_visexpert, (), clip_folders.VISEXPERT_USAGE, (POOLED,), mole="trained"),
 }
 KEEP_MOLE = tuple(name for name, form in FORMATS.items() if form.mole is not None)
 """Formats that have a place for a student's mixture of low-rank experts."""
@@ -87,3 +90,38 @@ def check_formats(formats: Iterable[str]) -> None:
             raise ConfigError(
                 f"--format {name} needs {', '.join(missing)}; install it with: pip install 'visexpert[export]'."
             )
+
+
+@contextmanager
+def whole_or_nothing(out: Path) -> Iterator[Path]:
+    """Give a hidden folder beside ``out`` that is renamed to ``out`` at the end, or removed if anything goes wrong.
+
+    A process that is killed leaves at most the hidden folder, ``.NAME.HOST-NUMBER.part``.
+
+    Args:
+        out: Target; may exist only as an empty folder.
+
+    Raises:
+        ConfigError: The target is taken.
+        DataError: The disk refuses.
+    """
+    check_target(out)
+    try:
+        with whole_folder(out) as partial:
+            yield partial
+    except OSError as error:
+        raise DataError(
+            f"'{out}' cannot be written ({error}); choose a folder with room that you may write."
+        ) from error
+
+
+def check_target(out: Path) -> None:
+    """Refuse a target that is taken.
+
+    Raises:
+        ConfigError: It is a file, or a folder that is not empty.
+    """
+    if out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"The folder '{out}' is not empty; give --out a new or an empty one.")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"'{out}' is a file; give --out a new or an empty folder.")

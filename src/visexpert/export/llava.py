@@ -1,28 +1,34 @@
-"""A ``LlavaForConditionalGeneration`` folder: CLIP, projector, language model, tokenizer and processor."""
+"""A ``LlavaForConditionalGeneration`` folder: CLIP, projector, language model, tokenizer, processor and its prompt."""
 
 from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken
+from tokenizers import AddedToken, processors
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
 
-from visexpert.errors import ConfigError
-from visexpert.export.hf import PREFIX, image_processor, quiet, vision_config
-from visexpert.export.prompt import writes_no_frame
+from visexpert.errors import ConfigError, WeightsError
+from visexpert.export.clip_folders import PREFIX, image_processor, quiet, vision_config
 from visexpert.export.rounding import stored
 from visexpert.export.source import ExportSource, LanguageParts
+from visexpert.types import IMAGE_TOKEN, TextEncoder
 
-IMAGE_TOKEN = "<image>"
+IMAGE_TEXT = "<image>"
 TOWER = "vision_tower."
 
-USAGE = """\
+QUESTION = "What is in this picture?"
+"""What the processor is asked, and what the README shows."""
+
+CONVERSATION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+
+LLAVA_USAGE = """\
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 processor, model = AutoProcessor.from_pretrained(FOLDER), LlavaForConditionalGeneration.from_pretrained(FOLDER)
@@ -33,7 +39,7 @@ ids = model.generate(**inputs, do_sample=False, max_new_tokens=32)[:, inputs["in
 answer = processor.batch_decode(ids, skip_special_tokens=True)[0].strip()"""
 
 
-def write(source: ExportSource, folder: Path) -> None:
+def write_llava(source: ExportSource, folder: Path) -> None:
     """Write model, tokenizer and processor.
 
     Raises:
@@ -88,7 +94,7 @@ def processor_of(source: ExportSource, tokenizer: Any) -> LlavaProcessor:
         chat_template=tokenizer.chat_template,
         patch_size=source.clip.config.patch_size,
         vision_feature_select_strategy="default",
-        image_token=IMAGE_TOKEN,
+        image_token=IMAGE_TEXT,
         num_additional_image_tokens=1,
     )
 
@@ -112,9 +118,9 @@ def _restore_prefix(folder: Path) -> None:
 def tokenizer_with_image(tokenizer: Any) -> tuple[Any, int]:
     """A copy of a tokenizer that has ``<image>``, and that token's id."""
     tokenizer = copy.deepcopy(tokenizer)
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    return tokenizer, int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    if IMAGE_TEXT not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken(IMAGE_TEXT, special=True, normalized=False)], special_tokens=True)
+    return tokenizer, int(tokenizer.convert_tokens_to_ids(IMAGE_TEXT))
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,7 @@ def check_text(tokenizer: Any) -> CheckText:
     words = [index for index in sorted(tokenizer.get_vocab().values()) if index not in special]
     picks = torch.randint(len(words), (8,), generator=torch.Generator().manual_seed(0)).tolist()
     text = opening_token(tokenizer) + tokenizer.decode([words[pick] for pick in picks])
-    return CheckText(IMAGE_TOKEN + text, image_id, tuple(tokenizer(text, add_special_tokens=False)["input_ids"]))
+    return CheckText(IMAGE_TEXT + text, image_id, tuple(tokenizer(text, add_special_tokens=False)["input_ids"]))
 
 
 def opening_token(tokenizer: Any) -> str:
@@ -204,3 +210,83 @@ def _pad_vocabulary(model: LlavaForConditionalGeneration, *, known: int, image_i
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         weight = layer.get_parameter("weight")
         weight[known:] = weight[:known].mean(0)
+
+
+@dataclass(frozen=True)
+class PromptCheck:
+    """A question as the exported processor and as training frame it.
+
+    Args:
+        text: The prompt, the same from both.
+        trained_ids: What the run's model reads, the image left out.
+        folder_ids: What the processor of the folder makes of the text, the image left out.
+    """
+
+    text: str
+    trained_ids: tuple[int, ...]
+    folder_ids: tuple[int, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """For ``fidelity.json``."""
+        return {
+            "question": QUESTION,
+            "text": self.text,
+            "ids_equal": self.trained_ids == self.folder_ids,
+            "trained_ids": list(self.trained_ids),
+            "folder_ids": list(self.folder_ids),
+        }
+
+
+def check_prompt(encoder: TextEncoder, text: str, ids: Sequence[int], *, image_id: int) -> PromptCheck:
+    """Hold what a reloaded processor gave against the run.
+
+    Args:
+        encoder: What frames the run's texts.
+        text: What the processor wrote for :data:`CONVERSATION`.
+        ids: The ids that it made of that, with those of the image.
+        image_id: Id of ``<image>`` in the export.
+
+    Raises:
+        WeightsError: The text is another one.
+    """
+    expected = encoder.prompt_text(QUESTION)
+    if text != expected:
+        raise WeightsError(
+            f"The llava export's processor writes the prompt {text!r}, the run was trained on {expected!r}; nothing "
+            "was written."
+        )
+    trained = tuple(token for token in encoder.prompt(QUESTION) if token != IMAGE_TOKEN)
+    return PromptCheck(text, trained, tuple(int(token) for token in ids if token != image_id))
+
+
+def writes_no_frame(tokenizer: Any) -> Any:
+    """A tokenizer that adds no tokens of its own to a text: the chat template writes all of them (changed in place)."""
+    if tokenizer.num_special_tokens_to_add():
+        for name in ("add_bos_token", "add_eos_token"):
+            if getattr(tokenizer, name, None):
+                setattr(tokenizer, name, False)
+            if name in tokenizer.init_kwargs:
+                tokenizer.init_kwargs[name] = False
+        nothing = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+        tokenizer.backend_tokenizer.post_processor = nothing
+    return tokenizer
+
+
+def prompt_lines(facts: dict[str, Any], tokenizer: Any) -> list[str]:
+    """The section of ``README.md``."""
+    lines = ["The prompt, as training had it:", "", "```text", facts["text"], "```", ""]
+    if facts["ids_equal"]:
+        return lines
+    trained, folder = (tokenizer.convert_ids_to_tokens(facts[key]) for key in ("trained_ids", "folder_ids"))
+    pairs = zip(trained, folder, strict=False)
+    place = next(
+        (index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), min(len(trained), len(folder))
+    )
+    ours, theirs = (" ".join(tokens[max(place - 1, 0) : place + 2]) for tokens in (trained, folder))
+    lines += [
+        f"`transformers` reads this text as one piece and gives {len(folder)} token ids besides the image's where "
+        f"training had {len(trained)}, since this tokenizer treats a text behind a special token in another way: "
+        f"`{theirs}` instead of `{ours}`.",
+        "",
+    ]
+    return lines

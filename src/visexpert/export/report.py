@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from visexpert.export.mole import MEANING, mole_lines
-from visexpert.export.prompt import QUESTION, prompt_lines
+from visexpert.export.graphs import for_inference
+from visexpert.export.llava import QUESTION, prompt_lines
 from visexpert.export.reload import BATCHES, FORBIDDEN
 from visexpert.export.rounding import weights_told
-from visexpert.export.source import ExportSource, Format, for_inference, layer_name
+from visexpert.export.source import ExportSource, Format, layer_name
 from visexpert.export.verify import Fidelity
 
 POOLED_TEXT = {
@@ -198,3 +198,79 @@ def _left_out(facts: dict[str, Any]) -> str:
 
 def _is_difference(value: Any) -> bool:
     return isinstance(value, dict) and "max_abs" in value
+
+
+IMAGES = ("validation", "training", "named")
+"""What images a student was folded by and measured on."""
+
+MEANING = {
+    "exact": "The architecture is kept: the export computes what the student computes.",
+    "fold": "One plain CLIP: the low-rank experts of each layer averaged by how much images of the run's data use "
+    "them. It is not the student; fidelity.md says how far it is from it.",
+    "flatten": "One plain CLIP: a fold (experts averaged by their use), then trained for a while to give the student's "
+    "tokens. It is not the student; fidelity.md says how far it is from it.",
+}
+
+
+def mole_lines(facts: Mapping[str, Any], layers: Sequence[int]) -> list[str]:
+    """The section of ``fidelity.md``.
+
+    Args:
+        facts: What :meth:`MoLEReport.facts` gave.
+        layers: Hidden states that were compared.
+    """
+    student = facts["student"]
+    lines = [
+        f"## MoLE: {facts['treatment']}",
+        "",
+        f"The student has {student['num_experts']} low-rank experts of rank {student['rank']} (routing "
+        f"{student['routing']}, router {student['router']}) in blocks {', '.join(map(str, student['layers']))}. "
+        f"{MEANING[facts['treatment']]}",
+        "",
+    ]
+    if "usage" in facts and facts["usage"]["images"] != "validation":
+        lines += [f"Folded and measured on {facts['usage']['images']} images, not on the run's validation images.", ""]
+    if errors := next((facts[key] for key in map(_errors_key, IMAGES) if key in facts), None):
+        lines += _val_table(facts, errors)
+    if "against_student_on_check_images" in facts:
+        titles = {layer_name(layer): f"hidden state {layer}" for layer in layers}
+        lines += [
+            "| against the student, check images | max error / RMS | min cosine | mean cosine |",
+            "|---|---|---|---|",
+        ]
+        for name, entry in facts["against_student_on_check_images"].items():
+            cosines = f"{entry['min_cosine']:.4f} | {entry['mean_cosine']:.4f}"
+            lines.append(f"| {titles.get(name, name.replace('_', ' '))} | {entry['relative']:.2e} | {cosines} |")
+        lines.append("")
+    return lines + (_usage_table(facts["usage"]) if "usage" in facts else [])
+
+
+def _errors_key(images: str) -> str:
+    return f"against_student_on_{images}_images"
+
+
+def _val_table(facts: Mapping[str, Any], errors: Mapping[str, Any]) -> list[str]:
+    which = facts["usage"]["images"]
+    lines = [f"| against the student, {which} images | images | NMSE | RMS error / RMS | mean cosine | min cosine |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, entry in errors.items():
+        title = f"{name}, {facts['steps']} steps" if name == "flatten" else name
+        lines.append(
+            f"| {title} | {entry['num_images']} | {entry['nmse']:.2e} | {entry['relative']:.2e} | "
+            f"{entry['mean_cosine']:.4f} | {entry['min_cosine']:.4f} |"
+        )
+    return [*lines, ""]
+
+
+def _usage_table(usage: Mapping[str, Any]) -> list[str]:
+    shares = usage["mean_gates_by_block"]
+    num_experts = len(next(iter(shares.values())))
+    images = usage["images"]
+    lines = [
+        f"| mean gate, {usage[f'{images}_images']} {images} images | "
+        + " | ".join(f"expert {index}" for index in range(num_experts))
+        + " |"
+    ]
+    lines.append("|---" * (num_experts + 1) + "|")
+    lines += [f"| block {block} | " + " | ".join(f"{g:.3f}" for g in gates) + " |" for block, gates in shares.items()]
+    return [*lines, ""]

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from visexpert.types import TextEncoder
-from visexpert.vision import ClipEncoder, equipped_blocks, merge_for_inference
-
-if TYPE_CHECKING:
-    from visexpert.export.mole import MoLEReport
+from visexpert.vision import ClipEncoder, MoLESettings, RouterUsage
 
 PATCH_TOKENS = "patch_tokens"
 POOLED = "pooled"
 LOGITS = "logits"
+
+Treatment = Literal["exact", "fold", "flatten"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,51 @@ class Projection:
 
     dim: int
     source: str
+
+
+@dataclass(frozen=True)
+class MoLEReport:
+    """What became of MoLE in one export.
+
+    Args:
+        treatment: ``exact``, ``fold`` or ``flatten``.
+        settings: The student's MoLE.
+        usage: How much each expert was used; None where nobody looked.
+        on_checks: Differences from the student by output on the check images; None for ``exact``, whose export itself
+            is compared with the student.
+        on_val: Errors of patch tokens against the student on the run's validation images, of ``fold`` and, behind it,
+            ``flatten``: ``nmse``, ``relative`` (root mean squares), ``mean_cosine``, ``min_cosine``, ``num_images``.
+        steps: Optimizer steps of ``flatten``.
+        images: Which images ``usage`` and ``on_val`` are from: ``validation``, ``training`` or ``named`` (--data).
+    """
+
+    treatment: Treatment
+    settings: MoLESettings
+    usage: RouterUsage | None = None
+    on_checks: Mapping[str, Mapping[str, float]] | None = None
+    on_val: Mapping[str, Mapping[str, float]] | None = None
+    steps: int = 0
+    images: str = "validation"
+
+    def facts(self) -> dict[str, Any]:
+        """For ``fidelity.json``."""
+        facts: dict[str, Any] = {"treatment": self.treatment, "student": asdict(self.settings)}
+        if self.usage is not None:
+            shares = {str(block): gates_E.tolist() for block, gates_E in self.usage.gates.items()}
+            facts["usage"] = {
+                f"{self.images}_images": self.usage.num_images,
+                "images": self.images,
+                "mean_gates_by_block": shares,
+            }
+        if self.on_checks is not None:
+            facts["against_student_on_check_images"] = {name: dict(entry) for name, entry in self.on_checks.items()}
+        if self.on_val is not None:
+            facts[f"against_student_on_{self.images}_images"] = {
+                name: dict(entry) for name, entry in self.on_val.items()
+            }
+        if self.treatment == "flatten":
+            facts["steps"] = self.steps
+        return facts
 
 
 @dataclass(frozen=True)
@@ -103,36 +147,6 @@ class ExportSource:
 def layer_name(layer: int) -> str:
     """Name of a hidden state in exports and reports: -2 is ``layer_minus_2`` (a name that ONNX allows)."""
     return f"layer_minus_{-layer}"
-
-
-class NamedOutputs(nn.Module):
-    """A CLIP as one graph: normalized pixels to named tensors.
-
-    Args:
-        clip: The encoder.
-        layers: Hidden states to hand out.
-    """
-
-    def __init__(self, clip: ClipEncoder, layers: tuple[int, ...]) -> None:
-        super().__init__()
-        self.model = clip.model
-        self.layer, self.layers = clip.layer, layers
-
-    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """(B, 3, S, S) to hidden states (B, 1 + T, D), patch tokens (B, T, D) of the layer read, pooled (B, D)."""
-        states = [self.model.pre_layrnorm(self.model.embeddings(pixel_values))]
-        for layer in self.model.encoder.layers:
-            states.append(layer(states[-1], None))
-        return {
-            **{layer_name(layer): states[layer] for layer in self.layers},
-            PATCH_TOKENS: states[self.layer][:, 1:],
-            POOLED: self.model.post_layernorm(states[-1][:, 0]),
-        }
-
-
-def for_inference(clip: ClipEncoder) -> ClipEncoder:
-    """What graphs are made of: a plain CLIP itself, or MoLE with merged weights wherever that is exact."""
-    return merge_for_inference(clip, keep_weighed=True) if equipped_blocks(clip) else clip
 
 
 @torch.no_grad()

@@ -20,10 +20,8 @@ from torch import Tensor
 
 from visexpert.errors import WeightsError
 from visexpert.export import reload
-from visexpert.export.fidelity import check_levels, compare, difference, equal_ids, levels
-from visexpert.export.inputs import CheckInputs, check_inputs
-from visexpert.export.llava import check_text
-from visexpert.export.prompt import CONVERSATION, PromptCheck, check_prompt
+from visexpert.export.fidelity import CheckInputs, check_inputs, check_levels, compare, difference, equal_ids, levels
+from visexpert.export.llava import CONVERSATION, PromptCheck, check_prompt, check_text
 from visexpert.export.reload import BATCHES
 from visexpert.export.rounding import computing_in_float32
 from visexpert.export.source import LOGITS, ExportSource, Format, layer_name, reference_outputs

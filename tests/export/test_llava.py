@@ -16,8 +16,14 @@ from tests.export.helpers import tiny_llava
 from tests.language import tokenizer_kinds
 from tests.language.test_prompts import encoders
 from visexpert.errors import WeightsError
-from visexpert.export.llava import processor_of, tokenizer_with_image
-from visexpert.export.prompt import CONVERSATION, PromptCheck, check_prompt, prompt_lines
+from visexpert.export.llava import (
+    CONVERSATION,
+    PromptCheck,
+    check_prompt,
+    processor_of,
+    prompt_lines,
+    tokenizer_with_image,
+)
 
 
 def with_bos() -> PreTrainedTokenizerBase:

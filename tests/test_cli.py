@@ -192,7 +192,7 @@ def test_a_wrong_command_line_is_one_sentence(tmp_path: Path, capsys: pytest.Cap
     message = refused(["fit", "--config", str(SMOKE), "--ckpt_path", str(tmp_path / "a.ckpt")], capsys)
     assert message.startswith("There is no checkpoint") and "'last' to continue a run" in message
     message = refused(["fit", "--config", str(tmp_path / "absent.yaml")], capsys)
-    assert "absent.yaml" in message and "does not exist" in message
+    assert "absent.yaml" in message and "visexpert configs list" in message
     assert "did you mean 'trainer.max_steps'" in refused(["fit", "--trainer.max_stepz", "3"], capsys)
 
 

@@ -27,6 +27,7 @@ EVERYWHERE = frozenset(
         "parse_errors",
         "timing",
         "names",
+        "shipped",
     }
 )
 """What any room may import; these import nothing but one another, and ``io`` the errors alone."""

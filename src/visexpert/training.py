@@ -54,6 +54,7 @@ from visexpert.io.used import holds_run, set_run_aside
 from visexpert.methods import Method
 from visexpert.overlays import MissingBaseError, load_path, parts_without_class, unrelated_settings_dropped
 from visexpert.parse_errors import classes_in, explain
+from visexpert.shipped import in_arguments
 from visexpert.trust import UntrustedError, guarded, refuse_strangers
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,8 @@ class VisexpertCLI(LightningCLI):
     def __init__(self, *args: Any, held: ExitStack | None = None, **kwargs: Any) -> None:
         self._held = held
         self._overwrite = False
-        self._asked = next(iter(kwargs.get("args") or ()), None)
+        kwargs["args"] = in_arguments(kwargs.get("args") or ())
+        self._asked = next(iter(kwargs["args"]), None)
         super().__init__(*args, **kwargs)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:

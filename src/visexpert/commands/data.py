@@ -14,6 +14,7 @@ from visexpert.commands.parser import Parser
 from visexpert.errors import ConfigError, DataError, UserError, shown
 from visexpert.io.run_version import blamed_on_version, is_of_run
 from visexpert.overlays import are_related
+from visexpert.shipped import find
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
@@ -50,7 +51,9 @@ def run(arguments: list[str]) -> None:
     """
     parser = Parser(prog="visexpert data", description="Look for the data that a configuration needs.", epilog=EPILOG)
     parser.add_argument("action", choices=["check"], help="what to do: check")
-    parser.add_argument("config", nargs="+", type=Path, metavar="CONFIG", help="YAML file of a run; later ones win")
+    parser.add_argument(
+        "config", nargs="+", type=find, metavar="CONFIG", help="YAML file or shipped name; later ones win"
+    )
     parser.add_argument(
         "--parts",
         nargs="+",

@@ -28,14 +28,14 @@ from tests.two_processes import in_two_processes
 from visexpert.callbacks.figures import RunFigures
 from visexpert.cli import main
 from visexpert.export.flattening import Flattening
-from visexpert.language.projector import Projector
+from visexpert.language.base import Projector
 from visexpert.methods import Method
 from visexpert.methods.evaluation import EvalOutput
 from visexpert.optim import adamw
 from visexpert.precision import ClippedModule, clip_gradients, convert_records
 from visexpert.tabletop.zoo.base import ZooModule
 from visexpert.transfer.gate import TokenGate
-from visexpert.transfer.kd_maps import Standardize
+from visexpert.transfer.kd_heads import Standardize
 from visexpert.types import Batch, StepCounts, TextBatch, TextItem, VisionTokens
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -16,7 +16,7 @@ from visexpert.errors import ConfigError
 from visexpert.language import PrefixLM
 from visexpert.types import IMAGE_TOKEN, Batch, VisionTokens
 from visexpert.vision import ClipEncoder
-from visexpert.vision.anyres import TiledClipEncoder, views_of
+from visexpert.vision.anyres import TiledClipEncoder
 
 NEVER = 0
 PINPOINTS = [[1, 2], [2, 1], [2, 2]]
@@ -63,7 +63,7 @@ def next_parts() -> tuple[Parts, Any]:
 
 
 def next_tokens(ours: Parts, batch: Batch) -> VisionTokens:
-    views = views_of(ours.clip, batch)
+    views = ours.clip.views_of(batch)
     return views.join(ours.see(views.batch.images_01()))
 
 

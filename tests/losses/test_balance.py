@@ -10,7 +10,7 @@ from torch import Tensor
 
 from visexpert.errors import ConfigError
 from visexpert.losses import gate_balance
-from visexpert.losses.balance import GateBalanceForm
+from visexpert.losses.terms import GateBalanceForm
 from visexpert.transfer import GateSettings, TokenGate
 
 ALL_4 = torch.ones(4, dtype=torch.bool)

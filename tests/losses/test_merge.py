@@ -9,7 +9,7 @@ import torch
 
 from visexpert.errors import ConfigError
 from visexpert.losses import normalized_mse, token_distance
-from visexpert.losses.merge import TokenDistance
+from visexpert.losses.terms import TokenDistance
 
 TARGET = torch.tensor([[[3.0, 4.0], [0.0, 2.0]]])
 STUDENT = torch.tensor([[[4.0, -3.0], [0.0, 1.5]]])

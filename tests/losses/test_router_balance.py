@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from visexpert.errors import ConfigError
 from visexpert.losses import router_balance
-from visexpert.losses.balance import RouterBalanceForm
+from visexpert.losses.terms import RouterBalanceForm
 
 FORMS: tuple[RouterBalanceForm, ...] = ("pooled", "per_layer")
 

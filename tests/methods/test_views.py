@@ -16,7 +16,7 @@ from visexpert.language import PrefixLM
 from visexpert.losses import token_distance
 from visexpert.methods import MergeStudent, Merging, Method, MoVEKD, ToVE
 from visexpert.types import IMAGE_TOKEN, Batch
-from visexpert.vision import ClipEncoder, MoLESettings, TiledClipEncoder, views_of
+from visexpert.vision import ClipEncoder, MoLESettings, TiledClipEncoder
 
 METHODS = ["tove", "movekd", "merging"]
 
@@ -130,7 +130,7 @@ def test_merging_trains_on_what_is_shipped_then() -> None:
     wide = replace(
         noise_batch(size=32), original_hw_B2=torch.tensor([[32, 64], [64, 32]]), has_image_B=torch.tensor([True, False])
     )
-    views = views_of(model.clip, wide).batch
+    views = model.clip.views_of(wide).batch
     there_V = torch.tensor([True, False, True, True, False, False])  # the whole images, then two tiles of each
     with torch.no_grad():
         own_BTD = model.projector(model.clip(views.images_01()).tokens_BTD)[there_V]

@@ -8,7 +8,7 @@ import torch
 from visexpert.errors import ConfigError
 from visexpert.types import Batch, VisionTokens
 from visexpert.vision import ClipEncoder
-from visexpert.vision.anyres import TiledClipEncoder, cut, views_of
+from visexpert.vision.anyres import TiledClipEncoder, cut
 
 SIDE = 16
 FIELDS = {
@@ -53,7 +53,7 @@ def test_padding_is_black_and_centerd() -> None:
 
 def test_order_unpadding_and_newlines_by_hand() -> None:
     clip = tiled([[1, 2]])
-    views = views_of(clip, Batch(torch.rand(2, 3, SIDE, 2 * SIDE), torch.tensor([7, 9]), "train"))
+    views = clip.views_of(Batch(torch.rand(2, 3, SIDE, 2 * SIDE), torch.tensor([7, 9]), "train"))
     assert views.batch.images_BCHW.shape == (2 + 4, 3, SIDE, SIDE) and views.batch.split == ""
     assert views.batch.index_B.tolist() == [7, 9, 7, 7, 9, 9]
     # Whole image, then the rows of both tiles side by side, each with its newline.
@@ -69,7 +69,7 @@ def test_order_unpadding_and_newlines_by_hand() -> None:
 def test_padded_rows_of_tokens_are_left_out() -> None:
     """An image twice as wide as tall in a 2 x 2 grid fills the middle half: one row of tokens of each tile."""
     clip = tiled([[2, 2]])
-    views = views_of(clip, Batch(torch.rand(1, 3, 40, 80), torch.arange(1), "train"))
+    views = clip.views_of(Batch(torch.rand(1, 3, 40, 80), torch.arange(1), "train"))
     assert places(views.join(numbered(5))) == [[0, 1, 2, 3, 6, 7, 10, 11, -1, 12, 13, 16, 17, -1]]
 
 
@@ -77,7 +77,7 @@ def test_true_sizes_decide_not_the_frame() -> None:
     clip = tiled([[1, 2], [2, 1]])
     sizes = torch.tensor([[20, 40], [40, 20]])
     batch = Batch(torch.rand(2, 3, 30, 30), torch.arange(2), "train", original_hw_B2=sizes)
-    views = views_of(clip, batch)
+    views = clip.views_of(batch)
     upright = cut(batch.images_BCHW[1], (40, 20), (2, 1), clip)
     assert torch.equal(views.batch.images_BCHW[4:], upright)
     first, second = places(views.join(numbered(6)))
@@ -87,16 +87,16 @@ def test_true_sizes_decide_not_the_frame() -> None:
 def test_samples_without_an_image_get_no_tokens() -> None:
     there = torch.tensor([True, False])
     batch = Batch(torch.rand(2, 3, SIDE, SIDE), torch.arange(2), "train", has_image_B=there)
-    plain = views_of(ClipEncoder(config=FIELDS), batch)
+    plain = ClipEncoder(config=FIELDS).views_of(batch)
     assert plain.batch is batch and plain.join(numbered(2)).lengths == (4, 0)
-    tiles = views_of(tiled([[1, 1]]), batch)
+    tiles = tiled([[1, 1]]).views_of(batch)
     assert tiles.batch.has_image_B is not None and tiles.batch.has_image_B.tolist() == [True, False, True, False]
     assert [len(row) for row in places(tiles.join(numbered(4)))] == [4 + 6, 0]
 
 
 def test_a_plain_clip_changes_nothing() -> None:
     batch = Batch(torch.rand(2, 3, SIDE, SIDE), torch.arange(2), "train")
-    views, seen = views_of(ClipEncoder(config=FIELDS), batch), numbered(2)
+    views, seen = ClipEncoder(config=FIELDS).views_of(batch), numbered(2)
     assert views.batch is batch and views.whole(seen) is seen
     assert views.join(seen) == seen
 

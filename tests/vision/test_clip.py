@@ -254,7 +254,7 @@ def test_a_file_without_some_of_clip_is_refused_with_mole_too(folder: Path) -> N
 def test_a_plain_copy_has_the_weights_and_no_mole_and_shares_nothing() -> None:
     encoder = ClipEncoder(config=FIELDS, layer=-1, mole=MoLESettings(rank=2)).eval()
     for layer in encoder.mole_layers():
-        for part in layer.added_modules():  # type: ignore[operator]
+        for part in layer.added_modules():
             for parameter in part.parameters():
                 torch.nn.init.normal_(parameter)
     copy = encoder.plain_copy().eval()

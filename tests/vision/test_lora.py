@@ -8,8 +8,8 @@ from torch import nn
 
 from tests.methods.helpers import CLIP_FIELDS
 from visexpert.errors import ConfigError
+from visexpert.methods.tove.merging import ClipLora
 from visexpert.vision import ClipEncoder
-from visexpert.vision.lora import ClipLora
 
 
 def make() -> tuple[ClipEncoder, torch.Tensor]:

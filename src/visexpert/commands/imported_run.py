@@ -21,7 +21,7 @@ from visexpert.io.source import SMALL_FILES
 from visexpert.io.weights import fill_module
 from visexpert.methods import Method
 from visexpert.runs import build
-from visexpert.vision.clip import MOLE_KEY
+from visexpert.vision.mole import MOLE_KEY
 from visexpert.vision.published import describe_clip, vision_config
 
 LANGUAGE = "language"

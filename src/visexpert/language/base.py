@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from visexpert.errors import DataError
+from visexpert.errors import ConfigError, DataError
 from visexpert.language.generation import Decoding
+from visexpert.precision import like_weights
 from visexpert.types import IGNORE_INDEX, TextBatch, VisionTokens
 
 
@@ -167,6 +168,29 @@ def token_lengths(vision: VisionTokens) -> tuple[int, ...]:
     return (tokens_BTD.shape[1],) * len(tokens_BTD) if vision.lengths is None else vision.lengths
 
 
+def sincos_2d(grid_hw: tuple[int, int], width: int) -> Tensor:
+    """Return the sine-cosine code of each cell: half of the channels for the row, half for the column.
+
+    Args:
+        grid_hw: Grid, height x width.
+        width: Channels, a multiple of 4.
+
+    Returns:
+        float32 (T, width), values in [-1, 1], row-major.
+    """
+    if width % 4:
+        raise ConfigError(f"sincos_2d: width {width} must be a multiple of 4.")
+    frequencies = torch.pi * 2.0 ** torch.linspace(-1, 3, width // 4)
+    rows, columns = (torch.arange(side).add(0.5).div(side) for side in grid_hw)
+    codes = [
+        torch.cat([torch.sin(axis[:, None] * frequencies), torch.cos(axis[:, None] * frequencies)], -1)
+        for axis in (rows, columns)
+    ]
+    row_code = codes[0][:, None].expand(-1, grid_hw[1], -1)
+    column_code = codes[1][None].expand(grid_hw[0], -1, -1)
+    return torch.cat([row_code, column_code], -1).flatten(0, 1)
+
+
 def refuse_markers(text: TextBatch, side: LanguageModel) -> None:
     """Check that a text has no image tokens, for models that read images beside the text.
 
@@ -190,3 +214,50 @@ def right_padded(rows: Sequence[Sequence[int]], *, device: torch.device) -> Text
         segments[index, : len(row)] = 1
     positions = torch.arange(length).expand_as(ids) * segments
     return TextBatch(ids, torch.full_like(ids, IGNORE_INDEX), segments, positions).to(device)
+
+
+ProjectorKind = Literal["linear", "mlp2x_gelu", "identity"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorSettings:
+    """Settings of the projector from CLIP tokens to the language width.
+
+    Args:
+        kind: ``linear``, ``mlp2x_gelu`` (LLaVA-1.5, MoVE-KD's paper) or ``identity`` for tokens that already fit.
+        norm: LayerNorm before it (LLaVA has none; frozen encoders with different scales benefit).
+    """
+
+    kind: ProjectorKind = "linear"
+    norm: bool = True
+
+
+class Projector(nn.Module):
+    """Maps vision tokens to the language width.
+
+    Args:
+        in_dim: Width of the vision tokens.
+        out_dim: Language width.
+        kind: ``linear``; ``mlp2x_gelu`` - LLaVA-1.5's; ``identity`` for tokens that already fit.
+        norm: LayerNorm on the input (LLaVA has none; frozen encoders with different scales benefit).
+    """
+
+    def __init__(self, *, in_dim: int, out_dim: int, kind: ProjectorKind = "mlp2x_gelu", norm: bool = False) -> None:
+        super().__init__()
+        self.norm: nn.Module = nn.LayerNorm(in_dim) if norm else nn.Identity()
+        if kind == "linear":
+            self.layers: nn.Module = nn.Linear(in_dim, out_dim)
+        elif kind == "mlp2x_gelu":
+            self.layers = nn.Sequential(nn.Linear(in_dim, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim))
+        elif kind == "identity" and in_dim == out_dim:
+            self.layers = nn.Identity()
+        else:
+            raise ConfigError(
+                f"Projector: kind={kind!r} cannot map width {in_dim} to {out_dim}; use 'linear' or 'mlp2x_gelu' "
+                "('identity' needs equal widths)."
+            )
+
+    def forward(self, tokens_BTD: Tensor) -> Tensor:
+        """Map tokens (B, T, in_dim) to (B, T, out_dim)."""
+        projected: Tensor = self.layers(self.norm(like_weights(tokens_BTD, self)))
+        return projected

@@ -9,11 +9,19 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from visexpert.errors import ConfigError, DataError
-from visexpert.language.base import Predictions, additive, at_places, image_mask, item_mask, refuse_markers, supervised
+from visexpert.language.base import (
+    Predictions,
+    additive,
+    at_places,
+    image_mask,
+    item_mask,
+    refuse_markers,
+    sincos_2d,
+    supervised,
+)
 from visexpert.language.causal_lm import Dtype
 from visexpert.language.generation import Decoding, write
 from visexpert.language.lora import LoRASettings
-from visexpert.language.position import sincos_2d
 from visexpert.language.pretrained import PretrainedSide
 from visexpert.language.writing import CachedWriting
 from visexpert.types import TextBatch, VisionTokens

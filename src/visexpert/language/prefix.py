@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from visexpert.errors import ConfigError, DataError
 from visexpert.language.attention import check_packing, layer_masks
-from visexpert.language.base import Predictions, at_places, token_lengths
+from visexpert.language.base import Predictions, at_places, sincos_2d, token_lengths
 from visexpert.language.causal_lm import Dtype
 from visexpert.language.generation import Decoding
 from visexpert.language.hf_generation import seeded, strategy, until
 from visexpert.language.lora import LoRASettings, Quantization
-from visexpert.language.position import sincos_2d
 from visexpert.language.pretrained import PretrainedSide
 from visexpert.language.reading_check import check_reading
 from visexpert.language.splice import lay_out

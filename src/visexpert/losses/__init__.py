@@ -1,6 +1,5 @@
 """Pure functions: tensors in, scalar out."""
 
-from visexpert.losses.balance import gate_balance, router_balance
 from visexpert.losses.distill import (
     across_image_variance,
     cls_token_weights,
@@ -9,8 +8,7 @@ from visexpert.losses.distill import (
     teacher_weights,
     uniform_teacher_weights,
 )
-from visexpert.losses.language import text_loss, token_nll
-from visexpert.losses.merge import normalized_mse, token_distance
+from visexpert.losses.terms import gate_balance, normalized_mse, router_balance, text_loss, token_distance, token_nll
 
 __all__ = [
     "across_image_variance",

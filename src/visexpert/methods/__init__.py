@@ -15,8 +15,7 @@ from visexpert.methods.settings import (
     ToVEOptimizer,
     WeightingSettings,
 )
-from visexpert.methods.tove.merge_student import MergeStudent
-from visexpert.methods.tove.merging import Merging
+from visexpert.methods.tove.merging import MergeStudent, Merging
 from visexpert.methods.tove.method import ToVE
 
 __all__ = [

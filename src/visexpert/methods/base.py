@@ -23,8 +23,7 @@ from visexpert.methods.accumulation import StepShares, batches_done
 from visexpert.methods.checkpointed import CheckpointedModule
 from visexpert.methods.evaluation import EvalOutput, Evaluator, Written, write_all
 from visexpert.methods.finite import FiniteGuard, OnNan, refuse_engines
-from visexpert.methods.modes import settle_modes
-from visexpert.methods.parts import Part, StoredTokens
+from visexpert.methods.parts import Part, StoredTokens, settle_modes
 from visexpert.methods.reduction import loss_over_processes, parts_over_processes
 from visexpert.methods.seen import Compared, RouterBalance, Seen
 from visexpert.methods.settings import EvaluationSettings, OptimizerSettings
@@ -32,7 +31,7 @@ from visexpert.methods.start import start_from
 from visexpert.methods.views import EncoderViews
 from visexpert.optim import adamw_and_cosine
 from visexpert.types import Batch, ImageSource, LossTerm, StepOutput, Unit, VisionTokens
-from visexpert.vision import ClipEncoder, collect_routing, views_of
+from visexpert.vision import ClipEncoder, collect_routing
 
 
 class Method(CheckpointedModule):
@@ -100,7 +99,7 @@ class Method(CheckpointedModule):
             batch: A batch.
             watch_routers: Keep what the routers of MoLE decide, those behind the tokens included.
         """
-        views = views_of(self.clip, batch)
+        views = self.clip.views_of(batch)
         if not watch_routers:
             return Seen(batch, views, self.view_tokens(views.batch))
         with collect_routing(self.clip) as routing:
@@ -141,7 +140,7 @@ class Method(CheckpointedModule):
 
     def parts(self) -> Sequence[Part]:
         """All parts with their roles, those inside another one before it: MoLE before CLIP."""
-        added = [part for layer in self.clip.mole_layers() for part in layer.added_modules()]  # type: ignore[operator]
+        added = [part for layer in self.clip.mole_layers() for part in layer.added_modules()]
         return [
             Part("MoLE", "student", tuple(added)),
             Part("CLIP", "student", (self.clip,)),

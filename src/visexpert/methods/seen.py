@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from visexpert.losses import router_balance
-from visexpert.losses.balance import RouterBalanceForm
+from visexpert.losses.terms import RouterBalanceForm
 from visexpert.types import Batch, LossTerm, VisionTokens
 from visexpert.vision import RoutingRecord, Views
 

@@ -2,8 +2,7 @@
 
 from visexpert.transfer.adapters import MapStem, TokenAdapter
 from visexpert.transfer.encoder_adapters import AdapterKind, Alignment, KDHead, KDPair, make_kd_head
-from visexpert.transfer.gate import GateOutput, GateSettings, TokenGate, smooth_load
-from visexpert.transfer.residual import ResidualTransfer
+from visexpert.transfer.gate import GateOutput, GateSettings, ResidualTransfer, TokenGate, smooth_load
 
 __all__ = [
     "AdapterKind",

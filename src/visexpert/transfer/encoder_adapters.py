@@ -6,15 +6,17 @@ from typing import Literal, Protocol
 
 from visexpert.errors import ConfigError
 from visexpert.transfer.kd_heads import (
+    AdapterKind,
     FixedHead,
     KDHead,
     KDPair,
     KDSizes,
     RawHead,
+    ReleasedAdapter,
+    Standardize,
     ToStudentHead,
     ToTeacherHead,
 )
-from visexpert.transfer.kd_maps import AdapterKind, ReleasedAdapter, Standardize
 
 __all__ = [
     "AdapterKind",

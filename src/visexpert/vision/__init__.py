@@ -1,9 +1,8 @@
 """CLIP, the encoder that receives the experts' knowledge."""
 
-from visexpert.vision.anyres import TiledClipEncoder, Views, views_of
-from visexpert.vision.clip import ClipEncoder
-from visexpert.vision.cls_attention import ClsAttention
-from visexpert.vision.mole import MoLEFeedForward, add_mole
+from visexpert.vision.anyres import TiledClipEncoder
+from visexpert.vision.clip import ClipEncoder, ClsAttention, Views
+from visexpert.vision.mole import MoLEFeedForward, MoLESettings, RoutingRecord, add_mole, collect_routing
 from visexpert.vision.mole_inference import (
     RouterUsage,
     UsageMeter,
@@ -13,8 +12,6 @@ from visexpert.vision.mole_inference import (
     merge_for_inference,
     mole_settings,
 )
-from visexpert.vision.mole_settings import MoLESettings
-from visexpert.vision.routing import RoutingRecord, collect_routing
 
 __all__ = [
     "ClipEncoder",
@@ -33,5 +30,4 @@ __all__ = [
     "fold",
     "merge_for_inference",
     "mole_settings",
-    "views_of",
 ]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,17 +16,15 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from visexpert.errors import ConfigError
-from visexpert.types import Batch, VisionTokens
-from visexpert.vision.clip import ClipEncoder
+from visexpert.types import Batch
+from visexpert.vision.clip import NEWLINE, ClipEncoder, Views
 
 PINPOINTS = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]
 """LLaVA-NeXT's grids of tiles, rows x columns."""
 
-NEWLINE = -1
-
 
 class TiledClipEncoder(ClipEncoder):
-    """A CLIP that sees an image whole and, enlarged, in tiles of its input size, cut by :func:`views_of`.
+    """A CLIP that sees an image whole and, enlarged, in tiles of its input size, cut by :meth:`views_of`.
 
     Otherwise it is a :class:`ClipEncoder`; its copy among MoVE-KD's teachers sees whole images only.
 
@@ -46,80 +43,35 @@ class TiledClipEncoder(ClipEncoder):
                 "both from 1."
             )
 
+    def views_of(self, batch: Batch) -> Views:
+        """Cut images into views: the whole ones, then their tiles.
 
-@dataclass(frozen=True)
-class Views:
-    """What the encoders see of a batch, and how to reassemble their tokens.
-
-    Args:
-        batch: One image per view: all whole images, then the tiles of the first, the second, ...; without tiles, the
-            batch itself.
-        index_BM: int64 index of each token among those of all views (V T); :data:`NEWLINE` ends a row of tiles. None
-            without tiles.
-        lengths: Number of tokens of each image; None if all have the same.
-    """
-
-    batch: Batch
-    index_BM: Tensor | None
-    lengths: tuple[int, ...] | None
-
-    def whole(self, seen: VisionTokens) -> VisionTokens:
-        """Select the tokens of the whole images from those of all views, as without tiles."""
-        if self.index_BM is None:
-            return seen
-        count = len(self.index_BM)
-        gates, cls = seen.gates_BTK, seen.cls_BD
-        return replace(
-            seen,
-            tokens_BTD=seen.tokens_BTD[:count],
-            cls_BD=None if cls is None else cls[:count],
-            gates_BTK=None if gates is None else gates[:count],
-        )
-
-    def join(self, seen: VisionTokens) -> VisionTokens:
-        """Join the tokens of all views into one row per image: the whole, then its tiles in reading order, unpadded.
-
-        Everything else (gates, [CLS]) is that of the whole images.
+        Images of different shapes must be stretched to one frame (``resize: stretch`` of the data), with their true
+        height and width in ``batch.original_hw_B2``. Samples without an image get no tokens.
         """
-        whole = replace(self.whole(seen), lengths=self.lengths)
-        if self.index_BM is None:
-            return whole
-        tokens_XD = seen.tokens_BTD.flatten(0, 1)
-        joined_BMD = tokens_XD[self.index_BM.clamp(min=0)]
-        return replace(whole, tokens_BTD=joined_BMD, newline_BT=self.index_BM == NEWLINE)
-
-
-def views_of(clip: ClipEncoder, batch: Batch) -> Views:
-    """Cut images into views; a plain CLIP gets the images unchanged.
-
-    Images of different shapes must be stretched to one frame (``resize: stretch`` of the data), with their true height
-    and width in ``batch.original_hw_B2``. Samples without an image get no tokens.
-    """
-    there_B = batch.has_image_B
-    if not isinstance(clip, TiledClipEncoder):
-        if there_B is None:
-            return Views(batch, None, None)
-        return Views(batch, None, tuple(math.prod(clip.grid_hw) * there for there in there_B.tolist()))
-    images_BCHW = batch.images_01()
-    sizes = _true_sizes(batch)
-    grids = [_best_grid(size, clip) for size in sizes]
-    side = (clip.image_size, clip.image_size)
-    whole_BCSS = _resized(images_BCHW, side)
-    tiles = [cut(image, size, grid, clip) for image, size, grid in zip(images_BCHW, sizes, grids, strict=True)]
-    there = [True] * len(batch) if there_B is None else there_B.tolist()
-    rows, first = [], len(tiles)
-    for number, (size, grid) in enumerate(zip(sizes, grids, strict=True)):
-        order = _order(number, first, size, grid, clip.grid_hw) if there[number] else torch.zeros(0, dtype=torch.long)
-        rows.append(order)
-        first += math.prod(grid)
-    views_VCSS = torch.cat([whole_BCSS, *tiles])
-    owners = [*range(len(tiles)), *(number for number, part in enumerate(tiles) for _ in part)]
-    index_V = batch.index_B[owners]
-    there_V = None if there_B is None else torch.tensor([there[number] for number in owners])
-    # No split name: a store may hold tokens of whole images, which are not these.
-    seen = Batch(views_VCSS, index_V, split="", has_image_B=there_V)
-    index_BM = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(images_BCHW.device, non_blocking=True)
-    return Views(seen, index_BM, tuple(len(row) for row in rows))
+        there_B = batch.has_image_B
+        images_BCHW = batch.images_01()
+        sizes = _true_sizes(batch)
+        grids = [_best_grid(size, self) for size in sizes]
+        side = (self.image_size, self.image_size)
+        whole_BCSS = _resized(images_BCHW, side)
+        tiles = [cut(image, size, grid, self) for image, size, grid in zip(images_BCHW, sizes, grids, strict=True)]
+        there = [True] * len(batch) if there_B is None else there_B.tolist()
+        rows, first = [], len(tiles)
+        for number, (size, grid) in enumerate(zip(sizes, grids, strict=True)):
+            order = (
+                _order(number, first, size, grid, self.grid_hw) if there[number] else torch.zeros(0, dtype=torch.long)
+            )
+            rows.append(order)
+            first += math.prod(grid)
+        views_VCSS = torch.cat([whole_BCSS, *tiles])
+        owners = [*range(len(tiles)), *(number for number, part in enumerate(tiles) for _ in part)]
+        index_V = batch.index_B[owners]
+        there_V = None if there_B is None else torch.tensor([there[number] for number in owners])
+        # No split name: a store may hold tokens of whole images, which are not these.
+        seen = Batch(views_VCSS, index_V, split="", has_image_B=there_V)
+        index_BM = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(images_BCHW.device, non_blocking=True)
+        return Views(seen, index_BM, tuple(len(row) for row in rows))
 
 
 def cut(image_CHW: Tensor, size_hw: tuple[int, int], grid: tuple[int, int], clip: ClipEncoder) -> Tensor:

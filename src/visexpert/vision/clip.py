@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,14 +15,13 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from visexpert.errors import ConfigError, require_channels, require_numbers
 from visexpert.io.source import ZOO_PREFIX
 from visexpert.io.weights import fill_module, weights_digest
-from visexpert.precision import like_weights
-from visexpert.types import VisionTokens
-from visexpert.vision.mole_settings import MoLESettings
+from visexpert.types import Batch, VisionTokens
+from visexpert.vision.mole import MOLE_KEY, MoLEFeedForward, MoLESettings, add_mole
 from visexpert.vision.positions import resize_positions
 from visexpert.vision.published import OWNER, describe_clip, vision_config
 
-MOLE_KEY = re.compile(r"\.mlp\.(router|fc1_experts|fc2_experts)\.")
-"""Keys of a state dict that :func:`visexpert.vision.add_mole` adds to those of CLIP."""
+NEWLINE = -1
+"""Index that ends a row of tiles, see :class:`Views`."""
 
 POSITIONS = "embeddings.position_embedding.weight"
 
@@ -88,8 +88,6 @@ class ClipEncoder(nn.Module):
         self.routing_watched = False
         """Whether routing decisions are being collected, including those behind the tokens (collect_routing)."""
         if mole is not None:
-            from visexpert.vision.mole import add_mole  # mole imports clip
-
             add_mole(self, **vars(mole))
         self.resized = image_size is not None
         self.register_buffer("mean", torch.tensor(self.published.mean).view(1, 3, 1, 1), persistent=False)
@@ -155,12 +153,13 @@ class ClipEncoder(nn.Module):
         """Return the blocks behind the tokens up to the last MoLE: only the routers' balance loss reaches them."""
         blocks = list(self.model.encoder.layers)
         first = len(self.read_modules()) - 2
-        last = max((index for index, block in enumerate(blocks) if _has_mole(block)), default=-1)
+        last = max((index for index, block in enumerate(blocks) if isinstance(block.mlp, MoLEFeedForward)), default=-1)
         return tuple(blocks[first : last + 1])
 
-    def mole_layers(self) -> tuple[nn.Module, ...]:
+    def mole_layers(self) -> tuple[MoLEFeedForward, ...]:
         """Return the MLPs with MoLE in block order."""
-        return tuple(block.get_submodule("mlp") for block in self.model.encoder.layers if _has_mole(block))
+        mlps = (block.mlp for block in self.model.encoder.layers)
+        return tuple(mlp for mlp in mlps if isinstance(mlp, MoLEFeedForward))
 
     def plain_modules(self, *, balanced: bool = False) -> tuple[nn.Module, ...]:
         """Return the parts of CLIP itself that get a gradient, without those that MoLE adds.
@@ -199,7 +198,14 @@ class ClipEncoder(nn.Module):
         if images_BCHW.shape[-2:] != size:
             images_BCHW = F.interpolate(images_BCHW, size=size, mode="bicubic", antialias=True, align_corners=False)
             images_BCHW = images_BCHW.clamp(0.0, 1.0)
-        return like_weights((images_BCHW - self.mean) / self.std, self.model)
+        return ((images_BCHW - self.mean) / self.std).to(self.model.dtype)
+
+    def views_of(self, batch: Batch) -> Views:
+        """Return what the encoder sees of a batch: here the images as they are. Samples without one get no tokens."""
+        there_B = batch.has_image_B
+        if there_B is None:
+            return Views(batch, None, None)
+        return Views(batch, None, tuple(math.prod(self.grid_hw) * there for there in there_B.tolist()))
 
     def forward(self, images_BCHW: Tensor) -> VisionTokens:
         """Encode images (B, 3, H, W), float in [0, 1], any size, into patch tokens (B, T, D) and [CLS] (B, D)."""
@@ -212,12 +218,119 @@ class ClipEncoder(nn.Module):
         return tokens
 
 
-def _has_mole(block: nn.Module) -> bool:
-    return hasattr(block.get_submodule("mlp"), "added_modules")
-
-
 def _side(size: object) -> int:
     """Return a side length, which Hugging Face stores as a number though its type allows pairs."""
     if not isinstance(size, int):
         raise ConfigError(f"ClipEncoder: a side of {size} must be one number: images and patches must be square.")
     return size
+
+
+@dataclass(frozen=True)
+class Views:
+    """What the encoders see of a batch, and how to reassemble their tokens.
+
+    Args:
+        batch: One image per view: all whole images, then the tiles of the first, the second, ...; without tiles, the
+            batch itself.
+        index_BM: int64 index of each token among those of all views (V T); :data:`NEWLINE` ends a row of tiles. None
+            without tiles.
+        lengths: Number of tokens of each image; None if all have the same.
+    """
+
+    batch: Batch
+    index_BM: Tensor | None
+    lengths: tuple[int, ...] | None
+
+    def whole(self, seen: VisionTokens) -> VisionTokens:
+        """Select the tokens of the whole images from those of all views, as without tiles."""
+        if self.index_BM is None:
+            return seen
+        count = len(self.index_BM)
+        gates, cls = seen.gates_BTK, seen.cls_BD
+        return replace(
+            seen,
+            tokens_BTD=seen.tokens_BTD[:count],
+            cls_BD=None if cls is None else cls[:count],
+            gates_BTK=None if gates is None else gates[:count],
+        )
+
+    def join(self, seen: VisionTokens) -> VisionTokens:
+        """Join the tokens of all views into one row per image: the whole, then its tiles in reading order, unpadded.
+
+        Everything else (gates, [CLS]) is that of the whole images.
+        """
+        whole = replace(self.whole(seen), lengths=self.lengths)
+        if self.index_BM is None:
+            return whole
+        tokens_XD = seen.tokens_BTD.flatten(0, 1)
+        joined_BMD = tokens_XD[self.index_BM.clamp(min=0)]
+        return replace(whole, tokens_BTD=joined_BMD, newline_BT=self.index_BM == NEWLINE)
+
+
+@dataclass(frozen=True)
+class ClsAttention:
+    """CLIP's tokens, and the attention scores of its [CLS] token.
+
+    Args:
+        tokens: The encoder's output.
+        cls_logits_BHN: Scores q_cls . k / sqrt(head width) before the softmax, per head, over [CLS] and then the
+            patches: N = 1 + T. Taken from the block that computes the hidden state in use (``attentions[layer]`` of
+            transformers), which for MoVE-KD is the 23rd of 24.
+    """
+
+    tokens: VisionTokens
+    cls_logits_BHN: Tensor
+
+    @classmethod
+    def of(cls, clip: ClipEncoder, images_BCHW: Tensor) -> ClsAttention:
+        """Encode images (B, 3, H, W), float in [0, 1], in one forward pass.
+
+        Queries and keys are those the block computes anyway; only one row of their product is recomputed.
+
+        Raises:
+            ConfigError: The hidden state in use does not come from a block.
+        """
+        block = clip.read_modules()[-1]
+        attention = getattr(block, "self_attn", None)
+        if attention is None:
+            raise ConfigError(
+                f"[CLS] attention needs a block, but layer={clip.layer} reads the embeddings; use a layer from "
+                f"-{clip.config.num_hidden_layers} to -1."
+            )
+        seen: dict[str, Tensor] = {}
+        handles = [_watch(attention.q_proj, "queries", seen), _watch(attention.k_proj, "keys", seen)]
+        try:
+            tokens = clip(images_BCHW)
+        finally:
+            for handle in handles:
+                handle.remove()
+        heads = (attention.num_heads, -1)
+        queries_BHd = seen["queries"][:, 0].unflatten(-1, heads)
+        keys_BNHd = seen["keys"].unflatten(-1, heads)
+        return cls(tokens, torch.einsum("bhd,bnhd->bhn", queries_BHd, keys_BNHd) * attention.scale)
+
+    def packed(self) -> Tensor:
+        """Return everything as rows of one tensor (B, N, D + H), [CLS] first, as the feature store keeps it."""
+        assert self.tokens.cls_BD is not None
+        hidden_BND = torch.cat([self.tokens.cls_BD[:, None], self.tokens.tokens_BTD], dim=1)
+        return torch.cat([hidden_BND, self.cls_logits_BHN.mT], dim=-1)
+
+    @classmethod
+    def unpacked(cls, packed_BNF: Tensor, *, width: int, grid_hw: tuple[int, int]) -> ClsAttention:
+        """Undo :meth:`packed`.
+
+        Args:
+            packed_BNF: (B, N, D + H).
+            width: D of the encoder.
+            grid_hw: Its grid.
+        """
+        hidden_BND, logits_BNH = packed_BNF[..., :width], packed_BNF[..., width:]
+        tokens = VisionTokens(hidden_BND[:, 1:], grid_hw, cls_BD=hidden_BND[:, 0])
+        return cls(tokens, logits_BNH.mT)
+
+
+def _watch(linear: nn.Module, name: str, seen: dict[str, Tensor]) -> torch.utils.hooks.RemovableHandle:
+    def keep(module: nn.Module, inputs: object, output: Tensor) -> None:
+        seen[name] = output
+
+    return linear.register_forward_hook(keep)

@@ -1,27 +1,223 @@
 """MoLE: MLPs of a vision transformer with low-rank experts beside each linear layer (MoVE-KD, arXiv 2501.01709).
 
-Letters beside those of types.py: E low-rank experts, N tokens with [CLS], H hidden width of the MLP.
+Letters beside those of types.py: E low-rank experts, N tokens with [CLS], H hidden width of the MLP, I inputs and O
+outputs of a linear layer, Q all ranks stacked.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.modeling_clip import CLIPMLP
 
 from visexpert.errors import ConfigError
-from visexpert.vision.clip import ClipEncoder
-from visexpert.vision.low_rank import LowRankExperts
 from visexpert.vision.merged_feed_forward import ExpertWeights, MergedFeedForward
-from visexpert.vision.mole_settings import MoLEInit, RouterKind, Routing
 from visexpert.vision.plain_mlp import find_mlps, order_of
-from visexpert.vision.routing import Router, RouterChoice
+
+MOLE_KEY = re.compile(r"\.mlp\.(router|fc1_experts|fc2_experts)\.")
+"""Keys of a state dict that :func:`add_mole` adds to those of CLIP."""
+
+Routing = Literal["top1", "dense"]
+RouterKind = Literal["released", "scaled", "straight_through"]
+MoLEInit = Literal["identity", "released"]
+
+
+@dataclass(frozen=True)
+class MoLESettings:
+    """Mixture-of-LoRA-experts in the MLPs of a CLIP; see :class:`visexpert.vision.MoLEFeedForward`.
+
+    Args:
+        num_experts: Low-rank experts per layer (paper: 3).
+        rank: Rank of each (paper: 32).
+        alpha: Experts are scaled by alpha / rank; null means rank, or 1 (as released) with ``init: released``.
+        dropout: Dropout on the input of A in training (release: 0.05).
+        routing: ``top1`` (release) or ``dense``.
+        init: ``identity`` - the student starts as CLIP; ``released`` - A and B random.
+        router: How a top-1 router learns: ``released`` (from the balance loss only), ``scaled`` or
+            ``straight_through``.
+        layers: Blocks to equip, from 0; null for all that the tokens depend on; ``all`` also for those behind them, as
+            in the release, which neither text nor teachers reach, only the balance loss.
+    """
+
+    num_experts: int = 3
+    rank: int = 32
+    alpha: float | None = None
+    dropout: float = 0.05
+    routing: Routing = "top1"
+    init: MoLEInit = "identity"
+    router: RouterKind = "released"
+    layers: list[int] | Literal["all"] | None = None
+
+
+@runtime_checkable
+class RoutedEncoder(Protocol):
+    """An encoder that may run blocks behind its tokens: ``ClipEncoder``.
+
+    Attributes:
+        model: The network.
+        layer: Hidden state in use, from -1.
+        routing_watched: Whether blocks behind the tokens run, too, for their routers.
+    """
+
+    model: CLIPVisionModel
+    layer: int
+    routing_watched: bool
+
+    def read_modules(self) -> tuple[nn.Module, ...]:
+        """Return the embeddings, the first norm and the blocks that the tokens depend on."""
+
+
+@dataclass(frozen=True)
+class RouterChoice:
+    """Decision of one router.
+
+    Args:
+        probs_BNE: Softmax over experts, float32 or better.
+        choice_BN: int64, the most probable expert.
+    """
+
+    probs_BNE: Tensor
+    choice_BN: Tensor
+
+
+@dataclass(frozen=True)
+class RoutingRecord:
+    """Decisions of all routers in one forward pass.
+
+    Args:
+        layers: Blocks of the encoder, from 0, that the first axis runs over.
+        probs_LBNE: Softmax over experts; with a graph if the pass had one.
+        choice_LBN: int64, the most probable expert.
+    """
+
+    layers: tuple[int, ...]
+    probs_LBNE: Tensor
+    choice_LBN: Tensor
+
+
+class Router(nn.Linear):
+    """Logits of the experts for each token, softmax and the winner; no noise, temperature or capacity."""
+
+    def forward(self, x_BND: Tensor) -> RouterChoice:  # type: ignore[override]
+        logits_BNE = super().forward(x_BND)
+        probs_BNE = logits_BNE.to(torch.promote_types(logits_BNE.dtype, torch.float32)).softmax(-1)
+        return RouterChoice(probs_BNE, probs_BNE.argmax(-1))
+
+
+class RoutingCollector:
+    """Records the routers' decisions while :func:`collect_routing` is active; the latest pass counts."""
+
+    def __init__(self) -> None:
+        self._choices: dict[int, RouterChoice] = {}
+
+    def keep(self, layer: int, choice: RouterChoice) -> None:
+        """Record the decisions of one layer."""
+        self._choices[layer] = choice
+
+    def record(self) -> RoutingRecord | None:
+        """Return the decisions of all layers that ran; None if no layer has a router (a plain CLIP)."""
+        if not self._choices:
+            return None
+        layers = tuple(sorted(self._choices))
+        probs = torch.stack([self._choices[layer].probs_BNE for layer in layers])
+        return RoutingRecord(layers, probs, torch.stack([self._choices[layer].choice_BN for layer in layers]))
+
+
+@contextmanager
+def collect_routing(encoder: nn.Module) -> Iterator[RoutingCollector]:
+    """Record the routers' decisions in an encoder: ``with collect_routing(clip) as routing: clip(images)``.
+
+    Layers count blocks of a ``ClipEncoder``, and routers in the order of the model in any other encoder that
+    :func:`~visexpert.vision.add_mole` has equipped. In a ``ClipEncoder``, blocks with MoLE behind the tokens also
+    run, for their routers. The modules store nothing, so no graph outlives the record. Under gradient checkpointing the
+    blocks run again in the backward pass, after the ``with``, and are not recorded; the recorded probabilities have a
+    gradient if checkpointing is not reentrant (transformers' default). Under DDP each process has the decisions on its
+    own images.
+    """
+    collector = RoutingCollector()
+    clip = encoder if isinstance(encoder, RoutedEncoder) else None
+    watched = clip is not None and clip.routing_watched
+    if clip is not None:
+        clip.routing_watched = True
+    handles = [router.register_forward_hook(partial(_report, collector, index)) for index, router in _routers(encoder)]
+    try:
+        yield collector
+    finally:
+        if clip is not None:
+            clip.routing_watched = watched
+        for handle in handles:
+            handle.remove()
+
+
+def _routers(encoder: nn.Module) -> list[tuple[int, Router]]:
+    if not isinstance(encoder, RoutedEncoder):
+        return list(enumerate(module for module in encoder.modules() if isinstance(module, Router)))
+    found = ((index, getattr(block.mlp, "router", None)) for index, block in enumerate(encoder.model.encoder.layers))
+    return [(index, router) for index, router in found if isinstance(router, Router)]
+
+
+def _report(collector: RoutingCollector, layer: int, module: nn.Module, inputs: object, output: RouterChoice) -> None:
+    collector.keep(layer, output)
+
+
+class LowRankExperts(nn.Module):
+    """Low-rank updates of one linear layer, computed in two products: ranks are stacked, biases become gate columns.
+
+    Biases are flat vectors, which optimizers exclude from weight decay.
+    """
+
+    def __init__(
+        self, in_dim: int, out_dim: int, *, num_experts: int, rank: int, scale: float, dropout: float, init: MoLEInit
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.rank, self.scale = num_experts, rank, scale
+        self.A_weight = nn.Parameter(torch.empty(num_experts, rank, in_dim))
+        self.A_bias = nn.Parameter(torch.zeros(num_experts * rank))
+        self.B_weight = nn.Parameter(torch.zeros(num_experts, rank, out_dim))
+        self.B_bias = nn.Parameter(torch.zeros(num_experts * out_dim))
+        self.dropout = nn.Dropout(dropout)
+        # Kaiming-uniform with gain sqrt(2) over each expert's inputs; the stacking hides their number from torch.
+        nn.init.uniform_(self.A_weight, -math.sqrt(6 / in_dim), math.sqrt(6 / in_dim))
+        if init == "released":
+            nn.init.uniform_(self.B_weight, -math.sqrt(6 / rank), math.sqrt(6 / rank))
+
+    def forward(self, x_NI: Tensor, gates_NE: Tensor, *, base_NO: Tensor) -> Tensor:
+        """``base_NO`` + scale x sum over e of the gate times B_e (A_e x + a_e) + b_e."""
+        ranks_NQ = F.linear(self.dropout(x_NI), self.A_weight.flatten(0, 1), self.A_bias)
+        gates_NE = self.scale * gates_NE.to(ranks_NQ.dtype)
+        gated_NQ = (ranks_NQ.unflatten(1, (self.num_experts, self.rank)) * gates_NE[:, :, None]).flatten(1)
+        stacked_QO = torch.cat([self.B_weight.flatten(0, 1), self.B_bias.view(self.num_experts, -1)])
+        return torch.addmm(base_NO, torch.cat([gated_NQ, gates_NE], dim=1), stacked_QO)
+
+    def merged(self, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+        """Return weights (E, out, in) and biases (E, out) of ``linear`` with each expert added."""
+        update_EOI = torch.einsum("ero,eri->eoi", self.B_weight, self.A_weight)
+        shift_EO = torch.einsum("ero,er->eo", self.B_weight, self.A_bias.view(self.num_experts, self.rank))
+        shift_EO = shift_EO + self.B_bias.view(self.num_experts, -1)
+        return linear.weight + self.scale * update_EOI, _bias(linear) + self.scale * shift_EO
+
+    def folded(self, linear: nn.Linear, gates_E: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weight (out, in) and bias (out,) of ``linear`` with the experts added, each times its gate."""
+        weighed_ERO = self.B_weight * gates_E[:, None, None]
+        update_OI = torch.einsum("ero,eri->oi", weighed_ERO, self.A_weight)
+        shift_O = torch.einsum("ero,er->o", weighed_ERO, self.A_bias.view(self.num_experts, self.rank))
+        shift_O = shift_O + gates_E @ self.B_bias.view(self.num_experts, -1)
+        return linear.weight + self.scale * update_OI, _bias(linear) + self.scale * shift_O
+
+
+def _bias(linear: nn.Linear) -> Tensor:
+    return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
 
 
 class MoLEFeedForward(nn.Module):
@@ -212,10 +408,10 @@ def add_mole(
     With ``init="identity"`` the model at first gives what it gave before, to the bit. Its parameters keep their names.
 
     Args:
-        encoder: A :class:`ClipEncoder`, or a vision transformer of transformers or timm, changed in place, with or
+        encoder: A ``ClipEncoder``, or a vision transformer of transformers or timm, changed in place, with or
             without its weights loaded.
         layers: Blocks to equip, from 0; None for all that the tokens depend on; ``all`` (the released code) also for
-            those behind the hidden state in use of a :class:`ClipEncoder`, which neither text nor teachers reach.
+            those behind the hidden state in use of a ``ClipEncoder``, which neither text nor teachers reach.
 
     Returns:
         The new modules in block order; train their :meth:`MoLEFeedForward.added_modules`.
@@ -224,7 +420,7 @@ def add_mole(
         ConfigError: The model has no plain MLPs of two linear layers, or several towers of them; a block does not
             exist, is named twice or already has MoLE; invalid options.
     """
-    if isinstance(encoder, ClipEncoder):
+    if isinstance(encoder, RoutedEncoder):
         names = [f"model.encoder.layers.{index}.mlp" for index in range(len(encoder.model.encoder.layers))]
         read = len(encoder.read_modules()) - 2
         state = f"hidden state {encoder.layer} depends on 0..{read - 1}, the others learn from the balance loss alone."

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from visexpert.errors import ConfigError
 from visexpert.vision.clip import ClipEncoder
-from visexpert.vision.mole import MoLEFeedForward
-from visexpert.vision.mole_settings import MoLESettings
-from visexpert.vision.routing import RouterChoice, collect_routing
+from visexpert.vision.mole import MoLEFeedForward, MoLESettings, RouterChoice, collect_routing
 
 
 def merge_for_inference(clip: ClipEncoder, *, keep_weighed: bool = False) -> ClipEncoder:

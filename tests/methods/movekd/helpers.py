@@ -55,7 +55,7 @@ def decoder() -> LanguageModel:
 def shaken(model: MoVEKD, *, seed: int = 1, std: float = 0.2) -> MoVEKD:
     """Random weights for all that is added to CLIP: MoLE no longer starts as the identity."""
     generator = torch.Generator().manual_seed(seed)
-    added = [part for layer in model.clip.mole_layers() for part in layer.added_modules()]  # type: ignore[operator]
+    added = [part for layer in model.clip.mole_layers() for part in layer.added_modules()]
     for part in (*added, model.distillation, model.projector, model.language):
         for parameter in part.parameters():
             nn.init.normal_(parameter, std=std, generator=generator)

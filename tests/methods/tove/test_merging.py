@@ -13,7 +13,7 @@ import torch
 from tests.methods.helpers import bare_trainer, logits_of, merging_of, noise_batch, shake, tiny_tove
 from visexpert.errors import ConfigError
 from visexpert.losses import token_distance
-from visexpert.losses.balance import router_balance
+from visexpert.losses.terms import router_balance
 from visexpert.methods import MergeStudent, ToVE
 from visexpert.tabletop import TabletopData
 from visexpert.vision import MoLESettings, collect_routing, equipped_blocks

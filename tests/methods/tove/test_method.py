@@ -23,7 +23,7 @@ from tests.methods.helpers import (
 )
 from visexpert.data import pack
 from visexpert.errors import ConfigError
-from visexpert.language.projector import ProjectorSettings
+from visexpert.language.base import ProjectorSettings
 from visexpert.methods import ToVE
 from visexpert.tabletop import TabletopData
 from visexpert.transfer import GateSettings

@@ -13,13 +13,12 @@ from torch.optim import Optimizer
 from visexpert.errors import ConfigError, DataError
 from visexpert.experts import ExpertHub, FeatureCache, VisionExpert
 from visexpert.language import LanguageModel, NoLanguage, Projector
-from visexpert.language.projector import ProjectorSettings
-from visexpert.losses.balance import RouterBalanceForm
+from visexpert.language.base import ProjectorSettings
+from visexpert.losses.terms import RouterBalanceForm
 from visexpert.methods.base import Method
 from visexpert.methods.columns import Columns
 from visexpert.methods.movekd.distillation import Distillation, Distilled
 from visexpert.methods.movekd.heads import kd_heads, run_teachers, store_anchor, stored_anchor
-from visexpert.methods.movekd.student import check_weights, mole_parts
 from visexpert.methods.parts import Part, StoredTokens
 from visexpert.methods.seen import Compared, RouterBalance, Seen
 from visexpert.methods.settings import (
@@ -274,3 +273,33 @@ class MoVEKD(Method):
             has_image_B=batch.has_image_B,
         )
         return distilled
+
+
+def check_weights(language: LanguageModel, **weights: float) -> None:
+    """Refuse weights of losses that cannot work: ``kd_weight``, ``lm_weight``, ``balance_weight``.
+
+    Raises:
+        ConfigError: One is negative, nothing has one, or text has one and nothing reads it.
+    """
+    wrong = {name: value for name, value in weights.items() if value < 0}
+    if wrong or weights["kd_weight"] + weights["lm_weight"] == 0:
+        raise ConfigError(f"MoVEKD: weights {weights} must not be negative, and text or kd must have one above 0.")
+    if weights["lm_weight"] > 0 and isinstance(language, NoLanguage):
+        raise ConfigError("MoVEKD: NoLanguage reads no text; set lm_weight to 0.")
+
+
+def mole_parts(clip: ClipEncoder, *, balanced: bool) -> tuple[nn.Module, ...]:
+    """What of MoLE has a gradient.
+
+    A router that only balance teaches has none without a ``balanced`` loss. Behind the tokens nothing has one without
+    it, and with it the experts of the last block have none, since no router reads what they make.
+    """
+    behind = [block.get_submodule("mlp") for block in clip.routed_blocks_behind()]
+    parts: list[nn.Module] = []
+    for layer in clip.mole_layers():
+        router, *experts = layer.added_modules()
+        if layer in behind:
+            parts += [router, *(() if layer is behind[-1] else experts)] if balanced else ()
+        else:
+            parts += [router, *experts] if balanced or layer.router_learns else experts
+    return tuple(parts)

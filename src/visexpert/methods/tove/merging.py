@@ -4,27 +4,79 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import get_args
 
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 
 from visexpert.errors import ConfigError
 from visexpert.experts import FeatureCache
 from visexpert.io.weights import cache_root
 from visexpert.losses import normalized_mse, token_distance
+from visexpert.losses.terms import RouterBalanceForm
 from visexpert.methods.base import Method
 from visexpert.methods.fusing import FusingMethod
 from visexpert.methods.parts import Part
 from visexpert.methods.seen import Compared, RouterBalance, Seen
 from visexpert.methods.settings import EvaluationSettings, MergeSettings, MergingOptimizer
-from visexpert.methods.tove.merge_student import MergeStudent
 from visexpert.metrics.tokens import TokenError
 from visexpert.names import EncoderName
 from visexpert.optim import ParameterGroup
 from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens, imaged
-from visexpert.vision import TiledClipEncoder, add_mole
-from visexpert.vision.lora import ClipLora
+from visexpert.vision import ClipEncoder, MoLESettings, TiledClipEncoder, add_mole, equipped_blocks
+
+
+@dataclass(frozen=True)
+class MergeStudent:
+    """A student with MoLE: ToVE's knowledge goes into low-rank experts beside CLIP's own weights.
+
+    Args:
+        mole: The mixture that is put into CLIP's MLPs.
+        mole_lr: Its peak learning rate; null is that of CLIP.
+        balance_weight: Weight of the routers' balance loss (MoVE-KD's released code: 0.01). At 0 a router that learns
+            from nothing else (``top1``, ``released``) stays as it was drawn.
+        balance_form: ``pooled`` (released) or ``per_layer``.
+
+    Raises:
+        ConfigError: A weight or rate that cannot be, or an unknown form.
+    """
+
+    mole: MoLESettings = field(default_factory=MoLESettings)
+    mole_lr: float | None = None
+    balance_weight: float = 0.01
+    balance_form: RouterBalanceForm = "pooled"
+
+    def __post_init__(self) -> None:
+        if self.balance_weight < 0 or (self.mole_lr is not None and self.mole_lr <= 0):
+            raise ConfigError(
+                f"MergeStudent: balance_weight={self.balance_weight} must not be negative, and mole_lr={self.mole_lr} "
+                "must be above 0, or null for CLIP's."
+            )
+        if self.balance_form not in get_args(RouterBalanceForm):
+            raise ConfigError(
+                f"MergeStudent: balance_form={self.balance_form!r} is unknown; use one of "
+                f"{', '.join(get_args(RouterBalanceForm))}."
+            )
+
+    def group(self, clip: ClipEncoder, *, lr: float) -> ParameterGroup:
+        """What trains of MoLE, and at which rate.
+
+        Args:
+            clip: The student, MoLE in place.
+            lr: Rate of CLIP.
+        """
+        balanced = self.balance_weight > 0
+        parts = [part for mole in equipped_blocks(clip).values() for part in mole.learning_modules(balanced=balanced)]
+        return ParameterGroup("mole", tuple(parts), lr if self.mole_lr is None else self.mole_lr)
+
+    @property
+    def router_balance(self) -> RouterBalance | None:
+        """How its routers are balanced; None at a weight of 0."""
+        return RouterBalance(self.balance_weight, self.balance_form) if self.balance_weight > 0 else None
+
 
 FUSED = EncoderName("teacher", "fused")
 
@@ -210,3 +262,37 @@ class Merging(Method):
                 device=self.device,
             )
         self._stored = cache
+
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+"""Every linear layer of a CLIP block."""
+
+
+class ClipLora:
+    """Low-rank updates on every linear layer of a CLIP; its base weights are frozen.
+
+    Args:
+        clip: The encoder, changed in place.
+        rank: Rank of each update.
+        alpha: Updates are scaled by alpha / rank.
+
+    Raises:
+        ConfigError: The rank is below 1.
+    """
+
+    def __init__(self, clip: ClipEncoder, *, rank: int, alpha: float) -> None:
+        if rank < 1:
+            raise ConfigError(f"LoRA: rank must be at least 1, got {rank}.")
+        clip.requires_grad_(False)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS)  # type: ignore[arg-type]
+        self._clip = clip
+        self._lora = LoraModel(clip.model, config, "default")
+
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Return the low-rank factors of the layers in use."""
+        read = [layer for part in self._clip.read_modules() for layer in part.modules() if isinstance(layer, LoraLayer)]
+        return tuple(part for layer in read for part in (layer.lora_A, layer.lora_B))
+
+    def merge(self) -> None:
+        """Add the updates to the weights and remove every trace of LoRA: keys and shapes are CLIP's own again."""
+        self._lora.merge_and_unload()

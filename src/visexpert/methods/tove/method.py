@@ -14,7 +14,7 @@ from visexpert.errors import require_numbers
 from visexpert.experts import ExpertHub, FeatureCache, VisionExpert
 from visexpert.io.weights import weights_digest
 from visexpert.language import LanguageModel, Projector
-from visexpert.language.projector import ProjectorSettings
+from visexpert.language.base import ProjectorSettings
 from visexpert.losses import gate_balance
 from visexpert.methods.columns import Columns
 from visexpert.methods.fusing import FusingMethod, FusionSpace
@@ -24,7 +24,7 @@ from visexpert.methods.settings import EvaluationSettings, StoreSettings, ToVEOp
 from visexpert.names import CLIP, EncoderName
 from visexpert.optim import ParameterGroup
 from visexpert.transfer import GateOutput, GateSettings, ResidualTransfer, TokenAdapter, TokenGate
-from visexpert.transfer.residual import TransferMode
+from visexpert.transfer.gate import TransferMode
 from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens, imaged
 from visexpert.vision import ClipEncoder, MoLESettings
 

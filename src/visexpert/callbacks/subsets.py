@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from visexpert.errors import ConfigError
 from visexpert.methods import FusingMethod
-from visexpert.methods.cost import first_images, measure_cost
+from visexpert.methods.cost import count_vision_gflop, first_images
 from visexpert.methods.evaluation import Evaluator
 from visexpert.methods.tove.subset_search import Subset
 from visexpert.timing import Meanwhile, spread_of
@@ -82,7 +82,7 @@ class SubsetScoring(L.LightningModule):
         if batch.text is None:
             raise ConfigError("ExpertDetachment: the validation data has no text, so experts contribute nothing there.")
         self.model.hub.attach_only(subset)
-        return measure_cost(self.model, first_images(batch, 1), seconds=0.0)["gflop_vision"]
+        return count_vision_gflop(self.model, first_images(batch, 1))
 
 
 class SubsetTiming(L.LightningModule):

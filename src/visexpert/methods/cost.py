@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from visexpert.methods.base import Method
 from visexpert.timing import OTHERS, SPREAD, Meanwhile, spread_of
-from visexpert.types import Batch, TextBatch
+from visexpert.types import Batch, TextBatch, VisionTokens
 
 LEAST_REPEATS = 5
 
@@ -49,20 +49,37 @@ def measure_cost(method: Method, batch: Batch, *, seconds: float = 1.0) -> dict[
         seconds: Time to spend on measuring the speed.
     """
     live = _live(batch)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as vision_counter:
-        vision = method.encode(live)
+    vision, vision_gflop = _counted(method, live)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as language_counter:
         if method.reads_text and batch.text is not None:
             method.language(vision, batch.text)
     times, others = _repeated(method, live, seconds)
     return {
-        "gflop_vision": vision_counter.get_total_flops() / len(batch) / 1e9,
+        "gflop_vision": vision_gflop,
         "gflop_language": language_counter.get_total_flops() / len(batch) / 1e9,
         "images_per_s": len(batch) / statistics.median(times),
         SPREAD: spread_of(times),
         **({} if others is None else {OTHERS: others}),
         **parameter_counts(method),
     }
+
+
+@torch.no_grad()
+def count_vision_gflop(method: Method, batch: Batch) -> float:
+    """GFLOP of the vision side for one image at inference, encoders live, as in :func:`measure_cost`.
+
+    Args:
+        method: In eval mode.
+        batch: A few images; its cache key is ignored.
+    """
+    return _counted(method, _live(batch))[1]
+
+
+def _counted(method: Method, live: Batch) -> tuple[VisionTokens, float]:
+    """What the vision side makes of the images, and its GFLOP for one of them."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        vision = method.encode(live)
+    return vision, counter.get_total_flops() / len(live) / 1e9
 
 
 def _repeated(method: Method, live: Batch, seconds: float) -> tuple[list[float], float | None]:

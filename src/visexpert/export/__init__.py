@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from visexpert.export.exporter import FORMATS, KEEP_MOLE, check_formats, check_target, export
+from visexpert.export.exporter import FORMATS, KEEP_MOLE, check_formats, check_target, export, export_encoder
 from visexpert.export.fidelity import TOLERANCE, differences
 from visexpert.export.rounding import Dtype, check_dtype
 from visexpert.export.source import ExportSource, LanguageParts, MoLEReport, Projection, Treatment
@@ -22,4 +22,5 @@ __all__ = [
     "check_target",
     "differences",
     "export",
+    "export_encoder",
 ]

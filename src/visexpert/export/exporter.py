@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,10 +14,10 @@ from visexpert.export import clip_folders, graphs, llava
 from visexpert.export.fidelity import TOLERANCE
 from visexpert.export.report import write_reports
 from visexpert.export.rounding import check_dtype, name_of
-from visexpert.export.source import LOGITS, PATCH_TOKENS, POOLED, ExportSource, Format
+from visexpert.export.source import LOGITS, PATCH_TOKENS, POOLED, ExportSource, Format, MoLEReport
 from visexpert.export.verify import Fidelity, verify
 from visexpert.io.files import whole_folder
-from visexpert.vision import equipped_blocks
+from visexpert.vision import ClipEncoder, equipped_blocks, mole_settings
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,46 @@ def export(sources: Mapping[str, ExportSource], out: Path, *, tolerance: float =
             found[name] = verify(source, name, form, folder, tolerance=tolerance)
             write_reports(source, name, form, found[name], folder)
     return found
+
+
+def export_encoder(
+    clip: ClipEncoder,
+    out: str | Path,
+    *,
+    format: str = "hf",
+    layers: Sequence[int] | None = None,
+    licenses: Mapping[str, str] | None = None,
+    tolerance: float = TOLERANCE,
+) -> Fidelity:
+    """Write an encoder in another library's format; ``out`` appears when a fresh process has reloaded it and agrees.
+
+    Args:
+        clip: The encoder, weights in place.
+        out: Target, new or empty.
+        format: ``hf``, ``open_clip``, ``onnx``, ``torch_export`` or ``visexpert``; the last three keep MoLE.
+        layers: Hidden states to compare, -1 the last; None for the one that is read and the last.
+        licenses: License of each part whose knowledge went into it, such as ``model.licenses()``; None for the
+            encoder's own.
+        tolerance: Largest error allowed over the root mean square of the reference.
+
+    Returns:
+        What the reload showed.
+
+    Raises:
+        ConfigError: The format is unknown, the target is taken, or a package is missing.
+        WeightsError: The reload failed or differs; nothing is left behind.
+    """
+    found = copy.deepcopy(clip).cpu().eval().requires_grad_(False)
+    hidden = tuple(dict.fromkeys((clip.layer, -1) if layers is None else layers))
+    settings = mole_settings(found)
+    source = ExportSource(
+        found,
+        hidden,
+        pooled_trained=None,
+        licenses={"clip": clip.license} if licenses is None else licenses,
+        mole=None if settings is None else MoLEReport("exact", settings),
+    )
+    return export({format: source}, Path(out), tolerance=tolerance)[format]
 
 
 def check_formats(formats: Iterable[str]) -> None:

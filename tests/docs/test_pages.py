@@ -1,0 +1,87 @@
+"""Every block of the pages runs as it stands there; ``visexpert fit`` with fewer scenes and steps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.docs.blocks import Block, blocks_of, run_page
+from visexpert.cli import main
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+
+ELSEWHERE = {
+    "method.md": "tests/methods/test_contract.py",
+    "own-expert.md": "tests/experts/test_hubs.py",
+}
+"""Pages whose blocks a test of their own runs."""
+
+SMALLER = [
+    *("--data.init_args.num_train=24", "--data.init_args.num_val=8", "--data.init_args.num_test=8"),
+    *("--data.init_args.rendering.workers=0", "--trainer.max_steps=2", "--trainer.val_check_interval=2"),
+    *("--trainer.accelerator=cpu", "--model.init_args.evaluation.caption_images=2"),
+]
+
+PAGES = sorted(
+    path
+    for path in DOCS.rglob("*.md")
+    if path.name not in ELSEWHERE and any(block.why_not is None and block.kind for block in blocks_of(path))
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with photos and a finished run, ``runs/tove``, which the pages share."""
+    folder = tmp_path_factory.mktemp("pages")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["visexpert"])
+        patch.setenv("VISEXPERT_CACHE", str(folder / "cache"))
+        patch.setenv("PL_GLOBAL_SEED", "0")
+        for name in ("photo.png", "folder/one.png", "folder/two.png"):
+            Path(name).parent.mkdir(exist_ok=True)
+            Image.new("RGB", (48, 32), (200, 30, 30)).save(name)
+        configs = ROOT / "configs" / "tove"
+        start = ["--config", str(configs / "tabletop.yaml"), "--config", str(configs / "demo.yaml")]
+        main(["fit", *start, "--run", "runs/tove", *SMALLER])
+        yield folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_what_a_page_says_to_type_works(page: Path) -> None:
+    assert run_page(page, SMALLER) > 0
+
+
+def test_blocks_are_found_with_what_is_not_run(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Title\n\n```python\n# mine.py\nx = 1\n```\n\n<!-- not run: needs eight GPUs -->\n```bash\nvisexpert fit \\\n"
+        "  --run a  # comment\n```\n\n```\nplain\n```\n",
+        encoding="utf-8",
+    )
+    file, command, plain = blocks_of(page)
+    assert (file.kind, file.line, file.file, file.why_not) == ("python", 4, "mine.py", None)
+    assert command.commands == [["visexpert", "fit", "--run", "a"]] and command.why_not == "needs eight GPUs"
+    assert plain == Block("", "plain\n", 15, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("```python\nassert 1 == 2\n```\n", r"page\.md:2: AssertionError"),
+        ("```bash\nvisexpert fitt\n```\n", r"page\.md:2: .*"),
+        ("```bash\nmake demo\n```\n", r"page\.md:2: .*make is no command"),
+        ("```yaml\na: 1\n```\n", r"page\.md:2: .*'yaml' is neither"),
+    ],
+)
+def test_a_block_that_fails_is_named_by_its_line(text: str, said: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text, encoding="utf-8")
+    with pytest.raises(AssertionError, match=said):
+        run_page(page, SMALLER)
+    assert os.getcwd() != str(ROOT)

@@ -16,7 +16,7 @@ from visexpert.callbacks.phase import write_derived_config
 from visexpert.callbacks.run_folder import SaveRunConfig
 from visexpert.cli import main
 from visexpert.errors import ConfigError
-from visexpert.io.run_version import version_of
+from visexpert.io.run_folder import version_of
 from visexpert.runs import load_run
 
 CLIP = {

@@ -20,8 +20,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from visexpert import training
 from visexpert.callbacks import RunFigures
 from visexpert.cli import main
-from visexpert.io.lock import hold
-from visexpert.io.used import OWN, PREVIOUS, SIDECAR, holds_run
+from visexpert.io.run_folder import OWN, PREVIOUS, SIDECAR, hold, holds_run
 from visexpert.methods import Method, ToVE
 from visexpert.methods.evaluation import decode
 from visexpert.methods.finite import FILE as NOT_FINITE

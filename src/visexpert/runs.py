@@ -18,7 +18,7 @@ from visexpert.checking import built, check_settings
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.io.checkpoints import load_checkpoint
 from visexpert.io.reading import read_yaml
-from visexpert.io.run_version import blamed_on_version
+from visexpert.io.run_folder import blamed_on_version
 from visexpert.methods import Method
 from visexpert.parse_errors import explain
 from visexpert.training import checkpoint_of, config_of

@@ -48,9 +48,7 @@ from visexpert.data import MixedData, SourceData
 from visexpert.errors import ConfigError, UserError, first_line
 from visexpert.interruption import stoppable
 from visexpert.io.checkpoints import FOLDER, LAST, checked_checkpoint, is_checkpoint, newest_checkpoint
-from visexpert.io.lock import hold
-from visexpert.io.run_version import blamed_on_version, is_of_run
-from visexpert.io.used import holds_run, set_run_aside
+from visexpert.io.run_folder import blamed_on_version, hold, holds_run, is_of_run, set_run_aside
 from visexpert.methods import Method
 from visexpert.overlays import MissingBaseError, load_path, parts_without_class, unrelated_settings_dropped
 from visexpert.parse_errors import classes_in, explain

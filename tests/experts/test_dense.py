@@ -175,7 +175,7 @@ def test_normals__refuse_what_gives_no_distances() -> None:
     for options in ({"scale": "image"}, {"tokens": "features"}):
         with pytest.raises(ConfigError, match="depth needs tokens: prediction and scale: raw"):
             NormalsFromDepth(depth=tiny_depth(**options))
-    with pytest.raises(ConfigError, match="field_of_view=180.0 and nearest=0.1 cannot be"):
+    with pytest.raises(ConfigError, match=r"\(0, 180\) .* got 180.0 and 0.1"):
         NormalsFromDepth(depth=tiny_depth(), field_of_view=180.0)
     dpt = {"model_type": "dpt", "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 32}
     dpt |= {"intermediate_size": 16, "patch_size": 8, "backbone_out_indices": [0, 1, 2, 3], "fusion_hidden_size": 8}

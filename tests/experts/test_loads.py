@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForDepthEstimation
 
 from tests.experts.tiny_models import CLIP_VISION, randomized, saved
 from visexpert.experts import DepthExpert, TransformersExpert
-from visexpert.experts.pretrained import MapExpert
+from visexpert.experts.maps import MapExpert
 
 SWIN: dict[str, Any] = {"embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "image_size": 32, "window_size": 2}
 BEIT: dict[str, Any] = {**CLIP_VISION, "model_type": "beit"}

@@ -94,7 +94,7 @@ def test_the_tag_decides_weights_normalization_and_activation(tmp_path: Path, mo
         expert = OpenClipExpert(model="ViT-B-32", weights="openai")
     assert (expert.grid_hw, expert.token_dim, expert.image_size) == ((7, 7), 768, 224)
     assert type(expert.network.get_submodule("visual.transformer.resblocks.0.mlp.gelu")).__name__ == "QuickGELU"
-    assert expert.recipe.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))
+    assert expert.preprocessing.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))
     with pytest.raises(WeightsError, match=r"'timm/vit_base_patch32_clip_224.openai' is not in the cache"):
         expert.load_weights()
 

@@ -45,8 +45,8 @@ def activation(expert: OpenClipExpert) -> str:
 
 
 def prepared(expert: OpenClipExpert) -> tuple[Any, ...]:
-    recipe = expert.recipe
-    return list(recipe.mean), list(recipe.std), recipe.interpolation, recipe.framing
+    preprocessing = expert.preprocessing
+    return list(preprocessing.mean), list(preprocessing.std), preprocessing.interpolation, preprocessing.framing
 
 
 @pytest.mark.parametrize(
@@ -75,10 +75,10 @@ def test_a_file_whose_preparation_nothing_tells_is_refused() -> None:
         with pytest.raises(ConfigError, match=r"ViT-H-14 .*several values of resize_mode .*shortest.*squash"):
             OpenClipExpert(model="ViT-H-14", weights="downloaded/x.pt")
         tagged = OpenClipExpert(model="ViT-L-14", weights="laion2b_s32b_b82k")
-        assert OpenClipExpert(model="ViT-L-14", weights="random").recipe.mean == pytest.approx(
+        assert OpenClipExpert(model="ViT-L-14", weights="random").preprocessing.mean == pytest.approx(
             [0.4815, 0.4578, 0.4082], abs=1e-4
         )
-    assert list(tagged.recipe.mean) == [0.5, 0.5, 0.5]
+    assert list(tagged.preprocessing.mean) == [0.5, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("where", ["folder", "file", "relative folder", "relative file"])
@@ -182,7 +182,7 @@ def test_images_are_framed_as_its_own_configuration_says(tmp_path: Path, mode: s
     pixels_BCHW = transform(as_pil(image_CHW))[None]
     torch.testing.assert_close(expert.preprocess(image_CHW[None] / 255), pixels_BCHW, atol=0.02, rtol=0)
     squashed = OpenClipExpert(model="tiny-vit", weights=str(folder), framing="squash")
-    assert squashed.recipe.framing == "squash"
+    assert squashed.preprocessing.framing == "squash"
 
 
 def write_preparation(folder: Path, preparation: dict[str, Any]) -> None:
@@ -195,7 +195,7 @@ def test_a_framing_that_cannot_be_done_or_is_none_is_told(tmp_path: Path) -> Non
     folder = repository(tmp_path / "mine")
     write_preparation(folder, {**OWN, "resize_mode": "longest"})
     with pytest.warns(UserWarning, match="frames images in a way of its own.*squashed"):
-        assert OpenClipExpert(model="tiny-vit", weights=str(folder)).recipe.framing == "squash"
+        assert OpenClipExpert(model="tiny-vit", weights=str(folder)).preprocessing.framing == "squash"
     with pytest.raises(ConfigError, match="use framing squash, crop or pad"):
         OpenClipExpert(model="tiny-vit", weights=str(folder), framing="own")
     write_preparation(folder, {**OWN, "resize_mode": "diagonal"})

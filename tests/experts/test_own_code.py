@@ -153,7 +153,11 @@ def test_an_open_clip_folder_says_how_it_computes(tmp_path: Path) -> None:
     expert = OpenClipExpert(model="ViT-B-16", weights=str(tmp_path), framing="own").eval()
     expert.load_weights()
     assert expert.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
-    assert (expert.recipe.interpolation, expert.recipe.framing, expert.image_size) == ("bilinear", "squash", 32)
+    assert (expert.preprocessing.interpolation, expert.preprocessing.framing, expert.image_size) == (
+        "bilinear",
+        "squash",
+        32,
+    )
     images_BCHW = torch.rand(1, 3, 32, 32)
     with torch.no_grad():
         found = model.visual.forward_intermediates(

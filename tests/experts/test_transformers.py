@@ -139,9 +139,13 @@ def test_the_processor_of_the_folder_decides(tmp_path: Path) -> None:
     settings = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 256}, "crop_size": 224}
     settings |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    recipe = TransformersExpert(source=str(tmp_path), framing="own").recipe
-    assert (recipe.image_size, recipe.framing, recipe.interpolation) == (56, "crop", "bilinear")
-    assert (recipe.mean, recipe.std, recipe.crop_share) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 0.875)
+    how = TransformersExpert(source=str(tmp_path), framing="own").preprocessing
+    assert (how.image_size, how.framing, how.interpolation) == (56, "crop", "bilinear")
+    assert (how.mean, how.std, how.crop_share) == (
+        (0.1, 0.2, 0.3),
+        (0.4, 0.5, 0.6),
+        0.875,
+    )
 
 
 def test_building_needs_no_files_where_config_and_processor_are_given(

@@ -154,8 +154,8 @@ def test_the_manifest_names_a_class_that_exists(module: ModuleType, monkeypatch:
     registry.ModelManifest = SimpleNamespace  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lmms_eval.models", ModuleType("lmms_eval.models"))
     monkeypatch.setitem(sys.modules, "lmms_eval.models.registry_v2", registry)
-    from visexpert.integrations.lmms_manifest import manifest
+    from visexpert.integrations import lmms_manifest
 
-    found = manifest()
+    found = lmms_manifest()
     home, _, name = found.simple_class_path.rpartition(".")
     assert found.model_id == "visexpert" and getattr(importlib.import_module(home), name) is module.VisexpertModel

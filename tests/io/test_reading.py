@@ -12,8 +12,8 @@ from tests.test_errors import HOSTILE
 from visexpert.data.annotations import read_json as read_annotations
 from visexpert.data.annotations import read_json_lines
 from visexpert.data.faults import FaultLog
-from visexpert.errors import DataError
-from visexpert.io.reading import dump_json, parse_json, read_json, read_text, read_yaml
+from visexpert.errors import DataError, WeightsError
+from visexpert.io.reading import dump_json, parse_json, read_json, read_object, read_text, read_yaml
 from visexpert.io.run_files import read_json as read_record
 from visexpert.report.compare.record import read_run
 from visexpert.types import Skipped
@@ -83,3 +83,16 @@ def test_skipped_records_of_hostile_names_are_listed(tmp_path: Path) -> None:
     path.write_text(line + "\n[1]\n" + DEEP + "\n", encoding="utf-8")
     FaultLog("a", total=9, limit=1, file=path).add([Skipped(HOSTILE, "again"), Skipped("b", "new")])
     assert [json.loads(line)["key"] for line in path.read_text(encoding="utf-8").splitlines()[3:]] == ["b"]
+
+
+def test_a_json_object_is_read_or_refused_in_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"a": 1}', encoding="utf-8")
+    assert read_object(path, error=WeightsError, owner="Test", step="fetch it again") == {"a": 1}
+    for text, named in (("[1]", "holds a list"), ("{", "cannot read"), (None, "cannot read")):
+        path.unlink() if text is None else path.write_text(text, encoding="utf-8")
+        with pytest.raises(WeightsError, match=r"^Test: .*; fetch it again\.$") as told:
+            read_object(path, error=WeightsError, owner="Test", step="fetch it again")
+        assert str(path) in str(told.value) and named in str(told.value)
+    with pytest.raises(DataError, match="^cannot read"):
+        read_object(path, error=DataError, step="write it again")

@@ -25,9 +25,8 @@ from visexpert.callbacks.run_folder import RunFolder, RunLogger, folder_of
 from visexpert.callbacks.stop import MetricsContinuation, StopOnSignal
 from visexpert.errors import ConfigError
 from visexpert.interruption import check
-from visexpert.io.lock import hold
 from visexpert.io.run_files import write_text
-from visexpert.io.run_version import stamped
+from visexpert.io.run_folder import hold, stamped
 from visexpert.io.weights import weights_digest
 from visexpert.methods import FusingMethod, Method
 from visexpert.methods.fusing import fusing

@@ -29,7 +29,7 @@ from rich.table import Table
 from visexpert.errors import DataError, shown
 from visexpert.interruption import Interrupted
 from visexpert.io.run_files import read_object, set_aside, write_bytes, write_json, write_text
-from visexpert.io.run_version import stamped
+from visexpert.io.run_folder import stamped
 from visexpert.report.machine import machine_facts, package_versions
 from visexpert.report.tables import generated_counts, is_count
 

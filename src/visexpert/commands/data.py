@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from visexpert.checking import built, check_config_file, check_settings
 from visexpert.commands.parser import Parser
 from visexpert.errors import ConfigError, DataError, UserError, shown
-from visexpert.io.run_version import blamed_on_version, is_of_run
+from visexpert.io.run_folder import blamed_on_version, is_of_run
 from visexpert.overlays import are_related
 from visexpert.shipped import find
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
 from visexpert.callbacks.phase import write_checkpoint
 from visexpert.commands.released import OWNER, MoLEShape, Released, absent_parts, language_tensors, weight_files
 from visexpert.errors import WeightsError
-from visexpert.io.run_version import stamped
+from visexpert.io.run_folder import stamped
 from visexpert.io.source import SMALL_FILES
 from visexpert.io.weights import fill_module
 from visexpert.methods import Method

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from visexpert.errors import WeightsError
-from visexpert.io.reading import read_json
+from visexpert.io.reading import read_object
 from visexpert.io.weights import load_state
 
 OWNER = "visexpert import"
@@ -179,13 +179,7 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        loaded = read_json(path)
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{OWNER}: {path} cannot be read ({error}); fetch it again.") from error
-    if not isinstance(loaded, dict):
-        raise WeightsError(f"{OWNER}: {path} holds a {type(loaded).__name__}, a JSON object is needed.")
-    return loaded
+    return read_object(path, error=WeightsError, owner=OWNER, step="fetch it again")
 
 
 def absent_parts(adapter: Mapping[str, Tensor]) -> list[str]:

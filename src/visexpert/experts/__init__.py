@@ -2,12 +2,10 @@
 
 from visexpert.experts.base import TokenKind, VisionExpert, resize_images
 from visexpert.experts.cache import FeatureCache
-from visexpert.experts.depth import DepthExpert
+from visexpert.experts.dense import DepthExpert, NormalsFromDepth, SegmentationExpert
 from visexpert.experts.edges import KorniaEdges
 from visexpert.experts.hub import ExpertHub
-from visexpert.experts.normals import NormalsFromDepth
 from visexpert.experts.open_clip import OpenClipExpert
-from visexpert.experts.segmentation import SegmentationExpert
 from visexpert.experts.timm import TimmExpert
 from visexpert.experts.transformers import TransformersExpert
 

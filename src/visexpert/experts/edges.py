@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from visexpert.errors import ConfigError
-from visexpert.experts.maps import resize_map
-from visexpert.experts.pretrained import RANDOM, MapExpert
-from visexpert.experts.recipe import InputRecipe
+from visexpert.experts.maps import RANDOM, MapExpert, resize_map
+from visexpert.experts.preprocessing import Preprocessing
 from visexpert.io.source import ModelSource
 from visexpert.io.weights import fill_module, read_source
 
@@ -54,7 +53,7 @@ class KorniaEdges(MapExpert):
         network = DexinedMap(map_size) if learned else OperatorMap(method, low=low, high=high, map_size=map_size)
         super().__init__(
             network=network,
-            recipe=InputRecipe(image_size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
+            preprocessing=Preprocessing(image_size, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
             license=license or (None if learned else "none needed"),
             facts={"method": method, "low": low, "high": high, "map_size": map_size},
             tokens="prediction",

@@ -22,7 +22,8 @@ from transformers.utils import logging
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts.sam_attention import chunk_attention
 from visexpert.experts.towers import build_network, factory_of, key_mapping, vision_part
-from visexpert.io.source import ModelSource, read_json
+from visexpert.io.reading import read_object
+from visexpert.io.source import FETCH_AGAIN, ModelSource
 from visexpert.io.weights import fill_module, reshaped, state_keys, unreadable
 from visexpert.vision.families import checked_fields
 from visexpert.vision.positions import fit_positions
@@ -165,7 +166,8 @@ class HubModel:
     def _key_mapping(self, path: Path, model: nn.Module) -> dict[str, str] | None:
         """See :func:`~visexpert.experts.towers.key_mapping`."""
         if path.suffix == ".json":
-            keys: Collection[str] = read_json(path, owner=self.owner).get("weight_map") or {}
+            listed = read_object(path, error=WeightsError, owner=self.owner, step=FETCH_AGAIN).get("weight_map")
+            keys: Collection[str] = listed or {}
         else:
             keys = state_keys(path) or ()
         assert self.source is not None

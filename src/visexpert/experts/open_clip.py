@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from visexpert.errors import ConfigError, WeightsError
-from visexpert.experts.pretrained import RANDOM, MapExpert
-from visexpert.experts.recipe import Framing, InputRecipe, Interpolation
+from visexpert.experts.maps import RANDOM, MapExpert
+from visexpert.experts.preprocessing import Framing, Interpolation, Preprocessing
 from visexpert.experts.timm import last_map
 from visexpert.io.source import WEIGHT_FILES, ModelSource
 from visexpert.io.weights import fill_module, read_source
@@ -61,7 +61,7 @@ class OpenClipExpert(MapExpert):
         own_settings = own_of(weights, model)
         settings, tagged = own_settings or named(model, weights, framing=framing)
         vision = settings["vision_cfg"]
-        recipe = InputRecipe(
+        preprocessing = Preprocessing(
             image_size=side_of(vision),
             framing=framing_of(tagged),
             mean=tagged["mean"],
@@ -69,13 +69,13 @@ class OpenClipExpert(MapExpert):
             interpolation=tagged["interpolation"],
         ).adapted(owner=OWNER, image_size=image_size, framing=framing, interpolation=interpolation)
         quick = tagged.get("quick_gelu", settings.get("quick_gelu", False))
-        visual = build({**settings, "quick_gelu": quick}, recipe.image_size)
+        visual = build({**settings, "quick_gelu": quick}, preprocessing.image_size)
         self_source = None if weights == RANDOM else ModelSource.parse(tagged.get("hf_hub", weights))
         network = OpenClipMap(visual, layer=layer)
         facts = {"layer": layer, "model": model, "quick_gelu": quick}
         super().__init__(
             network=network,
-            recipe=recipe,
+            preprocessing=preprocessing,
             license=license or (self_source.license() if self_source else None),
             facts=facts if layer is not None or network.normed else {**facts, "normed": False},
         )
@@ -110,7 +110,7 @@ class OpenClipExpert(MapExpert):
 
     def _fitted(self, tower: dict[str, Tensor], visual: nn.Module, path: Path) -> dict[str, Tensor]:
         """Weights for images of another size, as open_clip fits them; timm's trunks do it themselves, once filled."""
-        settings, size = self.settings[0], self.recipe.image_size
+        settings, size = self.settings[0], self.preprocessing.image_size
         own = side_of(settings["vision_cfg"])
         if size == own or "timm_model_name" not in settings["vision_cfg"]:
             return fit_positions(tower, visual.state_dict(), antialias=True)

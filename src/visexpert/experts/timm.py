@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from visexpert.errors import ConfigError, WeightsError
-from visexpert.experts.maps import map_of
-from visexpert.experts.pretrained import RANDOM, MapExpert
-from visexpert.experts.recipe import Framing, InputRecipe, Interpolation
+from visexpert.experts.maps import RANDOM, MapExpert, map_of
+from visexpert.experts.preprocessing import Framing, Interpolation, Preprocessing
 from visexpert.io.source import ModelSource
 from visexpert.io.weights import LoadedState, fill_module, read_source
 
@@ -51,14 +50,14 @@ class TimmExpert(MapExpert):
         arguments: dict[str, Any] | None = None,
     ) -> None:
         settings = published_settings(model)
-        own = own_recipe(settings, interpolation)
-        recipe = own.adapted(owner=OWNER, image_size=image_size, framing=framing, interpolation=interpolation)
+        own = own_preprocessing(settings, interpolation)
+        preprocessing = own.adapted(owner=OWNER, image_size=image_size, framing=framing, interpolation=interpolation)
         self_arguments = dict(arguments or {})
-        if settings["fixed_input_size"] and recipe.image_size != own.image_size:
-            self_arguments.setdefault("img_size", recipe.image_size)
+        if settings["fixed_input_size"] and preprocessing.image_size != own.image_size:
+            self_arguments.setdefault("img_size", preprocessing.image_size)
         super().__init__(
             network=TimmMap(build(model, self_arguments), layer=layer),
-            recipe=recipe,
+            preprocessing=preprocessing,
             license=license or settings["license"],
             facts={"layer": layer, "model": model, "arguments": sorted(self_arguments.items())},
         )
@@ -99,7 +98,11 @@ class TimmExpert(MapExpert):
                 self.model_name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes, **self.arguments
             )
         except (RuntimeError, KeyError) as error:
-            reason, size, own = " ".join(str(error).split())[:300], self.recipe.image_size, settings["input_size"][-1]
+            reason, size, own = (
+                " ".join(str(error).split())[:300],
+                self.preprocessing.image_size,
+                settings["input_size"][-1],
+            )
             at, step = ("", "") if size == own else (f" at {size} px", f", or the image_size {own} that it is made for")
             raise WeightsError(
                 f"{OWNER}: the weights in {found.path} do not fit {self.model_name}{at} ({reason}); use its own{step}."
@@ -180,7 +183,7 @@ def published_settings(model: str) -> dict[str, Any]:
     return dict(vars(found))
 
 
-def own_recipe(settings: dict[str, Any], interpolation: Interpolation | None) -> InputRecipe:
+def own_preprocessing(settings: dict[str, Any], interpolation: Interpolation | None) -> Preprocessing:
     """How timm's own transform prepares images for a model.
 
     Raises:
@@ -197,7 +200,7 @@ def own_recipe(settings: dict[str, Any], interpolation: Interpolation | None) ->
     share = settings["crop_pct"] or DEFAULT_CROP_PCT
     mode = settings["crop_mode"] or "center"
     framing: Framing = "crop" if mode == "center" else "squash" if (mode, share) == ("squash", 1.0) else "own"
-    return InputRecipe(
+    return Preprocessing(
         image_size=height,
         mean=settings["mean"],
         std=settings["std"],

@@ -12,10 +12,8 @@ from transformers.utils.generic import ModelOutput
 from visexpert.errors import ConfigError
 from visexpert.experts.base import TokenKind
 from visexpert.experts.huggingface import HubModel, interpolates, patches_of, prefix_and_suffix, takes_patches
-from visexpert.experts.maps import map_of
-from visexpert.experts.pretrained import MapExpert
-from visexpert.experts.processors import must_agree, recipe_of
-from visexpert.experts.recipe import Framing, Interpolation
+from visexpert.experts.maps import MapExpert, map_of
+from visexpert.experts.preprocessing import Framing, Interpolation, must_agree, preprocessing_of
 
 
 class HubExpert(MapExpert):
@@ -36,7 +34,7 @@ class HubExpert(MapExpert):
             for the processor's own.
         interpolation: ``bilinear`` or ``bicubic``; null for the processor's own.
         license: License of the weights; null for what the model card says.
-        facts: See :class:`~visexpert.experts.pretrained.MapExpert`.
+        facts: See :class:`~visexpert.experts.maps.MapExpert`.
         tokens: ``features`` or ``prediction``.
     """
 
@@ -58,13 +56,13 @@ class HubExpert(MapExpert):
         owner = type(self).__name__
         described = HubModel.describe(owner=owner, auto=auto, source=source, config=config)
         size = image_size or described.native_size
-        recipe = recipe_of(
+        preprocessing = preprocessing_of(
             owner=owner, source=described.source, processor=processor, size=size, interpolation=interpolation
         ).adapted(owner=owner, image_size=image_size, framing=framing, interpolation=interpolation)
-        model = described.build(recipe.image_size)
+        model = described.build(preprocessing.image_size)
         super().__init__(
             network=wrap(model),
-            recipe=recipe,
+            preprocessing=preprocessing,
             facts={**facts, "model": described.config.model_type},
             tokens=tokens,
             license=license or (described.source.license() if described.source else None),

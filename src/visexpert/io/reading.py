@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from visexpert.errors import first_line
+from visexpert.errors import UserError, first_line
 
 IMAGE_FORMATS = {
     "JPEG": (".jpg", ".jpeg"),
@@ -73,6 +73,28 @@ def parse_json(text: str | bytes) -> Any:
 def read_json(path: Path) -> Any:
     """Decode a JSON file; raises as :func:`read_text` and :func:`parse_json`."""
     return parse_json(read_text(path))
+
+
+def read_object(path: Path, *, error: type[UserError], owner: str = "", step: str) -> dict[str, Any]:
+    """Decode a JSON file that holds an object.
+
+    Args:
+        path: The file.
+        error: Class of the error to raise.
+        owner: Who asks, first in the message; empty for nobody.
+        step: What the user can do, last in the message.
+
+    Raises:
+        UserError: It cannot be read, or it holds something else; of the class ``error``.
+    """
+    who = f"{owner}: " if owner else ""
+    try:
+        loaded = read_json(path)
+    except (OSError, ValueError) as cause:
+        raise error(f"{who}cannot read {path} ({cause}); {step}.") from cause
+    if not isinstance(loaded, dict):
+        raise error(f"{who}{path} holds a {type(loaded).__name__}, a JSON object is needed; {step}.")
+    return loaded
 
 
 def dump_json(value: Any, *, indent: int | None = None) -> str:

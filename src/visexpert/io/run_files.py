@@ -69,7 +69,8 @@ def read_object(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
         raise DataError(
-            f"{path} holds a {type(content).__name__} where an object belongs: remove it, the run writes it again."
+            f"{path} holds a {type(content).__name__}, a JSON object is needed: remove it and let the run write it "
+            "again."
         )
     return content
 

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, constants, hf_hub_download, snapshot_down
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from visexpert.errors import WeightsError
-from visexpert.io import reading
+from visexpert.io.reading import read_object
 
 ZOO = Path(__file__).parents[1] / "tabletop" / "zoo" / "weights"
 """Folder of the shipped weights."""
@@ -36,6 +36,8 @@ WEIGHT_FILES = (
 
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 """All that is needed to build a model and its tokenizer, without weights."""
+
+FETCH_AGAIN = "fetch it again, or give another folder"
 
 _HUB_ID = re.compile(
     r"(?P<repo>(?:[A-Za-z0-9](?:[\w.-]*\w)?/)?(?=[\w.-]{1,96}(?:@|$))[A-Za-z0-9](?:[\w.-]*\w)?)(?<!\.git)"
@@ -157,7 +159,7 @@ class ModelSource:
             WeightsError: The file cannot be read, or holds something else.
         """
         path = None if self.file is not None else self.find(*names)
-        return None if path is None else read_json(path, owner=owner)
+        return None if path is None else read_object(path, error=WeightsError, owner=owner, step=FETCH_AGAIN)
 
     def parts(self, index: Path, *, owner: str, holding: re.Pattern[str] | None = None) -> list[str]:
         """Names of the files that an index (``*.index.json``) lists; of those that hold such weights, if any do.
@@ -165,7 +167,7 @@ class ModelSource:
         Raises:
             WeightsError: It lists none, or one outside its own folder.
         """
-        listed = read_json(index, owner=owner).get("weight_map")
+        listed = read_object(index, error=WeightsError, owner=owner, step=FETCH_AGAIN).get("weight_map")
         listed = listed if isinstance(listed, dict) else {}
         names = sorted({str(name) for name in listed.values()})
         if not names or any(Path(name).name != name for name in names):
@@ -232,20 +234,3 @@ def zoo_names() -> list[str]:
     return sorted(
         {entry.name.removesuffix(".safetensors") for entry in ZOO.glob("*") if not entry.name.startswith(".")}
     )
-
-
-def read_json(path: Path, *, owner: str) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        WeightsError: The file is missing or no JSON object.
-    """
-    try:
-        loaded = reading.read_json(path)
-    except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"{owner}: cannot read {path} ({error}); give a folder written by save_pretrained, or zoo:clip."
-        ) from error
-    if not isinstance(loaded, dict):
-        raise WeightsError(f"{owner}: {path} holds a {type(loaded).__name__}, a JSON object is needed.")
-    return loaded

@@ -12,7 +12,7 @@ from typing import Any
 
 from visexpert.errors import ConfigError, DataError
 from visexpert.io.run_files import read_json, read_object, write_json
-from visexpert.io.used import SIDECAR
+from visexpert.io.run_folder import SIDECAR
 
 LARGEST = sys.float_info.max
 

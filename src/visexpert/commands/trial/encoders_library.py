@@ -21,7 +21,7 @@ from visexpert.experts import (
     VisionExpert,
 )
 from visexpert.experts.huggingface import quiet
-from visexpert.experts.pretrained import RANDOM
+from visexpert.experts.maps import RANDOM
 from visexpert.experts.transformers import HubExpert
 from visexpert.io.source import WEIGHT_FILES, ModelSource
 from visexpert.io.weights import read_source

@@ -1,30 +1,143 @@
-"""Image processors of transformers as recipes: what their settings say, done on the device."""
+"""How a model's own processor prepares an image, done on the device instead."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal, get_args
 
 import transformers
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
 
 from visexpert.errors import ConfigError, WeightsError
-from visexpert.experts.recipe import Framing, InputRecipe, Interpolation
 from visexpert.io.source import ModelSource
+
+Interpolation = Literal["bilinear", "bicubic"]
+Framing = Literal["squash", "crop", "pad", "own"]
+"""What becomes of an image that is no square: ``squash`` - all of it, stretched, as ``ClipEncoder`` does, so that a
+patch of every expert shows the same as CLIP's; ``crop`` - shortest edge resized, then the center; ``pad`` - longest
+edge resized, then zeros to the right and below; ``own`` - what the model's own processor does."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """An image's way into a model.
+
+    Args:
+        image_size: Side of the square that the model reads, pixels.
+        mean: Channel means, in [0, 1] units.
+        std: Channel standard deviations, likewise.
+        interpolation: Of the resize, always antialiased.
+        framing: ``squash``, ``crop`` or ``pad``; ``own`` where the model's own way is none of these.
+        crop_share: With ``crop``, ``image_size`` as a share of the resized shortest edge; 0 < share <= 1.
+        crop_floor: Where the middle lies between two pixels, begin the crop at the lower one, as transformers; else at
+            the even one, as torchvision, timm and open_clip.
+    """
+
+    image_size: int
+    mean: Sequence[float] = (0.5, 0.5, 0.5)
+    std: Sequence[float] = (0.5, 0.5, 0.5)
+    interpolation: Interpolation = "bilinear"
+    framing: Framing = "squash"
+    crop_share: float = 1.0
+    crop_floor: bool = False
+
+    def adapted(
+        self, *, owner: str, image_size: int | None, framing: Framing | None, interpolation: Interpolation | None
+    ) -> Preprocessing:
+        """The same with what a user asked for.
+
+        A framing of None is the model's own; where that is none of ours, images are squashed, with a warning.
+
+        Raises:
+            ConfigError: An option is unknown, or the size is no size.
+        """
+        for name, value, allowed in (
+            ("framing", framing or "own", get_args(Framing)),
+            ("interpolation", interpolation or "bicubic", get_args(Interpolation)),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"{owner}: {name}={value!r} is unknown; use one of {list(allowed)}.")
+        if image_size is not None and image_size < 1:
+            raise ConfigError(f"{owner}: image_size={image_size} is no side in pixels; use 1 or more.")
+        if framing is None and self.framing == "own":
+            rank_zero_warn(
+                f"{owner}: this model frames images in a way of its own that cannot be done here; they are squashed. "
+                "Write framing: squash, crop or pad."
+            )
+            framing = "squash"
+        if framing == self.framing == "own":
+            raise ConfigError(
+                f"{owner}: this model frames images in a way of its own; use framing squash, crop or pad."
+            )
+        return replace(
+            self,
+            image_size=image_size or self.image_size,
+            framing=self.framing if framing in (None, "own") else framing,
+            interpolation=interpolation or self.interpolation,
+        )
+
+    def prepare(self, images_BCHW: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        """Frame and normalize.
+
+        Args:
+            images_BCHW: (B, 3, H, W), float in [0, 1], any size.
+            mean: (1, 3, 1, 1), on the images' device.
+            std: Likewise.
+
+        Returns:
+            (B, 3, image_size, image_size).
+        """
+        size = self.image_size
+        if self.framing == "pad":
+            height, width = images_BCHW.shape[-2:]
+            scale = size / max(height, width)
+            normalized = (self._resized(images_BCHW, [_half_up(height * scale), _half_up(width * scale)]) - mean) / std
+            return F.pad(normalized, (0, size - normalized.shape[-1], 0, size - normalized.shape[-2]))
+        if self.framing == "crop":
+            # The share is a quotient of whole numbers: 224 / 0.875 must give 256, not 255.
+            shortest = math.floor(size / self.crop_share + 1e-6)
+            images_BCHW = self._cropped(self._resized(images_BCHW, [shortest]))
+        else:
+            images_BCHW = self._resized(images_BCHW, [size, size])
+        return (images_BCHW - mean) / std
+
+    def _resized(self, images_BCHW: Tensor, size: list[int]) -> Tensor:
+        if list(images_BCHW.shape[-2:]) == size:
+            return images_BCHW
+        resized: Tensor = tv.resize(images_BCHW, size, InterpolationMode(self.interpolation), antialias=True)
+        return resized.clamp(0.0, 1.0)
+
+    def _cropped(self, images_BCHW: Tensor) -> Tensor:
+        size = self.image_size
+        halves = [(side - size) / 2 for side in images_BCHW.shape[-2:]]
+        top, left = (math.floor(half) if self.crop_floor else round(half) for half in halves)
+        return images_BCHW[..., top : top + size, left : left + size]
+
+
+def _half_up(length: float) -> int:
+    return max(1, int(length + 0.5))
+
 
 _RESAMPLING: dict[int, Interpolation] = {2: "bilinear", 3: "bicubic"}
 """Numbers of PIL's filters that can be done on the device."""
 
 
-def recipe_of(
+def preprocessing_of(
     *,
     owner: str,
     source: ModelSource | None,
     processor: Mapping[str, Any] | None,
     size: int | None,
     interpolation: Interpolation | None,
-) -> InputRecipe:
-    """The recipe of a model's own image processor.
+) -> Preprocessing:
+    """The preprocessing of a model's own image processor.
 
     Args:
         owner: Who asks, for messages.
@@ -41,12 +154,12 @@ def recipe_of(
     if own is not None or processor is not None:
         if source is not None and processor is not None:
             must_agree(source, processor, owner=owner)
-        return _recipe(settings_of(own or processor or {}, owner=owner), owner, size, interpolation)
+        return _preprocessing(settings_of(own or processor or {}, owner=owner), owner, size, interpolation)
     if source is not None:
         raise _absent(source, owner)
     if size is None:
         raise ConfigError(f"{owner}: nothing says which size of image this model reads; give image_size.")
-    return InputRecipe(size)
+    return Preprocessing(size)
 
 
 def _absent(source: ModelSource, owner: str) -> WeightsError:
@@ -114,9 +227,9 @@ def _own_settings(source: ModelSource, owner: str) -> dict[str, Any] | None:
     return settings
 
 
-def _recipe(
+def _preprocessing(
     settings: Mapping[str, Any], owner: str, size: int | None, interpolation: Interpolation | None
-) -> InputRecipe:
+) -> Preprocessing:
     normalize = settings.get("do_normalize", True) and settings.get("image_mean") is not None  # GLPN's has none
     resample = _RESAMPLING.get(int(settings.get("resample") or 2))
     if resample is None and interpolation is None:
@@ -128,7 +241,7 @@ def _recipe(
     size = size or side
     if size is None:
         raise ConfigError(f"{owner}: the processor's size {settings.get('size')} is no square; give image_size.")
-    return InputRecipe(
+    return Preprocessing(
         image_size=size,
         mean=tuple(settings["image_mean"]) if normalize else (0.0, 0.0, 0.0),
         std=tuple(settings["image_std"]) if normalize else (1.0, 1.0, 1.0),

@@ -8,7 +8,7 @@ import pytest
 
 import visexpert
 from visexpert.errors import ConfigError
-from visexpert.io.run_version import blamed_on_version, stamped, version_of
+from visexpert.io.run_folder import blamed_on_version, stamped, version_of
 
 CAUSE = ConfigError("visexpert.methods.ToVE has no setting 'lr'; did you mean 'optimizer.lr'?")
 
@@ -46,7 +46,7 @@ def test_the_version_is_that_of_the_first_line_or_of_what_had_none(
 def test_another_version_is_named_with_what_cannot_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ours: str, theirs: str, age: str
 ) -> None:
-    monkeypatch.setattr("visexpert.io.run_version.__version__", ours)
+    monkeypatch.setattr("visexpert.io.run_folder.__version__", ours)
     config = tmp_path / "config.yaml"
     config.write_text(f"# visexpert=={theirs}\n", encoding="utf-8")
     told = str(blamed_on_version(CAUSE, [config]))
@@ -58,7 +58,7 @@ def test_another_version_is_named_with_what_cannot_be_read(
 def test_a_file_of_this_version_or_of_ones_own_keeps_its_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    monkeypatch.setattr("visexpert.io.run_version.__version__", "0.2.0.dev0")
+    monkeypatch.setattr("visexpert.io.run_folder.__version__", "0.2.0.dev0")
     config = tmp_path / "mine.yaml"
     config.write_text(text, encoding="utf-8")
     assert blamed_on_version(CAUSE, [config]) is CAUSE

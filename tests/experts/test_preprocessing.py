@@ -16,9 +16,8 @@ from torch import Tensor
 from tests.experts.tiny_models import as_pil, smooth_images
 from visexpert.errors import ConfigError
 from visexpert.experts.open_clip import framing_of
-from visexpert.experts.processors import recipe_of, settings_of
-from visexpert.experts.recipe import Framing, InputRecipe
-from visexpert.experts.timm import own_recipe, published_settings
+from visexpert.experts.preprocessing import Framing, Preprocessing, preprocessing_of, settings_of
+from visexpert.experts.timm import own_preprocessing, published_settings
 
 SHAPES = [(300, 200), (150, 260), (64, 64), (40, 30)]
 """Portrait, landscape, square, and smaller than any model's input."""
@@ -29,15 +28,15 @@ resizing, we do not round: half a level each, and the second pass weighs the err
 negative lobes."""
 
 
-def prepared(recipe: InputRecipe, image_CHW: Tensor) -> Tensor:
-    mean, std = (torch.tensor(list(values)).view(1, 3, 1, 1) for values in (recipe.mean, recipe.std))
-    return recipe.prepare(image_CHW[None].float() / 255, mean, std)[0]
+def prepared(preprocessing: Preprocessing, image_CHW: Tensor) -> Tensor:
+    mean, std = (torch.tensor(list(values)).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    return preprocessing.prepare(image_CHW[None].float() / 255, mean, std)[0]
 
 
-def check(recipe: InputRecipe, image_CHW: Tensor, expected_CHW: Tensor) -> None:
-    ours_CHW = prepared(recipe, image_CHW)
-    assert ours_CHW.shape == expected_CHW.shape == (3, recipe.image_size, recipe.image_size)
-    levels = (ours_CHW - expected_CHW).abs() * torch.tensor(list(recipe.std)).view(3, 1, 1) * 255
+def check(preprocessing: Preprocessing, image_CHW: Tensor, expected_CHW: Tensor) -> None:
+    ours_CHW = prepared(preprocessing, image_CHW)
+    assert ours_CHW.shape == expected_CHW.shape == (3, preprocessing.image_size, preprocessing.image_size)
+    levels = (ours_CHW - expected_CHW).abs() * torch.tensor(list(preprocessing.std)).view(3, 1, 1) * 255
     assert levels.max() <= LEVELS
     assert levels.mean() <= 0.5
 
@@ -58,7 +57,7 @@ def test_timm(name: str, shape: tuple[int, int]) -> None:
     assert found is not None
     transform: Any = create_transform(**resolve_data_config(pretrained_cfg=found.to_dict()))  # type: ignore[no-untyped-call]
     (image_CHW,) = smooth_images(1, *shape)
-    check(own_recipe(published_settings(name), None), image_CHW, transform(as_pil(image_CHW)))
+    check(own_preprocessing(published_settings(name), None), image_CHW, transform(as_pil(image_CHW)))
 
 
 PROCESSORS: list[dict[str, Any]] = [
@@ -80,8 +79,8 @@ def test_transformers(processor: dict[str, Any], shape: tuple[int, int]) -> None
     (image_CHW,) = smooth_images(1, *shape)
     reference = getattr(transformers, processor["image_processor_type"])(**processor)
     expected_CHW = reference([image_CHW], return_tensors="pt")["pixel_values"][0]
-    recipe = recipe_of(owner="Test", source=None, processor=processor, size=None, interpolation=None)
-    check(recipe, image_CHW, expected_CHW)
+    preprocessing = preprocessing_of(owner="Test", source=None, processor=processor, size=None, interpolation=None)
+    check(preprocessing, image_CHW, expected_CHW)
 
 
 def test_depth_anything_on_a_square() -> None:
@@ -92,14 +91,14 @@ def test_depth_anything_on_a_square() -> None:
         "ensure_multiple_of": 14,
     }
     processor |= {"size": {"height": 518, "width": 518}}
-    recipe = recipe_of(owner="Test", source=None, processor=processor, size=None, interpolation=None)
-    assert recipe.framing == "own"
-    squashed = recipe.adapted(owner="Test", image_size=None, framing="squash", interpolation=None)
+    preprocessing = preprocessing_of(owner="Test", source=None, processor=processor, size=None, interpolation=None)
+    assert preprocessing.framing == "own"
+    squashed = preprocessing.adapted(owner="Test", image_size=None, framing="squash", interpolation=None)
     (image_CHW,) = smooth_images(1, 200, 200)
     reference = transformers.DPTImageProcessor(**{k: v for k, v in processor.items() if k != "image_processor_type"})
     check(squashed, image_CHW, reference([image_CHW], return_tensors="pt")["pixel_values"][0])
     with pytest.raises(ConfigError, match="frames images in a way of its own; use framing squash, crop or pad"):
-        recipe.adapted(owner="Test", image_size=None, framing="own", interpolation=None)
+        preprocessing.adapted(owner="Test", image_size=None, framing="own", interpolation=None)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -107,27 +106,27 @@ def test_depth_anything_on_a_square() -> None:
 def test_open_clip(mode: str, shape: tuple[int, int]) -> None:
     settings = PreprocessCfg(size=96, resize_mode=mode)
     transform: Any = image_transform_v2(settings, is_train=False)
-    recipe = InputRecipe(96, settings.mean, settings.std, "bicubic", framing_of(vars(settings)))
+    preprocessing = Preprocessing(96, settings.mean, settings.std, "bicubic", framing_of(vars(settings)))
     (image_CHW,) = smooth_images(1, *shape)
-    check(recipe, image_CHW, transform(as_pil(image_CHW)))
+    check(preprocessing, image_CHW, transform(as_pil(image_CHW)))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_squash_shows_all_of_the_image_and_crop_does_not(shape: tuple[int, int]) -> None:
     image_CHW = torch.zeros(3, *shape, dtype=torch.uint8)
     image_CHW[:, : shape[0] // 8, : shape[1] // 8] = 255  # a mark in the first corner
-    assert prepared(InputRecipe(32, framing="squash"), image_CHW)[:, 0, 0].min() > 0.9
-    corner = prepared(InputRecipe(32, framing="crop", crop_share=0.5), image_CHW)[:, 0, 0]
+    assert prepared(Preprocessing(32, framing="squash"), image_CHW)[:, 0, 0].min() > 0.9
+    corner = prepared(Preprocessing(32, framing="crop", crop_share=0.5), image_CHW)[:, 0, 0]
     assert corner.max() == -1.0
-    padded = prepared(InputRecipe(32, framing="pad"), image_CHW)
+    padded = prepared(Preprocessing(32, framing="pad"), image_CHW)
     empty = padded[:, :, -1] if shape[0] > shape[1] else padded[:, -1]
     assert (empty == (0.0 if shape[0] != shape[1] else -1.0)).all()
 
 
 def test_the_size_asked_for_keeps_the_share_of_the_crop() -> None:
-    own = InputRecipe(224, framing="crop", crop_share=224 / 256)
+    own = Preprocessing(224, framing="crop", crop_share=224 / 256)
     asked = own.adapted(owner="Test", image_size=448, framing="own", interpolation="bilinear")
-    assert asked == InputRecipe(448, framing="crop", crop_share=224 / 256, interpolation="bilinear")
+    assert asked == Preprocessing(448, framing="crop", crop_share=224 / 256, interpolation="bilinear")
     assert own.adapted(owner="Test", image_size=None, framing="squash", interpolation=None).framing == "squash"
 
 
@@ -142,7 +141,9 @@ def test_the_size_asked_for_keeps_the_share_of_the_crop() -> None:
 def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
     framing: Framing = "squash"
     with pytest.raises(ConfigError, match=message):
-        InputRecipe(8).adapted(owner="Test", **{"image_size": 8, "framing": framing, "interpolation": None, **options})
+        Preprocessing(8).adapted(
+            owner="Test", **{"image_size": 8, "framing": framing, "interpolation": None, **options}
+        )
 
 
 def test_processors_that_cannot_be_followed_are_refused() -> None:
@@ -152,7 +153,10 @@ def test_processors_that_cannot_be_followed_are_refused() -> None:
         settings_of({"size": 224}, owner="Test")
     lanczos = {"image_processor_type": "ViTImageProcessor", "resample": 1}
     with pytest.raises(ConfigError, match="resizes by filter .*; give interpolation: bicubic"):
-        recipe_of(owner="Test", source=None, processor=lanczos, size=None, interpolation=None)
-    assert recipe_of(owner="Test", source=None, processor=lanczos, size=64, interpolation="bicubic").image_size == 64
+        preprocessing_of(owner="Test", source=None, processor=lanczos, size=None, interpolation=None)
+    assert (
+        preprocessing_of(owner="Test", source=None, processor=lanczos, size=64, interpolation="bicubic").image_size
+        == 64
+    )
     with pytest.raises(ConfigError, match="nothing says which size of image this model reads; give image_size"):
-        recipe_of(owner="Test", source=None, processor=None, size=None, interpolation=None)
+        preprocessing_of(owner="Test", source=None, processor=None, size=None, interpolation=None)

@@ -228,7 +228,7 @@ def write_tar(path: Path, names: list[str]) -> None:
     [
         (["a.jpg", "b.jpg", "a.txt", "b.txt"], None, "4 of the first 16 records of .*00000.tar.*has no caption"),
         (["a.b.1.jpg", "a.b.1.txt", "a.b.2.jpg", "a.b.2.txt"], None, "write keys without dots"),
-        (["a.jpg", "a.txt", "b.jpg", "b.txt"], 5, "00000_stats.json says that .* holds 5 records, but it holds 2"),
+        (["a.jpg", "a.txt", "b.jpg", "b.txt"], 5, "00000_stats.json states 5 records for .* holds 2"),
     ],
 )
 def test_shards_are_read_as_in_training(

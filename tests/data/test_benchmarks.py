@@ -196,7 +196,7 @@ def test_pope_puts_all_kinds_of_an_image_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prompt", ["what?", "{statement}", "{question} {question}", "{question"])
 def test_a_prompt_has_one_place_for_the_question(tmp_path: Path, prompt: str) -> None:
-    with pytest.raises(ConfigError, match="must have {question} in it once"):
+    with pytest.raises(ConfigError, match="{question}"):
         POPE(root=str(tmp_path), prompt=prompt)
 
 

@@ -73,12 +73,12 @@ def test_latin_1_costs_the_records_that_are_no_utf_8(tmp_path: Path) -> None:
     (tmp_path / "coco_pope_random.json").write_bytes(lines.encode("latin-1"))
     data = POPE(kinds=["random"], **options(tmp_path))
     assert [item.prompt for sample in data.table("test") for item in sample.items] == ["a"]
-    assert "byte 0xe9 is no UTF-8" in data.fault_logs[0].last
+    assert "byte 0xe9" in data.fault_logs[0].last
 
 
 def test_half_a_surrogate_pair_is_no_text() -> None:
     assert checked("\U0001f600", name="it") == "\U0001f600"
-    with pytest.raises(BrokenRecordError, match=r"it is no text: U\+D83D stands alone at character 1"):
+    with pytest.raises(BrokenRecordError, match=r"U\+D83D .*character 1"):
         checked(f"a{LONE}b", name="it")
 
 
@@ -130,8 +130,8 @@ def test_a_turn_without_an_answer_costs_no_other(tmp_path: Path) -> None:
     [
         ({"video": "1.mp4", "conversations": talk("what ?", "a dog")}, "it has 'video'"),
         ({"image_path": "1.jpg", "conversations": talk("what ?", "a dog")}, "it has 'image_path'"),
-        ({"conversations": talk("<image>\nwhat ?", "a dog")}, "it speaks of <image>"),
-        ({"image": None, "conversations": talk("<video>\nwhat ?", "a dog")}, "it speaks of <video>"),
+        ({"conversations": talk("<image>\nwhat ?", "a dog")}, "<image>"),
+        ({"image": None, "conversations": talk("<video>\nwhat ?", "a dog")}, "<video>"),
     ],
 )
 def test_an_image_that_cannot_be_found_by_key_is_no_text_alone(
@@ -151,7 +151,7 @@ def test_an_image_that_is_listed_twice_is_scored_once(tmp_path: Path) -> None:
     data = NoCaps(**options(tmp_path))
     items = [item for sample in data.table("test") for item in sample.items]
     assert [(item.answer, item.family) for item in items] == [("a dog", ""), ("a cat", "")]
-    assert "image 1 is listed again" in data.fault_logs[0].last
+    assert "image 1 is listed" in data.fault_logs[0].last
     entry = {"filepath": "val2014", "filename": "1.jpg", "split": "test", "sentences": [{"raw": "a dog"}]}
     write_json(tmp_path / "dataset_coco.json", {"images": [entry, entry]})
     assert len(COCOCaptions(**options(tmp_path)).table("test")) == 1
@@ -233,7 +233,7 @@ def test_every_listed_format_may_lie_in_a_shard(tmp_path: Path) -> None:
 def test_members_of_a_record_that_lie_apart(tmp_path: Path) -> None:
     captions, reasons = captions_of(tmp_path, [GOOD[0], GOOD[2], GOOD[1], GOOD[3], ("m.jpg", IMAGE), ("m.txt", b"m")])
     assert captions == ["m"]
-    assert "has no caption (.txt, .json), only .jpg; where the rest lies elsewhere in the shard" in reasons
+    assert "has no caption (.txt, .json), only .jpg;" in reasons
     assert "has no image (.jpg, .jpeg, .png, .webp, " in reasons and "), only .txt" in reasons
 
 

@@ -162,5 +162,5 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     write_coco(
         tmp_path / "annotations" / "captions_val2017.json", [{"id": 1, "file_name": "../../secret.jpg"}], [(1, "a cat")]
     )
-    with pytest.raises(DataError, match="no name of a file inside"):
+    with pytest.raises(DataError, match="secret.jpg.*inside"):
         coco(tmp_path, annotations="2017").setup("test")

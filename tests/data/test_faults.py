@@ -26,7 +26,9 @@ def test_each_record_counts_once(tmp_path: Path) -> None:
     log.add(faults("a", "a"))
     log.add(faults("b", "a"))
     assert len(log) == 2
-    with pytest.raises(DataError, match=r"3 of the 100 records of COCO train.*max_broken=0.02.*c is broken \(repair"):
+    with pytest.raises(
+        DataError, match=r"3 of the 100 records of COCO train.*max_broken=0.02.*skipped.jsonl.*c is broken"
+    ):
         log.add(faults("c"))
     lines = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
     assert [json.loads(line)["key"] for line in lines] == ["a", "b", "c"]
@@ -91,7 +93,7 @@ def test_too_many_end_the_run(tmp_path: Path) -> None:
 
 
 def test_a_training_batch_without_a_single_image(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="All 1 images of a training batch cannot be read, the first because of this"):
+    with pytest.raises(DataError, match="None of the 1 images of a training batch"):
         trainer(tmp_path / "run", max_epochs=1).fit(Recorder(), coco(tmp_path, max_broken=1.0, batch_size=1))
 
 
@@ -105,7 +107,7 @@ def test_annotations_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         read_json(path)
     path.write_text('{"images": 3}')
-    with pytest.raises(DataError, match="should hold a list under images"):
+    with pytest.raises(DataError, match="list under images"):
         read_json_list(path, "images")
 
 

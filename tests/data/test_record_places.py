@@ -149,7 +149,7 @@ def test_a_reason_says_what_there_is_and_what_must_be(
 
 def test_null_is_called_null_where_an_image_is_needed(tmp_path: Path) -> None:
     data = llava(tmp_path, image=None, conversations=talk("<image>\nwhat ?", "a dog"))
-    with pytest.raises(DataError, match="it speaks of <image>, but its 'image' is null"):
+    with pytest.raises(DataError, match="<image>.*'image' is null"):
         data.open("train")
 
 
@@ -163,7 +163,7 @@ def test_a_file_of_broken_records_ends_with_the_first_reason_and_their_number(tm
 
     path.write_bytes(json.dumps(records, ensure_ascii=False).encode("latin-1"))
     data = LLaVAInstruct(annotations="talk.json", **options(tmp_path))
-    with pytest.raises(DataError, match=r"none of the 3 records .*train.* first .*\[0\] of .*0xe9 is no UTF-8"):
+    with pytest.raises(DataError, match=r"none of the 3 records .*train.* first .*\[0\] of .*0xe9"):
         data.open("train")
     log = FaultLog("it", total=9, limit=1.0)
     assert (log.first, log.last) == ("", "")

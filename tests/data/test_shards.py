@@ -138,7 +138,7 @@ def test_no_spelling_of_a_command_is_taken_for_a_file(
 
 @pytest.mark.parametrize("scheme", ["http", "https", "gs", "s3", "hf", "ais"])
 def test_a_url_cannot_become_a_command(tmp_path: Path, scheme: str) -> None:
-    with pytest.raises(ConfigError, match="percent form"):
+    with pytest.raises(ConfigError, match="%20"):
         next(iterate_shard(f"{scheme}://host/a.tar'; touch {tmp_path}/marker; '"))
     assert not (tmp_path / "marker").exists()
 
@@ -180,7 +180,7 @@ def test_counts_come_from_notes_or_headers(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_remote_shards_are_not_read_to_count_them(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"How many records https://host/0.tar holds is not known.*sizes"):
+    with pytest.raises(ConfigError, match=r"https://host/0.tar.*sizes"):
         shard_counts(["https://host/0.tar"], sizes=None)
 
 

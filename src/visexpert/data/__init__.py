@@ -1,7 +1,7 @@
 """Data sets: from annotations and images to batches.
 
-The names below are imported on first use: processes that only render need neither Lightning nor transformers, which
-take seconds to import.
+The names below are imported on first use: Lightning and transformers take seconds to import, and processes that only
+render need neither.
 """
 
 from __future__ import annotations

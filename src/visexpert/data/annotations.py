@@ -1,4 +1,4 @@
-"""Annotation files: JSON and JSON lines, read record by record so that one broken record costs one record."""
+"""Annotation files: JSON and JSON lines, read record by record so that a broken record affects no other."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def read_json(path: Path) -> Any:
 
 
 class Records(list[Any]):
-    """Decoded records of a file, which know where in it they lie.
+    """The decoded records of a file, with their places in it.
 
     Args:
         values: The records.
-        numbers: Where each lies in the file.
-        form: How a place is written, such as ``images[{}]`` or ``Line {}``.
+        numbers: Position of each in the file.
+        form: Format of a place, such as ``images[{}]`` or ``Line {}``.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Records(list[Any]):
         self.form = form
 
     def place(self, row: int) -> str:
-        """Return where a record lies in its file, such as ``images[68]`` (from 0) or ``Line 3`` (from 1)."""
+        """Return the place of a record in its file, such as ``images[68]`` (from 0) or ``Line 3`` (from 1)."""
         return self.form.format(self.numbers[row])
 
     def only(self, rows: Iterable[int]) -> Records:
@@ -62,7 +62,7 @@ class Records(list[Any]):
 
 
 def read_json_list(path: Path, *keys: str) -> Records:
-    """Read a JSON file and take the list that lies under ``keys``; JSON lines also count as a list.
+    """Read a JSON file and return the list under ``keys``; JSON lines also count as a list.
 
     Raises:
         DataError: It is missing, damaged, or has no such list.
@@ -75,18 +75,18 @@ def read_json_list(path: Path, *keys: str) -> Records:
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     if not isinstance(value, list):
-        place = f"a list under {'.'.join(keys)}" if keys else "a list"
-        raise DataError(f"The annotations {path} should hold {place}, but do not; is it the right file?")
+        place = f"list under {'.'.join(keys)}" if keys else "list"
+        raise DataError(f"The annotations {path} have no {place}; check that it is the right file.")
     return Records(value, form=".".join(keys) + "[{}]" if keys else "Record [{}]")
 
 
 def read_json_lines(path: Path) -> Records:
-    """Read a file of one JSON value a line; a broken line becomes the error itself, for :func:`collect` to count.
+    """Read a file with one JSON value per line; a broken line becomes an error, which :func:`collect` counts.
 
-    A file that is one JSON list is read as that list.
+    A file that holds a single JSON list is read as that list.
 
     Raises:
-        DataError: The file is missing or no text.
+        DataError: The file is missing or is not text.
     """
     text = _text(path)
     if text.lstrip().startswith("["):
@@ -95,14 +95,14 @@ def read_json_lines(path: Path) -> Records:
 
 
 def collect(records: Records, parse: Callable[[Any], T], *, path: Path, faults: FaultLog) -> Iterator[T]:
-    """Parse records one by one; what cannot be parsed goes to ``faults``.
+    """Parse records one by one; those that cannot be parsed go to ``faults``.
 
     Args:
         records: Decoded JSON, with its places.
-        parse: Turns one into what is wanted; raises :class:`BrokenRecordError`, KeyError, TypeError or ValueError. What
-            a :class:`~visexpert.data.samples.Sample` says that it ``lost`` is counted as well.
+        parse: Parses one record; raises :class:`BrokenRecordError`, KeyError, TypeError or ValueError. The ``lost``
+            parts of a :class:`~visexpert.data.samples.Sample` are counted as well.
         path: Their file, for messages.
-        faults: Counts what is broken.
+        faults: Counts broken records.
     """
     skipped = []
     for row, record in enumerate(records):
@@ -126,7 +126,7 @@ class Once:
     """Refuses duplicates: official code keys results by id, so nothing is scored twice.
 
     Args:
-        what: What is listed, for the message.
+        what: What is listed, for messages.
     """
 
     def __init__(self, what: str) -> None:
@@ -134,26 +134,26 @@ class Once:
         self._seen: set[Any] = set()
 
     def check(self, name: Any) -> None:
-        """Note a name.
+        """Record a name.
 
         Raises:
-            BrokenRecordError: It came before.
+            BrokenRecordError: It has been seen before.
         """
         if name in self._seen:
-            raise BrokenRecordError(f"{self._what} {name!r} is listed again")
+            raise BrokenRecordError(f"{self._what} {name!r} is listed twice")
         self._seen.add(name)
 
 
 def each_usable(values: Iterable[Any], read: Callable[[Any], T], lost: list[str]) -> list[T]:
-    """Read the parts of a record, such as an image's captions, so that a broken one costs no other.
+    """Read the parts of a record, such as an image's captions; a broken part does not affect the others.
 
     Args:
         values: Decoded JSON.
-        read: Reads one part; raises as ``parse`` of :func:`collect`.
-        lost: Is told why parts were left out.
+        read: Reads one part; raises the same errors as ``parse`` in :func:`collect`.
+        lost: Receives the reasons for leaving parts out.
 
     Raises:
-        BrokenRecordError: There are parts, but none that can be used.
+        BrokenRecordError: There are parts, but none is usable.
     """
     kept, reasons = [], []
     for value in values:
@@ -168,7 +168,7 @@ def each_usable(values: Iterable[Any], read: Callable[[Any], T], lost: list[str]
 
 
 def kind_of(value: Any) -> str:
-    """Return what a JSON value is, in words: ``null``, ``the number 5``, ``a list``."""
+    """Describe a JSON value in words: ``null``, ``the number 5``, ``a list``."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
@@ -179,10 +179,10 @@ def kind_of(value: Any) -> str:
 
 
 def an_object(value: Any, *, name: str) -> dict[str, Any]:
-    """Return a JSON object.
+    """Check that a JSON value is an object and return it.
 
     Raises:
-        BrokenRecordError: It is something else.
+        BrokenRecordError: It is not.
     """
     if not isinstance(value, dict):
         raise BrokenRecordError(f"{name} is {kind_of(value)}, but must be an object")
@@ -190,10 +190,10 @@ def an_object(value: Any, *, name: str) -> dict[str, Any]:
 
 
 def value_of(record: Any, key: str, *, name: str = "it") -> Any:
-    """Return what a record holds under a key.
+    """Return the value under a record's key.
 
     Raises:
-        BrokenRecordError: It is no object, or has no such key.
+        BrokenRecordError: The record is not an object, or lacks the key.
     """
     if key not in an_object(record, name=name):
         raise BrokenRecordError(f"{name} has no {key!r}")
@@ -201,10 +201,10 @@ def value_of(record: Any, key: str, *, name: str = "it") -> Any:
 
 
 def list_of(record: Any, key: str) -> list[Any]:
-    """Return a list that must be there.
+    """Return the list under a key.
 
     Raises:
-        BrokenRecordError: It is not.
+        BrokenRecordError: There is none.
     """
     value = value_of(record, key)
     if not isinstance(value, list):
@@ -225,7 +225,7 @@ def id_of(record: Any, key: str) -> int | float | str:
 
 
 def whole_of(record: Any, key: str) -> int:
-    """Return a whole number, also from its digits.
+    """Return the integer under a key, also if it is written as a string.
 
     Raises:
         BrokenRecordError: There is none.
@@ -240,10 +240,10 @@ def whole_of(record: Any, key: str) -> int:
 
 
 def choice_of(record: Any, key: str, allowed: Sequence[str]) -> str:
-    """Return a text that is one of several.
+    """Return the string under a key, which must be one of ``allowed``.
 
     Raises:
-        BrokenRecordError: It is not.
+        BrokenRecordError: It is not one of them.
     """
     value = value_of(record, key)
     if value not in allowed:
@@ -252,10 +252,10 @@ def choice_of(record: Any, key: str, allowed: Sequence[str]) -> str:
 
 
 def text_of(record: Any, key: str) -> str:
-    """Return a required text.
+    """Return the text under a key, with single spaces between words.
 
     Raises:
-        BrokenRecordError: It is not.
+        BrokenRecordError: There is none, or it is blank.
     """
     value = value_of(record, key)
     if not isinstance(value, str) or not value.strip():
@@ -264,39 +264,39 @@ def text_of(record: Any, key: str) -> str:
 
 
 def checked(text: str, *, name: str) -> str:
-    """Return a text if it is one: half a surrogate pair, or bytes that are no UTF-8, end tokenizers with an error.
+    """Check that a text is valid Unicode and return it: tokenizers fail on lone surrogates and on invalid UTF-8.
 
     Args:
         text: The text.
-        name: What to call it in messages.
+        name: Its name in messages.
 
     Raises:
-        BrokenRecordError: It is not.
+        BrokenRecordError: It is not valid.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         sign = ord(error.object[error.start])
-        what = f"byte {sign - 0xDC00:#04x} is no UTF-8" if 0xDC80 <= sign <= 0xDCFF else f"U+{sign:04X} stands alone"
-        raise BrokenRecordError(f"{name} is no text: {what} at character {error.start}") from None
+        what = f"byte {sign - 0xDC00:#04x} is not UTF-8" if 0xDC80 <= sign <= 0xDCFF else f"U+{sign:04X} stands alone"
+        raise BrokenRecordError(f"{name} is not valid text: {what} at character {error.start}") from None
     return text
 
 
 def image_path(folder: Path, name: Any, *, key: str) -> str:
-    """Return the path of an image that an annotation names, inside its folder.
+    """Return the path of an image that an annotation names, which must lie inside its folder.
 
     Args:
         folder: The folder.
         name: The name.
-        key: Where the record has it, for messages.
+        key: The record's key that holds it, for messages.
 
     Raises:
-        BrokenRecordError: No name, or one that leads out of the folder.
+        BrokenRecordError: There is no name, or it leads out of the folder.
     """
     if not isinstance(name, str) or not name:
         raise BrokenRecordError(f"{key} is {kind_of(name)}, but must be the name of a file")
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise BrokenRecordError(f"{key} is {name!r}, which is no name of a file inside {folder}")
+        raise BrokenRecordError(f"{key} is {name!r}, but must be the name of a file inside {folder}")
     return str(folder / name)
 
 
@@ -304,7 +304,7 @@ def _text(path: Path) -> str:
     """Return a file's text; invalid UTF-8 becomes lone surrogates, which make the record around them unusable.
 
     Raises:
-        DataError: It is missing, no regular file, or UTF-16.
+        DataError: It is missing, UTF-16, or not a regular file.
     """
     try:
         check_regular(path)
@@ -320,7 +320,7 @@ def _text(path: Path) -> str:
 
 def _lines(text: str) -> Records:
     numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    # splitlines() would also part at U+2028 and U+0085
+    # splitlines() would also split at U+2028 and U+0085
     return Records([_value(line) for _, line in numbered], numbers=[number for number, _ in numbered], form="Line {}")
 
 
@@ -328,7 +328,7 @@ def _value(line: str) -> Any:
     try:
         return parse_json(line)
     except ValueError as error:
-        return BrokenRecordError(f"no JSON: {error}")
+        return BrokenRecordError(f"not JSON: {error}")
 
 
 def _told(error: Exception) -> str:

@@ -36,15 +36,15 @@ _URL = (
 class CC3M(SourceData):
     """Conceptual Captions (3.3 M images) in tar shards of ``KEY.jpg``, ``KEY.txt`` and ``KEY.json``.
 
-    Shards are read from end to end and never unpacked. Each epoch reads each record once for any number of processes
-    and workers, except for less than one leftover batch per process; an interrupted run continues with the records that
-    it would have read. ``train_fraction`` selects whole shards.
+    Shards are read sequentially and never unpacked. Each epoch reads each record once, for any number of
+    processes and workers, except for less than one leftover batch per process. An interrupted run continues with the
+    records that it would have read. ``train_fraction`` selects whole shards.
 
     Args:
-        train: Names of the training shards with braces, under ``root`` or as URLs (``https:``, ``pipe:aws s3 cp ...``,
+        train: Names of the training shards, with braces, under ``root`` or as URLs (``https:``, ``pipe:aws s3 cp ...``,
             ``gs:``), joined by ``::``. A ``pipe:`` runs a command, so it is read only with ``--allow_pipe true``.
         val: The same for validation; null for none.
-        sizes: JSON file of shard names and their numbers of records; null looks for ``sizes.json`` and img2dataset's
+        sizes: JSON file that maps shard names to numbers of records; null looks for ``sizes.json`` and img2dataset's
             ``_stats.json`` beside local shards, and counts records if there is neither. Remote shards need it.
         prompt: Prompt for a caption.
         shuffle_window: Records shuffled together in each worker, in addition to the order of shards; a worker holds
@@ -85,15 +85,15 @@ class CC3M(SourceData):
         return [names[row] for row in rows]
 
     def needs(self, part: str) -> list[Need]:
-        """List local shards; URLs are not checked."""
+        """List the local shards; URLs are not checked."""
         local = [Path(shard) for shard in self.shards(part) if not is_remote(shard)]
         needs = [Need(path, "A shard of CC3M", _URL, "3.3 M images, tens of GB at 256 px") for path in local]
         if self.sizes is not None:
-            needs.append(Need(self.sizes, "The numbers of records", "your own shards' maker", "some kB"))
+            needs.append(Need(self.sizes, "The numbers of records", "the maker of your shards", "some kB"))
         return needs
 
     def check(self, parts: Sequence[str]) -> None:
-        """Check that shards exist and run no command that is not allowed."""
+        """Check that local shards exist and that none runs a command that is not allowed."""
         super().check(parts)
         for part in parts:
             for shard in self.shards(part):
@@ -116,15 +116,15 @@ class CC3M(SourceData):
         return sum(self._counts[part])
 
     def faults_found(self, part: str, *, shards: int | None, records: int) -> list[str]:
-        """Look into local shards with the code that training reads them with.
+        """Check local shards with the code that training uses to read them.
 
         Args:
             part: The part.
-            shards: Most shards to look into, spread evenly; None for all.
-            records: Records to decode at the beginning of each.
+            shards: Maximum number of shards to check, spread evenly; None for all.
+            records: Number of records to decode at the beginning of each.
 
         Returns:
-            A sentence for each fault: numbers that do not agree, records that cannot be used, damage.
+            One sentence per fault: wrong numbers of records, unusable records, damage.
         """
         local = [shard for shard in self.shards(part) if not is_remote(shard)]
         if shards is not None and len(local) > shards:
@@ -181,7 +181,7 @@ class CC3M(SourceData):
         )
 
     def image_sources(self) -> dict[str, ImageSource]:
-        """Return the opened parts; streams have an identity, but no rows to look up."""
+        """Return the opened parts; streams have a fingerprint, but cannot be read by row."""
         return {
             self.split_of(part): StreamedImages(self.shards(part), counts, source=self.called)
             for part, counts in self._counts.items()
@@ -202,7 +202,7 @@ class StreamedImages:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the shards: names, numbers of records and, where they lie here, sizes and times of change."""
+        """Identity of the shards: names, numbers of records and, for local ones, sizes and modification times."""
         facts = [(shard, count, _stat(shard)) for shard, count in zip(self._shards, self._counts, strict=True)]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
@@ -223,6 +223,6 @@ class StreamedImages:
 def _stat(shard: str) -> tuple[int, int] | None:
     try:
         facts = os.stat(shard)
-    except OSError:  # behind a URL
+    except OSError:  # a URL
         return None
     return facts.st_size, facts.st_mtime_ns

@@ -1,4 +1,4 @@
-"""Tokenize conversations with a chat template rendered by transformers, such as the language model's own."""
+"""Tokenize conversations with a chat template that transformers renders, such as the tokenizer's own."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ _TURNS = (
     "{% else %}{% set words = message['content'] | trim if message['role'] == 'assistant' else message['content'] %}"
     "{% endif %}{% set ns.turns = ns.turns + [dict(message, content=words)] %}{% endfor %}"
 )
-"""Makes ``ns.turns``: the messages as :meth:`ChatPacker._render` words them."""
+"""Sets ``ns.turns`` to the messages, worded as :meth:`ChatPacker._render` words them."""
 
 
 class ChatPacker(TextEncoder):
     """Formats conversations with a Jinja chat template, such as the tokenizer's own; every answer is labeled.
 
-    The assistant's parts are found by rendering the conversation up to each turn, so any template works that only
-    appends. LLaVA's own templates are :class:`~visexpert.language.LlavaTemplate`.
+    Answers are located by rendering the conversation up to each turn, so any template works that only appends.
+    For LLaVA's own templates use :class:`~visexpert.language.LlavaTemplate`.
 
     Args:
         tokenizer: A fast Hugging Face tokenizer.
         template: The template; null for the tokenizer's own.
-        image_in_text: Put the image, with a line break behind it, at the start of the first prompt; otherwise it comes
-            before all text.
-        max_tokens: Longest conversation, the image counted as one; longer ones are truncated. Null for no limit.
+        image_in_text: Put the image, followed by a line break, at the start of the first prompt; otherwise it
+            precedes all text.
+        max_tokens: Maximum length of a conversation, where an image counts as one token; longer ones are truncated.
+            Null for no limit.
 
     Raises:
         ConfigError: The tokenizer is not a fast one, has no end-of-sequence token, or no template of its own.
@@ -117,16 +118,16 @@ class ChatPacker(TextEncoder):
         turns = _TURNS.replace("PLACED", str(self.image_in_text).lower())
         return (
             f"{READ}{front}{{% set ns.turns = [] %}}{{% set ns.asked = false %}}{turns}"
-            # Plus signs keep the spaces of the template; its last line break is one that Jinja drops at an end.
+            # Plus signs keep the template's spaces; Jinja drops a line break at the very end.
             f"{{% set messages = ns.turns %}}{{% set text +%}}{own.removesuffix(chr(10))}{{%+ endset %}}"
             "{{ text.rstrip(' ') if add_generation_prompt else text }}"
         )
 
     def _render(self, turns: Sequence[tuple[str, str | None]], with_image: bool) -> tuple[str, list[tuple[int, int]]]:
-        """Return the conversation as text, and where in it each answer begins and ends.
+        """Return the conversation as text, and the start and end of each answer in it.
 
-        An answer begins with the spaces before it, where a template ends its call for one by some: tokenizers make one
-        token of a word and the space before it.
+        Spaces that a template puts before an answer belong to the answer: tokenizers make one token of a word and the
+        space before it.
         """
         messages: list[dict[str, str]] = []
         spans: list[tuple[int, int]] = []
@@ -159,7 +160,7 @@ class ChatPacker(TextEncoder):
         )
 
     def _tokenize(self, text: str, *, with_image: bool) -> tuple[IntArray, IntArray, IntArray]:
-        """Return ids and the characters at which each begins and ends, the image's mark as one."""
+        """Return the ids and the characters at which each starts and ends; the image's mark is one token."""
         place = text.index(MARK) if with_image else 0
         stretches = [(0, text[:place])] if place else []
         stretches.append((place + len(MARK) * with_image, text[place + len(MARK) * with_image :]))

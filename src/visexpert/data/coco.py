@@ -40,27 +40,27 @@ _KARPATHY_PARTS = {"train": "train", "restval": "train", "val": "val", "test": "
 
 
 def coco_images(root: Path, folder: str) -> Need:
-    """Return one of COCO's image folders."""
+    """Return the need for one of COCO's image folders."""
     what, size = IMAGES[folder]
     return Need(root / folder, what, f"http://images.cocodataset.org/zips/{folder}.zip", size)
 
 
 def caption_item(captions: list[str], prompt: str, family: str = "") -> TextItem:
-    """Return all captions of an image as one text, whose score is that of the caption which the model writes."""
+    """Return one item for all captions of an image; the model's caption is scored against all of them."""
     return TextItem("caption", prompt, captions[0], family, tuple(captions), generate=True)
 
 
 class COCOCaptions(RowData):
-    """COCO captions (arXiv 1504.00325): an image's captions are one text, of which training draws one each epoch.
+    """COCO captions (arXiv 1504.00325): one item per image, for which training draws one of its captions each epoch.
 
-    Under ``root`` lie ``train2014/`` and ``val2014/`` (or 2017) as COCO packs them, and either ``dataset_coco.json``
+    ``root`` holds ``train2014/`` and ``val2014/`` (or 2017) as COCO packs them, and either ``dataset_coco.json``
     (Karpathy and Li's 113287 / 5000 / 5000 images) or ``annotations/captions_train2014.json`` and the like. Captions
-    of the official test images are not public: there, ``test`` is the validation part.
+    of the official test images are not public; with the official files ``test`` is the validation part.
 
     Args:
         annotations: ``karpathy``, ``2014`` or ``2017``.
-        restval: Train on Karpathy's ``restval`` images, too, as nearly everyone does.
-        prompt: Words that ask for a caption.
+        restval: Also train on Karpathy's ``restval`` images, as is common.
+        prompt: Prompt for a caption.
         draw_answers: See :class:`~visexpert.data.rows.RowData`.
         kwargs: See :class:`~visexpert.data.rows.RowData`.
     """
@@ -116,7 +116,7 @@ class COCOCaptions(RowData):
         return collect(wanted, parse, path=path, faults=self.faults(part, total=len(wanted), shared=False))
 
     def _is_due(self, row: int, entry: Any, splits: set[str]) -> bool:
-        """Whether a part reads an entry; one that is of no part counts as broken in the part that is read first."""
+        """Return whether a part reads an entry; one that belongs to no part counts as broken in the first part read."""
         split = entry.get("split") if isinstance(entry, dict) else None
         if isinstance(split, str) and split in _KARPATHY_PARTS:
             return split in splits
@@ -145,14 +145,14 @@ def _raw(sentence: Any) -> str:
 
 
 def read_coco_captions(data: RowData, path: Path, folder: Path, part: str, prompt: str) -> Iterable[Sample]:
-    """Read a file of COCO's own form: ``images`` with ids and file names, ``annotations`` with captions by image id.
+    """Read a file in COCO's format: ``images`` with ids and file names, ``annotations`` with captions by image id.
 
     Args:
-        data: Whose file it is.
+        data: The source, which counts broken records.
         path: The file.
         folder: Folder of the images.
         part: Part of the source.
-        prompt: Words that ask for a caption.
+        prompt: Prompt for a caption.
     """
     images, annotations = read_json_list(path, "images"), read_json_list(path, "annotations")
     captions: dict[Any, list[str]] = {}
@@ -179,13 +179,13 @@ _NOCAPS = "nocaps_val_4500_captions.json"
 
 
 class NoCaps(RowData):
-    """NoCaps' validation set (arXiv 1812.08658): 4500 images, ten captions each; never trained on.
+    """NoCaps' validation set (arXiv 1812.08658): 4500 images of novel objects, ten captions each; for evaluation only.
 
-    Under ``root`` lie ``nocaps_val_4500_captions.json`` and the images in ``val/`` (or ``images/``). Scores come for
-    all images and by domain (``in-domain``, ``near-domain``, ``out-domain``), each domain scored as a set of its own.
+    ``root`` holds ``nocaps_val_4500_captions.json`` and the images in ``val/`` (or ``images/``). Scores are given for
+    all images and by domain (``in-domain``, ``near-domain``, ``out-domain``); each domain is scored separately.
 
     Args:
-        prompt: Words that ask for a caption.
+        prompt: Prompt for a caption.
         kwargs: See :class:`~visexpert.data.rows.RowData`.
     """
 
@@ -209,6 +209,6 @@ class NoCaps(RowData):
         ]
 
     def read(self, part: str) -> Iterable[Sample]:
-        """Yield one sample per image, its domain as the family."""
+        """Yield one sample per image; its domain is the family of its text."""
         folder: Path = self.needs(part)[1].found or self.root / "val"
         return read_coco_captions(self, self.root / _NOCAPS, folder, part, self.prompt)

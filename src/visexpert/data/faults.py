@@ -1,4 +1,4 @@
-"""Broken images and records: skip, count and list them, and stop above a limit."""
+"""Broken images and records: they are skipped, counted and listed, and stop the run above a limit."""
 
 from __future__ import annotations
 
@@ -61,17 +61,17 @@ class FaultLog:
         if not new:
             return
         if not self._keys:
-            log.warning("%s: left out, because it cannot be used: %s", self.source, shown(new[0].reason))
+            log.warning("%s: skipped a broken record: %s", self.source, shown(new[0].reason))
         self._keys.update(fault.key for fault in new)
         self._whole += sum(fault.whole for fault in new)
         self.first, self.last = self.first or new[0].reason, new[-1].reason
         self._write([fault for fault in new if fault.key not in self._listed])
         if self._whole > self.limit * self.total:
-            where = "" if self.file is None else f", all in {self.file}"
+            where = "" if self.file is None else f"; all are listed in {self.file}"
             raise DataError(
                 f"{self._whole} of the {self.total} records of {self.source} cannot be used, more than "
-                f"max_broken={self.limit:g} allows, the last because of this: {new[-1].reason.rstrip('.')} "
-                f"(repair the data or raise max_broken{where})."
+                f"max_broken={self.limit:g} allows; repair the data or raise max_broken{where} (the last fault: "
+                f"{new[-1].reason.rstrip('.')})."
             )
 
     def _write(self, new: Iterable[Skipped]) -> None:

@@ -53,8 +53,8 @@ def read_rgb(source: str | Path | bytes, *, name: str, max_pixels: int = MAX_PIX
         max_pixels: Largest width x height that is decoded.
 
     Raises:
-        DataError: If the file is missing, no regular file, damaged, of none of :data:`.IMAGE_FORMATS`,
-            truncated, too large, or of a kind (32-bit, floating point) whose values have no agreed range.
+        DataError: If the file is missing, not a regular file, damaged, in none of :data:`.IMAGE_FORMATS`,
+            truncated, too large, or of a type (32-bit, floating point) whose values have no agreed range.
     """
     try:
         with warnings.catch_warnings():
@@ -71,21 +71,21 @@ def read_rgb(source: str | Path | bytes, *, name: str, max_pixels: int = MAX_PIX
         raise DataError(f"The image {name} does not exist; correct the path.") from error
     except UnidentifiedImageError as error:
         raise DataError(
-            f"The image {name} cannot be read: it is damaged, or of another format than {', '.join(IMAGE_FORMATS)}; "
+            f"The image {name} cannot be read: it is damaged, or its format is not one of {', '.join(IMAGE_FORMATS)}; "
             "replace the file or leave it out."
         ) from error
-    except (DataError, MemoryError):  # an image is not broken because memory is short
+    except (DataError, MemoryError):  # running out of memory does not make an image broken
         raise
-    except Exception as error:  # Pillow's decoders raise all sorts on damaged files: OSError, SyntaxError, struct.error
+    except Exception as error:  # Pillow's decoders raise many kinds: OSError, SyntaxError, struct.error
         told = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise DataError(f"The image {name} cannot be read ({told}); replace the file or leave it out.") from error
 
 
 def to_rgb(image: Image.Image, *, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Convert an image opened by another library as :func:`read_rgb` does.
+    """Convert an image that another library opened, as :func:`read_rgb` does.
 
     Raises:
-        DataError: It is too large, or of a kind whose values have no agreed range.
+        DataError: It is too large, or of a type whose values have no agreed range.
     """
     _check(image, name, max_pixels)
     return _to_rgb(ImageOps.exif_transpose(image))
@@ -151,18 +151,19 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageReader:
-    """Reads images into squares; bicubic, antialiased.
+    """Reads images and resizes them to squares (bicubic, antialiased).
 
     Args:
         size: Side of the square, pixels.
-        resize: ``crop`` - the shorter side to ``size``, then the center (CLIP's own way); ``stretch`` - the whole
-            image, its aspect ratio not kept; ``pad`` - the whole image on a square of CLIP's mean color (LLaVA).
-        crop_scale: Least share of the area that a random crop keeps, in training; None takes no random crops.
-        flip: Mirror every other image at random, in training. It makes left and right meaningless.
-        max_pixels: Largest image that is decoded, width x height.
+        resize: ``crop`` - resize the shorter side to ``size``, then crop the center (as CLIP does); ``stretch`` - the
+            whole image, distorted; ``pad`` - the whole image, padded to a square with CLIP's mean color (as LLaVA
+            does).
+        crop_scale: Smallest share of the area that a random crop keeps in training; None for no random crops.
+        flip: Mirror half of the images at random in training, which makes left and right meaningless.
+        max_pixels: Largest width x height that is decoded.
 
     Raises:
-        ConfigError: A value cannot be.
+        ConfigError: A value is out of range.
     """
 
     size: int
@@ -177,11 +178,11 @@ class ImageReader:
         if self.size < 1:
             raise ConfigError(f"image_size is {self.size}, but must be at least 1 pixel; raise it.")
         if self.crop_scale is not None and not 0 < self.crop_scale <= 1:
-            raise ConfigError(f"crop_scale is {self.crop_scale}, but must lie in (0, 1]; null takes no random crops.")
+            raise ConfigError(f"crop_scale is {self.crop_scale}, but must be in (0, 1]; null turns random crops off.")
 
     @property
     def augments(self) -> bool:
-        """Whether an image looks different each time."""
+        """Whether training images are augmented at random."""
         return self.crop_scale is not None or self.flip
 
     def read(self, source: str | bytes, *, name: str, rng: np.random.Generator | None = None) -> Picture:
@@ -189,8 +190,8 @@ class ImageReader:
 
         Args:
             source: Path, or the bytes of a file.
-            name: What to call it in messages.
-            rng: Draws the augmentation; None for none.
+            name: Its name in messages.
+            rng: Draws the augmentation; None for no augmentation.
 
         Raises:
             DataError: It cannot be read.
@@ -215,7 +216,7 @@ class ImageReader:
 
 
 def _random_crop(image: Image.Image, least: float, rng: np.random.Generator) -> Image.Image:
-    """Return a crop of ``least`` to all of the area, 3:4 to 4:3, as RandomResizedCrop draws it; else the whole."""
+    """Draw a crop as RandomResizedCrop does: ``least`` to 1 of the area, 3:4 to 4:3; the whole image if none fits."""
     for _ in range(10):
         area = image.width * image.height * rng.uniform(least, 1.0)
         ratio = math.exp(rng.uniform(math.log(_ASPECT[0]), math.log(_ASPECT[1])))

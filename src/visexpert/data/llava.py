@@ -37,11 +37,11 @@ _ROLES = {"human": "prompt", "user": "prompt", "gpt": "answer", "assistant": "an
 
 
 class LLaVAInstruct(RowData):
-    """Conversations in LLaVA's JSON (arXiv 2304.08485, 2310.03744), of one or more turns, with or without an image.
+    """Conversations in LLaVA's JSON (arXiv 2304.08485, 2310.03744) with one or more turns, with or without an image.
 
-    Every answer is learned. ``<image>`` is removed from the prompts; ``template`` decides where the image goes:
-    :class:`~visexpert.language.LlavaTemplate` of style ``plain`` for the alignment stage, ``vicuna_v1`` or another for
-    instructions. LLaVA pads images (``resize: pad``).
+    Every answer is trained on. ``<image>`` is removed from the prompts; ``template`` decides where the image goes:
+    :class:`~visexpert.language.LlavaTemplate` with style ``plain`` for the alignment stage, with ``vicuna_v1`` or
+    another one for instructions. LLaVA pads images (``resize: pad``).
 
     Args:
         annotations: JSON file under ``root``.
@@ -68,7 +68,7 @@ class LLaVAInstruct(RowData):
         self.parts = ("train",) if num_val is None else ("train", "val")
 
     def needs(self, part: str) -> list[Need]:
-        """List the conversations and the folder of images, which the file names."""
+        """List the conversations and the folder of their images."""
         url, size = _SOURCES.get(self.annotations.name, _ELSEWHERE)
         guide = "the list in https://github.com/haotian-liu/LLaVA#visual-instruction-tuning"
         if "558k" in self.annotations.name:
@@ -93,7 +93,7 @@ class LLaVAInstruct(RowData):
         return collect(records, self._parse, path=self.annotations, faults=faults)
 
     def order(self, part: str) -> Callable[[int], IntArray] | None:
-        """Return the order of rows: grouped by modality and length, shuffled by epoch."""
+        """Return the order of rows by epoch: shuffled, but grouped by modality and length."""
         if not self.group_by_length:
             return None
         table = self.table(part)
@@ -136,16 +136,16 @@ def _turns(conversation: list[Any]) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def _refuse_missing_image(record: Any) -> None:
-    """Refuse a record that refers to an image or a video but names none under 'image'.
+    """Check that a record that refers to an image or a video names it under 'image'.
 
     Raises:
-        BrokenRecordError: It does, and would be trained on as text about nothing.
+        BrokenRecordError: It does not, and would be trained on as text about nothing.
     """
-    spoken = [mark for mark in _MARKS if any(mark in str(m.get("value")) for m in record["conversations"])]
+    mentioned = [mark for mark in _MARKS if any(mark in str(m.get("value")) for m in record["conversations"])]
     others = [key for key in record if key not in _OWN_KEYS and record[key] and _is_medium(key)]
-    if spoken or others:
-        has = f"speaks of {spoken[0]}" if spoken else f"has {others[0]!r}"
-        lacks = "its 'image' is null" if "image" in record else "names no 'image'"
+    if mentioned or others:
+        has = f"mentions {mentioned[0]}" if mentioned else f"has {others[0]!r}"
+        lacks = "its 'image' is null" if "image" in record else "has no 'image'"
         raise BrokenRecordError(f"it {has}, but {lacks} (its keys are {', '.join(map(repr, record))})")
 
 
@@ -169,17 +169,17 @@ def _clean(text: Any) -> str:
 def grouped_order(
     lengths: IntArray, has_image: BoolArray, *, group: int, seed: Sequence[int], groups_sorted: int = 50
 ) -> IntArray:
-    """Order rows as LLaVA does (``group_by_modality_length``): random, but with little padding and one modality a step.
+    """Order rows as LLaVA does (``group_by_modality_length``): random, with little padding and one modality per step.
 
-    Rows of each modality are shuffled and sorted by length within stretches of ``groups_sorted`` groups; the groups of
-    both then come in random order, with the leftovers of both at the end.
+    The rows of each modality are shuffled, then sorted by length within stretches of ``groups_sorted`` groups. The
+    groups of both modalities follow in random order, then the remaining rows of both.
 
     Args:
-        lengths: int64 (rows,) length of each row's text, in any unit.
-        has_image: bool (rows,).
-        group: Rows of one step: batch size times processes.
+        lengths: int64 (rows,), length of each row's text in any unit.
+        has_image: bool (rows,), whether each row has an image.
+        group: Rows per step: batch size times number of processes.
         seed: Seed of the order.
-        groups_sorted: Groups sorted together; more groups mean less padding and less randomness.
+        groups_sorted: Number of groups sorted together; more groups mean less padding and less randomness.
     """
     rng = np.random.default_rng(list(seed))
     groups: list[IntArray] = []

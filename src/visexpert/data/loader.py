@@ -53,29 +53,29 @@ class BatchSource(Protocol):
 
 
 class BatchLoader:
-    """Iterates over the batches of an epoch, shuffled by (seed, epoch), for any number of workers.
+    """Iterates over the batches of an epoch, shuffled by (seed, epoch), with any number of workers.
 
-    It is not a torch ``DataLoader``, so Lightning leaves it alone (no sampler injection, no worker advice).
+    It is not a torch ``DataLoader``, so Lightning does not modify it (no sampler injection, no advice on workers).
 
-    Batches form one endless sequence, epoch after epoch, and a resumed run continues where it stopped. Under Lightning
-    ``position`` reads that place from the trainer's restored progress when the first batch is due. This is exact where
-    a count kept here would not be: after a run that died between fetching and finishing a batch, and after one stopped
-    by ``max_steps``, whose epoch Lightning considers finished.
+    Batches form one endless sequence, epoch after epoch, and a resumed run continues where it stopped. Under Lightning,
+    ``position`` reads that position from the trainer's restored progress when the first batch is due. This is exact
+    where a count kept here would not be: after a run that died between fetching and finishing a batch, and after one
+    stopped by ``max_steps``, whose epoch Lightning considers finished.
 
     Args:
         source: Builds a batch from a :class:`BatchKey`.
         batch_size: Images per batch and process.
         shuffle: Use a new order each epoch; otherwise rows in order.
-        drop_last: Leave out the last batch if it is short (never the only one).
+        drop_last: Drop the last batch if it is short, unless it is the only one.
         seed: Seed of the order.
-        rank: Rank of this process, from 0; processes take whole batches in turn.
+        rank: Rank of this process, from 0; processes take turns batch by batch.
         world_size: Number of processes.
         num_workers: Worker processes that prefetch batches; 0 builds them in this process.
         position: Returns how many batches of the sequence are done; an iteration then yields one epoch's number of
             batches from there. None yields the rest of an epoch, set by :meth:`set_epoch` and :meth:`load_state_dict`.
         order: Returns the rows of an epoch in a custom order.
         inspect: Called with each batch before it is yielded, to record missing samples. With it, an empty batch is
-            skipped, or refused if batches are shuffled (training counts them).
+            skipped; if batches are shuffled it is an error, because training counts batches.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class BatchLoader:
         inspect: Callable[[Batch], None] | None = None,
     ) -> None:
         if batch_size < 1:
-            raise ConfigError(f"batch_size is {batch_size}, but a batch holds at least one image; raise it.")
+            raise ConfigError(f"batch_size is {batch_size}, but must be at least 1; raise it.")
         self.source = source
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -162,8 +162,8 @@ class BatchLoader:
         self.inspect(batch)
         if not len(batch) and self.shuffle:
             raise DataError(
-                f"All {self.batch_size} images of a training batch cannot be read, the first because of this: "
-                f"{batch.skipped[0].reason}"
+                f"None of the {self.batch_size} images of a training batch can be read; repair the data "
+                f"(the first fault: {batch.skipped[0].reason.rstrip('.')})."
             )
         return len(batch) > 0
 
@@ -180,7 +180,7 @@ class BatchLoader:
         if self.drop_last and len(order) >= step:
             order = order[: len(order) // step * step]
         if self.world_size > 1 and not self.drop_last:
-            # The same number of batches for each process, nearly equal in size: distributed forwards must match.
+            # Each process gets the same number of batches, nearly equal in size: distributed forwards must match.
             batches = np.array_split(order, self.world_size * -(-len(order) // step))
         else:
             batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
@@ -219,14 +219,14 @@ class _Keyed(Dataset[Batch]):
 class StepLoader:
     """Yields the batches of another loader, each with the token and image counts of its whole optimizer step.
 
-    With ``accumulate_grad_batches`` above 1 a step's losses are divided by what all its batches count, so that many
-    small batches train like a large one. These counts must be known before the first of them is used: batches are read
-    ahead by one step, then one for each that is given, so that workers never wait. The last step of an epoch may be
-    shorter. Anything else is asked of the loader itself.
+    With ``accumulate_grad_batches`` above 1, a step's losses are divided by the counts of all its batches, so that many
+    small batches train like a large one. These counts must be known before the first batch is used: one step is read
+    ahead, then one batch for each that is yielded, so that workers never wait. The last step of an epoch may be
+    shorter. All other attributes are those of the wrapped loader.
 
     Args:
         loader: Training batches of this process.
-        trainer: Trainer that defines where steps begin; None passes batches on unchanged.
+        trainer: Trainer that defines where steps start; None yields batches unchanged.
     """
 
     def __init__(self, loader: Loader, *, trainer: L.Trainer | None) -> None:
@@ -262,7 +262,7 @@ class StepLoader:
 
     @staticmethod
     def _place(trainer: L.Trainer) -> tuple[int, float]:
-        """Return how many batches of the epoch are done, and how many are left of it."""
+        """Return how many batches of the epoch are done, and how many are left."""
         done = int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
         return done, trainer.num_training_batches - done
 

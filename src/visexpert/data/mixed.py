@@ -1,4 +1,4 @@
-"""Several sources in one run: training batches alternate, evaluation runs through one source after another."""
+"""Several sources in one run: training takes batches from them in turn, evaluation reads one after another."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SHARED = (
 class MixedData(LightningDataModule):
     """Several sources: a batch holds rows of one source; scores carry the source's name if there are several.
 
-    In training the sources take turns, each in proportion to its weight, evenly spread; an epoch has as many batches
+    In training the sources alternate, evenly spread and in proportion to their weights; an epoch has as many batches
     as all sources together. An exhausted source restarts.
 
     Args:
@@ -46,15 +46,16 @@ class MixedData(LightningDataModule):
         train: Sources to train on, with their weights; null for the source's number of batches.
         val: Sources to validate on; null for none.
         test: Sources to test on; null for none.
-        tokenizer: Passed to all sources, like the settings below; null keeps each source's own.
-        template: See :class:`~visexpert.data.source.SourceData`, here and below.
-        max_tokens: Longest text.
-        image_size: Side of the images.
+        tokenizer: Passed to all sources, like the settings below; null keeps each source's own value. See
+            :class:`~visexpert.data.source.SourceData` for all of them.
+        template: How to tokenize prompts and answers.
+        max_tokens: Maximum length of a text.
+        image_size: Side of the images, pixels.
         resize: How images become squares.
-        batch_size: Images per training batch.
-        eval_batch_size: Images per batch of evaluation.
+        batch_size: Images per training batch and process.
+        eval_batch_size: Images per evaluation batch.
         num_workers: Worker processes of each source.
-        max_broken: Share that may be broken.
+        max_broken: Largest share of broken images or records.
 
     Raises:
         ConfigError: A name is unknown, a weight is out of range, or sources have different tokenizers.
@@ -102,7 +103,7 @@ class MixedData(LightningDataModule):
             source.settings = replace(source.settings, **shared)
             source.label = name
         if len({source.settings.tokenizer for source in self._used(PARTS["fit"] + PARTS["test"])}) > 1:
-            raise ConfigError("The sources of MixedData name different tokenizers; set tokenizer on MixedData only.")
+            raise ConfigError("The sources of MixedData name different tokenizers; set tokenizer on MixedData instead.")
 
     # -- Lightning hooks ------------------------------------------------------------------------------------------
 
@@ -155,7 +156,7 @@ class MixedData(LightningDataModule):
         """Return the test batches."""
         return self._chained("test")
 
-    # -- What methods and commands ask ----------------------------------------------------------------------------
+    # -- For methods and commands ----------------------------------------------------------------------------------
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -181,12 +182,12 @@ class MixedData(LightningDataModule):
         }
 
     def training_rows(self) -> int | None:
-        """Return the number of training images of all sources; None where one cannot be counted."""
+        """Return the number of training images of all sources; None if one cannot be counted."""
         counts = [self.sources[name].training_rows() for name in self.weights]
         return None if None in counts else sum(count for count in counts if count is not None)
 
     def all_needs(self, parts: Sequence[str]) -> list[Need | TokenizerNeed]:
-        """Return all that these parts need, each once."""
+        """List everything that these parts need, without repeats."""
         needs = [need for part in parts for name in self.names[part] for need in self.sources[name].all_needs([part])]
         return list(dict.fromkeys(needs))
 
@@ -212,7 +213,7 @@ class MixedData(LightningDataModule):
         return [self.sources[name] for name in names]
 
     def _by_source(self, stage: str | None) -> dict[str, list[str]]:
-        """Return parts that a stage reads, by source."""
+        """Return the parts that a stage reads, by source."""
         if stage is None and self.trainer is not None and self.trainer.state.fn is not None:
             stage = self.trainer.state.fn.value
         by_source: dict[str, list[str]] = {}
@@ -236,7 +237,7 @@ class ChainedLoader:
 
     Args:
         loaders: The loaders.
-        unnamed: Remove the source's name from batches, since there is only one source.
+        unnamed: Remove the source's name from batches, because there is only one.
     """
 
     def __init__(self, loaders: Sequence[Loader], *, unnamed: bool) -> None:
@@ -251,11 +252,11 @@ class ChainedLoader:
 
 
 class MixedLoader:
-    """Takes batches from several endless loaders in turn; the next one depends only on the number of batches done.
+    """Takes batches from several endless loaders in turn; whose turn it is depends only on the number of batches done.
 
     Args:
         makers: Functions that build each source's loader, given a function that counts its finished batches.
-        weights: Weight of each source, in any unit; None for its number of batches.
+        weights: Relative weight of each source; None for its number of batches.
         position: Returns how many batches of the whole sequence are done; None restarts each time.
     """
 
@@ -286,7 +287,7 @@ class MixedLoader:
             yield batch
 
     def turns(self) -> Iterator[str]:
-        """Yield the next source, endlessly: always the one furthest behind its share."""
+        """Yield the name of the next source, endlessly: always the one furthest behind its share."""
         total = sum(self.weights.values())
         credit = dict.fromkeys(self.weights, 0.0)
         while True:
@@ -325,4 +326,4 @@ class MixedLoader:
                 given = True
                 yield batch
             if not given:
-                raise ConfigError(f"The source {name} has fewer images than one batch for each process; leave it out.")
+                raise ConfigError(f"The source {name} has fewer images than one batch per process; leave it out.")

@@ -1,4 +1,4 @@
-"""What a source needs on disk, tokenizers among it, and messages about what is missing."""
+"""Files, folders and tokenizers that a source needs on disk, and messages about those that are missing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Need:
         what: What it is.
         url: Where it comes from.
         size: Approximate size of the download.
-        others: Other paths where it may be.
+        others: Alternative paths.
     """
 
     path: Path
@@ -35,7 +35,7 @@ class Need:
 
     @property
     def found(self) -> Path | None:
-        """The place where it lies, if any."""
+        """The path at which it exists, if any."""
         return next((path for path in (self.path, *self.others) if path.exists()), None)
 
     @property
@@ -50,14 +50,14 @@ class TokenizerNeed:
     """A required tokenizer.
 
     Args:
-        name: As :meth:`~visexpert.io.source.ModelSource.parse` reads it.
+        name: Name of the tokenizer in any form of :meth:`~visexpert.io.source.ModelSource.parse`.
     """
 
     name: str
 
     @property
     def found(self) -> Path | None:
-        """Its file, where it is there."""
+        """One of its files, if it is on this machine."""
         found = find_tokenizer(self.name)
         return found if isinstance(found, Path) else None
 
@@ -71,15 +71,15 @@ def require(needs: Iterable[Need | TokenizerNeed], *, source: str) -> None:
     """Check that nothing is missing.
 
     Raises:
-        DataError: A file or folder.
-        WeightsError: The tokenizer.
+        DataError: A file or folder is missing.
+        WeightsError: The tokenizer is missing.
     """
     missing = [need for need in needs if need.found is None]
     if not missing:
         return
     first, more = missing[0], len(missing) - 1
     verb = "is" if more == 1 else "are"
-    rest = f" ({more} more {verb} missing: visexpert data check CONFIG lists all)" if more else ""
+    rest = f" ({more} more {verb} missing; visexpert data check CONFIG lists all)" if more else ""
     error = WeightsError if isinstance(first, TokenizerNeed) else DataError
     raise error(f"{source}: {first.sentence.rstrip('.')}{rest}.")
 
@@ -100,11 +100,11 @@ def missing_images(paths: Sequence[str]) -> list[str]:
 
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-"""Files of which a tokenizer has at least one."""
+"""A tokenizer has at least one of these files."""
 
 
 def find_tokenizer(name: str) -> Path | WeightsError:
-    """Return a file of a tokenizer, where it is on this machine; else the error that says what is missing."""
+    """Return a file of a tokenizer if it is on this machine, otherwise an error that says what is missing."""
     try:
         source = ModelSource.parse(name)
     except WeightsError as error:
@@ -116,7 +116,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer without downloading anything or running code from it.
 
     Args:
-        name: As :meth:`~visexpert.io.source.ModelSource.parse` reads it; a hub's files must be in the local cache.
+        name: Name of the tokenizer in any form of :meth:`~visexpert.io.source.ModelSource.parse`; files of the Hugging
+            Face Hub must be in the local cache.
 
     Raises:
         WeightsError: There is none, or it is damaged.
@@ -130,7 +131,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             found.parent, local_files_only=True, use_fast=True, trust_remote_code=False
         )
-    except Exception as error:  # transformers raises all sorts on damaged files
+    except Exception as error:  # transformers raises many kinds on damaged files
         raise WeightsError(
             f"The tokenizer {name} cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:120]}); "
             "fetch it again or name another."

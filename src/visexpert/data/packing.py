@@ -21,7 +21,7 @@ BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
 _CHUNK = 4096
 _NO_TURNS = (
-    "A conversation of several turns takes a template; set it to visexpert.language.LlavaTemplate, or to "
+    "A conversation of several turns needs a template; set it to visexpert.language.LlavaTemplate, or to "
     "visexpert.data.ChatPacker for the tokenizer's own."
 )
 
@@ -29,13 +29,14 @@ _NO_TURNS = (
 class TextPacker(TextEncoder):
     """Turns text items into token ids: ``<bos> prompt answer <eos>``.
 
-    Prompt and answer are tokenized as one text with a space between them, so that sub-word tokenizers see the same text
+    Prompt and answer are tokenized as one text with a space between them, so that subword tokenizers see the same text
     as in generation; offsets mark the start of the answer.
 
     Args:
         tokenizer: A fast Hugging Face tokenizer. :class:`~visexpert.types.FrameTokens` says which tokens
-            open and end an item; words such as ``<eos>`` in a text stay plain text.
-        max_tokens: Longest item; a longer answer is cut and then has no ``<eos>``. None for no limit.
+            start and end an item; words such as ``<eos>`` in a text stay plain text.
+        max_tokens: Maximum length of an item; a longer answer is truncated and then has no ``<eos>``. None for no
+            limit.
 
     Raises:
         ConfigError: If the tokenizer is not a fast one or has no ``<eos>``.
@@ -44,7 +45,7 @@ class TextPacker(TextEncoder):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int | None = None) -> None:
         frame = FrameTokens.of(tokenizer, purpose="pack texts")
         if max_tokens is not None and max_tokens < 3:
-            raise ConfigError(f"max_tokens is {max_tokens}, but an item takes at least 3 tokens; raise it or use null.")
+            raise ConfigError(f"max_tokens is {max_tokens}, but must be at least 3; raise it or use null.")
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.bos_id, self.eos_id, self.pad_id = frame.bos, frame.eos, frame.pad
@@ -71,7 +72,7 @@ class TextPacker(TextEncoder):
 
     @property
     def chat_template(self) -> str:
-        """See :attr:`TextEncoder.chat_template`; it refuses earlier turns."""
+        """See :attr:`TextEncoder.chat_template`; this template refuses earlier turns."""
         words = f"message['content'] | replace('{MARK}', '') | trim"
         return (
             f"{READ}{{% if ns.images %}}{say(MARK)}{{% endif %}}{say(written(self.tokenizer, self.bos_id))}"
@@ -83,11 +84,11 @@ class TextPacker(TextEncoder):
         )
 
     def encode(self, item: TextItem, *, has_image: bool = True) -> EncodedText:
-        """Tokenize one item; whether there is an image makes no difference, since it stands in front of all text.
+        """Tokenize one item; ``has_image`` makes no difference, because the image precedes all text.
 
         Raises:
             ConfigError: The item is a conversation.
-            DataError: As :meth:`tokenize`.
+            DataError: See :meth:`tokenize`.
         """
         if item.history:
             raise ConfigError(_NO_TURNS)
@@ -101,7 +102,7 @@ class TextPacker(TextEncoder):
             item: The text.
 
         Returns:
-            int64 ids (L,), and how many of the first ones are ``<bos>`` and prompt, hence not predicted.
+            int64 ids (L,), and the number of leading ids (``<bos>`` and the prompt) that are not predicted.
 
         Raises:
             DataError: If the answer is empty, or the prompt leaves no room for it.
@@ -143,8 +144,8 @@ def pack(rows: Sequence[Sequence[tuple[npt.ArrayLike, int]]], pad_id: int) -> Te
     """Pack the tokenized items of each image into one row.
 
     Args:
-        rows: Per image its items as (ids, number of ids that are not predicted).
-        pad_id: Id that fills short rows.
+        rows: The items of each image as (ids, number of leading ids that are not predicted).
+        pad_id: Id that pads short rows.
 
     Returns:
         The batch as :class:`~visexpert.types.TextBatch` describes it, N = the longest row (at least 1).
@@ -154,7 +155,7 @@ def pack(rows: Sequence[Sequence[tuple[npt.ArrayLike, int]]], pad_id: int) -> Te
 
 
 def pack_encoded(rows: Sequence[Sequence[EncodedText]], pad_id: int) -> TextBatch:
-    """Pack the items of each image into one row, as :func:`pack` does, whatever is supervised of them."""
+    """Pack the items of each image into one row, as :func:`pack` does, with any tokens supervised."""
     items = [item for row in rows for item in row]
     return pack_flat(
         flat_ids=np.concatenate([np.zeros(0, dtype=np.int64), *(item.ids for item in items)]),
@@ -174,10 +175,10 @@ def pack_flat(
     Args:
         flat_ids: int64 ids of all items, one after another.
         lengths: int64 (I,) length of each item.
-        supervised: bool, one per id: whether it is predicted.
+        supervised: bool, whether each id is predicted.
         rows: int64 (I,) image of each item, ascending.
         num_rows: Number of images.
-        pad_id: Id that fills short rows.
+        pad_id: Id that pads short rows.
     """
     starts = np.cumsum(lengths) - lengths
     item = np.repeat(np.arange(len(lengths)), lengths)
@@ -200,7 +201,7 @@ def pack_flat(
         segments_BN=filled(item - first_item[row] + 1, 0),
         positions_BN=filled(position, 0),
     )
-    _ = packed.facts  # counted here, in a worker, and not by the training loop
+    _ = packed.facts  # computed here, in a worker, and not in the training loop
     return packed
 
 

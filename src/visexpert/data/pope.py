@@ -1,4 +1,4 @@
-"""POPE: probes of whether an object is present, with absent objects drawn in three ways."""
+"""POPE: questions whether an object is present, with absent objects drawn in three ways."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _URL = "https://github.com/AoiDragon/POPE/tree/main/output/coco"
 class POPE(RowData):
     """POPE (arXiv 2305.10355) on COCO: one row per image with all its probes, scored overall and by kind.
 
-    Under ``root`` lie ``coco_pope_random.json``, ``coco_pope_popular.json`` and ``coco_pope_adversarial.json`` (JSON
-    lines) and, there or under ``images``, ``val2014/``.
+    ``root`` holds ``coco_pope_random.json``, ``coco_pope_popular.json`` and ``coco_pope_adversarial.json`` (JSON lines)
+    and, unless ``images`` names another folder, ``val2014/``.
 
     Args:
         images: Folder that holds ``val2014/``; null for ``root``.
@@ -58,12 +58,12 @@ class POPE(RowData):
         self.prompt = check_template(prompt, "question")
 
     def needs(self, part: str) -> list[Need]:
-        """List probes and images."""
+        """List the probes and the images."""
         probes = [Need(self._file(kind), f"POPE's {kind} probes", _URL, "0.5 MB") for kind in self.kinds]
         return [*probes, coco_images(self.images, "val2014")]
 
     def read(self, part: str) -> Iterable[Sample]:
-        """Yield one sample per image, its probes of all kinds together."""
+        """Return one sample per image, with its probes of all kinds."""
         by_image: dict[str, list[TextItem]] = {}
         for kind in self.kinds:
             lines = read_json_lines(self._file(kind))

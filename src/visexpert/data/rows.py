@@ -28,8 +28,8 @@ class RowData(SourceData):
     """A source of image files: one row per image, with all its texts.
 
     Args:
-        texts_per_image: Most texts of an image in a training batch, drawn anew each epoch; null for all. Evaluation
-            uses all.
+        texts_per_image: Maximum number of texts per image in a training batch, drawn anew each epoch; null for all.
+            Evaluation uses all.
         draw_answers: In training, draw each text's answer from all accepted ones; otherwise use the first.
         kwargs: See :class:`~visexpert.data.source.SourceData`.
     """
@@ -48,7 +48,7 @@ class RowData(SourceData):
         """Read the annotations of a part: one sample per image.
 
         Raises:
-            DataError: They cannot be read, or too much of them is broken.
+            DataError: They cannot be read, or too many are broken.
         """
 
     def open(self, part: str) -> None:
@@ -60,11 +60,13 @@ class RowData(SourceData):
         broken = [log for log in self.fault_logs[before:] if len(log)]
         if not samples and broken:
             raise DataError(
-                f"{self.called}: none of the {sum(log.total for log in broken)} records of {part} can be used, the "
-                f"first because of this: {broken[0].first.rstrip('.')} (mend the file, or name the right one)."
+                f"{self.called}: none of the {sum(log.total for log in broken)} records of {part} can be used; "
+                f"repair the file, or name the right one (the first fault: {broken[0].first.rstrip('.')})."
             )
         if not samples:
-            raise DataError(f"{self.called}: the annotations of {part} name no images; are they the right files?")
+            raise DataError(
+                f"{self.called}: the annotations of {part} name no images; check that they are the right files."
+            )
         rows = subset(
             len(samples), share=self.settings.share(part), most=self.settings.most(part), seed=self.settings.seed
         )
@@ -96,11 +98,11 @@ class RowData(SourceData):
         )
 
     def order(self, part: str) -> Callable[[int], IntArray] | None:
-        """Return the order of a part's rows by epoch, if it is not plain shuffling."""
+        """Return a function from epoch to order of a part's rows; None for plain shuffling."""
         return None
 
     def dataset(self, part: str) -> RowDataset:
-        """Builds the batches of a part."""
+        """Return the data set that builds the batches of a part."""
         packer = self.packer
         training = part == "train"
         return RowDataset(
@@ -120,7 +122,7 @@ class RowData(SourceData):
         )
 
     def training_rows(self) -> int | None:
-        """Return the number of training images; None where a file is not here."""
+        """Return the number of training images; None if a file is missing."""
         is_here = all(need.found is not None for need in self.needs("train"))
         return len(self.table("train")) if is_here else None
 
@@ -134,17 +136,17 @@ class RowData(SourceData):
 
 
 class RowDataset:
-    """Builds a batch from a :class:`~visexpert.data.loader.BatchKey`; it has no state, so any worker gives the same.
+    """Builds a batch from a :class:`~visexpert.data.loader.BatchKey`; it has no state, so every worker builds the same.
 
     Args:
         table: The rows.
         reader: Decodes images.
-        packer: Tokenizes texts; None for batches without.
-        form: What all batches have in common.
-        choice_seed: Seed of the choice of texts and of augmentation, which then change with the epoch; None takes all
-            texts as they are.
-        texts_per_image: Most texts of an image, where they are chosen; None for all.
-        draw_answers: Draw each answer from the accepted ones, where texts are chosen.
+        packer: Tokenizes texts; None for batches without text.
+        form: Settings common to all batches.
+        choice_seed: Seed of the choice of texts and of augmentation, which then change with the epoch; None uses all
+            texts unchanged, without augmentation.
+        texts_per_image: With ``choice_seed``: maximum number of texts per image; None for all.
+        draw_answers: With ``choice_seed``: draw each answer from the accepted ones.
     """
 
     def __init__(
@@ -194,13 +196,13 @@ class RowDataset:
 
 
 class RowImages:
-    """All images of some rows, as the feature store reads them (:class:`~visexpert.types.ImageSource`).
+    """The images of some rows, as the feature store reads them (:class:`~visexpert.types.ImageSource`).
 
     Args:
         table: The rows.
-        reader: Decodes them; rows without an image and broken ones are black.
-        source: What to call their source in messages.
-        changing: Images are augmented, so their tokens cannot be stored.
+        reader: Decodes them; rows whose image is missing or broken are black.
+        source: Name of their source in messages.
+        changing: Whether images are augmented, so that their tokens cannot be stored.
     """
 
     def __init__(self, table: SampleTable, reader: ImageReader, *, source: str, changing: bool) -> None:
@@ -209,7 +211,7 @@ class RowImages:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the pixels: the files' names, sizes and times of change, and how they are resized."""
+        """Identity of the pixels: names, sizes and modification times of the files, and how images are resized."""
         if self._fingerprint is None:
             digest = hashlib.sha256(json.dumps(astuple(self._reader)).encode())
             for sample in self._table:
@@ -224,7 +226,7 @@ class RowImages:
         """Return images (len(rows), 3, H, W), uint8.
 
         Raises:
-            ConfigError: Images look different each time, so stored tokens would not match the training images.
+            ConfigError: Images are augmented, so stored tokens would not match the training images.
         """
         if self._changing:
             raise ConfigError(
@@ -237,7 +239,7 @@ class RowImages:
         try:
             if path:
                 return self._reader.read(path, name=path).image_CHW
-        except DataError:  # batches skip it and report it
+        except DataError:  # batches skip and report it
             pass
         return torch.zeros(3, self._reader.size, self._reader.size, dtype=torch.uint8)
 
@@ -251,15 +253,15 @@ def _stat(path: str) -> str:
 
 
 def check_template(template: str, field: str) -> str:
-    """Check that a prompt has exactly its one placeholder, and return it.
+    """Check that a prompt contains its placeholder once and no other, and return the prompt.
 
     Raises:
-        ConfigError: The placeholder is missing, repeated, or not the only one.
+        ConfigError: It does not.
     """
     try:
         fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
     except ValueError:
         fields = []
     if fields != [field]:
-        raise ConfigError(f"prompt is {template!r}, but must have {{{field}}} in it once and no other braces.")
+        raise ConfigError(f"prompt is {template!r}, but must contain {{{field}}} once and no other braces.")
     return template

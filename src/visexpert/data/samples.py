@@ -16,7 +16,7 @@ from visexpert.types import Batch, EncodedText, Skipped, TextEncoder, TextItem
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with its texts, or only text.
+    """One image with its texts, or texts without an image.
 
     Args:
         key: Name of the sample in messages.
@@ -32,7 +32,7 @@ class Sample:
 
 
 class SampleTable:
-    """The samples of a split in one byte array, so that workers share it without copies from reference counting.
+    """The samples of a split in one byte array, which workers share: reference counts would copy Python objects.
 
     Args:
         samples: The samples.
@@ -60,9 +60,9 @@ class Loaded:
     """One row of a batch.
 
     Args:
-        row: Its number in the split.
+        row: Its row in the split.
         picture: Its image; None without an image.
-        items: The texts that were chosen.
+        items: The chosen texts.
         encoded: The texts as token ids; None if the batch has no text.
         prompts: For each text, the ids that precede its answer; empty if nothing is generated.
         key: Name of its image in the source.
@@ -83,8 +83,8 @@ class BatchForm:
     Args:
         split: Name of the split that rows refer to.
         source: Name of the source, if a run reads several.
-        image_size: Side of the images.
-        pad_id: Id that fills short rows of text.
+        image_size: Side of the images, pixels.
+        pad_id: Id that pads short rows of text.
         with_items: Include the texts as strings in batches.
     """
 
@@ -146,8 +146,8 @@ def subset(rows: int, *, share: float, most: int | None, seed: int) -> IntArray:
 
     Args:
         rows: Number of rows.
-        share: Share of rows to take, in (0, 1]; at least one row is taken.
-        most: Most rows to take; None for no limit.
+        share: Share of rows to choose, in (0, 1]; at least one row is chosen.
+        most: Maximum number of rows; None for no limit.
         seed: Seed of the choice.
     """
     number = max(1, round(share * rows)) if rows else 0

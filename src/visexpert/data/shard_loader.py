@@ -29,18 +29,17 @@ _SHARD = 10_000_000
 class ShardPlan:
     """Divides the records of all shards among processes and workers: each record goes to exactly one per epoch.
 
-    An epoch puts the shards in a random order and their records, end to end, on a line. Each process gets an equal
-    stretch of it, cut into equally many batches; each of its workers gets a part of that stretch, so that it reads
-    from one shard on to the next. Within stretches of ``window`` batches the records are shuffled.
+    Each epoch puts the shards in a random order and lines up their records. Every process gets an equal stretch of that
+    line, divided into the same number of batches; each of its workers gets a part of the stretch, so that it reads
+    shard after shard. Records are shuffled within stretches of ``window`` batches.
 
     Args:
-        counts: Records of each shard.
+        counts: Number of records in each shard.
         batch_size: Records per batch.
-        shuffle: New order each epoch; else as the shards lie.
-        drop_last: Give all processes batches of ``batch_size`` alone, dropping the remainder (a different one each
-            epoch).
+        shuffle: Use a new order each epoch; otherwise the order of the shards.
+        drop_last: Drop the remainder (a different one each epoch), so that all batches have ``batch_size`` records.
         seed: Seed of the order.
-        window: Batches whose records are shuffled among one another; a worker holds so many encoded in memory.
+        window: Number of batches whose records are shuffled together; a worker holds that many undecoded in memory.
         rank: This process.
         world_size: Number of processes.
         workers: Workers of each process.
@@ -58,13 +57,13 @@ class ShardPlan:
 
     @property
     def num_batches(self) -> int:
-        """Batches of this process in an epoch; the same for each process."""
+        """Number of batches per epoch and process."""
         step = self.batch_size * self.world_size
         total = sum(self.counts)
         return total // step if self.drop_last and total >= step else -(-total // step)
 
     def windows(self, epoch: int, worker: int, *, skip: int = 0) -> Iterator[tuple[IntArray, list[IntArray]]]:
-        """Yield what a worker reads in an epoch, window by window.
+        """Yield the records that a worker reads in an epoch, window by window.
 
         Args:
             epoch: Epoch, from 0.
@@ -72,8 +71,8 @@ class ShardPlan:
             skip: Number of its batches that are done.
 
         Yields:
-            The window's records, int64 (n, 2) of shard and place in it, in the order in which they lie; and for each
-            batch that is not done the places in the window that make it up.
+            The window's records in reading order, int64 (n, 2) of shard and place in it; and the positions in the
+            window of each batch that is not done.
         """
         line = self._line(epoch)
         ends = self._batch_ends(len(line))
@@ -91,7 +90,7 @@ class ShardPlan:
             yield line[begin : int(ends[stop])], batches[max(0, first + skip - start) :]
 
     def _line(self, epoch: int) -> IntArray:
-        """Return all records of an epoch end to end, int64 (n, 2), as far as they are this process's."""
+        """Return this process's records of an epoch in order, int64 (n, 2) of shard and place."""
         shards = np.arange(len(self.counts))
         if self.shuffle:
             shards = np.random.default_rng([self.seed, epoch]).permutation(shards)
@@ -106,11 +105,11 @@ class ShardPlan:
         return np.stack([shards[index], position - starts[index]], axis=1)
 
     def _batch_ends(self, size: int) -> IntArray:
-        """Return where in this process's stretch its batches begin, and where the last one ends."""
+        """Return the start of each batch in this process's stretch, and the end of the last one."""
         return np.arange(self.num_batches + 1) * size // max(self.num_batches, 1)
 
     def _first_batch(self, worker: int) -> int:
-        """Return where a worker's batches begin, if workers give batches in turn and each reads one stretch."""
+        """Return a worker's first batch, given that workers yield in turn and each reads one stretch."""
         full, over = divmod(self.num_batches, self.workers)
         return worker * full + min(worker, over)
 
@@ -148,7 +147,7 @@ class RecordReader:
         return Loaded(row, picture, items, encoded, prompts_of(items, self.packer, has_image=True), name)
 
     def faults(self, records: Iterable[Record | DataError], *, shard: str) -> list[str]:
-        """Return why records of a shard cannot be used."""
+        """Return the reasons why records of a shard cannot be used."""
         reasons = []
         for record in records:
             try:
@@ -163,14 +162,14 @@ class RecordReader:
 class ShardLoader:
     """Iterates over the batches of this process, epoch after epoch; see :class:`~visexpert.data.loader.BatchLoader`.
 
-    The order of batches depends on the number of processes and workers only. An iteration that starts in mid-epoch
-    opens the shard that is due and skips what was already read. Unreadable training batches (the rest of a damaged
-    shard) are skipped and replaced by the next epoch's, so every process yields the same number.
+    Besides the seed, the order of batches depends only on the numbers of processes and workers. An iteration that
+    starts in mid-epoch opens the shard that is due and skips the records already read. Empty training batches (the rest
+    of a damaged shard) are skipped and replaced by the next epoch's, so every process yields the same number.
 
     Args:
         shards: Paths or URLs.
         plan: Assignment of records to readers; its number of workers is this loader's.
-        records: Decodes.
+        records: Decodes records.
         form: Settings common to all batches.
         num_workers: Worker processes; 0 reads in this one.
         position: Returns how many batches of the endless sequence are done; None restarts each time.
@@ -209,11 +208,11 @@ class ShardLoader:
                 given += 1
                 yield batch
             if given == before and stop - skip == len(self):
-                raise DataError(f"None of the records of {self.shards[0]} and on can be read; see skipped.jsonl.")
+                raise DataError(f"None of the records from {self.shards[0]} on can be read; see skipped.jsonl.")
             place += stop - skip
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which batches of the sequence were empty, and what its order depends on."""
+        """Return which batches of the sequence were empty, and the settings that determine their order."""
         return {"empty": sorted(self._empty), "order": self._order()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -273,7 +272,7 @@ class ShardStream(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
-        # Torch asks its worker 0 first, so that one takes the part of the worker due after `skip` batches.
+        # Torch asks worker 0 first, so worker 0 takes the part that is due after `skip` batches.
         return self.worker(((0 if info is None else info.id) + self.skip) % self.plan.workers)
 
     def worker(self, worker: int) -> Iterator[Batch]:
@@ -316,7 +315,7 @@ def _turns(batches: int, worker: int, workers: int) -> int:
 
 
 def _caption(record: Record, name: str) -> str:
-    """Return the text of a record's ``.txt``, else of ``caption`` in its ``.json``."""
+    """Return the text of a record's ``.txt``, or ``caption`` of its ``.json``."""
     suffix = _one_of(record, ("txt", "json"), what="caption", name=name)
     try:
         content = bytes(record[suffix]).decode("utf-8-sig")
@@ -329,7 +328,7 @@ def _caption(record: Record, name: str) -> str:
 
 
 def _one_of(record: Record, suffixes: Sequence[str], *, what: str, name: str) -> str:
-    """Return the suffix of the member wanted: an exact match, else the only one with that ending (dotted stems)."""
+    """Return the suffix of the wanted member: an exact match, or the only one with that ending (keys with dots)."""
     if exact := next((suffix for suffix in suffixes if suffix in record), None):
         return exact
     found = [suffix for suffix in record if suffix.rpartition(".")[2] in suffixes]
@@ -338,10 +337,10 @@ def _one_of(record: Record, suffixes: Sequence[str], *, what: str, name: str) ->
     has = ", ".join(f".{suffix}" for suffix in record if suffix != "__key__")
     if found:
         raise DataError(
-            f"The record {name} has several members that may be its {what} ({has}): WebDataset takes what follows the "
-            "first dot of a name as its suffix; write keys without dots."
+            f"The record {name} has several members that may be its {what} ({has}): in WebDataset a suffix starts at "
+            "the first dot of a name; write keys without dots."
         )
     raise DataError(
-        f"The record {name} has no {what} (.{', .'.join(suffixes)}), only {has}; where the rest lies elsewhere in the "
-        "shard, put the members of a record side by side (tar --sort=name)."
+        f"The record {name} has no {what} (.{', .'.join(suffixes)}), only {has}; the members of a record must be "
+        "adjacent in the shard (tar --sort=name)."
     )

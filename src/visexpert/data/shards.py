@@ -28,14 +28,14 @@ Record = dict[str, Any]
 
 
 class ShardReader:
-    """Reads records that lie one behind the other, going on where it was.
+    """Reads records sequentially, continuing where the last call stopped.
 
     Args:
-        shards: Path or URL of each shard; whatever webdataset opens (``http:``, ``pipe:``, ``gs:``, ...).
-        counts: How many records each is said to hold; None where nobody says.
+        shards: Path or URL of each shard; anything that webdataset opens (``http:``, ``pipe:``, ``gs:``, ...).
+        counts: Expected number of records in each; None if it is unknown.
 
     Attributes:
-        surplus: Shards that hold more than that, which would never be read; whoever asks takes them out.
+        surplus: Shards with more records than expected, which are never read; the caller reports and clears them.
     """
 
     def __init__(self, shards: Sequence[str], counts: Sequence[int] | None = None) -> None:
@@ -44,10 +44,10 @@ class ShardReader:
         self._open: tuple[int, int, Iterator[Record | DataError]] | None = None
 
     def read(self, records: IntArray) -> Iterator[Record | DataError]:
-        """Give each record, or the sentence that says why it cannot be read.
+        """Yield each record, or the error that explains why it cannot be read.
 
         Args:
-            records: int64 (n, 2), shard and place, as they lie in the shards.
+            records: int64 (n, 2), shard and place, in the order of the shards' files.
         """
         for shard, place in records.tolist():
             yield self._read(shard, place)
@@ -60,30 +60,32 @@ class ShardReader:
             record = next(record for skipped, record in enumerate(records, at) if skipped == place)
         except StopIteration:
             self._open = (shard, place + 1, iter(()))
-            return DataError(f"The shard {self.shards[shard]} ends before record {place}; write its counts anew.")
+            return DataError(
+                f"The shard {self.shards[shard]} ends before record {place}; correct its number of records."
+            )
         except DataError as error:
-            self._open = (shard, place + 1, iter(()))  # what follows in the shard is lost as well
+            self._open = (shard, place + 1, iter(()))  # the rest of the shard is lost as well
             return error
         self._open = (shard, place + 1, records)
         if self.counts is not None and place + 1 == self.counts[shard]:
-            self._look_behind(shard, self.counts[shard], records)
+            self._check_end(shard, self.counts[shard], records)
         return record
 
-    def _look_behind(self, shard: int, count: int, records: Iterator[Record | DataError]) -> None:
+    def _check_end(self, shard: int, count: int, records: Iterator[Record | DataError]) -> None:
         with contextlib.suppress(DataError):
             if next(records, None) is not None:
                 said = (
                     f"The shard {self.shards[shard]} holds more than the {count} records that sizes.json or its "
-                    "_stats.json says, which are not read; correct that file, or delete it to have them counted."
+                    "_stats.json states, and the rest is not read; correct that file, or delete it to count them again."
                 )
                 self.surplus.append(Skipped(f"{self.shards[shard]}: more records", said, whole=False))
 
 
 def iterate_shard(url: str) -> Iterator[Record | DataError]:
-    """Give a shard's samples in order; one that cannot be told from others as the sentence that says why.
+    """Yield a shard's samples in order; an ambiguous one becomes an error.
 
     Raises:
-        DataError: It cannot be opened, or is damaged from here on.
+        DataError: The shard cannot be opened, or the rest of it is damaged.
         ConfigError: See :func:`check_shard`.
     """
     _require_webdataset()
@@ -91,28 +93,28 @@ def iterate_shard(url: str) -> Iterator[Record | DataError]:
     from webdataset.gopen import gopen
 
     try:
-        # A local name never goes through webdataset, which takes " pipe:" and "PIPE:" for commands, too.
+        # A local name never goes through webdataset, which also takes " pipe:" and "PIPE:" for commands.
         stream = gopen(url) if is_remote(url) else Path(url).open("rb")
-    except Exception as error:  # curl, storage clients and pipes fail in their own ways
+    except Exception as error:  # curl, storage clients and pipes raise many kinds
         raise DataError(f"The shard {url} cannot be opened ({told(error)}); check path and access.") from error
     try:
         yield from _grouped(_files(stream), url)
     except Exception as error:
         raise DataError(f"The shard {url} is damaged ({told(error)}); fetch it again.") from error
     finally:
-        with contextlib.suppress(Exception):  # a pipe that is left before its end complains
+        with contextlib.suppress(Exception):  # a pipe that is closed early complains
             stream.close()
 
 
 def split_member(name: str) -> tuple[str, str] | None:
-    """Return the key and suffix of a member of a shard, by WebDataset's rule: what follows the first dot is the suffix.
+    """Return a shard member's key and suffix by WebDataset's rule: the suffix follows the first dot.
 
     Args:
         name: Name in the tar.
 
     Returns:
-        Such as ``("0001/000012", "seg.png")``, the suffix in lower case; None for members that are of no sample, such
-        as hidden files and ``__meta__.json``.
+        For example ``("0001/000012", "seg.png")``, with the suffix in lower case; None for members that belong to no
+        sample, such as hidden files and ``__meta__.json``.
     """
     folder, _, file = name.rpartition("/")
     stem, dot, suffix = file.partition(".")
@@ -122,13 +124,13 @@ def split_member(name: str) -> tuple[str, str] | None:
 
 
 def _files(stream: Any) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each regular member of a tar, compressed or not, as it is read."""
+    """Yield name and content of each regular member of a tar, compressed or not."""
     with tarfile.open(fileobj=stream, mode="r|*") as tar:
         for member in tar:
             file = tar.extractfile(member) if member.isreg() else None
             if file is not None:
                 yield member.name, file.read()
-            tar.members = []  # type: ignore[attr-defined]  # headers of what was read
+            tar.members = []  # type: ignore[attr-defined]  # drop the headers already read
 
 
 def _grouped(files: Iterable[tuple[str, bytes]], url: str) -> Iterator[Record | DataError]:
@@ -147,15 +149,15 @@ def _grouped(files: Iterable[tuple[str, bytes]], url: str) -> Iterator[Record | 
 
 
 def expand_shards(pattern: str, root: Path) -> list[str]:
-    """Expand braces; names without a scheme lie under ``root``.
+    """Expand braces; names without a scheme are relative to ``root``.
 
     Args:
-        pattern: Such as ``{00000..00331}.tar`` or ``https://host/cc3m-train-{0000..0575}.tar``; several are joined
+        pattern: For example ``{00000..00331}.tar`` or ``https://host/cc3m-train-{0000..0575}.tar``; several are joined
             by ``::``.
         root: Folder of local shards.
 
     Raises:
-        ConfigError: The braces make no names.
+        ConfigError: The braces are not valid.
     """
     _require_webdataset()
     from braceexpand import braceexpand
@@ -168,60 +170,60 @@ def expand_shards(pattern: str, root: Path) -> list[str]:
 
 
 def check_shard(name: str) -> None:
-    """Check that a shard is not a command, unless the command line allows it, nor a URL that could become one.
+    """Check that a shard runs no command, unless the command line allows it, and is not a URL that could become one.
 
     Raises:
-        ConfigError: It is.
+        ConfigError: It does, or is one.
     """
     scheme = name.partition(":")[0].lower() if is_remote(name) else ""
     if scheme == "pipe" and not pipe_allowed():
         raise ConfigError(
-            f"The shard {name!r} would run a command; if you know whose it is, add  --allow_pipe true  to the command "
-            "line (no configuration can)."
+            f"The shard {name!r} would run a command; if you trust it, add --allow_pipe true to the command line "
+            "(a configuration cannot)."
         )
     if scheme and scheme != "pipe" and re.search(r"[\s'\"`\\\x00-\x1f]", name):
         raise ConfigError(
-            f"The shard {name!r} is a URL with a space, quote, backslash or control character; write it in percent "
-            "form (%20, %27)."
+            f"The shard {name!r} is a URL with a space, quote, backslash or control character; percent-encode it "
+            "(%20, %27)."
         )
 
 
 def is_remote(name: str) -> bool:
-    """Return whether a shard is remote."""
+    """Return whether a shard is a URL."""
     return re.match(r"^[a-z][a-z0-9+.-]*:", name, flags=re.IGNORECASE) is not None
 
 
 def _require_webdataset() -> None:
     if find_spec("webdataset") is None:
-        raise ConfigError("Shards are read by webdataset; install it with  pip install webdataset.")
+        raise ConfigError("Reading shards needs webdataset; install it with pip install webdataset.")
 
 
 def told(error: Exception) -> str:
-    """Return the first line of an error with its kind: tarfile adds one for each way in which it tried to read."""
+    """Return the type and first line of an error; tarfile adds a line for each compression that it tried."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:160].rstrip(':')}" if text else type(error).__name__
 
 
 def shard_counts(shards: Sequence[str], *, sizes: Path | None) -> tuple[int, ...]:
-    """Find out how many records each shard holds.
+    """Return the number of records in each shard.
 
-    In this order: ``sizes`` or a ``sizes.json`` beside the shard (webdataset's own convention, name to number), the
-    ``_stats.json`` that img2dataset writes beside it (``successes``), or the shard's headers, whose count is kept in
-    the cache. Shards behind a URL are not read for this.
+    Looked up in this order: ``sizes`` or a ``sizes.json`` beside the shard (webdataset's convention, name to number);
+    the ``_stats.json`` that img2dataset writes beside it (``successes``); the shard's headers, whose count is cached.
+    Shards at a URL are not read for this.
 
     Args:
         shards: Paths or URLs.
-        sizes: The file of numbers; None looks for one beside each shard.
+        sizes: JSON file of numbers by name; None looks for one beside each shard.
 
     Raises:
-        ConfigError: A remote shard is in no file of numbers.
+        ConfigError: No file states the number of a remote shard.
         DataError: A shard is damaged or empty.
     """
     known: dict[Path, dict[str, Any]] = {}
     with ThreadPoolExecutor(max_workers=8) as pool:
         counts = tuple(pool.map(lambda shard: _count(shard, sizes, known), shards))
     if not sum(counts):
-        raise DataError(f"The shards {shards[0]} and on hold no records; check the pattern.")
+        raise DataError(f"The shards from {shards[0]} on hold no records; check the pattern.")
     return counts
 
 
@@ -231,14 +233,14 @@ def _count(shard: str, sizes: Path | None, known: dict[Path, dict[str, Any]]) ->
         return noted[0]
     if is_remote(shard):
         raise ConfigError(
-            f"How many records {shard} holds is not known, so it cannot be shared among processes; give a JSON file of "
-            'names and numbers ({"00000.tar": 9812, ...}) as `sizes`.'
+            f"The number of records in {shard} is unknown, so it cannot be divided among processes; set sizes to a "
+            'JSON file of names and numbers ({"00000.tar": 9812, ...}).'
         )
     return _counted(Path(shard))
 
 
 def wrong_notes(shards: Sequence[str], *, sizes: Path | None) -> list[str]:
-    """Return a sentence for each shard here of which a file says another number of records than it holds.
+    """Return one sentence for each local shard whose number of records a file states wrongly.
 
     Raises:
         DataError: A shard is damaged.
@@ -249,14 +251,14 @@ def wrong_notes(shards: Sequence[str], *, sizes: Path | None) -> list[str]:
         noted = None if is_remote(shard) else _note_of(shard, sizes, known)
         if noted is not None and noted[0] != (held := _counted(Path(shard))):
             wrong.append(
-                f"{noted[1]} says that {shard} holds {noted[0]} records, but it holds {held}; correct that file, or "
-                "delete it to have them counted"
+                f"{noted[1]} states {noted[0]} records for {shard}, which holds {held}; correct that file, or delete "
+                "it to count them again"
             )
     return wrong
 
 
 def _note_of(shard: str, sizes: Path | None, known: dict[Path, dict[str, Any]]) -> tuple[int, Path] | None:
-    """Return the number that a file says, and the file."""
+    """Return the number that a file states, and the file."""
     path = Path(shard)
     listed = sizes if sizes is not None else path.with_name("sizes.json")
     number = _noted(listed, known).get(shard.rsplit("/", 1)[-1])
@@ -277,7 +279,7 @@ def _noted(path: Path, known: dict[Path, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _counted(path: Path) -> int:
-    """Count the groups of files of one name, by headers alone; remembered by size and time of change."""
+    """Count the samples from the headers alone; the count is cached by size and modification time."""
     try:
         facts = path.stat()
         content = os.fsencode(path.resolve()) + f"\0{facts.st_size}\0{facts.st_mtime_ns}".encode()

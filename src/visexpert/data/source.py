@@ -23,16 +23,16 @@ from visexpert.precision import convert_records
 from visexpert.types import Batch, ImageSource, TextEncoder
 
 Template: TypeAlias = Callable[[PreTrainedTokenizerBase], TextEncoder]
-"""What makes an encoder of texts, given the tokenizer: a class, with its other arguments filled in."""
+"""Builds a text encoder from a tokenizer: a class whose other arguments are filled in."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentSettings:
-    """Random augmentation of training images. With it, their tokens cannot be stored.
+    """Random augmentation of training images, whose tokens then cannot be stored.
 
     Args:
-        crop_scale: Least share of the area of random crops, in (0, 1]; null for none.
-        flip: Mirror every other image, which makes left and right meaningless.
+        crop_scale: Smallest share of the area that random crops keep, in (0, 1]; null for no crops.
+        flip: Mirror half of the images, which makes left and right meaningless.
     """
 
     crop_scale: float | None = None
@@ -72,15 +72,15 @@ class Settings:
         for name, low_open in (("train_fraction", True), ("max_broken", False)):
             value = getattr(self, name)
             if not 0 <= value <= 1 or (low_open and value == 0):
-                raise ConfigError(f"{name} must be in [0, 1], got {value}.")
+                raise ConfigError(f"{name} must be in {'(' if low_open else '['}0, 1], got {value}.")
         self.reader()
 
     def reader(self) -> ImageReader:
-        """Return what decodes and resizes images."""
+        """Return the reader that decodes and resizes images."""
         return ImageReader(size=self.image_size, resize=self.resize, **vars(self.augment))
 
     def most(self, part: str) -> int | None:
-        """Return most rows of a part that are used."""
+        """Return the maximum number of rows of a part; None for no limit."""
         return {"val": self.num_val, "test": self.num_test}.get(part)
 
     def share(self, part: str) -> float:
@@ -94,10 +94,10 @@ PARTS: dict[str | None, tuple[str, ...]] = {
     "test": ("test",),
     "predict": ("test",),
 }
-"""Parts of a source that a stage of the trainer reads."""
+"""Parts of a source that each stage of the trainer reads."""
 
 CAPTION_PROMPT = "a picture of"
-"""Prompt for a caption (Prismer's; ToVE does not state its own)."""
+"""Prompt for a caption: Prismer's, since ToVE does not state its own."""
 
 
 class SourceData(LightningDataModule):
@@ -105,26 +105,27 @@ class SourceData(LightningDataModule):
 
     Args:
         root: Folder of the data set.
-        tokenizer: Folder or hub id (also ``hf:ORG/NAME@REVISION``) of a transformers tokenizer, read from disk, never
-            downloaded; null gives batches without text.
+        tokenizer: Folder or Hugging Face id (also ``hf:ORG/NAME@REVISION``) of a transformers tokenizer, read from disk
+            and never downloaded; null gives batches without text.
         template: How to tokenize prompts and answers: null for ``<bos> prompt answer <eos>``;
             :class:`~visexpert.language.LlavaTemplate` for LLaVA's templates, :class:`~visexpert.data.ChatPacker` for
-            the tokenizer's own, or your own :class:`~visexpert.types.TextEncoder`.
-        max_tokens: Without a template: longest text in tokens, longer ones are truncated; null for no limit.
-        image_size: Side of the square images that batches hold, pixels; use the largest size that CLIP or an expert
-            reads.
-        resize: ``crop`` (shorter side, then the center), ``stretch`` (the whole image, distorted) or ``pad``.
+            the tokenizer's own template, or your own :class:`~visexpert.types.TextEncoder`.
+        max_tokens: Without a template: maximum length of a text in tokens, longer ones are truncated; null for no
+            limit.
+        image_size: Side of the square images in batches, pixels; use the largest size that CLIP or an expert reads.
+        resize: ``crop`` (resize the shorter side, crop the center), ``stretch`` (the whole image, distorted) or
+            ``pad``.
         augment: Random augmentation of training images.
         batch_size: Images per training batch and process.
         eval_batch_size: Images per batch of validation, test and prediction.
         train_fraction: Share of the training part to use, in (0, 1]; smaller shares are subsets of larger ones.
-        num_val: Most images of the validation part; null for all.
-        num_test: Most images of the test part; null for all.
+        num_val: Maximum number of images of the validation part; null for all.
+        num_test: Maximum number of images of the test part; null for all.
         seed: Seed of the choice of rows for ``train_fraction``, ``num_val`` and ``num_test``.
         order_seed: Seed of the order of batches, of the choice of texts and of augmentation; null for the run's own.
         num_workers: Worker processes that read and decode; by default 4, or the number of cores if that is less.
-        max_broken: Largest share of images or records that may be broken; they are skipped and listed in the run's
-            folder (``skipped.jsonl``). Above it the run stops.
+        max_broken: Largest share of broken images or records, in [0, 1]; they are skipped and listed in
+            ``skipped.jsonl`` in the run's folder. Above it the run stops.
 
     Raises:
         ConfigError: A value is out of range.
@@ -178,7 +179,7 @@ class SourceData(LightningDataModule):
         self._packer: TextEncoder | None = None
         self._folder: Path | None = None
 
-    # -- What each source says ------------------------------------------------------------------------------------
+    # -- Defined by each source -----------------------------------------------------------------------------------
 
     @abstractmethod
     def needs(self, part: str) -> Sequence[Need]:
@@ -186,7 +187,7 @@ class SourceData(LightningDataModule):
 
     @abstractmethod
     def open(self, part: str) -> None:
-        """Read the annotations of a part, once.
+        """Read the annotations of a part, unless that is done.
 
         Raises:
             DataError: They cannot be read, or too many are broken.
@@ -194,7 +195,7 @@ class SourceData(LightningDataModule):
 
     @abstractmethod
     def loader(self, part: str, *, position: Callable[[], int] | None = None) -> Loader:
-        """Return batches of an opened part for this process: training batches shuffled, the others once in order.
+        """Return this process's batches of an opened part: training batches are shuffled, others come once, in order.
 
         Args:
             part: ``train``, ``val`` or ``test``.
@@ -209,14 +210,14 @@ class SourceData(LightningDataModule):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer, read on first use; None where batches have no text."""
+        """The tokenizer, read on first use; None if batches have no text."""
         if self._tokenizer is None and self.settings.tokenizer is not None:
             self._tokenizer = load_tokenizer(self.settings.tokenizer)
         return self._tokenizer
 
     @property
     def packer(self) -> TextEncoder | None:
-        """The encoder of texts; None if batches have no text."""
+        """The text encoder; None if batches have no text."""
         tokenizer, template = self.tokenizer, self.settings.template
         if self._packer is None and tokenizer is not None:
             max_tokens = self.settings.max_tokens
@@ -226,9 +227,9 @@ class SourceData(LightningDataModule):
     # -- Lightning hooks ------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        """Check that nothing is missing and the tokenizer can encode texts (once per machine)."""
+        """Check that nothing is missing and that the tokenizer can encode texts (once per machine)."""
         self.check(self.parts_of_stage(None))
-        _ = self.packer  # before encoders fill the feature store, which takes long
+        _ = self.packer  # fail before the feature store is filled, which takes long
 
     def setup(self, stage: str | None = None) -> None:
         """Read the annotations that ``stage`` needs (fit, validate, test, predict; None for all)."""
@@ -238,17 +239,17 @@ class SourceData(LightningDataModule):
             self.open(part)
 
     def train_dataloader(self) -> Loader:
-        """Return the training batches: shuffled per epoch, continued in mid-epoch after an interruption."""
+        """Return the training batches: shuffled per epoch, resumed in mid-epoch after an interruption."""
         if "train" not in self.parts:
             raise ConfigError(f"{self.called} has no training part; train on another source (see MixedData).")
         return StepLoader(self.loader("train", position=batches_done(self)), trainer=self.trainer)
 
     def val_dataloader(self) -> Loader | list[Batch]:
-        """Return the validation batches, in order, with strings; none where there is no such part."""
+        """Return the validation batches, in order, with strings; none if there is no such part."""
         return self.loader("val") if "val" in self.parts else []
 
     def test_dataloader(self) -> Loader | list[Batch]:
-        """Return the test batches, in order, with strings; none where there is no such part."""
+        """Return the test batches, in order, with strings; none if there is no such part."""
         return self.loader("test") if "test" in self.parts else []
 
     def predict_dataloader(self) -> Loader | list[Batch]:
@@ -258,12 +259,12 @@ class SourceData(LightningDataModule):
     # -- Shared by the sources ------------------------------------------------------------------------------------
 
     def training_rows(self) -> int | None:
-        """Return the number of training images, where they can be counted without reading them."""
+        """Return the number of training images; None if they cannot be counted without reading them."""
         return None
 
     @property
     def called(self) -> str:
-        """What to call the source in messages."""
+        """Name of the source in messages."""
         return type(self).__name__ + (f" ({self.label})" if self.label else "")
 
     def check(self, parts: Sequence[str]) -> None:
@@ -290,23 +291,23 @@ class SourceData(LightningDataModule):
         return part in self.parts
 
     def parts_of_stage(self, stage: str | None) -> list[str]:
-        """Return parts that a stage reads; None asks the trainer, and takes all where there is none."""
+        """Return the parts that a stage reads; None means the trainer's stage, or all parts without a trainer."""
         if stage is None and self.trainer is not None and self.trainer.state.fn is not None:
             stage = self.trainer.state.fn.value
         return [part for part in PARTS.get(stage, self.parts) if part in self.parts]
 
     def find_run_folder(self) -> None:
-        """Find the run's folder; every process must call this together, since the first one broadcasts it."""
+        """Find the run's folder; all processes must call this together, because the first one broadcasts it."""
         if self.trainer is not None:
             self._folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
 
     def faults(self, part: str, *, total: int, shared: bool) -> FaultLog:
-        """Return the log of what is broken in a part.
+        """Return the log of broken records in a part.
 
         Args:
             part: The part.
             total: Number of its records or images.
-            shared: Whether the processes share them (images) or each reads all (annotations).
+            shared: Whether processes share them (images) or each process reads all (annotations).
         """
         rank, world = self.process
         name = FILE if rank == 0 else FILE.replace(".", f".rank{rank}.", 1)
@@ -333,7 +334,7 @@ def batches_done(data: LightningDataModule) -> Callable[[], int] | None:
         return None
 
     def done() -> int:
-        # With overfit_batches each epoch has to begin anew, with the same few batches.
+        # With overfit_batches each epoch starts again with the same few batches.
         if not trainer.training or getattr(trainer, "overfit_batches", False):
             return 0
         return int(trainer.fit_loop.epoch_loop.batch_progress.total.completed)

@@ -1,4 +1,4 @@
-"""VQA v2 in its official files, and Visual Genome's questions beside it for training."""
+"""VQA v2 from its official files, optionally with Visual Genome's questions for training."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ _VG_IMAGES = "https://cs.stanford.edu/people/rak248/VG_100K_2"
 
 
 class VQAv2(RowData):
-    """VQA v2 (arXiv 1612.00837): one row per image with all its questions, scored by ten human answers each.
+    """VQA v2 (arXiv 1612.00837): one row per image with all its questions, each scored against ten human answers.
 
-    Under ``root`` lie ``v2_OpenEnded_mscoco_{train,val}2014_questions.json``,
-    ``v2_mscoco_{train,val}2014_annotations.json`` and, here or under ``images``, ``train2014/`` and ``val2014/``.
-    Answers of the test images are not public: ``test`` is the validation part.
+    ``root`` holds ``v2_OpenEnded_mscoco_{train,val}2014_questions.json``,
+    ``v2_mscoco_{train,val}2014_annotations.json`` and, unless ``images`` names another folder, ``train2014/`` and
+    ``val2014/``. Answers to the test images are not public, so ``test`` is the validation part.
 
     Args:
-        images: Folder that holds ``train2014/`` and ``val2014/``; null takes ``root``.
-        prompt: What the model reads; ``{question}`` stands for the question.
-        visual_genome: Folder of Visual Genome's ``question_answers.json``, ``VG_100K/`` and ``VG_100K_2/``, whose
-            questions are trained on as well; null for none. Half of its images are COCO's. With ``image_data.json``
-            beside, which names them, those of VQA v2's validation questions are left out.
-        draw_answers: Train on an answer drawn from the ten; else on the most frequent one.
+        images: Folder that holds ``train2014/`` and ``val2014/``; null for ``root``.
+        prompt: Prompt for the model; ``{question}`` stands for the question.
+        visual_genome: Folder of Visual Genome's ``question_answers.json``, ``VG_100K/`` and ``VG_100K_2/``, to train on
+            its questions as well; null for none. Half of its images are COCO's: if ``image_data.json``, which names
+            them, is in the folder too, images of VQA v2's validation questions are left out.
+        draw_answers: Train on an answer drawn from the ten; otherwise on the most frequent one.
         texts_per_image: See :class:`~visexpert.data.rows.RowData`.
         kwargs: See :class:`~visexpert.data.rows.RowData`.
     """
@@ -71,7 +71,7 @@ class VQAv2(RowData):
         self.visual_genome = None if visual_genome is None else Path(visual_genome).expanduser()
 
     def needs(self, part: str) -> list[Need]:
-        """List questions, answers and images."""
+        """List the questions, answers and images."""
         name = _official(part)
         questions, answers = _SIZES[name]
         needs = [
@@ -125,7 +125,7 @@ class VQAv2(RowData):
         answers = tuple(each_usable(list_of(record, "answers"), _human_answer, lost))
         if not answers:
             raise BrokenRecordError("it has no answers")
-        family = str(record.get("answer_type") or "").replace("/", "-")  # a slash would look like a part of a key
+        family = str(record.get("answer_type") or "").replace("/", "-")  # a slash would look like a separator in a key
         prompt = self.prompt.format(question=question)
         return TextItem("vqa", prompt, text_of(record, "multiple_choice_answer"), family, answers, generate=True)
 
@@ -150,7 +150,7 @@ class VQAv2(RowData):
         return (sample for sample in samples if sample is not None and sample.items)
 
     def _images_of_validation(self, folder: Path) -> frozenset[int]:
-        """Return Visual Genome's numbers of images that VQA v2 validates on, as far as the files tell."""
+        """Return Visual Genome's numbers of VQA v2's validation images, if the files that tell are there."""
         listed, questions = folder / "image_data.json", self._questions("val")
         if not listed.is_file() or not questions.is_file():
             log.warning(
@@ -171,10 +171,10 @@ class VQAv2(RowData):
         return frozenset(whole_of(record, "image_id" if "image_id" in record else "id") for record in held_out)
 
     def _vg_item(self, entry: Any) -> TextItem:
-        # VQA v2's answers are lower case without a full stop; these are sentences.
+        # VQA v2's answers are lower case without a full stop, Visual Genome's are sentences.
         answer = text_of(an_object(entry, name="a question"), "answer").rstrip(".").lower()
         if not answer:
-            raise BrokenRecordError("an answer is a full stop alone")
+            raise BrokenRecordError("an answer is only a full stop")
         return TextItem("vqa", self.prompt.format(question=text_of(entry, "question")), answer, "visual-genome")
 
     def _questions(self, part: str) -> Path:
@@ -185,7 +185,7 @@ class VQAv2(RowData):
 
 
 def _human_answer(entry: Any) -> str:
-    """Return one of the ten; an empty one counts, as in the official code."""
+    """Return one of the ten answers; an empty one counts, as in the official code."""
     answer = value_of(entry, "answer", name="a human answer")
     if not isinstance(answer, str):
         raise BrokenRecordError(f"a human answer is {kind_of(answer)}, but must be text")

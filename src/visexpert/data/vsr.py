@@ -1,4 +1,4 @@
-"""VSR: statements about spatial relations, true or false of an image."""
+"""VSR: true or false statements about spatial relations in an image."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ _CATEGORY_OF = {relation: name for name, relations in CATEGORIES.items() for rel
 class VSR(RowData):
     """Visual spatial reasoning (arXiv 2205.00363): one row per image with its statements; accuracy, also by category.
 
-    Under ``root`` lie ``random/`` and ``zeroshot/`` with ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl`` (the
+    ``root`` holds ``random/`` and ``zeroshot/`` with ``train.jsonl``, ``dev.jsonl`` and ``test.jsonl`` (the
     release's ``data/splits/``). Images are COCO's of 2017, flat in one folder (``images/`` or ``trainval2017/``) or in
     ``train2017/`` and ``val2017/`` as each statement's link says.
 
     Args:
         split: ``zeroshot`` (test concepts are unseen in training) or ``random``.
         images: Folder that holds the image folders; null for ``root``.
-        prompt: Prompt for the model; ``{statement}`` stands for the statement (unconfirmed by ToVE).
+        prompt: Prompt for the model; ``{statement}`` stands for the statement (ToVE does not state its own).
         answers: Answers for a true and for a false statement.
         kwargs: See :class:`~visexpert.data.rows.RowData`.
     """
@@ -81,14 +81,14 @@ class VSR(RowData):
         self.answers = (answers[0], answers[1])
 
     def needs(self, part: str) -> list[Need]:
-        """List statements and images."""
+        """List the statements and the images."""
         statements = Need(self._file(part), "VSR's statements", _URL.format(split=self.split), "3 MB")
         if self._flat is not None:
             return [statements]
         return [statements, coco_images(self.images, "train2017"), coco_images(self.images, "val2017")]
 
     def read(self, part: str) -> Iterable[Sample]:
-        """Yield one sample per image."""
+        """Return one sample per image, with its statements."""
         path, flat = self._file(part), self._flat
         lines = read_json_lines(path)
         by_image: dict[str, list[TextItem]] = {}
@@ -112,7 +112,7 @@ class VSR(RowData):
         return TextItem("vsr", self.prompt.format(statement=statement), answer, family, generate=True)
 
     def _linked(self, record: Any) -> Path:
-        """Return COCO's folder, from ``http://images.cocodataset.org/train2017/000000122962.jpg``."""
+        """Return the COCO folder of a link such as ``http://images.cocodataset.org/train2017/000000122962.jpg``."""
         name = PurePosixPath(text_of(record, "image_link")).parent.name
         if name not in ("train2017", "val2017"):
             raise BrokenRecordError(f"image_link {record['image_link']!r} is in neither train2017 nor val2017")

@@ -1,4 +1,4 @@
-"""Prefetching worker processes, whose errors are reported in one sentence, as without workers."""
+"""Worker processes that prefetch; their errors are reported in one sentence, as without workers."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from visexpert.errors import DataError, UserError, first_line, told_by_machine
 T_co = TypeVar("T_co", covariant=True)
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-"""Number of cores available to this process."""
+"""Number of cores that this process may use."""
 
 DEFAULT_WORKERS = min(4, CORES)
-"""Default number of worker processes: more than the number of cores only slow each other down."""
+"""Default number of worker processes: more workers than cores only slow each other down."""
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """A user error passed out of a worker; torch would replace its message with a traceback."""
+    """A user error sent by a worker as an item, because torch would replace its message with a traceback."""
 
     kind: type[UserError]
     sentence: str
@@ -62,7 +62,7 @@ def load(dataset: Dataset[T_co], *, num_workers: int, generator: torch.Generator
 
 
 class _Told(Dataset[Any]):
-    """Items of a map-style data set; a failure is returned, not raised."""
+    """The items of a map-style data set; an error is returned instead of raised."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -78,7 +78,7 @@ class _Told(Dataset[Any]):
 
 
 class _ToldStream(IterableDataset[Any]):
-    """Items of an iterable data set; a failure to continue becomes the last item."""
+    """The items of an iterable data set; an error becomes the last item."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -92,7 +92,7 @@ class _ToldStream(IterableDataset[Any]):
 
 def _failure(error: Exception) -> _Failure:
     told = error if isinstance(error, UserError) else told_by_machine(error)
-    if told is None:  # a bug of ours
+    if told is None:  # a bug, whose traceback is wanted
         raise error
     return _Failure(type(told), str(told))
 

@@ -1,7 +1,7 @@
 """The embedded world: ray-cast scenes on a table with exact truth, texts written from it, and small experts.
 
-The names below are imported on first use: processes that only render need neither Lightning nor transformers, which
-take seconds to import.
+The names below are imported on first use: Lightning and transformers take seconds to import, and processes that only
+render need neither.
 """
 
 from __future__ import annotations

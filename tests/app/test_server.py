@@ -15,7 +15,7 @@ from visexpert.errors import ConfigError
 
 gradio = pytest.importorskip("gradio", reason="the page needs the extra app")
 httpx = pytest.importorskip("httpx")
-guard, page, server = (pytest.importorskip(f"visexpert.app.{name}") for name in ("guard", "page", "server"))
+page, server = (pytest.importorskip(f"visexpert.app.{name}") for name in ("page", "server"))
 
 
 @pytest.fixture
@@ -162,12 +162,14 @@ def test_only_uploads_are_read(tmp_path: Path, picture: Path) -> None:
 
 
 def test_what_the_page_calls() -> None:
-    assert guard.is_called("/") and guard.is_called("/assets/a.js") and guard.is_called("/gradio_api/file=/tmp/a.png")
-    assert not guard.is_called("/gradio_api/file=https://a.org/b.png") and not guard.is_called("/gradio_api/anything")
-    assert not guard.is_called("/monitoring/summary")
+    assert (
+        server.is_called("/") and server.is_called("/assets/a.js") and server.is_called("/gradio_api/file=/tmp/a.png")
+    )
+    assert not server.is_called("/gradio_api/file=https://a.org/b.png") and not server.is_called("/gradio_api/anything")
+    assert not server.is_called("/monitoring/summary")
 
 
 def test_requests_that_name_an_address() -> None:
-    assert guard.names_an_address(b'{"a": [{"path": "https://a.org/b.png"}]}')
-    assert not guard.names_an_address(b'{"path": "/tmp/a.png", "url": "http://127.0.0.1/a.png", "prompt": "a://b"}')
-    assert not guard.names_an_address(b"no json") and guard.names_an_address(b"[" * 200_000)
+    assert server.names_an_address(b'{"a": [{"path": "https://a.org/b.png"}]}')
+    assert not server.names_an_address(b'{"path": "/tmp/a.png", "url": "http://127.0.0.1/a.png", "prompt": "a://b"}')
+    assert not server.names_an_address(b"no json") and server.names_an_address(b"[" * 200_000)

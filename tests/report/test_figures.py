@@ -8,12 +8,21 @@ import numpy as np
 import pytest
 from matplotlib import colormaps
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
 from visexpert.errors import DataError
 from visexpert.report import gate_by_region, gate_maps, sample_captions
-from visexpert.report.figures import ATTENTION, _entropy, cls_attention_maps, region_means, router_maps, router_usage
+from visexpert.report.figures import (
+    HEAT,
+    _entropy,
+    cls_attention_maps,
+    gate_figure,
+    region_means,
+    router_maps,
+    router_usage,
+)
 from visexpert.report.palette import INK, OKABE_ITO, RIGHT, WRONG, Floats, colors
 
 NAMES = ["depth", "edges"]
@@ -30,26 +39,58 @@ def _count(pixels: Floats, color: str | Floats) -> int:
     return int((np.abs(pixels - wanted).max(axis=2) < 0.012).sum())
 
 
-def test_a_token_is_colored_by_its_strongest_expert(tmp_path: Path) -> None:
-    """Left half listens to depth, right half to edges, over a gray image: both halves have known colors."""
-    images = np.full((1, 16, 16, 3), 0.5)
+def _heat(value: float) -> Floats:
+    """Color of a value in [0, 1] of the scale over the gray image."""
+    return _laid(np.array(colormaps[HEAT](value)[:3]), 1.0)
+
+
+def _texts(figure: Figure) -> list[str]:
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def test_each_experts_gate_has_a_map_on_one_scale_from_zero_to_the_greatest(tmp_path: Path) -> None:
+    """Depth has .2 on the left half and .4 on the right, edges .8 and .6: the scale ends at .8."""
     gates = np.zeros((1, 4, 4, 2))
-    gates[:, :, :2, 0] = gates[:, :, 2:, 1] = 1.0
-    pixels = _pixels(gate_maps(images, gates, NAMES, tmp_path / "gates.png"))
-    for color in OKABE_ITO[:2]:
-        blended = 0.15 * 0.5 + 0.85 * np.array(to_rgb(color))
-        columns = np.nonzero((np.abs(pixels - blended).max(axis=2) < 0.012).any(axis=0))[0]
-        assert _count(pixels, blended) > 10_000  # half of two panels of about 240 x 240
-        assert len(columns) > 200
-        assert _count(pixels, color) > 100  # the legend's patch
+    gates[:, :, :2] = (0.2, 0.8)
+    gates[:, :, 2:] = (0.4, 0.6)
+    pixels = _pixels(gate_maps(GREY_IMAGE, gates, NAMES, tmp_path / "gates.png"))
+    middles = []
+    for value in (0.25, 0.5, 1.0, 0.75):
+        color = _heat(value)
+        rows, columns = np.nonzero(np.abs(pixels - color).max(axis=2) < 0.012)
+        inside = columns[columns < 0.85 * pixels.shape[1]]  # beyond lies the color bar
+        assert len(inside) > 20_000  # half of a map of about 330 x 330
+        middles.append(inside.mean())
+    assert middles == sorted(middles)  # depth left of edges, and in each the left half first
 
 
-def test_uniform_gates_show_no_expert_above_its_mean(tmp_path: Path) -> None:
-    images = np.full((1, 16, 16, 3), 128, dtype=np.uint8)
-    pixels = _pixels(gate_maps(images, np.full((1, 4, 4, 2), 0.5), NAMES, tmp_path / "gates.png"))
-    gray = np.full(3, 128 / 255)
-    blended = (1 - 0.85 * 0.5) * gray + 0.85 * 0.5 * np.array(to_rgb(OKABE_ITO[0]))
-    assert _count(pixels, gray) > 1.9 * _count(pixels, blended) > 0
+def test_maps_of_a_nearly_uniform_gate_look_alike() -> None:
+    """Gates of .19 to .21 differ by a twentieth of the scale: no expert looks chosen, though one is the strongest."""
+    gates = np.full((2, 4, 4, 5), 0.2)
+    gates[..., 0] += 0.01
+    gates[..., 1] -= 0.01
+    figure = gate_figure(np.full((2, 16, 16, 3), 0.5), gates, ["a", "b", "c", "d", "e"])
+    maps_HW3 = figure.axes[0].images[0].get_array()
+    assert maps_HW3 is not None
+    across = np.asarray(maps_HW3)[8, 17 + 8 :: 17]  # the middles of the five maps
+    assert across.shape == (5, 3)
+    assert np.abs(across[0] - _heat(1.0)).max() < 1e-6 and np.abs(across[1] - _heat(0.19 / 0.21)).max() < 0.02
+    bar = figure.axes[-1]
+    assert bar.get_ylim() == pytest.approx((0.0, 0.21)) and "uniform, 1/5" in bar.get_ylabel()
+
+
+@pytest.mark.parametrize(("images", "rows"), [(1, 2), (3, 3)])
+def test_titles_of_the_maps_say_the_mean_gate(images: int, rows: int) -> None:
+    gates = np.tile([0.1, 0.2, 0.3, 0.4], (images, 4, 4, 1))
+    figure = gate_figure(np.full((images, 16, 16, 3), 0.5), gates, ["depth", "edges", "normals", "semantic"])
+    assert [text.replace("\n", " ").strip() for text in _texts(figure)] == [
+        "image",
+        "depth mean 0.10",
+        "edges mean 0.20",
+        "normals mean 0.30",
+        "semantic mean 0.40",
+    ]
+    assert len(figure.axes) == rows + 1  # a single image takes two rows of three panels; the last is the color bar
 
 
 def test_mean_gate_by_region_is_the_mean_over_images() -> None:
@@ -94,6 +135,16 @@ def test_right_captions_are_green_and_wrong_ones_red(tmp_path: Path) -> None:
     assert _count(_pixels(path), RIGHT) > 500
 
 
+def test_the_true_caption_beside_an_image_is_told_to_be_an_example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr("visexpert.report.figures.save", lambda figure, out: drawn.append(figure))
+    sample_captions(np.zeros((1, 8, 8, 3)), ["a red cube"], [False], ["a blue sphere"], tmp_path / "captions.png")
+    (axes,) = drawn[0].axes
+    assert axes.get_xlabel() == "for example: a blue sphere" and axes.get_title(loc="left") == "✗ a red cube"
+
+
 def test_figures_have_150_dots_an_inch_and_make_their_folder(tmp_path: Path) -> None:
     path = sample_captions(np.zeros((1, 8, 8, 3)), ["a"], [True], ["a"], tmp_path / "new" / "figure.png")
     with Image.open(path) as image:
@@ -122,8 +173,8 @@ def test_encoders_are_shown_side_by_side_on_one_scale(tmp_path: Path) -> None:
     clip[:, :, :2] = 1 / 8
     path = cls_attention_maps(GREY_IMAGE, {"CLIP": clip, "student": student}, tmp_path / "new" / "cls.png")
     pixels = _pixels(path)
-    scale = colormaps[ATTENTION]
-    top, mean, none = (_laid(np.array(scale(value)[:3]), 0.9) for value in (1.0, 0.5**0.5, 0.0))
+    scale = colormaps[HEAT]
+    top, mean, none = (_laid(np.array(scale(value)[:3]), 1.0) for value in (1.0, 0.5**0.5, 0.0))
     (_, left), (_, right), (_, after) = (_places(pixels, color) for color in (top, none, mean))
     assert len(left) == pytest.approx(len(right), rel=0.05) and len(after) == pytest.approx(2 * len(left), rel=0.05)
     assert left.max() < right.min() and right.max() < after.min()

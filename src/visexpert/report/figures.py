@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -33,53 +34,62 @@ from visexpert.report.palette import (
     styled,
 )
 
-ATTENTION = "viridis"
+HEAT = "viridis"
 """Color map that reads alike with and without color vision, by its lightness."""
+
+PANELS_WIDE = 3
+"""Panels beside each other where a figure shows a single image."""
 
 
 def gate_maps(
-    images_NHW3: NDArray[Any], gates_NHWK: Floats, names: Sequence[str], out: Path, *, columns: int = 2
+    images_NHW3: NDArray[Any], gates_NHWK: Floats, names: Sequence[str], out: Path, *, columns: int | None = None
 ) -> Path:
-    """Lay the gate over test images, one color per expert.
-
-    Three panels an image: the image; the expert with the greatest gate at each token, as opaque as its gate is great;
-    and the expert whose gate is most above its own mean over all images, as opaque as it is above (twice is full).
+    """Draw how much each expert's gate is at each token of test images; see :func:`gate_figure`.
 
     Args:
         images_NHW3: RGB, uint8 0-255 or float in [0, 1].
         gates_NHWK: Gate weights per token on their own grid; they sum to 1 over K.
         names: K expert names.
         out: The PNG to write.
-        columns: Images beside each other.
+        columns: Images beside each other; None takes two where there are at most two experts, else one.
     """
-    images = as_float(images_NHW3)
-    palette = rgb(colors(len(names)))
-    mean_K = gates_NHWK.reshape(-1, len(names)).mean(axis=0)
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    figure = canvas(4.9 * columns, 1.62 * rows + 0.8)
-    grid = figure.add_gridspec(rows, 3 * columns, wspace=0.04, hspace=0.06)
-    for index, (image, gates) in enumerate(zip(images, gates_NHWK, strict=True)):
-        row, column = divmod(index, columns)
-        pale = gray(image)
-        lift_HWK = gates / np.maximum(mean_K, 1e-6)
-        strongest = overlay(pale, palette[gates.argmax(axis=2)], gates.max(axis=2))
-        above_mean = overlay(pale, palette[lift_HWK.argmax(axis=2)], np.clip(lift_HWK.max(axis=2) - 1, 0, 1))
-        titles = ("image", "strongest", "most above its mean") if row == 0 else ("", "", "")
-        for offset, (panel, title) in enumerate(zip((image, strongest, above_mean), titles, strict=True)):
-            axes = figure.add_subplot(grid[row, 3 * column + offset])
-            axes.imshow(panel, interpolation="nearest")
-            axes.set_axis_off()
-            axes.set_title(title, fontsize=9, color=INK)
-    handles = [
-        Patch(color=color, label=f"{name}  {share:.2f}")
-        for name, color, share in zip(names, colors(len(names)), mean_K, strict=True)
+    return save(gate_figure(images_NHW3, gates_NHWK, names, columns=columns), out)
+
+
+def gate_figure(
+    images_NHW3: NDArray[Any], gates_NHWK: Floats, names: Sequence[str], *, columns: int | None = None
+) -> Figure:
+    """Show each image, and beside it one map per expert of its gate, all on one scale from 0 to the greatest gate.
+
+    One color scale for all maps keeps a nearly uniform gate from looking like a choice. Titles give each expert's mean
+    over the tokens shown; the color bar marks the uniform gate, 1/K. A single image has three panels in a row.
+
+    Args:
+        images_NHW3: RGB, uint8 0-255 or float in [0, 1].
+        gates_NHWK: Gate weights per token on their own grid; they sum to 1 over K.
+        names: K expert names.
+        columns: Images beside each other; None takes two where there are at most two experts, else one.
+    """
+    images, count = as_float(images_NHW3), len(names)
+    scale = Normalize(0.0, max(float(gates_NHWK.max()), 1e-6))
+    means_K = gates_NHWK.reshape(-1, count).mean(axis=0)
+    titles = ["image\n", *(f"{name}\nmean {mean:.2f}" for name, mean in zip(names, means_K, strict=True))]
+    strips = [
+        [image, *(_heat(image, gates_HWK[..., expert], scale) for expert in range(count))]
+        for image, gates_HWK in zip(images, gates_NHWK, strict=True)
     ]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(len(names), 3 * columns), frameon=False, fontsize=9
-    )
-    figure.suptitle("Which expert each token listens to (legend: mean gate)", fontsize=11, color=INK)
-    return save(figure, out)
+    if len(strips) == 1:
+        figure = _wrapped_panels(strips[0], titles)
+    else:
+        columns = min(columns or (2 if count <= 2 else 1), len(strips))
+        rows = -(-len(strips) // columns)
+        figure = canvas(columns * (1.5 * (1 + count) + 0.2) + 0.8, 1.56 * rows + 0.75)
+        for index, strip in enumerate(strips):
+            _panel_row(figure, index, len(strips), columns, strip, titles if index < columns else ())
+    bar = _color_bar(figure, scale, f"gate: weight of the expert at a patch (white line: uniform, 1/{count})")
+    bar.ax.axhline(1 / count, color="white", linewidth=1.5)
+    figure.suptitle("Gate of each expert per patch, all maps on one scale", fontsize=11, color=INK)
+    return figure
 
 
 def gate_by_region(gates_NHWK: Floats, regions: Mapping[str, NDArray[Any]], names: Sequence[str], out: Path) -> Path:
@@ -96,7 +106,11 @@ def gate_by_region(gates_NHWK: Floats, regions: Mapping[str, NDArray[Any]], name
         DataError: A region has no token in any image.
     """
     figure = canvas(1.6 + 1.1 * len(regions) * max(1.0, len(names) / 4), 3.4)
-    axes = styled(figure.add_subplot(), title="Mean gate by region", ylabel="gate weight")
+    axes = styled(
+        figure.add_subplot(),
+        title="Mean gate by region (bars: 95 % interval over images)",
+        ylabel="mean gate (0 to 1; the experts' sum is 1)",
+    )
     width = 0.8 / len(names)
     for place, (region, mask_NHW) in enumerate(regions.items()):
         mean_K, interval_K = region_means(gates_NHWK, mask_NHW, region)
@@ -146,7 +160,7 @@ def sample_captions(
         images_NHW3: RGB, uint8 0-255 or float in [0, 1].
         captions: N generated texts.
         correct: Whether each is right; None where nobody can tell, which is shown in ink and without a mark.
-        references: N true texts, shown below.
+        references: One of the texts that are true of each, shown below as an example.
         out: The PNG to write.
         columns: Images beside each other.
     """
@@ -167,8 +181,8 @@ def sample_captions(
             spine.set_linewidth(2.5)
         written = _wrapped(mark + caption)
         axes.set_title(written, fontsize=8, color=color, loc="left", fontweight="bold")
-        axes.set_xlabel(_wrapped(reference), fontsize=7.5, color=GRAY, loc="left")
-    figure.suptitle("Captions by the model (above) and truth (below)", fontsize=11, color=INK)
+        axes.set_xlabel(_wrapped(f"for example: {reference}"), fontsize=7.5, color=GRAY, loc="left")
+    figure.suptitle("Captions by the model (above) and one of the true captions (below)", fontsize=11, color=INK)
     return save(figure, out)
 
 
@@ -199,12 +213,8 @@ def cls_attention_maps(
     figure = canvas(columns * (1.5 * (1 + len(lifts)) + 0.2) + 0.8, 1.56 * -(-len(images) // columns) + 0.75)
     for index, image in enumerate(images):
         panels = [image, *(_heat(image, lift[index], scale) for lift in lifts.values())]
-        _panel_row(figure, index, len(images), columns, panels, ["image\n", *titles])
-    bar = figure.colorbar(
-        ScalarMappable(scale, ATTENTION), ax=figure.axes, fraction=0.02, aspect=35, pad=0.01, extend="max"
-    )
-    bar.set_label("attention, times the mean over tokens", fontsize=9, color=GRAY)
-    bar.ax.tick_params(labelsize=8, colors=GRAY)
+        _panel_row(figure, index, len(images), columns, panels, ["image\n", *titles] if index < columns else ())
+    _color_bar(figure, scale, "attention, times the mean over tokens", extend="max")
     figure.suptitle("Where the [CLS] token looks (mean over heads)", fontsize=11, color=INK)
     return save(figure, out)
 
@@ -237,7 +247,7 @@ def router_maps(
             sure = (probs.max(axis=2) - 1 / experts) / max(1 - 1 / experts, 1e-6)
             panels.append(overlay(gray(image), palette[probs.argmax(axis=2)], 0.4 + 0.6 * sure))
         titles = ["image", *(f"block {layers[place]}" for place in shown)]
-        _panel_row(figure, index, len(images), columns, panels, titles)
+        _panel_row(figure, index, len(images), columns, panels, titles if index < columns else ())
     share_E = np.bincount(probs_NLHWE.argmax(axis=-1).ravel(), minlength=experts) / probs_NLHWE[..., 0].size
     handles = [
         Patch(color=color, label=f"{name}  {share:.2f}")
@@ -292,15 +302,13 @@ def expert_names(count: int) -> list[str]:
 def _panel_row(
     figure: Figure, index: int, images: int, columns: int, panels: Sequence[Floats], titles: Sequence[str]
 ) -> None:
-    """Draw what belongs to one image as a single picture, which is laid out faster than many; titles on top of all."""
+    """Draw what belongs to one image as a single picture, which is laid out faster than many, below its titles."""
     axes = figure.add_subplot(-(-images // columns), columns, index + 1)
     height, width, _ = panels[0].shape
     gap_HW3 = np.ones((height, max(1, width // 20), 3))
     parts = [part for panel in panels for part in (panel, gap_HW3)]
     axes.imshow(np.concatenate(parts[:-1], axis=1), interpolation="nearest")
     axes.set_axis_off()
-    if index >= columns:
-        return
     for place, title in enumerate(titles):
         center = place * (width + gap_HW3.shape[1]) + width / 2
         axes.annotate(
@@ -315,9 +323,31 @@ def _panel_row(
         )
 
 
-def _heat(image_HW3: Floats, lift_hw: Floats, scale: Normalize) -> Floats:
-    heat_hw3 = colormaps[ATTENTION](scale(lift_hw))[..., :3]
-    return overlay(gray(image_HW3), heat_hw3, np.full(lift_hw.shape, 0.9))
+def _wrapped_panels(panels: Sequence[Floats], titles: Sequence[str]) -> Figure:
+    """Panels of one image, three in a row; the last row is filled up with white."""
+    rows = -(-len(panels) // PANELS_WIDE)
+    figure = canvas(2.3 * min(PANELS_WIDE, len(panels)) + 0.8, 2.5 * rows + 0.5)
+    blank_HW3 = np.ones_like(panels[0])
+    for row in range(rows):
+        part = list(panels[row * PANELS_WIDE : (row + 1) * PANELS_WIDE])
+        missing = PANELS_WIDE - len(part) if rows > 1 else 0
+        above = titles[row * PANELS_WIDE : (row + 1) * PANELS_WIDE]
+        _panel_row(figure, row, rows, 1, [*part, *[blank_HW3] * missing], above)
+    return figure
+
+
+def _heat(image_HW3: Floats, values_hw: Floats, scale: Normalize) -> Floats:
+    heat_hw3 = colormaps[HEAT](scale(values_hw))[..., :3]
+    return overlay(gray(image_HW3), heat_hw3, np.ones(values_hw.shape))
+
+
+def _color_bar(figure: Figure, scale: Normalize, label: str, *, extend: str = "neither") -> Colorbar:
+    bar = figure.colorbar(
+        ScalarMappable(scale, HEAT), ax=figure.axes, fraction=0.02, aspect=35, pad=0.01, extend=extend
+    )
+    bar.set_label(label, fontsize=9, color=GRAY)
+    bar.ax.tick_params(labelsize=8, colors=GRAY)
+    return bar
 
 
 def _entropy(shares_Nhw: Floats) -> float:

@@ -31,4 +31,5 @@ def lively(model: ToVE) -> ToVE:
 def captioner(tmp_path: Path, *, model: ToVE | None = None, **options: Any) -> Captioner:
     """A captioner of a tiny random model on Tabletop's tokenizer."""
     model = lively(tiny_tove()) if model is None else model
-    return Captioner(SavedRun(tmp_path, {}, model.eval(), TabletopData(root=str(tmp_path)), 0), **options)
+    config = {"data": {"class_path": "visexpert.tabletop.TabletopData"}}
+    return Captioner(SavedRun(tmp_path, config, model.eval(), TabletopData(root=str(tmp_path)), 0), **options)

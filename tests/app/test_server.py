@@ -61,6 +61,14 @@ def test_an_uploaded_image_is_answered(client: Any, session: Session, picture: P
     assert drawn.status_code == 200 and drawn.content.startswith(b"\x89PNG")
 
 
+def test_the_page_says_which_images_the_model_knows_before_any_is_shown(client: Any, session: Session) -> None:
+    parts = client.get("/config").json()["components"]
+    shown = [str(part["props"].get("value")) for part in parts if part["type"] == "markdown"]
+    assert f"**{session.warning}**" in shown and "only Tabletop's rendered scenes" in session.warning
+    kinds = [part["props"].get("elem_id") for part in parts]
+    assert kinds.index("warning") < kinds.index("image")
+
+
 def test_no_other_file_is_served_or_read(client: Any, picture: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret.png"
     secret.write_bytes(picture.read_bytes())

@@ -46,6 +46,10 @@ def test_with_experts_off_the_whole_model_is_shown_beside(session: Session, pict
     assert session.main.captioner.run.model.hub.attached == ALL
 
 
+def test_the_model_is_said_to_know_rendered_scenes_only(session: Session) -> None:
+    assert "only Tabletop's rendered scenes" in session.warning
+
+
 def test_unknown_words_are_named(session: Session, picture: Path) -> None:
     note = session.ask(picture, "where is the zebra ?", ALL).note
     assert note == "The vocabulary lacks: where, zebra. The model reads <unk> instead."

@@ -12,7 +12,7 @@ from PIL import Image
 
 from visexpert.errors import DataError
 from visexpert.report import learning_curves, loss_curves, read_metrics
-from visexpert.report.curves import _of, _palette, distillation_curves, moving_mean
+from visexpert.report.curves import _of, _palette, distillation_curves, in_words, moving_mean
 from visexpert.report.palette import INK, OKABE_ITO, Floats
 
 CSV = """epoch,step,train/loss,train/images_per_s,val/loss
@@ -41,6 +41,20 @@ def _write(folder: Path, text: str = CSV) -> Path:
 def _has(path: Path, color: str) -> bool:
     pixels = np.asarray(Image.open(path).convert("RGB")) / 255.0
     return bool((np.abs(pixels - np.array(to_rgb(color))).max(axis=2) < 0.012).sum() > 50)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("train/text_loss", "training text loss, nats per token"),
+        ("val/nll/nll", "validation nll nll, nats per token"),
+        ("val/vqa/accuracy", "validation vqa accuracy"),
+        ("kd/depth", "kd depth"),
+        ("loss", "loss"),
+    ],
+)
+def test_axes_are_labelled_in_words(key: str, words: str) -> None:
+    assert in_words(key) == words
 
 
 def test_blank_cells_are_skipped_and_the_later_row_of_a_step_counts(tmp_path: Path) -> None:

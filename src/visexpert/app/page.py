@@ -31,7 +31,9 @@ def build_page(session: Session, *, uploads: Path, examples: Sequence[Path] = ()
     """
     prompts = example_prompts(session.main.captioner)
     with gr.Blocks(title="visexpert", analytics_enabled=False, delete_cache=(KEEP_UPLOADS_S, KEEP_UPLOADS_S)) as page:
-        gr.Markdown("## visexpert\nAsk about an image, and see which expert each patch of it listens to.")
+        gr.Markdown("## visexpert\nAsk about an image, and see how much each patch of it listens to each expert.")
+        if session.warning:
+            gr.Markdown(f"**{session.warning}**", elem_id="warning", elem_classes=["warning"])
         with gr.Row():
             with gr.Column(scale=2):
                 image = gr.Image(
@@ -74,7 +76,7 @@ def build_page(session: Session, *, uploads: Path, examples: Sequence[Path] = ()
                     buttons=[],
                 )
                 overlay = gr.Image(
-                    label="which expert each patch listens to",
+                    label="gate of each expert per patch",
                     show_label=False,
                     elem_id="overlay",
                     format="png",

@@ -19,6 +19,7 @@ from visexpert.errors import DataError, UserError
 from visexpert.io.run_files import read_json
 from visexpert.report.figures import gate_figure
 from visexpert.report.palette import Floats
+from visexpert.report.world import training_sets, warning_for
 from visexpert.runs import load_run
 
 MAX_PIXELS = 16_000_000
@@ -76,6 +77,11 @@ class Session:
     def __init__(self, models: Sequence[Model], *, max_pixels: int = MAX_PIXELS) -> None:
         self.main, self.others = models[0], tuple(models[1:])
         self.max_pixels = max_pixels
+
+    @property
+    def warning(self) -> str:
+        """Which images the run's own model knows, and what it does with others; empty where its data is unknown."""
+        return warning_for(training_sets(self.main.captioner.run.config))
 
     @property
     def experts(self) -> tuple[str, ...]:

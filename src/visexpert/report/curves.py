@@ -25,17 +25,17 @@ PANELS = {
     "train/variance/": "Variance across images",
     "val/kd/": "Distance to each teacher (validation)",
 }
-"""Beginnings of logged names, and the title of the panel that shows what they begin."""
+"""Prefixes of logged names, and the titles of their panels."""
 
 ENTROPIES = dict(zip(WEIGHED, ("#8C510A", GRAY), strict=True))
 """Colors of the entropies of weights."""
 
 UNITS = {
-    "train/weight/": "share",
-    "train/entropy/": "share of the greatest",
-    "train/peak/": "1 = all tokens alike",
-    "train/variance/": "times its start",
-    "val/kd/": "mean squared error",
+    "train/weight/": "mean weight (the teachers' sum is 1)",
+    "train/entropy/": "entropy, share of the greatest (0 to 1)",
+    "train/peak/": "greatest weight / mean weight",
+    "train/variance/": "variance / its first value",
+    "val/kd/": "mean squared error of the tokens",
 }
 
 
@@ -67,7 +67,9 @@ def loss_curves(metrics_csv: Path, out: Path, *, keys: Sequence[str] = ("loss", 
     for place, (name, curves) in enumerate(
         sorted(panels.items(), key=lambda item: (item[0] != "loss", item[0])), start=1
     ):
-        axes = styled(figure.add_subplot(rows, columns, place), title=name, xlabel="step")
+        axes = styled(
+            figure.add_subplot(rows, columns, place), title=name, xlabel="training step", ylabel=in_words(name)
+        )
         if "train" in curves:
             steps, values = curves["train"]
             axes.plot(steps, values, color=train_color, alpha=0.3, linewidth=0.8)
@@ -128,6 +130,16 @@ def read_metrics(metrics_csv: Path) -> dict[str, tuple[Floats, Floats]]:
     return {name: (np.array(sorted(c)), np.array([c[step] for step in sorted(c)])) for name, c in curves.items()}
 
 
+def in_words(key: str) -> str:
+    """Return what a logged name measures, in words and with its unit where it has one."""
+    split, _, rest = key.partition("/")
+    part = {"train": "training ", "val": "validation "}.get(split)
+    if part is None:
+        part, rest = "", key
+    unit = ", nats per token" if rest.rpartition("/")[2] in ("nll", "text_loss") else ""
+    return f"{part}{rest.replace('/', ' ').replace('_', ' ')}{unit}"
+
+
 def moving_mean(values: Floats, share: float = 0.05) -> Floats:
     """Centered mean over a twentieth of the curve; fewer values at its ends."""
     half = max(1, round(len(values) * share / 2))
@@ -163,7 +175,7 @@ def distillation_curves(metrics_csv: Path, out: Path) -> Path:
     figure = canvas(4.2 * columns, 2.9 * rows + 0.4)
     for place, (start, curves) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, columns, place)
-        styled(axes, title=PANELS[start], xlabel="step", ylabel=UNITS[start])
+        styled(axes, title=PANELS[start], xlabel="training step", ylabel=UNITS[start])
         _draw(axes, start, curves, palette)
     handles = [
         Line2D([], [], color=color, linewidth=2, label=f"weights of {name}" if name in WEIGHED else name)

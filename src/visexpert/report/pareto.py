@@ -1,4 +1,4 @@
-"""What experts are worth and cost: the front of score against cost, contribution beside gate mass, and their tables."""
+"""What experts contribute and cost: the front of score against cost, contribution beside gate mass, their tables."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def pareto_figure(
     """
     place = {score.experts: (_cost(score, measure), score.score) for score in scores}
     figure = canvas(8.2, max(3.8, 1.4 + 0.22 * len(front)))
-    unit = "ms" if measure == "ms" else "GFLOP"
+    cost = "time of the vision side, ms" if measure == "ms" else "work of the vision side, GFLOP"
     axes = styled(
         figure.add_subplot(),
         title="Score against cost, by experts attached",
-        xlabel=f"vision side, {unit} per image",
+        xlabel=f"{cost} per image",
         ylabel=f"validation {score_name}",
     )
     costs, values = zip(*place.values(), strict=True)
@@ -84,7 +84,7 @@ def pareto_figure(
     if marked:
         axes.set_xlabel(f"{axes.get_xlabel()}\n{TOLD}", fontsize=7)
     handles = [
-        numbered(axes, number, place[one], MARK * (one in marked) + subset_label(one, experts))
+        numbered(axes, number, place[one], subset_label(one, experts), steady=one not in marked)
         for number, one in enumerate(front, 1)
     ]
     axes.plot(*zip(*(place[one] for one in front), strict=True), color=FRONT, linewidth=1.4, drawstyle="steps-post")
@@ -113,10 +113,10 @@ def contribution_figure(contributions: Sequence[Valued], gate_mass: Mapping[str,
     names = [contribution.expert for contribution in contributions][::-1]
     figure = canvas(7.2, 1.2 + 0.36 * len(names))
     left, right = figure.subplots(1, 2, sharey=True)
-    styled(left, title="Contribution", xlabel="rise of the validation loss without it")
+    styled(left, title="Contribution", xlabel="rise of the validation loss without it, nats per token")
     left.barh(names, [contribution.loss for contribution in contributions][::-1], color=FRONT)
     left.axvline(0, color=INK, linewidth=0.8)
-    styled(right, title="Gate mass", xlabel="mean gate over validation tokens")
+    styled(right, title="Gate mass", xlabel="mean gate over validation tokens (0 to 1)")
     right.barh(names, [gate_mass.get(name, 0.0) for name in names], color=OKABE_ITO[1])
     right.axvline(1 / len(names), color=GRAY, linewidth=0.9, linestyle="--")
     return save(figure, out)
@@ -185,14 +185,26 @@ def subset_label(subset: Subset, experts: Subset) -> str:
 
 
 def numbered(
-    axes: Axes, number: int, at: tuple[float, float], label: str, *, color: str = FRONT, level: float = 3
+    axes: Axes,
+    number: int,
+    at: tuple[float, float],
+    label: str,
+    *,
+    color: str = FRONT,
+    level: float = 3,
+    steady: bool = True,
 ) -> Line2D:
-    """Put a point with a number on the axes, above those of a lower level; return its entry in the legend."""
-    axes.scatter(*at, s=90, color=color, zorder=level)
+    """Put a point with a number on the axes, above those of a lower level; return its entry in the legend.
+
+    A point whose cost was measured unsteadily is hollow, and its entry is marked.
+    """
+    fill, ink = (color, "white") if steady else ("white", color)
+    axes.scatter(*at, s=90, color=fill, edgecolors=color, linewidths=1.2, zorder=level)
     axes.annotate(
-        str(number), at, color="white", fontsize=7, fontweight="bold", ha="center", va="center", zorder=level + 0.5
+        str(number), at, color=ink, fontsize=7, fontweight="bold", ha="center", va="center", zorder=level + 0.5
     )
-    return Line2D([], [], linestyle="none", marker="o", color=color, markersize=6, label=f"{number}  {label}")
+    told = f"{number}  {MARK * (not steady)}{label}"
+    return Line2D([], [], linestyle="none", marker="o", color=color, markerfacecolor=fill, markersize=6, label=told)
 
 
 def _ms(costed: Costed) -> str:

@@ -13,14 +13,14 @@ from visexpert.errors import DataError
 from visexpert.report.compare.comparison import Comparison
 from visexpert.report.compare.scores import MS, Score, unsteady
 from visexpert.report.compare.variants import Variant
-from visexpert.report.curves import learning_curves, read_metrics
+from visexpert.report.curves import in_words, learning_curves, read_metrics
 from visexpert.report.palette import GRAY, INK, Floats, canvas, save, styled
 from visexpert.report.pareto import FRONT, numbered
-from visexpert.timing import MARK, TOLD
+from visexpert.timing import TOLD
 
 COST_AXES = {
-    "gflop": ("cost/gflop_vision", "vision side, GFLOP per image"),
-    "ms": (MS, "vision side, ms per image (on the machine of the run)"),
+    "gflop": ("cost/gflop_vision", "work of the vision side, GFLOP per image"),
+    "ms": (MS, "time of the vision side, ms per image (on the machine of the run)"),
 }
 PER_FIGURE = 6
 """Most curves in one figure."""
@@ -34,25 +34,28 @@ _BEHIND = "#A3A3A3"
 def pareto(comparison: Comparison, out: Path, *, measure: str = "gflop") -> Path | None:
     """Draw every variant's score with its interval against its cost at inference; the front is a staircase.
 
+    Variants whose milliseconds were measured unsteadily are hollow and left out of the front.
+
     Args:
         comparison: What to draw.
         out: The PNG to write.
         measure: ``gflop`` or ``ms``.
 
     Returns:
-        The PNG; None where no variant has both figures.
+        The PNG; None where no variant has both numbers.
     """
     key, label = COST_AXES[measure]
     score, places = comparison.primary, _places(comparison, key)
     if not places:
         return None
-    ahead = front({name: (cost, value) for name, (cost, value, _) in places.items()}, better=score.better)
+    marked = {variant.name for variant in comparison.variants if key == MS and unsteady(variant)}
+    steady = {name: (cost, value) for name, (cost, value, _) in places.items() if name not in marked}
+    ahead = front(steady, better=score.better)
     figure = canvas(8.6, max(4.0, 1.2 + 0.21 * len(places)))
     axes = styled(
         figure.add_subplot(), title=f"{score.title} against cost at inference", xlabel=label, ylabel=_axis(score)
     )
     numbers = {variant.name: number for number, variant in enumerate(comparison.variants, start=1)}
-    marked = {variant.name for variant in comparison.variants if key == MS and unsteady(variant)}
     if marked & places.keys():
         axes.set_xlabel(f"{label}\n{TOLD}", fontsize=7)
     handles = {}
@@ -61,15 +64,11 @@ def pareto(comparison: Comparison, out: Path, *, measure: str = "gflop") -> Path
         color, level = (FRONT, 4) if name in ahead else (_BEHIND, 3)
         axes.errorbar(cost, value, yerr=half, color=color, elinewidth=1, capsize=2, zorder=2)
         handles[name] = numbered(
-            axes, numbers[name], (cost, value), MARK * (name in marked) + _short(name), color=color, level=level
+            axes, numbers[name], (cost, value), _short(name), color=color, level=level, steady=name not in marked
         )
-    axes.plot(
-        *zip(*(places[name][:2] for name in ahead), strict=True),
-        color=FRONT,
-        linewidth=1.3,
-        drawstyle="steps-post",
-        zorder=1,
-    )
+    if ahead:
+        line = zip(*(steady[name] for name in ahead), strict=True)
+        axes.plot(*line, color=FRONT, linewidth=1.3, drawstyle="steps-post", zorder=1)
     costs = [cost for cost, _, _ in places.values()]
     if min(costs) > 0 and max(costs) / min(costs) > 20:
         axes.set_xscale("log")
@@ -110,7 +109,7 @@ def curves(comparison: Comparison, folder: Path) -> tuple[list[Path], str]:
     key = max(wanted, key=lambda each: (len(drawable[each]) > len(logged) / 2, len(drawable[each])))
     names = drawable[key]
     if not names:
-        return [], "No run has logged a figure at three steps or more."
+        return [], f"No run has logged any of {', '.join(wanted)} at three steps or more."
     first = [comparison.baseline] if comparison.baseline in names else []
     others = [name for name in names if name not in first]
     room = PER_FIGURE - len(first)
@@ -118,7 +117,9 @@ def curves(comparison: Comparison, folder: Path) -> tuple[list[Path], str]:
     for number, start in enumerate(range(0, max(1, len(others)), room), start=1):
         chunk = [*first, *others[start : start + room]]
         shown = {_short(name, 40): [_smooth(run[key], key) for run in logged[name]] for name in chunk}
-        made.append(learning_curves(shown, folder / f"curves_{number}.png", ylabel=key, title=f"{key} over training"))
+        made.append(
+            learning_curves(shown, folder / f"curves_{number}.png", ylabel=in_words(key), title=f"{key} over training")
+        )
     absent = [name for name in logged if name not in names]
     smoothed = " Training losses are running means." if key.startswith("train/") else ""
     told = f" Without such a curve: {', '.join(absent)}." if absent else ""

@@ -29,7 +29,7 @@ TEMPLATE = """<!doctype html>
 <body>
 {% macro table(item) %}
 {% if item.caption %}<p class="caption">{{ item.caption }}</p>{% endif %}
-<div class="scroll"><table>
+<div class="wide"><div class="scroll" tabindex="0" role="region" aria-label="table"><table>
 <thead><tr>
 {% for title in item.heading %}
 <th scope="col" {% if loop.index0 < item.text_columns %}class="word"{% endif %}
@@ -48,7 +48,7 @@ TEMPLATE = """<!doctype html>
 </tr>
 {% endfor %}
 </tbody>
-</table></div>
+</table></div><p class="hint">More columns: scroll sideways →</p></div>
 {% endmacro %}
 {% macro picture(item, plot) %}
 <figure {% if plot %}class="plot"{% endif %}>
@@ -63,7 +63,9 @@ TEMPLATE = """<!doctype html>
 {% for item in section.pictures %}{{ picture(item, item.is_plot) }}{% endfor %}
 {% for title, items in section.strips %}
 <h3>{{ title }}</h3>
-<div class="strip">{% for item in items %}{{ picture(item, item.is_plot) }}{% endfor %}</div>
+<div class="wide"><div class="strip" tabindex="0" role="region" aria-label="{{ title }}">
+{% for item in items %}{{ picture(item, item.is_plot) }}{% endfor %}
+</div><p class="hint">More pictures: scroll sideways →</p></div>
 {% endfor %}
 {% endmacro %}
 <main>
@@ -139,10 +141,19 @@ section.warning .plot { background: transparent; }
 .strip figure { flex: 0 0 min(540px, 88vw); }
 .strip figure:not(.plot) { background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .5rem; }
 .strip figure:not(.plot) figcaption { color: #444; }
-@media print { nav { display: none; } .scroll { overflow: visible; } }
+.hint { display: none; margin: -.6rem 0 1rem; text-align: right; font-size: .82rem; color: var(--accent); }
+.more > .hint { display: block; }
+.more > .scroll, .more > .strip { mask-image: linear-gradient(to left, transparent, #000 3.5rem); }
+@media print { .hint { display: none !important; } .more > * { mask-image: none !important; }
+  nav { display: none; } .scroll { overflow: visible; } }
 """
 
 SCRIPT = """
+for (const box of document.querySelectorAll(".scroll, .strip")) {
+  const cue = () => box.parentElement.classList.toggle("more", box.scrollLeft + box.clientWidth < box.scrollWidth - 1);
+  box.addEventListener("scroll", cue, { passive: true });
+  new ResizeObserver(cue).observe(box);
+}
 for (const table of document.querySelectorAll("table")) {
   const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
   heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => {

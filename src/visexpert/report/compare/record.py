@@ -16,6 +16,7 @@ from visexpert.errors import ConfigError, DataError
 from visexpert.io.reading import read_yaml
 from visexpert.io.run_files import read_json
 from visexpert.report.curves import read_metrics
+from visexpert.report.world import training_sets
 
 PHASES = {"merge.json": "merge", "detachment.json": "detachment"}
 """Facts that a phase leaves in its folder, and what its settings are called here."""
@@ -50,6 +51,7 @@ class RunRecord:
         environment: ``environment.json``: stage to its facts.
         start: Checkpoint that its training began with, or that was scored without training, as configured.
         problem: Why it cannot be compared, in a few words; empty for a finished run.
+        trained_on: Data sets, by class; empty where the configuration names none.
     """
 
     folder: Path
@@ -60,6 +62,7 @@ class RunRecord:
     environment: Mapping[str, Any] = field(default_factory=dict)
     start: str | None = None
     problem: str = ""
+    trained_on: tuple[str, ...] = ()
 
     def fact(self, *path: str) -> Any:
         """A fact of the stage that scored it, else of the fit; None where neither has recorded it."""
@@ -129,6 +132,7 @@ def read_run(folder: Path, *, split: str = "test") -> RunRecord:
         tuple(key for key, value in (figures or {}).items() if value is None or not math.isfinite(numbers.get(key, 0))),
         environment,
         _start(config, environment),
+        trained_on=training_sets(config),
     )
     return RunRecord(**{**vars(record), "problem": _problem(record, split, has_metrics=figures is not None)})
 

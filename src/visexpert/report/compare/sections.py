@@ -21,6 +21,7 @@ from visexpert.report.compare.tables import (
     setting_table,
 )
 from visexpert.report.compare.terms import unequal_terms, uneven_variants
+from visexpert.report.world import known_images
 from visexpert.timing import TOLD
 
 STRIPS = {
@@ -60,13 +61,27 @@ def _summary(comparison: Comparison) -> Iterator[str]:
     seeds = Counter(len(variant.runs) for variant in comparison.variants)
     spread = ", ".join(f"{count} of {n} {'seed' if n == 1 else 'seeds'}" for n, count in sorted(seeds.items()))
     yield (
-        f"Scores on the {comparison.split} split; baseline: '{comparison.baseline}'. Variants: {spread}. Figures are "
+        f"Scores on the {comparison.split} split; baseline: '{comparison.baseline}'. Variants: {spread}. Numbers are "
         "mean ± sample standard deviation over seeds, with the 95 % t interval of the mean in brackets."
     )
+    yield from _known(comparison)
     if comparison.left_out:
         yield f"{len(comparison.left_out)} given folder(s) are not compared; they are named below."
-    if max(seeds) < 2:
-        yield "Every variant has one seed: no interval and no test can be given, and small differences mean nothing."
+    if min(seeds) < 2:
+        which = "Every variant has one seed" if max(seeds) < 2 else "Some variants have one seed"
+        yield f"{which}: without a second one there is no interval and no test, and small differences mean nothing."
+
+
+def _known(comparison: Comparison) -> Iterator[str]:
+    """Which images the models know; variant by variant where they were trained on unlike data."""
+    sets = {variant.name: variant.runs[0].trained_on for variant in comparison.variants}
+    if len(set(sets.values())) == 1:
+        known = known_images(next(iter(sets.values())))
+        if known:
+            yield f"All models know only the images of their training data: {known}."
+        return
+    told = "; ".join(f"'{name}': {known_images(names) or 'not recorded'}" for name, names in sets.items())
+    yield f"Each model knows only the images of its training data. {told}."
 
 
 def _warnings(comparison: Comparison) -> Iterator[Section]:
@@ -125,7 +140,10 @@ def _figures(comparison: Comparison, folder: Path) -> Iterator[Section]:
         if path
     )
     if pictures:
-        told = "Numbers are those of the tables. Blue: no other variant is both cheaper and better."
+        told = (
+            "Numbers are those of the tables. Blue: no other variant is both cheaper and better. Hollow: measured "
+            "unsteadily, so left out of that comparison."
+        )
         yield Section("Score against cost at inference", (told,), pictures=pictures)
     paths, told = figures.curves(comparison, folder)
     yield Section("Learning curves", (told,), pictures=tuple(Picture(path, "Learning curves") for path in paths))

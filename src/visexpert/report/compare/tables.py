@@ -43,7 +43,8 @@ def paired_table(comparison: Comparison) -> Table:
     caption = (
         f"Mean difference to '{comparison.baseline}' over the seeds that both have, with its 95 % interval; p of the "
         "paired t test → after Holm's correction over the variants of its column. Colored where the corrected p is "
-        f"below {SIGNIFICANT}. Three seeds give a test little power: no color is no proof of no difference."
+        f"below {SIGNIFICANT}. Three seeds give a test little power: without color, a difference may "
+        "still be there. Without p: one seed in common."
     )
     return Table(("#", "variant", *(_titled(score) for score in scores)), tuple(rows), caption, text_columns=2)
 
@@ -131,7 +132,7 @@ def _test_cell(test: PairedTest | None, score: Score) -> Cell:
     if test.half_width is not None:
         text += f" ± {number(test.half_width, score)}"
     if test.p is None or test.p_holm is None:
-        return Cell(text, test.difference, "one seed: no test" if test.n == 1 else "no spread: no test")
+        return Cell(text, test.difference, "" if test.n == 1 else "no spread: no test")
     return Cell(text, test.difference, f"p {_p(test.p)} → {_p(test.p_holm)}", _verdict(test, score))
 
 
@@ -165,7 +166,7 @@ def _mean_sd(summary: Summary, score: Score) -> str:
 
 def _interval(summary: Summary, score: Score) -> str:
     if summary.half_width is None:
-        return "one seed"
+        return ""
     low, high = summary.mean - summary.half_width, summary.mean + summary.half_width
     return f"[{number(low, score)}, {number(high, score)}]"
 

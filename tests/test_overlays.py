@@ -15,6 +15,7 @@ from visexpert.data import COCOCaptions, LLaVAInstruct
 from visexpert.errors import ConfigError
 from visexpert.overlays import are_related
 from visexpert.planning.read import read_configs
+from visexpert.shipped import find
 from visexpert.training import build_cli
 
 BASE = {
@@ -132,23 +133,25 @@ def alone(*arguments: str) -> str:
 @pytest.mark.parametrize(("name", "part", "base"), ALONE, ids=lambda value: str(value)[:30])
 def test_an_overlay_alone_names_the_base_of_its_header(name: str, part: str, base: list[str]) -> None:
     message = alone("--config", str(CONFIGS / name))
-    assert message.startswith(f"{CONFIGS / name} names no class for {part}")
-    assert message.endswith(" ".join(f"--config {CONFIGS / each}" for each in base) + ".")
+    assert message.startswith(f"{name.removesuffix('.yaml')} names no class for {part}")
+    assert message.endswith(" ".join(f"--config {each.removesuffix('.yaml')}" for each in base) + ".")
 
 
 def test_a_part_of_the_base_is_not_asked_for_twice() -> None:
-    hub, overlay = (str(CONFIGS / name) for name in ("hubs/tove.yaml", "tove/paper/vit-l14.yaml"))
-    message = alone(f"--config={hub}", f"--config={overlay}")
+    hub, overlay = "hubs/tove", "tove/paper/vit-l14"
+    message = alone(f"--config={CONFIGS / hub}.yaml", f"--config={overlay}")
     assert message.startswith(f"{hub} and {overlay} name no class for model")
-    assert message.endswith(f"--config {CONFIGS / 'tove/paper/vit-b16.yaml'} --config {hub} --config {overlay}.")
+    assert message.endswith(f"--config tove/paper/vit-b16 --config {hub} --config {overlay}.")
+    message = alone("--config", "movekd/one-stage", "--config", "movekd/ablations/mole-dense")
+    assert message.count("movekd/one-stage") == 2 and "--config configs/movekd/tabletop-stage2.yaml" in message
 
 
 @pytest.mark.parametrize("folder", ["tove/paper", "."])
 def test_the_base_is_named_as_the_overlay_is(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(CONFIGS.parent if folder == "." else CONFIGS / folder)
     given = "configs/tove/smoke-merge.yaml" if folder == "." else "../smoke-merge.yaml"
-    (base,) = [word for word in alone("--config", given).split() if word.endswith("/smoke.yaml")]
-    assert Path(base).samefile(CONFIGS / "tove/smoke.yaml")
+    (base,) = [word for word in alone("--config", given).split() if word.partition(".")[0].endswith("tove/smoke")]
+    assert find(base).samefile(CONFIGS / "tove/smoke.yaml")
     assert (base == "configs/tove/smoke.yaml") is (folder == ".")
 
 

@@ -65,6 +65,7 @@ def _set_up_output() -> None:
 
 
 COMMANDS = {
+    "configs": "visexpert.commands.configs",
     "data": "visexpert.commands.data",
     "demo": "visexpert.demo",
     "plan": "visexpert.commands.plan",

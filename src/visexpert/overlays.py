@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -13,6 +12,7 @@ from typing import Any
 
 from jsonargparse import _typehints as parser_internals
 
+from visexpert import shipped
 from visexpert.errors import ConfigError
 from visexpert.trust import may_import
 
@@ -83,11 +83,11 @@ class MissingBaseError(ConfigError):
         """The error where these files were given, with the base that the header of one of them names."""
         if not files:
             return self
-        given = [str(path) for path in files]
+        given = [shipped.shown(path) for path in files]
         names = f"{' and '.join(given)} {'name' if len(given) > 1 else 'names'} no class for {' and '.join(self.parts)}"
         layers = next((found for path in reversed(files) if (found := layers_of(path))), ["BASE"])
-        kept = [path for path in given if not any(_is_same(path, layer) for layer in layers)]
-        command = " ".join(f"--config {path}" for path in [*layers, *kept])
+        kept = [path for path in files if not any(_is_same(path, layer) for layer in layers)]
+        command = " ".join(f"--config {shipped.shown(path)}" for path in [*layers, *map(str, kept)])
         if len(given) > 1:
             return ConfigError(f"{names}, so they are overlays; give their base before them: {command}.")
         return ConfigError(f"{names}, so it is an overlay; give its base before it: {command}.")
@@ -110,23 +110,23 @@ def parts_without_class(report: str, classes: Sequence[str]) -> list[str]:
 def layers_of(overlay: Path) -> list[str]:
     """The files that the first command in an overlay's header gives up to it, itself included; empty without one.
 
-    Paths in headers are from where ``configs/`` lies; those returned are named as the overlay is.
+    Paths in headers are from where ``configs/`` lies; those returned are named as the overlay is, or found by name.
     """
-    lines = overlay.read_text(encoding="utf-8").splitlines()
-    end = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
-    text = "\n".join(line[1:].strip() for line in lines[:end]).replace("\\\n", " ")
-    for line in text.splitlines():
-        words = shlex.split(line, comments=True) if line.startswith("visexpert ") else []
-        files = [value for option, value in zip(words, words[1:], strict=False) if option == "--config"]
+    for files in shipped.layers_of(overlay):
         for number, name in enumerate(files):
             for path in (str(overlay), str(overlay.resolve())):
+                if number and path == name:
+                    return files
                 if number and path.endswith(name):
                     return [path.removesuffix(name) + each for each in files[: number + 1]]
     return []
 
 
-def _is_same(one: str, other: str) -> bool:
-    return Path(one).resolve() == Path(other).resolve()
+def _is_same(one: Path, other: str) -> bool:
+    try:
+        return one.resolve() == shipped.find(other).resolve()
+    except ConfigError:
+        return False
 
 
 def load_path(path: str) -> Any:

@@ -6,7 +6,10 @@ In a checkout they lie in ``configs/`` at its top, where they are read and edite
 from __future__ import annotations
 
 import difflib
+import re
+import shlex
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from visexpert.errors import ConfigError
@@ -55,11 +58,11 @@ def shipped(text: str | Path) -> Path:
     Raises:
         ConfigError: There is none of that name; the closest are named.
     """
-    name, known = name_of(text), names()
-    if name in known:
+    name = name_of(text)
+    if _is_shipped(name):
         return folder() / f"{name}{SUFFIX}"
     raise ConfigError(
-        f"There is no configuration '{text}', neither a file nor a shipped one{_closest(name, known)}; correct it: "
+        f"There is no configuration '{text}', neither a file nor a shipped one{_closest(name, names())}; correct it: "
         "`visexpert configs list` names those that are shipped."
     )
 
@@ -77,9 +80,62 @@ def find(text: str | Path) -> Path:
     given = next((each for each in (path, Path(f"{path}{SUFFIX}")) if each.is_file()), None)
     if given is not None:
         return given
-    if path.exists() and name_of(text) not in names():
+    if path.exists() and not _is_shipped(name_of(text)):
         return path  # a folder or a pipe: whoever reads it says so
     return shipped(text)
+
+
+def shown(path: str | Path) -> str:
+    """Return what to type for a file: its name where it is a shipped one, else its path."""
+    root = folder()
+    return Path(path).relative_to(root).with_suffix("").as_posix() if Path(path).is_relative_to(root) else str(path)
+
+
+def header_of(path: Path) -> list[str]:
+    """Return the comment lines at the head of a configuration, without their mark.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is not UTF-8.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    end = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return [line[1:].strip() for line in lines[:end]]
+
+
+def summary_of(path: Path) -> str:
+    """Return the first sentence of a header, without its full stop; empty without a header."""
+    lines = header_of(path)
+    end = next((number for number, line in enumerate(lines) if not line), len(lines))
+    sentence = re.match(r"(.*?)(?:[.:]$|\.\s(?=[A-Z])|$)", " ".join(lines[:end]))
+    return sentence[1] if sentence else ""
+
+
+def layers_of(path: Path) -> list[list[str]]:
+    """Return the configurations of each command in a header, as they are written there, in their order.
+
+    A header that has no command, but says ``Over A, B.``, means those, then the file itself.
+
+    Raises:
+        OSError, ValueError: See :func:`header_of`.
+    """
+    text = "\n".join(header_of(path)).replace("\\\n", " ")
+    commands = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("visexpert ")]
+    layers = [[value for option, value in pairwise(words) if option in OPTIONS] for words in commands]
+    over = re.search(rf"^Over (.*?{re.escape(SUFFIX)}'?)\.$", text, flags=re.MULTILINE | re.DOTALL)
+    if not commands and over:
+        layers = [[*(word.strip(",") for word in shlex.split(over[1])), str(path)]]
+    return [files for files in layers if files]
+
+
+def companions(name: str) -> list[str]:
+    """Return the names of the configurations that the commands in a header use, the file itself first.
+
+    Args:
+        name: Of a shipped configuration.
+    """
+    layers = layers_of(shipped(name))
+    return list(dict.fromkeys([name, *(name_of(shown(each)) for files in layers for each in files)]))
 
 
 def in_arguments(arguments: Sequence[str]) -> list[str]:
@@ -89,6 +145,11 @@ def in_arguments(arguments: Sequence[str]) -> list[str]:
         ConfigError: A value of ``--config`` is neither a file nor the name of a shipped configuration.
     """
     return list(_resolved(arguments))
+
+
+def _is_shipped(name: str) -> bool:
+    parts = Path(name).parts
+    return ".." not in parts and not Path(name).is_absolute() and (folder() / f"{name}{SUFFIX}").is_file()
 
 
 def _resolved(arguments: Sequence[str]) -> Iterator[str]:

@@ -158,7 +158,7 @@ def test_images_alone_come_in_order(root: Path) -> None:
     assert [len(batch) for batch in batches] == [10, 10, 6]
     assert all(batch.text is None and batch.split == "train" for batch in batches)
     assert torch.cat([batch.index_B for batch in batches]).tolist() == list(range(26))
-    with pytest.raises(ConfigError, match="'other' does not exist; there are train, val, test"):
+    with pytest.raises(ConfigError, match="'other' .* train, val, test"):
         data.image_dataloader("other")
 
 
@@ -182,7 +182,7 @@ def test_the_cache_folder_comes_from_the_environment(tmp_path: Path, monkeypatch
             {"texts": TextSettings(train={"haiku": 1})},
             "texts.train names 'haiku', but the kinds are dense, relation, vsr, vqa, pope, objects",
         ),
-        ({"texts": TextSettings(eval={"vqa": 9})}, "texts.eval wants 9 x vqa, but a scene has 0 to 8"),
+        ({"texts": TextSettings(eval={"vqa": 9})}, "texts.eval .* 9 x vqa, .* 0 to 8"),
         ({"train_fraction": 0.0}, "train_fraction is 0.0"),
         ({"train_split": "test"}, "train_split is 'test'"),
         ({"num_train": 0}, "num_train is 0, but must be at least 1"),

@@ -171,10 +171,10 @@ class VQAv2(RowData):
         return frozenset(whole_of(record, "image_id" if "image_id" in record else "id") for record in held_out)
 
     def _vg_item(self, entry: Any) -> TextItem:
-        # VQA v2's answers are lower case without a full stop, Visual Genome's are sentences.
+        # VQA v2's answers are lower case without a period, Visual Genome's are sentences.
         answer = text_of(an_object(entry, name="a question"), "answer").rstrip(".").lower()
         if not answer:
-            raise BrokenRecordError("an answer is only a full stop")
+            raise BrokenRecordError("an answer is only a period")
         return TextItem("vqa", self.prompt.format(question=text_of(entry, "question")), answer, "visual-genome")
 
     def _questions(self, part: str) -> Path:

@@ -146,7 +146,7 @@ def normalize_answer(text: str) -> str:
     """Normalize an answer by the official rules.
 
     In this order: punctuation other than ``.`` ``:`` ``'`` ``&`` ``$`` ``%`` is deleted where it touches a space
-    anywhere in the answer or the answer has a number with a comma, else it becomes a space; full stops not followed
+    anywhere in the answer or the answer has a number with a comma, else it becomes a space; periods not followed
     by a digit are deleted; the rest is lower-cased; number words to ten (and ``none``) become digits; articles are
     dropped; contractions without an apostrophe get it back.
     """
@@ -191,7 +191,7 @@ def reference_truth(text: str) -> bool:
 def parse_pope(text: str) -> bool:
     """Read an answer by the official rule (https://github.com/AoiDragon/POPE, ``evaluate.py``).
 
-    Take the text before the first full stop, remove commas and split at spaces: False if one of the words is ``No``,
+    Take the text before the first period, remove commas and split at spaces: False if one of the words is ``No``,
     ``no`` or ``not``, else True. Surrounding whitespace is ignored.
     """
     words = text.strip().split(".")[0].replace(",", "").split(" ")

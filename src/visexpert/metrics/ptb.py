@@ -50,7 +50,7 @@ def one_line(text: str) -> str:
 
 
 def _next_token(seen: str, place: int) -> tuple[Callable[[str], str], int]:
-    """Return what to do with the token at ``place``, and the place after it."""
+    """Return the function that emits the token at ``place``, and the place after it."""
     emit: Callable[[str], str] = drop
     longest, end = place, place + 1
     for rule in _rules_for(seen[place]):
@@ -62,7 +62,7 @@ def _next_token(seen: str, place: int) -> tuple[Callable[[str], str], int]:
 
 @lru_cache(maxsize=1024)
 def _rules_for(first: str) -> tuple[Rule, ...]:
-    """Return the rules that can start with a character; sorting them out once makes tokenizing three times as fast."""
+    """Return the rules that can start with a character; caching them makes tokenizing three times as fast."""
     return tuple(rule for rule in RULES if rule.starts.match(first))
 
 
@@ -76,9 +76,9 @@ class Rule:
     """One kind of token.
 
     Args:
-        pattern: Group 1 is the token; what is matched after it must follow and counts for the length.
-        starts: Characters that it can start with (may be too generous).
-        emit: What becomes of the token.
+        pattern: Group 1 is the token; the text matched after it must follow and counts towards the length.
+        starts: Characters that it can start with (may include too many).
+        emit: Turns the matched text into the emitted token.
     """
 
     pattern: re.Pattern[str]
@@ -122,7 +122,7 @@ def _plain_ampersand(token: str) -> str:
 
 
 def _capital(word: str) -> str:
-    """A word whose first letter is a capital, whatever the case of the others."""
+    """Return a pattern for a word whose first letter is a capital, with the others in any case."""
     return f"{word[0]}(?i:{word[1:]})"
 
 
@@ -228,11 +228,11 @@ _WITH_APOSTROPHE = (
     r"(?i:cont'd)\.?|(?i:ev'ry|li'l|nat'l|nor'easter)",
     f"[A-Za-z{_LETTERS}]+[aeiouyAEIOUY]{_ANY_APOSTROPHE}[aeiouA-Z][A-Za-z{_LETTERS}]*",
 )
-"""A rule each: of an alternation, Python takes the first that matches, the lexer the longest."""
+"""One rule each: in an alternation, Python takes the first match, the lexer the longest."""
 
 RULES: tuple[Rule, ...] = (
     _rule(_SPACE, f"{_SPACE}+", emit=""),
-    # Words that are two.
+    # Words that are split in two.
     _rule(_W, "(?i:can)", "(?i:not)"),
     _rule(_W, "(?i:gon|wan)", "(?i:na)"),
     _rule(_W, "(?i:got)", "(?i:ta)"),
@@ -300,7 +300,7 @@ RULES: tuple[Rule, ...] = (
     _rule("[A-Za-z0-9]", rf"{_DASHED}\.", "[,;:\u3001]", _without_soft_hyphens),
     # Faces.
     _rule("[<>:;=]", r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]](?![A-Za-z0-9])", emit=_bracketed),
-    _rule(r"[\^x=~<>]", r"[\^x=~<>]\.\[\^[xX]=[^<]*<>\]"),  # the lexer's own slip: meant was another character class
+    _rule(r"[\^x=~<>]", r"[\^x=~<>]\.\[\^[xX]=[^<]*<>\]"),  # as in the lexer, which has a wrong character class here
     _rule(r"[-\^x=~<>'(]", r"[-\^x=~<>']_[-\^x=~<>']", emit=_bracketed),
     _rule(r"\(", r"\([-\^x=~<>'][_.]?[-\^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)", emit=_bracketed),
     # Punctuation and symbols.

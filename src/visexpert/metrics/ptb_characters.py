@@ -33,7 +33,7 @@ def _kind(code: int) -> str:
 
 
 def _ranges(text: str) -> list[int]:
-    """First and last + 1 code of each range, one after the other."""
+    """Return the first code and the last code + 1 of each range, in one flat list."""
     ends = [part.partition("-") for part in text.split()]
     return [code for first, _, last in ends for code in (int(first, 16), int(last or first, 16) + 1)]
 

@@ -95,8 +95,8 @@ class TokenError(Metric):
     """Errors of tokens against a reference, over all tokens of all batches.
 
     ``compute`` gives ``nmse`` (squared error over the variance of the reference about its mean token: 0 is exact, 1 is
-    the best constant), ``relative`` (root mean square of the error over that of the reference), ``mean_cosine``,
-    ``min_cosine`` and ``num_images``.
+    as good as the best constant), ``relative`` (root mean square of the error over that of the reference),
+    ``mean_cosine``, ``min_cosine`` and ``num_images``.
     """
 
     full_state_update = False

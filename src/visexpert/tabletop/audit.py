@@ -1,4 +1,4 @@
-"""Score a guesser that reads the questions but never sees an image: it must stay at chance.
+"""Score a guesser that reads the questions but never sees an image; it must stay at chance.
 
 Usage: ``python -m visexpert.tabletop.audit --help``.
 """
@@ -26,9 +26,9 @@ class AuditRow:
         family: Family of that kind.
         train_items: Items that the guesser was fitted on.
         test_items: Items that it was scored on.
-        exact: Share right, 0-1, guessing each exact prompt's majority answer in training.
-        template: The same per prompt with its colours left out, which has more items per prompt.
-        chance: One in the number of possible answers.
+        exact: Accuracy in [0, 1] when it answers each exact prompt with the majority answer in training.
+        template: The same with colours removed from prompts, which leaves more items per prompt.
+        chance: 1 / number of possible answers.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class AuditRow:
 
     @property
     def sampling_error(self) -> float:
-        """Standard deviation of a pure guesser's score on as many test items."""
+        """Standard deviation of a random guesser's score on this many test items."""
         return float((self.chance * (1 - self.chance) / max(self.test_items, 1)) ** 0.5)
 
 
@@ -49,8 +49,8 @@ def audit(train: Pools, test: Pools) -> list[AuditRow]:
     """Fit the text-only guesser on one split and score it on another, per family.
 
     Args:
-        train: Pools of the split that it learns the majority answers from.
-        test: Pools of the split that it is scored on.
+        train: Pools of the split from which it learns the majority answers.
+        test: Pools of the split on which it is scored.
     """
     fitted, scored = _by_family(train), _by_family(test)
     return [

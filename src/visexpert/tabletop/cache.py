@@ -1,7 +1,7 @@
-"""Renders a split of the embedded world once to disk, then hands it out memory-mapped.
+"""Render a split of the embedded world to disk once, then memory-map it.
 
-A split is a folder of ``.npy`` arrays with a ``manifest.json``. It is written beside its final place and renamed at the
-end, so a folder that bears the final name is complete; a lock lets one process render while others wait for the result.
+A split is a folder of ``.npy`` arrays with a ``manifest.json``. It is written under a temporary name and renamed
+at the end, so a folder with the final name is complete; a lock lets one process render while others wait.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class SplitCache:
     Args:
         path: The folder.
         split: Name of the split.
-        fingerprint: Digest of all that the content depends on (split, seed, number of scenes, world, renderer).
+        fingerprint: Digest of everything that the content depends on (split, seed, number of scenes, world, renderer).
         rgb: uint8 (N, H, W, 3).
         depth: float16 (N, H, W), along the optical axis, scene units.
         normals: int8 (N, H, W, 3), camera frame (right, up, towards the viewer), times ``NORMAL_SCALE``.
@@ -104,7 +104,7 @@ def ensure_split(
     num_workers: int = 2,
     progress: bool = True,
 ) -> SplitCache:
-    """Open a split, rendering it first where it is missing.
+    """Open a split, rendering it first if it is missing.
 
     Every (seed, split name) has its own stream of scenes (:func:`split_seed`), so splits never share a scene, and a
     longer split begins with the scenes of a shorter one.
@@ -115,7 +115,8 @@ def ensure_split(
         num_scenes: Number of scenes.
         seed: Any integer.
         world: Settings.
-        num_workers: Rendering processes of one thread each; the bytes do not depend on it. 0 renders in this process.
+        num_workers: Rendering processes with one thread each; the result does not depend on it. 0 renders in this
+            process.
         progress: Show a progress bar with the time left.
 
     Raises:
@@ -123,8 +124,8 @@ def ensure_split(
     """
     if num_scenes < 1 or not split.replace("-", "").replace("_", "").isalnum():
         raise DataError(
-            f"cannot render split {split!r} with {num_scenes} scenes; give a name of letters, digits, - and _, "
-            "and at least one scene."
+            f"The split {split!r} with {num_scenes} scenes cannot be rendered; give it a name of letters, digits, - "
+            "and _, and at least one scene."
         )
     spec = _spec(split, num_scenes, seed, world)
     final = root / f"{split}-{spec['fingerprint']}"
@@ -155,7 +156,7 @@ def open_split(folder: Path) -> SplitCache:
         return SplitCache(path=folder, split=manifest["split"], fingerprint=manifest["fingerprint"], **arrays)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
         raise DataError(
-            f"the rendered split in {folder} is damaged ({error}); delete this folder to render it anew."
+            f"The rendered split in {folder} is damaged ({error}); delete this folder to render it again."
         ) from error
 
 
@@ -194,7 +195,7 @@ class _Chunks(Dataset[dict[str, Array]]):
 def _render_to(final: Path, spec: Mapping[str, Any], world: TabletopWorld, num_workers: int, progress: bool) -> None:
     """Render into a folder beside ``final`` and rename it at the end; the caller holds the lock."""
     partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process: the lock proves that nobody writes there
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process: thanks to the lock, nobody else writes there
     needed, free = _bytes_needed(spec), shutil.disk_usage(final.parent).free
     if free < needed + _SPARE_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -238,10 +239,10 @@ def _render_chunks(chunks: _Chunks, num_workers: int) -> Iterator[dict[str, Arra
     """Yield all chunks in order, from one-thread workers or, for a few scenes, from this process."""
     if chunks.num_scenes < _MIN_SCENES_FOR_WORKERS:
         num_workers = 0
-    # A loader draws a seed when it starts: from its own generator, lest rendering shift the caller's random numbers.
+    # A loader draws a seed when it starts; with its own generator, rendering does not advance the caller's.
     generator = torch.Generator()
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # many small operations: a second thread only makes them wait for each other
+    torch.set_num_threads(1)  # many small operations, which a second thread slows down
     try:
         yield from load(chunks, num_workers=num_workers, generator=generator)
     finally:
@@ -249,7 +250,7 @@ def _render_chunks(chunks: _Chunks, num_workers: int) -> Iterator[dict[str, Arra
 
 
 def _spec(split: str, num_scenes: int, seed: int, world: TabletopWorld) -> dict[str, Any]:
-    """Return the manifest: all that the content depends on, its digest, and the arrays."""
+    """Return the manifest: everything that the content depends on, its digest, and the arrays."""
     content = {"format": _FORMAT, "split": split, "num_scenes": num_scenes, "seed": seed, "world": world.fingerprint()}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
     layout = _layout(num_scenes, world.image_size, world.max_objects)
@@ -277,17 +278,15 @@ def _acquire(stack: ExitStack, lock: FileLock, final: Path) -> None:
     try:
         stack.enter_context(lock.acquire(timeout=1.0))
     except Timeout:
-        _LOG.warning("another process is rendering %s; waiting for it to finish", final)
+        _LOG.warning("Another process is rendering %s; waiting for it to finish", final)
         stack.enter_context(lock.acquire())
 
 
 def _write_error(error: OSError, root: Path, needed: int) -> DataError:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return DataError(
-            f"cannot write rendered scenes to {root} ({error}); choose a cache folder that can be written."
-        )
+        return DataError(f"Rendered scenes cannot be written to {root} ({error}); choose a writable cache folder.")
     free = shutil.disk_usage(root).free
     return DataError(
-        f"the disk of {root} is full: rendering needs {needed:,} bytes, but {free:,} are free; "
+        f"The disk of {root} is full: rendering needs {needed:,} bytes, but {free:,} are free; "
         "free some space, render fewer scenes, or choose another cache folder."
     )

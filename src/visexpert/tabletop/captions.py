@@ -18,7 +18,7 @@ FAR_FROM = 8.8
 MAX_REFERENCES = 5
 
 SCORED_AS = {"dense": "slots", "relation": "caption"}
-"""Metrics of the kinds of text that do not name their own."""
+"""Metrics of the kinds of text that are not scored under their own name."""
 
 
 def dense_caption(graph: SceneGraph) -> TextItem:
@@ -44,8 +44,8 @@ def relation_captions(
 
     Args:
         graph: The scene.
-        rng: Source of the choice; families come equally often where the scene decides them.
-        count: Number of captions; fewer (down to none) where the scene decides fewer.
+        rng: Source of the choice; families are equally frequent as far as the scene decides them.
+        count: Number of captions; fewer, or none, if the scene decides too few relations.
         facts: The scene's :func:`~visexpert.tabletop.graph.facts_of`, if already known.
     """
     facts = facts_of(graph) if facts is None else facts
@@ -74,7 +74,7 @@ def relation_captions(
 def object_captions(graph: SceneGraph, rng: Generator, count: int) -> list[TextItem]:
     """Draw captions that only name one to four objects: ``a red cube and a blue sphere``.
 
-    They carry no position and no relation, which is what makes a CLIP trained on them semantic and spatially weak.
+    They state no position and no relation, which makes a CLIP trained on them semantic and spatially weak.
 
     Args:
         graph: The scene.
@@ -106,6 +106,6 @@ def article(word: str) -> str:
 
 
 def _wordings(graph: SceneGraph, fact: Fact) -> tuple[str, str]:
-    """Say a fact from its subject and from its other object."""
+    """Word a fact from the side of its subject and from that of its other object."""
     one, two = with_article(graph.objects[fact.subject]), with_article(graph.objects[fact.other])
     return f"{one} {fact.relation.words} {two}", f"{two} {fact.relation.inverse} {one}"

@@ -28,7 +28,7 @@ TRAIN_MIXTURE: dict[str, int] = {"dense": 1, "relation": 1, "vsr": 3, "vqa": 2, 
 EVAL_MIXTURE: dict[str, int] = {"dense": 1, "relation": 1, "vsr": 4, "vqa": 8, "pope": 3}
 
 EXAMPLE_SEED = 20_260_101
-"""Of the scenes to show (training and scores take seeds made of a split's name)."""
+"""Seed of the example scenes; training and scores use seeds derived from a split's name."""
 
 EXAMPLE_PROMPTS = (
     RELATION_PROMPT,
@@ -44,15 +44,16 @@ EXAMPLE_PROMPTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings:
-    """Which texts of a scene make a row.
+    """Which texts of a scene go into a batch.
 
     Args:
         train: Texts per training image by kind (``dense``, ``relation``, ``vsr``, ``vqa``, ``pope``, ``objects``),
-            drawn anew each epoch from the scene's pool; null is 1 dense, 1 relation, 3 vsr, 2 vqa, 1 pope; empty gives
+            drawn anew each epoch from the scene's pool; null for 1 dense, 1 relation, 3 vsr, 2 vqa, 1 pope; empty for
             batches without text.
-        eval: The same for evaluation, where they are always the first of the pool; null is 1 dense, 1 relation, 4 vsr,
-            8 vqa, 3 pope.
-        max_tokens: Longest text in tokens, longer answers are cut; null for no limit (own texts take up to 26).
+        eval: The same for evaluation, which always uses the first texts of the pool; null for 1 dense, 1 relation,
+            4 vsr, 8 vqa, 3 pope.
+        max_tokens: Maximum length of a text in tokens, longer answers are truncated; null for no limit (the world's
+            own texts have up to 26).
     """
 
     train: dict[str, int] | None = None
@@ -65,7 +66,7 @@ class RenderSettings:
     """How scenes are rendered on first use.
 
     Args:
-        workers: Processes that render; 0 renders in the process that trains.
+        workers: Rendering processes; 0 renders in the training process.
         progress: Show progress bars while rendering and writing.
     """
 
@@ -77,23 +78,23 @@ class TabletopData(LightningDataModule):
     """Tabletop: ray-cast scenes with exact truth, and captions, questions and statements written from it.
 
     Args:
-        root: Folder of the cache; null takes ``$VISEXPERT_CACHE``, else ``~/.cache/visexpert``.
-        num_train: Training scenes that are rendered.
-        num_val: Validation scenes.
-        num_test: Test scenes.
+        root: Folder of the cache; null for ``$VISEXPERT_CACHE`` or, if that is not set, ``~/.cache/visexpert``.
+        num_train: Number of training scenes.
+        num_val: Number of validation scenes.
+        num_test: Number of test scenes.
         seed: Seed of the scenes and their texts.
-        order_seed: Seed of the order of batches and of the choice of texts per epoch; null takes the run's own
-            (``seed_everything``), so that repeated runs differ in their order too.
+        order_seed: Seed of the order of batches and of the choice of texts per epoch; null for the run's own
+            (``seed_everything``), so that repeated runs also differ in their order.
         batch_size: Images per training batch and process.
         eval_batch_size: Images per batch of validation, test and prediction.
-        texts: Which texts of a scene make a row.
+        texts: Which texts of a scene go into a batch.
         with_targets: Add the dense ground truth to each batch (see
             :class:`~visexpert.tabletop.dataset.TabletopDataset`); batches of the test split always have it.
-        train_fraction: Share of the training scenes that is used, in (0, 1]; smaller shares are subsets of larger ones.
+        train_fraction: Share of the training scenes to use, in (0, 1]; smaller shares are subsets of larger ones.
         train_split: Name of the training scenes; another name gives other scenes (the zoo trains on ``zoo``).
         num_workers: Worker processes that build batches; 0 is best on CPU, where a batch takes about 1 ms.
         rendering: How scenes are rendered on first use.
-        world: Settings of the world, the size of its images among them; null takes its defaults.
+        world: Settings of the world, including the size of its images; null for the defaults.
         tokenizer: Turns texts into ids; null for the embedded world's own word-level tokenizer.
 
     Raises:
@@ -125,12 +126,12 @@ class TabletopData(LightningDataModule):
         self.eval_mixture = _checked_mixture("eval", EVAL_MIXTURE if texts.eval is None else texts.eval)
         if not 0 < train_fraction <= 1:
             raise ConfigError(
-                f"TabletopData.train_fraction is {train_fraction}, but must lie in (0, 1]; 1 uses all scenes."
+                f"TabletopData.train_fraction is {train_fraction}, but must be in (0, 1]; 1 uses all scenes."
             )
         if train_split in ("val", "test") or not train_split.isidentifier():
             raise ConfigError(
-                f"TabletopData.train_split is {train_split!r}, but must be one word other than val and test; "
-                "take train, or zoo."
+                f"TabletopData.train_split is {train_split!r}, but must be one word other than val and test, "
+                "such as train or zoo."
             )
         numbers = {"num_train": num_train, "num_val": num_val, "num_test": num_test}
         numbers |= {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
@@ -164,7 +165,7 @@ class TabletopData(LightningDataModule):
 
     @property
     def prompt(self) -> str:
-        """The words that ask for a caption."""
+        """Prompt for a caption."""
         return RELATION_PROMPT
 
     @property
@@ -182,7 +183,7 @@ class TabletopData(LightningDataModule):
         return self._num_rows(self.train_split)
 
     def prepare_data(self) -> None:
-        """Render and write what the cache lacks (once per machine)."""
+        """Render and store the splits that the cache lacks (once per machine)."""
         for split in self._splits_of_stage():
             self._load(split)
 
@@ -194,7 +195,7 @@ class TabletopData(LightningDataModule):
                 self._datasets[split] = self._build(split)
 
     def train_dataloader(self) -> StepLoader:
-        """Return the training batches: shuffled per epoch, continued in mid-epoch after an interruption."""
+        """Return the training batches: shuffled per epoch, resumed in mid-epoch after an interruption."""
         batches = BatchLoader(
             self._datasets[self.train_split],
             batch_size=self.batch_size,
@@ -221,14 +222,14 @@ class TabletopData(LightningDataModule):
         return self._eval_loader("test")
 
     def image_dataloader(self, split: str, *, batch_size: int | None = None) -> BatchLoader:
-        """Return a split's images alone, in order: to fill a feature store or to fit probes.
+        """Return a split's images without texts, in order, to fill a feature store or to fit probes.
 
         Args:
             split: ``val``, ``test`` or the name of the training split.
-            batch_size: Images per batch; None takes ``eval_batch_size``.
+            batch_size: Images per batch; None for ``eval_batch_size``.
         """
         if split not in self.sizes:
-            raise ConfigError(f"The split {split!r} does not exist; there are {', '.join(self.sizes)}.")
+            raise ConfigError(f"The split {split!r} does not exist; use one of {', '.join(self.sizes)}.")
         source = self._dataset(split, table=None, with_targets=self.with_targets)
         return BatchLoader(source, batch_size=batch_size or self.eval_batch_size, num_workers=self.num_workers)
 
@@ -315,7 +316,7 @@ class TabletopData(LightningDataModule):
     def _batches_done(self) -> int:
         """Return how many training batches the trainer counts as finished, over all epochs."""
         trainer = self.trainer
-        # With overfit_batches each epoch has to begin anew, with the same few batches.
+        # With overfit_batches each epoch starts again with the same few batches.
         if trainer is None or not trainer.training or getattr(trainer, "overfit_batches", False):
             return 0
         return int(trainer.fit_loop.epoch_loop.batch_progress.total.completed)
@@ -327,6 +328,6 @@ def _checked_mixture(name: str, mixture: Mapping[str, int]) -> dict[str, int]:
             raise ConfigError(f"TabletopData.texts.{name} names {kind!r}, but the kinds are {', '.join(POOL_SIZES)}.")
         if not 0 <= number <= POOL_SIZES[kind]:
             raise ConfigError(
-                f"TabletopData.texts.{name} wants {number} x {kind}, but a scene has 0 to {POOL_SIZES[kind]}."
+                f"TabletopData.texts.{name} asks for {number} x {kind}, but a scene has 0 to {POOL_SIZES[kind]}."
             )
     return {kind: number for kind, number in mixture.items() if number}

@@ -24,14 +24,14 @@ _ATTRIBUTES = {"colour": COLOURS, "shape": SHAPES, "material": MATERIALS, "size"
 
 
 class TabletopDataset:
-    """Builds a batch from a :class:`~visexpert.data.loader.BatchKey`; it has no state, so any worker gives the same.
+    """Builds a batch from a :class:`~visexpert.data.loader.BatchKey`; it has no state, so every worker builds the same.
 
     Args:
         cache: The rendered split.
         split: Name of the split, as carried by batches.
         num_rows: Number of rows in use, from the first.
-        table: Texts of the rows; None for images alone.
-        choice_seed: Seed of the random choice of texts, which then changes with the epoch; None selects the first ones.
+        table: Texts of the rows; None for images without text.
+        choice_seed: Seed of the random choice of texts, which then changes with the epoch; None uses the first ones.
         for_evaluation: Include texts as strings and scene graphs in batches.
         with_targets: Include the dense ground truth in batches: ``depth_BHW`` float32 (scene units), ``normals_B3HW``
             float32 (unit length), ``instance_BHW`` int64 (0 = table, k = the graph's k-th object from 1), ``edges_BHW``
@@ -111,12 +111,12 @@ class TextTable:
 
     Args:
         pools: Items of each row of the split.
-        packer: Tokenizes them, once.
+        packer: Tokenizes them.
         mixture: How many items of each kind a row contributes to a batch, in the order in which they are packed. A
-            row that has fewer of a kind contributes those it has.
+            row with fewer items of a kind contributes all of them.
 
     Attributes:
-        num_tokens: Ids held in memory.
+        num_tokens: Number of ids held in memory.
     """
 
     def __init__(self, pools: Sequence[Sequence[TextItem]], *, packer: TextPacker, mixture: Mapping[str, int]) -> None:
@@ -139,16 +139,16 @@ class TextTable:
 
     @property
     def num_tokens(self) -> int:
-        """Ids held in memory."""
+        """Number of ids held in memory."""
         return len(self.ids)
 
     def select(self, rows: IntArray, order_key: tuple[int, int] | None) -> tuple[IntArray, IntArray]:
-        """Pick the items of a batch.
+        """Choose the items of a batch.
 
         Args:
             rows: int64 (B,) rows of the split.
-            order_key: (seed, epoch) of a random choice, which then depends on these and the row alone; None takes the
-                first items of each kind.
+            order_key: (seed, epoch) of a random choice, which depends only on these and the row; None uses the first
+                items of each kind.
 
         Returns:
             int64 indices of items into the table, and for each the place of its row in the batch, ascending. Items of
@@ -168,7 +168,7 @@ class TextTable:
         return item[kept], place[kept]
 
     def pack(self, item: IntArray, place: IntArray, num_rows: int) -> TextBatch:
-        """Pack what :meth:`select` picked."""
+        """Pack the items that :meth:`select` chose."""
         lengths = self.lengths[item]
         offset = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         flat = self.ids[np.repeat(self.starts[item], lengths) + offset].astype(np.int64)
@@ -190,14 +190,14 @@ class TextTable:
         return tuple(map(tuple, grouped))
 
     def prompts_of(self, items: Sequence[Sequence[TextItem]]) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Return what the model reads before it answers each item; equal questions are tokenized once."""
+        """Return the token ids that precede the answer to each item; equal questions are tokenized once."""
         for question in {item.prompt for row in items for item in row} - self._prompts.keys():
             self._prompts[question] = tuple(self._packer.prompt(question))
         return tuple(tuple(self._prompts[item.prompt] for item in row) for row in items)
 
 
 class SplitImages:
-    """All images of a rendered split, as the feature store reads them (:class:`~visexpert.types.ImageSource`).
+    """The images of a rendered split, as the feature store reads them (:class:`~visexpert.types.ImageSource`).
 
     Args:
         cache: The rendered split.

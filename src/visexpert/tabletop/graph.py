@@ -52,15 +52,15 @@ class SceneGraph:
     def judge(self, caption: str) -> dict[str, bool]:
         """Judge a caption ``a <colour> <shape> <relation> a <colour> <shape>``.
 
-        It must be of this form as a whole; case and a final full stop do not matter. A relation holds if its sign is
-        right: captions are written about pairs with a clear margin, but a model that picks a narrow pair and gets it
-        right has told the truth. "A red cube" means any red cube: with several of a kind, one pair of different objects
-        that fits is enough.
+        The whole caption must have this form; case and a final period do not matter. A relation holds if its sign is
+        right, without a margin: training captions describe pairs with a clear margin, but a model that describes a
+        close pair correctly is right. "A red cube" means any red cube: with several of a kind, one fitting pair of
+        different objects is enough.
 
         Returns:
-            ``parsed``, whether it is of this form; ``object``, whether both objects are there; ``relation``, whether
-            they stand in the stated relation, too; ``family/<name>`` likewise, of the one that is stated
-            (``left-right``, ``depth``, ``height``, ``size``): here the model chose what to state.
+            ``parsed``: whether the caption has this form; ``object``: whether both objects are in the scene;
+            ``relation``: whether the stated relation holds as well; ``family/<name>``: the same, under the family of
+            the stated relation (``left-right``, ``depth``, ``height``, ``size``).
         """
         claim = parse_relation(caption)
         if claim is None:
@@ -176,11 +176,11 @@ def facts_of(graph: SceneGraph) -> dict[str, list[Fact]]:
 
 
 def leading_matrices(graph: SceneGraph) -> dict[str, list[list[bool | None]]]:
-    """Return for each family and ordered pair (i, j) whether object i stands in the leading direction to object j.
+    """Return for each family and ordered pair (i, j) whether the leading relation holds from object i to object j.
 
     Returns:
-        Per family a square matrix: True (left of, in front of, above, larger than), False (the inverse), or None inside
-        the dead margin and on the diagonal.
+        One square matrix per family: True (left of, in front of, above, larger than), False (the inverse), or None
+        inside the dead margin and on the diagonal.
     """
     count = len(graph.objects)
     matrices: dict[str, list[list[bool | None]]] = {

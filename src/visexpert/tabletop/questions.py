@@ -31,21 +31,21 @@ ALL_PHRASES: tuple[tuple[str, str], ...] = tuple((colour, shape) for colour in C
 CENTER_WITHIN = 0.2
 """|u| up to which an object is in the center."""
 SIDE_BEYOND = 0.4
-"""|u| from which an object is on the left or on the right; between the two nothing is asked."""
+"""|u| from which an object is on the left or on the right; between the two limits nothing is asked."""
 DISTANCE_MARGIN = 0.25
-"""Half width (scene units) of the dead margin round each boundary between near, middle and far."""
+"""Half width (scene units) of the dead margin around each boundary between near, middle and far."""
 MAX_PER_FAMILY = 2
-"""Most questions of one family about one scene: families whose answers balance easily do not crowd out the others."""
+"""Maximum number of questions per family and scene: families that balance easily do not crowd out the others."""
 POPULAR_SHARE = 1 / 3
 """Share of all colour-shape phrases that counts as popular."""
 
 
 class Balancer:
-    """Counts answers per key and says which answer may still be used.
+    """Counts answers per key and decides which answers may still be used.
 
     A candidate is allowed while its answer is less than ``slack`` ahead of the rarest of its possible answers under
     each of its keys (the exact prompt, its template, its family). So the rarest answer sets the pace, common ones are
-    subsampled, and every beginning of a split is as balanced as the whole (shares of a split stay fair).
+    subsampled, and every prefix of a split is as balanced as the whole.
 
     Args:
         slack: Largest lead of an answer over the rarest one.
@@ -76,7 +76,7 @@ class Balancer:
         return True
 
     def use(self, keys: Sequence[Hashable], answer: str) -> None:
-        """Count ``answer`` under each of ``keys``, which :meth:`allows` or :meth:`lead` has seen."""
+        """Count ``answer`` under each of ``keys``, all of which :meth:`allows` or :meth:`lead` has seen."""
         for key in keys:
             self._counts[key][answer] += 1
 
@@ -89,7 +89,7 @@ class Candidate(NamedTuple):
         prompt: The question.
         answer: Its one-word answer.
         options: Every answer that the prompt can have; chance is one in ``len(options)``.
-        template: Prompts that are balanced together beside each prompt alone.
+        template: Group of prompts that is balanced as a whole, in addition to each prompt.
     """
 
     family: str
@@ -100,13 +100,13 @@ class Candidate(NamedTuple):
 
 
 def questions(graph: SceneGraph, rng: Generator, balancer: Balancer, count: int) -> list[TextItem]:
-    """Draw questions about a scene, families in turn.
+    """Draw questions about a scene, from each family in turn.
 
     Args:
         graph: The scene.
         rng: Source of the choice.
         balancer: Keeps the answers of each prompt, and of each template, uniform over the possible ones.
-        count: Most questions.
+        count: Maximum number of questions.
     """
     by_family = {family: list(build(graph)) for family, build in _BUILDERS.items()}
     queues = [[items[k] for k in rng.permutation(len(items))] for items in by_family.values()]
@@ -131,14 +131,14 @@ def statements(
 ) -> list[TextItem]:
     """Draw statements such as ``the red cube is left of the blue sphere ?``, half of them false.
 
-    A false statement turns the relation of a decided pair round (``left of`` for ``right of``). Each decided pair
-    has four wordings, two true and two false; the one that its prompt is shortest of is taken.
+    A false statement inverts the relation of a decided pair (``left of`` for ``right of``). Each decided pair has four
+    wordings, two true and two false; the one that balance needs most is used.
 
     Args:
         graph: The scene.
-        rng: Source of the choice; families come equally often where the scene decides them.
-        balancer: Keeps yes and no equal per exact prompt, per relation and pair of shapes, and per relation.
-        count: Most statements, at most one per decided pair and family.
+        rng: Source of the choice; families are equally frequent as far as the scene decides them.
+        balancer: Keeps yes and no equally frequent per exact prompt, per relation and pair of shapes, and per relation.
+        count: Maximum number of statements; at most one per decided pair and family.
         facts: The scene's :func:`~visexpert.tabletop.graph.facts_of`, if already known.
     """
     facts = facts_of(graph) if facts is None else facts
@@ -159,15 +159,15 @@ def probes(
 ) -> list[TextItem]:
     """Draw existence probes ``is there a red cube in the image ?``, half of them about absent objects.
 
-    Absent objects are drawn as POPE does: ``random`` from all absent ones, ``popular`` from the absent ones that are
-    frequent in the split, ``adversarial`` where colour and shape are both in the image, but never together.
+    Absent objects are drawn as in POPE: ``random`` from all absent ones, ``popular`` from the absent ones that are
+    frequent in the split, ``adversarial`` from those whose colour and shape are both in the image, but not together.
 
     Args:
         graph: The scene.
         rng: Source of the choice.
-        balancer: Keeps yes and no equal per kind and phrase, and per kind.
+        balancer: Keeps yes and no equally frequent per kind and phrase, and per kind.
         popular: (colour, shape) pairs that count as popular, see :func:`popular_phrases`.
-        count: Most probes; the first three are one of each kind where the scene allows.
+        count: Maximum number of probes; the first three are one of each kind if the scene allows.
     """
     present = {(node.colour, node.shape) for node in graph.objects}
     colours, shapes = {colour for colour, _ in present}, {shape for _, shape in present}
@@ -266,7 +266,7 @@ def _material(graph: SceneGraph) -> Iterator[Candidate]:
 
 
 def _relation(graph: SceneGraph) -> Iterator[Candidate]:
-    """Ask for the shape of the only object in a relation to another; with two objects it would be "the other one".
+    """Ask for the shape of the only object in a relation to another, if there are at least three objects.
 
     Nothing is asked where another object is inside the dead margin. Equal size classes are neither larger nor smaller.
     """
@@ -330,7 +330,7 @@ CHANCE: dict[str, float] = {
 
 
 def _statement(graph: SceneGraph, fact: Fact, rng: Generator, balancer: Balancer) -> TextItem | None:
-    """Word a fact in the way that its prompts need most, or give None where each would tilt the balance."""
+    """Return the wording of a fact that balance needs most, or None if every wording would upset it."""
     turned = Fact(fact.other, RELATIONS[fact.relation.inverse], fact.subject)
     best: tuple[int, TextItem, tuple[object, ...]] | None = None
     start = int(rng.integers(0, 4))
@@ -352,7 +352,7 @@ def _statement(graph: SceneGraph, fact: Fact, rng: Generator, balancer: Balancer
 def _probe(
     kind: str, options: dict[str, list[tuple[str, str]]], rng: Generator, balancer: Balancer
 ) -> tuple[tuple[str, str], str] | None:
-    """Pick a phrase and its answer: a coin for the answer, then the phrase that lacks this answer most."""
+    """Choose an answer at random, then the phrase that lacks this answer most."""
     answers = YES_NO if rng.random() < 0.5 else YES_NO[::-1]
     for answer in answers:
         pairs = options[answer]

@@ -64,7 +64,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Hits:
-    """What each pixel's ray meets first.
+    """The first surface that each pixel's ray hits.
 
     Args:
         depth_NHW: float32 depth along the optical axis.

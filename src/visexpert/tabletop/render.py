@@ -1,4 +1,4 @@
-"""Photographs scenes: colour, depth, normals, instances, edges, attributes and scene graphs.
+"""Render scenes: colour, depth, normals, instances, edges, attributes and scene graphs.
 
 Camera frame of the outputs: x to the right, y up, z towards the viewer (OpenGL's convention).
 """
@@ -31,19 +31,19 @@ from visexpert.tabletop.world import COLOURS, MATERIALS, SHAPES, SIZES, TAN_HALF
 CREASE_COSINE = 0.7
 """Normals of neighboring pixels on one object that differ by more than this cosine (45 degrees) form an edge."""
 
-_BATCH = 32  # scenes at a time: fewer cost calls, more cost memory
+_BATCH = 32  # scenes at a time: fewer cost more calls, more cost more memory
 _AMBIENT, _DIFFUSE = 0.48, 0.72
 _FOG_RGB = (0.72, 0.76, 0.82)
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """Photographs of N scenes with their exact truth.
+    """Rendered images of N scenes with exact ground truth.
 
     Args:
         rgb_NHW3: uint8 colour.
         depth_NHW: float32 depth along the optical axis (not along the ray), scene units. The table fills the
-            background, so that every pixel has one.
+            background, so every pixel has a depth.
         normals_NHW3: float32 unit normals in the camera frame: x right, y up, z towards the viewer.
         instance_NHW: uint8, 0 = table, k = object in slot k - 1 of its scene.
         edges_NHW: bool, pixels that differ from their right or lower neighbor: another instance, or a crease in the
@@ -195,7 +195,7 @@ def _gloss(
     for _ in range(4):  # to the 16th power by squaring; a power function may round differently from place to place
         highlight_M = highlight_M * highlight_M
     highlight_M = torch.where(shade_M, 0.0, highlight_M)
-    # A room with a bright ceiling and a dark floor, which flat faces mirror too.
+    # The surface reflects a room with a bright ceiling and a dark floor, so that flat faces are glossy, too.
     ceiling_M = (0.15 + 1.6 * _sum3(mirror_3M * up_3M)).clamp(0.0, 1.0)
     grazing_M = 1.0 - facing_M
     share_M = 0.34 + 0.45 * grazing_M * grazing_M

@@ -35,7 +35,7 @@ from visexpert.tabletop.world import (
 Array: TypeAlias = npt.NDArray[Any]
 
 MIN_VISIBLE_PIXELS = 14
-"""Visible pixels that every object has when its scene is rendered at ``VISIBILITY_SIZE``."""
+"""Minimum number of visible pixels of each object in a scene rendered at ``VISIBILITY_SIZE``."""
 
 VISIBILITY_SIZE = 64
 FRAME_LIMIT = 0.88
@@ -94,7 +94,7 @@ def generator(key: Array, stream: int) -> np.random.Generator:
 
 
 def _content(key_N2: Array, world: TabletopWorld) -> Scenes:
-    """Draw all of a scene but the placement of its objects."""
+    """Draw everything in a scene except the placement of its objects."""
     num_slots = world.max_objects
     draw_ND = draws(key_N2, 0, _SCENE_DRAWS + _OBJECT_DRAWS * num_slots)
     scene = draw_ND[:, :_SCENE_DRAWS]
@@ -105,7 +105,7 @@ def _content(key_N2: Array, world: TabletopWorld) -> Scenes:
     size_NO = np.floor(per_object[..., 1] * len(SIZES)).astype(np.int64)
     material_NO = (per_object[..., 2] < world.shiny_probability).astype(np.int64)
     palette = np.array([COLOUR_RGB[colour] for colour in COLOURS])
-    # One factor for the tone of the paint, one for each channel: colours vary, but no word drifts into another.
+    # One factor for brightness and one per channel: colours vary, but each still fits its word.
     albedo_NO3 = palette[colour_NO] * (0.88 + 0.12 * per_object[..., 3:4]) + 0.06 * (per_object[..., 4:7] - 0.5)
     eye_N3, axes_N33 = _camera(scene[:, 1:4], world.camera_jitter)
     light_N3, brightness_N = _light(scene[:, 4:7], axes_N33, world.light_jitter)
@@ -153,7 +153,7 @@ def _camera(uniform_N3: Array, jitter: float) -> tuple[Array, Array]:
     azimuth_N = math.radians(30.0) * shift_N3[:, 0]
     elevation_N = _CAMERA_ELEVATION + math.radians(4.0) * shift_N3[:, 1]
     distance_N = _CAMERA_DISTANCE + 0.4 * shift_N3[:, 2]
-    # Trigonometry stays in float64 and is rounded to float32 afterwards: library differences in the last bit vanish.
+    # Trigonometry is done in float64 and rounded to float32, which hides differences of libraries in the last bit.
     sin_a, cos_a, sin_e, cos_e = np.sin(azimuth_N), np.cos(azimuth_N), np.sin(elevation_N), np.cos(elevation_N)
     zero_N = np.zeros_like(sin_a)
     right = np.stack([cos_a, sin_a, zero_N], axis=1)
@@ -174,9 +174,9 @@ def _light(uniform_N3: Array, axes_N33: Array, jitter: float) -> tuple[Array, Ar
 
 
 def _place(scenes: Scenes, key_N2: Array, attempt: int) -> tuple[Scenes, Array]:
-    """Put each object at the first of its candidate places that suits the objects before it.
+    """Put each object at the first of its candidate places that fits the objects before it.
 
-    Candidates are uniform in image column and depth. Returns the scenes and which of them are placed in full.
+    Candidates are uniform in image column and depth. Returns the scenes and which of them are fully placed.
     """
     N, num_slots = scenes.shape_NO.shape
     shape = (N, num_slots, _CANDIDATES, _PLACE_DRAWS)

@@ -39,9 +39,9 @@ from visexpert.tabletop.world import COLOURS, MATERIALS, SHAPES, SIZES
 from visexpert.types import TextItem
 
 POOL_SIZES: dict[str, int] = {"dense": 1, "relation": 4, "vsr": 6, "vqa": 8, "pope": 4, "objects": 4}
-"""Most items of each kind in a scene's pool; scenes with few clear facts have fewer."""
+"""Maximum number of items of each kind in a scene's pool; scenes with few clear facts have fewer."""
 TEXT_VERSION = 1
-"""Raise this whenever the same scenes and seed would give other texts, so that no stale cache is used."""
+"""Increase it whenever the same scenes and seed give other texts, so that no stale cache is used."""
 Pools = list[list[TextItem]]
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
 _FUNCTION_WORDS = (
@@ -79,7 +79,7 @@ def ensure_pools(
 
 
 def generate_pools(graphs: Sequence[SceneGraph], *, split: str, seed: int, progress: bool = True) -> Pools:
-    """Write the texts of a split's scenes; a pure function of its arguments.
+    """Generate the texts of a split's scenes; a pure function of its arguments.
 
     Answers are balanced over the split as it grows, so the first part of a split is balanced as well.
 
@@ -110,7 +110,7 @@ def generate_pools(graphs: Sequence[SceneGraph], *, split: str, seed: int, progr
 
 
 def tabletop_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the tokenizer: lower case, split at white space and punctuation, one id a word, unknown words ``<unk>``.
+    """Build the tokenizer: lower case, split at white space and punctuation, one id per word.
 
     Returns:
         A tokenizer with ``<pad>`` = 0, ``<bos>`` = 1, ``<eos>`` = 2, ``<unk>`` = 3, ``<image>`` = 4.
@@ -140,7 +140,7 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def _read(path: Path, num_scenes: int) -> Pools | None:
-    """Read a cached file; anything unreadable or incomplete counts as absent and is written anew."""
+    """Read a cached file; a file that is unreadable or incomplete counts as missing and is written again."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         pools = [
@@ -156,7 +156,7 @@ def _read(path: Path, num_scenes: int) -> Pools | None:
 
 
 def _write(path: Path, pools: Pools) -> None:
-    """Write whole or not at all: a killed run leaves no half-written file under the final name."""
+    """Write the file completely or not at all: a killed run leaves no partial file under the final name."""
     try:
         with whole_file(path) as part, part.open("w", encoding="utf-8") as file:
             for pool in pools:

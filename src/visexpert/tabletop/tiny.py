@@ -29,7 +29,7 @@ class TinyExpert(VisionExpert):
 
     Args:
         source: ``zoo:NAME`` of a shipped expert, or a ``.safetensors`` file that ``visexpert fit`` on a
-            ``configs/zoo`` file wrote. The architecture is read from its header; excludes ``arch``.
+            ``configs/zoo`` file wrote. The architecture is read from its header. Exclusive with ``arch``.
         arch: The architecture itself, for training: ``kind`` (``conv`` or ``vit``), ``image_size``, optionally
             ``mean``, ``std`` and ``license``, and ``network``, the arguments of
             :class:`~visexpert.tabletop.tiny.ConvNetwork` or ``ViTNetwork``. Weights stay random.
@@ -45,7 +45,7 @@ class TinyExpert(VisionExpert):
         tokens: TokenKind = "features",
     ) -> None:
         if (source is None) == (arch is None):
-            raise ConfigError("TinyExpert takes either source (zoo:NAME or a file) or arch (for training).")
+            raise ConfigError("TinyExpert takes either source (zoo:NAME or a file) or arch (for training), not both.")
         path = None if source is None else local_path(source)
         header = read_header(path) if path is not None else dict(arch or {})
         network = build_network(header)
@@ -102,7 +102,7 @@ def read_header(path: Path) -> dict[str, Any]:
     """Read the architecture from a weights file without reading the weights.
 
     Raises:
-        WeightsError: The file is missing, is not safetensors, or carries no architecture.
+        WeightsError: The file is missing, is not safetensors, or has no architecture in its header.
     """
     if not path.is_file():
         raise WeightsError(
@@ -132,7 +132,7 @@ def build_network(header: Mapping[str, Any]) -> TinyNetwork:
     """Build the network that a header describes, with random weights.
 
     Raises:
-        ConfigError: A key is missing, or an argument is unknown or impossible.
+        ConfigError: A key is missing, or an argument is unknown or invalid.
     """
     absent = [key for key in ("kind", "image_size", "network") if key not in header]
     if absent:
@@ -223,13 +223,13 @@ class TinyNetwork(nn.Module, ABC):
 
 
 class ConvNetwork(TinyNetwork):
-    """Strided convolutions down to the grid, residual blocks there, a norm on top. No position code.
+    """Strided convolutions down to the grid, then residual blocks and a final norm. No position embedding.
 
     Args:
         image_size: Side of the input in pixels; the grid is ``image_size / 2**len(widths)``.
         widths: Channels after each stride-2 convolution; the last one is the width of the residual blocks.
         token_dim: Channels of the tokens.
-        dilations: One residual block per entry, with this dilation in its first convolution; larger ones see wider.
+        dilations: One residual block per entry, with this dilation in its first convolution; larger ones see further.
         outputs: Head channels by name.
         upsample: See :class:`TinyNetwork`.
         activation: See :class:`TinyNetwork`.
@@ -249,7 +249,7 @@ class ConvNetwork(TinyNetwork):
         stride = 2 ** len(widths)
         if image_size % stride:
             raise ConfigError(
-                f"TinyExpert: image_size={image_size} is no multiple of {stride} (2 per entry of widths)."
+                f"TinyExpert: image_size={image_size} is not a multiple of {stride} (2 per entry of widths)."
             )
         side = image_size // stride
         super().__init__(
@@ -274,7 +274,7 @@ class ConvNetwork(TinyNetwork):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside an identity; the second norm starts at zero, so the block starts as the identity."""
+    """Two 3x3 convolutions with a skip connection; the second norm starts at zero, so the block is the identity."""
 
     def __init__(self, width: int, dilation: int) -> None:
         super().__init__()
@@ -351,4 +351,4 @@ def group_norm(width: int) -> nn.GroupNorm:
 
 
 NETWORKS: dict[str, type[TinyNetwork]] = {"conv": ConvNetwork, "vit": ViTNetwork}
-"""Kinds of network by the name a header uses."""
+"""Kinds of network by their name in a header."""

@@ -42,12 +42,12 @@ TAN_HALF_FOV = 0.364
 """Tangent of half the camera's field of view (20 degrees), the same horizontally and vertically."""
 
 RENDERER_VERSION = 1
-"""Raise it whenever the same settings and seed would give other pixels or scenes, so that no stale cache is used."""
+"""Increase it whenever the same settings and seed give other pixels or scenes, so that no stale cache is used."""
 
 
 @dataclass(frozen=True)
 class TabletopWorld:
-    """Settings of the scenes and how they are photographed.
+    """Settings of the scenes and their rendering.
 
     Args:
         image_size: Height and width of the cached renders, pixels.
@@ -58,7 +58,7 @@ class TabletopWorld:
         shape_skew: The same for ``SHAPES``.
         shiny_probability: Chance that an object is shiny.
         float_probability: Chance that an object hovers above the table instead of standing on it. Hovering breaks
-            "lower in the picture is nearer", so that front and behind need real depth.
+            the rule "lower in the image is nearer", so that front and behind require real depth.
         camera_jitter: Scale of the random camera pose, 0 (fixed) to 1.
         light_jitter: Scale of the random light direction and strength, 0 (fixed) to 1.
         fog: Density of the fog per scene unit (0 = clear).
@@ -98,7 +98,7 @@ class TabletopWorld:
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if not low <= value <= high:
-                raise ConfigError(f"TabletopWorld.{name} is {value}, but must lie in [{low}, {high}]; change it.")
+                raise ConfigError(f"TabletopWorld.{name} is {value}, but must be in [{low}, {high}].")
 
     @property
     def colour_prior(self) -> tuple[float, ...]:

@@ -121,7 +121,7 @@ def test_errors__say_what_the_data_lacks(zoo_data: TabletopData) -> None:
     bare = type(batch)(batch.images_BCHW, batch.index_B, batch.split)
     with pytest.raises(ConfigError, match="set with_targets: true"):
         module.training_step(bare, 0)
-    with pytest.raises(ConfigError, match="exactly one caption an image"):
+    with pytest.raises(ConfigError, match="exactly one caption"):
         text_of(batch)
     with pytest.raises(ConfigError, match="mask_ratio=1.5"):
         MaskedExpert(**{**model_arguments("selfsup"), "mask_ratio": 1.5})

@@ -20,16 +20,16 @@ from visexpert.types import Batch
 
 
 class ZooModule(ClippedModule, ABC):
-    """Base of the zoo's LightningModules: AdamW with warm-up and cosine decay to zero over the run's steps.
+    """Base of the zoo's LightningModules: AdamW with warm-up and cosine decay over the run's steps.
 
     Args:
         lr: Highest learning rate.
         weight_decay: AdamW weight decay; vectors (norms, biases) have none.
-        warmup: Share of the steps in which the rate rises linearly.
+        warmup: Share of the steps in which the rate rises.
     """
 
     headline: str = ""
-    """Name of the held-out score that stands for the entry (a key of ``validation`` metrics, without ``val/``)."""
+    """Name of the entry's main held-out score (a key of the validation metrics, without ``val/``)."""
     score_definition: str = ""
     """One sentence: what the headline measures, in which unit, and which direction is better."""
 
@@ -62,12 +62,12 @@ class ZooModule(ClippedModule, ABC):
 def one_cycle(step: int, *, total: int, warmup: float, low: float = 0.04, final: float = 4e-6) -> float:
     """Return the factor on the learning rate: a cosine up from ``low`` to 1, then a cosine down to ``final``.
 
-    The same numbers as torch's ``OneCycleLR``, which divides by zero where warm-up is a single step.
+    Equals torch's ``OneCycleLR``, which divides by zero if warm-up is a single step.
 
     Args:
         step: Steps done.
         total: Steps of the run.
-        warmup: Share of them that rises.
+        warmup: Share of the steps in which the rate rises.
         low: Factor at the first step.
         final: Factor at the last step.
     """

@@ -1,4 +1,4 @@
-"""Contrastive training of the tiny CLIP on object words: semantic and spatially weak, as the real one."""
+"""Contrastive training of the tiny CLIP on object words: semantic and spatially weak, like the real one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLIP_STD = (0.25, 0.25, 0.25)
 class ContrastiveCLIP(ZooModule):
     """HF's ``CLIPVisionModel`` and a bag-of-n-grams text tower under open_clip's ``ClipLoss``.
 
-    A word classifier on the pooled image token (which words does the caption hold?) speeds it up; it is not shipped.
+    A word classifier on the pooled image token (which words are in the caption?) speeds up training; it is not shipped.
 
     Args:
         vision: Fields of ``CLIPVisionConfig``.
@@ -64,7 +64,7 @@ class ContrastiveCLIP(ZooModule):
         self.clip.std.copy_(torch.tensor(CLIP_STD).view(1, 3, 1, 1))
         self.text = NgramTextTower(vocabulary=len(tokenizer), width=text_width, hidden=text_hidden, embed_dim=embed_dim)
         self.projection = nn.Linear(self.clip.width, embed_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(2.65926))  # log(1 / 0.07), CLIP's start
+        self.logit_scale = nn.Parameter(torch.tensor(2.65926))  # log(1 / 0.07), CLIP's initial value
         self.words = nn.Linear(self.clip.width, len(tokenizer))
         self.special_ids = sorted(tokenizer.all_special_ids)
         self.word_weight = word_weight
@@ -144,7 +144,7 @@ class ContrastiveCLIP(ZooModule):
         return [target / "config.json", target / "model.safetensors", path, text_path]
 
     def facts(self) -> dict[str, Any]:
-        """Return kind, sizes and truth for the card."""
+        """Return kind, sizes and training target for the card."""
         side = self.clip.grid_hw[0]
         return {
             "kind": "CLIPVisionModel",
@@ -158,7 +158,7 @@ class ContrastiveCLIP(ZooModule):
         }
 
     def _word_shares(self, text: TextBatch) -> Tensor:
-        """Return equal share for each distinct word of the caption (B, V)."""
+        """Return an equal share for each distinct word of the caption (B, V)."""
         present_BV = torch.zeros(len(text.ids_BN), self.words.out_features)
         present_BV.scatter_reduce_(1, text.ids_BN, (text.segments_BN > 0).float(), reduce="amax")
         present_BV[:, self.special_ids] = 0
@@ -195,17 +195,18 @@ def text_of(batch: Batch) -> TextBatch:
     """Return the batch's captions, one per image.
 
     Raises:
-        ConfigError: There are none, or several an image.
+        ConfigError: There are none, or several per image.
     """
     if batch.text is None or int(batch.text.segments_BN.max()) != 1:
         raise ConfigError(
-            "ContrastiveCLIP needs exactly one caption an image; set text to {objects: 1} on TabletopData."
+            "ContrastiveCLIP needs exactly one caption per image; set texts.train and texts.eval to {objects: 1} on "
+            "TabletopData."
         )
     return batch.text
 
 
 def recall_at_1(images_ND: Tensor, texts_ND: Tensor, *, gallery: int) -> float:
-    """Return the percentage of images whose own text is the nearest of its gallery; a short last gallery is left out.
+    """Return the percentage of images whose own text is the nearest in its gallery; a short last gallery is left out.
 
     Args:
         images_ND: Unit image embeddings.

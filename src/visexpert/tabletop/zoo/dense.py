@@ -18,7 +18,7 @@ from visexpert.types import Batch
 
 
 class DenseExpert(ZooModule):
-    """A :class:`TinyExpert` learning one dense task on its own truth.
+    """A :class:`TinyExpert` that learns one dense task.
 
     Args:
         arch: Architecture for :class:`TinyExpert`; the head's outputs and activation are the task's.
@@ -74,7 +74,7 @@ class DenseExpert(ZooModule):
         return [path]
 
     def facts(self) -> dict[str, Any]:
-        """Return kind, sizes and truth for the card."""
+        """Return kind, sizes and training target for the card."""
         return expert_facts(self.expert) | {"trained_on": f"{type(self.task).__name__}: {', '.join(self.task.needs)}"}
 
     def _target(self, targets: Mapping[str, Tensor]) -> Tensor:
@@ -82,10 +82,10 @@ class DenseExpert(ZooModule):
 
 
 def needed_targets(task: DenseTask, batch: Batch) -> dict[str, Tensor]:
-    """Return the batch's truths that the task reads.
+    """Return the batch's targets that the task needs.
 
     Raises:
-        ConfigError: The batch carries none of that name.
+        ConfigError: The batch lacks one.
     """
     absent = [name for name in task.needs if name not in batch.targets]
     if absent:
@@ -98,7 +98,7 @@ def needed_targets(task: DenseTask, batch: Batch) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def score_expert(expert: TinyExpert, task: DenseTask, batches: Iterable[Batch]) -> dict[str, float]:
-    """Return held-out scores of a trained expert: what its card quotes, for any scenes."""
+    """Return the scores of a trained expert on any scenes; on held-out ones its card states them."""
     expert.eval()
     totals: dict[str, Ratio] = {}
     for batch in batches:
@@ -116,7 +116,7 @@ def add_ratios(totals: dict[str, Ratio], ratios: Mapping[str, Ratio]) -> None:
 
 
 def divide(totals: Mapping[str, Ratio]) -> dict[str, float]:
-    """Turn summed ratios into scores; a score without a case is left out."""
+    """Turn summed ratios into scores; a score without cases is left out."""
     return {name: float(top / bottom) for name, (top, bottom) in totals.items() if bottom}
 
 
@@ -135,7 +135,7 @@ def expert_facts(expert: TinyExpert) -> dict[str, Any]:
 class SpatialAugment:
     """Random scale, shift and horizontal flip, the same for an image and its class maps.
 
-    Only for truths that do not depend on the camera: scaled or shifted scenes have no valid depth.
+    Only for targets that do not depend on the camera: scaled or shifted scenes have no valid depth.
 
     Args:
         scale: Smallest and largest magnification.
@@ -149,9 +149,9 @@ class SpatialAugment:
         self.flip = flip
 
     def __call__(self, images_BCHW: Tensor, targets: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Transform images (B, 3, H, W) in [0, 1] and class maps (B, H, W); what comes from outside repeats the border.
+        """Transform images (B, 3, H, W) in [0, 1] and class maps (B, H, W); the border is repeated outside the frame.
 
-        Class maps outside the frame become -1 only where the border is background, as the image there is the border's.
+        Class maps repeat their border as the image does, so they are -1 outside only where the border is background.
         """
         low, high = self.scale
         B = len(images_BCHW)

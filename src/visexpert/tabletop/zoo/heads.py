@@ -34,7 +34,7 @@ class DenseTask(ABC):
     needs: tuple[str, ...]
     """Names in ``Batch.targets`` that are read."""
     headline: str
-    """Key of ``scores`` that stands for the task."""
+    """Key of the main score in ``scores``."""
     score_definition: str
     """What the headline measures."""
 
@@ -54,7 +54,7 @@ class DenseTask(ABC):
 class AttributeTask(DenseTask):
     """Which colour, shape and material each cell shows; the last class of each is "no object".
 
-    The truth of a cell is the share of its pixels per class (soft labels), so cells on a boundary are not forced.
+    The truth of a cell is the share of its pixels per class (soft labels), so a cell on a boundary need not choose.
     """
 
     words = {"colour": COLOURS, "shape": SHAPES, "material": MATERIALS}
@@ -241,7 +241,7 @@ def _class_shares(classes_BHW: Tensor, num: int, cells_hw: tuple[int, int]) -> T
 
 
 def _changes(instance_BHW: Tensor) -> Tensor:
-    """1.0 where the instance differs from the pixel to the right or below, else 0.0."""
+    """Return 1.0 where the instance differs from the pixel to the right or below, and 0.0 elsewhere."""
     change_BHW = torch.zeros(instance_BHW.shape)
     change_BHW[:, :, :-1] += instance_BHW[:, :, 1:] != instance_BHW[:, :, :-1]
     change_BHW[:, :-1] += instance_BHW[:, 1:] != instance_BHW[:, :-1]

@@ -127,7 +127,7 @@ def probe(tokens_NE: Tensor, truth: CellTruth, *, scenes: int, fit_share: float 
         fit_share: Share of the scenes that fit.
 
     Returns:
-        R2 x100 of depth, normals, object_depth; accuracy in per cent of the attributes.
+        R2 x100 of depth, normals, object_depth; accuracy of the attributes in percent.
     """
     fit_N = torch.arange(len(tokens_NE)) < round(fit_share * scenes) * (len(tokens_NE) // scenes)
     everywhere = {"depth": truth.depth_N, "normals": truth.normals_N3}

@@ -1,4 +1,4 @@
-"""Masked image modeling: an expert that learns from pixels alone, without any label."""
+"""Masked image modeling: an expert that learns from pixels only, without labels."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class MaskedExpert(ZooModule):
     ) -> None:
         super().__init__(lr=lr, weight_decay=weight_decay, warmup=warmup)
         if not 0 < mask_ratio < 1:
-            raise ConfigError(f"MaskedExpert: mask_ratio={mask_ratio} must lie strictly between 0 and 1.")
+            raise ConfigError(f"MaskedExpert: mask_ratio={mask_ratio} must be in (0, 1).")
         self.expert = TinyExpert(arch=arch)
         network = self.expert.network
         if not isinstance(network, ViTNetwork):
@@ -63,7 +63,7 @@ class MaskedExpert(ZooModule):
         self._error = torch.zeros(2, dtype=torch.float64)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Hide patches, rebuild them."""
+        """Mask patches and reconstruct them."""
         pixels_BCHW = self.expert.preprocess(images_of(batch))
         patches_BSP = self._patches(pixels_BCHW)
         mask_BS = torch.rand(patches_BSP.shape[:2]) < self.mask_ratio
@@ -76,7 +76,7 @@ class MaskedExpert(ZooModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add squared error and variance of masked patches; the mask depends on the rows alone."""
+        """Add squared error and variance of masked patches; the mask depends only on the rows."""
         pixels_BCHW = self.expert.preprocess(images_of(batch))
         patches_BSP = self._patches(pixels_BCHW)
         random = torch.Generator().manual_seed(int(batch.index_B.sum()))
@@ -99,7 +99,7 @@ class MaskedExpert(ZooModule):
         return [path]
 
     def facts(self) -> dict[str, Any]:
-        """Return kind, sizes and truth for the card."""
+        """Return kind, sizes and training target for the card."""
         return expert_facts(self.expert) | {"trained_on": "images alone: masked patches are rebuilt"}
 
     def _rebuild(self, pixels_BCHW: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ PROBE_COLUMNS: Mapping[str, str] = {
 
 
 def encoder_facts(cards: Path = CARDS) -> dict[str, dict[str, Any]]:
-    """Return facts of every entry that encodes images, by name, CLIP first; a language model has a card but no grid."""
+    """Return the facts of every entry that encodes images by name, CLIP first; a language model has no grid."""
     facts = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in cards.glob("*.json")}
     names = sorted((name for name in facts if "grid" in facts[name]), key=lambda name: (name != "clip", name))
     return {name: facts[name] for name in names}
@@ -52,7 +52,7 @@ def card_text(facts: Mapping[str, Any]) -> str:
     rows = {
         "Model": f"{facts['kind']}, {facts['parameters']:,} parameters",
         "Input and tokens": f"{facts['input_px']} px RGB; {grid[0]}x{grid[1]} tokens of width {facts['token_dim']}",
-        "Learnt": facts["trained_on"],
+        "Trained on": facts["trained_on"],
         "Data": f"Tabletop world `{data['world']}`, {data['train_scenes']:,} scenes of split `{data['train_split']}`",
         "Training": f"{facts['steps']:,} steps of {facts['batch_size']} images, seed {data['seed']}, "
         f"{facts['training_seconds']} s on {facts['training_hardware']}",
@@ -134,7 +134,7 @@ class ShipWeights(Callback):
         """Write everything; the held-out scores are those of the last validation.
 
         Raises:
-            ConfigError: The model is no zoo module, the data is not Tabletop, or no validation ran.
+            ConfigError: The model is not a zoo module, the data is not Tabletop, or no validation ran.
         """
         data = getattr(trainer, "datamodule", None)
         if not isinstance(pl_module, ZooModule) or not isinstance(data, TabletopData):
@@ -171,7 +171,7 @@ class ShipWeights(Callback):
 
 
 def data_facts(data: TabletopData) -> dict[str, Any]:
-    """Return where the scenes come from: world, splits, counts, seed."""
+    """Return the facts about the scenes: world, splits, counts, seed."""
     return {
         "world": data.world.fingerprint(),
         "train_split": data.train_split,

@@ -20,7 +20,7 @@ from visexpert.report import describe_machine
 def main() -> None:
     """Run the demo in a fresh cache and print what it took."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--keep-cache", action="store_true", help="use the present cache instead of an empty one")
+    parser.add_argument("--keep_cache", action="store_true", help="use the present cache instead of an empty one")
     options = parser.parse_args()
     print(describe_machine(), flush=True)
     with tempfile.TemporaryDirectory() as scratch:

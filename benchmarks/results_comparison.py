@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--only", default="", help="run only what has this in its folder")
-    parser.add_argument("--report-only", action="store_true", help="write the page from what is finished")
+    parser.add_argument("--report_only", action="store_true", help="write the page from what is finished")
     options = parser.parse_args()
     if not options.report_only:
         for fits in stages(options.seeds):

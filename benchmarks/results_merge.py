@@ -81,7 +81,7 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--base", type=Path, default=Path("runs/results-tove"), help="folder of ToVE's runs")
     parser.add_argument("--runs", type=Path, default=Path("runs/results-merge"), help="folder of the other runs")
-    parser.add_argument("--report-only", action="store_true", help="write the page from what is finished")
+    parser.add_argument("--report_only", action="store_true", help="write the page from what is finished")
     parser.add_argument("--only", default="", help="run only variants whose name holds this")
     options = parser.parse_args()
     if not options.report_only:

@@ -127,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--only", default="", help="run only variants whose folder holds this")
-    parser.add_argument("--report-only", action="store_true", help="write the page from what is finished")
+    parser.add_argument("--report_only", action="store_true", help="write the page from what is finished")
     options = parser.parse_args()
     tables = {
         "main": main_runs(options.seeds),

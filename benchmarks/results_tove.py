@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--runs", type=Path, default=Path("runs/results-tove"), help="folder of the runs")
-    parser.add_argument("--report-only", action="store_true", help="write the page from what is finished")
+    parser.add_argument("--report_only", action="store_true", help="write the page from what is finished")
     parser.add_argument("--fresh", action="store_true", help="run again what the page has from an earlier machine")
     options = parser.parse_args()
     kept = [] if options.fresh else committed_rows(options.runs)

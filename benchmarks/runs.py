@@ -133,6 +133,8 @@ def _execute(run: Run) -> None:
         last = run.folder / "checkpoints" / "last.ckpt"
         begin = ["--ckpt_path", str(last)] if last.is_file() else ["--overwrite"]  # what came to no checkpoint
         resume = begin if run.arguments[0] == "fit" else []
-        own = ["--run", str(run.folder), *resume] if run.arguments[0] in LIGHTNING else []
-        main([*run.arguments, *own])
+        command, *others = run.arguments
+        if command in LIGHTNING:
+            others = [*["--run"] * (command == "fit"), str(run.folder), *others, *resume]
+        main([command, *others])
         (run.folder / DONE).write_text(f"{time.time() - started:.0f} s\n", encoding="utf-8")

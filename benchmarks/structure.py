@@ -45,7 +45,7 @@ MANY = 16
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source-only", action="store_true", help="read the source, train nothing")
+    parser.add_argument("--source_only", action="store_true", help="read the source, train nothing")
     parser.add_argument("--trace", action="store_true", help="print the files of each step in the order of the calls")
     options = parser.parse_args()
     console = Console(width=110)

@@ -195,14 +195,14 @@ def test_without_a_progress_bar_a_run_goes_through(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", ["model: 3\ndata: {}\n", "[]", "model: ["])
-@pytest.mark.parametrize("command", [["caption", "x.png", "--run"], ["merge"]])
+@pytest.mark.parametrize("command", ["caption", "merge"])
 def test_a_run_whose_configuration_is_none_is_refused(
-    command: list[str], config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "checkpoints").mkdir()
     torch.save({"state_dict": {}, "global_step": 1}, tmp_path / "checkpoints" / "last.ckpt")
     (tmp_path / "config.yaml").write_text(config, encoding="utf-8")
-    assert "config.yaml" in refused([*command, str(tmp_path)], capsys)
+    assert "config.yaml" in refused([command, str(tmp_path), *["x.png"] * (command == "caption")], capsys)
 
 
 @pytest.mark.parametrize("accelerator", ["gpu", "cuda"])

@@ -103,7 +103,7 @@ def test_an_interrupted_run_continues_to_the_same_weights(run: Path, monkeypatch
 def test_scoring_the_run_again_gives_its_scores(run: Path) -> None:
     first = metrics_of(run)
     (run / "metrics.json").unlink()
-    main(["test", "--run", str(run)])
+    main(["test", str(run)])
     again = metrics_of(run)
     scores = {key: value for key, value in first.items() if key.startswith("test/") and "/" in key[5:]}
     assert len(scores) > 20
@@ -185,10 +185,10 @@ def test_an_unknown_expert_or_one_without_weights(
 
 
 def test_a_wrong_command_line_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = refused(["test", "--run", str(tmp_path)], capsys)
+    message = refused(["test", str(tmp_path)], capsys)
     assert message.startswith(f"'{tmp_path}' is no run: it has no config.yaml; give the folder that")
     (tmp_path / "config.yaml").write_text("", encoding="utf-8")
-    assert "has no checkpoint" in refused(["test", "--run", str(tmp_path)], capsys)
+    assert "has no checkpoint" in refused(["test", str(tmp_path)], capsys)
     message = refused(["fit", "--config", str(SMOKE), "--ckpt_path", str(tmp_path / "a.ckpt")], capsys)
     assert message.startswith("There is no checkpoint") and "'last' to continue a run" in message
     message = refused(["fit", "--config", str(tmp_path / "absent.yaml")], capsys)
@@ -245,7 +245,7 @@ def test_folders_of_shards_are_read_by_every_command(
         torch.nn.init.zeros_(next(method.parameters()))
         start_from(method, str(last))
         assert all(torch.equal(method.state_dict()[key], value) for key, value in plain.items())
-    main(["test", "--run", str(tmp_path / "fsdp")])
+    main(["test", str(tmp_path / "fsdp")])
     for name, value in metrics_of(tmp_path / "fsdp").items():
         if name.endswith(("nll", "accuracy")):
             assert value == pytest.approx(metrics_of(run)[name], abs=1e-6), name
@@ -278,8 +278,8 @@ def test_no_command_shows_a_traceback_for_a_checkpoint_that_cannot_be_read(
         ["fit", "--config", str(SMOKE), "--run", str(tmp_path / "new"), "--ckpt_path", str(last)],
         ["fit", "--config", str(SMOKE), "--run", str(folder), "--ckpt_path", "last"],
         ["fit", "--config", str(SMOKE), "--run", str(tmp_path / "new"), *start],
-        ["test", "--run", str(folder)],
-        ["test", "--run", str(run), "--ckpt_path", str(last)],
+        ["test", str(folder)],
+        ["test", str(run), "--ckpt_path", str(last)],
         ["export", str(folder), "--format", "hf", "--out", str(tmp_path / "out")],
         ["detach", str(folder), "--keep", "1"],
         ["merge", str(folder)],
@@ -302,14 +302,13 @@ def test_validation_at_a_share_of_an_epoch_in_a_run_that_starts_anew(
     assert "val/nll/nll" in metrics_of(folder)
 
 
-def test_help_names_all_subcommands_and_shows_the_one_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, shown in {
-        ("--help",): ["fit", "validate", "test", "predict", "--version"],
-        ("validate", "--help"): ["--verbose", "--trainer.max_steps", "--model", "--data", "--run", "--ckpt_path"],
-        ("predict", "--help"): ["--return_predictions", "--trainer.max_steps", "--model", "--data", "--run"],
-    }.items():
+def test_the_whole_help_shows_every_setting_of_the_command_that_is_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for command in ("validate", "predict"):
         with pytest.raises(SystemExit) as ended:
-            main(list(arguments))
+            main([command, "--help", "all"])
         told = capsys.readouterr().out
+        shown = ["--trainer.max_steps", "--trainer.profiler", "--model", "--data", "--run", "--ckpt_path"]
         assert ended.value.code == 0 and [name for name in shown if name not in told] == []
-        assert ("--return_predictions" in told) == (arguments[0] == "predict")
+        assert ("--return_predictions" in told) == (command == "predict")

@@ -75,9 +75,9 @@ def old_run(folder: Path, model: dict[str, Any], *, header: str = "# lightning.p
 
 
 COMMANDS: dict[str, Callable[[Path], list[str]]] = {
-    "test": lambda run: ["test", "--run", str(run)],
-    "predict": lambda run: ["predict", "--run", str(run)],
-    "caption": lambda run: ["caption", str(run / "image.png"), "--run", str(run)],
+    "test": lambda run: ["test", str(run)],
+    "predict": lambda run: ["predict", str(run)],
+    "caption": lambda run: ["caption", str(run), str(run / "image.png")],
     "merge": lambda run: ["merge", str(run)],
     "detach": lambda run: ["detach", str(run), "--keep", "1"],
     "export": lambda run: ["export", str(run), "--format", "hf", "--out", str(run / "out")],

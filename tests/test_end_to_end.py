@@ -49,13 +49,13 @@ def scores_of(run: Path) -> dict[str, float]:
 def scored(run: Path) -> dict[str, float]:
     """The scores that ``visexpert test`` adds to a run's own."""
     assert not any(name.startswith("test/") for name in scores_of(run))
-    main(["test", "--run", str(run)])
+    main(["test", str(run)])
     return {name: value for name, value in scores_of(run).items() if name.startswith("test/")}
 
 
 def captioned(run: Path, image: Path, prompt: str, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
-    main(["caption", str(image), "--run", str(run), "--prompt", prompt, "--max_new_tokens", "4", "--json"])
+    main(["caption", str(run), str(image), "--prompt", prompt, "--max_new_tokens", "4", "--json"])
     (record,) = json.loads(capsys.readouterr().out)
     assert record["error"] is None and record["image"] == str(image)
     return str(record["text"])

@@ -52,7 +52,7 @@ LAW: dict[str, frozenset[str]] = {
 }
 ROOMS = frozenset(LAW)
 LAW["training"] = ROOMS
-LAW["demo"] = ROOMS | {"training"}
+LAW["demo"] = ROOMS | {"training", "commands"}
 LAW["runs"] = ROOMS | {"training"}
 LAW["captioning"] = ROOMS | {"training", "runs"}
 LAW["planning"] = ROOMS | {"training", "runs"}

@@ -307,7 +307,7 @@ def test_a_second_phase_in_its_folder_is_refused(
 def test_predict_writes_one_line_for_each_text_of_the_test_images(
     whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["predict", "--run", str(whole)])
+    main(["predict", str(whole)])
     assert str(whole / "predictions.jsonl") in capsys.readouterr().out
     lines = [json.loads(line) for line in (whole / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["row"] for line in lines] == sorted(line["row"] for line in lines)
@@ -333,7 +333,7 @@ def test_predict_without_a_language_model_or_a_test_part_is_one_sentence(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     silent = ["--model.init_args.language", "visexpert.language.NoLanguage", "--model.init_args.lm_weight", "0"]
-    command = ["predict", "--config", str(SMOKE.parents[1] / "movekd" / "smoke.yaml"), "--run", str(tmp_path)]
+    command = ["predict", str(tmp_path), "--config", str(SMOKE.parents[1] / "movekd" / "smoke.yaml")]
     said = refused([*command, *silent], capsys)
     assert "predict" in said and "language model" in said and "MoVEKD" in said
     with monkeypatch.context() as patch:
@@ -369,7 +369,7 @@ def test_users_loggers_work_beside_the_runs_own(
     assert not list(boards.rglob("*.ckpt")) and weights(run)["global_step"] == 4
     saved = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["trainer"]["logger"]
     assert [entry["class_path"] for entry in saved] == ["lightning.pytorch.loggers.TensorBoardLogger"]
-    main(["validate", "--run", str(run)])
+    main(["validate", str(run)])
     assert (boards / "tove" / "version_1").is_dir() and load_run(run).steps == 4
 
 

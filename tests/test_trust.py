@@ -136,7 +136,7 @@ def test_a_class_of_a_run_from_elsewhere_is_refused(
     name = next(part for part in yaml.safe_dump(value).split() if "." in part)
     with pytest.raises(ConfigError, match=f"config.yaml names '{name}'.*--trust"):
         load_run(folder)
-    message = refused(["validate", "--run", str(folder)], capsys)
+    message = refused(["validate", str(folder)], capsys)
     assert f"names '{name}'" in message and "--trust" in message
     assert not marker.exists() and "stranger" not in sys.modules
 
@@ -149,7 +149,7 @@ def test_a_part_of_a_foreign_trainer_is_refused(
     value = [named] if key in ("callbacks", "plugins", "logger") else named
     folder = hostile(tmp_path, change={f"trainer.{key}": value})
     for command in ("validate", "test", "predict"):
-        assert "names 'stranger.MyCallback'" in refused([command, "--run", str(folder)], capsys)
+        assert "names 'stranger.MyCallback'" in refused([command, str(folder)], capsys)
     assert "names 'stranger.MyCallback'" in refused(["plan", "--config", str(folder / "config.yaml")], capsys)
     assert not marker.exists()
 
@@ -157,8 +157,8 @@ def test_a_part_of_a_foreign_trainer_is_refused(
 COMMANDS = {
     "detach": ["RUN", "--keep", "1"],
     "merge": ["RUN"],
-    "caption": ["IMAGE", "--run", "RUN"],
-    "serve": ["--run", "RUN"],
+    "caption": ["RUN", "IMAGE"],
+    "serve": ["RUN"],
     "plan": ["--config", "RUN/config.yaml"],
     "data": ["check", "RUN/config.yaml"],
     "export": ["RUN", "--format", "hf", "--out", "OUT"],
@@ -191,7 +191,7 @@ def test_a_comparison_reads_a_foreign_configuration_as_plain_values(tmp_path: Pa
     with pytest.raises(ConfigError):
         load_run(folder)
     with pytest.raises(SystemExit):
-        main(["validate", "--run", str(folder)])
+        main(["validate", str(folder)])
     assert not marker.exists()
 
 
@@ -203,7 +203,7 @@ def test_a_part_in_another_file_is_looked_at(
     folder = hostile(tmp_path, change={f"{ARGUMENTS}.experts.semantic": str(part)})
     with pytest.raises(ConfigError):
         load_run(folder)
-    refused(["validate", "--run", str(folder)], capsys)
+    refused(["validate", str(folder)], capsys)
     assert not marker.exists()
 
 
@@ -235,10 +235,10 @@ def test_to_name_a_class_in_other_ways_imports_nothing(
     (folder / "large.yaml").write_text(f"# {'x' * 1_000_000}\nclass_path: stranger.MyExpert\n", encoding="utf-8")
     (tmp_path / "a.png").write_bytes(b"")
     arguments = {
-        "validate": ["validate", "--run", str(folder)],
+        "validate": ["validate", str(folder)],
         "plan": ["plan", "--config", str(folder / "config.yaml")],
         "data": ["data", "check", str(folder / "config.yaml")],
-        "caption": ["caption", str(tmp_path / "a.png"), "--run", str(folder)],
+        "caption": ["caption", str(folder), str(tmp_path / "a.png")],
     }[command]
     with pytest.raises(SystemExit):
         main(arguments)
@@ -352,7 +352,7 @@ def test_a_checkpoint_never_runs_code(
 ) -> None:
     bad = {"state_dict": {}, "global_step": 1, "x": Runs(f"touch {marker}")}
     folder = hostile(tmp_path, change={"weights_only": False} if where == "file" else {}, checkpoint=bad)
-    arguments = [command, "--run", str(folder)]
+    arguments = [command, *["--run"] * (command == "fit"), str(folder)]
     arguments += ["--config", str(folder / "config.yaml"), "--ckpt_path", "last"] if command == "fit" else []
     arguments += ["--weights_only", "false"] if where == "line" else []
     refused(arguments, capsys)
@@ -370,10 +370,10 @@ def test_a_shard_that_is_a_command_needs_the_flag(
     sizes = str(tmp_path / "sizes.json")
     data = {"class_path": "visexpert.data.CC3M", "init_args": {"train": shard, "val": shard, "sizes": sizes}}
     folder = hostile(tmp_path, change={"data": data, "allow_pipe": True})
-    assert "allow_pipe" in refused(["validate", "--run", str(folder)], capsys)
+    assert "allow_pipe" in refused(["validate", str(folder)], capsys)
     folder.rename(tmp_path / "first")
     folder = hostile(tmp_path, change={"data": data})
-    assert "--allow_pipe true" in refused(["validate", "--run", str(folder)], capsys)
+    assert "--allow_pipe true" in refused(["validate", str(folder)], capsys)
     with pytest.raises(ConfigError, match="--allow_pipe true"):
         CC3M(train=shard, val=shard, sizes=sizes).prepare_data()
     assert not marker.exists()
@@ -383,7 +383,7 @@ def test_a_shard_that_is_a_command_needs_the_flag(
 
 def test_what_is_granted_is_for_one_command() -> None:
     left, granted = take(["test", "--trust", "a", "--run", "r", "--trust=b.c", "--allow_pipe", "true"])
-    assert left == ["test", "--run", "r"] and granted == Granted(("a", "b.c"), pipe=True)
+    assert left == ["test", "r"] and granted == Granted(("a", "b.c"), pipe=True)
     grant(granted)
     assert trust.pipe_allowed()
     grant(take(["test", "--allow_pipe=false"])[1])
@@ -407,5 +407,5 @@ def test_a_checkpoint_cannot_change_the_configuration(
 
     monkeypatch.setattr(VisexpertCLI, "instantiate_classes", look)
     with pytest.raises(SystemExit, match="parsed"):
-        main(["validate", "--run", str(folder)])
+        main(["validate", str(folder)])
     assert seen[0]["validate"]["model"]["init_args"]["gate"]["balance_weight"] == 0.01 and not marker.exists()

@@ -53,7 +53,7 @@ def test_from_fit_to_caption(
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     capsys.readouterr()
     for folder in folders:
-        main(["caption", str(tmp_path / "red.png"), "--run", str(folder), "--json"])
+        main(["caption", str(folder), str(tmp_path / "red.png"), "--json"])
         answers = json.loads(capsys.readouterr().out)
         assert len(answers) == 1
 

@@ -1,4 +1,4 @@
-"""The command line: ``visexpert fit | validate | test | predict`` (LightningCLI) and the commands beside them."""
+"""The command line: one light parser at the top, which imports a command when it is typed."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import copy
 import io
 import logging
 import os
+import signal
 import sys
 import warnings
-from importlib import import_module
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers do not fork threads under our workers
 
 from visexpert import __version__, trust
+from visexpert.commands.catalog import find, overview
 from visexpert.errors import UserError, shown, told_by_machine
 from visexpert.interruption import Interrupted
 
@@ -35,6 +36,9 @@ def main(argv: list[str] | None = None) -> None:
     except Interrupted as stopped:
         print(f"visexpert: {shown(stopped)}", file=sys.stderr)
         sys.exit(stopped.exit_code)
+    except BrokenPipeError:  # whoever read the output has enough, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         told = error if isinstance(error, UserError) else told_by_machine(error)
         if told is None or os.environ.get("VISEXPERT_TRACEBACK"):  # a defect of ours, or someone looks for one
@@ -64,36 +68,19 @@ def _set_up_output() -> None:
             stream.reconfigure(errors="backslashreplace")  # names that are no text in any encoding
 
 
-COMMANDS = {
-    "configs": "visexpert.commands.configs",
-    "data": "visexpert.commands.data",
-    "demo": "visexpert.demo",
-    "plan": "visexpert.commands.plan",
-    "compare": "visexpert.commands.compare",
-    "try": "visexpert.commands.try_model",
-    "import": "visexpert.commands.import_weights",
-    "detach": "visexpert.commands.detach",
-    "merge": "visexpert.commands.merge",
-    "export": "visexpert.commands.export",
-    "caption": "visexpert.commands.caption",
-    "score": "visexpert.commands.score",
-    "serve": "visexpert.commands.serve",
-}
-"""Commands of our own: name to module, whose ``run`` takes the remaining arguments."""
-
-
 def _dispatch(arguments: list[str]) -> None:
     arguments, granted = trust.take(arguments)
     trust.grant(granted)
-    if arguments == ["--version"]:  # the parser below knows it, too, but takes seconds to import
+    if not arguments:
+        print(overview(), file=sys.stderr)
+        sys.exit(USAGE_ERROR)
+    if arguments[0] in ("-h", "--help"):
+        print(overview())
+        sys.exit()
+    if arguments[0] == "--version":
         print(f"visexpert {__version__}")
         return
-    if arguments and arguments[0] in COMMANDS:
-        import_module(COMMANDS[arguments[0]]).run(arguments[1:])
-        return
-    from visexpert.training import run_lightning
-
-    run_lightning(arguments)
+    find(arguments[0])(arguments[1:])
 
 
 def _quieten() -> None:

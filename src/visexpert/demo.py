@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-
+from visexpert.commands.parser import Parser
 from visexpert.errors import ConfigError
-from visexpert.io.run_files import read_json
-from visexpert.training import run_lightning
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 CONFIGS = ("configs/tove/tabletop.yaml", "configs/tove/demo.yaml")
 START = "zoo:language.safetensors"
@@ -35,10 +34,12 @@ def run(arguments: list[str]) -> None:
     Raises:
         ConfigError: The configs are not below the working directory.
     """
-    parser = argparse.ArgumentParser(prog="visexpert demo", description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of both runs (default: runs/demo)")
-    parser.add_argument("--steps", type=int, default=None, help="training steps of each model (default: the config's)")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
+    from rich.console import Console
+
+    from visexpert.io.run_files import read_json
+    from visexpert.training import run_lightning  # heavy: after --help
+
     missing = [path for path in CONFIGS if not Path(path).is_file()]
     if missing:
         raise ConfigError(f"visexpert demo: no {missing[0]} here; run it in the project's folder, where configs/ lies.")
@@ -63,6 +64,8 @@ def run(arguments: list[str]) -> None:
 
 def comparison(scores: Mapping[str, Mapping[str, float]]) -> Table:
     """One line per score, one column per model; the better one in green."""
+    from rich.table import Table
+
     table = Table("on held-out scenes", *scores, title="CLIP alone against CLIP with experts")
     for key, (label, scale, better) in SCORES.items():
         values = [model[key] for model in scores.values()]
@@ -70,3 +73,14 @@ def comparison(scores: Mapping[str, Mapping[str, float]]) -> Table:
         cells = [f"{value * scale:.3g}" for value in values]
         table.add_row(label, *(f"[green]{c}[/green]" if v == best else c for c, v in zip(cells, values, strict=True)))
     return table
+
+
+def parser() -> Parser:
+    """Return the command's parser."""
+    parser = Parser(
+        prog="visexpert demo",
+        description="Train CLIP alone and CLIP with experts from the same start, score both, draw figures.",
+    )
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of both runs (default: runs/demo)")
+    parser.add_argument("--steps", type=int, default=None, help="training steps of each model (default: the config's)")
+    return parser

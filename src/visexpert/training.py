@@ -58,16 +58,8 @@ from visexpert.trust import UntrustedError, guarded, refuse_strangers
 log = logging.getLogger(__name__)
 
 DESCRIPTION = (
-    "Turn frozen vision experts into one better CLIP. First time here? `visexpert demo` trains and scores CLIP alone "
-    "against CLIP with experts in minutes (`visexpert demo --help`). After training, each with its own --help: "
-    "`visexpert detach RUN` (drop experts that are not worth their cost), `merge RUN` (one plain CLIP out of CLIP and "
-    "experts), `export RUN` (for transformers, open_clip, ONNX, torch.export, LLaVA), `caption IMAGE... --run RUN`, "
-    "`serve --run RUN` (a page in the browser), `compare RUN...` (many runs on one page). Before "
-    "it: `try MODEL` (whether a model can be expert, CLIP or language model), "
-    "`plan --config X` (what a run will cost), `data check X` (what is missing), `import FOLDER` (released MoVE-KD "
-    "weights), `score import` (what lmms-eval measured). With every command: `--trust MODULE` lets a run's own "
-    "configuration name classes of a module of yours (repeatable), `--allow_pipe true` lets `pipe:COMMAND` shards "
-    "run their commands; neither is read from a configuration."
+    "Every setting of this command. Settings may be given here or in YAML files (--config); what this machine would "
+    "use is shown by --print_config. `visexpert --help` lists all commands."
 )
 SCORING = ("validate", "test", "predict")
 CHECKPOINT_WORDS = ("last", "best", "hpc", "registry")
@@ -355,7 +347,7 @@ class VisexpertCLI(LightningCLI):
 def run_lightning(arguments: list[str]) -> None:
     """Run ``fit``, ``validate``, ``test`` or ``predict``.
 
-    ``visexpert test --run RUN`` alone scores a finished run: its own configuration and last checkpoint are filled in.
+    ``visexpert test RUN`` alone scores a finished run: its own configuration and last checkpoint are filled in.
     A ``--config`` beside it changes that configuration (for example by a phase to carry out).
     """
     again = "go on with the same command and --ckpt_path last" if arguments[:1] == ["fit"] else "give the command again"
@@ -417,16 +409,17 @@ class RunParser(LightningArgumentParser):
 
 
 def complete_from_run(arguments: list[str]) -> list[str]:
-    """Fill in ``--config`` and ``--ckpt_path`` from the folder given by ``--run``, for commands that score.
+    """Fill in ``--run``, ``--config`` and ``--ckpt_path`` from RUN, for commands that score: ``test RUN ...``.
 
     Raises:
-        ConfigError: The folder is no run, or the checkpoint is not there.
+        ConfigError: RUN is given as ``--run``, as in version 0.1, the folder is no run, or the checkpoint is not there.
     """
     checkpoint = _option(arguments, "--ckpt_path")
     if checkpoint is not None and not _is_checkpoint(checkpoint):
         raise ConfigError(f"There is no checkpoint '{checkpoint}'; give a .ckpt file, or 'last' to continue a run.")
     if not arguments or arguments[0] not in SCORING:
         return arguments
+    arguments = _with_run_as_option(arguments)
     if arguments[0] != "predict" and _option(arguments, "--verbose") is None:
         arguments = [*arguments, "--verbose", "false"]  # Lightning's own table beside RunFolder's
     run = _option(arguments, "--run")
@@ -437,6 +430,15 @@ def complete_from_run(arguments: list[str]) -> list[str]:
     if checkpoint is None:
         completed += ["--ckpt_path", str(checkpoint_of(Path(run)))]
     return completed
+
+
+def _with_run_as_option(arguments: list[str]) -> list[str]:
+    command, *others = arguments
+    if (run := _option(others, "--run")) is not None:
+        raise ConfigError(f"visexpert {command}: --run is gone; name the run right after the command: {command} {run}.")
+    if others and not others[0].startswith("-"):
+        return [command, "--run", *others]
+    return arguments
 
 
 def config_of(run: Path) -> Path:

@@ -14,10 +14,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonargparse import set_parsing_settings
-from jsonargparse._common import denying_import_path_entry, get_parsing_setting, parsing_settings
-
 from visexpert.errors import ConfigError
 
 HELP = """
@@ -150,6 +146,9 @@ def guarded(path: Path | None, *, trust: Iterable[str] = ()) -> Iterator[None]:
     if path is None:
         yield
         return
+    from jsonargparse import set_parsing_settings  # here, so that --help does not wait for it
+    from jsonargparse._common import get_parsing_setting, parsing_settings
+
     before = {name: get_parsing_setting(name) for name in _POLICY}
     set_parsing_settings(
         import_path_denylist=["*", *(f"{OURS[0]}.{part}" for part in NOT_OURS)],
@@ -172,6 +171,8 @@ def _is_module(name: str) -> bool:
 
 def may_import(class_path: str) -> bool:
     """Whether nothing forbids at present to import what a value names."""
+    from jsonargparse._common import denying_import_path_entry, get_parsing_setting
+
     return not get_parsing_setting("import_paths_enforced") or denying_import_path_entry(class_path) is None
 
 
@@ -204,6 +205,8 @@ def _named(config: Any, folder: Path) -> Iterator[Any]:
 
 def _content(value: str, folder: Path) -> Any:
     """What a parser would put in place of the name of a YAML file; None of anything else."""
+    import yaml
+
     for path in (folder / value, Path(value)):
         try:
             if path.is_file() and path.stat().st_size <= MOST_YAML:

@@ -27,7 +27,7 @@ PAGES = {
 def test_a_page_is_printed_again_from_its_rows(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(RESULTS, tmp_path / "docs" / "results")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", [module, "--report-only"])
+    monkeypatch.setattr("sys.argv", [module, "--report_only"])
     importlib.import_module(f"benchmarks.{module}").main()
     for file in (f"{PAGES[module]}.md", f"{PAGES[module]}.json"):
         made, committed = tmp_path / "docs" / "results" / file, RESULTS / file

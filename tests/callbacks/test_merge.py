@@ -85,7 +85,7 @@ def test_scoring_it_again_gives_the_same_scores(run: Path) -> None:
     main(["merge", str(run), *MERGE])
     path = run / "merged" / "metrics.json"
     before = json.loads(path.read_text(encoding="utf-8"))
-    main(["test", "--run", str(run / "merged")])
+    main(["test", str(run / "merged")])
     after = json.loads(path.read_text(encoding="utf-8"))
     scores = [key for key in before if key.startswith("test/")]
     assert scores and all(after[key] == pytest.approx(before[key], rel=1e-5) for key in scores)
@@ -128,7 +128,7 @@ def test_a_merge_into_mole_is_a_run_that_opens_and_is_scored_and_exported(run: P
     assert facts["student"]["mole"]["rank"] == 4 and facts["student"]["balance_weight"] == 0.1
     scores = json.loads((merged / "metrics.json").read_text(encoding="utf-8"))
     assert "train/balance_loss" in scores
-    main(["test", "--run", str(merged)])
+    main(["test", str(merged)])
     again = json.loads((merged / "metrics.json").read_text(encoding="utf-8"))
     assert again["test/nll/nll"] == pytest.approx(scores["test/nll/nll"], rel=1e-5)
     saved = load_run(merged)
@@ -170,7 +170,7 @@ def test_it_is_a_second_phase_of_a_fit(run: Path, tmp_path: Path) -> None:
     assert "test/nll/nll" in json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     assert load_run(folder / "merged").steps == 8 + 4
     assert "KnowledgeMerging" not in (folder / "merged" / "config.yaml").read_text(encoding="utf-8")
-    main(["test", "--run", str(run), "--config", str(overlay)])  # and the same on a finished run
+    main(["test", str(run), "--config", str(overlay)])  # and the same on a finished run
     expected, got = weights(folder / "merged"), weights(run / "merged")
     assert all(torch.allclose(expected[key], got[key], atol=1e-6) for key in expected)
 
@@ -256,7 +256,7 @@ def test_a_run_is_scored_though_the_run_that_it_started_from_is_gone(run: Path, 
     main(["fit", "--config", str(SMOKE), "--run", str(second), f"--model.init_args.init_from={donor}"])
     before = json.loads((second / "metrics.json").read_text(encoding="utf-8"))
     donor.unlink()
-    main(["test", "--run", str(second)])
+    main(["test", str(second)])
     after = json.loads((second / "metrics.json").read_text(encoding="utf-8"))
     assert after["test/nll/nll"] == pytest.approx(before["test/nll/nll"], rel=1e-5)
     assert load_run(second).steps == 8

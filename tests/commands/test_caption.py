@@ -63,17 +63,17 @@ def lines(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str]:
 
 @pytest.mark.parametrize("run", ["tove", "merged"])
 def test_one_line_an_image(runs: Path, images: Path, capsys: pytest.CaptureFixture[str], run: str) -> None:
-    written = lines(capsys, images, "--run", runs / run)
+    written = lines(capsys, runs / run, images)
     assert [line.split(": ")[0] for line in written] == [str(images / name) for name in ("a.png", "b.jpg", "c.gif")]
-    assert lines(capsys, images, "--run", runs / run, "--prompt", "describe the image", "--batch_size", 1) == written
-    assert lines(capsys, images / "b.jpg", "--run", runs / run) == written[1:2]
-    assert lines(capsys, images, "--run", runs / run, "--beams", 1) == written
-    assert lines(capsys, images, "--run", runs / run, "--sample", "--top_k", 1) == written
+    assert lines(capsys, runs / run, images, "--prompt", "describe the image", "--batch_size", 1) == written
+    assert lines(capsys, runs / run, images / "b.jpg") == written[1:2]
+    assert lines(capsys, runs / run, images, "--beams", 1) == written
+    assert lines(capsys, runs / run, images, "--sample", "--top_k", 1) == written
 
 
 def test_json_and_gates(runs: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "gates.png"
-    arguments = (images, "--run", runs / "tove", "--json", "--gates", out, "--prompt", "is there a cube ?")
+    arguments = (runs / "tove", images, "--json", "--gates", out, "--prompt", "is there a cube ?")
     records = json.loads("\n".join(lines(capsys, *arguments, "--max_new_tokens", 3)))
     assert [record["image"] for record in records] == [str(images / name) for name in ("a.png", "b.jpg", "c.gif")]
     for record in records:
@@ -83,14 +83,14 @@ def test_json_and_gates(runs: Path, images: Path, tmp_path: Path, capsys: pytest
         assert sum(record["experts"].values()) == pytest.approx(1, abs=1e-5)
     with Image.open(out) as figure:
         assert figure.format == "PNG" and figure.width > 500
-    merged = json.loads("\n".join(lines(capsys, images, "--run", runs / "merged", "--json")))
+    merged = json.loads("\n".join(lines(capsys, runs / "merged", images, "--json")))
     assert [record["experts"] for record in merged] == [None] * 3
 
 
 def test_a_broken_image_stops_no_other(runs: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (images / "b.jpg").write_text("no image", encoding="utf-8")
     with pytest.raises(SystemExit) as ended:
-        lines(capsys, images, images / "gone.png", "--run", runs / "tove")
+        lines(capsys, runs / "tove", images, images / "gone.png")
     output = capsys.readouterr()
     assert ended.value.code == 1
     assert [line.split(": ")[0] for line in output.out.splitlines()] == [str(images / "a.png"), str(images / "c.gif")]
@@ -99,7 +99,7 @@ def test_a_broken_image_stops_no_other(runs: Path, images: Path, capsys: pytest.
     assert errors[0].startswith(f"visexpert: The image {images / 'b.jpg'} cannot be read")
     assert errors[1] == f"visexpert: The image {images / 'gone.png'} does not exist; correct the path."
     with pytest.raises(SystemExit):
-        lines(capsys, images / "b.jpg", "--run", runs / "tove", "--json")
+        lines(capsys, runs / "tove", images / "b.jpg", "--json")
     record = json.loads(capsys.readouterr().out)[0]
     assert record["text"] is None and record["experts"] is None and "cannot be read" in record["error"]
 
@@ -108,7 +108,7 @@ def test_unknown_words_are_named(
     runs: Path, images: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", logger="visexpert"):
-        lines(capsys, images / "a.png", "--run", runs / "tove", "--prompt", "where is the zebra ?")
+        lines(capsys, runs / "tove", images / "a.png", "--prompt", "where is the zebra ?")
     assert "The vocabulary lacks 'where', 'zebra': the model reads <unk> instead." in caplog.messages
 
 
@@ -138,16 +138,16 @@ def test_what_cannot_be_is_one_sentence(
     sentence: str,
 ) -> None:
     monkeypatch.chdir(images)
-    refused(["caption", *arguments, "--run", str(runs / "tove")], sentence, capsys)
+    refused(["caption", str(runs / "tove"), *arguments], sentence, capsys)
     assert Image.open(images / "a.png").size == (50, 30)  # as it was
 
 
 def test_runs_that_are_none(runs: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = str(images / "a.png")
-    refused(["caption", image, "--run", str(tmp_path)], f"'{tmp_path}' is no run: it has no config.yaml", capsys)
-    refused(["caption", image], "the following arguments are required: --run", capsys)
+    refused(["caption", str(tmp_path), image], f"'{tmp_path}' is no run: it has no config.yaml", capsys)
+    refused(["caption", image], "the following arguments are required: IMAGE", capsys)
     merged = str(runs / "merged")
-    refused(["caption", image, "--run", merged, "--gates", "g.png"], "has no experts and hence no gate", capsys)
+    refused(["caption", merged, image, "--gates", "g.png"], "has no experts and hence no gate", capsys)
 
 
 def refused(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

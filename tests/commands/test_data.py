@@ -196,7 +196,7 @@ def test_weights_are_listed_with_place_and_size(tmp_path: Path, capsys: pytest.C
     assert "language:" in lines[3] and "config.json of 'some/language-model' is not in the cache" in lines[3]
     assert lines[3].endswith("Its size is not known without its config.json.")
     assert "3 things that the data needs are missing" in told.err
-    check(path, "--no-weights", code=None)
+    check(path, "--no_weights", code=None)
 
 
 def test_an_experts_own_module_lies_beside_the_configuration(

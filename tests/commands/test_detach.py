@@ -79,7 +79,7 @@ def test_a_run_is_detached_by_the_command_and_scored_by_another(run: Path, capsy
     assert list(saved.config["model"]["init_args"]["experts"]) == facts["kept"]
     assert len(facts["kept"]) == len(facts["detached"]) == 1
     before = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-    main(["test", "--run", str(out), "--trainer.accelerator", "cpu"])
+    main(["test", str(out), "--trainer.accelerator", "cpu"])
     after = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     assert after["test/nll/nll"] == pytest.approx(before["test/nll/nll"], rel=1e-5)
 

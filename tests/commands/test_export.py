@@ -235,6 +235,6 @@ def test_what_llava_has_no_place_for_is_named(settings: dict[str, Any], named: s
 
 def test_help_says_what_the_room_has(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.NAMES == tuple(FORMATS)
-    options = command._parser().parse_args(["run", "--format", "hf", "--out", "x", "--layers", "-2", "-1"])
+    options = command.parser().parse_args(["run", "--format", "hf", "--out", "x", "--layers", "-2", "-1"])
     assert command.MOLE == get_args(Treatment) and command.DTYPES == get_args(Dtype)
     assert options.tolerance == TOLERANCE and options.layers == [-2, -1]

@@ -92,7 +92,7 @@ def test_stage_2_captions_as_the_release_does(release: Release, capsys: pytest.C
     pixels = torch.randint(0, 256, (SIDE, SIDE, 3), dtype=torch.uint8)
     image = release.root / "a.png"
     Image.fromarray(pixels.numpy()).save(image)
-    main(["caption", str(image), "--run", str(out), "--prompt", "a red cube?", "--max_new_tokens", "8"])
+    main(["caption", str(out), str(image), "--prompt", "a red cube?", "--max_new_tokens", "8"])
     with torch.no_grad():
         wanted = release.write(pixels.permute(2, 0, 1) / 255, "a red cube?", length=8)
     line = capsys.readouterr().out.strip("\n")

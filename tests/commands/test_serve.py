@@ -15,10 +15,10 @@ from visexpert.commands import serve
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "visexpert serve: the following arguments are required: --run"),
-        (["--run", "a", "--port", "0"], "--port is 0, but must be at least 1"),
-        (["--run", "a", "--max_pixels", "-1"], "--max_pixels is -1, but must be at least 1"),
-        (["--run", "a", "--share"], "visexpert serve: unrecognized arguments: --share"),
+        ([], "visexpert serve: the following arguments are required: RUN"),
+        (["a", "--port", "0"], "--port is 0, but must be at least 1"),
+        (["a", "--max_pixels", "-1"], "--max_pixels is -1, but must be at least 1"),
+        (["a", "--share"], "visexpert serve: unrecognized arguments: --share"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(
@@ -32,12 +32,12 @@ def test_without_gradio_it_says_what_to_install(
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "gradio" else find(name))
-    assert "pip install 'visexpert[app]'" in refused(["--run", "a"], capsys)
+    assert "pip install 'visexpert[app]'" in refused(["a"], capsys)
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gradio", reason="the page needs the extra app")
-    assert refused(["--run", str(tmp_path)], capsys).startswith(f"visexpert: '{tmp_path}' is no run")
+    assert refused([str(tmp_path)], capsys).startswith(f"visexpert: '{tmp_path}' is no run")
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

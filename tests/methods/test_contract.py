@@ -83,7 +83,7 @@ def test_a_third_method_is_planned(house: Path, capsys: pytest.CaptureFixture[st
 
 def test_a_third_method_writes(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (40, 30), (200, 30, 30)).save(house / "photo.png")
-    main(["caption", "photo.png", "--run", "runs/adapter", "--json", "--trust", "adapter_tuning"])
+    main(["caption", "runs/adapter", "photo.png", "--json", "--trust", "adapter_tuning"])
     record = json.loads(capsys.readouterr().out)[0]
     assert record["error"] is None and record["text"] is not None and not record["experts"]
 

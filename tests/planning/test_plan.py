@@ -154,7 +154,7 @@ def test_a_checkpoint_holds_what_trains_twice_over_and_no_teacher() -> None:
         (lambda: Asked(gpus=0), "--gpus 0"),
         (lambda: Asked(mfu=1.5), "--mfu 1.5"),
         (lambda: make_plan(read(TOVE), Asked(gpu="abacus")), "abacus"),
-        (lambda: make_plan(read(TOVE), Asked(text_tokens=1)), "--text-tokens 1"),
+        (lambda: make_plan(read(TOVE), Asked(text_tokens=1)), "--text_tokens 1"),
         (lambda: read("configs/zoo/clip.yaml"), "plan counts methods"),
     ],
 )

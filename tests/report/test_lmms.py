@@ -57,7 +57,7 @@ def test_harness_version_prompt_and_settings_are_stored(run: Path) -> None:
 
 
 def test_the_version_is_the_files_own_where_it_has_one_and_is_needed_where_not(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--harness-version"):
+    with pytest.raises(ConfigError, match="--harness_version"):
         read_lmms_results(REAL)
     of_git = read_lmms_results(changed(tmp_path, lmms_eval_version="main@75571cfe", git_hash="75571cfe"))
     assert of_git["tiny_gqa"].provenance.harness_version == "main@75571cfe"
@@ -117,12 +117,12 @@ def test_other_files_are_refused(run: Path, content: str) -> None:
 
 def test_the_command_stores_and_prints(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     copy = shutil.copy(REAL, tmp_path / "a_results.json")
-    score(["import", str(copy), "--run", str(run), "--harness-version", "0.7.3"])
+    score(["import", str(run), str(copy), "--harness_version", "0.7.3"])
     assert "lmms/tiny_gqa/exact_match: 0" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="is no run"):
-        score(["import", str(copy), "--run", str(run / "nowhere")])
+        score(["import", str(run / "nowhere"), str(copy)])
     with pytest.raises(ConfigError, match="no scores of 'mme'"):
-        score(["import", str(copy), "--run", str(run), "--harness-version", "1", "--task", "mme"])
+        score(["import", str(run), str(copy), "--harness_version", "1", "--task", "mme"])
 
 
 DEEP = "[" * 100_000

@@ -79,7 +79,7 @@ class Predictions(Callback):
             with path.open(mode, encoding="utf-8") as file:
                 file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         except OSError as error:
-            raise DataError(f"Cannot write {path} ({error.strerror}): free the disk, or name another --run.") from error
+            raise DataError(f"Cannot write {path} ({error.strerror}): free the disk.") from error
 
 
 def check_writes(model: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""``visexpert caption IMAGE... --run RUN``: captions or answers for your own images."""
+"""``visexpert caption RUN IMAGE...``: captions or answers for your own images."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def run(arguments: list[str]) -> None:
     """Caption the images that the arguments name.
 
     Raises:
-        ConfigError: An option cannot be, or ``--run`` is no run.
+        ConfigError: An option cannot be, or RUN is no run.
         DataError: A folder cannot be listed, the prompt is too long, or the figure cannot be written.
     """
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     choice = _choice_of_tokens(options)
     paths = find_images(options.images, recursive=options.recursive)
     _check_figure(options.gates, paths)
@@ -149,11 +149,12 @@ def _choice_of_tokens(options: argparse.Namespace) -> dict[str, Any]:
     return choice
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
+    """Return the command's parser."""
     description = "Caption images, or answer a question about them, by a finished run."
     parser = Parser(prog="visexpert caption", description=description, epilog=EPILOG)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
-    parser.add_argument("--run", required=True, type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--prompt", help="a question, or words that ask for a caption (default: the run's own)")
     parser.add_argument("--recursive", action="store_true", help="take the images of subfolders, too")
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="images at once (default: 16)")

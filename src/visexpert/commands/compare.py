@@ -28,7 +28,7 @@ def run(arguments: list[str]) -> None:
     Raises:
         ConfigError: A folder that does not exist, no finished run, or runs that do not go together.
     """
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     if options.out.is_file():
         raise ConfigError(f"visexpert compare: --out '{options.out}' is a file; name a folder.")
     from visexpert.report.compare import Choices, compare_runs, find_runs, write_report  # heavy: after --help
@@ -52,7 +52,8 @@ def run(arguments: list[str]) -> None:
     print(f"{shown(options.out / 'report.html')}, report.md and results.csv beside it")
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
+    """Return the command's parser."""
     parser = Parser(
         prog="visexpert compare",
         description="Compare finished runs on one page: scores with intervals over seeds, paired tests against a "
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--score", metavar="KEY", help="score of the Pareto figure and the curves")
     parser.add_argument("--split", choices=("test", "val"), default="test", help="whose scores (default: %(default)s)")
     parser.add_argument("--phases", action="store_true", help="also take runs inside runs: RUN/merged, RUN/detached")
-    parser.add_argument("--allow-mixed", action="store_true", help="compare what is not comparable, with a warning")
+    parser.add_argument("--allow_mixed", action="store_true", help="compare what is not comparable, with a warning")
     return parser
 
 

@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> None:
         ConfigError: There is no configuration of that name.
         DataError: A file is there already.
     """
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     if options.action == "show":
         sys.stdout.write(shipped.shipped(options.name).read_text(encoding="utf-8"))
     elif options.action == "copy":
@@ -125,7 +125,8 @@ def _lies_in(name: str, folder: str) -> bool:
     return name.startswith(f"{folder}/")
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
+    """Return the command's parser."""
     parser = Parser(
         prog="visexpert configs",
         description="List, show or copy the configurations that are shipped.",

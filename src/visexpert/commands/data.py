@@ -49,28 +49,7 @@ def run(arguments: list[str]) -> None:
         ConfigError: The configuration names no data, or data that cannot be built.
         DataError: Something is missing.
     """
-    parser = Parser(prog="visexpert data", description="Look for the data that a configuration needs.", epilog=EPILOG)
-    parser.add_argument("action", choices=["check"], help="what to do: check")
-    parser.add_argument(
-        "config", nargs="+", type=find, metavar="CONFIG", help="YAML file or shipped name; later ones win"
-    )
-    parser.add_argument(
-        "--parts",
-        nargs="+",
-        choices=["train", "val", "test"],
-        default=["train", "val", "test"],
-        help="parts that you mean to use (default: all that the sources have)",
-    )
-    parser.add_argument(
-        "--images",
-        choices=["sample", "all", "none"],
-        default="sample",
-        help="which images to look for (default: sample)",
-    )
-    parser.add_argument(
-        "--no-weights", dest="weights", action="store_false", help="look for data alone, not for pretrained weights"
-    )
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     missing = 0
     for label, source, parts in sources_of(build_data(options.config), options.parts):
         print(shown(label))
@@ -236,3 +215,29 @@ def merged(paths: Sequence[Path]) -> dict[str, Any]:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{' + '.join(map(str, paths))} cannot be read ({reason}); check path and YAML.") from error
     return {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
+
+
+def parser() -> Parser:
+    """Return the command's parser."""
+    parser = Parser(prog="visexpert data", description="Look for the data that a configuration needs.", epilog=EPILOG)
+    parser.add_argument("action", choices=["check"], help="what to do: check")
+    parser.add_argument(
+        "config", nargs="+", type=find, metavar="CONFIG", help="YAML file or shipped name; later ones win"
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=["train", "val", "test"],
+        default=["train", "val", "test"],
+        help="parts that you mean to use (default: all that the sources have)",
+    )
+    parser.add_argument(
+        "--images",
+        choices=["sample", "all", "none"],
+        default="sample",
+        help="which images to look for (default: sample)",
+    )
+    parser.add_argument(
+        "--no_weights", dest="weights", action="store_false", help="look for data alone, not for pretrained weights"
+    )
+    return parser

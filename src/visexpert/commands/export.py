@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from visexpert.commands.parser import Parser
 from visexpert.errors import ConfigError, shown
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def run(arguments: list[str]) -> None:
         ConfigError: The run, the target or a setting cannot work.
         WeightsError: An export differs after reloading; nothing is left behind.
     """
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     from visexpert.export import check_dtype, check_formats, check_target, export  # heavy: after --help
 
     formats = list(dict.fromkeys(name.strip() for entry in options.format for name in entry.split(",")))
@@ -68,8 +69,9 @@ def run(arguments: list[str]) -> None:
             print(f"{name}: one plain CLIP ({mole.treatment}), NMSE {nmse:.1e} from the student, see fidelity.md")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> Parser:
+    """Return the command's parser."""
+    parser = Parser(
         prog="visexpert export",
         description="Write a run's trained CLIP in another library's format. Each export is loaded again in a fresh "
         "process that cannot import visexpert, and compared; one that differs leaves nothing behind.",
@@ -77,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "run",
         type=Path,
+        metavar="RUN",
         help="a run that `visexpert merge` has merged, its merged folder, or any run that trained CLIP",
     )
     parser.add_argument(

@@ -19,7 +19,7 @@ Stage 1 also needs --language, the model that it was trained with (Vicuna-1.5). 
 jiaojuncao/MoVE-KD-7b-v1.0, -7b-v1.1, -13b-v1.0 and -13b-v1.1.
 
     visexpert import MoVE-KD-7b-v1.1 --clip openai/clip-vit-large-patch14-336 --out runs/move-kd-7b
-    visexpert caption photo.jpg --run runs/move-kd-7b --prompt "What is in the picture?"
+    visexpert caption runs/move-kd-7b photo.jpg --prompt "What is in the picture?"
 
 The language model of a stage-2 folder is copied to RUN/language, where config.yaml reads it from. Encoder adapters go
 to RUN/start.safetensors beside student and projector: name it as init_from of a training with teachers of their names.
@@ -39,7 +39,7 @@ def run(arguments: list[str]) -> None:
         ConfigError: An option is missing or contradicts the files.
         WeightsError: The files are not MoVE-KD's or do not fit together.
     """
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     _check_target(options.out)
     from visexpert.commands.imported_run import write_run
     from visexpert.commands.released import mole_shape, read_released
@@ -120,7 +120,8 @@ def _check_language(released: Released, options: argparse.Namespace) -> None:
         raise ConfigError(f"'{options.folder}' has a language model of its own; leave --language out.")
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
+    """Return the command's parser."""
     parser = Parser(
         prog="visexpert import",
         description="Turn MoVE-KD's released weights into a run that captions and trains on.",

@@ -1,34 +1,49 @@
-"""What ``visexpert merge`` and ``visexpert detach`` share: a phase's own settings as options, on a finished run."""
+"""``visexpert detach RUN`` and ``visexpert merge RUN``: a phase's own settings as options, on a finished run."""
 
 from __future__ import annotations
 
+from functools import partial
 from inspect import signature
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import lightning as L
-from jsonargparse import ArgumentParser
-from rich.console import Console
-
-from visexpert.callbacks.phase import Phase, kept_trainer, saved_settings
-from visexpert.checking import check_seed
+from visexpert.commands.parser import Parser
+from visexpert.commands.source_settings import ClassSource
 from visexpert.errors import shown
-from visexpert.interruption import stoppable
-from visexpert.methods.fusing import fusing
-from visexpert.runs import load_run
-from visexpert.training import RunParser
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from visexpert.callbacks.phase import Phase
+
+PHASES = {
+    "detach": ClassSource("visexpert.callbacks.detach", "ExpertDetachment"),
+    "merge": ClassSource("visexpert.callbacks.merge", "KnowledgeMerging"),
+}
 
 
-def run_phase(command: str, phase: type[Phase], arguments: list[str]) -> None:
+def _run(command: str, arguments: list[str]) -> None:
     """Parse a phase's settings and carry it out on a finished run.
 
     Args:
         command: Name of the command.
-        phase: The phase; its constructor's arguments are the options.
         arguments: Without the command's name.
 
     Raises:
         ConfigError: A setting that does not exist or cannot be, or a run of a method that fuses no experts.
     """
+    if {"-h", "--help"} & set(arguments):
+        _light_parser(command).parse_args(["--help"])
+    import lightning as L  # heavy: after --help
+
+    from visexpert import callbacks
+    from visexpert.callbacks.phase import kept_trainer, saved_settings
+    from visexpert.checking import check_seed
+    from visexpert.interruption import stoppable
+    from visexpert.methods.fusing import fusing
+    from visexpert.runs import load_run
+
+    phase: type[Phase] = getattr(callbacks, PHASES[command].name)
     parser = _parser(command, phase)
     built = parser.instantiate_classes(parser.parse_args(arguments))
     work = phase(**{name: built[name] for name in signature(phase).parameters})
@@ -43,14 +58,42 @@ def run_phase(command: str, phase: type[Phase], arguments: list[str]) -> None:
     model.count_steps(saved.steps)
     with stoppable(go_on="give the same command again"), kept_trainer(model, saved.data):
         out = work.carry_out(model, saved.data, run, saved_settings(run))
-    Console().print(f"Done: {shown(out)}", highlight=False, markup=False, soft_wrap=True)
+    print(f"Done: {shown(out)}")
 
 
 def _parser(command: str, phase: type[Phase]) -> ArgumentParser:
-    summary = (phase.__doc__ or "").strip().splitlines()[0]
-    parser = RunParser(prog=f"visexpert {command}", description=summary, parser_mode="omegaconf")
-    parser.add_argument("folder", type=str, metavar="RUN", help="Folder of a finished run.")
-    parser.add_argument("--config", action="config", help="Settings from a YAML file.")
-    parser.add_argument("--seed", type=int, default=None, help="Seed of order and noise; the run's own by default.")
+    from visexpert.training import RunParser
+
+    parser = RunParser(prog=f"visexpert {command}", parser_mode="omegaconf")
+    parser.add_argument("folder", type=str, metavar="RUN", help=_RUN)
+    parser.add_argument("--config", action="config", help=_CONFIG)
+    parser.add_argument("--seed", type=int, default=None, help=_SEED)
     parser.add_class_arguments(phase)
     return parser
+
+
+_RUN = "folder of a finished run"
+_CONFIG = "settings from a YAML file"
+_SEED = "seed of order and noise (default: the run's own)"
+
+
+def _light_parser(command: str) -> Parser:
+    """Return a parser with the same options that imports nothing of the phase; it prints help and parses nothing."""
+    source = PHASES[command]
+    parser = Parser(
+        prog=f"visexpert {command}",
+        usage=f"visexpert {command} RUN [options]",
+        description=source.description(),
+    )
+    parser.add_argument("folder", metavar="RUN", help=_RUN)
+    parser.add_argument("--config", metavar="YAML", help=_CONFIG)
+    parser.add_argument("--seed", metavar="int", help=_SEED)
+    for setting in source.settings():
+        default = "null" if setting.default == "None" else setting.default
+        text = f"{setting.help} (default: {default})".replace("%", "%%")
+        parser.add_argument(f"--{setting.name}", metavar=setting.type.replace("None", "null"), help=text)
+    return parser
+
+
+detach, merge = partial(_run, "detach"), partial(_run, "merge")
+detach_parser, merge_parser = partial(_light_parser, "detach"), partial(_light_parser, "merge")

@@ -28,8 +28,7 @@ def run(arguments: list[str]) -> None:
         ConfigError: A setting that does not exist or cannot be.
         WeightsError: The configuration of a pretrained model is not on this machine.
     """
-    parser = _parser()
-    options, overrides = parser.parse_known_args(arguments)
+    options, overrides = parser().parse_known_args(arguments)
     if not options.config:
         raise ConfigError("visexpert plan: no configuration was given; name YAML files by --config.")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported, below
@@ -58,14 +57,14 @@ def run(arguments: list[str]) -> None:
     show(plan, Console())
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
+    """Return the command's parser."""
     parser = Parser(
         prog="visexpert plan",
         description="Say what a fit will cost before it is paid for: parameters, GFLOP per sample by part, memory per "
         "GPU,\ndisk and hours. Everything is counted on shapes; no weights, no download, no accelerator.",
         epilog=EPILOG,
     )
-    parser.allow_abbrev = False  # what follows belongs to `visexpert fit`
     parser.add_argument("--config", action="append", default=[], type=Path, metavar="YAML", help="may be repeated")
     parser.add_argument("--gpus", type=int, metavar="N", help="number of GPUs (default: the trainer's devices, else 1)")
     parser.add_argument(
@@ -79,10 +78,10 @@ def _parser() -> Parser:
     )
     parser.add_argument("--samples", type=int, metavar="N", help="training images, where the data is not here")
     parser.add_argument(
-        "--text-tokens", type=int, default=124, metavar="N", help="tokens of an image's texts (default: %(default)s)"
+        "--text_tokens", type=int, default=124, metavar="N", help="tokens of an image's texts (default: %(default)s)"
     )
     parser.add_argument(
-        "--answer-tokens", type=int, metavar="N", help="those of them that are supervised (default: half)"
+        "--answer_tokens", type=int, metavar="N", help="those of them that are supervised (default: half)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser

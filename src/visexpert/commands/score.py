@@ -1,8 +1,7 @@
-"""``visexpert score import RESULTS.json --run RUN``: scores of other harnesses beside a run's own."""
+"""``visexpert score import RUN RESULTS.json...``: scores of other harnesses beside a run's own."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from visexpert.commands.parser import Parser
@@ -11,7 +10,7 @@ from visexpert.errors import shown
 EPILOG = """\
 examples:
   lmms-eval --model visexpert --model_args run=runs/tove/merged --tasks gqa,mme --output_path logs --log_samples
-  visexpert score import logs/*_results.json --run runs/tove/merged --harness-version 0.7.3
+  visexpert score import runs/tove/merged logs/*_results.json --harness_version 0.7.3
 
 metrics.json gets lmms/TASK/METRIC; lmms.json beside it says by which harness, version, prompt and settings, on how
 many questions. docs/evaluation.md tells how to run lmms-eval on a run or on an exported LLaVA folder.
@@ -25,7 +24,7 @@ def run(arguments: list[str]) -> None:
         ConfigError: The folder is no run, or scores that must not be stored unasked.
         DataError: A file cannot be read.
     """
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     from visexpert.report.lmms import import_lmms
 
     for path in options.results:
@@ -43,18 +42,19 @@ def run(arguments: list[str]) -> None:
     print(f"These scores are in {kept}, where they come from in {source}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
+    """Return the command's parser."""
     parser = Parser(
         prog="visexpert score",
         description="Store scores that another harness has measured in a run's folder.",
         epilog=EPILOG,
     )
     parser.add_argument("action", choices=("import",), help="import: read results files of lmms-eval")
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run that was evaluated")
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json", help="DATE_results.json of lmms-eval")
-    parser.add_argument("--run", required=True, type=Path, metavar="RUN", help="the run that was evaluated")
     parser.add_argument("--task", action="append", default=[], metavar="NAME", help="only this task; may be repeated")
     parser.add_argument(
-        "--harness-version", metavar="X", help="version of lmms-eval, where the file does not say (installed by pip)"
+        "--harness_version", metavar="X", help="version of lmms-eval, where the file does not say (installed by pip)"
     )
     parser.add_argument(
         "--limited", action="store_true", help="also store scores of a part of the questions (lmms-eval --limit)"

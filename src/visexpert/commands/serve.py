@@ -1,4 +1,4 @@
-"""``visexpert serve --run RUN``: a page to drop images on, ask, and watch the experts."""
+"""``visexpert serve RUN``: a page to drop images on, ask, and watch the experts."""
 
 from __future__ import annotations
 
@@ -23,16 +23,9 @@ def run(arguments: list[str]) -> None:
     """Serve until Ctrl-C.
 
     Raises:
-        ConfigError: Gradio is missing, ``--run`` is no run, or the address cannot be bound.
+        ConfigError: Gradio is missing, RUN is no run, or the address cannot be bound.
     """
-    parser = Parser(prog="visexpert serve", description="Serve a page to try a finished run.", epilog=EPILOG)
-    parser.add_argument("--run", required=True, type=Path, metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--host", default="127.0.0.1", help="address to bind to (default: this machine only)")
-    parser.add_argument("--port", type=int, default=7860, help="port to bind to (default: 7860)")
-    parser.add_argument("--max_upload_mb", type=int, default=10, metavar="MB", help="largest upload (default: 10)")
-    parser.add_argument("--max_pixels", type=int, default=16_000_000, help="largest image (default: 16000000)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     for name in ("port", "max_upload_mb", "max_pixels"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} is {getattr(options, name)}, but must be at least 1.")
@@ -49,3 +42,15 @@ def run(arguments: list[str]) -> None:
             Event().wait()
         except KeyboardInterrupt:
             log.info("Stopped.")
+
+
+def parser() -> Parser:
+    """Return the command's parser."""
+    parser = Parser(prog="visexpert serve", description="Serve a page to try a finished run.", epilog=EPILOG)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind to (default: this machine only)")
+    parser.add_argument("--port", type=int, default=7860, help="port to bind to (default: 7860)")
+    parser.add_argument("--max_upload_mb", type=int, default=10, metavar="MB", help="largest upload (default: 10)")
+    parser.add_argument("--max_pixels", type=int, default=16_000_000, help="largest image (default: 16000000)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")
+    return parser

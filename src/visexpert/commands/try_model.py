@@ -41,7 +41,7 @@ Families that were tried are listed in docs/families.md. VISEXPERT_TRACEBACK=1 s
 
 def run(arguments: list[str]) -> None:
     """Try and print; exit code 2 where nothing works."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     if not options.model.strip():
         raise ConfigError("MODEL is empty; name a folder ('.' for this one), an id of the hub or a model's name.")
     from visexpert.commands.trial import ROLES, Asked, attempts  # heavy: after --help
@@ -94,7 +94,8 @@ def _as_json(found: Attempt, model: str) -> dict[str, object]:
     return {**written, "yaml": found.yaml(model)} if found.works else written
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
+    """Return the command's parser."""
     parser = Parser(
         prog="visexpert try",
         description="Try a model in each role that the package has: as a frozen expert, as the CLIP that is taught, as "

@@ -24,7 +24,7 @@ IGNORED = frozenset({"do_sample", "image_aspect_ratio", "image_sizes", "use_cach
 
 
 class VisexpertModel(lmms):  # type: ignore[misc]
-    """Whatever ``visexpert caption --run`` can open: a run whole, RUN/detached or RUN/merged.
+    """Whatever ``visexpert caption`` can open: a run whole, RUN/detached or RUN/merged.
 
     Prompts are the task's own; they are framed as the run's data framed them in training (``template``). Each
     question has one image: tasks without images or with several are refused.

@@ -168,7 +168,7 @@ def _text(tokens: int, answers: int | None, longest: int | None) -> TextBatch:
     answers = tokens // 2 if answers is None else answers
     if tokens < 2 or not 0 < answers < tokens:
         raise ConfigError(
-            f"--text-tokens {tokens} and --answer-tokens {answers} cannot be; a text has at least 2 tokens, and some "
+            f"--text_tokens {tokens} and --answer_tokens {answers} cannot be; a text has at least 2 tokens, and some "
             "but not all of them are answers."
         )
     count = 1 if longest is None else -(-tokens // longest)

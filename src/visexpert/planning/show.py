@@ -144,7 +144,7 @@ def assumptions(plan: Plan) -> list[str]:
         "its weights. Where only inputs need a gradient it is 2 times, with neither 1; gradient checkpointing adds a "
         "forward pass to the backward pass.",
         f"An image has {plan.image_size} x {plan.image_size} px and {asked.text_tokens} tokens of text, {answers} of "
-        "them supervised (--text-tokens, --answer-tokens).",
+        "them supervised (--text_tokens, --answer_tokens).",
         f"{asked.mfu:.0%} of the peak is reached (--mfu) and data, validation and tests take no time; the peak is that "
         f"of {plan.precision.peak_bits}-bit products.",
         f"Activations are the most that results of operations take at once ({size(plan.activation_bytes)} for one "

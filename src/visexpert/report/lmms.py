@@ -104,7 +104,7 @@ def read_lmms_results(path: Path, *, harness_version: str | None = None) -> dict
     if not version:
         raise ConfigError(
             f"{path} does not say its version of lmms-eval, which was installed without git; give it by "
-            "--harness-version (`pip show lmms_eval` tells it)."
+            "--harness_version (`pip show lmms_eval` tells it)."
         )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     tasks = {}

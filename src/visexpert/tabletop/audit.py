@@ -90,8 +90,8 @@ def main() -> None:
     """Render (or read) the splits and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default=None, help="folder of the cache (default: as TabletopData)")
-    parser.add_argument("--num-train", type=int, default=10_000, help="scenes that the guesser is fitted on")
-    parser.add_argument("--num-test", type=int, default=1000, help="scenes that it is scored on")
+    parser.add_argument("--num_train", type=int, default=10_000, help="scenes that the guesser is fitted on")
+    parser.add_argument("--num_test", type=int, default=1000, help="scenes that it is scored on")
     parser.add_argument("--seed", type=int, default=0, help="seed of the world")
     arguments = parser.parse_args()
     data = TabletopData(

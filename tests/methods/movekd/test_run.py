@@ -31,7 +31,7 @@ def test_a_run_is_scored_alike_again_and_opens(scenes: Path, tmp_path: Path, mon
     assert {f"val/kd/{name}" for name in WATCHED["weight"]} <= first.keys()
     figures = {"loss_curves", "distillation_curves", "cls_attention", "router_maps", "router_usage"}
     assert {path.stem for path in (run / "figures").iterdir()} == figures | {"captions"}
-    main(["test", "--run", str(run)])
+    main(["test", str(run)])
     again = scores_of(run)
     scored = [name for name in first if name.startswith("test/")]
     assert scored and all(again[name] == first[name] for name in scored)
@@ -77,7 +77,7 @@ def test_a_run_begins_with_its_start_and_goes_on_without_it(
     last = run / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 2
     assert f"init_from: {start}" in (run / "config.yaml").read_text(encoding="utf-8")
-    main(["validate", "--run", str(run)])
+    main(["validate", str(run)])
     assert "val/kd_loss" in scores_of(run)
     message = refused("--model.init_args.heads.alignment", "fixed", "--ckpt_path", str(last))
     assert message.startswith(f"The checkpoint {last} is of another model: missing")

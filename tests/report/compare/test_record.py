@@ -59,11 +59,9 @@ def test_why_a_run_cannot_be_compared_is_said(tmp_path: Path) -> None:
 
 def test_a_run_without_scores_of_the_split_says_how_to_get_them(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r")
-    assert read_run(folder, split="val").problem == (
-        f"has no val scores; score it by `visexpert validate --run {folder}`"
-    )
+    assert read_run(folder, split="val").problem == (f"has no val scores; score it by `visexpert validate {folder}`")
     (folder / "metrics.json").write_text(json.dumps({"val/nll/nll": 1.0}), encoding="utf-8")
-    assert "visexpert test --run" in read_run(folder).problem
+    assert "visexpert test " in read_run(folder).problem
     stages = {"fit": {**FIT, "outcome": "finished"}, "test": {"outcome": "failed", "error": "KeyError: 'x'"}}
     write_environment(folder, **stages)
     assert read_run(folder).problem == "failed in scoring: KeyError: 'x'"

@@ -201,7 +201,7 @@ def _problem(record: RunRecord, split: str, *, has_metrics: bool) -> str:
     if not has_metrics:
         return f"failed or still going: there is no metrics.json; {_last_sign(record.folder)}"
     if not scored:
-        return f"has no {split} scores; score it by `visexpert {_VERBS.get(split, 'test')} --run {record.folder}`"
+        return f"has no {split} scores; score it by `visexpert {_VERBS.get(split, 'test')} {record.folder}`"
     steps, planned = record.metrics.get("cost/steps"), record.settings.get("trainer.max_steps")
     if fit.get("outcome") is None and fit and steps and isinstance(planned, int) and 0 < steps < planned:
         return f"scored after {steps:.0f} of {planned} steps: it was interrupted"

@@ -97,7 +97,7 @@ def refuse_mixed(found: Sequence[Difference]) -> None:
         more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
         raise ConfigError(
             f"These runs cannot be compared: they differ in {'; '.join(map(str, found[:3]))}{more}; leave some out, or "
-            "pass --allow-mixed to see them side by side all the same."
+            "pass --allow_mixed to see them side by side all the same."
         )
 
 

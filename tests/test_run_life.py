@@ -23,7 +23,7 @@ from visexpert.cli import main
 from visexpert.io.run_folder import OWN, PREVIOUS, SIDECAR, hold, holds_run
 from visexpert.methods import Method, ToVE
 from visexpert.methods.evaluation import decode
-from visexpert.methods.finite import FILE as NOT_FINITE
+from visexpert.methods.step import FILE as NOT_FINITE
 from visexpert.report import read_metrics
 from visexpert.runs import load_run
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, reduce
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -295,12 +295,16 @@ class TextFacts(TensorRecord):
         places_M: int64, row * N + column of each supervised token, in order.
         lengths_BI: Tokens of each item, 0 where a row has fewer items; numpy's, hence on the host.
         markers_BI: How many of them are :data:`IMAGE_TOKEN`; likewise.
+        longest: Tokens of the longest item.
+        has_markers: Whether any item says where its image goes.
         opens_supervised: Whether the first token of a row is supervised, which nothing can predict.
     """
 
     places_M: Tensor
     lengths_BI: npt.NDArray[np.int64]
     markers_BI: npt.NDArray[np.int64]
+    longest: int
+    has_markers: bool
     opens_supervised: bool
 
     @classmethod
@@ -317,10 +321,13 @@ class TextFacts(TensorRecord):
             counts = np.bincount(cells.ravel(), minlength=num_rows * (num_items + 1))
             return counts.reshape(num_rows, num_items + 1)[:, 1:]
 
+        lengths_BI, markers_BI = counted(cell_BN), counted(cell_BN[ids_BN == IMAGE_TOKEN])
         return cls(
             places_M=torch.from_numpy(np.flatnonzero(wanted_BN)).to(text.labels_BN.device),
-            lengths_BI=counted(cell_BN),
-            markers_BI=counted(cell_BN[ids_BN == IMAGE_TOKEN]),
+            lengths_BI=lengths_BI,
+            markers_BI=markers_BI,
+            longest=int(lengths_BI.max(initial=0)),
+            has_markers=bool(markers_BI.any()),
             opens_supervised=bool(wanted_BN[:, :1].any()),
         )
 
@@ -328,16 +335,6 @@ class TextFacts(TensorRecord):
     def num_supervised(self) -> int:
         """M."""
         return len(self.places_M)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest item."""
-        return int(self.lengths_BI.max(initial=0))
-
-    @property
-    def has_markers(self) -> bool:
-        """Whether any item says where its image goes."""
-        return bool(self.markers_BI.any())
 
 
 @dataclass(frozen=True)
@@ -464,51 +461,6 @@ class VisionTokens(TensorRecord):
         picked = {name: value[index] for name, value in picked.items() if isinstance(value, Tensor) and value.ndim}
         lengths = None if self.lengths is None else tuple(self.lengths[row] for row in chosen)
         return VisionTokens(**picked, grid_hw=self.grid_hw, lengths=lengths)
-
-
-@dataclass(frozen=True)
-class LossTerm:
-    """One term of a loss.
-
-    Args:
-        value: Scalar, the mean over what the batch has of its unit; 0 where it has none.
-        unit: What it is a mean over.
-        weight: Its weight in the loss.
-    """
-
-    value: Tensor
-    unit: Unit
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """What a method's step returns; the base class logs it.
-
-    Args:
-        terms: Terms of the loss by name, at least one.
-        batch_size: Number of images.
-        watched: Named scalars without a graph to log beside them.
-    """
-
-    terms: Mapping[str, LossTerm]
-    batch_size: int
-    watched: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def loss(self) -> Tensor:
-        """The loss of this batch alone, scalar."""
-        return self.shared({})
-
-    @property
-    def parts(self) -> dict[str, Tensor]:
-        """All scalars to log: the terms without their weights, and what is watched."""
-        return {name: term.value for name, term in self.terms.items()} | dict(self.watched)
-
-    def shared(self, shares: Mapping[Unit, float | Tensor]) -> Tensor:
-        """The loss with each term scaled by the share of its unit; 1 for units that are not named."""
-        scaled = [term.weight * shares.get(term.unit, 1.0) * term.value for term in self.terms.values()]
-        return reduce(torch.add, scaled)
 
 
 class ImageSource(Protocol):

@@ -18,7 +18,7 @@ from visexpert.errors import ConfigError, WeightsError
 from visexpert.methods import MoVEKD
 from visexpert.runs import load_run
 from visexpert.transfer import make_kd_head
-from visexpert.transfer.encoder_adapters import Teacher
+from visexpert.transfer.kd_heads import Teacher
 from visexpert.types import Batch, ExpertTokens
 
 MOE = {

@@ -18,9 +18,9 @@ from tests.methods.helpers import tiny_tove
 from tests.two_processes import in_two_processes
 from visexpert.errors import ConfigError, DataError
 from visexpert.methods import ToVE
-from visexpert.methods.finite import MOST_IN_A_ROW, refuse_engines
+from visexpert.methods.step import MOST_IN_A_ROW, LossTerm, StepOutput, refuse_engines
 from visexpert.tabletop import TabletopData
-from visexpert.types import Batch, LossTerm, StepOutput
+from visexpert.types import Batch
 
 MakeData = Callable[..., TabletopData]
 
@@ -152,9 +152,9 @@ def test_weights_that_a_step_spoilt_are_not_saved(tmp_path: Path, data: MakeData
 
 def test_engines_that_step_by_themselves_cannot_skip() -> None:
     with pytest.raises(ConfigError, match="FSDPStrategy"):
-        refuse_engines(strategies.FSDPStrategy(), "skip")
-    refuse_engines(strategies.FSDPStrategy(), "stop")
-    refuse_engines(strategies.DDPStrategy(), "skip")
+        refuse_engines(strategies.FSDPStrategy(), on_nan="skip", frozen_steps=0)
+    refuse_engines(strategies.FSDPStrategy(), on_nan="stop", frozen_steps=0)
+    refuse_engines(strategies.DDPStrategy(), on_nan="skip", frozen_steps=0)
 
 
 def one_spoilt_rank(rank: int, folder: Path, cache: Path, on_nan: Any) -> tuple[list[Tensor], str]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from visexpert.methods.reduction import parts_over_processes
-from visexpert.types import LossTerm, StepOutput
+from visexpert.methods.step import LossTerm, StepOutput, parts_over_processes
 
 NAN = float("nan")
 
@@ -17,10 +16,10 @@ def output(**watched: float) -> StepOutput:
 
 def test_a_batch_without_an_image_says_nothing_of_images() -> None:
     """Its distillation loss is 0 for want of images, and entropies of nothing are NaN: neither is a figure."""
-    found = parts_over_processes(output(entropy=NAN, variance=NAN), {"token": 5, "image": 0})
+    found = parts_over_processes(output(entropy=NAN, variance=NAN), {"token": 5, "image": 0}, together=False)
     assert found == {"text_loss": 2.0}
 
 
 def test_one_image_has_no_variance_but_an_entropy() -> None:
-    found = parts_over_processes(output(entropy=0.5, variance=NAN), {"token": 5, "image": 1})
+    found = parts_over_processes(output(entropy=0.5, variance=NAN), {"token": 5, "image": 1}, together=False)
     assert found == {"text_loss": 2.0, "kd_loss": 0.0, "entropy": 0.5}

@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.methods.helpers import bare_trainer, shake, tiny_tove
 from visexpert.errors import ConfigError
 from visexpert.methods import ToVE
-from visexpert.methods.base import refuse_engine
+from visexpert.methods.step import refuse_engines
 from visexpert.tabletop import TabletopData
 from visexpert.tabletop.datamodule import TextSettings
 from visexpert.transfer import GateSettings
@@ -119,7 +119,7 @@ def test_the_language_model_joins_in_when_it_is_told_to(
 def test_engines_that_keep_gradients_to_themselves_cannot_hold_the_language_model_back(engine: str) -> None:
     strategy = object.__new__(getattr(strategies, engine))  # DeepSpeed itself is not installed
     with pytest.raises(ConfigError, match=rf"language_frozen_steps=100 .*{engine}.* set it to 0.* strategy ddp"):
-        refuse_engine(strategy, steps=100)
+        refuse_engines(strategy, on_nan="stop", frozen_steps=100)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 2e-3)])

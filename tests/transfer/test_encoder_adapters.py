@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from visexpert.errors import ConfigError
 from visexpert.grids import resample_tokens
-from visexpert.transfer.encoder_adapters import (
+from visexpert.transfer.kd_heads import (
     Alignment,
     FixedHead,
     KDHead,

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from visexpert.errors import ConfigError
 from visexpert.methods.base import writes_row
-from visexpert.methods.reduction import sums_over_processes
+from visexpert.methods.step import sums_over_processes
 from visexpert.types import Batch
 
 _FOREVER_S = 1e9

@@ -1,12 +1,11 @@
 """Language models: from vision tokens and text to logits, and generation."""
 
-from visexpert.language.base import LanguageModel, Predictions, Projector, item_mask, sincos_2d, supervised
+from visexpert.language.base import LanguageModel, NoLanguage, Predictions, Projector, item_mask, sincos_2d, supervised
 from visexpert.language.bert_decoder import BertDecoder
 from visexpert.language.chat import LlavaTemplate
 from visexpert.language.cross_attention import CrossAttentionDecoder
 from visexpert.language.generation import Decoding
 from visexpert.language.lora import LoRASettings
-from visexpert.language.none import NoLanguage
 from visexpert.language.prefix import PrefixLM
 
 __all__ = [

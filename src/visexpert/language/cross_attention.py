@@ -188,10 +188,11 @@ class CrossAttentionDecoder(LanguageModel):
 
     def forward(self, vision: VisionTokens, text: TextBatch) -> Predictions:
         """See :meth:`LanguageModel.forward`."""
-        targets_M, predicting_M = supervised(text)
-        refuse_markers(text, self)
         self._check_length(text.facts.longest)
-        hidden_BND = self._run(self._memory(vision), text.ids_BN, text.positions_BN, item_mask(text), None)
+        refuse_markers(text, self)
+        targets_M, predicting_M = supervised(text)
+        mask, memory_mask = item_mask(text), image_mask(vision)
+        hidden_BND = self._run(self._memory(vision, memory_mask), text.ids_BN, text.positions_BN, mask, None)
         logits_MV: Tensor = self.head(self.norm(at_places(hidden_BND, predicting_M)))
         return Predictions(logits_MV, targets_M)
 
@@ -202,12 +203,12 @@ class CrossAttentionDecoder(LanguageModel):
         room = [self.max_tokens - len(prompt) for prompt in prompts]
         return write(_DecoderWriting(self, vision, prompts), decoding, eos_id=eos_id, room=room)
 
-    def _memory(self, vision: VisionTokens) -> Memory:
+    def _memory(self, vision: VisionTokens, mask: Tensor | None) -> Memory:
         memory_BTD = self.memory_norm(vision.tokens_BTD)
         if self.position_scale:
             code_TD = sincos_2d(vision.grid_hw, self.width).to(memory_BTD)
             memory_BTD = memory_BTD + self.position_scale * code_TD
-        return Memory([block.cross.keys_values(memory_BTD) for block in self._layers()], image_mask(vision))
+        return Memory([block.cross.keys_values(memory_BTD) for block in self._layers()], mask)
 
     def _check_length(self, num_tokens: int) -> None:
         if num_tokens > self.max_tokens:
@@ -259,7 +260,7 @@ class _DecoderWriting(CachedWriting):
         super().__init__(prompts, max_tokens=decoder.max_tokens, device=vision.tokens_BTD.device)
         refuse_markers(self._text, decoder)
         self._decoder = decoder
-        self._memory = decoder._memory(vision)
+        self._memory = decoder._memory(vision, image_mask(vision))
         self._caches = [KeyValueCache() for _ in self._memory.keys_values]
 
     def read(self, ids_RN: Tensor, positions_RN: Tensor, mask: Tensor) -> Tensor:

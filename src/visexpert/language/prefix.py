@@ -15,7 +15,6 @@ from visexpert.language.attention import check_packing, layer_masks
 from visexpert.language.base import Predictions, at_places, sincos_2d, token_lengths
 from visexpert.language.causal_lm import Dtype
 from visexpert.language.generation import Decoding
-from visexpert.language.hf_generation import seeded, strategy, until
 from visexpert.language.lora import LoRASettings, Quantization
 from visexpert.language.pretrained import PretrainedSide
 from visexpert.language.reading_check import check_reading
@@ -204,3 +203,41 @@ def _check_markers(prompt: Sequence[int], *, has_image: bool) -> None:
             f"A prompt has {count} image tokens (<image>), but its sample has {int(has_image)} image; write it "
             "once where there is an image, and nowhere else."
         )
+
+
+def strategy(decoding: Decoding) -> dict[str, Any]:
+    """Return the arguments of transformers' ``generate``; everything they do not name is off."""
+    if decoding.strategy == "beam":
+        # "never" stops once nothing better is possible, as our own search does; the default is a heuristic.
+        return {
+            "do_sample": False,
+            "num_beams": decoding.num_beams,
+            "length_penalty": decoding.length_penalty,
+            "early_stopping": "never",
+        }
+    if decoding.strategy == "sample":
+        top_k = 0 if decoding.top_k is None else decoding.top_k  # 0 is transformers' "all"
+        return {
+            "do_sample": True,
+            "num_beams": 1,
+            "temperature": decoding.temperature,
+            "top_k": top_k,
+            "top_p": decoding.top_p,
+        }
+    return {"do_sample": False, "num_beams": 1}
+
+
+@contextmanager
+def seeded(decoding: Decoding) -> Iterator[None]:
+    """Seed torch for a sampling strategy, and restore the random state afterwards."""
+    if decoding.strategy != "sample":
+        yield
+        return
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(decoding.seed)
+        yield
+
+
+def until(row: list[int], eos_id: int) -> list[int]:
+    """Return the tokens before the first ``eos_id``."""
+    return row[: row.index(eos_id)] if eos_id in row else row

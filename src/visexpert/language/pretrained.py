@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from visexpert.io.source import ModelSource
 from visexpert.io.weights import fill_module, read_source
 from visexpert.language.base import LanguageModel
 from visexpert.language.causal_lm import Dtype, build_config, build_model, read_model, torch_dtype
-from visexpert.language.frozen import leave_out_of_checkpoints
 from visexpert.language.lora import PACKED, LoRASettings, Quantization, add_lora, lora_modules, quantized
 
 
@@ -165,3 +165,28 @@ class PretrainedSide(LanguageModel):
         kept = {id(parameter) for module in self.trained_modules() for parameter in module.parameters()}
         state: dict[str, Tensor] = self.model.state_dict(keep_vars=True)
         return {f"model.{name}" for name, value in state.items() if id(value) not in kept}
+
+
+def leave_out_of_checkpoints(module: nn.Module, names: Callable[[], Collection[str]]) -> None:
+    """Keep some of a module's weights out of its state dict, even if it is part of a larger module.
+
+    Args:
+        module: The module; these weights must be filled before a checkpoint is loaded.
+        names: Returns their names in the module's own state dict.
+    """
+    seen: dict[str, str] = {}
+
+    def drop(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
+        for name in names():
+            state.pop(prefix + name, None)
+
+    def note(_: nn.Module, __: Any, prefix: str, *___: Any) -> None:
+        seen["prefix"] = prefix
+
+    def forgive(_: nn.Module, incompatible: Any) -> None:
+        absent = {seen["prefix"] + name for name in names()}
+        incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in absent]
+
+    module.register_state_dict_post_hook(drop)
+    module.register_load_state_dict_pre_hook(note)
+    module.register_load_state_dict_post_hook(forgive)

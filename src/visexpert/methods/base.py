@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -22,15 +21,24 @@ from visexpert.losses import text_loss, token_nll
 from visexpert.methods.accumulation import StepShares, batches_done
 from visexpert.methods.checkpointed import CheckpointedModule
 from visexpert.methods.evaluation import EvalOutput, Evaluator, Written, write_all
-from visexpert.methods.finite import FiniteGuard, OnNan, refuse_engines
 from visexpert.methods.parts import Part, StoredTokens, settle_modes
-from visexpert.methods.reduction import loss_over_processes, parts_over_processes
-from visexpert.methods.seen import Compared, RouterBalance, Seen
 from visexpert.methods.settings import EvaluationSettings, OptimizerSettings
 from visexpert.methods.start import start_from
+from visexpert.methods.step import (
+    Compared,
+    FiniteGuard,
+    LossTerm,
+    OnNan,
+    RouterBalance,
+    Seen,
+    StepOutput,
+    loss_over_processes,
+    parts_over_processes,
+    refuse_engines,
+)
 from visexpert.methods.views import EncoderViews
 from visexpert.optim import adamw_and_cosine
-from visexpert.types import Batch, ImageSource, LossTerm, StepOutput, Unit, VisionTokens
+from visexpert.types import Batch, ImageSource, Unit, VisionTokens
 from visexpert.vision import ClipEncoder, collect_routing
 
 
@@ -76,6 +84,8 @@ class Method(CheckpointedModule):
         self.on_nan: OnNan = optimizer.on_nan
         self._finite = FiniteGuard(self.on_nan)
         self.evaluators: dict[str, Evaluator] = {}
+        self.router_balance: RouterBalance | None = None
+        """How the routers of a student with MoLE are balanced; None if they are not."""
         self._joined: bool | None = None
         self._step_shares = StepShares()
         self._batch_shares: dict[Unit, float | Tensor] = {}
@@ -187,11 +197,6 @@ class Method(CheckpointedModule):
     def compare_in_validation(self, seen: Seen) -> None:
         """Keep what there is to score of a validation batch beside what the language model makes of it."""
 
-    @property
-    def router_balance(self) -> RouterBalance | None:
-        """How the routers of the student are balanced; None where they are not, or there are none."""
-        return None
-
     def _text_loss(self, seen: Seen) -> Tensor:
         text = seen.batch.text
         if text is None or not self.reads_text:
@@ -237,10 +242,8 @@ class Method(CheckpointedModule):
         Raises:
             ConfigError: In a fit, an engine that keeps gradients to itself, with ``language_frozen_steps``.
         """
-        if stage == "fit" and self.language_frozen_steps > 0 and self._trainer is not None:
-            refuse_engine(self.trainer.strategy, steps=self.language_frozen_steps)
         if stage == "fit" and self._trainer is not None:
-            refuse_engines(self.trainer.strategy, self.on_nan)
+            refuse_engines(self.trainer.strategy, on_nan=self.on_nan, frozen_steps=self.language_frozen_steps)
         super().setup(stage)
 
     def train(self, mode: bool = True) -> Method:
@@ -297,10 +300,10 @@ class Method(CheckpointedModule):
         together = self._trainer is not None and self.trainer.world_size > 1
         is_row = self._trainer is not None and writes_row(self.trainer)
         counts = _counts(batch)
-        loss = loss_over_processes(output, counts) if together else output.loss.detach()
+        loss = loss_over_processes(output, counts, together=together)
         self.log_dict({"train/loss": loss}, prog_bar=True, batch_size=output.batch_size)
         if is_row:  # a dozen calls of log take a fifth of a small step
-            parts = parts_over_processes(output, counts)
+            parts = parts_over_processes(output, counts, together=together)
             self.log_dict({f"train/{name}": value for name, value in parts.items()}, batch_size=output.batch_size)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -420,19 +423,6 @@ class Method(CheckpointedModule):
     def _run_seed(self) -> int:
         """The seed of the run: set by ``seed_everything``, kept in the environment by Lightning."""
         return int(os.environ.get("PL_GLOBAL_SEED", "0"))
-
-
-def refuse_engine(strategy: Strategy, *, steps: int) -> None:
-    """Refuse engines that apply gradients which a module cannot drop.
-
-    Raises:
-        ConfigError: DeepSpeed or FSDP.
-    """
-    if isinstance(strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
-        raise ConfigError(
-            f"language_frozen_steps={steps} drops the gradients of the language model, which {type(strategy).__name__} "
-            "keeps to itself; set it to 0, or train with strategy ddp."
-        )
 
 
 def _counts(batch: Batch) -> Mapping[Unit, int]:

@@ -11,8 +11,7 @@ from torch import nn
 
 from visexpert.methods.accumulation import MovingBuffers, rewind_to_step
 from visexpert.methods.columns import NAMES, Columns, experts_in, refuse_other_order
-from visexpert.methods.matching import refuse_other_model, refuse_other_training
-from visexpert.methods.start import find_start
+from visexpert.methods.start import find_start, refuse_other_model, refuse_other_training
 from visexpert.optim import ParameterGroup, make_groups
 from visexpert.precision import ClippedModule, convert_records
 

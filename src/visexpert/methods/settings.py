@@ -10,7 +10,7 @@ from visexpert.experts import FeatureCache
 from visexpert.io.weights import cache_root
 from visexpert.losses.distill import Convention
 from visexpert.losses.terms import TokenDistance
-from visexpert.methods.finite import OnNan
+from visexpert.methods.step import OnNan
 from visexpert.store import StoreDtype
 from visexpert.transfer import AdapterKind, Alignment
 

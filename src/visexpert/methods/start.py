@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -14,7 +15,6 @@ from visexpert.io.checkpoints import LAST, is_checkpoint, load_checkpoint, newes
 from visexpert.io.source import local_path
 from visexpert.io.weights import load_safetensors
 from visexpert.methods.columns import Columns, experts_in
-from visexpert.methods.matching import KeyDifferences
 
 log = logging.getLogger(__name__)
 
@@ -109,3 +109,74 @@ def _read(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
         ), None  # sorted by name, so the order of its parts tells nothing
     checkpoint = load_checkpoint(path, owner="init_from")
     return checkpoint["state_dict"], experts_in(checkpoint)
+
+
+@dataclass(frozen=True)
+class KeyDifferences:
+    """In what a checkpoint's weights are unlike a model's.
+
+    Args:
+        missing: Keys that only the model has, sorted.
+        unexpected: Keys that only the checkpoint has, sorted.
+        reshaped: ``KEY (shape there) instead of (shape here)``.
+    """
+
+    missing: list[str]
+    unexpected: list[str]
+    reshaped: list[str]
+
+    @classmethod
+    def between(cls, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> KeyDifferences:
+        """Compare a model's ``own`` state with a checkpoint's."""
+        reshaped = [
+            f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
+            for key, value in state.items()
+            if key in own and value.shape != own[key].shape
+        ]
+        return cls(sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys()), reshaped)
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.reshaped)
+
+
+def refuse_other_model(own: Mapping[str, Tensor], state: Mapping[str, Tensor], *, path: object) -> None:
+    """Refuse weights that are not those of this model.
+
+    Raises:
+        WeightsError: A key is missing, unexpected or of another shape; up to three of each are named.
+    """
+    if found := KeyDifferences.between(own, state):
+        raise WeightsError(
+            f"The checkpoint {path} is of another model: missing {_some(found.missing)}, unexpected "
+            f"{_some(found.unexpected)}, of another shape {_some(found.reshaped)}; give one that this configuration "
+            "trained, or take what fits from it by init_from instead of ckpt_path."
+        )
+
+
+def refuse_other_training(groups: Sequence[Mapping[str, Any]], checkpoint: Mapping[str, Any], *, path: object) -> None:
+    """Refuse to go on with a training in which other parts trained, such as that of another stage.
+
+    Args:
+        groups: The optimizer's groups, as :func:`~visexpert.optim.make_groups` gives them.
+        checkpoint: With the state of the optimizer, where it has one.
+        path: Where it lies, for the message.
+
+    Raises:
+        WeightsError: The groups differ in name or in number of parameters.
+    """
+    for state in checkpoint.get("optimizer_states", ())[:1]:
+        trained = {str(group.get("name")): len(group["params"]) for group in state["param_groups"]}
+        wanted = {str(group.get("name")): len(group["params"]) for group in groups}
+        if trained != wanted:
+            raise WeightsError(
+                f"The checkpoint {path} is of another training: it trained {_counts(trained)}, here {_counts(wanted)} "
+                "would; continue with that run's own configuration, or start from it by init_from instead of ckpt_path."
+            )
+
+
+def _some(items: Sequence[str]) -> str:
+    return f"{list(items[:3])}{f' and {len(items) - 3} more' if len(items) > 3 else ''}" if items else "none"
+
+
+def _counts(groups: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in groups.items())

@@ -1,8 +1,8 @@
 """From expert tokens to CLIP's token space: adapters, gate and residual; and heads that pair student and teachers."""
 
 from visexpert.transfer.adapters import MapStem, TokenAdapter
-from visexpert.transfer.encoder_adapters import AdapterKind, Alignment, KDHead, KDPair, make_kd_head
 from visexpert.transfer.gate import GateOutput, GateSettings, ResidualTransfer, TokenGate, smooth_load
+from visexpert.transfer.kd_heads import AdapterKind, Alignment, KDHead, KDPair, make_kd_head
 
 __all__ = [
     "AdapterKind",

@@ -55,7 +55,7 @@ class TokenAdapter(nn.Module):
             tokens_BTE = self.stem(expert)
         else:
             tokens_BTE = resample_tokens(expert.tokens_BSE, expert.grid_hw, self.out_grid)
-        out: Tensor = self.out(F.gelu(self.hidden(self.norm(like_weights(tokens_BTE, self.norm)))))
+        out: Tensor = self.out(F.gelu(self.hidden(self.norm(tokens_BTE.to(self.norm.weight.dtype)))))
         return out
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from visexpert.errors import ConfigError, require_numbers
 from visexpert.losses.terms import GateBalanceForm
-from visexpert.precision import like_weights
 
 GateKind = Literal["token", "uniform"]
 NoiseKind = Literal["none", "fixed", "learned"]
@@ -120,7 +119,7 @@ class TokenGate(nn.Module):
         if self.kind == "uniform":
             share_K = attached_K.to(tokens_BTD.dtype) / sum(attached)
             return GateOutput(share_K.expand(*tokens_BTD.shape[:2], self.num_experts), attached_K)
-        normed_BTD = self.norm(like_weights(tokens_BTD, self.norm))
+        normed_BTD = self.norm(tokens_BTD.to(self.norm.weight.dtype))
         clean_BTK = self.logits(normed_BTD).masked_fill(~attached_K, -torch.inf)
         if not self.training or self.noise == "none":
             return GateOutput(self._softmax(clean_BTK), attached_K)

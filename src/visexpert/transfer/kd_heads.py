@@ -7,7 +7,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,18 @@ from torch.nn import functional as F
 from visexpert.errors import ConfigError
 from visexpert.grids import resample_tokens
 from visexpert.precision import like_weights
-from visexpert.types import ExpertTokens, imaged
+from visexpert.types import ExpertTokens
 
 AdapterKind = Literal["released", "linear", "mlp"]
+Alignment = Literal["raw", "to_student", "to_teacher", "fixed"]
+
+_ADAPTERS: dict[Alignment, tuple[AdapterKind, ...]] = {
+    "raw": (),
+    "to_student": ("released", "linear", "mlp"),
+    "to_teacher": ("mlp", "linear"),
+    "fixed": (),
+}
+"""Adapters that each alignment can train, the default first."""
 
 
 class ReleasedAdapter(nn.Module):
@@ -79,19 +88,18 @@ class Standardize(nn.Module):
                 setattr(self.statistics, name, old.to(device=new.device, dtype=torch.float32))
         return self
 
-    def forward(self, tokens_BTE: Tensor, has_image_B: Tensor | None = None) -> Tensor:
-        """Standardize (B, T, E); in training, first update the statistics from samples with an image. No graph."""
+    def forward(self, tokens_BTE: Tensor) -> Tensor:
+        """Standardize tokens (B, T, E) of images; in training, first update the statistics with them. No graph."""
         statistics = self.statistics
         assert statistics.running_mean is not None and statistics.running_var is not None
         tokens_BTE = tokens_BTE.detach().to(statistics.running_mean.dtype)
-        seen_BTE = imaged(tokens_BTE, has_image_B)
-        if seen_BTE.numel() == 0:
-            return torch.zeros_like(tokens_BTE)
+        if tokens_BTE.numel() == 0:
+            return tokens_BTE
         if self.training:
-            self._learn(seen_BTE.flatten(0, 1))
+            self._learn(tokens_BTE.flatten(0, 1))
         mean_E, var_E = statistics.running_mean, statistics.running_var
         if not self.training and not statistics.num_batches_tracked:
-            var_E, mean_E = torch.var_mean(seen_BTE, dim=(0, 1))
+            var_E, mean_E = torch.var_mean(tokens_BTE, dim=(0, 1))
         return F.batch_norm(tokens_BTE.flatten(0, 1), mean_E, var_E, eps=statistics.eps).view_as(tokens_BTE)
 
     def _learn(self, tokens_ME: Tensor) -> None:
@@ -160,27 +168,28 @@ class KDHead(nn.Module, ABC):
         return self.sizes.clip_width
 
     @abstractmethod
-    def pair(self, student_BTD: Tensor, teacher: ExpertTokens, has_image_B: Tensor | None) -> KDPair:
+    def pair(self, student_BTD: Tensor, teacher: ExpertTokens) -> KDPair:
         """Pair tokens whose shapes :meth:`forward` has checked."""
 
-    def forward(self, student_BTD: Tensor, teacher: ExpertTokens, has_image_B: Tensor | None = None) -> KDPair:
+    def forward(self, student_BTD: Tensor, teacher: ExpertTokens) -> KDPair:
         """Pair student tokens (B, T, D) with teacher tokens (B, S, E).
 
         Args:
             student_BTD: Patch tokens of the student.
             teacher: Tokens of the teacher on the grid that the head was built for.
-            has_image_B: bool; samples without an image do not update the teacher's statistics. None: every sample has
-                one.
 
         Raises:
             ConfigError: Sizes other than those the head was built for.
         """
         self._check(student_BTD, teacher)
-        return self.pair(student_BTD, teacher, has_image_B)
+        return self.pair(student_BTD, teacher)
 
     def resampled(self, teacher: ExpertTokens) -> Tensor:
         """Return the teacher's tokens (B, T, E) on the student's grid, without a graph."""
-        return resample_tokens(teacher.tokens_BSE.detach(), teacher.grid_hw, self.sizes.clip_grid)
+        tokens_BSE = teacher.tokens_BSE.detach()
+        if self.sizes.token_grid == self.sizes.clip_grid:
+            return tokens_BSE
+        return resample_tokens(tokens_BSE, self.sizes.token_grid, self.sizes.clip_grid)
 
     def _check(self, student_BTD: Tensor, teacher: ExpertTokens) -> None:
         sizes = self.sizes
@@ -210,7 +219,7 @@ class RawHead(KDHead):
                 "they cannot be compared raw; use alignment to_student, to_teacher or fixed."
             )
 
-    def pair(self, student_BTD: Tensor, teacher: ExpertTokens, has_image_B: Tensor | None) -> KDPair:
+    def pair(self, student_BTD: Tensor, teacher: ExpertTokens) -> KDPair:
         """Return the teacher's tokens, resampled if the grids differ."""
         return KDPair(student_BTD, self.resampled(teacher))
 
@@ -242,7 +251,7 @@ class ToStudentHead(KDHead):
             self.adapter = token_map(kind, sizes.token_dim, sizes.clip_width, hidden_dim)
         self.kind = kind
 
-    def pair(self, student_BTD: Tensor, teacher: ExpertTokens, has_image_B: Tensor | None) -> KDPair:
+    def pair(self, student_BTD: Tensor, teacher: ExpertTokens) -> KDPair:
         """Return the student's tokens as they are, the teacher's adapted."""
         tokens = teacher.tokens_BSE.detach() if self.kind == "released" else self.resampled(teacher)
         return KDPair(student_BTD, self.adapter(like_weights(tokens, self.adapter)))
@@ -269,11 +278,9 @@ class ToTeacherHead(KDHead):
         """Width of the teacher's tokens."""
         return self.sizes.token_dim
 
-    def pair(self, student_BTD: Tensor, teacher: ExpertTokens, has_image_B: Tensor | None) -> KDPair:
+    def pair(self, student_BTD: Tensor, teacher: ExpertTokens) -> KDPair:
         """Return the head's prediction (B, T, E), the teacher's tokens standardized."""
-        return KDPair(
-            self.head(like_weights(student_BTD, self.head)), self.standardize(self.resampled(teacher), has_image_B)
-        )
+        return KDPair(self.head(like_weights(student_BTD, self.head)), self.standardize(self.resampled(teacher)))
 
 
 class FixedHead(KDHead):
@@ -297,8 +304,73 @@ class FixedHead(KDHead):
         empty_ED = torch.empty(sizes.token_dim, sizes.clip_width, device="cpu")
         self.register_buffer("map_ED", nn.init.orthogonal_(empty_ED, generator=generator))
 
-    def pair(self, student_BTD: Tensor, teacher: ExpertTokens, has_image_B: Tensor | None) -> KDPair:
+    def pair(self, student_BTD: Tensor, teacher: ExpertTokens) -> KDPair:
         """Return the student's tokens as they are, the teacher's standardized and rotated."""
-        return KDPair(
-            student_BTD, self.standardize(self.resampled(teacher), has_image_B) @ self.map_ED.to(torch.float32)
+        return KDPair(student_BTD, self.standardize(self.resampled(teacher)) @ self.map_ED.to(torch.float32))
+
+
+class Teacher(Protocol):
+    """What a head needs to know about a teacher; every ``VisionExpert`` provides it."""
+
+    @property
+    def token_dim(self) -> int:
+        """Width E of its tokens."""
+
+    @property
+    def grid_hw(self) -> tuple[int, int]:
+        """Their grid."""
+
+
+def make_kd_head(
+    name: str,
+    teacher: Teacher,
+    *,
+    clip_width: int,
+    clip_grid: tuple[int, int],
+    alignment: Alignment = "to_student",
+    adapter: AdapterKind | None = None,
+    hidden_dim: int | None = None,
+    seed: int = 0,
+) -> KDHead:
+    """Build the head for one teacher from config values.
+
+    Args:
+        name: The teacher's name.
+        teacher: Its sizes.
+        clip_width: Width of the student's tokens.
+        clip_grid: Their grid.
+        alignment: ``raw``, ``to_student``, ``to_teacher`` or ``fixed``.
+        adapter: Part to train: ``released`` (to_student only, its default), ``linear`` or ``mlp`` (the default of
+            to_teacher); null for none.
+        hidden_dim: Hidden width of ``mlp``; default ``clip_width``.
+        seed: Seed of the ``fixed`` map.
+
+    Raises:
+        ConfigError: An unknown value, values that exclude one another, or sizes that do not match.
+    """
+    kind = _adapter_kind(name, alignment, adapter, hidden_dim)
+    sizes = KDSizes(name, teacher.token_dim, teacher.grid_hw, clip_width, clip_grid)
+    if alignment == "raw":
+        return RawHead(sizes)
+    if alignment == "fixed":
+        return FixedHead(sizes, seed=seed)
+    head = ToStudentHead if alignment == "to_student" else ToTeacherHead
+    return head(sizes, kind=kind or "mlp", hidden_dim=hidden_dim)
+
+
+def _adapter_kind(
+    name: str, alignment: Alignment, adapter: AdapterKind | None, hidden_dim: int | None
+) -> AdapterKind | None:
+    """Return the adapter kind: the one requested, or the alignment's default; None if it trains nothing."""
+    if alignment not in _ADAPTERS:
+        raise ConfigError(f"Teacher {name!r}: alignment={alignment!r} is unknown; use one of {', '.join(_ADAPTERS)}.")
+    allowed = _ADAPTERS[alignment]
+    if adapter is not None and adapter not in allowed:
+        choice = f"use one of {', '.join(allowed)}" if allowed else "leave adapter out"
+        raise ConfigError(f"Teacher {name!r}: alignment={alignment!r} has no adapter={adapter!r}; {choice}.")
+    kind = adapter or next(iter(allowed), None)
+    if hidden_dim is not None and kind != "mlp":
+        raise ConfigError(
+            f"Teacher {name!r}: hidden_dim={hidden_dim} needs adapter='mlp'; set adapter, or leave hidden_dim out."
         )
+    return kind

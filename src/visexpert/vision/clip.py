@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from visexpert.errors import ConfigError, require_channels, require_numbers
 from visexpert.io.source import ZOO_PREFIX
 from visexpert.io.weights import fill_module, weights_digest
-from visexpert.types import Batch, VisionTokens
+from visexpert.types import Batch, TensorRecord, VisionTokens
 from visexpert.vision.mole import MOLE_KEY, MoLEFeedForward, MoLESettings, add_mole
 from visexpert.vision.positions import resize_positions
 from visexpert.vision.published import OWNER, describe_clip, vision_config
@@ -268,7 +268,7 @@ class Views:
 
 
 @dataclass(frozen=True)
-class ClsAttention:
+class ClsAttention(TensorRecord):
     """CLIP's tokens, and the attention scores of its [CLS] token.
 
     Args:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from visexpert.errors import ConfigError, DataError
 from visexpert.losses import across_image_variance, cls_token_weights, feature_kd, gated_kd, teacher_weights
 from visexpert.losses.distill import uniform_teacher_weights
-from visexpert.methods.reduction import on_host
 from visexpert.methods.settings import WeightingSettings
+from visexpert.methods.step import on_host
 from visexpert.names import CLIP, STUDENT
 from visexpert.types import ExpertTokens, imaged
 from visexpert.vision import ClsAttention
@@ -59,15 +60,14 @@ class DistillationMonitor(nn.Module):
         *,
         shares: Mapping[str, Tensor | None] | None = None,
         asked: Mapping[str, Tensor] | None = None,
-        has_image_B: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """What to log of a step; in training, also alarms. Called once a step.
+        """Return what to log of a step; in training, also raise alarms. Call this once a step.
 
         Args:
-            sides: Tokens (B, T, X) by name, some of those that are watched.
+            sides: Tokens (B, T, X) of images by name, some of those that are watched.
             shares: Weights over the last axis by what they weigh (``teachers``, ``tokens``).
-            asked: Tokens that the loss draws a side to; where they vary less than it does, their variance is the start.
-            has_image_B: bool, on the host; samples without an image take no part.
+            asked: Tokens that the loss pulls a side towards; if they vary less than it does, their variance is the
+                start.
 
         Returns:
             ``variance/NAME`` across images (NaN for fewer than two) and ``entropy/NAME`` as a share of the greatest.
@@ -75,13 +75,13 @@ class DistillationMonitor(nn.Module):
         Raises:
             DataError: In training, tokens that :meth:`note_finite` noted since the last look are not finite.
         """
-        variances = {name: across_image_variance(imaged(tokens, has_image_B)) for name, tokens in sides.items()}
+        variances = {name: across_image_variance(tokens) for name, tokens in sides.items()}
+        drawn = {name: across_image_variance(tokens) for name, tokens in (asked or {}).items()}
         watched = {f"variance/{name}": value for name, value in variances.items()}
         for name, share in (shares or {}).items():
             if share is not None and share.shape[-1] > 1:
-                watched[f"entropy/{name}"] = _entropy(imaged(share, has_image_B))
+                watched[f"entropy/{name}"] = _entropy(share)
         if self.training:
-            drawn = {name: across_image_variance(imaged(tokens, has_image_B)) for name, tokens in (asked or {}).items()}
             self._start({name: torch.minimum(now, drawn.get(name, now)) for name, now in variances.items()})
             if self._looks:
                 self._look(variances, watched)
@@ -241,7 +241,12 @@ class Distillation(DistillationMonitor):
             DataError: Tokens of a teacher are not finite; in training it may take some steps to show.
         """
         self.note_finite(teachers)
-        pairs = {name: head(student_BTD, teachers[name], has_image_B) for name, head in self.heads.items()}
+        if has_image_B is not None:
+            keep = partial(imaged, has_image_B=has_image_B)
+            student_BTD, gates_BTK = keep(student_BTD), None if gates_BTK is None else keep(gates_BTK)
+            teachers = {name: tokens.mapped(keep) for name, tokens in teachers.items()}
+            clip = None if clip is None else clip.mapped(keep)
+        pairs = {name: head(student_BTD, teachers[name]) for name, head in self.heads.items()}
         predictions = {name: pair.prediction_BTX for name, pair in pairs.items()}
         targets = {name: pair.target_BTX for name, pair in pairs.items()}
         tokens_BT = None
@@ -251,15 +256,15 @@ class Distillation(DistillationMonitor):
             assert gates_BTK is not None
             weights = self._beside_anchor(gates_BTK)
         else:
-            weights = self._teacher_weights(targets, clip, has_image_B)
+            weights = self._teacher_weights(targets, clip)
         compare = gated_kd if weights.ndim == 3 else feature_kd
-        loss = compare(predictions, targets, weights, tokens_BT, self.weighting.convention, has_image_B=has_image_B)
+        loss = compare(predictions, targets, weights, tokens_BT, self.weighting.convention)
         weights = weights.detach()
         shares = {"teachers": self._beside(weights), "tokens": tokens_BT}
         asked = self._asked(targets, weights)
-        watched = self.watch({STUDENT: student_BTD, **targets}, shares=shares, asked=asked, has_image_B=has_image_B)
-        watched |= self._mean_weights(weights, tokens_BT, has_image_B)
-        return Distilled(loss, watched, {} if self.training else _distances(predictions, targets, has_image_B))
+        watched = self.watch({STUDENT: student_BTD, **targets}, shares=shares, asked=asked)
+        watched |= self._mean_weights(weights, tokens_BT)
+        return Distilled(loss, watched, {} if self.training else _distances(predictions, targets))
 
     @torch.no_grad()
     def _asked(self, targets: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
@@ -270,18 +275,16 @@ class Distillation(DistillationMonitor):
         return {STUDENT: (torch.stack(list(targets.values()), dim=-1) * shares_BTK[:, :, None]).sum(-1)}
 
     @torch.no_grad()
-    def _mean_weights(self, weights: Tensor, tokens_BT: Tensor | None, has_image_B: Tensor | None) -> dict[str, Tensor]:
-        """Mean weight of each teacher; how many times the mean the heaviest token of an image weighs."""
-        mean_K = imaged(weights, has_image_B).flatten(0, -2).mean(0)
+    def _mean_weights(self, weights: Tensor, tokens_BT: Tensor | None) -> dict[str, Tensor]:
+        """Return each teacher's mean weight, and the largest token weight of an image over the mean one."""
+        mean_K = weights.flatten(0, -2).mean(0)
         found = {f"weight/{name}": mean for name, mean in zip(self.heads, mean_K, strict=True)}
         if tokens_BT is not None:
-            found["peak/tokens"] = tokens_BT.shape[1] * imaged(tokens_BT, has_image_B).amax(1).mean()
+            found["peak/tokens"] = tokens_BT.shape[1] * tokens_BT.amax(1).mean()
         return found
 
-    def _teacher_weights(
-        self, targets: Mapping[str, Tensor], clip: ClsAttention | None, has_image_B: Tensor | None
-    ) -> Tensor:
-        """(B, K) in the order of the heads."""
+    def _teacher_weights(self, targets: Mapping[str, Tensor], clip: ClsAttention | None) -> Tensor:
+        """Return weights (B, K) in the order of the heads."""
         if self.weighting.teachers == "uniform":
             return uniform_teacher_weights(targets, clip_teacher_weight=self.clip_teacher_weight)
         cls_BD = _given(clip).tokens.cls_BD
@@ -291,7 +294,6 @@ class Distillation(DistillationMonitor):
             targets,
             clip_teacher_weight=self.clip_teacher_weight,
             convention=self.weighting.convention,
-            has_image_B=has_image_B,
             detach=self.weighting.detach,
         )
 
@@ -318,11 +320,9 @@ def _given(clip: ClsAttention | None) -> ClsAttention:
 
 
 @torch.no_grad()
-def _distances(
-    predictions: Mapping[str, Tensor], targets: Mapping[str, Tensor], has_image_B: Tensor | None
-) -> dict[str, Tensor]:
-    """Mean squared error over images, tokens and channels, for each teacher."""
+def _distances(predictions: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the mean squared error over images, tokens and channels, for each teacher."""
     return {
-        name: feature_kd({name: predictions[name]}, {name: target}, target.new_ones(1, 1), has_image_B=has_image_B)
+        name: feature_kd({name: predictions[name]}, {name: target}, target.new_ones(1, 1))
         for name, target in targets.items()
     }

@@ -20,7 +20,6 @@ from visexpert.methods.columns import Columns
 from visexpert.methods.movekd.distillation import Distillation, Distilled
 from visexpert.methods.movekd.heads import kd_heads, run_teachers, store_anchor, stored_anchor
 from visexpert.methods.parts import Part, StoredTokens
-from visexpert.methods.seen import Compared, RouterBalance, Seen
 from visexpert.methods.settings import (
     EvaluationSettings,
     HeadSettings,
@@ -30,11 +29,12 @@ from visexpert.methods.settings import (
     require_words,
 )
 from visexpert.methods.start import start_from
+from visexpert.methods.step import Compared, LossTerm, RouterBalance, Seen
 from visexpert.methods.views import EncoderViews, view_encoders
 from visexpert.names import CLIP, STUDENT
 from visexpert.optim import ParameterGroup
 from visexpert.transfer import TokenGate
-from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens
+from visexpert.types import Batch, ImageSource, VisionTokens, imaged
 from visexpert.vision import ClipEncoder
 
 FROZEN_CLIP_PART = "frozen CLIP"
@@ -121,6 +121,7 @@ class MoVEKD(Method):
                 "is 0; raise it, or leave layers out."
             )
         self.balance_form: RouterBalanceForm = balance_form
+        self.router_balance = RouterBalance(balance_weight, balance_form) if balance_weight > 0 else None
         self.clip_lr = optimizer.clip_lr
         self.mole_lr = optimizer.lr if optimizer.mole_lr is None else optimizer.mole_lr
         self.init_from, self.init_complete = init_from, init_complete
@@ -134,8 +135,8 @@ class MoVEKD(Method):
     def compare(self, seen: Seen) -> Compared:
         """Distillation, of whole images only: teachers know no tiles."""
         if self.kd_weight == 0:
-            sides = {STUDENT: seen.whole.tokens_BTD}
-            return Compared({}, self.distillation.watch(sides, has_image_B=seen.batch.has_image_B))
+            tokens_BTD = seen.views.whole(seen.tokens).tokens_BTD
+            return Compared({}, self.distillation.watch({STUDENT: imaged(tokens_BTD, seen.batch.has_image_B)}))
         distilled = self._distil(seen)
         return Compared({"kd_loss": LossTerm(distilled.loss, "image", self.kd_weight)}, distilled.watched)
 
@@ -145,11 +146,6 @@ class MoVEKD(Method):
             distilled = self._distil(seen)
             found = {"kd_loss": distilled.loss, **{f"kd/{name}": value for name, value in distilled.distances.items()}}
             self.evaluators["val"].add_means(found, images=seen.batch.counts()["image"])
-
-    @property
-    def router_balance(self) -> RouterBalance | None:
-        """Where there is MoLE; see ``balance_weight``."""
-        return RouterBalance(self.balance_weight, self.balance_form) if self.balance_weight > 0 else None
 
     def views(self, batch: Batch) -> EncoderViews:
         """[CLS] attention of CLIP, where it is kept, and of the student; what its routers choose."""
@@ -263,10 +259,10 @@ class MoVEKD(Method):
         super().on_save_checkpoint(checkpoint)
 
     def _distil(self, seen: Seen) -> Distilled:
-        batch = seen.batch
+        batch, whole = seen.batch, seen.views.whole(seen.tokens)
         lesson = run_teachers(self.hub, self.anchor, self.gate, batch, cache=self._cache)
         distilled: Distilled = self.distillation(
-            seen.whole.tokens_BTD,
+            whole.tokens_BTD,
             lesson.teachers,
             lesson.clip,
             gates_BTK=lesson.gates_BTK,

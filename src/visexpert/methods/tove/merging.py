@@ -20,12 +20,12 @@ from visexpert.losses.terms import RouterBalanceForm
 from visexpert.methods.base import Method
 from visexpert.methods.fusing import FusingMethod
 from visexpert.methods.parts import Part
-from visexpert.methods.seen import Compared, RouterBalance, Seen
 from visexpert.methods.settings import EvaluationSettings, MergeSettings, MergingOptimizer
+from visexpert.methods.step import Compared, LossTerm, RouterBalance, Seen
 from visexpert.metrics.tokens import TokenError
 from visexpert.names import EncoderName
 from visexpert.optim import ParameterGroup
-from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens, imaged
+from visexpert.types import Batch, ImageSource, VisionTokens, imaged
 from visexpert.vision import ClipEncoder, MoLESettings, TiledClipEncoder, add_mole, equipped_blocks
 
 
@@ -125,6 +125,7 @@ class Merging(Method):
         )
         self.teacher = teacher
         self.student = student
+        self.router_balance = None if student is None else student.router_balance
         if student is not None:
             add_mole(self.clip, **vars(student.mole))
         self.settings, self.lm_weight = merging, merging.lm_weight
@@ -162,11 +163,6 @@ class Merging(Method):
         if seen.batch.counts()["image"]:
             there_B = batch.has_image_B
             self.error.update(imaged(seen.tokens.tokens_BTD, there_B), imaged(self._target(batch), there_B))
-
-    @property
-    def router_balance(self) -> RouterBalance | None:
-        """That of a student with MoLE."""
-        return None if self.student is None else self.student.router_balance
 
     def frozen_modules(self) -> Mapping[str, nn.Module]:
         """The teacher, experts included."""

@@ -19,13 +19,13 @@ from visexpert.losses import gate_balance
 from visexpert.methods.columns import Columns
 from visexpert.methods.fusing import FusingMethod, FusionSpace
 from visexpert.methods.parts import Part, StoredTokens
-from visexpert.methods.seen import Compared, Seen
 from visexpert.methods.settings import EvaluationSettings, StoreSettings, ToVEOptimizer, require_words
+from visexpert.methods.step import Compared, LossTerm, Seen
 from visexpert.names import CLIP, EncoderName
 from visexpert.optim import ParameterGroup
 from visexpert.transfer import GateOutput, GateSettings, ResidualTransfer, TokenAdapter, TokenGate
 from visexpert.transfer.gate import TransferMode
-from visexpert.types import Batch, ImageSource, LossTerm, VisionTokens, imaged
+from visexpert.types import Batch, ImageSource, VisionTokens, imaged
 from visexpert.vision import ClipEncoder, MoLESettings
 
 CLIP_TOKENS = EncoderName("clip", CLIP)

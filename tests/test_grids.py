@@ -90,3 +90,8 @@ def test_a_constant_stays_constant(to_hw: tuple[int, int]) -> None:
 def test_tokens_that_do_not_fill_the_grid_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"5 tokens do not fill a grid of \(2, 3\)"):
         resample_tokens(torch.zeros(1, 5, 2), (2, 3), (1, 1))
+
+
+@pytest.mark.parametrize("to_hw", [(4, 6), (1, 1), (3, 2)])
+def test_no_images_stay_none(to_hw: tuple[int, int]) -> None:
+    assert resample_tokens(torch.zeros(0, 6, 5), (2, 3), to_hw).shape == (0, to_hw[0] * to_hw[1], 5)

@@ -31,7 +31,7 @@ def resample_tokens(tokens_BSE: Tensor, from_hw: tuple[int, int], to_hw: tuple[i
         raise ConfigError(f"resample_tokens: {tokens_BSE.shape[1]} tokens do not fill a grid of {from_hw}.")
     if from_hw == to_hw:
         return tokens_BSE
-    map_BEHW = tokens_BSE.transpose(1, 2).reshape(len(tokens_BSE), -1, *from_hw)
+    map_BEHW = tokens_BSE.transpose(1, 2).unflatten(2, from_hw)
     if from_hw[0] > 2 * to_hw[0] or from_hw[1] > 2 * to_hw[1]:
         resampled = F.interpolate(map_BEHW, size=to_hw, mode="area")
     else:

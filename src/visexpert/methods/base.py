@@ -60,6 +60,9 @@ class Method(CheckpointedModule):
 
     _cache: FeatureCache | None = None
 
+    router_balance: RouterBalance | None = None
+    """How the routers of a student with MoLE are balanced; None if they are not."""
+
     lm_weight: float = 1.0
     """Weight of the text's loss; at 0 no text is read in training."""
 
@@ -84,8 +87,6 @@ class Method(CheckpointedModule):
         self.on_nan: OnNan = optimizer.on_nan
         self._finite = FiniteGuard(self.on_nan)
         self.evaluators: dict[str, Evaluator] = {}
-        self.router_balance: RouterBalance | None = None
-        """How the routers of a student with MoLE are balanced; None if they are not."""
         self._joined: bool | None = None
         self._step_shares = StepShares()
         self._batch_shares: dict[Unit, float | Tensor] = {}

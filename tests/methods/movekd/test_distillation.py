@@ -362,3 +362,32 @@ def test_adapters_get_the_gradient_of_the_released_code(scale: float) -> None:
     expected = torch.autograd.grad(loss, trained)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("how", ["uniform", "attention", "gate"])
+def test_samples_without_an_image_count_as_if_they_were_not_there(how: str) -> None:
+    """Neither loss, logs and gradients nor the statistics that standardize a teacher depend on them."""
+    there = torch.tensor([True, False, True, True])
+    clip, gates_BTK = said(tokens(seed=2), torch.randn(4, 2, 5)), torch.rand(4, 4, 1).softmax(-1)
+    found = []
+    for masked in (True, False):
+        torch.manual_seed(0)
+        alignment: Alignment = "fixed" if how == "attention" else "to_teacher"
+        sizes: dict[str, Any] = {"clip_width": WIDTH, "clip_grid": GRID}
+        heads: dict[str, nn.Module] = {
+            "clip": make_kd_head("clip", Sized(), alignment="raw", **sizes),
+            "a": make_kd_head("a", Sized(), alignment=alignment, **sizes),
+        }
+        weighting = WeightingSettings(**{**SETTINGS, "teachers": how, "tokens": "attention"})
+        module = Distillation(heads, weighting, alarm_every=5).train()
+        rows = slice(None) if masked else there
+        student_BTD = tokens()[rows].requires_grad_()
+        seen = clip.mapped(lambda values, rows=rows: values[rows])
+        given = {"has_image_B": there if masked else None, "gates_BTK": gates_BTK[rows] if how == "gate" else None}
+        teachers = {"clip": tokens(seed=1)[rows], "a": tokens(seed=3)[rows]}
+        distilled = distil(module, student_BTD, teachers, clip=seen, **given)
+        distilled.loss.backward()  # type: ignore[no-untyped-call]
+        assert student_BTD.grad is not None
+        gradient = student_BTD.grad[there] if masked else student_BTD.grad
+        found.append((distilled.loss, distilled.watched, gradient, module.state_dict()))
+    torch.testing.assert_close(*found)

@@ -87,9 +87,9 @@ def test_a_run_is_detached_by_the_command_and_scored_by_another(run: Path, capsy
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "one criterion, but none was given; set one of min_contribution, keep, latency_budget"),
+        ([], "one criterion, got none; set one of min_contribution, keep, latency_budget"),
         (["--keep", "3"], "keep is 3, but the model has 2 experts: depth, edges"),
-        (["--latency_budget", "0.5"], "latency_budget is 0.5, but plain CLIP alone costs 1"),
+        (["--latency_budget", "0.5"], "latency_budget must be a finite multiple of plain CLIP's cost"),
         (["--kep", "1"], "There is no setting 'kep'; did you mean 'keep'"),
     ],
 )

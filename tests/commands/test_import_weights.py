@@ -117,7 +117,7 @@ def test_adapters_fit_heads_of_a_training(release: Release) -> None:
             {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         )
         tokens_BSE = torch.randn(2, tokens, channels)
-        found = head.pair(torch.zeros(2, TOKENS, WIDTH), ExpertTokens(tokens_BSE, (side, side)), None).target_BTX
+        found = head.pair(torch.zeros(2, TOKENS, WIDTH), ExpertTokens(tokens_BSE, (side, side))).target_BTX
         torch.testing.assert_close(found, release.adapted(name, tokens_BSE), atol=1e-4, rtol=1e-4)
 
 

@@ -166,7 +166,7 @@ def test_data_without_images_by_row_cannot_be_cached(tmp_path: Path, data: MakeD
         def train_dataloader(self) -> Any:
             return source.train_dataloader()
 
-    with pytest.raises(ConfigError, match="Plain hands out no images by row .*; set it to null"):
+    with pytest.raises(ConfigError, match="Plain does not provide .*image_sources.*; set it to null"):
         bare_trainer(tmp_path, steps=1).fit(model, datamodule=Plain())
 
 

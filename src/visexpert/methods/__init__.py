@@ -1,4 +1,4 @@
-"""The LightningModules: the one room where the stages meet."""
+"""The methods, as LightningModules."""
 
 from visexpert.methods.base import Method
 from visexpert.methods.fusing import FusingMethod

@@ -1,4 +1,4 @@
-"""Optimizer steps of several batches and processes: what losses are divided by, and checkpoints between steps only."""
+"""Optimizer steps over several batches and processes: loss normalization, and checkpoints between steps."""
 
 from __future__ import annotations
 
@@ -15,27 +15,26 @@ from visexpert.types import Batch, StepCounts, Unit
 
 
 class StepShares:
-    """The share that a batch has in what its optimizer step counts, over all its batches and processes.
+    """Computes the share of a batch in the tokens and images of its optimizer step.
 
-    Trainers divide the gradient by the number of batches and processes. A mean over one batch's tokens times
+    Trainers divide the gradient by the number of batches and processes. The mean over a batch's tokens times
     ``share = own tokens / tokens of the step * batches * processes`` therefore adds up to the mean over all tokens of
-    the step, in every precision and before any clipping; likewise for images. One sum over processes a step.
+    the step, in every precision and before clipping; likewise for images. This takes one sum over processes per step.
 
-    This is exact for text, distillation, merging's distance and the routers' balance, which are means over tokens or
-    images. It cannot be for what a batch decides as a whole: the balance of ToVE's gate (its CV^2 is that of a batch;
-    a step has the mean over batches, each weighed by its images), the released rule for dominant teachers, and the
-    running statistics that standardize teachers. With tiles merging's distance and the routers' balance of a batch
-    are means over its views.
+    It is exact for text, distillation, merging's distance and the routers' balance, which are means over tokens or
+    images. It is not for what depends on a whole batch: the balance of ToVE's gate (CV^2 per batch, averaged over
+    batches, weighted by images), the released rule for dominant teachers, and the running statistics that standardize
+    teachers. With tiles, merging's distance and the routers' balance of a batch are means over its views.
     """
 
     def __init__(self) -> None:
         self._totals: Mapping[Unit, int | Tensor] = {}
 
     def of(self, batch: Batch, trainer: L.Trainer) -> dict[Unit, float | Tensor]:
-        """The shares of a batch, none where a step is one batch of one process; called once for each batch, in order.
+        """Return the shares of a batch; none if a step is one batch of one process. Call this once per batch, in order.
 
         Raises:
-            ConfigError: Gradients are accumulated over batches that do not say what their step counts.
+            ConfigError: Gradients are accumulated, but the batches do not carry the counts of their step.
         """
         batches, counts = trainer.accumulate_grad_batches, batch.step
         if batches * trainer.world_size == 1:
@@ -43,8 +42,8 @@ class StepShares:
         if counts is None:
             if batches > 1:
                 raise ConfigError(
-                    f"accumulate_grad_batches={batches} needs training batches that say what their optimizer step "
-                    "counts; return visexpert.data.StepLoader(loader, trainer=self.trainer) from train_dataloader."
+                    f"accumulate_grad_batches={batches} needs training batches with the counts of their optimizer "
+                    "step; return visexpert.data.StepLoader(loader, trainer=self.trainer) from train_dataloader."
                 )
             own = batch.counts()
             counts = StepCounts(batch=own, step=own, place=0)
@@ -70,22 +69,22 @@ def _share(own: int, total: int | Tensor) -> float | Tensor:
 
 
 def batches_done(trainer: L.Trainer) -> int:
-    """Number of training batches of this process that are done, over all epochs and starts of the run."""
+    """Return the number of completed training batches of this process, over all epochs and restarts."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.completed)
 
 
 def rewind_to_step(checkpoint: dict[str, Any], trainer: L.Trainer) -> int:
-    """Let a checkpoint that is written inside an optimizer step say that the step has not begun.
+    """Rewind the progress in a checkpoint written inside an optimizer step to the start of the step.
 
-    Gradients are in no checkpoint, so those accumulated so far would be missing after a restart. The progress written
-    down is that of Lightning's own checkpoint at the end of the step before, which it knows how to continue.
+    Checkpoints hold no gradients, so those accumulated so far would be missing after a restart. The progress becomes
+    that of Lightning's own checkpoint at the end of the previous step.
 
     Args:
-        checkpoint: What is to be written, changed in place.
+        checkpoint: The checkpoint, changed in place.
         trainer: In a fit.
 
     Returns:
-        How many batches were taken back, one that is under way included.
+        Number of batches taken back, including a current one.
     """
     loops = checkpoint.get("loops")
     if loops is None or not trainer.fit_loop.epoch_loop.batch_progress.total.ready:
@@ -100,11 +99,11 @@ def rewind_to_step(checkpoint: dict[str, Any], trainer: L.Trainer) -> int:
         return 0
     begun, total = current["processed"] - inside, progress["total"]["processed"] - inside
     if not begun and total and math.isinf(trainer.num_training_batches):
-        return 0  # nothing says where the epoch before ended
+        return 0  # the length of the previous epoch is unknown
     if not total:
         del checkpoint["loops"]  # as before the first batch
         return inside + under_way
-    if not begun:  # the end of the epoch before
+    if not begun:  # the end of the previous epoch
         begun = int(trainer.num_training_batches)
         for counts in epochs.values():
             counts["ready"] = counts["started"] = counts["processed"]
@@ -117,10 +116,10 @@ def rewind_to_step(checkpoint: dict[str, Any], trainer: L.Trainer) -> int:
 
 
 class MovingBuffers:
-    """What a forward pass in training changes beside gradients: running statistics that checkpoints hold.
+    """Buffers that a training forward pass changes: running statistics, which checkpoints hold.
 
     Args:
-        buffers: By their keys in a checkpoint.
+        buffers: Buffers by checkpoint key.
     """
 
     def __init__(self, buffers: Mapping[str, Tensor]) -> None:
@@ -129,9 +128,9 @@ class MovingBuffers:
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Keep them as they are before an optimizer step."""
+        """Keep their values from before an optimizer step."""
         self._kept = {key: value.clone() for key, value in self._buffers.items()}
 
     def put_back(self, state: dict[str, Any]) -> None:
-        """Write what was kept into a checkpoint's state."""
+        """Write the kept values into a checkpoint's state."""
         state.update((key, value) for key, value in self._kept.items() if key in state)

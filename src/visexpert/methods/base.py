@@ -1,4 +1,4 @@
-"""What every method shares: the step's logging, the optimizer, scoring and resumable randomness."""
+"""Base class of methods: training step, logging, optimizer, scoring and reproducible randomness."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ from visexpert.vision import ClipEncoder, collect_routing
 
 
 class Method(CheckpointedModule):
-    """A method turns images into vision tokens; the language model reads them; the base trains, scores and saves.
+    """Base class of methods, which turn images into vision tokens for a language model.
 
-    This class is all that fit, plan, export, caption, serve and compare ask of a method. A method must say
-    :meth:`view_tokens`, :meth:`frozen_modules` and :meth:`trained_groups`; all else has an answer that fits a method
-    with nothing of its own there. Detachment and merging ask more: :class:`~visexpert.methods.fusing.FusingMethod`.
+    fit, plan, export, caption, serve and compare use nothing else of a method. A method must implement
+    :meth:`view_tokens`, :meth:`frozen_modules` and :meth:`trained_groups`; everything else has a default. Detachment
+    and merging need more: :class:`~visexpert.methods.fusing.FusingMethod`.
 
     Args:
-        clip: The encoder: what `visexpert export` writes.
-        projector: Its tokens to those of the language model.
+        clip: The encoder, which `visexpert export` writes.
+        projector: Maps its tokens to the language width.
         language: Language model.
-        hub: Frozen experts or teachers; None for a method without.
+        hub: Frozen experts or teachers; None if there are none.
         optimizer: Rates and schedule.
-        evaluation: What is scored beside the loss and the answers.
+        evaluation: What to score besides the loss and the answers.
     """
 
     _cache: FeatureCache | None = None
@@ -64,7 +64,7 @@ class Method(CheckpointedModule):
     """How the routers of a student with MoLE are balanced; None if they are not."""
 
     lm_weight: float = 1.0
-    """Weight of the text's loss; at 0 no text is read in training."""
+    """Weight of the text loss; at 0 training reads no text."""
 
     def __init__(
         self,
@@ -93,14 +93,14 @@ class Method(CheckpointedModule):
 
     @abstractmethod
     def view_tokens(self, batch: Batch) -> VisionTokens:
-        """Tokens of images, as the method trains and compares them, without regard to tiles.
+        """Encode views into the tokens that the method trains and compares.
 
         Args:
-            batch: One view in each row: an image, or a tile of one, which no store knows (``split`` is empty).
+            batch: One view per row: an image, or a tile, which is in no store (``split`` is empty).
         """
 
     def to_language(self, tokens: VisionTokens) -> VisionTokens:
-        """Bring what :meth:`view_tokens` gives into the width that the language model reads."""
+        """Map the tokens of :meth:`view_tokens` to the language width."""
         return replace(tokens, tokens_BTD=self.projector(tokens.tokens_BTD))
 
     def see(self, batch: Batch, *, watch_routers: bool = False) -> Seen:
@@ -108,7 +108,7 @@ class Method(CheckpointedModule):
 
         Args:
             batch: A batch.
-            watch_routers: Keep what the routers of MoLE decide, those behind the tokens included.
+            watch_routers: Record the decisions of MoLE's routers, including those behind the tokens.
         """
         views = self.clip.views_of(batch)
         if not watch_routers:
@@ -118,39 +118,39 @@ class Method(CheckpointedModule):
         return Seen(batch, views, tokens, routing.record())
 
     def read_by_language(self, seen: Seen) -> VisionTokens:
-        """One row of tokens for each sample, tiles joined, as the language model reads them."""
+        """Return the tokens that the language model reads, one row per sample, tiles joined."""
         return seen.views.join(self.to_language(seen.tokens))
 
     def encode(self, batch: Batch) -> VisionTokens:
-        """Images to the tokens that the language model reads: (B, T, d_lang)."""
+        """Encode images into the tokens that the language model reads: (B, T, d_lang)."""
         return self.read_by_language(self.see(batch))
 
-    # -- What commands ask ----------------------------------------------------------------------------------------
+    # -- What commands use ----------------------------------------------------------------------------------------
 
     def unused_modules(self) -> Sequence[nn.Module]:
-        """Parts that a deployed model would not load, such as detached experts."""
+        """Return the parts that a deployed model does not load, such as detached experts."""
         return ()
 
     @property
     def read_experts(self) -> tuple[str, ...]:
-        """Attached experts that a deployed model runs; teachers, which it does without, are not among them."""
+        """The attached experts that a deployed model runs; it needs no teachers."""
         unused = {id(module) for part in self.unused_modules() for module in part.modules()}
         return tuple(name for name in self.hub.attached if id(self.hub[name]) not in unused)
 
     def licenses(self) -> Mapping[str, str]:
-        """License of the encoder and of each expert, by part: what a trained encoder may owe its knowledge to."""
+        """Return the licenses of the encoder and of each expert, by part: all that a trained encoder learned from."""
         experts = {f"expert {name}": self.hub[name].license for name in self.hub.names}
         return {"clip": self.clip.license, **experts}
 
     def beside_clip(self) -> Sequence[str]:
-        """What the language model reads through beside encoder, projector and experts, as a message names it.
+        """Name what changes the language model's input besides encoder, projector and experts.
 
-        An export of the encoder leaves it behind, and one of the whole model has no place for it.
+        An export of the encoder leaves it out, and one of the whole model cannot hold it.
         """
         return ()
 
     def parts(self) -> Sequence[Part]:
-        """All parts with their roles, those inside another one before it: MoLE before CLIP."""
+        """Return all parts with their roles, inner parts before outer ones: MoLE before CLIP."""
         added = [part for layer in self.clip.mole_layers() for part in layer.added_modules()]
         return [
             Part("MoLE", "student", tuple(added)),
@@ -162,24 +162,24 @@ class Method(CheckpointedModule):
         ]
 
     def own_parts(self) -> Sequence[Part]:
-        """Parts beside encoder, experts, projector and language model: every other module, by its own name."""
+        """Return all parts except encoder, experts, projector and language model, by attribute name."""
         shared = {id(part) for part in (self.clip, self.hub, self.projector, self.language)}
         return [Part.of(name, "transfer", part) for name, part in self.named_children() if id(part) not in shared]
 
     def stored_tokens(self) -> Mapping[str, StoredTokens]:
-        """What :meth:`read_features` keeps of each image, by name of the part in :meth:`parts`."""
+        """Return what :meth:`read_features` stores of each image, by name of the part in :meth:`parts`."""
         return {}
 
     def read_features(self, cache: FeatureCache, sources: Mapping[str, ImageSource]) -> None:
-        """Read frozen tokens of these images from the store from now on, computing them where it lacks them.
+        """Read frozen tokens of these images from the store from now on; compute those that it lacks.
 
         Args:
             cache: The run's cache.
-            sources: Images by split; batches of other splits run the encoders live.
+            sources: Images by split; for other splits the encoders run.
         """
 
     def step(self, batch: Batch) -> StepOutput:
-        """Loss of one batch: see, read, compare, balance."""
+        """Return the loss of a batch: encode, read by the language model, compare, balance."""
         balance = self.router_balance
         seen = self.see(batch, watch_routers=balance is not None)
         terms: dict[str, LossTerm] = {}
@@ -192,11 +192,11 @@ class Method(CheckpointedModule):
         return StepOutput(terms, len(batch), compared.watched)
 
     def compare(self, seen: Seen) -> Compared:
-        """Losses beside the text's and the routers' balance."""
+        """Return the method's own losses: those besides the text loss and the routers' balance."""
         return Compared()
 
     def compare_in_validation(self, seen: Seen) -> None:
-        """Keep what there is to score of a validation batch beside what the language model makes of it."""
+        """Collect the method's own scores of a validation batch."""
 
     def _text_loss(self, seen: Seen) -> Tensor:
         text = seen.batch.text
@@ -210,27 +210,27 @@ class Method(CheckpointedModule):
 
     @property
     def reads_text(self) -> bool:
-        """Whether there is a language model at all."""
+        """Whether there is a language model."""
         return not isinstance(self.language, NoLanguage)
 
     @property
     def language_joins(self) -> bool:
-        """Whether the language model trains in the present step."""
+        """Whether the language model trains in the current step."""
         return self.language_lr > 0 and self.global_step >= self.language_frozen_steps
 
     @property
     def feature_cache(self) -> FeatureCache | None:
-        """Where tokens of frozen encoders are kept, if anywhere."""
+        """Where tokens of frozen encoders are stored; None if they are not."""
         return self._cache
 
     def views(self, batch: Batch) -> EncoderViews | None:
-        """What happens inside the encoders on a batch, for figures; None where there is nothing to show."""
+        """Return attention and routing on a batch, for figures; None if there is nothing to show."""
         return None
 
     # -- Lightning hooks ------------------------------------------------------------------------------------------
 
     def load_weights(self) -> None:
-        """Encoder, attached experts, language model; then ``init_from``."""
+        """Load encoder, attached experts and language model, then ``init_from``."""
         self.clip.load_weights()
         self.hub.load_weights()
         self.language.load_weights()
@@ -238,17 +238,17 @@ class Method(CheckpointedModule):
             start_from(self, self.init_from)
 
     def setup(self, stage: str) -> None:
-        """Load weights, settle what trains.
+        """Load weights, and set which parameters train.
 
         Raises:
-            ConfigError: In a fit, an engine that keeps gradients to itself, with ``language_frozen_steps``.
+            ConfigError: In a fit, see :func:`~visexpert.methods.step.refuse_engines`.
         """
         if stage == "fit" and self._trainer is not None:
             refuse_engines(self.trainer.strategy, on_nan=self.on_nan, frozen_steps=self.language_frozen_steps)
         super().setup(stage)
 
     def train(self, mode: bool = True) -> Method:
-        """Train mode for what trains at present; all else stays in eval mode, without dropout or noise."""
+        """Put what trains in the current step into train mode, the rest into eval mode, without dropout or noise."""
         super().train(mode)
         for module in self.frozen_modules().values():
             module.eval()
@@ -258,19 +258,19 @@ class Method(CheckpointedModule):
         return self
 
     def _training_ids(self) -> set[int]:
-        """Of the parameters that train in the present step."""
+        """Return the ``id`` of each parameter that trains in the current step."""
         modules = [module for group in self.trained_groups() if group.lr > 0 for module in group.modules]
         found = {id(parameter) for module in modules for parameter in module.parameters()}
         joined = () if self.language_joins else self.language.parameters()
         return found - {id(parameter) for parameter in joined}
 
     def on_train_start(self) -> None:
-        """Settle modes, which Lightning leaves as they are: a model may come from an evaluation."""
+        """Set train and eval modes, which Lightning leaves unchanged: the model may come from an evaluation."""
         super().on_train_start()
         self.train()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seed noise and dropout by batch, so that an interrupted run continues as if it had not been."""
+        """Seed noise and dropout by batch, so that a resumed run equals an uninterrupted one."""
         done = 0 if self._trainer is None else batches_done(self.trainer)
         torch.manual_seed((self._run_seed() * 1_000_003 + done * 1009 + self.global_rank) % 2**63)
         if batch.step is None or batch.step.place == 0:
@@ -284,11 +284,11 @@ class Method(CheckpointedModule):
             self.train()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute by :meth:`step`, log: the loss of this batch always, its parts when a row is written.
+        """Run :meth:`step` and log: the loss always, its parts when a row is written.
 
         Returns:
-            The batch's part in the loss of its optimizer step, whose text is a mean over all supervised tokens of the
-            step, and whose other terms are means over all its images, whatever the number of batches and processes.
+            The batch's share of the loss of its optimizer step. Over all batches and processes of the step, the text
+            loss is a mean over supervised tokens, the other terms are means over images.
         """
         output = self.step(batch)
         if self._trainer is not None:
@@ -297,7 +297,7 @@ class Method(CheckpointedModule):
         return output.shared(self._batch_shares)
 
     def _log_step(self, output: StepOutput, batch: Batch) -> None:
-        """Log what the batches of all processes have as one."""
+        """Log the loss of all processes, and its parts when a row is written."""
         together = self._trainer is not None and self.trainer.world_size > 1
         is_row = self._trainer is not None and writes_row(self.trainer)
         counts = _counts(batch)
@@ -308,14 +308,14 @@ class Method(CheckpointedModule):
             self.log_dict({f"train/{name}": value for name, value in parts.items()}, batch_size=output.batch_size)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As every module, once it is clear that the weights are finite."""
+        """Check that the weights are finite, then leave frozen parts out."""
         self._finite.check_weights(self)
         super().on_save_checkpoint(checkpoint)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Drop gradients of a language model that is not to train yet, and keep NaN and infinity out of the weights.
+        """Drop the gradients of a language model that does not train yet; check that all gradients are finite.
 
-        Without a gradient a parameter has no step, no decay and no state of the optimizer, and no part in clipping.
+        A parameter without a gradient gets no update, no decay and no optimizer state, and does not count in clipping.
         """
         if not self.language_joins:
             for parameter in self.language.parameters():
@@ -323,7 +323,7 @@ class Method(CheckpointedModule):
         self._finite.look(self)
 
     def on_validation_epoch_start(self) -> None:
-        """Fresh scores."""
+        """Reset the scores."""
         self.evaluators["val"] = Evaluator(captions=0)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Mapping[str, EvalOutput]:
@@ -335,17 +335,17 @@ class Method(CheckpointedModule):
         self._log_scores("val")
 
     def on_test_epoch_start(self) -> None:
-        """Fresh scores."""
+        """Reset the scores."""
         self.evaluators["test"] = Evaluator(
             captions=self.evaluation.caption_images, probe=True, meteor=self.evaluation.meteor
         )
 
     def test_step(self, batch: Batch, batch_idx: int) -> Mapping[str, EvalOutput]:
-        """Score one batch, captions included."""
+        """Score one batch, including captions."""
         return {"output": self.evaluate(batch, "test")}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Written, ...]:
-        """What the model writes to each text of a batch."""
+        """Return what the model writes for each text of a batch."""
         return write_all(batch, self.encode(batch), self.language, self.tokenizer)
 
     def on_test_epoch_end(self) -> None:
@@ -353,7 +353,7 @@ class Method(CheckpointedModule):
         self._log_scores("test")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over :meth:`trained_groups`, warm-up and cosine by step."""
+        """Return AdamW over :meth:`trained_groups`, with warm-up and cosine by step."""
         return adamw_and_cosine(
             self.trained_groups(),
             lr=self.lr,
@@ -375,7 +375,7 @@ class Method(CheckpointedModule):
 
     @torch.no_grad()
     def score(self, batch: Batch, vision: VisionTokens, split: str) -> EvalOutput:
-        """Score what was made of a batch by one packed forward; generate captions while the split's quota lasts."""
+        """Score a batch by one packed forward pass; generate captions up to the quota of the split."""
         evaluator = self.evaluators[split]
         if not self.reads_text:
             evaluator.collect_tokens(batch, vision)
@@ -395,18 +395,18 @@ class Method(CheckpointedModule):
         return EvalOutput(vision=vision, captions=captions)
 
     def image_sources(self, *, wanted_by: str) -> Mapping[str, ImageSource]:
-        """Images by row of the data in use, for the feature store.
+        """Return the data's images by row, for the feature store.
 
         Args:
-            wanted_by: The setting that needs them, and what to do without, for the message.
+            wanted_by: The setting that needs them, and the alternative, for the message.
 
         Raises:
-            ConfigError: The data hands out no images by row.
+            ConfigError: The data does not provide images by row.
         """
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(datamodule, "image_sources"):
             raise ConfigError(
-                f"{type(self).__name__}: {type(datamodule).__name__} hands out no images by row (image_sources), "
+                f"{type(self).__name__}: {type(datamodule).__name__} does not provide images by row (image_sources), "
                 f"which {wanted_by}."
             )
         sources: Mapping[str, ImageSource] = datamodule.image_sources()
@@ -422,7 +422,7 @@ class Method(CheckpointedModule):
         self.log_dict({f"{split}/{name}": value for name, value in scores.items()}, batch_size=1)
 
     def _run_seed(self) -> int:
-        """The seed of the run: set by ``seed_everything``, kept in the environment by Lightning."""
+        """Return the run's seed, which ``seed_everything`` sets and Lightning keeps in the environment."""
         return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
@@ -431,7 +431,7 @@ def _counts(batch: Batch) -> Mapping[Unit, int]:
 
 
 def writes_row(trainer: L.Trainer) -> bool:
-    """Whether a logger writes the current training step (``log_every_n_steps``), or the step is the last one."""
+    """Return whether the current training step is logged (``log_every_n_steps``) or is the last one."""
     interval = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by its logger connector
     step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
     return bool(interval and step % interval == 0) or step == trainer.max_steps

@@ -1,4 +1,4 @@
-"""Weights of a method: from their own files, from an earlier run, from a checkpoint of its own."""
+"""Weights of a method: from pretrained files, an earlier run, or its own checkpoint."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from visexpert.precision import ClippedModule, convert_records
 
 
 class CheckpointedModule(ClippedModule, ABC):
-    """A module of which frozen parts are read from their own files and the rest is kept in checkpoints.
+    """A module whose checkpoints leave out frozen parts, which have files of their own.
 
     Args:
-        weight_decay: Of the optimizer, which splits each group of parameters by it.
+        weight_decay: Weight decay of the optimizer.
     """
 
     init_from: str | None = None
-    """Checkpoint of an earlier run to start from, for methods that can."""
+    """Checkpoint of an earlier run to start from."""
 
     def __init__(self, *, weight_decay: float) -> None:
         super().__init__()
@@ -36,39 +36,39 @@ class CheckpointedModule(ClippedModule, ABC):
 
     @abstractmethod
     def frozen_modules(self) -> Mapping[str, nn.Module]:
-        """Parts that never train, by attribute name: no gradient, eval mode, in no checkpoint."""
+        """Return the parts that never train, by attribute name: no gradient, eval mode, not in checkpoints."""
 
     @abstractmethod
     def trained_groups(self) -> Sequence[ParameterGroup]:
-        """What trains, listed by module, with its learning rate."""
+        """Return the modules that train, with their learning rates."""
 
     @abstractmethod
     def load_weights(self) -> None:
-        """Fill pretrained parts; called once, before the first epoch or evaluation, after building."""
+        """Load pretrained parts; called once, before the first epoch or evaluation."""
 
     def columns(self) -> Columns:
-        """Which expert each column of the gate is, for methods with experts."""
+        """Return which expert each column of the gate belongs to."""
         return Columns()
 
     @property
     def trained_steps(self) -> int:
-        """Optimizer steps behind the present weights, those of a loaded checkpoint included."""
+        """Optimizer steps that led to the current weights, including those of a loaded checkpoint."""
         return max(self._loaded_steps, 0 if self._trainer is None else int(self.trainer.global_step))
 
     def count_steps(self, steps: int) -> None:
-        """Say how many optimizer steps are behind the weights, where no checkpoint does."""
+        """Set the number of optimizer steps that led to the weights, if no checkpoint has it."""
         self._loaded_steps = steps
 
     def mark_loaded(self) -> None:
-        """Say that the weights are in place, so that no later stage reads the sources again."""
+        """Mark the weights as loaded, so that they are not read from their sources again."""
         self._loaded = True
 
     def continue_run(self) -> None:
-        """Say that a checkpoint with all that trains is read next, so that where the run once started may be gone."""
+        """Prepare for a checkpoint with all trained weights; ``init_from`` is then not read and may be gone."""
         self._continues, self.init_from = True, None
 
     def check_start(self) -> None:
-        """Refuse a fit that cannot start, as early as that is known.
+        """Check early that a fit can start.
 
         Raises:
             WeightsError: The run to start from has no checkpoint.
@@ -77,11 +77,11 @@ class CheckpointedModule(ClippedModule, ABC):
             find_start(self.init_from)
 
     def keep(self, keys: Iterable[str]) -> None:
-        """Keep these tensors in checkpoints, frozen or not: they are not those of their own files."""
+        """Keep these tensors in checkpoints even if frozen: they differ from the pretrained files."""
         self._kept |= {key for key in keys if self._is_frozen_key(key)}
 
     def setup(self, stage: str) -> None:
-        """Load weights, settle what trains."""
+        """Load weights, and set which parameters train."""
         convert_records(self._trainer)
         if not self._loaded:
             if stage == "fit" and not self._continues:
@@ -91,9 +91,10 @@ class CheckpointedModule(ClippedModule, ABC):
         self.settle_training()
 
     def settle_training(self) -> None:
-        """Ask a gradient of all that :meth:`trained_groups` lists and of nothing else.
+        """Require a gradient for the parameters in :meth:`trained_groups` only.
 
-        It does not change later: DDP waits in each step for the gradient of whatever asked for one when it was built.
+        This does not change later: in each step DDP waits for the gradient of every parameter that required one when
+        it was built.
         """
         frozen = {id(p) for module in self.frozen_modules().values() for p in module.parameters()}
         trained = {id(p) for group in self.trained_groups() for module in group.modules for p in module.parameters()}
@@ -108,9 +109,9 @@ class CheckpointedModule(ClippedModule, ABC):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out frozen parts, which have files of their own; inside an optimizer step, go back to its start.
+        """Leave out frozen parts, add the experts of the gate's columns, and rewind to the start of an optimizer step.
 
-        It says, too, which experts the columns of a gate are. Engines that save shards need the frozen parts, too.
+        Engines that save shards keep the frozen parts.
         """
         checkpoint[NAMES] = list(self.columns().names)
         state = checkpoint["state_dict"]
@@ -122,18 +123,18 @@ class CheckpointedModule(ClippedModule, ABC):
             del state[key]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put frozen parts back, so that loading stays strict about everything else; order a gate's columns by name.
+        """Add the frozen parts, so that loading can be strict, and order a gate's columns by name.
 
         Raises:
-            WeightsError: Under a trainer, a checkpoint of another model, or of a training of other parts.
+            WeightsError: Under a trainer: the checkpoint is of another model, or other parts trained in it.
         """
         self._loaded_steps = int(checkpoint["global_step"])
-        if "state_dict" not in checkpoint:  # an engine that saves shards fills the model by itself, by position
+        if "state_dict" not in checkpoint:  # an engine that saves shards fills the model itself, by position
             refuse_other_order(self.columns(), checkpoint.get(NAMES), path=self._checkpoint_path)
             return
         state, own = checkpoint["state_dict"], self.state_dict()
         columns, theirs = self.columns(), experts_in(checkpoint)
-        if theirs is None or sorted(theirs) == sorted(columns.names):  # else strict loading names the parts that differ
+        if theirs is None or sorted(theirs) == sorted(columns.names):  # otherwise strict loading names the differences
             state.update(columns.arrange(state, own, theirs=theirs, path=self._checkpoint_path))
         self.keep(key for key in state if key in own)
         for key, value in own.items():
@@ -149,11 +150,11 @@ class CheckpointedModule(ClippedModule, ABC):
 
     @property
     def _checkpoint_path(self) -> object:
-        """Where the checkpoint that is being read lies, for messages."""
+        """Path of the checkpoint being read, for messages."""
         return "the checkpoint" if self._trainer is None else self.trainer.ckpt_path
 
     def holds(self, part: str) -> bool:
-        """Whether checkpoints hold weights of a part, by attribute name: it trains, or came from a run that did."""
+        """Return whether checkpoints hold weights of a part: it trains, or comes from a run in which it did."""
         return part not in self.frozen_modules() or any(key.split(".", 1)[0] == part for key in self._kept)
 
     def _is_frozen_key(self, key: str) -> bool:
@@ -161,7 +162,7 @@ class CheckpointedModule(ClippedModule, ABC):
 
 
 def saves_shards(strategy: Strategy) -> bool:
-    """Whether a strategy writes checkpoints by its own engine, as folders to which each process adds its shard."""
+    """Return whether a strategy writes checkpoints with its own engine, as folders with a shard per process."""
     if type(strategy).save_checkpoint is Strategy.save_checkpoint:
         return False
     return getattr(strategy, "_state_dict_type", "sharded") == "sharded"

@@ -1,4 +1,4 @@
-"""Columns of a gate follow the names of its experts, whatever the order in which a checkpoint has them."""
+"""Match the columns of a gate with those of a checkpoint by the names of their experts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from visexpert.names import CLIP, STUDENT
 from visexpert.transfer import TokenGate
 
 NAMES = "experts"
-"""Where a checkpoint says the names of its experts, in the order of the gate's columns."""
+"""Key of a checkpoint for the names of its experts, in the order of the gate's columns."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which expert each column is.
+    """Which expert each column of a gate belongs to.
 
     Args:
         names: Experts in the order of the columns.
         keys: Tensors of the state dict whose first axis runs over columns.
-        fixed: Whether the gate is frozen, so that a column must not be fresh.
+        fixed: Whether the gate is frozen, so that no column may start fresh.
     """
 
     names: tuple[str, ...] = ()
@@ -33,27 +33,27 @@ class Columns:
 
     @classmethod
     def of(cls, names: Sequence[str], gate: TokenGate | None, *, fixed: bool = False) -> Columns:
-        """Those of a method's ``gate``, if it has one."""
+        """Return the columns of a method's ``gate``, if it has one."""
         keys = () if gate is None else tuple(f"gate.{key}" for key in gate.column_keys())
         return cls(tuple(names), keys, fixed)
 
     def fresh(self, theirs: Sequence[str] | None) -> list[str]:
-        """Experts that a checkpoint with the experts ``theirs`` lacks."""
+        """Return the experts that are not among ``theirs``, those of a checkpoint."""
         return [name for name in self.names if name not in (theirs or ())]
 
     def arrange(
         self, state: Mapping[str, Tensor], own: Mapping[str, Tensor], *, theirs: Sequence[str] | None, path: object
     ) -> dict[str, Tensor]:
-        """A checkpoint's state with the columns of these experts: its own where it has them, else those of ``own``.
+        """Return a checkpoint's state with its columns in the order of these experts; missing ones come from ``own``.
 
         Args:
-            state: The checkpoint's.
-            own: That of the model.
-            theirs: Experts of the checkpoint in the order of its columns; None where it does not say.
-            path: Where it lies, for messages.
+            state: State of the checkpoint.
+            own: State of the model.
+            theirs: Experts of the checkpoint in the order of its columns; None if unknown.
+            path: Path of the checkpoint, for messages.
 
         Raises:
-            WeightsError: It has columns, but does not say whose.
+            WeightsError: The checkpoint has columns, but does not name their experts.
             ConfigError: It has no column for an expert of a fixed gate.
         """
         arranged = dict(state)
@@ -62,7 +62,7 @@ class Columns:
             return arranged
         if theirs is None or any(len(state[key]) != len(theirs) for key in shared):
             raise WeightsError(
-                f"The gate in {path} has {len(state[shared[0]])} columns, but the file does not say of which experts "
+                f"The gate in {path} has {len(state[shared[0]])} columns, but the file does not name their experts "
                 f"(here {list(self.names)}); give the .ckpt that the run wrote."
             )
         if self.fixed and (unknown := self.fresh(theirs)):
@@ -78,9 +78,9 @@ class Columns:
 
 
 def experts_in(checkpoint: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Experts of a checkpoint in the order of its gate's columns; None where nothing tells.
+    """Return the experts of a checkpoint in the order of its gate's columns; None if unknown.
 
-    Checkpoints of earlier versions do not name them, but hold a part for each, in the order of the columns.
+    Checkpoints of earlier versions do not name them, but hold a part for each, in that order.
     """
     names = checkpoint.get(NAMES)
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
@@ -89,10 +89,10 @@ def experts_in(checkpoint: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 
 def refuse_other_order(columns: Columns, theirs: Sequence[str] | None, *, path: object) -> None:
-    """Refuse to go on with a training that has the same experts in another order: the optimizer's state has no names.
+    """Check that a resumed training has its experts in the same order: the optimizer's state has no names.
 
     Raises:
-        WeightsError: The order is another.
+        WeightsError: The order differs.
     """
     if theirs is not None and sorted(theirs) == sorted(columns.names) and tuple(theirs) != columns.names:
         raise WeightsError(
@@ -103,7 +103,7 @@ def refuse_other_order(columns: Columns, theirs: Sequence[str] | None, *, path: 
 
 
 def _owners(keys: Iterable[str]) -> Iterable[str]:
-    """Experts that parts are of: adapters of ToVE, heads and watched variances of MoVE-KD."""
+    """Yield the expert of each adapter (ToVE), head and watched variance (MoVE-KD)."""
     for key in keys:
         part, *rest = key.removeprefix("distillation.").split(".")
         if part == "adapters":

@@ -1,4 +1,4 @@
-"""What a model costs: parameters trained, parameters and GFLOP at inference, images per second, GFLOP of training."""
+"""Cost of a model: parameters, GFLOP and images per second at inference, GFLOP of training."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ LEAST_REPEATS = 5
 
 
 def parameter_counts(method: Method) -> dict[str, float]:
-    """Parameters by role.
+    """Count the parameters: ``trained``; ``inference`` (what a deployed model loads); ``total`` (in training).
 
-    ``trained``; ``inference`` (all that a deployed model loads: experts in use included); ``total`` (all that is there
-    while it trains: teachers and detached experts, too).
+    Experts in use count for ``inference``; teachers and detached experts count for ``total`` only.
     """
     trained = {id(p) for group in method.trained_groups() for module in group.modules for p in module.parameters()}
     unused = {id(p) for module in method.unused_modules() for p in module.parameters()}
@@ -35,13 +34,13 @@ def parameter_counts(method: Method) -> dict[str, float]:
 
 @torch.no_grad()
 def measure_cost(method: Method, batch: Batch, *, seconds: float = 1.0) -> dict[str, float]:
-    """Cost of one image at inference, encoders live.
+    """Measure the cost of one image at inference, without a store.
 
-    GFLOP counts 1 multiply-add as 2, over matrix products, convolutions and attention (torch's FlopCounterMode), for
-    the vision side and for the language model on the batch's own text. Images per second are those of the vision side
-    on this machine, now, by the median of the repeats: compare them only within one run of a benchmark. How far they
-    can be trusted is beside them: the spread of the repeats (interquartile range over median) and, on Linux, the share
-    of the machine that other processes kept busy.
+    GFLOP counts a multiply-add as 2, over matrix products, convolutions and attention (torch's FlopCounterMode), for
+    the vision side and for the language model on the batch's own text. Images per second are of the vision side on this
+    machine, from the median of the repeats: compare them only within one run of a benchmark. Two numbers tell how far
+    to trust them: the spread of the repeats (interquartile range over median) and, on Linux, the share of the machine
+    used by other processes.
 
     Args:
         method: In eval mode.
@@ -83,7 +82,7 @@ def _counted(method: Method, live: Batch) -> tuple[VisionTokens, float]:
 
 
 def _repeated(method: Method, live: Batch, seconds: float) -> tuple[list[float], float | None]:
-    """Times of the vision side again and again, and what others used of the machine meanwhile."""
+    """Return repeated times of the vision side, and the share of the machine that other processes used meanwhile."""
     times: list[float] = []
     meanwhile = Meanwhile()
     while len(times) < (LEAST_REPEATS if seconds else 2) or sum(times) < seconds:
@@ -97,17 +96,17 @@ def _repeated(method: Method, live: Batch, seconds: float) -> tuple[list[float],
 
 @torch.no_grad()
 def cached_gflop(method: Method, batch: Batch) -> float:
-    """What a training step saves per image by reading tokens of frozen encoders from the store, in GFLOP.
+    """Return what a training step saves per image by reading frozen tokens from the store, in GFLOP.
 
     Args:
-        method: With its caches open; its mode and the random state are left as they are.
+        method: With its store open; its mode and the random state are restored.
         batch: A few training images with their text.
     """
     if method.feature_cache is None:
         return 0.0
     mode = method.training
     devices = [batch.images_BCHW.device] if batch.images_BCHW.is_cuda else []
-    method.eval()  # nothing that a method keeps count of in training may move
+    method.eval()  # running statistics must not change
     try:
         with torch.random.fork_rng(devices=devices):
             with step_counter() as live:
@@ -121,7 +120,7 @@ def cached_gflop(method: Method, batch: Batch) -> float:
 
 
 def step_counter() -> FlopCounterMode:
-    """torch's counter for a step as it is, fused attention on the CPU included, which torch's own list lacks."""
+    """Return torch's counter, extended by fused attention on the CPU, which torch does not count."""
     aten = torch.ops.aten
     ours: dict[Any, Any] = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
@@ -131,7 +130,7 @@ def step_counter() -> FlopCounterMode:
 
 
 def first_images(batch: Batch, count: int) -> Batch:
-    """The first images of a batch, with their text."""
+    """Return the first images of a batch, with their text."""
     text = batch.text
     cut = None
     if text is not None:
@@ -142,12 +141,12 @@ def first_images(batch: Batch, count: int) -> Batch:
 
 
 def _live(batch: Batch) -> Batch:
-    """The same images under no split's name: no store has them."""
+    """Return the same batch without a split, so that no store has its images."""
     return Batch(batch.images_BCHW, batch.index_B, split="", text=batch.text, has_image_B=batch.has_image_B)
 
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    """From shapes, as FlopCounterMode hands them over."""
+    """Count from shapes, which FlopCounterMode passes."""
     return int(sdpa_flop_count(query, key, value))
 
 

@@ -1,4 +1,4 @@
-"""Scores of a split: by one packed forward per batch, generated captions and linear probes."""
+"""Scores of a split, from one packed forward pass per batch, generated captions and linear probes."""
 
 from __future__ import annotations
 
@@ -26,21 +26,20 @@ from visexpert.metrics.tokens import TokenProbes
 from visexpert.types import Batch, CaptionTruth, FrameTokens, TextBatch, TextItem, VisionTokens
 
 CAPTION = "caption"
-"""Task of a text that the model is asked to write when it captions."""
+"""Task of a text that is a caption."""
 
 WRITE_AT_ONCE = 64
-"""Answers written in one call; an image may have many questions."""
+"""Most answers to generate in one call; an image may have many questions."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One text item with what the model would write.
+    """A text item with the model's answer.
 
     Args:
         item: The item.
-        predicted: Predicted tokens as text, up to <eos>. Where the model did not write them by itself, they are the
-            most likely token at each position given the true ones before it, hence right exactly where greedy decoding
-            is right.
+        predicted: The answer up to <eos>. If it was not generated, it is the most likely token at each position given
+            the true ones before it, so it is correct exactly if greedy decoding is.
     """
 
     item: TextItem
@@ -53,9 +52,9 @@ class Caption:
 
     Args:
         row: Image in its batch.
-        item: What was asked, with the accepted texts.
+        item: The text item, with accepted texts.
         text: What the model wrote.
-        correct: Whether it is true of the image; None where the data cannot judge it.
+        correct: Whether it is true of the image; None if the data cannot judge it.
     """
 
     row: int
@@ -66,11 +65,11 @@ class Caption:
 
 @dataclass(frozen=True)
 class Written:
-    """What the model wrote to one text item.
+    """What the model wrote for one text item.
 
     Args:
         row: Image in its batch.
-        item: What was asked, with the accepted texts.
+        item: The text item, with accepted texts.
         text: What the model wrote.
     """
 
@@ -81,11 +80,11 @@ class Written:
 
 @dataclass(frozen=True)
 class EvalOutput:
-    """What an evaluation step hands to callbacks.
+    """Output of an evaluation step, for callbacks.
 
     Args:
-        vision: Tokens that the language model read, gates included.
-        captions: Generated captions of the first images of the batch (empty past the quota).
+        vision: Tokens that the language model read, with gates.
+        captions: Generated captions of the first images of the batch; empty beyond the quota.
     """
 
     vision: VisionTokens
@@ -96,14 +95,14 @@ class SourceScores:
     """The scores of one source of a split.
 
     Args:
-        meteor: Score captions by METEOR, too; None where Java is installed.
-        captions: Number of images that are captioned, over all processes; None for all.
+        meteor: Also score captions by METEOR; None: if Java is installed.
+        captions: Number of images to caption, over all processes; None for all.
     """
 
     def __init__(self, *, meteor: bool | None, captions: int | None) -> None:
         self.nll = TokenNLL()
         self.vqa, self.vsr, self.pope, self.slots = VQAAccuracy(), VSRAccuracy(), POPEScores(), SlotAccuracy()
-        self.captions = CaptionScores(meteor=meteor, sync_on_compute=False)  # every process gets those of all
+        self.captions = CaptionScores(meteor=meteor, sync_on_compute=False)  # every process computes those of all
         self.judged = JudgedCaptions(sync_on_compute=False)
         self._limit = captions
         self._written: dict[Key, tuple[str, TextItem, CaptionTruth | None]] = {}
@@ -117,21 +116,21 @@ class SourceScores:
         }
 
     def scores(self, kind: str) -> bool:
-        """Whether answers of this kind are scored."""
+        """Return whether answers of this kind are scored."""
         return kind in self._by_kind
 
     def update(self, kind: str, rows: list[Answer]) -> None:
-        """Score answers of one kind; kinds without a score are passed over."""
+        """Score answers of one kind; kinds without a score are ignored."""
         if kind in self._by_kind:
             self._by_kind[kind](rows)
 
     def count_captions(self, rows: Iterable[int], *, split: str) -> None:
-        """Note images that could be captioned."""
+        """Count images that could be captioned."""
         for row in rows:
             self._to_caption[key_of(self._to_caption, split, row)] = None
 
     def count_answers(self, kind: str, *, written: int, of: int, split: str, row: int) -> None:
-        """Note how many answers to one image the model wrote, of those that it should have."""
+        """Count the answers that the model wrote for an image, of those to write."""
         known = self._answers.setdefault(kind, {})
         known[key_of(known, split, row)] = written, of
 
@@ -140,7 +139,7 @@ class SourceScores:
         self._written[key_of(self._written, split, row)] = text, item, truth
 
     def compute(self) -> dict[str, dict[str, float]]:
-        """All scores by part."""
+        """Return all scores by part."""
         everyone = gathered(self._answers)
         scores = {
             "nll": self.nll.compute(),
@@ -154,7 +153,7 @@ class SourceScores:
 
     @staticmethod
     def _written_of(kind: str, everyone: Sequence[Mapping[str, Mapping[Key, tuple[int, int]]]]) -> dict[str, float]:
-        """How many answers were written, of those to be written; a row that two processes saw counts once."""
+        """Return the number of written answers, of those to write; a row seen by two processes counts once."""
         counts = {key: pair for known in everyone for key, pair in known.get(kind, {}).items()}
         if not counts:
             return {}
@@ -162,7 +161,7 @@ class SourceScores:
         return {"answers": written, "answers_of": of}
 
     def _caption_scores(self) -> dict[str, float]:
-        """Scores of captions by their references and, where the data can judge them, by what it knows."""
+        """Return the scores of captions against their references and, if the data can judge them, its judgment."""
         written = first_of_all(self._written, self._limit)
         possible = len({key for known in gathered(list(self._to_caption)) for key in known})
         self.captions.reset()
@@ -197,10 +196,10 @@ class Evaluator:
     """Collects the scores of one split, for each of its sources.
 
     Args:
-        captions: Number of images of each source to caption, the first of all processes; None for all. With 0 nothing
-            is written: answers that would be are taken from the packed forward instead, which is quick and close.
-        probe: Collect tokens for linear probes where a batch has dense targets.
-        meteor: Score captions by METEOR, too; None where Java is installed.
+        captions: Number of images of each source to caption, the first over all processes; None for all. At 0 nothing
+            is generated: answers come from the packed forward pass instead, which is fast and close.
+        probe: Collect tokens for linear probes if a batch has dense targets.
+        meteor: Also score captions by METEOR; None: if Java is installed.
     """
 
     def __init__(self, *, captions: int | None, probe: bool = False, meteor: bool | None = None) -> None:
@@ -216,8 +215,8 @@ class Evaluator:
         Args:
             batch: With items.
             predicted_M: Most likely token at each supervised position.
-            nll_M: Negative log-likelihood of the true one.
-            tokenizer: To turn tokens into words.
+            nll_M: Negative log-likelihood of the true token.
+            tokenizer: Decodes tokens.
         """
         assert batch.text is not None
         scores = self._of(batch.source)
@@ -238,7 +237,7 @@ class Evaluator:
             scores.update(kind, rows)
 
     def write_answers(self, batch: Batch, vision: VisionTokens, language: LanguageModel, tokenizer: Any) -> None:
-        """Let the model write the answers that must not be judged token by token, and score them."""
+        """Generate the answers that must not be judged token by token, and score them."""
         scores = self._of(batch.source)
         places = [
             (image, number)
@@ -259,7 +258,7 @@ class Evaluator:
     def generate_captions(
         self, batch: Batch, vision: VisionTokens, language: LanguageModel, tokenizer: Any
     ) -> tuple[Caption, ...]:
-        """Caption images whose texts include a caption to write, up to the quota of their source."""
+        """Caption images whose texts include a caption, up to the quota of their source."""
         places = [
             next((image, number) for number, item in enumerate(items) if item.task == CAPTION)
             for image, items in enumerate(batch.items)
@@ -284,19 +283,19 @@ class Evaluator:
         )
 
     def collect_tokens(self, batch: Batch, vision: VisionTokens) -> None:
-        """Keep tokens and dense truth for the probes."""
+        """Collect tokens and dense targets for the probes."""
         if self._probes is not None and batch.targets:
             rows = batch.index_B.tolist()
             self._probes.update(vision.tokens_BTD, vision.grid_hw, batch.targets, split=batch.split, rows=rows)
 
     def add_means(self, values: Mapping[str, Tensor | float], *, images: int) -> None:
-        """Count means over the images of a batch, such as a loss, into those over the split."""
+        """Add means over the images of a batch, such as a loss, to those over the split."""
         self._means.update(values, images)
 
     def compute(self) -> dict[str, float]:
-        """All scores, flat: ``vqa/accuracy``, ``pope/adversarial/f1``, ``dense/nll``, ``probe/depth``, ...
+        """Return all scores by name: ``vqa/accuracy``, ``pope/adversarial/f1``, ``dense/nll``, ``probe/depth``, ...
 
-        Scores of a source that has a name (``coco``) stand under it: ``coco/caption/cider``.
+        Scores of a named source (``coco``) start with its name: ``coco/caption/cider``.
         """
         parts: dict[str, dict[str, float]] = {}
         for source in _of_all_processes(self._sources):
@@ -326,9 +325,11 @@ class Evaluator:
 def _write(
     batch: Batch, places: list[tuple[int, int]], vision: VisionTokens, language: LanguageModel, tokenizer: Any
 ) -> list[str]:
-    """What the model writes to items, given by image and number."""
+    """Generate answers to items, given by image and number."""
     if not batch.prompts:
-        raise ConfigError("The data hands out texts to be written (Batch.items) without their prompts (Batch.prompts).")
+        raise ConfigError(
+            "The data gives texts to generate (Batch.items) without their prompts (Batch.prompts); fill both."
+        )
     prompts = [batch.prompts[image][number] for image, number in places]
     eos = FrameTokens.of(tokenizer, purpose="end answers").eos
     written = language.generate(vision.rows([image for image, _ in places]), prompts, eos_id=eos)
@@ -336,7 +337,7 @@ def _write(
 
 
 def write_all(batch: Batch, vision: VisionTokens, language: LanguageModel, tokenizer: Any) -> tuple[Written, ...]:
-    """What the model writes to every text item of a batch, image by image."""
+    """Generate an answer to every text item of a batch, image by image."""
     places = [(image, number) for image, items in enumerate(batch.items) for number in range(len(items))]
     parts = [places[start : start + WRITE_AT_ONCE] for start in range(0, len(places), WRITE_AT_ONCE)]
     texts = [text for part in parts for text in _write(batch, part, vision, language, tokenizer)]
@@ -346,18 +347,18 @@ def write_all(batch: Batch, vision: VisionTokens, language: LanguageModel, token
 
 
 def _of_all_processes(names: Iterable[str]) -> list[str]:
-    """The names that any process knows, in one order, so that all processes compute the same metrics in turn."""
+    """Return the names that any process knows, sorted, so that all processes compute the same metrics in turn."""
     return sorted({name for known in gathered(list(names)) for name in known} or {""})
 
 
 def item_of_supervised(text: TextBatch) -> tuple[Tensor, Tensor]:
-    """Image and item number (from 0) of each supervised token, in their order."""
+    """Return the image and item number (from 0) of each supervised token, in order."""
     places_M = text.facts.places_M
     return places_M // text.ids_BN.shape[1], text.segments_BN.flatten()[places_M] - 1
 
 
 def decode(ids: list[int], tokenizer: Any) -> str:
-    """Tokens up to <eos> as text."""
+    """Decode tokens up to <eos>."""
     eos = FrameTokens.of(tokenizer, purpose="end answers").eos
     if eos in ids:
         ids = ids[: ids.index(eos)]

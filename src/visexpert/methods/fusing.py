@@ -1,4 +1,4 @@
-"""What detachment and merging ask of a method beyond what every command does."""
+"""Base class of methods whose experts can be detached and merged."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ FusionSpace = Literal["language", "clip"]
 
 
 class FusingMethod(Method):
-    """A method that fuses tokens of experts into those of its encoder, so that each expert can be detached or merged.
+    """A method that fuses tokens of experts into those of its encoder.
 
-    Experts of the hub may be attached and detached at any time: tokens are those of a model with the attached ones.
+    Experts of the hub may be attached and detached at any time; tokens are those of a model with the attached ones.
     """
 
     fusion_space: FusionSpace
-    """Where tokens are fused: ``language`` - behind the projector; ``clip`` - before it."""
+    """Where tokens are fused: ``language`` - after the projector; ``clip`` - before it."""
 
     @abstractmethod
     def transferred(self, batch: Batch) -> VisionTokens:
-        """Fused tokens of images: what merging teaches a CLIP to produce.
+        """Return fused tokens, which merging teaches a CLIP to produce.
 
-        (B, T, d_lang) where ``fusion_space`` is ``language``; else (B, T, D), which the projector has yet to read.
+        (B, T, d_lang) if ``fusion_space`` is ``language``; otherwise (B, T, D), before the projector.
         """
 
     @abstractmethod
     def fusion_fingerprint(self) -> str:
-        """Digest of all that :meth:`transferred` depends on, encoders, weights and attached experts alike."""
+        """Return a digest of all that :meth:`transferred` depends on: encoders, weights and attached experts."""
 
     @abstractmethod
     def drop_experts(self, names: Iterable[str]) -> None:
-        """Remove experts for good: what stays equals running with them detached.
+        """Remove experts for good; the tokens are the same as with them detached.
 
         Raises:
             ConfigError: A name that is not in the hub.
@@ -48,24 +48,24 @@ class FusingMethod(Method):
 
     @abstractmethod
     def subset_modules(self) -> Sequence[nn.Module]:
-        """Modules whose output on a batch is the same whatever experts are attached."""
+        """Return the modules whose output does not depend on which experts are attached."""
 
     @abstractmethod
     def plain(
         self, clip: ClipEncoder, projector: Projector, language: LanguageModel, *, clip_lr: float
     ) -> FusingMethod:
-        """A model without experts, of parts that were trained to do without: what merging ends in.
+        """Build the merged model: without experts, from parts that were trained to do without them.
 
         Args:
             clip: The merged encoder.
-            projector: Its projector, of this model's kind.
+            projector: Its projector.
             language: Language model.
-            clip_lr: Learning rate that CLIP was merged with, above 0, so that its weights are in the checkpoint.
+            clip_lr: Learning rate of CLIP in merging, above 0, so that checkpoints hold its weights.
         """
 
     @abstractmethod
     def detached_config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments in ``config.yaml`` of this model, from those of the run whose experts it has dropped.
+        """Return the ``config.yaml`` arguments of this model after :meth:`drop_experts`.
 
         Args:
             settings: ``init_args`` of the run.
@@ -75,24 +75,24 @@ class FusingMethod(Method):
     def merged_config(
         self, settings: Mapping[str, Any], *, clip_lr: float, mole: MoLESettings | None
     ) -> dict[str, Any]:
-        """Arguments in ``config.yaml`` of what :meth:`plain` gives.
+        """Return the ``config.yaml`` arguments of the model that :meth:`plain` builds.
 
         Args:
-            settings: ``init_args`` of the run that was merged.
+            settings: ``init_args`` of the merged run.
             clip_lr: As for :meth:`plain`.
-            mole: Of the merged CLIP; None for a plain one.
+            mole: MoLE of the merged CLIP; None for a plain one.
         """
 
     def rates(self) -> dict[str, float]:
-        """Learning rates by name of the attribute, for re-tuning; those of a method's own belong here, too."""
+        """Return the learning rates by attribute name, for re-tuning; methods add their own."""
         return {"lr": self.lr, "language_lr": self.language_lr}
 
     @contextmanager
     def retuning(self, lr: float | None, *, steps: int) -> Iterator[None]:
-        """Train what is left at other rates: what is frozen stays so, nothing waits, a tenth of the steps warms up.
+        """Train at other rates: frozen parts stay frozen, nothing starts later, a tenth of the steps is warm-up.
 
         Args:
-            lr: Peak learning rate of all that trains; None for the run's own rates.
+            lr: Peak learning rate of everything that trains; None for the run's own rates.
             steps: Optimizer steps.
         """
         before: dict[str, float] = self.rates()
@@ -108,14 +108,14 @@ class FusingMethod(Method):
 
 
 def fusing(model: nn.Module, *, wanted_by: str) -> FusingMethod:
-    """The model, where it is one whose experts can be detached and merged.
+    """Return the model if its experts can be detached and merged.
 
     Args:
         model: Any model.
-        wanted_by: Who asks, for the message.
+        wanted_by: What needs it, for the message.
 
     Raises:
-        ConfigError: It is another one.
+        ConfigError: They cannot.
     """
     if not isinstance(model, FusingMethod):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What a method is made of, in the words of a plan: parts with their roles, and tokens that a store keeps."""
+"""Parts of a method with their roles, the tokens it stores, and which parts are in train mode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 Role = Literal["student", "teachers", "transfer", "language"]
 
 ROLES: tuple[Role, ...] = ("student", "teachers", "transfer", "language")
-"""What a part is for: CLIP with MoLE; frozen experts and the frozen copy of CLIP; adapters, heads, gate, projector."""
+"""Student: CLIP with MoLE; teachers: frozen experts and copy of CLIP; transfer: adapters, heads, gate, projector."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Part:
 
     Args:
         name: Shown in the plan.
-        role: What it is for.
-        modules: Where it begins; those of a part inside another come first in the list of parts.
+        role: Its role.
+        modules: Its outermost modules.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Part:
 
     @classmethod
     def of(cls, name: str, role: Role, module: nn.Module) -> Part:
-        """A part that is one module; of a container, which is never called itself, its children."""
+        """Return a part of one module, or of the children of a container, which is never called itself."""
         is_container = isinstance(module, nn.ModuleDict | nn.ModuleList)
         return cls(name, role, tuple(module.children()) if is_container else (module,))
 
@@ -49,9 +49,9 @@ class StoredTokens:
 
 
 def settle_modes(module: nn.Module, trained: set[int]) -> None:
-    """Put every part that has parameters, none of which trains, into eval mode: no dropout, no noise.
+    """Put every module with parameters of which none trains into eval mode: no dropout, no noise.
 
-    Parts that keep statistics of what they see (``keeps_statistics``) stay as they are, whatever trains in them.
+    Modules that keep statistics of their inputs (``keeps_statistics``) stay in train mode.
 
     Args:
         module: In train mode; changed in place.
@@ -69,9 +69,9 @@ def settle_modes(module: nn.Module, trained: set[int]) -> None:
 
 
 def _keep_checkpointing(part: nn.Module) -> None:
-    """Let blocks that save memory by computing activations anew do so: transformers does it in train mode alone.
+    """Keep gradient checkpointing on in blocks in eval mode: transformers applies it in train mode only.
 
-    What is inside such a block stays in eval mode. A block with dropout of its own would drop, too, and is left out.
+    The modules inside such a block stay in eval mode. Blocks with their own dropout are left out: it would be active.
     """
     for layer in part.modules():
         if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:

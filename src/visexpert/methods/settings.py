@@ -1,4 +1,4 @@
-"""The words for training in a config: each setting once, for every method that has it."""
+"""Training settings in a config, shared by all methods that have them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class OptimizerSettings:
     """AdamW with linear warm-up and a cosine to zero.
 
     Args:
-        lr: Peak learning rate of everything that has no rate of its own.
+        lr: Peak learning rate of everything without its own rate.
         language_lr: Peak learning rate of the language model; 0 freezes it.
-        language_frozen_steps: The language model trains from this step on only (fresh adapters settle first).
-        weight_decay: On matrices; never on biases, norms or embeddings.
-        warmup_steps: Linear warm-up, then cosine to zero at the end of training.
-        betas: Of AdamW. 0.98 forgets sooner, which suits short runs; the scripts of LLaVA and MoVE-KD have 0.999.
-        on_nan: Of a step whose loss or gradient is NaN or infinite, which is never taken: ``stop`` ends the run,
-            ``skip`` goes on with the next one, but ends the run after more than 10 in a row. Its rows are in
+        language_frozen_steps: The language model starts to train at this step, after fresh adapters have settled.
+        weight_decay: Weight decay of matrices; biases, norms and embeddings have none.
+        warmup_steps: Steps of linear warm-up, followed by a cosine to zero at the end of training.
+        betas: AdamW's betas. 0.98 forgets faster, which suits short runs; LLaVA's and MoVE-KD's scripts use 0.999.
+        on_nan: What to do if a loss or gradient is NaN or infinite. The step is never taken: ``stop`` ends the run,
+            ``skip`` continues with the next step, but ends the run after more than 10 in a row. The rows are listed in
             ``not_finite.jsonl``.
 
     Raises:
@@ -67,8 +67,8 @@ class ToVEOptimizer(OptimizerSettings):
 
     Args:
         gate_lr: Peak learning rate of the gate; null is ``lr``.
-        clip_lr: Peak learning rate of CLIP; 0 keeps it frozen (paper). Above 0 it is the fine-tuned control, and what a
-            merged run's configuration says, since then CLIP's weights are in the checkpoint.
+        clip_lr: Peak learning rate of CLIP; 0 keeps it frozen (paper). Above 0 for the fine-tuned control, and in the
+            configuration of a merged run, so that checkpoints hold CLIP's weights.
     """
 
     gate_lr: float | None = None
@@ -85,7 +85,7 @@ class MoVEKDOptimizer(OptimizerSettings):
 
     Args:
         clip_lr: Peak learning rate of the student's own weights; 0 trains MoLE alone (the paper's first stage).
-        mole_lr: Of MoLE; null is ``lr``.
+        mole_lr: Peak learning rate of MoLE; null is ``lr``.
     """
 
     clip_lr: float = 1e-3
@@ -101,8 +101,8 @@ class MergingOptimizer(OptimizerSettings):
     """Merging's rates.
 
     Args:
-        lr: Peak learning rate of CLIP and, where the fusion space is the language model's, of the projector.
-        language_lr: Peak learning rate of the language model; 0 keeps it as the teacher's, so that both can share it.
+        lr: Peak learning rate of CLIP and, if tokens are fused in the language space, of the projector.
+        language_lr: Peak learning rate of the language model; at 0 student and teacher share the teacher's.
     """
 
     lr: float = 1e-3
@@ -111,12 +111,12 @@ class MergingOptimizer(OptimizerSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """What is scored beside the loss and the answers.
+    """What to score besides the loss and the answers.
 
     Args:
-        caption_images: Images of the test split that get a generated caption (greedy): the first ones, by row; 0 for
-            none, null for all. What the scores stand on is beside them: ``caption/images``, ``caption/images_of``.
-        meteor: Score captions by METEOR, too (Java, about 25 s for 500 captions); null where Java is installed.
+        caption_images: Number of test images to caption (greedy), the first ones by row; 0 for none, null for all. Logs
+            also show how many were captioned: ``caption/images`` of ``caption/images_of``.
+        meteor: Also score captions by METEOR (Java, about 25 s for 500 captions); null: if Java is installed.
     """
 
     caption_images: int | None = None
@@ -131,17 +131,17 @@ class StoreSettings:
     """Tokens of frozen encoders, computed once for training and validation images and shared by all runs.
 
     Args:
-        folder: Where they are kept; ``auto`` is ``features`` in the cache ($VISEXPERT_CACHE, else ~/.cache/visexpert);
-            null runs the encoders at each step.
-        dtype: ``float16``, ``bfloat16`` (for tokens beyond 6.5e4) or ``float32`` (equal to encoders that run at each
-            step, up to rounding).
+        folder: Folder of the store; ``auto`` is ``features`` in the cache ($VISEXPERT_CACHE, else ~/.cache/visexpert);
+            null runs the encoders in each step.
+        dtype: ``float16``, ``bfloat16`` (for tokens beyond 6.5e4) or ``float32`` (equal to running the encoders in
+            each step, up to rounding).
     """
 
     folder: str | None = None
     dtype: StoreDtype = "float16"
 
     def open(self) -> FeatureCache | None:
-        """The store; None where there is to be none."""
+        """Open the store; None if there is no folder."""
         if self.folder is None:
             return None
         return FeatureCache(cache_root() / "features" if self.folder == "auto" else self.folder, dtype=self.dtype)
@@ -149,13 +149,13 @@ class StoreSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSettings:
-    """How the student is compared with each expert; CLIP is always compared as it is.
+    """How the student is compared with each expert; CLIP's tokens are always compared as they are.
 
     Args:
         alignment: ``to_student`` (paper: adapters carry teachers into the student's space and train with it),
             ``to_teacher`` (heads on the student predict standardized teacher tokens) or ``fixed`` (an orthogonal map
-            of each standardized teacher; with a weak CLIP teacher level with heads, and nothing to train).
-        adapter: What is trained of it: ``released``, ``linear`` or ``mlp``; null takes the alignment's own.
+            of each standardized teacher, without parameters; as good as heads with a weak CLIP teacher).
+        adapter: Part to train: ``released``, ``linear`` or ``mlp``; null is the alignment's default.
         hidden: Hidden width of ``mlp``.
     """
 
@@ -169,19 +169,19 @@ class HeadSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightingSettings:
-    """How teachers and tokens are weighed in the distillation loss.
+    """How teachers and tokens are weighted in the distillation loss.
 
     Args:
-        clip_teacher_weight: Weight of CLIP among the teachers, 0 to 1 (paper: 0.8); null takes CLIP out of them.
+        clip_teacher_weight: Weight of CLIP among the teachers, 0 to 1 (paper: 0.8); null: CLIP is not a teacher.
         teachers: ``attention`` (paper: agreement with CLIP's [CLS] token), ``uniform``, or ``gate``: ToVE's gate on
-            CLIP's tokens weighs the experts token by token; it is read from ``init_from`` (a run of ToVE with these
-            experts, in any order and perhaps with others, and a linear gate; the checkpoint keeps it) and frozen.
+            CLIP's tokens weights the experts token by token; it is frozen and comes from ``init_from``: a ToVE run with
+            a linear gate over these experts, in any order, and possibly others. Checkpoints keep it.
         tokens: ``attention`` (paper: CLIP's [CLS] attention) or ``uniform``.
         convention: ``paper`` or ``released`` formulas of weights and loss, see :mod:`visexpert.losses.distill`.
-        detach: Keep the loss from training adapters to shift the weights of teachers; the released code does not.
+        detach: Do not let the loss train adapters to shift the weights of teachers; the released code lets it.
 
     Raises:
-        ConfigError: An unknown word, or a weight outside 0 to 1.
+        ConfigError: An unknown value, or a weight outside [0, 1].
     """
 
     clip_teacher_weight: float | None = 0.1
@@ -205,19 +205,19 @@ class MergeSettings:
     """What knowledge merging trains, and against what.
 
     Args:
-        adaptation: ``full`` trains every weight of CLIP that is read; ``lora`` low-rank updates, folded in at the end;
-            ``none`` leaves CLIP's own weights as they are, so that the student's MoLE alone learns.
+        adaptation: ``full`` trains all weights of CLIP that the tokens depend on; ``lora`` trains low-rank updates,
+            folded in at the end; ``none`` trains the student's MoLE only.
         lora_rank: Rank of the updates.
-        lora_alpha: Their scale times the rank.
+        lora_alpha: Updates are scaled by alpha / rank.
         distance: Distance of the student's tokens to t_fuse: ``mse``, ``cosine`` or ``smooth_l1``.
         normalize: LayerNorm on the tokens of both sides before the distance.
-        token_weight: Weight of the distance; 0 fine-tunes CLIP by text alone (the control).
-        lm_weight: Weight of the text's loss, read by the same language model; 0 needs no text.
-        targets: ``live`` runs the teacher at each step (frozen encoders from its store, where it has one); ``store``
-            computes t_fuse of every training image once and keeps it on disk, for a CLIP without tiles.
+        token_weight: Weight of the distance; 0 fine-tunes CLIP with the text loss only (control).
+        lm_weight: Weight of the text loss through the same language model; at 0 no text is needed.
+        targets: ``live`` runs the teacher in each step (frozen encoders from its store, if it has one); ``store``
+            computes t_fuse of every training image once and stores it, for a CLIP without tiles.
 
     Raises:
-        ConfigError: An unknown word, or weights that leave nothing to train by.
+        ConfigError: An unknown value, or no loss with a weight above 0.
     """
 
     adaptation: Adaptation = "full"
@@ -243,14 +243,14 @@ class MergeSettings:
 
 
 def require_words(owner: str, **words: tuple[str, object]) -> None:
-    """Check that settings are words of their lists.
+    """Check that settings have allowed values.
 
     Args:
-        owner: Whose settings, for the message.
-        words: Each setting with the ``Literal`` that lists what is allowed.
+        owner: Owner of the settings, for the message.
+        words: Each setting's value with the ``Literal`` of allowed ones.
 
     Raises:
-        ConfigError: One is not.
+        ConfigError: A value is unknown.
     """
     for name, (value, allowed) in words.items():
         if value not in get_args(allowed):

@@ -21,20 +21,20 @@ log = logging.getLogger(__name__)
 
 @runtime_checkable
 class Keeper(Protocol):
-    """A module whose checkpoints leave frozen parts out, unless it is told to keep them."""
+    """A module whose checkpoints leave out frozen parts except those to keep."""
 
     def keep(self, keys: Iterable[str]) -> None:
         """Keep these tensors."""
 
     def columns(self) -> Columns:
-        """Which expert each column of a gate is."""
+        """Return which expert each column of a gate belongs to."""
 
 
 def find_start(source: str) -> Path:
-    """The file or folder that a run is to start from; ``last.ckpt`` stands for the run's newest whole checkpoint.
+    """Return the file or folder to start from; ``last.ckpt`` stands for the run's newest complete checkpoint.
 
     Raises:
-        WeightsError: It is not there, or cannot be read.
+        WeightsError: It does not exist, or cannot be read.
     """
     path = local_path(source)
     if path.name == LAST:
@@ -50,22 +50,21 @@ def find_start(source: str) -> Path:
 def start_from(
     module: nn.Module, source: str, *, complete: bool = False, ignore: Sequence[str] = (), need: Sequence[str] = ()
 ) -> None:
-    """Copy every tensor that a checkpoint shares with ``module``; say what stays fresh.
+    """Copy the tensors that a checkpoint shares with ``module``; log what starts fresh.
 
-    Columns of a gate are those of the experts of the same names: experts that the checkpoint lacks start fresh, others
-    of its own are left out.
+    Columns of a gate are matched by the names of their experts: experts that the checkpoint lacks start fresh, experts
+    that only it has are left out.
 
     Args:
         module: The method, already built.
         source: A Lightning checkpoint (read with ``weights_only=True``) or a safetensors file.
-        complete: Refuse a checkpoint that lacks a part of the module or has parts of another one.
-        ignore: Parts, by first name, that checkpoints leave out.
-        need: Parts, by first name, that must not stay fresh, ``complete`` or not.
+        complete: Refuse a checkpoint with missing or unexpected parts.
+        ignore: Parts, by attribute name, that checkpoints leave out.
+        need: Parts, by attribute name, that must not start fresh, even if not ``complete``.
 
     Raises:
         WeightsError: The file is missing, may run code, shares no tensor, shares one of another shape, lacks a needed
-            one, or has a gate and does not say whose its columns are; with ``complete``, also any missing or unexpected
-            key, each named.
+            one, or has a gate whose experts are unknown; with ``complete``, any missing or unexpected key, each named.
     """
     path = find_start(source)
     state, theirs = _read(path)
@@ -102,18 +101,16 @@ def start_from(
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...] | None]:
-    """The state of a checkpoint and its experts in the order of the columns, where it tells."""
+    """Return the state of a checkpoint, and its experts in the order of the columns if known."""
     if path.suffix == ".safetensors":
-        return load_safetensors(
-            path, owner="init_from"
-        ), None  # sorted by name, so the order of its parts tells nothing
+        return load_safetensors(path, owner="init_from"), None  # sorted by name, so the order of the experts is lost
     checkpoint = load_checkpoint(path, owner="init_from")
     return checkpoint["state_dict"], experts_in(checkpoint)
 
 
 @dataclass(frozen=True)
 class KeyDifferences:
-    """In what a checkpoint's weights are unlike a model's.
+    """Differences between a checkpoint's keys and a model's.
 
     Args:
         missing: Keys that only the model has, sorted.
@@ -140,7 +137,7 @@ class KeyDifferences:
 
 
 def refuse_other_model(own: Mapping[str, Tensor], state: Mapping[str, Tensor], *, path: object) -> None:
-    """Refuse weights that are not those of this model.
+    """Check that weights fit this model.
 
     Raises:
         WeightsError: A key is missing, unexpected or of another shape; up to three of each are named.
@@ -154,12 +151,12 @@ def refuse_other_model(own: Mapping[str, Tensor], state: Mapping[str, Tensor], *
 
 
 def refuse_other_training(groups: Sequence[Mapping[str, Any]], checkpoint: Mapping[str, Any], *, path: object) -> None:
-    """Refuse to go on with a training in which other parts trained, such as that of another stage.
+    """Check that the same parts train as in the training to resume, which may be of another stage.
 
     Args:
-        groups: The optimizer's groups, as :func:`~visexpert.optim.make_groups` gives them.
-        checkpoint: With the state of the optimizer, where it has one.
-        path: Where it lies, for the message.
+        groups: The optimizer's groups, from :func:`~visexpert.optim.make_groups`.
+        checkpoint: The checkpoint, with the optimizer's state if it has one.
+        path: Its path, for the message.
 
     Raises:
         WeightsError: The groups differ in name or in number of parameters.

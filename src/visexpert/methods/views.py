@@ -1,4 +1,4 @@
-"""What happens inside a student's encoder on a batch, as plain tensors for figures."""
+"""Attention and routing in a student's encoder on a batch, for figures."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from visexpert.vision import ClipEncoder, ClsAttention, RoutingRecord, collect_r
 
 @dataclass(frozen=True)
 class RoutingViews:
-    """What the routers of MoLE say of patch tokens; [CLS] is left out.
+    """Decisions of MoLE's routers on patch tokens, without [CLS].
 
     Args:
         layers: Blocks of the encoder, from 0, that L runs over.
         probs_BLHWE: Probability of each low-rank expert, on the grid of the tokens.
-        choice_BLHW: int64, the most probable.
+        choice_BLHW: int64, the most probable expert.
     """
 
     layers: tuple[int, ...]
@@ -35,7 +35,7 @@ class EncoderViews:
     Args:
         images_BCHW: The images, float in [0, 1].
         attention: [CLS] attention over the patches, mean over heads, by encoder: (B, H, W), each image's sum is 1.
-        routing: Of the student; None where it has no MoLE.
+        routing: Routing in the student; None without MoLE.
     """
 
     images_BCHW: Tensor
@@ -45,18 +45,18 @@ class EncoderViews:
 
 @torch.no_grad()
 def view_encoders(encoders: Mapping[str, ClipEncoder], batch: Batch, *, student: str) -> EncoderViews:
-    """Look at samples that have an image.
+    """Collect attention and routing of samples with an image.
 
     Args:
         encoders: Encoders by name.
         batch: A batch of images.
-        student: Name of the one whose routers to look at.
+        student: Name of the encoder whose routing to collect.
     """
     images_BCHW = imaged(batch.images_01(), batch.has_image_B)
     attention: dict[str, Tensor] = {}
     with collect_routing(encoders[student]) as routing:
         for name, clip in encoders.items():
-            if len(clip.read_modules()) > 2:  # one whose embeddings are read has no attention
+            if len(clip.read_modules()) > 2:  # an encoder that reads its embeddings has no attention
                 logits_BHN = ClsAttention.of(clip, images_BCHW).cls_logits_BHN
                 attention[name] = cls_token_weights(logits_BHN, "paper").unflatten(1, clip.grid_hw)
     record = routing.record()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from visexpert.errors import DataError
 from visexpert.methods.movekd.distillation import Distillation, Distilled
 from visexpert.methods.settings import WeightingSettings
 from visexpert.transfer import Alignment, make_kd_head
-from visexpert.types import ExpertTokens, VisionTokens
+from visexpert.types import ExpertTokens, VisionTokens, imaged
 from visexpert.vision import ClsAttention
 
 GRID, WIDTH = (2, 2), 6
@@ -382,11 +383,11 @@ def test_samples_without_an_image_count_as_if_they_were_not_there(how: str) -> N
         module = Distillation(heads, weighting, alarm_every=5).train()
         rows = slice(None) if masked else there
         student_BTD = tokens()[rows].requires_grad_()
-        seen = clip.mapped(lambda values, rows=rows: values[rows])
+        seen = clip if masked else clip.mapped(partial(imaged, has_image_B=there))
         given = {"has_image_B": there if masked else None, "gates_BTK": gates_BTK[rows] if how == "gate" else None}
         teachers = {"clip": tokens(seed=1)[rows], "a": tokens(seed=3)[rows]}
         distilled = distil(module, student_BTD, teachers, clip=seen, **given)
-        distilled.loss.backward()  # type: ignore[no-untyped-call]
+        distilled.loss.backward()
         assert student_BTD.grad is not None
         gradient = student_BTD.grad[there] if masked else student_BTD.grad
         found.append((distilled.loss, distilled.watched, gradient, module.state_dict()))

@@ -206,13 +206,13 @@ def test_one_expert_needs_no_sums() -> None:
 @pytest.mark.parametrize(
     ("criterion", "message"),
     [
-        ({}, "one criterion, but none was given; set one of min_contribution, keep, latency_budget"),
+        ({}, "one criterion, got none; set one of min_contribution, keep, latency_budget"),
         ({"keep": 1, "min_contribution": 0.1}, "min_contribution=0.1, keep=1 was given"),
-        ({"latency_budget": 0.9}, "latency_budget is 0.9, but plain CLIP alone costs 1"),
-        ({"latency_budget": float("nan")}, "latency_budget is nan"),
-        ({"latency_budget": float("inf")}, "latency_budget is inf"),
-        ({"min_contribution": float("nan")}, "min_contribution is nan"),
-        ({"keep": -1}, "keep is -1"),
+        ({"latency_budget": 0.9}, "latency_budget .* got 0.9"),
+        ({"latency_budget": float("nan")}, "latency_budget .* got nan"),
+        ({"latency_budget": float("inf")}, "latency_budget .* got inf"),
+        ({"min_contribution": float("nan")}, "min_contribution .* got nan"),
+        ({"keep": -1}, "keep .* got -1"),
         ({"keep": 1, "measure": "hours"}, "'hours' of the budget is unknown; use 'ms' or 'gflop'"),
     ],
 )

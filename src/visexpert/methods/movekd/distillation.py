@@ -1,4 +1,4 @@
-"""Several teachers into one student: what each head compares, how teachers and tokens are weighed, what to watch."""
+"""Distillation of several teachers into one student: loss, weights of teachers and tokens, monitoring."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from visexpert.vision import ClsAttention
 log = logging.getLogger(__name__)
 
 UNIFORM, COLLAPSED = 0.999, 0.05
-"""Entropy, as a share of the greatest, above and below which weights raise an alarm."""
+"""Entropies, relative to the largest, above and below which weights raise an alarm."""
 
 
 class DistillationMonitor(nn.Module):
-    """Keeps what alarms compare with, and looks from time to time: looking waits for the device, keeping does not.
+    """Watches distillation and raises alarms. Values stay on the device; checks, which wait for it, run now and then.
 
-    A base class, so that the starts of the variances keep their names in the checkpoints of what inherits it.
+    It is a base class, so that the starts of the variances keep their names in checkpoints.
 
     Args:
-        names: Sides whose variance across images is watched.
-        adaptive: What has weights that were asked to adapt, such as ``teachers``: others raise no alarm.
-        alarm_every: Training steps between two looks.
+        names: Names of the tokens whose variance across images is watched.
+        adaptive: Weights that should adapt, such as ``teachers``; others raise no alarm.
+        alarm_every: Training steps between two checks.
     """
 
     keeps_statistics = True
@@ -42,14 +42,14 @@ class DistillationMonitor(nn.Module):
     def __init__(self, names: Iterable[str], *, adaptive: Iterable[str], alarm_every: int) -> None:
         super().__init__()
         self._names, self._adaptive = tuple(names), tuple(adaptive)
-        for name in self._names:  # one each, so that a start from a run with other teachers keeps what is shared
+        for name in self._names:  # one each, so that a start from a run with other teachers keeps the shared ones
             self.register_buffer(_start_of(name), torch.tensor(torch.nan))
         self.alarm_every, self._steps = alarm_every, 0
         self._told: set[str] = set()
         self._finite: dict[str, Tensor] = {}
 
     def forget_start(self) -> None:
-        """Take the variance of the next batch as the start that alarms compare with."""
+        """Use the variance of the next batch as the start for alarms."""
         for name in self._names:
             self.get_buffer(_start_of(name)).fill_(torch.nan)
 
@@ -70,10 +70,10 @@ class DistillationMonitor(nn.Module):
                 start.
 
         Returns:
-            ``variance/NAME`` across images (NaN for fewer than two) and ``entropy/NAME`` as a share of the greatest.
+            ``variance/NAME`` across images (NaN for fewer than two), ``entropy/NAME`` relative to the largest.
 
         Raises:
-            DataError: In training, tokens that :meth:`note_finite` noted since the last look are not finite.
+            DataError: In training, tokens noted by :meth:`note_finite` since the last check are not finite.
         """
         variances = {name: across_image_variance(tokens) for name, tokens in sides.items()}
         drawn = {name: across_image_variance(tokens) for name, tokens in (asked or {}).items()}
@@ -90,9 +90,7 @@ class DistillationMonitor(nn.Module):
 
     @torch.no_grad()
     def note_finite(self, teachers: Mapping[str, ExpertTokens]) -> None:
-        """Note whether tokens of teachers are finite; in training, :meth:`watch` looks when it is time to.
-
-        Also where they would be masked: 0 x NaN is NaN in the gradient of an adapter.
+        """Note whether the teachers' tokens are finite; in training, :meth:`watch` checks it now and then.
 
         Raises:
             DataError: In evaluation, some are not.
@@ -104,7 +102,7 @@ class DistillationMonitor(nn.Module):
         self._finite = {name: flag & self._finite.get(name, flag) for name, flag in now.items()}
 
     def check_finite(self) -> None:
-        """Look at what was noted, before a checkpoint is written: none ever holds what came of such tokens.
+        """Check what was noted before a checkpoint is written, so that none holds the effect of such tokens.
 
         Raises:
             DataError: A teacher gave tokens that are NaN or infinite.
@@ -114,7 +112,7 @@ class DistillationMonitor(nn.Module):
 
     @property
     def starts(self) -> bool:
-        """Whether the start of the variances may still be taken: a first batch may have too few images."""
+        """Whether the start of the variances may still be set: the first batches may have too few images."""
         return self.training and self._steps < self.alarm_every
 
     @property
@@ -122,16 +120,16 @@ class DistillationMonitor(nn.Module):
         return self._steps % self.alarm_every == 0
 
     def _start(self, variances: Mapping[str, Tensor]) -> None:
-        """Keep the first variance of each that is one."""
+        """Set the starts that are unset to the current variances."""
         for name, now in variances.items():
             start = self.get_buffer(_start_of(name))
             start.copy_(torch.where(start.isnan(), now.to(start), start))
 
     def _look(self, variances: Mapping[str, Tensor], watched: Mapping[str, Tensor]) -> None:
-        """Look at all that is kept on the device, in one transfer.
+        """Check all that is kept on the device, in one transfer.
 
-        Warn, once each, when variance across images falls under a third of its start, and when weights that were asked
-        to adapt do not, or leave all but one out; fresh adapters weigh all alike.
+        Warn, once each, if variance across images falls below a third of its start, or if weights that should adapt are
+        uniform (not in the first step, when adapters are fresh) or collapse onto one.
         """
         noted, self._finite = self._finite, {}
         low = {name: now < self.get_buffer(_start_of(name)).to(now) / 3 for name, now in variances.items()}
@@ -142,14 +140,14 @@ class DistillationMonitor(nn.Module):
         for name in (name for name in low if read["low", name]):
             self._tell(
                 f"variance/{name}",
-                f"Variance of {name}'s tokens across images fell under a third of its start: they shrink, or every "
+                f"Variance of {name}'s tokens across images fell below a third of its start: they shrink, or every "
                 "image gets nearly the same ones. Use alignment to_teacher or fixed, or a stronger CLIP anchor.",
             )
         for name in groups["entropy"]:
             value = read["entropy", name]
             if value > UNIFORM or value < COLLAPSED:
                 state = "uniform" if value > UNIFORM else "collapsed onto one"
-                self._tell(f"entropy/{name}", f"Weights of {name} are {state} (entropy {value:.4f} of the greatest).")
+                self._tell(f"entropy/{name}", f"Weights of {name} are {state} (entropy {value:.4f} of the largest).")
 
     def _tell(self, key: str, message: str) -> None:
         if key not in self._told:
@@ -172,20 +170,20 @@ def _refuse(finite: Mapping[str, float]) -> None:
 
 
 def _entropy(weights: Tensor) -> Tensor:
-    """Entropy over the last axis, as a share of the greatest; mean over the rest."""
+    """Return the entropy over the last axis, relative to the largest, averaged over the rest."""
     entropy: Tensor = torch.special.entr(weights).sum(-1).mean()
     return entropy / math.log(weights.shape[-1])
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """What a distillation step found.
+    """Output of a distillation step.
 
     Args:
         loss: Scalar.
-        watched: Scalars without a graph to log: ``variance/NAME`` across images of student and targets, ``entropy/...``
-            of weights, ``weight/NAME`` of each teacher, ``peak/tokens``.
-        distances: Mean squared error to each teacher, alike whatever the weighting; in evaluation only.
+        watched: Scalars to log, without a graph: ``variance/NAME`` across images of student and targets,
+            ``entropy/...`` of weights, ``weight/NAME`` of each teacher, ``peak/tokens``.
+        distances: Mean squared error to each teacher, without any weighting; in evaluation only.
     """
 
     loss: Tensor
@@ -198,8 +196,8 @@ class Distillation(DistillationMonitor):
 
     Args:
         heads: One per teacher, by name (:func:`visexpert.transfer.make_kd_head`).
-        weighting: How teachers and tokens are weighed.
-        alarm_every: Training steps between two looks at whether to raise an alarm.
+        weighting: How teachers and tokens are weighted.
+        alarm_every: Training steps between two checks.
     """
 
     def __init__(
@@ -233,12 +231,12 @@ class Distillation(DistillationMonitor):
         Args:
             student_BTD: Patch tokens of the student.
             teachers: Tokens of every teacher that has a head.
-            clip: What the frozen CLIP says of the same images; None where no weighting needs it.
+            clip: Output of the frozen CLIP on the same images; None if no weighting needs it.
             gates_BTK: Gate of each expert per token, in the order of the heads without CLIP's; for ``gate``.
             has_image_B: bool, on the host; samples without an image take no part.
 
         Raises:
-            DataError: Tokens of a teacher are not finite; in training it may take some steps to show.
+            DataError: Tokens of a teacher are not finite; in training this may be noticed some steps later.
         """
         self.note_finite(teachers)
         if has_image_B is not None:
@@ -268,7 +266,7 @@ class Distillation(DistillationMonitor):
 
     @torch.no_grad()
     def _asked(self, targets: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
-        """The weighted mean of the targets, where fixed maps give the student's tokens another scale than CLIP's."""
+        """Return the weighted mean of the targets, if fixed maps give them another scale than CLIP's."""
         if not self.starts or not any(getattr(head, "sets_scale", False) for head in self.heads.values()):
             return {}
         shares_BTK = weights if weights.ndim == 3 else weights[:, None]
@@ -298,7 +296,7 @@ class Distillation(DistillationMonitor):
         )
 
     def _beside_anchor(self, gates_BTK: Tensor) -> Tensor:
-        """The experts' gates (B, T, K) with CLIP's fixed share put in its place."""
+        """Insert CLIP's fixed share into the experts' gates (B, T, K)."""
         if CLIP not in self.heads:
             return gates_BTK.detach()
         shares = list(((1 - self.clip_teacher_weight) * gates_BTK.detach()).unbind(-1))
@@ -306,7 +304,7 @@ class Distillation(DistillationMonitor):
         return torch.stack(shares, dim=-1)
 
     def _beside(self, weights: Tensor) -> Tensor | None:
-        """What is left to teachers beside CLIP, whose share is fixed, divided by its sum; None where nothing is."""
+        """Return the weights of teachers other than CLIP, normalized; None if CLIP has the full weight."""
         if CLIP not in self.heads:
             return weights
         others = [index for index, name in enumerate(self.heads) if name != CLIP]
@@ -315,7 +313,7 @@ class Distillation(DistillationMonitor):
 
 def _given(clip: ClsAttention | None) -> ClsAttention:
     if clip is None:
-        raise ConfigError("Distillation: these weights come from CLIP's attention, but no CLIP was run.")
+        raise ConfigError("Distillation: these weights come from CLIP's attention, but no CLIP was run; pass clip.")
     return clip
 
 

@@ -1,4 +1,4 @@
-"""The teachers of MoVE-KD: which there are, the head of each, and what they say of a batch."""
+"""The teachers of MoVE-KD: their heads, and their output on a batch."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class ClipTeacher:
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """What teachers say of a batch. No graph.
+    """Output of the teachers on a batch, without a graph.
 
     Args:
         teachers: Tokens by name.
-        clip: The frozen CLIP's; None where there is none.
+        clip: Output of the frozen CLIP; None without one.
         gates_BTK: Gate of each expert per token; None without a gate.
     """
 
@@ -52,17 +52,17 @@ class TeacherOutputs:
 def kd_heads(
     clip: ClipEncoder, hub: ExpertHub, settings: HeadSettings, *, with_anchor: bool, cls_weighs: bool
 ) -> dict[str, KDHead]:
-    """A head for each teacher, CLIP first.
+    """Build a head for each teacher, CLIP first.
 
     Args:
-        clip: The student, which the frozen CLIP is as large as.
+        clip: The student; the frozen CLIP has the same size.
         hub: The experts.
         settings: How experts are compared.
-        with_anchor: Whether CLIP is a teacher, too.
-        cls_weighs: Whether CLIP's [CLS] token weighs the teachers, which takes targets of CLIP's width.
+        with_anchor: Whether CLIP is also a teacher.
+        cls_weighs: Whether CLIP's [CLS] token weights the teachers, which needs targets of CLIP's width.
 
     Raises:
-        ConfigError: No teacher, words that do not go together, or sizes that cannot fit.
+        ConfigError: No teacher, settings that exclude one another, or sizes that do not match.
     """
     if not with_anchor and not hub.names:
         raise ConfigError(
@@ -98,7 +98,7 @@ def kd_heads(
 def run_teachers(
     hub: ExpertHub, anchor: ClipEncoder | None, gate: TokenGate | None, batch: Batch, *, cache: FeatureCache | None
 ) -> TeacherOutputs:
-    """Run the teachers, CLIP first, or read what the store has of them."""
+    """Run the teachers, CLIP first, or read their tokens from the store."""
     clip, gates_BTK = None, None
     teachers: dict[str, ExpertTokens] = {}
     if anchor is not None:
@@ -125,7 +125,7 @@ def store_anchor(anchor: ClipEncoder, cache: FeatureCache, sources: Mapping[str,
 
 
 def stored_anchor(anchor: ClipEncoder) -> StoredTokens:
-    """What :func:`store_anchor` keeps of an image: hidden states, [CLS] first, each with its attention by head."""
+    """Return the size of what :func:`store_anchor` stores per image: hidden states with their attention by head."""
     return StoredTokens(1 + math.prod(anchor.grid_hw), anchor.width + anchor.config.num_attention_heads)
 
 

@@ -46,27 +46,27 @@ class MoVEKD(Method):
     The student is a CLIP, plain or with MoLE (``clip.init_args.mole``). A frozen copy of it without MoLE gives [CLS]
     attention and is, as ``clip``, one of the teachers. At inference only the student and the language model remain.
 
-    Defaults are what measured best in miniature (docs/results/movekd-tabletop.md), not the paper's; configs/movekd says
-    the paper's forms by name.
+    The defaults are those that score best on Tabletop (docs/results/movekd-tabletop.md), not the paper's, which
+    configs/movekd names.
 
     Args:
         clip: The student.
-        experts: Frozen teachers by name, beside CLIP.
+        experts: Frozen teachers by name, besides CLIP.
         language: Language model; :class:`~visexpert.language.NoLanguage` for distillation of the encoder alone.
         use: Names of the experts to use; null for all.
         heads: How the student is compared with each expert.
         weighting: How teachers and tokens are weighed.
         kd_weight: Weight of the distillation loss (paper: 0.5).
-        lm_weight: Weight of the text's loss; 0 with NoLanguage.
-        balance_weight: Weight of the routers' balance loss, where there is MoLE (released code: 0.01).
+        lm_weight: Weight of the text loss; 0 with NoLanguage.
+        balance_weight: Weight of the routers' balance loss, with MoLE (released code: 0.01).
         balance_form: ``pooled`` (released) or ``per_layer``.
-        projector: Student tokens to the language width. Without a language model the student's own tokens are handed
-            on, and probed.
-        store: Tokens of the teachers on disk, the frozen CLIP among them, not those of the student.
+        projector: Maps student tokens to the language width. Without a language model the student's own tokens are
+            passed on and probed.
+        store: Tokens on disk of the teachers, including the frozen CLIP, not of the student.
         init_from: Checkpoint of an earlier run to start from, e.g. the first stage's.
-        init_complete: Refuse a start that leaves any of the model's trained parts fresh, or has parts of another.
+        init_complete: Refuse a start with missing or unexpected parts.
         optimizer: Rates and schedule.
-        evaluation: What is scored beside the loss and the answers.
+        evaluation: What to score besides the loss and the answers.
     """
 
     def __init__(
@@ -128,12 +128,12 @@ class MoVEKD(Method):
         self._cache = store.open()
 
     def view_tokens(self, batch: Batch) -> VisionTokens:
-        """What the student makes of images: (B, T, D). No teacher is run."""
+        """Return the student's tokens (B, T, D); no teacher runs."""
         tokens: VisionTokens = self.clip(batch.images_01())
         return tokens
 
     def compare(self, seen: Seen) -> Compared:
-        """Distillation, of whole images only: teachers know no tiles."""
+        """Return the distillation loss, over whole images only: teachers see no tiles."""
         if self.kd_weight == 0:
             tokens_BTD = seen.views.whole(seen.tokens).tokens_BTD
             return Compared({}, self.distillation.watch({STUDENT: imaged(tokens_BTD, seen.batch.has_image_B)}))
@@ -141,37 +141,37 @@ class MoVEKD(Method):
         return Compared({"kd_loss": LossTerm(distilled.loss, "image", self.kd_weight)}, distilled.watched)
 
     def compare_in_validation(self, seen: Seen) -> None:
-        """How far the student is from its teachers."""
+        """Collect the distillation loss, and the distance to each teacher."""
         if self.kd_weight > 0:
             distilled = self._distil(seen)
             found = {"kd_loss": distilled.loss, **{f"kd/{name}": value for name, value in distilled.distances.items()}}
             self.evaluators["val"].add_means(found, images=seen.batch.counts()["image"])
 
     def views(self, batch: Batch) -> EncoderViews:
-        """[CLS] attention of CLIP, where it is kept, and of the student; what its routers choose."""
+        """Return [CLS] attention of the frozen CLIP, if there is one, and attention and routing of the student."""
         encoders = {} if self.anchor is None else {CLIP: self.anchor}
         return view_encoders({**encoders, STUDENT: self.clip}, batch, student=STUDENT)
 
     def columns(self) -> Columns:
-        """The hub's experts, in the order of the columns of a gate, which is frozen."""
+        """Return the hub's experts, in the order of the columns of the frozen gate."""
         return Columns.of(self.hub.names, self.gate, fixed=True)
 
     def frozen_modules(self) -> Mapping[str, nn.Module]:
-        """Teachers: the hub, and the copy of CLIP."""
+        """Return the teachers: the hub, and the copy of CLIP."""
         return {"hub": self.hub} if self.anchor is None else {"hub": self.hub, "anchor": self.anchor}
 
     def unused_modules(self) -> Sequence[nn.Module]:
-        """All that only distillation needs."""
+        """Return the parts that only distillation needs."""
         return [part for part in (self.hub, self.anchor, self.distillation, self.gate) if part is not None]
 
     def own_parts(self) -> Sequence[Part]:
-        """The frozen CLIP, a teacher; heads, and the gate that weighs teachers."""
+        """Return the frozen CLIP, the heads, and the gate that weights teachers."""
         teacher = [] if self.anchor is None else [Part.of(FROZEN_CLIP_PART, "teachers", self.anchor)]
         gate = [] if self.gate is None else [Part.of("gate", "transfer", self.gate)]
         return [*teacher, Part.of("KD heads", "transfer", self.distillation), *gate]
 
     def stored_tokens(self) -> Mapping[str, StoredTokens]:
-        """Tokens of the teachers on their own grids, and CLIP's with [CLS] attention; nothing without distillation."""
+        """Store teachers' tokens on their own grids, and CLIP's with [CLS] attention; nothing without distillation."""
         if self.kd_weight == 0:
             return {}
         clip = {} if self.anchor is None else {FROZEN_CLIP_PART: stored_anchor(self.anchor)}
@@ -181,7 +181,7 @@ class MoVEKD(Method):
         }
 
     def trained_groups(self) -> Sequence[ParameterGroup]:
-        """Heads and projector; the student's own weights; MoLE; the language model. A rate of 0 leaves a group out."""
+        """Return heads and projector, the student's own weights, MoLE, the language model; without groups of rate 0."""
         fusion: list[nn.Module] = [self.distillation.heads] if self.kd_weight > 0 else []
         fusion += [self.projector] if self.lm_weight > 0 else []
         groups = [
@@ -194,14 +194,14 @@ class MoVEKD(Method):
         return [group for group in groups if group.lr > 0 and any(list(m.parameters()) for m in group.modules)]
 
     def load_weights(self) -> None:
-        """Student, its frozen copy, teachers, language model; then ``init_from``."""
+        """Load student, its frozen copy, teachers and language model, then ``init_from``."""
         self.clip.load_weights()
         if self.anchor is not None:
             self.anchor.load_weights()
         self.hub.load_weights()
         self.language.load_weights()
         if self.init_from is not None:
-            brought = ("language",) if self.language.has_source else ()  # left out by a stage that froze it
+            brought = ("language",) if self.language.has_source else ()  # not in checkpoints of a stage that froze it
             start_from(
                 self,
                 self.init_from,
@@ -210,25 +210,25 @@ class MoVEKD(Method):
                 need=("gate",) if self.gate is not None else (),
             )
             if not self.init_complete:
-                self.distillation.forget_start()  # another stage goes on from its start, another run does not
+                self.distillation.forget_start()  # the next stage keeps its start, a new run does not
 
     def check_start(self) -> None:
-        """Refuse a fit that must start from another run, which is not named or not there.
+        """Check that a fit that must start from another run has it.
 
         Raises:
-            ConfigError: It is not named.
-            WeightsError: It is not there.
+            ConfigError: ``init_from`` is not set.
+            WeightsError: The run has no checkpoint.
         """
         if self.init_from is None and self.gate is not None:
             raise ConfigError(
                 "MoVEKD: weighting.teachers='gate' reads the gate of a ToVE run; name its checkpoint by init_from."
             )
         if self.init_from is None and self.init_complete:
-            raise ConfigError("MoVEKD: init_complete is set, but there is no start; name a checkpoint by init_from.")
+            raise ConfigError("MoVEKD: init_complete needs a start; name a checkpoint with init_from.")
         super().check_start()
 
     def on_fit_start(self) -> None:
-        """Fill or open the feature cache of the teachers."""
+        """Fill or open the store of the teachers."""
         if self._cache is not None and self.kd_weight > 0:
             self.read_features(
                 self._cache, self.image_sources(wanted_by="store.folder needs; set it to null to run encoders live")
@@ -242,7 +242,7 @@ class MoVEKD(Method):
             store_anchor(self.anchor, cache, sources)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """As every method; where the loss is not finite because a teacher's tokens are not, say so."""
+        """Check the gradients; if they are not finite because of a teacher's tokens, name the teacher."""
         try:
             super().on_before_optimizer_step(optimizer)
         except DataError:
@@ -250,11 +250,11 @@ class MoVEKD(Method):
             raise
 
     def on_train_end(self) -> None:
-        """The last steps, too, were with finite teachers."""
+        """Check that teachers were finite in the last steps, too."""
         self.distillation.check_finite()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As every method, once it is clear that no teacher has spoilt the weights."""
+        """Check that teachers were finite, then save as every method."""
         self.distillation.check_finite()
         super().on_save_checkpoint(checkpoint)
 
@@ -272,23 +272,23 @@ class MoVEKD(Method):
 
 
 def check_weights(language: LanguageModel, **weights: float) -> None:
-    """Refuse weights of losses that cannot work: ``kd_weight``, ``lm_weight``, ``balance_weight``.
+    """Check the weights of losses: ``kd_weight``, ``lm_weight``, ``balance_weight``.
 
     Raises:
-        ConfigError: One is negative, nothing has one, or text has one and nothing reads it.
+        ConfigError: One is negative, text and distillation are both 0, or text has one without a language model.
     """
     wrong = {name: value for name, value in weights.items() if value < 0}
     if wrong or weights["kd_weight"] + weights["lm_weight"] == 0:
-        raise ConfigError(f"MoVEKD: weights {weights} must not be negative, and text or kd must have one above 0.")
+        raise ConfigError(f"MoVEKD: weights must be at least 0, and kd_weight or lm_weight above 0, got {weights}.")
     if weights["lm_weight"] > 0 and isinstance(language, NoLanguage):
         raise ConfigError("MoVEKD: NoLanguage reads no text; set lm_weight to 0.")
 
 
 def mole_parts(clip: ClipEncoder, *, balanced: bool) -> tuple[nn.Module, ...]:
-    """What of MoLE has a gradient.
+    """Return the parts of MoLE that get a gradient.
 
-    A router that only balance teaches has none without a ``balanced`` loss. Behind the tokens nothing has one without
-    it, and with it the experts of the last block have none, since no router reads what they make.
+    Without a balance loss (``balanced``), a router that learns from it alone gets none, nor does anything behind the
+    tokens. With it, the experts of the last block get none, since no router follows them.
     """
     behind = [block.get_submodule("mlp") for block in clip.routed_blocks_behind()]
     parts: list[nn.Module] = []

@@ -31,17 +31,17 @@ from visexpert.vision import ClipEncoder, MoLESettings, TiledClipEncoder, add_mo
 
 @dataclass(frozen=True)
 class MergeStudent:
-    """A student with MoLE: ToVE's knowledge goes into low-rank experts beside CLIP's own weights.
+    """A student with MoLE, which learns with low-rank experts beside CLIP's own weights.
 
     Args:
-        mole: The mixture that is put into CLIP's MLPs.
-        mole_lr: Its peak learning rate; null is that of CLIP.
+        mole: The MoLE to add to CLIP's MLPs.
+        mole_lr: Its peak learning rate; null is CLIP's.
         balance_weight: Weight of the routers' balance loss (MoVE-KD's released code: 0.01). At 0 a router that learns
-            from nothing else (``top1``, ``released``) stays as it was drawn.
+            from nothing else (``top1``, ``released``) keeps its initial weights.
         balance_form: ``pooled`` (released) or ``per_layer``.
 
     Raises:
-        ConfigError: A weight or rate that cannot be, or an unknown form.
+        ConfigError: A weight or rate outside its range, or an unknown form.
     """
 
     mole: MoLESettings = field(default_factory=MoLESettings)
@@ -62,11 +62,11 @@ class MergeStudent:
             )
 
     def group(self, clip: ClipEncoder, *, lr: float) -> ParameterGroup:
-        """What trains of MoLE, and at which rate.
+        """Return the trainable parts of MoLE, with their learning rate.
 
         Args:
-            clip: The student, MoLE in place.
-            lr: Rate of CLIP.
+            clip: The student, with MoLE.
+            lr: Learning rate of CLIP.
         """
         balanced = self.balance_weight > 0
         parts = [part for mole in equipped_blocks(clip).values() for part in mole.learning_modules(balanced=balanced)]
@@ -74,7 +74,7 @@ class MergeStudent:
 
     @property
     def router_balance(self) -> RouterBalance | None:
-        """How its routers are balanced; None at a weight of 0."""
+        """How the routers are balanced; None at a weight of 0."""
         return RouterBalance(self.balance_weight, self.balance_form) if self.balance_weight > 0 else None
 
 
@@ -85,15 +85,15 @@ class Merging(Method):
     """ToVE's second half (arXiv 2504.00691, "knowledge merging"): student = a copy of CLIP, targets = t_fuse.
 
     Loss = token_weight * distance(student's tokens, t_fuse) + lm_weight * L_text, the latter through the same
-    language model; + balance_weight * L_bal of its routers where the student has MoLE. Experts run only as targets.
-    The paper gives no form of the loss; the defaults are what measures best on Tabletop (docs/results/merge.md).
+    language model; + balance_weight * L_bal of the routers if the student has MoLE. Experts run only for the targets.
+    The paper does not give the loss; the defaults score best on Tabletop (docs/results/merge.md).
 
     Args:
-        teacher: A trained method that fuses experts, such as ToVE, weights in place.
+        teacher: A trained method that fuses experts, such as ToVE, with its weights loaded.
         student: Merge into a CLIP with MoLE; null for a plain one.
-        merging: What trains, and against what.
+        merging: What trains, and on which loss.
         optimizer: Rates and schedule.
-        evaluation: What is scored beside the loss and the answers.
+        evaluation: What to score besides the loss and the answers.
     """
 
     def __init__(
@@ -137,16 +137,16 @@ class Merging(Method):
         self.settle_training()
 
     def view_tokens(self, batch: Batch) -> VisionTokens:
-        """Tokens in the fusion space: CLIP's own, or, where that is the language's, the projector's."""
+        """Return tokens in the fusion space: CLIP's own, or projected ones if tokens are fused after the projector."""
         tokens: VisionTokens = self.clip(batch.images_01())
         return tokens if self.teacher.fusion_space == "clip" else super().to_language(tokens)
 
     def to_language(self, tokens: VisionTokens) -> VisionTokens:
-        """Through the projector, where it has not been yet."""
+        """Project the tokens if :meth:`view_tokens` did not."""
         return super().to_language(tokens) if self.teacher.fusion_space == "clip" else tokens
 
     def compare(self, seen: Seen) -> Compared:
-        """Distance to the teacher's tokens, of every view."""
+        """Return the distance to the teacher's tokens, over all views."""
         if self.settings.token_weight == 0:
             return Compared()
         student_BTD, target_BTD = seen.tokens.tokens_BTD, self._target(seen.views.batch)
@@ -158,26 +158,26 @@ class Merging(Method):
         return Compared({"token_loss": LossTerm(distance, "image", self.settings.token_weight)}, {"nmse": nmse})
 
     def compare_in_validation(self, seen: Seen) -> None:
-        """How far the student's tokens are from the teacher's."""
+        """Collect the error of the student's tokens."""
         batch = seen.views.batch
         if seen.batch.counts()["image"]:
             there_B = batch.has_image_B
             self.error.update(imaged(seen.tokens.tokens_BTD, there_B), imaged(self._target(batch), there_B))
 
     def frozen_modules(self) -> Mapping[str, nn.Module]:
-        """The teacher, experts included."""
+        """Return the teacher, with its experts."""
         return {"teacher": self.teacher}
 
     def unused_modules(self) -> Sequence[nn.Module]:
-        """The teacher but for the language model, which both share."""
+        """Return the teacher without its language model, which both share."""
         return [part for name, part in self.teacher.named_children() if name != "language"]
 
     def own_parts(self) -> Sequence[Part]:
-        """The teacher."""
+        """Return the teacher."""
         return [Part.of("teacher", "teachers", self.teacher)]
 
     def trained_groups(self) -> Sequence[ParameterGroup]:
-        """CLIP (or its low-rank updates); the projector where it is part of what is compared; MoLE; the language."""
+        """Return CLIP (or its low-rank updates), the projector if its output is compared, MoLE, the language model."""
         modules = self._own_modules()
         if self.teacher.fusion_space == "language":
             modules = (*modules, self.projector)
@@ -189,10 +189,10 @@ class Merging(Method):
         return groups
 
     def load_weights(self) -> None:
-        """Nothing: the teacher came with its weights."""
+        """Do nothing: the teacher has its weights."""
 
     def merged(self) -> FusingMethod:
-        """Fold low-rank updates in and hand on a model without experts, ready to score and save."""
+        """Fold low-rank updates in, and return a model without experts, ready to score and save."""
         if self.lora is not None:
             self.lora.merge()
             self.lora = None
@@ -201,11 +201,11 @@ class Merging(Method):
 
     @property
     def feature_cache(self) -> FeatureCache | None:
-        """Where the teacher's tokens are kept, or those of its encoders."""
+        """Where the teacher's tokens are stored, or those of its encoders."""
         return self._stored or self.teacher.feature_cache
 
     def on_fit_start(self) -> None:
-        """Open the teacher's feature cache, or compute its tokens for the whole training set."""
+        """Open the teacher's store, or compute its tokens for the whole training set."""
         if self.settings.targets == "store":
             self._store_targets(self.image_sources(wanted_by="targets: store needs; use targets: live"))
         elif (cache := self.teacher.feature_cache) is not None:
@@ -217,14 +217,14 @@ class Merging(Method):
         self.error.reset()
 
     def on_validation_epoch_end(self) -> None:
-        """Log scores, and the error over all tokens of all processes."""
+        """Log scores, and the token error over all processes."""
         super().on_validation_epoch_end()
         error = self.error.compute()
         if error["num_images"]:
             self.log("val/nmse", error["nmse"], batch_size=1)
 
     def _own_modules(self) -> tuple[nn.Module, ...]:
-        """What trains of CLIP itself, without MoLE."""
+        """Return the trainable parts of CLIP itself, without MoLE."""
         if self.settings.adaptation == "none":
             return ()
         if self.lora is not None:

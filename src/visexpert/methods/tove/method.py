@@ -41,19 +41,19 @@ class ToVE(FusingMethod):
         clip: The frozen CLIP.
         experts: Frozen experts by name.
         language: Language model.
-        use: Names of the experts to use, others are not built into the model; null for all, [] for CLIP only.
+        use: Names of the experts to use; the others are not built. Null for all, [] for CLIP only.
         detached: Names of used experts that start detached: built, but not loaded or run, and -inf in the gate.
         projector: CLIP tokens to the language width (its kind and norm are unconfirmed).
         adapter_hidden: Hidden width of each P_k; null for the width of the fused tokens (unconfirmed).
         fusion_space: ``language`` - fuse after the projector (paper); ``clip`` - before it.
         gate: Which experts each token listens to.
         transfer: ``residual`` (paper) or ``replacement`` (control: CLIP's own token is dropped).
-        blind: Control: every vision token is zero; what remains is what text alone tells.
+        blind: Control: all vision tokens are zero, so only the text is left.
         store: Tokens of frozen encoders on disk.
-        init_from: Checkpoint of an earlier run to start from; experts are found by name, in any order, those it lacks
-            start fresh and those it alone has are left out.
+        init_from: Checkpoint of an earlier run to start from. Experts are matched by name: those it lacks start fresh,
+            those that only it has are left out.
         optimizer: Rates and schedule.
-        evaluation: What is scored beside the loss and the answers.
+        evaluation: What to score besides the loss and the answers.
     """
 
     def __init__(
@@ -107,19 +107,19 @@ class ToVE(FusingMethod):
         self._cache = store.open()
 
     def view_tokens(self, batch: Batch) -> VisionTokens:
-        """Tokens after the transfer, see :meth:`transferred`."""
+        """Return tokens after the transfer, see :meth:`transferred`."""
         return self.transferred(batch)
 
     def to_language(self, tokens: VisionTokens) -> VisionTokens:
-        """Through the projector, where the transfer came before it; nothing but zeros where blind."""
+        """Project the tokens if they were fused before the projector; return zeros if blind."""
         if self.fusion_space == "clip":
             tokens = super().to_language(tokens)
         return VisionTokens(torch.zeros_like(tokens.tokens_BTD), tokens.grid_hw) if self.blind else tokens
 
     def transferred(self, batch: Batch) -> VisionTokens:
-        """Tokens after the transfer, in the fusion space: what knowledge merging teaches a CLIP to produce.
+        """Return tokens after the transfer, in the fusion space, which merging teaches a CLIP to produce.
 
-        (B, T, d_lang) where ``fusion_space`` is ``language``; else (B, T, D), which the projector has yet to read.
+        (B, T, d_lang) if ``fusion_space`` is ``language``; otherwise (B, T, D), before the projector.
         """
         if not self._needs_clip:
             return self._experts_alone(batch)
@@ -135,7 +135,7 @@ class ToVE(FusingMethod):
         return VisionTokens(fused_BTD, clip.grid_hw, gates_BTK=gate.gates_BTK, balance=balance)
 
     def _balance(self, gate: GateOutput, has_image_B: Tensor | None) -> Tensor | None:
-        """L_aux over samples that have an image; None where none has."""
+        """Return L_aux over samples with an image; None if none has one."""
         assert self.gate is not None
         gates_BTK = imaged(gate.gates_BTK, has_image_B)
         if not len(gates_BTK):
@@ -144,29 +144,29 @@ class ToVE(FusingMethod):
         return gate_balance(gates_BTK, gate.attached_K, self.balance_form, load_K=load_K, top_k=self.gate.top_k or 1)
 
     def compare(self, seen: Seen) -> Compared:
-        """L_aux, where a gate chose."""
+        """Return L_aux, if there is a gate."""
         balance = seen.tokens.balance
         if balance is None or self.blind:
             return Compared()
         return Compared({"balance_loss": LossTerm(balance, "image", self.balance_weight)})
 
     def columns(self) -> Columns:
-        """The hub's experts, in the order of the gate's columns."""
+        """Return the hub's experts, in the order of the gate's columns."""
         return Columns.of(self.hub.names, self.gate)
 
     def frozen_modules(self) -> Mapping[str, nn.Module]:
-        """The hub, and CLIP unless it has a learning rate."""
+        """Return the hub, and CLIP unless it has a learning rate."""
         return {"hub": self.hub} if self.clip_lr > 0 else {"clip": self.clip, "hub": self.hub}
 
     def drop_experts(self, names: Iterable[str]) -> None:
-        """Remove experts for good, with their adapters and gate rows: what stays equals running with them detached.
+        """Remove experts for good, with their adapters and gate rows; the tokens are the same as with them detached.
 
         Raises:
             ConfigError: A name that is not in the hub.
         """
         gone = list(dict.fromkeys(names))
         for name in gone:
-            self.hub[name]  # refuses an unknown name before anything is gone
+            self.hub[name]  # raises for an unknown name before anything is removed
         kept = [index for index, name in enumerate(self.hub.names) if name not in gone]
         for name in gone:
             self.hub.drop(name)
@@ -177,7 +177,7 @@ class ToVE(FusingMethod):
             self.gate = None
 
     def plain(self, clip: ClipEncoder, projector: Projector, language: LanguageModel, *, clip_lr: float) -> ToVE:
-        """ToVE without experts, whose CLIP trains."""
+        """Build a ToVE without experts, with a trainable CLIP."""
         optimizer = ToVEOptimizer(clip_lr=clip_lr, on_nan=self.on_nan)
         model = ToVE(clip=clip, experts={}, language=language, optimizer=optimizer, **self._plain)
         model.projector = projector
@@ -185,7 +185,7 @@ class ToVE(FusingMethod):
         return model
 
     def fusion_fingerprint(self) -> str:
-        """Of encoders, projector, adapters and gate."""
+        """Return a digest of encoders, projector, adapters and gate."""
         parts = [self.clip.fingerprint(), self.fusion_space, self.transfer.mode]
         parts += [f"{name}:{self.hub[name].fingerprint()}" for name in self.hub.attached]
         trained = nn.ModuleDict({"projector": self.projector, "adapters": self.adapters})
@@ -194,12 +194,12 @@ class ToVE(FusingMethod):
         return weights_digest(trained, facts=repr(parts))
 
     def subset_modules(self) -> Sequence[nn.Module]:
-        """CLIP, and each attached expert with its adapter."""
+        """Return CLIP, and each attached expert with its adapter."""
         experts = self.hub.attached
         return [self.clip, *(self.hub[name] for name in experts), *(self.adapters[name] for name in experts)]
 
     def detached_config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """With the experts that are left, and a gate that picks among no more than these."""
+        """Return arguments with the remaining experts, and the gate's current top_k."""
         top_k = None if self.gate is None else self.gate.top_k
         gate = {**(settings.get("gate") or {}), "top_k": top_k}
         return self._derived_config(settings, self.hub.names) | {"gate": gate}
@@ -207,7 +207,7 @@ class ToVE(FusingMethod):
     def merged_config(
         self, settings: Mapping[str, Any], *, clip_lr: float, mole: MoLESettings | None
     ) -> dict[str, Any]:
-        """Without experts, with CLIP's own rate and its MoLE."""
+        """Return arguments without experts, with CLIP's learning rate and MoLE."""
         changed = self._derived_config(settings, ())
         changed["optimizer"] = {**(settings.get("optimizer") or {}), "clip_lr": clip_lr}
         if mole is not None:
@@ -220,20 +220,20 @@ class ToVE(FusingMethod):
         return {**settings, "experts": experts, "use": None, "detached": None, "init_from": None}
 
     def rates(self) -> dict[str, float]:
-        """Those of gate and CLIP, too."""
+        """Add the rates of gate and CLIP."""
         return {**super().rates(), "gate_lr": self.gate_lr, "clip_lr": self.clip_lr}
 
     def beside_clip(self) -> Sequence[str]:
-        """Nothing, unless it is blind."""
+        """Name ``blind: true``, if set."""
         return ["blind: true"] if self.blind else []
 
     def own_parts(self) -> Sequence[Part]:
-        """Adapters of experts, and the gate."""
+        """Return the experts' adapters, and the gate."""
         parts = [Part.of("expert adapters", "transfer", self.adapters)]
         return parts if self.gate is None else [*parts, Part.of("gate", "transfer", self.gate)]
 
     def stored_tokens(self) -> Mapping[str, StoredTokens]:
-        """Tokens of CLIP, where it is frozen, and of attached experts, their features on CLIP's grid."""
+        """Store tokens of CLIP, if frozen, and of attached experts, with features on CLIP's grid."""
         clip = {"CLIP": StoredTokens(math.prod(self.clip.grid_hw), self.clip.width)} if self._stores_clip else {}
         grids = self._stored_grids()
         return clip | {
@@ -242,7 +242,7 @@ class ToVE(FusingMethod):
         }
 
     def unused_modules(self) -> Sequence[nn.Module]:
-        """Detached experts with their adapters, and CLIP where nothing reads it."""
+        """Return detached experts with their adapters, and CLIP if nothing reads its tokens."""
         gone = [name for name in self.hub.names if name not in self.hub.attached]
         unused: list[nn.Module] = [self.hub[name] for name in gone] + [self.adapters[name] for name in gone]
         if not self._needs_clip:
@@ -251,12 +251,12 @@ class ToVE(FusingMethod):
 
     @property
     def _needs_clip(self) -> bool:
-        """Whether anything depends on CLIP's tokens: the residual, or a gate with something to choose."""
+        """Whether anything depends on CLIP's tokens: the residual, or a gate with several experts."""
         alone = len(self.hub.attached) == 1 or (self.gate is not None and self.gate.kind == "uniform")
         return self.transfer.mode == "residual" or not alone or not self.hub.attached
 
     def trained_groups(self) -> Sequence[ParameterGroup]:
-        """Gate, adapters and projector, unless blind; the language model unless its rate is 0."""
+        """Return gate, adapters and projector, unless blind, and the language model, unless its rate is 0."""
         groups = [] if self.blind else self._vision_groups()
         if self.language_lr > 0:
             groups.append(ParameterGroup("language", self.language.trained_modules(), self.language_lr))
@@ -273,11 +273,11 @@ class ToVE(FusingMethod):
         return groups
 
     def on_fit_start(self) -> None:
-        """Fill or open the feature cache of the training and validation images."""
+        """Fill or open the store for the training and validation images."""
         self._open_cache()
 
     def on_test_start(self) -> None:
-        """Fill or open the feature cache of the test images."""
+        """Fill or open the store for the test images."""
         self._open_cache()
 
     def _open_cache(self) -> None:
@@ -287,7 +287,7 @@ class ToVE(FusingMethod):
             )
 
     def read_features(self, cache: FeatureCache, sources: Mapping[str, ImageSource]) -> None:
-        """See :meth:`Method.read_features`: CLIP's tokens, where it is frozen, and those of attached experts."""
+        """Read CLIP's tokens, if it is frozen, and those of attached experts; see :meth:`Method.read_features`."""
         self._cache = cache
         for split, source in sources.items() if self._stores_clip else ():
             cache.prepare(
@@ -306,7 +306,7 @@ class ToVE(FusingMethod):
         return self._needs_clip and self.clip_lr == 0
 
     def _stored_grids(self) -> dict[str, tuple[int, int]]:
-        """Grids that tokens are stored on where it is not their own: features lie on CLIP's, maps on their own."""
+        """Grids of stored tokens that are not their own: features are stored on CLIP's grid, maps on their own."""
         experts = self.hub.attached_experts()
         return {name: self.clip.grid_hw for name, expert in experts.items() if expert.tokens == "features"}
 
@@ -314,7 +314,7 @@ class ToVE(FusingMethod):
         return {name: self.adapters[name](tokens) for name, tokens in self.hub(batch).items()}
 
     def _experts_alone(self, batch: Batch) -> VisionTokens:
-        """The average of attached experts where CLIP has no say; CLIP is not run."""
+        """Return the average of the attached experts if nothing depends on CLIP, without running it."""
         adapted = self._adapted(batch)
         fused_BTD = torch.stack(list(adapted.values())).mean(0)
         shares = [there / len(adapted) for there in self.hub.attached_mask]

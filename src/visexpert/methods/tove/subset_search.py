@@ -1,6 +1,6 @@
-"""Which experts to keep: their contribution by leave-one-out, and the best subset under one criterion.
+"""Choose the experts to keep: contributions by leave-one-out, and the best subset under one criterion.
 
-Pure ranking. What a subset scores and costs comes from a callable, so a table by hand does as well as a model.
+Pure ranking: a callable gives the scores and costs of subsets.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ EXHAUSTIVE_UP_TO = 6
 
 @dataclass(frozen=True)
 class SubsetScore:
-    """What a model says and costs with some of its experts attached.
+    """Scores and costs of a model with some of its experts attached.
 
     Args:
-        experts: The attached ones.
+        experts: The attached experts.
         loss: Validation loss, lower is better.
         score: Validation score, higher is better.
         milliseconds: Time of the vision side per image.
         gflop: Work of the vision side per image, 10^9 operations.
-        unsteadiness: How far ``milliseconds`` cannot be trusted: the spread of the repeats (interquartile range over
-            median) or the share of the machine that other processes kept busy, if that is more.
+        unsteadiness: How unreliable ``milliseconds`` is: the spread of the repeats (interquartile range over median) or
+            the share of the machine used by other processes, whichever is larger.
     """
 
     experts: Subset
@@ -45,27 +45,27 @@ class SubsetScore:
     unsteadiness: float = 0.0
 
     def cost(self, measure: Measure) -> float:
-        """Cost in milliseconds or in GFLOP."""
+        """Return the cost in milliseconds or GFLOP."""
         return self.milliseconds if measure == "ms" else self.gflop
 
 
 Evaluate = Callable[[Sequence[Subset]], Sequence[SubsetScore]]
-"""Scores subsets, in their order; takes several at once so that encoders may run once for all of them."""
+"""Scores subsets, in order; takes several at once so that encoders can run once for all of them."""
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """How far to detach: exactly one of the first three.
+    """When to stop detaching: exactly one of the first three.
 
     Args:
         min_contribution: Detach experts whose removal raises the validation loss by less than this.
         keep: Number of experts to keep.
-        latency_budget: Greatest cost as a multiple of plain CLIP's, at least 1.
-        measure: What the budget counts, and what decides between equal losses: ``ms`` (depends on the machine and
-            its mood) or ``gflop`` (the same everywhere).
+        latency_budget: Largest cost as a multiple of plain CLIP's, at least 1.
+        measure: Unit of the budget, and what decides between equal losses: ``ms`` (depends on the machine and its
+            load) or ``gflop`` (the same everywhere).
 
     Raises:
-        ConfigError: None or several are given, or one of them cannot be met.
+        ConfigError: None or several are given, or one is outside its range.
     """
 
     min_contribution: float | None = None
@@ -78,33 +78,33 @@ class Criterion:
         chosen = {name: value for name, value in given.items() if value is not None}
         if len(chosen) != 1:
             got = ", ".join(f"{name}={value}" for name, value in chosen.items()) or "none"
-            raise ConfigError(f"Detachment goes by one criterion, but {got} was given; set one of {', '.join(given)}.")
+            raise ConfigError(f"Detachment needs exactly one criterion, got {got}; set one of {', '.join(given)}.")
         if self.measure not in ("ms", "gflop"):
             raise ConfigError(f"The measure {self.measure!r} of the budget is unknown; use 'ms' or 'gflop'.")
         if self.min_contribution is not None and not math.isfinite(self.min_contribution):
             raise ConfigError(
-                f"min_contribution is {self.min_contribution}, but must be a rise of the loss, such as 0.01."
+                f"min_contribution must be a finite rise of the loss, such as 0.01, got {self.min_contribution}."
             )
         if self.keep is not None and self.keep < 0:
-            raise ConfigError(f"keep is {self.keep}, but experts are kept in numbers from 0 (CLIP alone).")
+            raise ConfigError(f"keep must be at least 0 (CLIP alone), got {self.keep}.")
         if self.latency_budget is not None and not 1 <= self.latency_budget < math.inf:
             raise ConfigError(
-                f"latency_budget is {self.latency_budget}, but plain CLIP alone costs 1; give a multiple of its cost "
-                "from 1, such as 1.5."
+                f"latency_budget must be a finite multiple of plain CLIP's cost, at least 1, such as 1.5, got "
+                f"{self.latency_budget}."
             )
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """What one expert brings and takes beside all the others.
+    """What one expert adds to all the others, and costs.
 
     Args:
         expert: Its name.
-        loss: Rise of the validation loss without it; negative where it harms.
+        loss: Rise of the validation loss without it; negative if it harms.
         score: Fall of the validation score without it.
         milliseconds: Time saved without it.
         gflop: Work saved without it.
-        unsteadiness: Of ``milliseconds``; see :class:`SubsetScore`.
+        unsteadiness: How unreliable ``milliseconds`` is; see :class:`SubsetScore`.
     """
 
     expert: str
@@ -117,12 +117,12 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Choice:
-    """What to keep, and all that was looked at on the way.
+    """The experts to keep, and all evaluated subsets.
 
     Args:
         kept: Experts to keep.
         detached: The others.
-        scores: Every evaluated subset, smaller ones first; always with none, all, and all but one.
+        scores: All evaluated subsets, smaller ones first; includes none, all, and all but one.
         contributions: Contribution of each expert, in the hub's order.
         search: ``greedy`` or ``exhaustive``.
     """
@@ -137,23 +137,22 @@ class Choice:
 def choose(experts: Sequence[str], criterion: Criterion, evaluate: Evaluate, *, search: Search = "auto") -> Choice:
     """Choose the experts to keep.
 
-    Exhaustive search looks at all 2^K subsets. It takes the lowest loss among those of ``keep`` experts, or within
+    Exhaustive search evaluates all 2^K subsets. It takes the lowest loss among those of ``keep`` experts, or within
     the budget; with ``min_contribution`` the lowest loss + min_contribution x experts, so that each group of kept
-    experts is worth its number times ``min_contribution``. Greedy search takes out the expert whose removal raises the
-    loss least, looks again at those that remain, and stops once the criterion holds: about K^2 / 2 subsets, and blind
-    to experts that
-    are worth something only together.
+    experts lowers the loss by at least its size times ``min_contribution``. Greedy search removes the expert whose
+    removal raises the loss least, evaluates the remaining ones again, and stops when the criterion holds: about K^2 / 2
+    subsets. It misses experts that help only together.
 
-    Equal losses: the cheaper subset, then the one that keeps the earlier experts.
+    Of equal losses the cheaper subset wins, then the one that keeps the earlier experts.
 
     Args:
         experts: All experts, in the hub's order.
-        criterion: How far to detach.
-        evaluate: Scores subsets; asked once for each.
+        criterion: When to stop.
+        evaluate: Scores subsets; called once for each.
         search: ``auto`` is exhaustive for up to 6 experts, greedy beyond.
 
     Raises:
-        ConfigError: There is no expert, fewer than ``keep``, a score that is no number, or an unknown search.
+        ConfigError: There is no expert, or fewer than ``keep``; a score is not finite; the search is unknown.
     """
     everything = tuple(experts)
     check(everything, criterion, search)
@@ -168,7 +167,7 @@ def choose(experts: Sequence[str], criterion: Criterion, evaluate: Evaluate, *, 
 
 
 def check(experts: Subset, criterion: Criterion, search: str) -> None:
-    """Refuse what :func:`choose` would refuse before it evaluates anything.
+    """Check the arguments of :func:`choose` before anything is evaluated.
 
     Raises:
         ConfigError: There is no expert, fewer than ``keep``, or an unknown search.
@@ -182,7 +181,7 @@ def check(experts: Subset, criterion: Criterion, search: str) -> None:
 
 
 def leave_one_out(experts: Sequence[str], scores: Iterable[SubsetScore]) -> tuple[Contribution, ...]:
-    """Contribution of each expert beside all the others.
+    """Return the contribution of each expert to all the others.
 
     Args:
         experts: All experts, in the hub's order.
@@ -208,10 +207,10 @@ def leave_one_out(experts: Sequence[str], scores: Iterable[SubsetScore]) -> tupl
 
 
 def pareto_front(scores: Iterable[SubsetScore], *, measure: Measure = "ms") -> tuple[SubsetScore, ...]:
-    """Subsets that no other beats: none costs no more and scores no less, one of the two truly better.
+    """Return the subsets that no other beats: no other is better in cost or score and at least as good in the other.
 
     Returns:
-        In order of rising cost. Subsets of equal cost and score are all there.
+        Subsets in order of rising cost, including all of equal cost and score.
     """
     every = list(scores)
 
@@ -228,13 +227,13 @@ def pareto_front(scores: Iterable[SubsetScore], *, measure: Measure = "ms") -> t
 
 
 def interpolated_cost(subset: Subset, measured: Mapping[Subset, float]) -> float:
-    """Cost of a subset from few measurements: none, each expert alone and all of K.
+    """Estimate the cost of a subset from few measurements: none, each expert alone, and all of K.
 
-    cost(S) = cost of none + sum over S of what each adds alone - (|S| - 1) x what is then counted twice (the gate),
-    so that the measured subsets get what was measured.
+    cost(S) = cost of none + sum over S of what each adds alone - (|S| - 1) x what that counts twice (the gate), which
+    is exact for the measured subsets.
 
     Args:
-        subset: Whose cost is asked.
+        subset: The subset.
         measured: Cost of the empty subset, of each expert alone and of all experts.
     """
     if subset in measured:
@@ -246,7 +245,7 @@ def interpolated_cost(subset: Subset, measured: Mapping[Subset, float]) -> float
 
 
 class _Table:
-    """Scores by subset; asks for each subset once."""
+    """Scores by subset; evaluates each subset once."""
 
     def __init__(self, evaluate: Evaluate) -> None:
         self._evaluate = evaluate
@@ -268,7 +267,7 @@ class _Table:
 def _best_of_all(experts: Subset, criterion: Criterion, table: _Table) -> Subset:
     scores = table.fill(_subsets(experts))
     price = criterion.min_contribution or 0.0
-    if criterion.min_contribution is not None:  # an expert worth exactly its price stays, hence the larger subset first
+    if criterion.min_contribution is not None:  # an expert exactly at the threshold stays, so the larger subset wins
         best = min(scores, key=lambda s: (s.loss + price * len(s.experts), -len(s.experts), s.cost(criterion.measure)))
     else:
         fitting = [score for score in scores if _fits(score, criterion, table)]
@@ -295,7 +294,7 @@ def _fits(score: SubsetScore, criterion: Criterion, table: _Table) -> bool:
 
 
 def _without_one(experts: Subset) -> list[Subset]:
-    """All but one, the last left out first: of equals the earlier experts stay."""
+    """Return all subsets without one expert, the last left out first: of equals the earlier experts stay."""
     return [experts[:place] + experts[place + 1 :] for place in reversed(range(len(experts)))]
 
 

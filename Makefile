@@ -33,6 +33,11 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## Train CLIP-only and ToVE on rendered scenes, score both, write figures (minutes, CPU)
 	$(BIN)/visexpert demo
 
+.PHONY: figures
+figures: $(STAMP) ## Draw the README's gate maps and captions again, from the demo's ToVE (minutes, CPU)
+	$(BIN)/visexpert fit $(TABLETOP) --config configs/tove/demo.yaml --overwrite
+	$(PY) -m benchmarks.docs_figures runs/demo/tove
+
 .PHONY: test
 test: $(STAMP) ## Run the tests that need no GPU, no network and no patience
 	$(PY) -m pytest $(PYTEST_ARGS)

@@ -165,7 +165,7 @@ def test_only_uploads_are_read(tmp_path: Path, picture: Path) -> None:
         "http://a/b",
     ]
     for image in [*({"path": path} for path in forged), "text", 3, []]:
-        with pytest.raises(gradio.Error, match="That is no upload"):
+        with pytest.raises(gradio.Error, match="This is not an upload"):
             page.uploaded(image, uploads)
 
 

@@ -99,7 +99,7 @@ def test_other_modules_are_timed_but_not_counted(tmp_path: Path) -> None:
 
 
 def test_a_period_below_one_is_refused() -> None:
-    with pytest.raises(ConfigError, match="gflop_every=0 counts batches and must be at least 1"):
+    with pytest.raises(ConfigError, match="gflop_every must be at least 1 batch, got 0"):
         CostReport(gflop_every=0)
 
 

@@ -93,6 +93,17 @@ def batch() -> Batch:
     return Batch(torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8), torch.arange(2), "test")
 
 
+def test_gate_maps_show_half_as_many_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[int, int]] = []
+    monkeypatch.setattr(module, "gate_maps", lambda images, gates, *_: drawn.append((len(images), len(gates))))
+    for wanted in (1, 5, 8):
+        figures = RunFigures(num_maps=wanted)
+        figures._images = [np.zeros((8, 8, 3), dtype=np.uint8)] * wanted
+        figures._gates = [np.full((10, 2, 2, 2), 0.5)]
+        figures._draw_gates(tmp_path, ("depth", "edges"))
+    assert drawn == [(1, 1), (2, 2), (4, 4)]
+
+
 def collected(method: Any, *, shown: int = 3, counted: int = 4, batches: int = 3) -> EncoderFigures:
     figures = EncoderFigures(shown=shown, counted=counted)
     for _ in range(batches):

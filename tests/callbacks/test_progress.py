@@ -226,7 +226,7 @@ def test_before_the_first_step_the_rates_are_zero() -> None:
 
 
 def test_a_window_of_zero_is_refused() -> None:
-    with pytest.raises(ConfigError, match="window is 0"):
+    with pytest.raises(ConfigError, match="window must be at least 1 step, got 0"):
         ThroughputMonitor(window=0)
 
 

@@ -53,7 +53,7 @@ def test_a_fit_leaves_the_files_of_the_design(tmp_path: Path, capsys: pytest.Cap
     out = capsys.readouterr().out
     assert [name for name in ("train ", "val ") if f"│ {name}" in out] == ["train ", "val "]
     assert f"{metrics['val/loss']:.5g}" in out
-    assert out.endswith(f"These figures are in {tmp_path / 'metrics.json'}\n")
+    assert out.endswith(f"These metrics are in {tmp_path / 'metrics.json'}\n")
 
 
 def test_the_environment_can_be_rebuilt_from_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def test_the_command_stores_and_prints(run: Path, capsys: pytest.CaptureFixture[
     copy = shutil.copy(REAL, tmp_path / "a_results.json")
     score(["import", str(run), str(copy), "--harness_version", "0.7.3"])
     assert "lmms/tiny_gqa/exact_match: 0" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="is no run"):
+    with pytest.raises(ConfigError, match="is not a run"):
         score(["import", str(run / "nowhere"), str(copy)])
     with pytest.raises(ConfigError, match="no scores of 'mme'"):
         score(["import", str(run), str(copy), "--harness_version", "1", "--task", "mme"])

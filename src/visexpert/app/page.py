@@ -1,4 +1,4 @@
-"""The page's layout: what stands where, and which change asks again."""
+"""The page's layout, and which changes ask again."""
 
 from __future__ import annotations
 
@@ -115,12 +115,12 @@ def uploaded(image: Any, uploads: Path) -> Path:
         uploads: Folder of the uploads.
 
     Raises:
-        gradio.Error: The request is forged: it names an address, or a file of ours.
+        gradio.Error: The request is forged: it names an address, or a file of the server.
     """
     named = image.get("path") if isinstance(image, dict) else None
     path = Path(str(named)).resolve()
     if not path.is_relative_to(uploads.resolve()):
-        raise gr.Error("That is no upload; drop an image file.", print_exception=False)
+        raise gr.Error("This is not an upload; drop an image file.", print_exception=False)
     return path
 
 

@@ -1,4 +1,4 @@
-"""Serves the page on this machine, and nothing but the page."""
+"""Serve the page on this machine, and nothing else."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CALLED = (
     "login_check",
     "run/predict",
 )
-"""What the page itself calls. Gradio serves more: recordings, tools for editing the page, a proxy, files by address."""
+"""Routes that the page calls. Gradio serves more: recordings, tools for editing the page, a proxy, files by address."""
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -99,7 +99,7 @@ def serving(session: Session, *, host: str = "127.0.0.1", port: int = 7860, max_
 
 
 def _layers(host: str) -> list[Middleware]:
-    """A page for this machine answers requests for this machine only: names that resolve to it could be anyone's."""
+    """Return the layers; a page for this machine refuses foreign host names, which could be made to resolve to it."""
     try:
         local = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -110,7 +110,7 @@ def _layers(host: str) -> list[Middleware]:
 
 @contextmanager
 def _uploads_in(folder: Path) -> Iterator[Path]:
-    """Let gradio keep uploads in a folder of our own, which goes with the server."""
+    """Let gradio keep uploads in a folder that is deleted with the server."""
     before = os.environ.get("GRADIO_TEMP_DIR")
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     try:
@@ -146,16 +146,16 @@ class Guard:
 
 
 def names_an_address(body: bytes) -> bool:
-    """Whether a request names a file by its address: gradio would fetch it, whatever component it is meant for.
+    """Return whether a request names a file by its address, which gradio would fetch for any component.
 
-    What is nested too deeply to tell counts as one that does.
+    A request that is nested too deeply to check counts as one that does.
     """
     try:
         parts: list[Any] = [json.loads(body)]
     except RecursionError:
         return True
     except ValueError:
-        return False  # gradio answers that it is no JSON
+        return False  # gradio answers that it is not JSON
     while parts:
         part = parts.pop()
         if isinstance(part, dict):
@@ -178,7 +178,7 @@ async def _body(scope: Any, receive: Any) -> bytes | None:
 
 
 def _again(body: bytes, receive: Any) -> Any:
-    """Hand a body that was read on as if it had not been."""
+    """Return a receiver that replays a body which was already read."""
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again() -> Any:

@@ -1,4 +1,4 @@
-"""What the page does, without the page: examples, and one image and one prompt to all models' answers."""
+"""What the page shows, without its layout: examples, and every model's answer to one image and one prompt."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from visexpert.report.world import training_sets, warning_for
 from visexpert.runs import load_run
 
 MAX_PIXELS = 16_000_000
-"""Largest image that the page decodes (48 MB as RGB): it answers strangers' files, too."""
+"""Largest image that the page decodes (48 MB as RGB), since anyone may upload files."""
 
 COST = "cost/gflop_vision"
 BESIDE = ("detached", "merged")
@@ -103,7 +103,7 @@ class Session:
         path, captioner = Path(path), self.main.captioner
         try:
             image_CHW = read_image(path, max_pixels=self.max_pixels)
-        except DataError as error:  # where the upload lies is nobody's business
+        except DataError as error:  # the message must not show where uploads are kept
             raise DataError(str(error).replace(str(path), path.name)) from error
         answer = captioner.answer([captioner.frame(image_CHW)], prompt, experts=experts)[0]
         rows = [(_chosen(self.main, answer.experts), answer.text, _cost(self.main, answer.experts))]

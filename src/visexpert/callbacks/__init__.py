@@ -1,4 +1,4 @@
-"""Callbacks: what a run shows while it goes on, and what it leaves in its folder."""
+"""Callbacks: what a run shows while it trains, and what it writes into its folder."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def save_whole(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def use_whole_files(strategy: Strategy) -> None:
-    """Let a strategy write by :class:`WholeFileIO`, unless the user gave a writer of another kind."""
+    """Make a strategy write with :class:`WholeFileIO`, unless the user gave another writer."""
     given = strategy._checkpoint_io
     if given is None:
         strategy.checkpoint_io = WholeFileIO()
@@ -81,7 +81,7 @@ class RunTrainer(L.Trainer):
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any = None
     ) -> None:
-        """Save as Lightning does; a folder of shards takes its place when every process has written its own."""
+        """Save as Lightning does; a folder of shards is moved into place once every process has written its own."""
         weights_only = bool(weights_only)  # of None, Lightning says that it was not set
         if not saves_shards(self.strategy):
             super().save_checkpoint(filepath, weights_only, storage_options)
@@ -98,7 +98,7 @@ class RunTrainer(L.Trainer):
 
 
 class ShipLanguage(Callback):
-    """Writes the language model's weights (fp16 safetensors) and how they came about at the end of training.
+    """Write the language model's weights (fp16 safetensors) and their card at the end of training.
 
     Args:
         out: Weights file; the facts go beside it as ``.json`` under ``cards``.
@@ -108,7 +108,7 @@ class ShipLanguage(Callback):
 
     def __init__(self, *, out: str, cards: str, trained_on: str) -> None:
         if not out.endswith(".safetensors"):
-            raise ConfigError(f"ShipLanguage: out={out!r} must end in .safetensors, the only format that is read.")
+            raise ConfigError(f"ShipLanguage: out must end in .safetensors, the only format that is read; got {out!r}.")
         self.out, self.cards, self.trained_on = Path(out), Path(cards), trained_on
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -22,7 +22,7 @@ from visexpert.types import Batch
 log = logging.getLogger(__name__)
 
 UNLIMITED = 10**9
-"""Steps of a fit that nothing but the budget ends."""
+"""Steps of a fit that only the budget ends."""
 
 
 class CostReport(Callback):
@@ -45,14 +45,14 @@ class CostReport(Callback):
 
     def __init__(self, *, images: int = 32, gflop_every: int = 100) -> None:
         if gflop_every < 1:
-            raise ConfigError(f"CostReport: gflop_every={gflop_every} counts batches and must be at least 1.")
+            raise ConfigError(f"CostReport: gflop_every must be at least 1 batch, got {gflop_every}.")
         self.images, self.gflop_every = images, gflop_every
         self.train_images = 0
         self.train_gflop = self.train_gflop_live = 0.0
         self.batch_gflop: float | None = None
         """Of the last batch that was counted, over all processes; None before the first."""
         self.batch_gflop_live: float | None = None
-        """The same with every encoder run."""
+        """The same, as if every encoder had run."""
         self._whole = False
         self._seconds = 0.0
         self._started: float | None = None
@@ -87,7 +87,7 @@ class CostReport(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from an earlier start."""
+        """Resume the counts."""
         self._seconds, self.train_images = state_dict["seconds"], state_dict["images"]
         self.train_gflop, self.train_gflop_live = state_dict["gflop"], state_dict["gflop_live"]
         self._whole = self.train_images > 0
@@ -165,7 +165,7 @@ class CostReport(Callback):
 
 
 class TrainingBudget(Callback):
-    """End a fit when its budget is spent, and let the learning rate come to zero just then.
+    """End a fit when its budget is spent, with the learning rate reaching zero just then.
 
     After every step the number of steps that the budget allows is what is done plus what is left over the cost of a
     step; it becomes the trainer's ``max_steps`` and the length of the cosine. With steps of equal cost, that is the
@@ -192,7 +192,7 @@ class TrainingBudget(Callback):
             raise ConfigError(f"TrainingBudget: count={count!r} is unknown; use 'as_run' or 'live'.")
         self.gflop, self.seconds, self.count = gflop, seconds, count
         self.total = UNLIMITED
-        """Optimizer steps that the budget allows, by what steps have cost so far."""
+        """Optimizer steps that the budget allows, estimated from the cost of the steps so far."""
         self._limit = UNLIMITED
         self._cost: CostReport | None = None
         self._first_end: tuple[int, float] | None = None
@@ -202,7 +202,7 @@ class TrainingBudget(Callback):
         self._factor: tuple[int, Callable[[int], float]] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find what counts, and give a fit without an end of its own one that the schedule can be built for."""
+        """Find the CostReport, and give a fit without a limit one that the schedule can be built for."""
         if stage != "fit":
             return
         reports = [callback for callback in trainer.callbacks if isinstance(callback, CostReport)]  # type: ignore[attr-defined]
@@ -220,7 +220,7 @@ class TrainingBudget(Callback):
         return {"seconds": self._seconds_spent(), "total": self.total, "budget": self._budget}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from an earlier start; another budget than before is counted anew from what was spent."""
+        """Resume the counts; a changed budget is applied to what was already spent."""
         self._seconds = state_dict["seconds"]
         if state_dict["budget"] == self._budget:
             self.total = state_dict["total"]

@@ -1,4 +1,4 @@
-"""Expert detachment as a phase of a run: RUN/detached, the model without the experts that are not worth their cost."""
+"""Expert detachment as a phase of a run: RUN/detached, the model without experts that contribute too little."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ CAPTIONS = "caption/cider"
 
 
 class ExpertDetachment(Phase):
-    """Detach the experts that are not worth their cost, after training or on a finished run.
+    """Detach the experts that contribute too little for their cost, after training or on a finished run.
 
     Subsets of experts are scored on validation images and timed on this machine; the best one by exactly one
-    criterion (``min_contribution``, ``keep`` or ``latency_budget``) stays. The others are gone for good, with their
-    adapters and gate rows. Writes RUN/detached, a run of its own: configuration, scores, a smaller checkpoint, and
-    every subset's score and cost (``detachment.json``, ``detachment.md``, ``figures/pareto.png``,
+    criterion (``min_contribution``, ``keep`` or ``latency_budget``) stays. The others are removed for good, with
+    their adapters and gate rows. Writes RUN/detached, a run of its own: configuration, scores, a smaller checkpoint,
+    and every subset's score and cost (``detachment.json``, ``detachment.md``, ``figures/pareto.png``,
     ``figures/contribution.png``).
-    An interrupted detachment goes on when the same command is given again; a finished one is not done again.
+    Run the same command again to resume an interrupted detachment; a finished one is not repeated.
 
     Args:
         min_contribution: Detach experts whose removal raises the validation loss by less than this.
@@ -66,14 +66,14 @@ class ExpertDetachment(Phase):
         budget_measure: What the budget counts: ``ms`` as measured here and now, or ``gflop``, equal on every machine.
         search: ``exhaustive`` tries all 2^K subsets; ``greedy`` takes out one expert after another; ``auto`` is
             exhaustive for up to 6 experts.
-        loss: Validation figure that decides, lower is better.
-        score: Validation figure of the table and the Pareto front, higher is better; a minus before its name changes
+        loss: Validation metric that decides; lower is better.
+        score: Validation metric of the table and the Pareto front; higher is better. A minus before its name changes
             its sign. null takes ``vqa/accuracy`` where the validation data has it, else ``-`` and the loss.
         images: Validation images to score each subset on; null takes all.
         timing_images: Images per call while measuring milliseconds.
-        timing_seconds: Least time to spend on measuring them, twice.
-        retune_steps: Optimizer steps of what is left after detachment; 0 for none, at a loss.
-        retune_lr: Their peak learning rate, for all that trains; null takes the run's own rates.
+        timing_seconds: Shortest time to measure them for, twice.
+        retune_steps: Optimizer steps to re-tune the remaining model; 0 skips this and costs accuracy.
+        retune_lr: Peak learning rate of re-tuning, for all trainable parameters; null takes the run's own rates.
         eval_every: Steps between scores on the validation images while re-tuning.
         checkpoint_every: Steps between checkpoints while re-tuning.
         name: Folder inside the run's.
@@ -203,7 +203,7 @@ class ExpertDetachment(Phase):
             again[choice.kept],
             max(unsteady.values()),
         )
-        name = self._score_name(next(iter(scoring.figures.values())))  # all subsets have the same
+        name = self._score_name(next(iter(scoring.metrics.values())))  # all subsets have the same
         found.write(folder / self.name, score_name=name, settings=self._settings(), weights=weights)
         return choice.kept
 
@@ -214,28 +214,28 @@ class ExpertDetachment(Phase):
         milliseconds: Mapping[Subset, float],
         unsteadiness: Mapping[Subset, float],
     ) -> SubsetScore:
-        figures = scoring.figures[subset]
-        name = self._score_name(figures)
+        metrics = scoring.metrics[subset]
+        name = self._score_name(metrics)
         for wanted in (self.loss, name.removeprefix("-")):
-            if wanted not in figures:
+            if wanted not in metrics:
                 raise ConfigError(
-                    f"ExpertDetachment: the validation data gives no {wanted!r}; it gives {', '.join(sorted(figures))}."
+                    f"ExpertDetachment: the validation data gives no {wanted!r}; it gives {', '.join(sorted(metrics))}."
                 )
-        score = -figures[name[1:]] if name.startswith("-") else figures[name]
+        score = -metrics[name[1:]] if name.startswith("-") else metrics[name]
         cost = interpolated_cost(subset, milliseconds)
         doubt = unsteadiness.get(subset, max(unsteadiness.values()))  # subsets between get sums of the others
-        return SubsetScore(subset, figures[self.loss], score, cost, scoring.gflop[subset], doubt)
+        return SubsetScore(subset, metrics[self.loss], score, cost, scoring.gflop[subset], doubt)
 
-    def _score_name(self, figures: Mapping[str, float]) -> str:
-        """Name of the score that counts; behind a minus, of a loss whose sign is changed."""
+    def _score_name(self, metrics: Mapping[str, float]) -> str:
+        """Return the name of the score; a minus before it changes the sign of a loss."""
         if self.score is not None:
             return self.score
-        return ACCURACY if ACCURACY in figures else f"-{self.loss}"
+        return ACCURACY if ACCURACY in metrics else f"-{self.loss}"
 
     def _retune(
         self, model: FusingMethod, data: LightningDataModule, out: Path, settings: PhaseSettings, cost: CostReport
     ) -> bool:
-        """Train what is left; whether it came to its end."""
+        """Train the remaining model; return whether training finished."""
         if not self.retune_steps:
             return True
         trainer = settings.trainer(
@@ -253,7 +253,7 @@ class ExpertDetachment(Phase):
         return not trainer.interrupted
 
     def _outcome(self, folder: Path, out: Path) -> str:
-        """What was kept, what it scores beside the whole run, and what to do next."""
+        """Say what was kept, how it scores against the whole run, and what to do next."""
         facts = read_json(out / FACTS)
         whole, left = ({} if not path.is_file() else read_json(path) for path in _metrics_of(folder, out))
         usual = next((name for name in (ACCURACY, CAPTIONS) if f"test/{name}" in whole), ACCURACY)
@@ -283,7 +283,7 @@ class ExpertDetachment(Phase):
 
 @dataclass(frozen=True)
 class Findings:
-    """All that a search found.
+    """Results of a search.
 
     Args:
         choice: Scores, contributions and what is kept.

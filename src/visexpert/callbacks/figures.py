@@ -1,4 +1,4 @@
-"""The pictures of a run: curves, gate maps, gates by region, captions beside their images, a student's insides."""
+"""The pictures of a run: curves, gate maps, gates by region, captions, attention and routing of a student."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from visexpert.report.palette import spared
 from visexpert.types import Batch
 
 LABELS = {CLIP: "CLIP"}
-"""Names of encoders as figures write them, where that is not the name itself."""
+"""Labels of encoders in figures, where they differ from the name."""
 
 
 class RunFigures(Callback):
     """Writes ``figures/`` into the run's folder: curves at the end of training, the rest at the end of a test.
 
     Args:
-        num_maps: Images in the gate-map figure.
+        num_maps: Images in maps of attention; half as many in maps of gates and of routers, which take a row each.
         num_captions: Images in the caption figure.
         num_regions: Images averaged in the figure of gates by region (needs instance masks in the data).
         num_routed: Images that the use of a student's routers is counted over; each is encoded again.
@@ -107,8 +107,8 @@ class RunFigures(Callback):
 
     def _draw_gates(self, folder: Path, names: tuple[str, ...]) -> None:
         gates_NHWK = np.concatenate(self._gates)
-        shown = len(self._images)
-        gate_maps(np.stack(self._images), gates_NHWK[:shown], names, _figure(folder, "gate_maps"))
+        images = self._images[: max(1, self.num_maps // 2)]  # a row each, so fewer
+        gate_maps(np.stack(images), gates_NHWK[: len(images)], names, _figure(folder, "gate_maps"))
         if self._regions:
             regions = {
                 name: np.concatenate([part[name] for part in self._regions])[: self.num_regions]
@@ -130,7 +130,7 @@ def _figure(folder: Path, name: str) -> Path:
 
 
 def token_regions(instance_BHW: Tensor, grid_hw: tuple[int, int]) -> dict[str, NDArray[Any]]:
-    """Which tokens lie on an object, across a boundary, or on background.
+    """Return which tokens lie on an object, across a boundary, or on background.
 
     Args:
         instance_BHW: Object number per pixel, 0 = background.
@@ -175,12 +175,12 @@ class EncoderFigures:
         self._sums: list[NDArray[Any]] = []
 
     def add(self, method: Method, batch: Batch) -> None:
-        """Look at a batch while images are wanted."""
+        """Collect a batch until there are enough images."""
         if self._seen >= self._counted or (batch.has_image_B is not None and not batch.has_image_B.any()):
             return
         views = method.views(batch)
         if views is None:
-            self._seen = self._counted  # nothing to show in later batches either
+            self._seen = self._counted  # later batches have nothing to show either
             return
         self._seen += len(views.images_BCHW)
         self._keep(views, self._shown - len(self._images))
@@ -188,7 +188,7 @@ class EncoderFigures:
             self._count(views.routing)
 
     def draw(self, folder: Path) -> None:
-        """Write what there is into ``folder``."""
+        """Write the collected figures into ``folder``."""
         if not self._images:
             return
         images = np.stack(self._images)

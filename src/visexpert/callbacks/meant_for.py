@@ -1,4 +1,4 @@
-"""What a run is meant for, so that what could not be exported is refused before it is trained."""
+"""Check before training that a run can be exported to the formats it is meant for."""
 
 from __future__ import annotations
 

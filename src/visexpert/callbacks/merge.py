@@ -95,7 +95,7 @@ class KnowledgeMerging(Phase):
             log.info("%s is merged already; delete it, or give another name, to merge again.", out)
             return out
         if not model.hub.attached:
-            raise ConfigError(f"KnowledgeMerging: '{folder}' uses no expert, so there is nothing to merge.")
+            raise ConfigError(f"KnowledgeMerging: '{folder}' uses no experts, so there is nothing to merge.")
         write_json(out / FACTS, self._facts(model, folder))
         evaluation = model.evaluation
         if self.caption_images is not None:
@@ -126,7 +126,7 @@ class KnowledgeMerging(Phase):
     def _train(
         self, student: Merging, data: LightningDataModule, out: Path, settings: PhaseSettings, cost: CostReport
     ) -> bool:
-        """Whether it came to its end."""
+        """Return whether training finished."""
         trainer = settings.trainer(
             out,
             steps=self.steps,
@@ -138,7 +138,7 @@ class KnowledgeMerging(Phase):
         unfinished = out / "checkpoints" / TRAINING
         start = str(unfinished) if unfinished.is_file() else None
         if start is not None:
-            log.info("Going on from %s.", start)
+            log.info("Resuming from %s.", start)
         trainer.fit(student, datamodule=data, ckpt_path=start, weights_only=True)
         return not trainer.interrupted
 
@@ -161,7 +161,7 @@ class KnowledgeMerging(Phase):
         }
 
     def _is_done(self, model: FusingMethod, out: Path) -> bool:
-        """Whether the folder holds a finished merge, refusing other settings and setting aside one of other weights."""
+        """Return whether the folder holds a finished merge; refuse other settings, set aside one of other weights."""
         if (out / FACTS).is_file():
             before = read_json(out / FACTS)
             other = [

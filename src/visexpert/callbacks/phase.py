@@ -1,4 +1,4 @@
-"""What detachment and merging share: work on a trained model that ends in a run folder of its own."""
+"""What detachment and merging share: they work on a trained model and write a run folder of their own."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TRAINING = "training.ckpt"
 
 @dataclass(frozen=True)
 class PhaseSettings:
-    """How a phase trains and scores: the run's own ways.
+    """How a phase trains and scores, taken from the run.
 
     Args:
         accelerator: As the run's.
@@ -168,7 +168,7 @@ class Phase(Callback):
         """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Before a fit: see that model, processes and validation images are there for the phase behind it."""
+        """Check before a fit that its model, processes and validation images suit the phase that follows."""
         if stage != "fit":
             return
         self.check_start(self._fitting(trainer, pl_module))
@@ -177,25 +177,25 @@ class Phase(Callback):
         if self.needs_validation and not has_val:
             raise ConfigError(
                 f"{type(self).__name__} scores on validation images, but {type(data).__name__} has none; give the data "
-                "some (num_val, or a val part), or take the callback out."
+                "some (num_val, or a val part), or remove the callback."
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Work now, unless a test follows."""
+        """Run the phase now, unless a test follows."""
         if not self.test_follows:
             self._run(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Work after the test, when the trainer has let go of the model."""
+        """Run the phase after the test, when the trainer no longer holds the model."""
         if stage == "test":
             self._run(trainer, pl_module)
 
     def _fitting(self, trainer: Trainer, model: LightningModule) -> FusingMethod:
-        """The model, where it is one that the phase can work on, in one process."""
+        """Return the model; check that the phase can work on it and that there is one process."""
         if trainer.world_size > 1:
             raise ConfigError(
-                f"{type(self).__name__} runs in one process, but this run has {trainer.world_size}; take it out, and "
-                "give the finished run to `visexpert detach` or `visexpert merge`."
+                f"{type(self).__name__} runs in one process, but this run has {trainer.world_size}; remove it, and "
+                "pass the finished run to `visexpert detach` or `visexpert merge`."
             )
         return fusing(model, wanted_by=type(self).__name__)
 
@@ -211,7 +211,7 @@ class Phase(Callback):
 
 @contextmanager
 def kept_trainer(model: Method, data: LightningDataModule) -> Iterator[None]:
-    """Give model and data their own trainer back after another one has used them."""
+    """Restore the trainer of model and data after another one has used them."""
     before = model._trainer, data.trainer
     try:
         yield
@@ -220,13 +220,13 @@ def kept_trainer(model: Method, data: LightningDataModule) -> Iterator[None]:
 
 
 def weights_identity(model: Method) -> str:
-    """Hash of the weights that were trained and of the experts that are attached: what a phase was made from."""
+    """Return a hash of the trained weights and attached experts that a phase starts from."""
     trained = [module for group in model.trained_groups() for module in group.modules]
     return weights_digest(nn.ModuleList(trained), facts=",".join(model.hub.attached))
 
 
 def write_checkpoint(model: Method, folder: Path, *, steps: int) -> None:
-    """Write ``checkpoints/last.ckpt`` whole or not at all: the sign that a phase is finished.
+    """Write ``checkpoints/last.ckpt`` whole or not at all; it marks a phase as finished.
 
     Raises:
         DataError: The disk is full or the folder cannot be written.
@@ -253,7 +253,7 @@ def write_derived_config(run: Path, folder: Path, derived: Callable[[Mapping[str
     """
     source = run / "config.yaml"
     if not source.is_file():
-        log.warning("%s has no config.yaml, so %s gets none: it can be loaded by your own code only.", run, folder)
+        log.warning("%s has no config.yaml, so %s gets none: only your own code can load it.", run, folder)
         return
     config: dict[str, Any] = yaml.safe_load(source.read_text(encoding="utf-8"))
     config["model"]["init_args"] = dict(derived(config["model"]["init_args"]))
@@ -265,7 +265,7 @@ def write_derived_config(run: Path, folder: Path, derived: Callable[[Mapping[str
 
 
 def saved_settings(run: Path) -> PhaseSettings:
-    """How a finished run trained, from its ``config.yaml``."""
+    """Return how a finished run trained, from its ``config.yaml``."""
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     trainer = copy.copy(config.get("trainer") or {})
     devices = trainer.get("devices")

@@ -1,4 +1,4 @@
-"""``predictions.jsonl``: what a model writes to every text of the test images."""
+"""``predictions.jsonl``: the model's answer to every text item of the test images."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Predictions(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         check_writes(pl_module)
         if getattr(data, "tokenizer", None) is None:
-            raise ConfigError(f"predict answers texts, but {type(data).__name__} has none: give it a tokenizer.")
+            raise ConfigError(f"predict answers text items, but {type(data).__name__} has none: give it a tokenizer.")
         own = type(data).predict_dataloader is not LightningDataModule.predict_dataloader
         if not own or data.predict_dataloader() == []:
             raise ConfigError(
@@ -90,8 +90,7 @@ def check_writes(model: LightningModule) -> None:
     """
     if not isinstance(model, Method) or not model.reads_text:
         raise ConfigError(
-            f"predict writes what a language model says, but this {type(model).__name__} has none; score it by "
-            "`visexpert test`."
+            f"predict needs a language model, but this {type(model).__name__} has none; score it with `visexpert test`."
         )
 
 

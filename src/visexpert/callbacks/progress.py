@@ -23,7 +23,7 @@ from visexpert.methods.step import sums_over_processes
 from visexpert.types import Batch
 
 _FOREVER_S = 1e9
-"""30 years: a time left that says only that no end was set."""
+"""30 years: a longer time left means that no end was set."""
 
 _NAMES = {"train": "train", "validate": "validate", "sanity_check": "check", "test": "test", "predict": "predict"}
 
@@ -115,7 +115,7 @@ class TrainingProgress(RichProgressBar):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        self._stop_progress()  # Lightning leaves it running, and what is printed next would break it
+        self._stop_progress()  # Lightning leaves it running, and the next print would break it
         if not self._live and self._enabled:
             took = _clock_time(time.perf_counter() - self._began_at)
             print(f"train: {trainer.global_step - self._began_step} steps in {took}", flush=True)
@@ -178,7 +178,7 @@ class TrainingProgress(RichProgressBar):
         self._evaluation_line(trainer, batch_idx, trainer.num_predict_batches, dataloader_idx)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What the module put on the bar, without the version number; the loss where it put none."""
+        """Return the metrics that the module put on the bar, without the version number; else the loss."""
         shown: dict[str, Any] = dict(super().get_metrics(trainer, pl_module))
         shown.pop("v_num", None)
         if self._loss is not None and not any("loss" in name for name in shown):
@@ -186,7 +186,7 @@ class TrainingProgress(RichProgressBar):
         return shown
 
     def _due(self, now_anyway: bool = False) -> bool:
-        """Whether it is time to show something; if so, the pause before the next time begins."""
+        """Return whether a line is due; if so, wait anew before the next."""
         now = time.perf_counter()
         if not now_anyway and now - self._shown_at < self._pause_s:
             return False
@@ -216,7 +216,7 @@ class TrainingProgress(RichProgressBar):
     def _evaluation_line(
         self, trainer: Trainer, batch_idx: int, totals: Sequence[int | float], dataloader_idx: int
     ) -> None:
-        """A plain line of an evaluation loop, at most every ``line_every_s`` seconds, with the time left of it all."""
+        """Print a plain line of an evaluation loop, at most every ``line_every_s`` seconds, with the time left."""
         if not self._live and self._due():
             done = sum(totals[:dataloader_idx]) + batch_idx + 1
             passed = time.perf_counter() - self._evaluated_since
@@ -248,7 +248,7 @@ class _StatusColumn(ProgressColumn):
 
 
 def _seconds_left(passed: float, done: float, total: float) -> float:
-    """What is left at the pace so far; endless before the first batch."""
+    """Return the seconds left at the pace so far; infinite before the first batch."""
     return passed / done * (total - done) if done else math.inf
 
 
@@ -266,9 +266,8 @@ class ThroughputMonitor(Callback):
     """Logs ``train/images_per_s`` and ``train/data_wait_share`` whenever the trainer logs (``log_every_n_steps``).
 
     Both are means over the last ``window`` steps; images are those of all processes, waiting is their mean. Waiting is
-    the time from the end of one batch to the start of the next; validation and the saving of checkpoints are left out
-    of it. On a GPU, whose work runs behind the Python code, the share says how long the code waited, which is what more
-    data workers can shorten.
+    the time from the end of one batch to the start of the next, without validation and the saving of checkpoints. A
+    GPU works asynchronously: there the share is the time that the Python code waited, which more data workers shorten.
 
     Args:
         window: Steps that a logged value is the mean of, at least 1.
@@ -310,7 +309,7 @@ class StepClock:
     """Splits the time of training into steps and the waits before them; keeps running sums over a window of steps.
 
     Args:
-        window: Number of last steps that the figures cover, at least 1.
+        window: Number of last steps that the means cover, at least 1.
         now: The clock, in seconds.
 
     Raises:
@@ -319,13 +318,13 @@ class StepClock:
 
     def __init__(self, *, window: int, now: Callable[[], float] = time.perf_counter) -> None:
         if window < 1:
-            raise ConfigError(f"window is {window}: it counts steps and must be at least 1.")
+            raise ConfigError(f"window must be at least 1 step, got {window}.")
         self._window = window
         self._now = now
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Reset all counts."""
         self._steps: deque[tuple[float, float, int]] = deque()
         self._waited = self._worked = 0.0
         self._images = 0
@@ -334,20 +333,20 @@ class StepClock:
         self._last_wait = 0.0
 
     def wait_begins(self) -> None:
-        """From now on the loop waits for a batch."""
+        """Start counting the wait for a batch."""
         self._wait_since = self._now()
 
     def interrupt(self) -> None:
-        """Something other than waiting happens before the next step: that interval is not counted."""
+        """Do not count the interval before the next step: it is spent on something other than waiting."""
         self._wait_since = None
 
     def step_begins(self) -> None:
-        """The batch has arrived."""
+        """Start the step: its batch has arrived."""
         self._work_since = self._now()
         self._last_wait = 0.0 if self._wait_since is None else self._work_since - self._wait_since
 
     def step_ends(self, images: int) -> None:
-        """The step over ``images`` images is done; waiting begins."""
+        """End the step over ``images`` images and start counting the next wait."""
         now = self._now()
         worked = 0.0 if self._work_since is None else now - self._work_since
         self._steps.append((self._last_wait, worked, images))
@@ -376,5 +375,5 @@ class StepClock:
 
 
 def image_count(batch: Any) -> int:
-    """Number of images in a batch: of our :class:`Batch`, or of any collection of tensors."""
+    """Return the number of images in a batch: a :class:`Batch` or any collection of tensors."""
     return len(batch) if isinstance(batch, Batch) else extract_batch_size(batch)

@@ -39,7 +39,7 @@ RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "inter
 """Outcomes of a stage."""
 
 METRICS_VERSION = 1
-"""Raise it when a score changes its value or meaning under an old name: runs of unlike versions are not compared."""
+"""Raise this when a score changes its value or meaning under the same name; unlike versions are not compared."""
 
 
 class RunFolder(Callback):
@@ -78,7 +78,7 @@ class RunFolder(Callback):
             set_aside(folder / "metrics.json")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Flush the loggers first, which Lightning does only later: figures read their files.
+        """Flush the loggers first, since Lightning does so only later and figures read their files.
 
         Not at the end of training: where that fails, the last checkpoint is to be there.
         """
@@ -100,12 +100,12 @@ class RunFolder(Callback):
         self._finish(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write down what happened; a later phase that fails leaves a finished stage finished."""
+        """Record what happened; a later phase that fails does not undo a finished stage."""
         if self._finished:
             return
         try:
             self._end(trainer, _outcome(exception))
-        except DataError as unwritten:  # such as a full disk, which may be the very reason
+        except DataError as unwritten:  # such as a full disk, which may be the cause
             log.warning("%s", unwritten)
 
     def _finish(self, trainer: Trainer) -> None:
@@ -113,7 +113,7 @@ class RunFolder(Callback):
         self._end(trainer, {"outcome": FINISHED})
 
     def _end(self, trainer: Trainer, facts: Mapping[str, Any]) -> None:
-        """Complete the stage's entry, without asking other processes: they may be gone."""
+        """Complete the stage's entry without asking other processes, which may be gone."""
         if not trainer.is_global_zero or self._folder is None:
             return
         path = self._folder / "environment.json"
@@ -135,7 +135,7 @@ class RunFolder(Callback):
         if self._table and metrics:
             console = get_console()  # that of the live bars, which then stay below
             console.print(metrics_table(metrics))
-            console.print(f"These figures are in {shown(path)}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"These metrics are in {shown(path)}", highlight=False, markup=False, soft_wrap=True)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -173,7 +173,7 @@ def _outcome(exception: BaseException) -> dict[str, str]:
 
 
 def folder_of(trainer: Trainer) -> Path:
-    """The run's folder; every process must ask, since the first one tells the others."""
+    """Return the run's folder; every process must call this, since the first one tells the others."""
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
@@ -213,9 +213,9 @@ def metrics_table(metrics: Mapping[str, float | None]) -> Table:
                 continue
             value = metrics[name]
             rest = name.partition("/")[2] or name
-            figure = "not finite" if value is None else f"{value:.5g}"
+            number = "not finite" if value is None else f"{value:.5g}"
             told = next((text for part, text in on.items() if name.startswith(f"{part}/")), "")
-            table.add_row(f"  {rest}", figure, *([told] if on else []))
+            table.add_row(f"  {rest}", number, *([told] if on else []))
     return table
 
 
@@ -266,13 +266,13 @@ class RunLogger(CSVLogger):
 
 
 class _ContinuingWriter(ExperimentWriter):
-    """Takes up the columns of the file that is there, where Lightning's deletes it, and loses no row on a full disk."""
+    """Continues the existing file, which Lightning's would delete, and loses no row on a full disk."""
 
     _whole = 0
     """Bytes of the file that are rows of this header."""
 
     def save(self) -> None:
-        """Append the rows; all of them or none.
+        """Append the rows, all or none.
 
         Raises:
             DataError: The disk is full, or the file cannot be written; what it held stays.
@@ -310,7 +310,7 @@ class _ContinuingWriter(ExperimentWriter):
 
 
 def score_identity(trainer: Trainer) -> dict[str, Any]:
-    """Identities of what a stage read and how it is scored; None where the data does not tell."""
+    """Return identities of what a stage read and how it is scored; None where the data has none."""
     data = getattr(trainer, "datamodule", None)
     return {
         "metrics_version": METRICS_VERSION,
@@ -321,7 +321,7 @@ def score_identity(trainer: Trainer) -> dict[str, Any]:
 
 
 def data_identity(data: Any) -> dict[str, Any] | None:
-    """Class of a set-up data module and the fingerprint of the images of each split in use, where it has any."""
+    """Return the class of a set-up data module and the fingerprint of each split's images, where it has any."""
     if data is None:
         return None
     sources = data.image_sources() if hasattr(data, "image_sources") else {}
@@ -329,7 +329,7 @@ def data_identity(data: Any) -> dict[str, Any] | None:
 
 
 def tokenizer_identity(tokenizer: Any) -> str | None:
-    """Digest of a transformers tokenizer: vocabulary, merges and normalization, not its padding; None for no such."""
+    """Return a digest of a transformers tokenizer (vocabulary, merges, normalization; not padding), else None."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = json.loads(backend.to_str())

@@ -23,7 +23,7 @@ KEY = "metrics_so_far"
 
 
 class StopOnSignal(Callback):
-    """Ends a fit after SIGTERM or Ctrl-C: the step under way is finished and saved, validation is broken off.
+    """End a fit after SIGTERM or Ctrl-C: finish and save the current step, break off validation.
 
     Validation that was broken off, or was due at that step, is made up for when the fit goes on (see
     :class:`~visexpert.callbacks.MetricsContinuation`). All processes stop at the same step. Works inside
@@ -73,7 +73,7 @@ class StopOnSignal(Callback):
             checkpoint["loops"]["fit_loop"] = self._step_loops
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What follows - figures, phases, a test - is stopped at once; the final weights are saved."""
+        """Stop at once what follows (figures, phases, a test); the final weights are saved."""
         defer(False)
         signum = received()
         if signum is not None:
@@ -106,17 +106,16 @@ class StopOnSignal(Callback):
 
 
 def validation_is_due(trainer: Trainer) -> bool:
-    """Whether a validation follows the training step that has just ended."""
+    """Return whether a validation follows the training step that has just ended."""
     loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
     return trainer.enable_validation and fetcher is not None and loop._should_check_val_fx(fetcher)
 
 
 class MetricsContinuation(Callback):
-    """Lets a continued fit know all that the whole one would: what is measured goes into each checkpoint.
+    """Give a continued fit all metrics of an uninterrupted one: each checkpoint stores what was measured.
 
-    Lightning takes a validation that was due at the step of the checkpoint for done, though a fit that was killed
-    before its end never finished it. It is made up for here before training goes on, or ends. A fit that goes on where
-    no step is left says so.
+    Lightning takes a validation that was due at the checkpoint's step for done, though a fit that was killed never
+    finished it. This callback runs it before training goes on, or ends. A fit that continues with no step left warns.
     """
 
     def __init__(self) -> None:
@@ -153,7 +152,7 @@ class MetricsContinuation(Callback):
         self._trained = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where the checkpoint already was at the end."""
+        """Warn where the checkpoint was already at the end."""
         if trainer.ckpt_path is not None and not self._trained and trainer.is_global_zero:
             log.warning(
                 "No step is left: %s is at step %d and %s; raise that to train further.",
@@ -173,7 +172,7 @@ class MetricsContinuation(Callback):
 
 
 def _limit_of(trainer: Trainer) -> str:
-    """Which setting has ended the training."""
+    """Return which setting has ended the training."""
     if any(isinstance(callback, TrainingBudget) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         return "the budget of TrainingBudget is spent"
     if 0 <= trainer.max_steps <= trainer.global_step:

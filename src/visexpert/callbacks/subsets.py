@@ -27,8 +27,8 @@ class SubsetScoring(L.LightningModule):
     """Scores subsets of experts in one pass over validation batches; each encoder runs once a batch for all of them.
 
     Args:
-        model: The trained model; all experts that count are attached.
-        images: Images to score on; None takes all.
+        model: The trained model, with all experts attached that take part.
+        images: Validation images to score on; None takes all.
     """
 
     def __init__(self, model: FusingMethod, *, images: int | None) -> None:
@@ -36,13 +36,13 @@ class SubsetScoring(L.LightningModule):
         self.model, self.images = model, images
         self.everything = model.hub.attached
         self.subsets: tuple[Subset, ...] = ()
-        self.figures: dict[Subset, dict[str, float]] = {}
+        self.metrics: dict[Subset, dict[str, float]] = {}
         self.gflop: dict[Subset, float] = {}
         self.gate_mass: dict[str, float] = {}
         self.seen = 0
 
     def on_validation_epoch_start(self) -> None:
-        """Fresh scores; frozen tokens from the model's cache, where it has one."""
+        """Reset the scores, and read frozen tokens from the model's store where it has one."""
         self._evaluators = {subset: Evaluator(captions=0) for subset in self.subsets}
         self._gates: list[Tensor] = []
         self.seen = 0
@@ -71,8 +71,8 @@ class SubsetScoring(L.LightningModule):
                     self._gates.append(gates_BTK.mean(1))
 
     def on_validation_epoch_end(self) -> None:
-        """Compute the scores and, where all experts were attached, each one's share of the gate."""
-        self.figures = {subset: evaluator.compute() for subset, evaluator in self._evaluators.items()}
+        """Compute the scores and, where all experts were attached, each expert's mean gate."""
+        self.metrics = {subset: evaluator.compute() for subset, evaluator in self._evaluators.items()}
         if self._gates:
             mass_K = torch.cat(self._gates).mean(0).tolist()
             mass = dict(zip(self.model.hub.names, mass_K, strict=True))
@@ -88,14 +88,14 @@ class SubsetScoring(L.LightningModule):
 class SubsetTiming(L.LightningModule):
     """Measures the time per image of the vision side with subsets of experts, encoders live, on the first batch.
 
-    The subsets take turns, so that all see the same moods of the machine; a subset's time is the median of its ratio
-    to plain CLIP's in the same turn, times plain CLIP's median.
+    The subsets take turns, so that changes of the machine's load affect all of them alike. A subset's time is the
+    median of its ratio to plain CLIP's in the same turn, times plain CLIP's median.
 
     Args:
         model: The trained model.
         images: Images per call.
-        turns: Least number of turns, beside one to warm up.
-        seconds: Least time to spend.
+        turns: Fewest turns, after one to warm up.
+        seconds: Shortest time to measure for.
     """
 
     def __init__(self, model: FusingMethod, *, images: int, turns: int = 7, seconds: float = 2.0) -> None:
@@ -104,10 +104,10 @@ class SubsetTiming(L.LightningModule):
         self.subsets: tuple[Subset, ...] = ((),)
         self.milliseconds: Mapping[Subset, float] = {}
         self.unsteadiness: Mapping[Subset, float] = {}
-        """Spread of each subset's repeats, or the share of the machine that others kept busy, if that is more."""
+        """By subset, the larger of the spread of its repeats and the share of the machine that other processes used."""
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Measure; the empty subset must be among them."""
+        """Measure all subsets; the empty one must be among them."""
         live = replace(first_images(batch, self.images), split="")  # no cache knows this split
         turns: list[dict[Subset, float]] = []
         meanwhile = Meanwhile()
@@ -139,7 +139,7 @@ class SubsetTiming(L.LightningModule):
 
 @contextmanager
 def run_once(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Let each module run at most once and answer every later call with the same: for one batch, gradients off."""
+    """Run each module at most once and return the same output on later calls: for one batch, without gradients."""
     patched = list(modules)
     for module in patched:
         module.forward = _remembered(module.forward)

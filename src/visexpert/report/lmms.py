@@ -17,7 +17,7 @@ from visexpert.io.run_folder import SIDECAR
 LARGEST = sys.float_info.max
 
 BESIDE = frozenset({"alias", "samples", " "})
-"""Keys of a task's results that are no scores."""
+"""Keys of a task's results that are not scores."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def read_lmms_results(path: Path, *, harness_version: str | None = None) -> dict
     results = content.get("results") if isinstance(content, dict) else None
     if not isinstance(results, dict) or not isinstance(content.get("configs"), dict):
         raise DataError(
-            f"{path} is no results file of lmms-eval (no results and configs); give the DATE_results.json that "
-            "--output_path has written."
+            f"{path} is not a results file of lmms-eval (it has no results and configs); give the "
+            "DATE_results.json that --output_path wrote."
         )
     version = _version(content) or harness_version
     if not version:
@@ -145,7 +145,7 @@ def import_lmms(
     """
     if not (run / "config.yaml").is_file():
         raise ConfigError(
-            f"'{run}' is no run: it has no config.yaml; give the folder that `visexpert fit --run` wrote."
+            f"'{run}' is not a run: it has no config.yaml; give the folder that `visexpert fit --run` wrote."
         )
     found = read_lmms_results(path, harness_version=harness_version)
     if absent := sorted(set(tasks) - found.keys()):
@@ -167,8 +167,8 @@ def _check(task: LmmsTask, known: Mapping[str, Any] | None, run: Path, *, limite
     samples = task.provenance.samples
     if not task.provenance.is_whole and not limited:
         raise ConfigError(
-            f"{task.name} was answered for {samples.get('effective')} of {samples.get('original')} questions, which "
-            "compares with nothing; evaluate without --limit, or store it all the same with --limited."
+            f"{task.name} was answered for {samples.get('effective')} of {samples.get('original')} questions, so its "
+            "scores are not comparable; evaluate without --limit, or store them anyway with --limited."
         )
     if known is not None and known.get("sha256") != task.provenance.sha256 and not replace:
         raise ConfigError(

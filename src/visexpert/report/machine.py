@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""The machine and package versions that a number was measured with."""
 
 from __future__ import annotations
 

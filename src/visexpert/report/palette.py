@@ -36,7 +36,7 @@ WRONG = "#C63A00"
 
 
 class NothingToDrawError(DataError):
-    """A run has logged nothing of what a figure shows."""
+    """Raised where a run has logged nothing that a figure shows."""
 
 
 def colors(count: int) -> list[str]:
@@ -70,7 +70,7 @@ def styled(axes: Axes, *, title: str = "", xlabel: str = "", ylabel: str = "") -
 
 
 def canvas(width: float, height: float, *, pad: float = 0.04) -> Figure:
-    """A white figure of so many inches that draws without a screen, whatever backend the process uses."""
+    """Return a white figure, sizes in inches, that draws without a screen whatever backend the process uses."""
     layout = ConstrainedLayoutEngine(h_pad=pad, w_pad=pad)
     return Figure(figsize=(width, height), dpi=DPI, layout=layout, facecolor="white")
 
@@ -89,7 +89,7 @@ def save(figure: Figure, out: Path) -> Path:
 
 @contextmanager
 def spared(name: str) -> Iterator[None]:
-    """Draw or write a figure that is not worth a run: what goes wrong is a warning of one sentence."""
+    """Draw or write a figure; turn an error into a warning of one sentence, so that the run goes on."""
     try:
         yield
     except NothingToDrawError as error:  # a short run has logged no step, other methods no distillation
@@ -100,14 +100,14 @@ def spared(name: str) -> Iterator[None]:
 
 
 def as_float(images_NHW3: NDArray[Any]) -> Floats:
-    """RGB in [0, 1] of uint8 0-255 or of floats."""
+    """Return RGB in [0, 1], from uint8 0-255 or from floats."""
     scale = 255.0 if images_NHW3.dtype == np.uint8 else 1.0
     images: Floats = images_NHW3.astype(np.float64) / scale
     return images
 
 
 def gray(image_HW3: Floats) -> Floats:
-    """The image without its colors, so that those laid over it stand out."""
+    """Return the image without its colors, so that colors laid over it stand out."""
     pale: Floats = image_HW3.mean(axis=2, keepdims=True).repeat(3, axis=2)
     return pale
 
@@ -119,7 +119,7 @@ def overlay(image_HW3: Floats, color_hw3: Floats, share_hw: Floats) -> Floats:
 
 
 def upsample(grid_hwC: Floats, size: tuple[int, int]) -> Floats:
-    """Nearest: a token's true extent stays visible."""
+    """Upsample by nearest neighbor, so that a token's true extent stays visible."""
     rows = np.arange(size[0]) * grid_hwC.shape[0] // size[0]
     columns = np.arange(size[1]) * grid_hwC.shape[1] // size[1]
     upsampled: Floats = grid_hwC[rows][:, columns]

@@ -38,7 +38,7 @@ class ResultRow:
     scores: Mapping[str, float] = field(default_factory=dict)
 
     def value(self, key: str) -> float | None:
-        """A score, or one of the row's own figures (``steps``, ``parameters``, ...); None if it has neither."""
+        """A score, or one of the row's own numbers (``steps``, ``parameters``, ...); None if it has neither."""
         if key in _FIGURES:
             return float(getattr(self, key))
         return self.scores.get(key)
@@ -170,12 +170,12 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def is_count(key: str) -> bool:
-    """Whether a figure says on how many images or answers a score stands, such as ``test/caption/images_of``."""
+    """Return whether a metric counts the images or answers behind a score, such as ``test/caption/images_of``."""
     return key.rpartition("/")[2].removesuffix("_of") in _UNITS
 
 
 def generated_counts(metrics: Mapping[str, float | None]) -> dict[str, str]:
-    """What generated scores stand on, by the part of the keys before their last names: ``500 of 5000 images``."""
+    """Return what generated scores are computed from, by the keys without their last names: ``500 of 5000 images``."""
     found: dict[str, str] = {}
     for name, total in metrics.items():
         part, _, last = name.rpartition("/")

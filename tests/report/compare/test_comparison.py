@@ -30,7 +30,7 @@ def _compared(folder: Path, **choices: object) -> Comparison:
 
 def test_the_csv_holds_means_intervals_and_tests(tmp_path: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(_compared(tmp_path).csv())))
-    row = next(r for r in rows if r["variant"] == "tove" and r["figure"] == "test/vqa/accuracy")
+    row = next(r for r in rows if r["variant"] == "tove" and r["metric"] == "test/vqa/accuracy")
     assert (row["n"], row["by_seed"], row["baseline"]) == ("3", "0:0.7 1:0.75 2:0.71", "clip-only")
     assert float(row["mean"]) == pytest.approx(0.72)
     low, high = stats.t.interval(0.95, 2, loc=0.72, scale=stats.sem(VQA["tove"]))
@@ -38,10 +38,10 @@ def test_the_csv_holds_means_intervals_and_tests(tmp_path: Path) -> None:
     p = {name: stats.ttest_rel(VQA[name], VQA["clip-only"]).pvalue for name in ("tove", "merged")}
     assert float(row["p_paired_t"]) == pytest.approx(p["tove"])
     assert float(row["p_holm"]) == pytest.approx(max(p["tove"], 2 * min(p.values())))
-    base = next(r for r in rows if r["variant"] == "clip-only" and r["figure"] == "test/vqa/accuracy")
+    base = next(r for r in rows if r["variant"] == "clip-only" and r["metric"] == "test/vqa/accuracy")
     assert base["difference"] == base["p_holm"] == ""
-    assert {"cost/train_hours", "cost/ms_vision", "test/vqa/family/size"} <= {r["figure"] for r in rows}
-    assert not any(r["figure"].startswith("train/") for r in rows)
+    assert {"cost/train_hours", "cost/ms_vision", "test/vqa/family/size"} <= {r["metric"] for r in rows}
+    assert not any(r["metric"].startswith("train/") for r in rows)
 
 
 def test_a_score_that_a_run_lacks_is_named(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_mixed_worlds_are_refused_unless_allowed(tmp_path: Path) -> None:
 def test_the_baseline_is_the_one_that_is_named_or_looks_like_one() -> None:
     assert choose_baseline(["a", "x/clip-only"], None) == "x/clip-only"
     assert choose_baseline(["a", "b"], None) == "a" and choose_baseline(["a", "b"], "b") == "b"
-    with pytest.raises(ConfigError, match="--baseline 'c' is no variant here; they are a, b"):
+    with pytest.raises(ConfigError, match="--baseline 'c' is not a variant here; they are a, b"):
         choose_baseline(["a", "b"], "c")
 
 

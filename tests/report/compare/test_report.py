@@ -105,7 +105,7 @@ def test_every_picture_is_inside_and_whole(out: Path) -> None:
 def test_the_report_says_what_is_wrong_with_what_was_given(out: Path) -> None:
     text = (out / "report.md").read_text(encoding="utf-8")
     assert "/died/seed0 | failed or still going: there is no metrics.json" in text
-    assert "x.txt | is no run and holds none" in text
+    assert "x.txt | is not a run and holds none" in text
     assert "| schedule | trainer.max_steps | 10: clip-only, tove; 9: " in text
 
 

@@ -63,7 +63,7 @@ def test_the_refusal_names_what_differs_and_who_has_it(tmp_path: Path) -> None:
         refuse_mixed(mismatches(_pair(tmp_path, data={"seed": 1, "num_test": 8}), split="test"))
     assert str(caught.value) == (
         "These runs cannot be compared: they differ in data: data.num_test is 16 in 'a' and 8 in 'b'; data: data.seed "
-        "is 0 in 'a' and 1 in 'b'; leave some out, or pass --allow_mixed to see them side by side all the same."
+        "is 0 in 'a' and 1 in 'b'; leave some out, or pass --allow_mixed to see them side by side anyway."
     )
 
 

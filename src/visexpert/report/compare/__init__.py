@@ -1,4 +1,4 @@
-"""One page out of many runs: scores, tests, costs, figures."""
+"""Compare many runs on one page: scores, tests, costs, figures."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def compare_runs(folders: Sequence[Path], choices: Choices, *, strays: Sequence[
     Args:
         folders: Run folders.
         choices: How.
-        strays: Given paths that hold no run, to be named in the report.
+        strays: Given paths that hold no run; the report names them.
 
     Raises:
         ConfigError: No run is left to compare, runs that do not go together, or a choice that does not exist.
@@ -55,7 +55,7 @@ def compare_runs(folders: Sequence[Path], choices: Choices, *, strays: Sequence[
     records = [read_run(folder, split=choices.split) for folder in folders]
     finished = [with_costs(record) for record in records if not record.problem]
     left_out = [record for record in records if record.problem]
-    left_out += [RunRecord(path, problem="is no run and holds none") for path in strays]
+    left_out += [RunRecord(path, problem="is not a run and holds none") for path in strays]
     if not finished:
         told = "; ".join(f"'{record.folder}' {record.problem}" for record in left_out[:3])
         raise ConfigError(f"None of {len(left_out)} folders is a finished run: {told or 'none was given'}.")

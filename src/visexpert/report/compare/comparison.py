@@ -105,11 +105,11 @@ class Comparison:
         return found
 
     def summary(self, variant: Variant, key: str) -> Summary | None:
-        """A figure of a variant over its seeds."""
+        """Return a metric of a variant over its seeds; None where no run has it."""
         return self._summaries[variant.name].get(key)
 
     def best(self, score: Score) -> float | None:
-        """The best mean of all variants; None where no way is better, nobody has it or all have the same."""
+        """The best mean of all variants; None where neither direction is better, no variant has it or all are equal."""
         means = [summaries[score.key].mean for summaries in self._summaries.values() if score.key in summaries]
         if not score.better or not means or (len(means) > 1 and len(set(means)) == 1):
             return None
@@ -127,7 +127,7 @@ class Comparison:
         return found
 
     def csv(self) -> str:
-        """Every figure of every variant, one a line: scores, costs, tests against the baseline."""
+        """Return every metric of every variant, one a line: scores, costs, tests against the baseline."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(_COLUMNS)
@@ -150,7 +150,7 @@ class Comparison:
 
 _COLUMNS = [
     "variant",
-    "figure",
+    "metric",
     "n",
     "mean",
     "sd",
@@ -173,7 +173,7 @@ def choose_baseline(names: Sequence[str], wanted: str | None) -> str:
     """
     if wanted is not None:
         if wanted not in names:
-            raise ConfigError(f"--baseline '{wanted}' is no variant here; they are {', '.join(names)}.")
+            raise ConfigError(f"--baseline '{wanted}' is not a variant here; they are {', '.join(names)}.")
         return wanted
     return next((name for word in BASELINES for name in names if name.rpartition("/")[2].lower() == word), names[0])
 

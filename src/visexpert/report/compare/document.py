@@ -1,4 +1,4 @@
-"""A report as plain parts, which the page and the Markdown file both are made of."""
+"""A report as plain parts, from which both the page and the Markdown file are made."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Table:
         heading: Titles of the columns.
         rows: Cells.
         caption: What it shows, in a sentence or two.
-        strong: Index of a row that stands out, such as the baseline.
+        strong: Index of a highlighted row, such as the baseline.
         text_columns: Number of leading columns that hold words.
     """
 
@@ -72,8 +72,8 @@ class Section:
         tables: Tables.
         pictures: Figures below each other.
         strips: Figures beside each other, by title of the strip.
-        folded: Closed until asked for, on the page.
-        warning: Stands out.
+        folded: Collapsed on the page.
+        warning: Highlighted.
     """
 
     title: str

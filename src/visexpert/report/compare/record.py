@@ -33,7 +33,7 @@ IGNORED = frozenset(
     model.store.folder data.root data.rendering.progress data.num_workers data.rendering.workers data.order_seed
     data.eval_batch_size""".split()
 )
-"""What makes no other variant: seeds, places, habits of logging, and the machine."""
+"""Settings that do not make another variant: seeds, places, logging, and the machine."""
 
 _SEED = re.compile(r"(?<![a-z0-9])(seed|s)[-_]?\d+(?![a-z0-9])", re.IGNORECASE)
 
@@ -46,8 +46,8 @@ class RunRecord:
         folder: Its folder.
         seed: Of training; None where neither configuration nor environment has one.
         settings: Flat, without seeds and places.
-        metrics: Finite figures by flat key.
-        not_finite: Keys whose figure is not finite.
+        metrics: Finite metrics by flat key.
+        not_finite: Keys of metrics that are not finite.
         environment: ``environment.json``: stage to its facts.
         start: Checkpoint that its training began with, or that was scored without training, as configured.
         problem: Why it cannot be compared, in a few words; empty for a finished run.
@@ -83,7 +83,7 @@ class RunRecord:
 def find_runs(paths: Iterable[Path], *, phases: bool = False) -> tuple[list[Path], list[Path]]:
     """Run folders at or below the given paths, and those paths that hold none.
 
-    A folder that is no run is searched; a run's own folder is not, unless ``phases`` wants RUN/merged and the like.
+    A folder that is not a run is searched; a run's own folder is not, unless ``phases`` wants RUN/merged and the like.
 
     Raises:
         ConfigError: A path does not exist.
@@ -93,7 +93,7 @@ def find_runs(paths: Iterable[Path], *, phases: bool = False) -> tuple[list[Path
     for path in paths:
         if not path.exists():
             raise ConfigError(
-                f"There is no '{path}'; give folders that `visexpert fit --run` wrote, or folders of such."
+                f"'{path}' does not exist; give folders that `visexpert fit --run` wrote, or folders that contain them."
             )
         below = _runs_below(path, phases=phases)
         runs += below
@@ -108,7 +108,7 @@ def is_run(folder: Path) -> bool:
 
 
 def read_run(folder: Path, *, split: str = "test") -> RunRecord:
-    """Read a run's folder; what is wrong with it becomes its ``problem``.
+    """Read a run's folder; record what is wrong with it as its ``problem``.
 
     Args:
         folder: The folder.
@@ -117,24 +117,24 @@ def read_run(folder: Path, *, split: str = "test") -> RunRecord:
     try:
         config, settings = _read_config(folder)
         environment = read_json(folder / "environment.json") if (folder / "environment.json").is_file() else {}
-        figures = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
-        for name, content in (("environment.json", environment), ("metrics.json", figures or {})):
+        metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
+        for name, content in (("environment.json", environment), ("metrics.json", metrics or {})):
             if not isinstance(content, dict):
                 raise DataError(f"{name} holds a {type(content).__name__} where an object belongs")
     except (DataError, ValueError, OSError) as error:
         return RunRecord(folder, problem=f"cannot be read: {str(error).splitlines()[0]}")
-    numbers = {key: value for key, value in (figures or {}).items() if _is_number(value)}
+    numbers = {key: value for key, value in (metrics or {}).items() if _is_number(value)}
     record = RunRecord(
         folder,
         _seed(config, environment),
         settings,
         {key: float(value) for key, value in numbers.items() if math.isfinite(value)},
-        tuple(key for key, value in (figures or {}).items() if value is None or not math.isfinite(numbers.get(key, 0))),
+        tuple(key for key, value in (metrics or {}).items() if value is None or not math.isfinite(numbers.get(key, 0))),
         environment,
         _start(config, environment),
         trained_on=training_sets(config),
     )
-    return RunRecord(**{**vars(record), "problem": _problem(record, split, has_metrics=figures is not None)})
+    return RunRecord(**{**vars(record), "problem": _problem(record, split, has_metrics=metrics is not None)})
 
 
 def natural(path: Path) -> list[tuple[int, int, str]]:
@@ -163,7 +163,7 @@ def _read_config(folder: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
             config = read_yaml(folder / name)
             break
     if not isinstance(config, Mapping):
-        raise DataError("its configuration is no mapping")
+        raise DataError("its configuration is not a mapping")
     settings = flatten(config)
     for name, phase in PHASES.items():
         if (folder / name).is_file():
@@ -252,7 +252,7 @@ def differences(settings: Sequence[Settings]) -> dict[str, list[Any]]:
 
 
 def shown(value: Any) -> str:
-    """A value in a word: lists in brackets, nothing as ``null``."""
+    """Return a value in a word: lists in brackets, None as ``null``."""
     if isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str).strip('"')

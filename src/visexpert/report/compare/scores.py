@@ -43,7 +43,7 @@ _DEEPEST = 8
 
 @dataclass(frozen=True)
 class Score:
-    """A figure to show.
+    """A metric to show.
 
     Args:
         key: Flat key in ``metrics.json``.
@@ -152,17 +152,17 @@ def _resolved(key: str, known: Sequence[str], split: str) -> str:
 
 
 def with_costs(run: RunRecord) -> RunRecord:
-    """The run with figures derived from what it recorded.
+    """Return the run with costs derived from what it recorded.
 
     ``cost/ms_vision`` and ``cost/train_hours`` are other units; ``cost/train_images`` is steps times batch where a run
     has not counted; ``cost/all_...`` adds what the run took that it started from (``init_from``, or the run that was
-    merged or detached), is the same where there is none, and is left out where that is not known.
+    merged or detached), equals its own cost where it started from none, and is left out where that is not known.
     """
     return replace(run, metrics=_derived(run, _DEEPEST))
 
 
 def unsteady(variant: Variant) -> bool:
-    """Whether the milliseconds of any of its runs are to be marked."""
+    """Return whether the milliseconds of any of its runs were measured unsteadily."""
     return any(MS in run.metrics and is_unsteady(run.metrics) for run in variant.runs)
 
 
@@ -181,7 +181,7 @@ def _derived(run: RunRecord, deepest: int) -> dict[str, float]:
 
 
 def _before(run: RunRecord, deepest: int) -> dict[str, float | None]:
-    """What the runs took that this one started from: nothing without a start; empty where it is not known."""
+    """Return the costs of the runs that this one started from: 0 without a start; empty where unknown."""
     start = start_of(run)
     if start is None:
         return dict.fromkeys(_SUMMED, 0.0)

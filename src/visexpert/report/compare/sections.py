@@ -25,7 +25,7 @@ from visexpert.report.world import known_images
 from visexpert.timing import TOLD
 
 STRIPS = {
-    "gate_maps": "Gate maps: which expert each token listens to",
+    "gate_maps": "Gate maps: how much each token listens to each expert",
     "cls_attention": "[CLS] attention",
     "captions": "Captions",
     "gate_by_region": "Mean gate by region",
@@ -97,15 +97,15 @@ def _warnings(comparison: Comparison) -> Iterator[Section]:
     uneven = uneven_variants(comparison.variants)
     if uneven:
         told = (
-            "These were put together by folder or by name, but are no seeds of one setting. Where a run chooses the "
-            "setting itself, such as the expert to detach, that is as it should be."
+            "These were grouped by folder or by name, but differ in more than their seed. That is expected where a run "
+            "chooses the setting itself, such as the expert to detach."
         )
-        yield Section("Seeds with unlike settings", (told,), (difference_table(uneven),), warning=True)
+        yield Section("Seeds with different settings", (told,), (difference_table(uneven),), warning=True)
     unequal = unequal_terms(comparison.variants)
     if unequal:
         told = (
-            "The variants were not trained on equal terms in what follows. Some of it may be the very question; the "
-            "rest has to be borne in mind with every difference below. Images of a run's start are counted with it."
+            "The variants were not trained on equal terms. Some of these differences may be the question of the "
+            "comparison; keep the others in mind when reading the scores. Images of a run's start are included."
         )
         yield Section("Unequal terms", (told,), (difference_table(unequal),), warning=True)
 
@@ -120,9 +120,9 @@ def _results(comparison: Comparison) -> Iterator[Section]:
         yield Section(f"Against '{comparison.baseline}'", tables=(paired_table(comparison),))
     told = (
         "Training GFLOP: forward and backward passes of all steps, as run (tokens from the feature store are free) and "
-        "as if every encoder had run at each step. Times and milliseconds depend on the machine and on what else it "
-        "did. Images seen are steps times batch where a run has not counted them. With its start: what the run took "
-        "that this one went on from is added."
+        "as if every encoder had run at each step. Times depend on the machine and on its other "
+        "load. Images seen are steps times batch where a run has not counted them. With its start: the cost of "
+        "the run that this one started from is added."
     )
     if any(unsteady(variant) for variant in comparison.variants):
         told += f" {TOLD}."
@@ -186,7 +186,7 @@ def _side_by_side(comparison: Comparison) -> Iterator[Section]:
 
 def _appendix(comparison: Comparison) -> Iterator[Section]:
     if len(comparison.variants) > 1:
-        told = "A dash: the variant has no such setting. Seeds, places and habits of logging are left out."
+        told = "A dash: the variant has no such setting. Seeds, places and logging are left out."
         yield Section("How the variants differ", (told,), (setting_table(comparison),), folded=True)
     yield Section("All scores", tables=(score_table(comparison, comparison.all_scores),), folded=True)
     yield Section("Runs", tables=(run_table(comparison),), folded=True)

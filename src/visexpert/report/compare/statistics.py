@@ -16,7 +16,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Summary:
-    """A figure over seeds.
+    """A metric over seeds.
 
     Args:
         n: Seeds.
@@ -33,7 +33,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class PairedTest:
-    """A variant against the baseline in one figure, by seeds that both have.
+    """A variant against the baseline in one metric, over the seeds that both have.
 
     Args:
         n: Seeds in common.
@@ -94,7 +94,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def corrected(tests: Mapping[tuple[str, str], PairedTest]) -> dict[tuple[str, str], PairedTest]:
     """Tests by (variant, score) with Holm's correction over all variants within each score.
 
-    Every score is a question of its own; the many variants that are tried on it are what needs correction.
+    Each score is a separate question; the correction is for the many variants tried on it.
     """
     adjusted: dict[tuple[str, str], float] = {}
     for score in dict.fromkeys(score for _, score in tests):

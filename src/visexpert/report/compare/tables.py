@@ -50,7 +50,7 @@ def paired_table(comparison: Comparison) -> Table:
 
 
 def cost_table(comparison: Comparison) -> Table:
-    """Parameters, work and time of training and inference; columns that nobody has anything for are left out."""
+    """Parameters, work and time of training and inference; columns without any value are left out."""
     columns = [score for score in COSTS if not _repeats(comparison, score)]
     rows = [
         (Cell(str(number), number), Cell(variant.name), *(_cost_cell(variant, score) for score in columns))
@@ -61,7 +61,7 @@ def cost_table(comparison: Comparison) -> Table:
 
 
 def difference_table(found: Sequence[Difference]) -> Table:
-    """Who has which value of what should be equal."""
+    """Which variants have which value of what should be equal."""
     rows = []
     for one in found:
         holders = "; ".join(f"{value}: {_names(names)}" for value, names in one.holders.items())
@@ -110,7 +110,7 @@ def left_out_table(runs: Sequence[RunRecord]) -> Table:
 
 
 def number(value: float, score: Score) -> str:
-    """A figure as the report shows it."""
+    """Return a number as the report shows it."""
     return f"{value * score.scale:.{score.digits}f}"
 
 
@@ -154,7 +154,7 @@ def _cost_cell(variant: Variant, score: Score) -> Cell:
 
 
 def _repeats(comparison: Comparison, score: Score) -> bool:
-    """Whether a figure "with its start" says the same as the one without it, for everybody."""
+    """Return whether a cost "with its start" equals the one without it for every variant."""
     own = score.key.replace("cost/all_", "cost/")
     return own != score.key and all(variant.values(score.key) == variant.values(own) for variant in comparison.variants)
 

@@ -88,7 +88,7 @@ def mismatches(variants: Sequence[Variant], *, split: str) -> list[Difference]:
 
 
 def refuse_mixed(found: Sequence[Difference]) -> None:
-    """Refuse to compare what cannot be.
+    """Refuse to compare runs that are not comparable.
 
     Raises:
         ConfigError: There is a difference; the message names up to three.
@@ -97,7 +97,7 @@ def refuse_mixed(found: Sequence[Difference]) -> None:
         more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
         raise ConfigError(
             f"These runs cannot be compared: they differ in {'; '.join(map(str, found[:3]))}{more}; leave some out, or "
-            "pass --allow_mixed to see them side by side all the same."
+            "pass --allow_mixed to see them side by side anyway."
         )
 
 
@@ -127,7 +127,7 @@ def unequal_terms(variants: Sequence[Variant]) -> list[Difference]:
 
 
 def uneven_variants(variants: Sequence[Variant]) -> list[Difference]:
-    """Settings in which runs of one variant are unlike, by seed: they were put together by folder or by name."""
+    """Return the settings in which runs of one variant differ, by seed: they were grouped by folder or by name."""
     found = []
     for variant in variants:
         for key, values in differences([run.settings for run in variant.runs]).items():
@@ -163,7 +163,7 @@ def _differing(
 
 
 def _told(run: RunRecord, key: str, value_of: Callable[[RunRecord], Any]) -> str:
-    """A value in a word; a setting that is there and empty is ``null``, one that is not there is not recorded."""
+    """A value in a word; an empty setting is ``null``, a missing one is not recorded."""
     value = value_of(run)
     return NOT_RECORDED if value is None and key not in run.settings else shown(value)
 

@@ -1,4 +1,4 @@
-"""Runs into variants: seeds of one setting belong together, and each gets a short name."""
+"""Group runs into variants: seeds of one setting belong together, and each variant gets a short name."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Variant:
         return tuple(run.seed for run in self.runs)
 
     def values(self, key: str) -> list[float]:
-        """A figure of every run that has it."""
+        """Return a metric of every run that has it."""
         return [run.metrics[key] for run in self.runs if key in run.metrics]
 
     def by_seed(self, key: str) -> dict[int | None, float]:
-        """A figure by seed."""
+        """Return a metric by seed."""
         return {run.seed: run.metrics[key] for run in self.runs if key in run.metrics}
 
 
@@ -84,7 +84,7 @@ def _by_seed(variant: Variant) -> Variant:
         if run.seed is not None and run.seed in seen:
             raise ConfigError(
                 f"'{seen[run.seed].folder}' and '{run.folder}' are both '{variant.name}' with seed {run.seed}; give "
-                "one of them, or name them apart by --group NAME=GLOB."
+                "one of them, or give them separate names by --group NAME=GLOB."
             )
         if run.seed is not None:
             seen[run.seed] = run

@@ -33,7 +33,6 @@ SLOWEST = (
     "test_precision.py",
     "test_in_two_processes.py",
     "test_detach.py",
-    "test_workers.py",
     "test_trust.py",
     "test_merge.py",
     "test_cli.py",

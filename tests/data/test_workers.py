@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -78,6 +79,17 @@ def test_an_error_keeps_its_kind_and_sentence(
 def test_a_defect_keeps_its_traceback() -> None:
     with pytest.raises(KeyError, match="Traceback"):
         list(load(Items(KeyError("oops")), num_workers=1))
+
+
+@pytest.mark.parametrize("form", [Items, Stream])
+@pytest.mark.parametrize("error", [DataError("The image x is damaged."), KeyError("oops")])
+def test_workers_end_with_the_loading_though_the_error_is_kept(form: Any, error: Exception) -> None:
+    """Else they live as long as the traceback, and each wait for them takes seconds."""
+    others = set(multiprocessing.active_children())
+    with pytest.raises(type(error)) as kept:
+        list(load(form(error), num_workers=1))
+    assert kept.value is not None
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_a_worker_that_is_killed_is_told_with_what_to_do() -> None:

@@ -49,16 +49,23 @@ def load(dataset: Dataset[T_co], *, num_workers: int, generator: torch.Generator
         items = iter(loader)
     except (OSError, RuntimeError) as error:
         raise DataError(f"{num_workers} workers cannot be started ({first_line(error)}); lower num_workers.") from error
-    while True:
-        try:
-            item = next(items)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            raise (told_by_machine(error) or error) from error.__cause__
-        if isinstance(item, _Failure):
-            raise item.kind(item.sentence)
-        yield item
+    del loader  # so that the workers end with the loop, not with the traceback of an error
+    try:
+        while True:
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            except Exception as error:
+                if num_workers:  # the worker's own traceback is in the text; torch's frames would hold the workers
+                    error.with_traceback(None)
+                told = told_by_machine(error) if isinstance(error, RuntimeError) else None
+                raise (told or error) from error.__cause__
+            if isinstance(item, _Failure):
+                raise item.kind(item.sentence)
+            yield item
+    finally:
+        del items
 
 
 class _Told(Dataset[Any]):

@@ -53,6 +53,16 @@ check: $(STAMP) ## Lint, format, types, import law
 	$(PY) -m mypy --strict src tests
 	$(PY) -m pytest tests/test_imports.py
 
+.PHONY: wheel
+wheel: $(STAMP) ## Build wheel and sdist into dist/ and check what they say of themselves
+	rm -rf dist
+	$(PY) -m build
+	$(PY) -m twine check --strict dist/*
+
+.PHONY: check-wheel
+check-wheel: wheel ## Install the wheel outside the clone, and run demo, fit, export and test there
+	.ci/check-wheel $(PY)
+
 .PHONY: format
 format: $(STAMP) ## Format the code and mend what the linter can mend
 	$(PY) -m ruff format .

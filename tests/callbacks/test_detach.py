@@ -393,8 +393,8 @@ def test_a_model_without_experts_has_nothing_to_detach(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "one criterion, but none was given"),
-        ({"keep": 1, "latency_budget": 2.0}, "one criterion, but keep=1, latency_budget=2.0 was given"),
+        ({}, "one criterion, got none"),
+        ({"keep": 1, "latency_budget": 2.0}, "one criterion, got keep=1, latency_budget=2.0"),
         ({"keep": 1, "images": 0}, "images=0 must be at least 1"),
         ({"keep": 1, "retune_steps": -1}, "retune_steps=-1 must be at least 0"),
         ({"keep": 1, "retune_lr": 0.1, "retune_steps": 0}, "retune_lr=0.1 with retune_steps=0 trains nothing"),

@@ -207,7 +207,7 @@ def test_one_expert_needs_no_sums() -> None:
     ("criterion", "message"),
     [
         ({}, "one criterion, got none; set one of min_contribution, keep, latency_budget"),
-        ({"keep": 1, "min_contribution": 0.1}, "min_contribution=0.1, keep=1 was given"),
+        ({"keep": 1, "min_contribution": 0.1}, "got min_contribution=0.1, keep=1"),
         ({"latency_budget": 0.9}, "latency_budget .* got 0.9"),
         ({"latency_budget": float("nan")}, "latency_budget .* got nan"),
         ({"latency_budget": float("inf")}, "latency_budget .* got inf"),

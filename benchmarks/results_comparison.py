@@ -171,9 +171,8 @@ def share_figure(rows: Sequence[ResultRow], out: Path) -> Path:
     figure = canvas(4.4 * len(SHARE_SCORES), 3.6)
     for place, column in enumerate(SHARE_SCORES, start=1):
         scale, label = column.scale, f"{column.title}, %" if column.scale == 100 else column.title
-        axes = styled(
-            figure.add_subplot(1, len(SHARE_SCORES), place), title=label, xlabel="training scenes, %", ylabel=label
-        )
+        axes = figure.add_subplot(1, len(SHARE_SCORES), place)
+        styled(axes, title=column.title, xlabel="share of the training scenes, %", ylabel=f"{label} (± one sd)")
         for title, color in zip((WITH, WITHOUT), colors(2), strict=True):
             points = {share: _values(rows, f"{share} %, {title}", column.key) for share in SHARES}
             shown = [share for share, values in points.items() if values]

@@ -174,7 +174,7 @@ def test_what_is_no_file_is_no_configuration(tmp_path: Path, capsys: pytest.Capt
     for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
         for command in (["fit", "--config"], ["plan", "--config"], ["data", "check"]):
             line = refused([*command, str(path)], capsys)
-            assert str(path) in line and "no regular file" in line
+            assert str(path) in line and "not a regular file" in line
 
 
 def test_a_config_of_utf8_with_a_mark_is_read(tmp_path: Path) -> None:

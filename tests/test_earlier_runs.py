@@ -105,7 +105,7 @@ def test_every_command_says_that_the_run_is_of_an_earlier_version(
     torch.save({}, run / "image.png")  # is not read before the run is
     told = refused(COMMANDS[command](run), capsys)
     assert f"{run}/config.yaml was written by an earlier version of visexpert (0.1)" in told
-    assert visexpert.__version__ in told and told.endswith("train anew, or use visexpert 0.1.")
+    assert visexpert.__version__ in told and told.endswith("train again, or use visexpert 0.1.")
     assert not (tmp_path / "new").exists()
 
 

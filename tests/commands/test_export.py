@@ -144,7 +144,7 @@ def test_bad_options_are_refused_before_anything_is_read(tmp_path: Path, capsys:
     assert "is not empty" in refusal([absent, "--format", "hf", "--out", str(tmp_path / "full")], capsys)
     assert "--format coreml is unknown; use one of hf" in refusal([absent, "--format", "hf,coreml", *out], capsys)
     onnx = [absent, "--format", "hf,onnx", *out, "--dtype", "float16"]
-    assert "--dtype float16: --format onnx holds float32 weights alone" in refusal(onnx, capsys)
+    assert "--dtype float16: --format onnx stores float32 weights only" in refusal(onnx, capsys)
     assert "must be above 0" in refusal([absent, "--format", "hf", *out, "--tolerance", "0"], capsys)
 
 

@@ -38,7 +38,7 @@ def test_the_tables_name_the_parts_and_what_is_assumed(capsys: pytest.CaptureFix
     assert "asks for 4 GPUs" in shown
     for words in ("MoLE", "KD heads", "expert edges", "frozen CLIP", "language model", "memory per GPU", "teachers"):
         assert words in shown
-    assert "30% of the peak is reached (--mfu)" in shown
+    assert "reaches 30% of the peak" in shown
 
 
 @pytest.mark.parametrize(

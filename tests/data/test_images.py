@@ -184,7 +184,7 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "device.png").symlink_to("/dev/zero")
     for name in ("pipe.png", "folder.png", "device.png"):
-        with pytest.raises(DataError, match=f"{name}.*no regular file"):
+        with pytest.raises(DataError, match=f"{name}.*not a regular file"):
             read_image(tmp_path / name)
     saved(tmp_path / "a.png", Image.fromarray(COLOURS))
     (tmp_path / "link.png").symlink_to("a.png")

@@ -48,7 +48,7 @@ def test_preprocessing_is_judged_in_levels() -> None:
 
 def test_other_token_ids_are_refused() -> None:
     equal_ids(torch.tensor([[4, 1]]), torch.tensor([[4, 1]]), what="llava")
-    with pytest.raises(WeightsError, match=r"ends a text in the token ids \[4, 2\]"):
+    with pytest.raises(WeightsError, match=r"gives the last token ids \[4, 2\]"):
         equal_ids(torch.tensor([[4, 2]]), torch.tensor([[4, 1]]), what="llava")
 
 

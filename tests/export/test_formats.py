@@ -111,7 +111,7 @@ def test_llava_answers_as_the_prefix_lm_does(tmp_path: Path) -> None:
 
 
 def test_what_a_format_has_no_place_for_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="llava export needs a language model that is a prefix LM"):
+    with pytest.raises(ConfigError, match="--format llava needs a prefix LM"):
         export({"llava": tiny_source()}, tmp_path / "out")
     with pytest.raises(ConfigError, match="no vision tower with hidden_act='relu'"):
         export({"open_clip": tiny_source(hidden_act="relu")}, tmp_path / "out")
@@ -163,7 +163,7 @@ def test_a_language_model_in_bfloat16_stays_so_and_loses_nothing(tmp_path: Path)
     for key, value in state.items():
         kinds.setdefault(value.dtype, set()).add(key.split(".")[0])
     assert kinds == {torch.bfloat16: {"language_model"}, torch.float32: {"vision_tower", "multi_modal_projector"}}
-    assert facts["weights"].startswith("bfloat16 of the language model, as in the run, else float32")
+    assert facts["weights"].startswith("bfloat16 for the language model, as in the run, else float32")
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert source.language is not None and source.language.side.model.dtype == torch.bfloat16
@@ -175,7 +175,7 @@ def test_what_cannot_be_rounded_is_refused(tmp_path: Path) -> None:
             export({name: replace(tiny_source(), dtype=torch.float16)}, tmp_path / "out")
     source = replace(tiny_source(), dtype=torch.float16)
     source.clip.model.post_layernorm.weight.data.fill_(7e4)
-    with pytest.raises(ConfigError, match=r"7e\+04 is beyond the range of float16"):
+    with pytest.raises(ConfigError, match=r"7e\+04 is outside the range of float16"):
         export({"hf": source}, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

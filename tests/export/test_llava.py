@@ -79,4 +79,4 @@ def test_ids_are_those_of_training_or_the_readme_says_so(kind: str, tmp_path: Pa
         facts = prompt.facts()
         said = "\n".join(prompt_lines(facts, tokenizer))
         assert facts["ids_equal"] is (name not in differing) and prompt.text in said
-        assert ("token ids besides the image's where training had" in said) is (name in differing)
+        assert ("tokenizes this text in one piece" in said) is (name in differing)

@@ -48,10 +48,10 @@ def test_readers_refuse_what_would_never_end(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
         for read in (read_text, read_json, read_yaml):
-            with pytest.raises(OSError, match="no regular file"):
+            with pytest.raises(OSError, match="not a regular file"):
                 read(path)
         for told in (read_annotations, read_json_lines, read_record):
-            with pytest.raises(DataError, match="no regular file"):
+            with pytest.raises(DataError, match="not a regular file"):
                 told(path)
     (tmp_path / "latin1").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match="0xe9"):

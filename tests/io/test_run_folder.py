@@ -51,7 +51,7 @@ def test_another_version_is_named_with_what_cannot_be_read(
     config.write_text(f"# visexpert=={theirs}\n", encoding="utf-8")
     told = str(blamed_on_version(CAUSE, [config]))
     assert str(config) in told and f"{age} version of visexpert ({theirs})" in told and f"({ours})" in told
-    assert "no setting 'lr'" in told and told.endswith(f"train anew, or use visexpert {theirs}.")
+    assert "no setting 'lr'" in told and told.endswith(f"train again, or use visexpert {theirs}.")
 
 
 @pytest.mark.parametrize("text", ["# visexpert==0.2.9\n", "# mine\n"])

@@ -125,7 +125,7 @@ def test_no_code_of_an_fsdp_folder_runs(tmp_path: Path, file: Path, victim: str)
         torch.save({"global_step": Attack(tmp_path / "ran")}, folder / victim)
     else:
         (folder / victim).write_bytes(pickle.dumps(Attack(tmp_path / "ran")))
-    with pytest.raises(WeightsError, match="is no plain checkpoint"):
+    with pytest.raises(WeightsError, match="cannot be read: it is damaged"):
         load_checkpoint(folder, owner="test")
     assert not (tmp_path / "ran").exists()
 
@@ -140,7 +140,7 @@ def test_no_code_of_a_deepspeed_folder_runs(tmp_path: Path, file: Path, monkeypa
     monkeypatch.setattr(
         "visexpert.io.sharded.read_facts", lambda folder: {"global_step": 1}
     )  # the second line of defense
-    with pytest.raises(WeightsError, match="is no plain checkpoint"):
+    with pytest.raises(WeightsError, match="cannot be read: it is damaged"):
         load_checkpoint(folder, owner="test")
     assert not (tmp_path / "ran").exists()
 

@@ -151,11 +151,11 @@ def test_a_checkpoint_holds_what_trains_twice_over_and_no_teacher() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Asked(gpus=0), "--gpus 0"),
-        (lambda: Asked(mfu=1.5), "--mfu 1.5"),
+        (lambda: Asked(gpus=0), "--gpus .*got 0"),
+        (lambda: Asked(mfu=1.5), "--mfu .*got 1.5"),
         (lambda: make_plan(read(TOVE), Asked(gpu="abacus")), "abacus"),
-        (lambda: make_plan(read(TOVE), Asked(text_tokens=1)), "--text_tokens 1"),
-        (lambda: read("configs/zoo/clip.yaml"), "plan counts methods"),
+        (lambda: make_plan(read(TOVE), Asked(text_tokens=1)), "--text_tokens .*got 1 and 0"),
+        (lambda: read("configs/zoo/clip.yaml"), "needs a method"),
     ],
 )
 def test_impossible_wishes_are_refused_in_a_sentence(make: Callable[[], object], message: str) -> None:
@@ -212,4 +212,4 @@ def test_the_wrong_one_of_several_settings_is_named() -> None:
     with pytest.raises(ConfigError) as error:
         Asked(gpus=0)
     message = str(error.value)
-    assert "--gpus 0, but must be at least 1" in message and "mfu" not in message and "None" not in message
+    assert "--gpus must be at least 1, got 0" in message and "mfu" not in message and "None" not in message

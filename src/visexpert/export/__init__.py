@@ -1,4 +1,4 @@
-"""The merged or student CLIP in other libraries' formats."""
+"""Export of the merged or student CLIP to the formats of other libraries."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ tokens = output.hidden_states[{layer}][:, 1:]  # patch tokens as the language mo
 
 
 PREFIX = "vision_model."
-"""What ``transformers`` 4 writes before each key, and what 5 reads, too. Without it (as 5 writes) 4 would warn, start
-from random weights and go on."""
+"""Prefix of keys that ``transformers`` 4 writes and both 4 and 5 read. Without it (as 5 writes) 4 warns, keeps random
+weights and goes on."""
 
 
 def write_hf(source: ExportSource, folder: Path) -> None:
@@ -46,7 +46,7 @@ def write_hf(source: ExportSource, folder: Path) -> None:
 
 
 def vision_config(source: ExportSource) -> Any:
-    """A copy of CLIP's configuration that says how wide the projection was, though it is not in the folder."""
+    """Return a copy of CLIP's configuration with the width of the projection, though the folder does not hold it."""
     config = copy.deepcopy(source.clip.config)
     if source.projection is not None:
         config.projection_dim = source.projection.dim
@@ -54,7 +54,7 @@ def vision_config(source: ExportSource) -> Any:
 
 
 def image_processor(source: ExportSource) -> CLIPImageProcessor:
-    """CLIP's processor with the settings of :meth:`ClipEncoder.preprocess`."""
+    """Return CLIP's processor with the settings of :meth:`ClipEncoder.preprocess`."""
     how = source.preprocessing
     size = dict(zip(("height", "width"), how["size"], strict=True))
     return CLIPImageProcessor(
@@ -74,7 +74,7 @@ def image_processor(source: ExportSource) -> CLIPImageProcessor:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep ``transformers`` from drawing progress bars while it writes."""
+    """Hide the progress bars of ``transformers`` while it writes."""
     enabled = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
@@ -101,21 +101,21 @@ NO_TEXT: dict[str, Any] = {
     "layers": 1,
     "proj_type": "none",
 }
-"""open_clip builds no model without a text tower. This one has one word, so that encoding a text fails at once (index
-out of range) and nothing can mistake an untrained tower for CLIP's; 26 weights, all zero."""
+"""open_clip needs a text tower. This one knows one word: encoding a text fails at once (index out of range), so nobody
+mistakes an untrained tower for CLIP's. It has 26 weights, all zero."""
 
 
 def write_open_clip(source: ExportSource, folder: Path) -> None:
     """Write ``open_clip_config.json`` and ``open_clip_model.safetensors``.
 
-    The image embedding is the pooled output itself: ``proj`` is the identity, since a ``CLIPVisionModel`` has none.
+    The image embedding is the pooled output: ``proj`` is the identity, since a ``CLIPVisionModel`` has none.
 
     Raises:
-        ConfigError: An activation that open_clip's towers do not have, or tokens that they do not hand out.
+        ConfigError: open_clip lacks the activation, or does not return the tokens.
     """
     depth = int(source.clip.config.num_hidden_layers)
     if min(source.clip.layer, *source.layers) < -depth:
-        raise ConfigError(f"open_clip hands out no tokens before the first block (layer {-depth - 1}); export as hf.")
+        raise ConfigError(f"open_clip returns no tokens before the first block (layer {-depth - 1}); use --format hf.")
     how = source.preprocessing
     model_cfg = {"embed_dim": source.clip.width, **open_clip_config(source.clip.config), "text_cfg": NO_TEXT}
     preprocess = {
@@ -136,14 +136,14 @@ def write_open_clip(source: ExportSource, folder: Path) -> None:
 
 
 def _no_text(model_cfg: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Zeros for all but the image tower, shapes as open_clip builds them."""
+    """Return zeros for everything but the image tower, in the shapes that open_clip builds."""
     with torch.device("meta"):
         shapes = CLIP(**model_cfg).state_dict()
     return {key: torch.zeros(value.shape) for key, value in shapes.items() if not key.startswith("visual.")}
 
 
 MODEL_TYPE = "visexpert_clip_mole"
-"""No type that ``transformers`` knows: its auto classes refuse the folder instead of dropping MoLE."""
+"""Unknown to ``transformers``, so that its auto classes refuse the folder instead of dropping MoLE."""
 
 VISEXPERT_USAGE = """\
 import json
@@ -160,11 +160,11 @@ def write_visexpert(source: ExportSource, folder: Path) -> None:
     """Write ``config.json``, ``mole.json``, ``model.safetensors`` and ``preprocessor_config.json``.
 
     Raises:
-        ConfigError: A plain CLIP, which needs no folder of its own kind.
+        ConfigError: The CLIP has no MoLE.
     """
     settings = mole_settings(source.clip)
     if settings is None:
-        raise ConfigError("--format visexpert is for a CLIP with MoLE; a plain one is read from --format hf as well.")
+        raise ConfigError("--format visexpert is for a CLIP with MoLE; this one has none, use --format hf.")
     write_hf(source, folder)
     (folder / "mole.json").write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
     path = folder / "config.json"

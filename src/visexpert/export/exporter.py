@@ -1,4 +1,4 @@
-"""Write, reload, compare, report: an export that is there has been proved."""
+"""Write an export, reload it, compare it, report: an export that exists has been verified."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ FORMATS: dict[str, Format] = {
     "visexpert": Format(clip_folders.write_visexpert, (), clip_folders.VISEXPERT_USAGE, (POOLED,), mole="trained"),
 }
 KEEP_MOLE = tuple(name for name, form in FORMATS.items() if form.mole is not None)
-"""Formats that have a place for a student's mixture of low-rank experts."""
+"""Formats that can hold a student's mixture of low-rank experts."""
 
 
 def export(sources: Mapping[str, ExportSource], out: Path, *, tolerance: float = TOLERANCE) -> dict[str, Fidelity]:
-    """Export a CLIP; ``out`` appears when every format has been reloaded in a fresh process and agrees.
+    """Export a CLIP; ``out`` appears only after every format has been reloaded in a fresh process and agrees.
 
     Args:
-        sources: What to export by format, a name in :data:`FORMATS`. One is written into ``out`` itself, several into
-            folders of their names.
-        out: Target, new or empty.
-        tolerance: Largest error allowed over the root mean square of the reference.
+        sources: What to export, by format (a name in :data:`FORMATS`). A single format is written into ``out`` itself,
+            several into folders named after them.
+        out: Target folder, new or empty.
+        tolerance: Largest allowed error, relative to the root mean square of the reference.
 
     Returns:
-        What the reload of each format showed.
+        Result of the reload, by format.
 
     Raises:
-        ConfigError: The target is taken, a package is missing, or the model does not fit the format.
-        WeightsError: A reload failed or differs.
+        ConfigError: The target is not empty, a package is missing, or the model does not fit the format.
+        WeightsError: A reload fails or differs.
     """
     check_formats(sources)
     for name, source in sources.items():
@@ -60,8 +60,8 @@ def export(sources: Mapping[str, ExportSource], out: Path, *, tolerance: float =
     for name, source in sources.items():
         if equipped_blocks(source.clip) and FORMATS[name].mole is None:
             raise ConfigError(
-                f"--format {name} has no place for MoLE; export a fold or a flattened CLIP (--mole fold, --mole "
-                f"flatten), or one of {', '.join(KEEP_MOLE)}."
+                f"--format {name} has no place for MoLE; export a plain CLIP (--mole fold, --mole flatten), or use "
+                f"one of {', '.join(KEEP_MOLE)}."
             )
     found: dict[str, Fidelity] = {}
     with whole_or_nothing(out) as partial:
@@ -118,10 +118,10 @@ def export_encoder(
 
 
 def check_formats(formats: Iterable[str]) -> None:
-    """Refuse unknown formats and those whose packages are missing.
+    """Check that formats are known and their packages installed.
 
     Raises:
-        ConfigError: There is one.
+        ConfigError: A format is unknown, or a package is missing.
     """
     for name in formats:
         if name not in FORMATS:
@@ -135,32 +135,30 @@ def check_formats(formats: Iterable[str]) -> None:
 
 @contextmanager
 def whole_or_nothing(out: Path) -> Iterator[Path]:
-    """Give a hidden folder beside ``out`` that is renamed to ``out`` at the end, or removed if anything goes wrong.
+    """Provide a hidden folder beside ``out`` that is renamed to ``out`` at the end, or removed after an error.
 
-    A process that is killed leaves at most the hidden folder, ``.NAME.HOST-NUMBER.part``.
+    A killed process leaves at most the hidden folder, ``.NAME.HOST-NUMBER.part``.
 
     Args:
         out: Target; may exist only as an empty folder.
 
     Raises:
-        ConfigError: The target is taken.
-        DataError: The disk refuses.
+        ConfigError: The target is a file or is not empty.
+        DataError: The folder cannot be written.
     """
     check_target(out)
     try:
         with whole_folder(out) as partial:
             yield partial
     except OSError as error:
-        raise DataError(
-            f"'{out}' cannot be written ({error}); choose a folder with room that you may write."
-        ) from error
+        raise DataError(f"'{out}' cannot be written ({error}); choose a writable folder with enough space.") from error
 
 
 def check_target(out: Path) -> None:
-    """Refuse a target that is taken.
+    """Check that a target is new or an empty folder.
 
     Raises:
-        ConfigError: It is a file, or a folder that is not empty.
+        ConfigError: The target is a file or is not empty.
     """
     if out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"The folder '{out}' is not empty; give --out a new or an empty one.")

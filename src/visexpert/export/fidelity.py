@@ -1,4 +1,4 @@
-"""How far an export's outputs are from the model's own, how far they may be, and the inputs that show it."""
+"""Fixed check inputs, and how far an export's outputs on them are, and may be, from the model's own."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from visexpert.export.source import ExportSource, reference_outputs
 from visexpert.vision import ClipEncoder
 
 TOLERANCE = 1e-4
-"""Largest error allowed over the root mean square of the reference. Float32 weights must give float32's rounding: on a
+"""Largest allowed error over the root mean square of the reference. Float32 weights differ by rounding only: on a
 random ViT-L/14 (24 layers) transformers and open_clip differ by 3e-6, transformers and float64 by 3e-6. Weights rounded
 to float16 differ by 2e-3, GELU in place of quick-GELU by more."""
 
 PHOTO_LEVELS = 2.0
-"""Tolerance of preprocessing on photos, in levels of 0-255: image libraries resize in two passes and round to whole
-levels after each, visexpert resizes in floating point."""
+"""Tolerance of preprocessing on photos, in levels of 0-255: image libraries resize in two passes and round to integers
+after each, visexpert resizes in floating point."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Difference:
     Args:
         max_abs: Largest absolute error.
         mean_abs: Mean absolute error.
-        relative: ``max_abs`` over the root mean square of the reference: what the tolerance is compared with.
+        relative: ``max_abs`` over the root mean square of the reference; the tolerance applies to this.
         min_cosine: Smallest cosine of an output vector with its reference.
         mean_cosine: Mean cosine.
     """
@@ -44,7 +44,7 @@ class Difference:
 
 
 def difference(output: Tensor, reference: Tensor) -> Difference:
-    """Compare vectors (..., D); computed in float64."""
+    """Compare vectors (..., D) in float64."""
     ours, theirs = reference.double(), output.double()
     error = (theirs - ours).abs()
     cosine = F.cosine_similarity(theirs, ours, dim=-1)
@@ -57,66 +57,66 @@ def difference(output: Tensor, reference: Tensor) -> Difference:
 def compare(
     outputs: Mapping[str, Tensor], reference: Mapping[str, Tensor], *, tolerance: float, what: str
 ) -> dict[str, dict[str, float]]:
-    """Differences of all outputs.
+    """Return the differences of all outputs.
 
     Args:
-        outputs: What the reloaded export gave.
-        reference: What the model itself gives; each of its names must be among ``outputs``.
-        tolerance: Largest ``relative`` allowed.
+        outputs: Outputs of the reloaded export.
+        reference: Outputs of the model itself; each name must be in ``outputs``.
+        tolerance: Largest allowed ``relative``.
         what: Name of the export, for messages.
 
     Raises:
-        WeightsError: An output is absent, of another shape, or too far away.
+        WeightsError: An output is missing, has another shape, or differs too much.
     """
     found: dict[str, dict[str, float]] = {}
     for name, expected in reference.items():
         if name not in outputs or outputs[name].shape != expected.shape:
             shape = tuple(outputs[name].shape) if name in outputs else "nothing"
             raise WeightsError(
-                f"The {what} export gave {shape} for {name} instead of {tuple(expected.shape)} after reloading; "
+                f"After reloading, the {what} export gave {shape} for {name} instead of {tuple(expected.shape)}; "
                 "nothing was written."
             )
         entry = difference(outputs[name], expected)
-        if not entry.relative <= tolerance:  # written so that NaN fails, too
+        if not entry.relative <= tolerance:  # NaN fails, too
             raise WeightsError(
                 f"The {what} export differs after reloading: the error of {name} is {entry.relative:.2g} of its root "
-                f"mean square, allowed is {tolerance:.2g}; nothing was written (--tolerance sets another limit)."
+                f"mean square, at most {tolerance:.2g} is allowed (--tolerance); nothing was written."
             )
         found[name] = asdict(entry)
     return found
 
 
 def levels(processed_BCHW: Tensor, expected_BCHW: Tensor, std: Tensor) -> float:
-    """Largest difference of two preprocessed images in levels of 0-255; infinite for another shape."""
+    """Return the largest difference of two preprocessed images in levels of 0-255; infinite if shapes differ."""
     if processed_BCHW.shape != expected_BCHW.shape:
         return float("inf")
     return float(((processed_BCHW - expected_BCHW) * std).abs().max()) * 255.0
 
 
 def check_levels(found: Mapping[str, float], *, what: str) -> None:
-    """Refuse a processor that differs by more than :data:`PHOTO_LEVELS` on photos.
+    """Check that a processor differs by at most :data:`PHOTO_LEVELS` on photos.
 
     Raises:
-        WeightsError: It does.
+        WeightsError: It differs by more.
     """
     for name, value in found.items():
         if name != "photo_noise" and not value <= PHOTO_LEVELS:
             raise WeightsError(
-                f"The {what} export's image processor differs by {value:.1f} of 255 levels on {name}, allowed are "
-                f"{PHOTO_LEVELS:g}; nothing was written."
+                f"The {what} export's image processor differs by {value:.1f} of 255 levels on {name}, at most "
+                f"{PHOTO_LEVELS:g} are allowed; nothing was written."
             )
 
 
 def equal_ids(output: Tensor, expected: Tensor, *, what: str) -> None:
-    """Refuse a processor that makes other token ids.
+    """Check that a processor gives the expected token ids.
 
     Raises:
-        WeightsError: It does.
+        WeightsError: They differ.
     """
     if not torch.equal(output, expected):
         raise WeightsError(
-            f"The {what} export's processor ends a text in the token ids {output.flatten()[-8:].tolist()}, the run's "
-            f"tokenizer in {expected.flatten()[-8:].tolist()}; nothing was written."
+            f"The {what} export's processor gives the last token ids {output.flatten()[-8:].tolist()}, the run's "
+            f"tokenizer {expected.flatten()[-8:].tolist()}; nothing was written."
         )
 
 
@@ -129,8 +129,8 @@ class CheckInputs:
 
     Args:
         images_BCHW: float in [0, 1] at the encoder's own size: scenes, noise, one flat image.
-        photos: Scenes at sizes of their own, uint8 (H, W, 3), by name; what image processors are tried on.
-        noise: The same with saturated noise, the worst that an image can be.
+        photos: Scenes of other sizes, uint8 (H, W, 3), by name, for image processors.
+        noise: Saturated noise in the same form, the worst case for a resize.
     """
 
     images_BCHW: Tensor
@@ -139,7 +139,7 @@ class CheckInputs:
 
 
 def check_inputs(side: int) -> CheckInputs:
-    """Inputs for an encoder that reads ``side`` x ``side`` pixels; always the same ones."""
+    """Return the inputs for an encoder of ``side`` x ``side`` pixels; always the same ones."""
     generator = torch.Generator().manual_seed(SEED)
     count = sum(BATCHES)
     num_noise = count // 2
@@ -153,7 +153,7 @@ def check_inputs(side: int) -> CheckInputs:
 
 
 def _scene(size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """A smooth background with two discs, (3, H, W) in [0.1, 0.9]."""
+    """Return a smooth background with two discs, (3, H, W) in [0.1, 0.9]."""
     coarse = torch.rand(1, 3, 5, 5, generator=generator)
     scene = F.interpolate(coarse, size=size, mode="bicubic", align_corners=True)[0]
     rows, columns = torch.meshgrid(*(torch.linspace(-1, 1, length) for length in size), indexing="ij")
@@ -170,7 +170,7 @@ def _to_bytes(image_CHW: Tensor) -> Tensor:
 
 @torch.no_grad()
 def differences(student: ClipEncoder, plain: ClipEncoder, layers: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Differences of a plain CLIP's outputs from the student's on the check images, by output."""
+    """Return the differences of a plain CLIP from the student on the check images, by output."""
     pixels_BCHW = student.preprocess(check_inputs(student.image_size).images_BCHW)
     ours, theirs = (
         reference_outputs(ExportSource(clip, tuple(layers), None, {}), pixels_BCHW) for clip in (student, plain)

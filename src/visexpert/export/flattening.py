@@ -1,4 +1,4 @@
-"""A student with MoLE into one plain CLIP: how the experts are used, how far a plain CLIP is, and distillation."""
+"""Turn a student with MoLE into one plain CLIP: measure how its experts are used, distill, measure the error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from visexpert.vision import ClipEncoder, UsageMeter
 
 
 class RouterUse(L.LightningModule):
-    """Validation that looks at how much each expert of a student is used; nothing trains.
+    """Measures in validation how much each expert of a student is used; nothing trains.
 
     Args:
         student: A CLIP with MoLE.
@@ -35,16 +35,16 @@ class RouterUse(L.LightningModule):
 
 
 class Flattening(ClippedModule):
-    """A plain CLIP learns the tokens of a student, [CLS] included: mean squared error at the layer that is read.
+    """Trains a plain CLIP to give the tokens of a student, [CLS] included: mean squared error at the layer read.
 
-    Only images take part: no text, no teacher. Blocks behind that layer stay as they are.
+    Only images are needed, no text and no teacher. Blocks behind that layer stay unchanged.
 
     Args:
-        student: The frozen target.
-        plain: What learns, changed in place; a fold of the student is a good start.
+        student: The student, frozen.
+        plain: The CLIP to train in place; a fold of the student is a good start.
         lr: Peak learning rate.
-        warmup_steps: Linear warm-up, then cosine to zero.
-        weight_decay: On matrices.
+        warmup_steps: Steps of linear warm-up, before cosine decay to zero.
+        weight_decay: Weight decay of matrices.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class Flattening(ClippedModule):
         self.error = TokenError()
 
     def train(self, mode: bool = True) -> Flattening:
-        """Train mode for the plain CLIP; the student keeps its dropout off."""
+        """Set the mode of the plain CLIP; the student stays in eval mode."""
         super().train(mode)
         self.student.eval()
         return self
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """Distance of the tokens; a batch without an image is skipped."""
+        """Return the distance of the tokens; None for a batch without images."""
         images_BCHW = images_of(batch)
         if not len(images_BCHW):
             return None
@@ -81,17 +81,17 @@ class Flattening(ClippedModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Start anew."""
+        """Reset the error."""
         self.error.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Compare patch tokens, those that a language model reads."""
+        """Compare patch tokens, which a language model reads."""
         images_BCHW = images_of(batch)
         if len(images_BCHW):
             self.error.update(self.plain(images_BCHW).tokens_BTD, self.student(images_BCHW).tokens_BTD)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW, warm-up and cosine by step."""
+        """Return AdamW with warm-up and cosine decay by step."""
         groups = [ParameterGroup("plain", self.plain.read_modules(), self.lr)]
         return adamw_and_cosine(
             groups, lr=self.lr, weight_decay=self.weight_decay, warmup_steps=self.warmup_steps, trainer=self.trainer
@@ -99,7 +99,7 @@ class Flattening(ClippedModule):
 
 
 def images_of(batch: Batch) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] without those of samples that have none."""
+    """Return images (B, 3, H, W) in [0, 1] of the samples that have one."""
     return imaged(batch.images_01(), batch.has_image_B)
 
 

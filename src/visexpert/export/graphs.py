@@ -22,14 +22,14 @@ session = onnxruntime.InferenceSession("FOLDER/model.onnx")
 (tokens,) = session.run(["patch_tokens"], {{"pixel_values": pixels}})  # float32 (B, 3, {side}, {side}), normalized"""
 
 INLINE_BYTES = 1_500_000_000
-"""Above this the weights go into a file beside the graph: protobuf holds no more than 2 GB."""
+"""Above this, weights go into a file beside the graph: protobuf is limited to 2 GB."""
 
 
 def write_onnx(source: ExportSource, folder: Path) -> None:
-    """Write ``model.onnx``; its metadata says how an image becomes ``pixel_values``."""
+    """Write ``model.onnx``, with the preprocessing of ``pixel_values`` in its metadata."""
     network = NamedOutputs(for_inference(source.clip), source.layers).eval()
     side = source.clip.image_size
-    # Two images: a batch of one would be taken for a constant.
+    # A batch of one would become a constant.
     example = torch.zeros(2, 3, side, side)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
@@ -50,7 +50,7 @@ def write_onnx(source: ExportSource, folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's log of each rewritten node to itself."""
+    """Hide the exporter's log of each rewritten node."""
     loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
@@ -84,11 +84,11 @@ def write_torch_export(source: ExportSource, folder: Path) -> None:
 
 
 class NamedOutputs(nn.Module):
-    """A CLIP as one graph: normalized pixels to named tensors.
+    """Maps normalized pixels to named tensors: a CLIP as one graph.
 
     Args:
         clip: The encoder.
-        layers: Hidden states to hand out.
+        layers: Hidden states to return.
     """
 
     def __init__(self, clip: ClipEncoder, layers: tuple[int, ...]) -> None:
@@ -97,7 +97,7 @@ class NamedOutputs(nn.Module):
         self.layer, self.layers = clip.layer, layers
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """(B, 3, S, S) to hidden states (B, 1 + T, D), patch tokens (B, T, D) of the layer read, pooled (B, D)."""
+        """Map (B, 3, S, S) to hidden states (B, 1 + T, D), patch tokens (B, T, D) of the layer read, pooled (B, D)."""
         states = [self.model.pre_layrnorm(self.model.embeddings(pixel_values))]
         for layer in self.model.encoder.layers:
             states.append(layer(states[-1], None))
@@ -109,5 +109,5 @@ class NamedOutputs(nn.Module):
 
 
 def for_inference(clip: ClipEncoder) -> ClipEncoder:
-    """What graphs are made of: a plain CLIP itself, or MoLE with merged weights wherever that is exact."""
+    """Return the CLIP for a graph: a plain one itself, MoLE with merged weights wherever that is exact."""
     return merge_for_inference(clip, keep_weighed=True) if equipped_blocks(clip) else clip

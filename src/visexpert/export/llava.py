@@ -24,7 +24,7 @@ IMAGE_TEXT = "<image>"
 TOWER = "vision_tower."
 
 QUESTION = "What is in this picture?"
-"""What the processor is asked, and what the README shows."""
+"""The question for the processor, also shown in the README."""
 
 CONVERSATION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
 
@@ -43,10 +43,10 @@ def write_llava(source: ExportSource, folder: Path) -> None:
     """Write model, tokenizer and processor.
 
     Raises:
-        ConfigError: There is no language model that LLaVA has a place for.
+        ConfigError: There is no language model, or LLaVA has no place for it.
     """
     if source.language is None:
-        raise ConfigError("A llava export needs a language model that is a prefix LM; this run has none.")
+        raise ConfigError("--format llava needs a prefix LM as language model; this run has none.")
     tokenizer, image_id = tokenizer_with_image(source.language.tokenizer)
     model = _assemble(source, source.language, image_id)
     _pad_vocabulary(
@@ -64,9 +64,9 @@ def write_llava(source: ExportSource, folder: Path) -> None:
 
 
 def _store_in(model: LlavaForConditionalGeneration, dtype: torch.dtype | None, *, language: torch.dtype) -> None:
-    """Round all weights; or, for None, keep the language model's in the dtype that the run has them in.
+    """Round all weights; for None, keep the language model's in the run's own dtype.
 
-    The configuration names one dtype for all: the wider one, so that nothing is lost by loading.
+    The configuration names one dtype for all: the wider one, so that loading loses nothing.
     """
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -80,11 +80,11 @@ def _store_in(model: LlavaForConditionalGeneration, dtype: torch.dtype | None, *
 
 
 def processor_of(source: ExportSource, tokenizer: Any) -> LlavaProcessor:
-    """The processor, with the prompt of training as its chat template and its tokenizer's.
+    """Return the processor; the prompt of training is its chat template and its tokenizer's.
 
     Args:
         source: What is exported, with a language model.
-        tokenizer: A copy of its tokenizer that has ``<image>``; changed.
+        tokenizer: A copy of its tokenizer with ``<image>``; changed in place.
     """
     assert source.language is not None
     tokenizer.chat_template = source.language.encoder.chat_template
@@ -100,7 +100,7 @@ def processor_of(source: ExportSource, tokenizer: Any) -> LlavaProcessor:
 
 
 def _restore_prefix(folder: Path) -> None:
-    """Give the vision tower the keys that both ``transformers`` 4 and 5 read (see ``PREFIX``)."""
+    """Rename the keys of the vision tower to those that ``transformers`` 4 and 5 read (see ``PREFIX``)."""
 
     def renamed(key: str) -> str:
         bare = key.removeprefix(TOWER)
@@ -116,7 +116,7 @@ def _restore_prefix(folder: Path) -> None:
 
 
 def tokenizer_with_image(tokenizer: Any) -> tuple[Any, int]:
-    """A copy of a tokenizer that has ``<image>``, and that token's id."""
+    """Return a copy of a tokenizer with the token ``<image>``, and the id of that token."""
     tokenizer = copy.deepcopy(tokenizer)
     if IMAGE_TEXT not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(IMAGE_TEXT, special=True, normalized=False)], special_tokens=True)
@@ -125,12 +125,12 @@ def tokenizer_with_image(tokenizer: Any) -> tuple[Any, int]:
 
 @dataclass(frozen=True)
 class CheckText:
-    """A text of random words behind an image.
+    """A text of random words after an image.
 
     Args:
-        prompt: What a processor reads: ``<image>``, then the token that opens a text, then words.
+        prompt: Input of a processor: ``<image>``, the token that opens a text, words.
         image_id: Id of ``<image>``.
-        ids: Token ids of the rest, by the run's own tokenizer.
+        ids: Token ids of all but ``<image>``, by the run's tokenizer.
     """
 
     prompt: str
@@ -139,7 +139,7 @@ class CheckText:
 
 
 def check_text(tokenizer: Any) -> CheckText:
-    """The text that an export is run on; always the same one for a tokenizer."""
+    """Return the text to run an export on; always the same one for a tokenizer."""
     tokenizer, image_id = tokenizer_with_image(tokenizer)
     special = {*tokenizer.all_special_ids, image_id}
     words = [index for index in sorted(tokenizer.get_vocab().values()) if index not in special]
@@ -149,7 +149,7 @@ def check_text(tokenizer: Any) -> CheckText:
 
 
 def opening_token(tokenizer: Any) -> str:
-    """The token that opens a text in training: ``<bos>``, or ``<eos>`` where there is none."""
+    """Return the token that opens a text in training: ``<bos>``, or ``<eos>`` if there is none."""
     return str(tokenizer.bos_token or tokenizer.eos_token)
 
 
@@ -177,13 +177,13 @@ def _assemble(source: ExportSource, parts: LanguageParts, image_id: int) -> Llav
 
 
 def check_language(model: PreTrainedModel) -> None:
-    """Refuse a language model that LLaVA's form cannot hold.
+    """Check that LLaVA's format can hold a language model.
 
     Args:
         model: A causal language model of transformers, with or without weights.
 
     Raises:
-        ConfigError: Its output layer has a bias, its logits are capped or scaled, or its parts bear other names.
+        ConfigError: Its output layer has a bias, its logits are capped or scaled, or its parts have other names.
     """
     text = model.config.get_text_config(decoder=True)
     scales = {name: getattr(text, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")}
@@ -196,14 +196,14 @@ def check_language(model: PreTrainedModel) -> None:
     for problem, found in problems.items():
         if found:
             raise ConfigError(
-                f"LLaVA has no place for {problem} of {type(model).__name__}; train with another language model, such "
-                "as llama, mistral or qwen2, or export as hf."
+                f"LLaVA has no place for {problem} of {type(model).__name__}; use another language model, such as "
+                "llama, mistral or qwen2, or --format hf."
             )
 
 
 @torch.no_grad()
 def _pad_vocabulary(model: LlavaForConditionalGeneration, *, known: int, image_id: int) -> None:
-    """Make room for the image token. The mean of all rows never has the highest logit, so it is never written."""
+    """Add a row for the image token: the mean of all rows, which never has the highest logit."""
     if image_id < known:
         return
     model.resize_token_embeddings(image_id + 1, mean_resizing=False)
@@ -214,12 +214,12 @@ def _pad_vocabulary(model: LlavaForConditionalGeneration, *, known: int, image_i
 
 @dataclass(frozen=True)
 class PromptCheck:
-    """A question as the exported processor and as training frame it.
+    """A question as the exported processor and training frame it.
 
     Args:
-        text: The prompt, the same from both.
-        trained_ids: What the run's model reads, the image left out.
-        folder_ids: What the processor of the folder makes of the text, the image left out.
+        text: The prompt, equal in both.
+        trained_ids: Token ids that the run's model reads, without the image.
+        folder_ids: Token ids that the exported processor gives, without the image.
     """
 
     text: str
@@ -227,7 +227,7 @@ class PromptCheck:
     folder_ids: tuple[int, ...]
 
     def facts(self) -> dict[str, Any]:
-        """For ``fidelity.json``."""
+        """Return the entries for ``fidelity.json``."""
         return {
             "question": QUESTION,
             "text": self.text,
@@ -238,29 +238,29 @@ class PromptCheck:
 
 
 def check_prompt(encoder: TextEncoder, text: str, ids: Sequence[int], *, image_id: int) -> PromptCheck:
-    """Hold what a reloaded processor gave against the run.
+    """Compare the prompt of a reloaded processor with the run's.
 
     Args:
-        encoder: What frames the run's texts.
+        encoder: Frames the run's texts.
         text: What the processor wrote for :data:`CONVERSATION`.
-        ids: The ids that it made of that, with those of the image.
+        ids: Its token ids, including those of the image.
         image_id: Id of ``<image>`` in the export.
 
     Raises:
-        WeightsError: The text is another one.
+        WeightsError: The texts differ.
     """
     expected = encoder.prompt_text(QUESTION)
     if text != expected:
         raise WeightsError(
-            f"The llava export's processor writes the prompt {text!r}, the run was trained on {expected!r}; nothing "
-            "was written."
+            f"The llava export's processor writes the prompt {text!r}, but the run was trained on {expected!r}; "
+            "nothing was written."
         )
     trained = tuple(token for token in encoder.prompt(QUESTION) if token != IMAGE_TOKEN)
     return PromptCheck(text, trained, tuple(int(token) for token in ids if token != image_id))
 
 
 def writes_no_frame(tokenizer: Any) -> Any:
-    """A tokenizer that adds no tokens of its own to a text: the chat template writes all of them (changed in place)."""
+    """Stop a tokenizer (in place) from adding special tokens: the chat template writes all of them."""
     if tokenizer.num_special_tokens_to_add():
         for name in ("add_bos_token", "add_eos_token"):
             if getattr(tokenizer, name, None):
@@ -273,8 +273,8 @@ def writes_no_frame(tokenizer: Any) -> Any:
 
 
 def prompt_lines(facts: dict[str, Any], tokenizer: Any) -> list[str]:
-    """The section of ``README.md``."""
-    lines = ["The prompt, as training had it:", "", "```text", facts["text"], "```", ""]
+    """Return the section on the prompt in ``README.md``."""
+    lines = ["The prompt of training:", "", "```text", facts["text"], "```", ""]
     if facts["ids_equal"]:
         return lines
     trained, folder = (tokenizer.convert_ids_to_tokens(facts[key]) for key in ("trained_ids", "folder_ids"))
@@ -284,8 +284,8 @@ def prompt_lines(facts: dict[str, Any], tokenizer: Any) -> list[str]:
     )
     ours, theirs = (" ".join(tokens[max(place - 1, 0) : place + 2]) for tokens in (trained, folder))
     lines += [
-        f"`transformers` reads this text as one piece and gives {len(folder)} token ids besides the image's where "
-        f"training had {len(trained)}, since this tokenizer treats a text behind a special token in another way: "
+        f"`transformers` tokenizes this text in one piece and gives {len(folder)} token ids beside the image's; "
+        f"training had {len(trained)}, since this tokenizer treats text after a special token differently: "
         f"`{theirs}` instead of `{ours}`.",
         "",
     ]

@@ -1,8 +1,8 @@
-"""Load an export the way its users will and run it: a program of its own, in a process that cannot import visexpert.
+"""Load an export the way its users will, and run it: a separate program in a process that cannot import visexpert.
 
-``python -I reload.py FORMAT FOLDER INPUTS OUTPUTS``: reads INPUTS (safetensors; its metadata holds the layers asked
-for), runs them in batches of several sizes and writes OUTPUTS. Imports nothing of visexpert, and refuses to, but for
-the format that visexpert alone reads.
+``python -I reload.py FORMAT FOLDER INPUTS OUTPUTS``: reads INPUTS (safetensors, with the layers in its
+metadata), runs them in batches of several sizes and writes OUTPUTS. It refuses to import visexpert, except for the
+format that only visexpert reads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 BATCHES = (1, 2, 5)
-"""Sizes of the batches that the inputs are run in; a graph with a frozen batch fails."""
+"""Batch sizes of the inputs; a graph with a fixed batch size fails."""
 
 FORBIDDEN = {
     "hf": ("visexpert",),
@@ -26,25 +26,25 @@ FORBIDDEN = {
     "llava": ("visexpert",),
     "visexpert": (),
 }
-"""What the process may not import, by format."""
+"""Packages that the process may not import, by format."""
 
 Arrays = dict[str, Any]
 
 
 class Forbid(MetaPathFinder):
-    """Stands before all other finders and refuses packages, wherever they are installed."""
+    """Refuses packages before any other finder, wherever they are installed."""
 
     def __init__(self, packages: Sequence[str]) -> None:
         self.packages = frozenset(packages)
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> None:
-        """Raise for a refused package, leave others to the next finder."""
+        """Raise for a refused package; leave others to the next finder."""
         if name.partition(".")[0] in self.packages:
             raise ModuleNotFoundError(f"{name} is kept out of this process", name=name)
 
 
 def forbid(packages: Sequence[str]) -> None:
-    """Refuse packages from now on, and make sure of it."""
+    """Refuse packages from now on, and check that this works."""
     sys.meta_path.insert(0, Forbid(packages))
     for package in packages:
         try:
@@ -55,7 +55,7 @@ def forbid(packages: Sequence[str]) -> None:
 
 
 def batches(inputs: Arrays, name: str) -> Iterator[Any]:
-    """The input's rows in batches of :data:`BATCHES`."""
+    """Yield the rows of an input in batches of :data:`BATCHES`."""
     start = 0
     for size in BATCHES:
         yield inputs[name][start : start + size]
@@ -63,14 +63,14 @@ def batches(inputs: Arrays, name: str) -> Iterator[Any]:
 
 
 def joined(runs: Sequence[Arrays]) -> Arrays:
-    """Outputs of all batches, one below the other."""
+    """Concatenate the outputs of all batches."""
     import numpy as np
 
     return {name: np.concatenate([np.asarray(run[name]) for run in runs]) for name in runs[0]}
 
 
 def photos(inputs: Arrays) -> Iterator[tuple[str, Any]]:
-    """Images to preprocess: the name of the result and a PIL image."""
+    """Yield the images to preprocess: name of the result, PIL image."""
     from PIL import Image
 
     for name in sorted(inputs):
@@ -79,12 +79,12 @@ def photos(inputs: Arrays) -> Iterator[tuple[str, Any]]:
 
 
 def vision_outputs(output: Any, layers: dict[str, int]) -> Arrays:
-    """Hidden states and pooled output of a CLIPVisionModel."""
+    """Return hidden states and pooled output of a CLIPVisionModel."""
     return {**{name: output.hidden_states[layer] for name, layer in layers.items()}, "pooled": output.pooler_output}
 
 
 def run_hf(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
-    """``CLIPVisionModel`` and ``AutoImageProcessor`` by path."""
+    """Run ``CLIPVisionModel`` and ``AutoImageProcessor``, loaded by path."""
     import torch
     from transformers import AutoImageProcessor, CLIPVisionModel
 
@@ -100,7 +100,7 @@ def run_hf(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
 
 
 def run_open_clip(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
-    """``open_clip.create_model``."""
+    """Run a model of ``open_clip.create_model``."""
     import open_clip
     import torch
     from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -125,7 +125,7 @@ def run_open_clip(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
 
 
 def run_onnx(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
-    """onnxruntime on the CPU, without torch."""
+    """Run onnxruntime on the CPU, without torch."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
@@ -135,7 +135,7 @@ def run_onnx(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
 
 
 def run_torch_export(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
-    """``torch.export.load``, without transformers."""
+    """Run the program of ``torch.export.load``, without transformers."""
     import torch
 
     module = torch.export.load(folder / "model.pt2").module()
@@ -144,7 +144,7 @@ def run_torch_export(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
 
 
 def run_llava(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
-    """``LlavaForConditionalGeneration`` and ``AutoProcessor`` by path; logits of the text behind the image."""
+    """Run ``LlavaForConditionalGeneration`` and ``AutoProcessor``, loaded by path; logits are of the text only."""
     import numpy as np
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -169,7 +169,7 @@ def run_llava(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
 
 
 def run_visexpert(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
-    """``ClipEncoder`` with MoLE."""
+    """Run ``ClipEncoder`` with MoLE."""
     import torch
 
     from visexpert.vision import ClipEncoder, MoLESettings
@@ -197,14 +197,14 @@ RUNS: dict[str, Callable[[Path, Arrays, Any], Arrays]] = {
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that took part, read from what was imported."""
+    """Return the versions of the imported libraries."""
     names = ("torch", "transformers", "open_clip", "onnxruntime", "numpy")
     found = {name: str(sys.modules[name].__version__) for name in names if name in sys.modules}
     return {"python": sys.version.split()[0], **found}
 
 
 def main(format_name: str, folder: str, inputs: str, outputs: str) -> None:
-    """Run one export."""
+    """Run an export and write its outputs."""
     forbid(FORBIDDEN[format_name])
     import numpy as np
     from safetensors import safe_open
@@ -215,7 +215,7 @@ def main(format_name: str, folder: str, inputs: str, outputs: str) -> None:
     results = RUNS[format_name](Path(folder), load_file(inputs), facts)
     loaded = [name for name in FORBIDDEN[format_name] if name in sys.modules]
     if loaded:
-        raise SystemExit(f"{loaded} were imported all the same")
+        raise SystemExit(f"{loaded} were imported despite the ban")
     arrays = {name: np.ascontiguousarray(array) for name, array in results.items()}
     save_file(arrays, outputs, metadata={"versions": json.dumps(versions())})
 

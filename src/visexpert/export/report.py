@@ -17,10 +17,10 @@ from visexpert.export.verify import Fidelity
 
 POOLED_TEXT = {
     True: "The run trained the pooled output.",
-    False: "The run did not train the pooled output: the final LayerNorm, and every block behind the layer that is "
-    "read, are those of the CLIP it started from, on tokens that the run changed. Measure before you use it for "
-    "zero-shot classification or retrieval.",
-    None: "Whether the pooled output was ever trained is not known: no file holds the weights the run started from.",
+    False: "The run did not train the pooled output: the final LayerNorm and every block behind the layer read are "
+    "those of the original CLIP, on tokens that the run changed. Measure before you use it for zero-shot "
+    "classification or retrieval.",
+    None: "Whether the pooled output was trained is unknown: no file holds the weights that the run started from.",
 }
 
 
@@ -33,7 +33,7 @@ def write_reports(source: ExportSource, name: str, form: Format, fidelity: Fidel
 
 
 def report_facts(source: ExportSource, name: str, form: Format, fidelity: Fidelity) -> dict[str, Any]:
-    """What ``fidelity.json`` holds."""
+    """Return the content of ``fidelity.json``."""
     clip = for_inference(source.clip) if form.mole == "merged" else source.clip
     act = str(source.clip.config.hidden_act)
     outputs = _by_layer(source, fidelity.outputs)
@@ -63,25 +63,25 @@ def report_facts(source: ExportSource, name: str, form: Format, fidelity: Fideli
 
 
 def _by_layer(source: ExportSource, outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries of hidden states under ``layers``, by number; the others as they are."""
+    """Put the entries of hidden states under ``layers``, by number; keep the others."""
     names = {layer_name(layer): str(layer) for layer in source.layers}
     others = {key: value for key, value in outputs.items() if key not in names}
     return {"layers": {names[key]: outputs[key] for key in names}, **others}
 
 
 def _titles(outputs: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Differences by what their rows are called."""
+    """Return the differences by the title of their row."""
     rows = {f"hidden state {layer}": entry for layer, entry in outputs["layers"].items()}
     return rows | {key.replace("_", " "): value for key, value in outputs.items() if _is_difference(value)}
 
 
 def _rounding_lines(facts: dict[str, Any]) -> list[str]:
-    """The section of ``fidelity.md`` on weights in fewer bits."""
+    """Return the section of ``fidelity.md`` on weights in fewer bits."""
     if "rounding" not in facts:
         return []
     lines = [
-        f"The model above has its weights rounded to {facts['weights']}, as they are stored, and computes in float32. "
-        "What rounding alone changed:",
+        f"The weights of the model above are rounded to {facts['weights']}, as stored; it computes in float32. "
+        "Rounding alone changed:",
         "",
         "| rounded against float32 weights | max error / RMS | min cosine | mean cosine |",
         "|---|---|---|---|",
@@ -92,7 +92,7 @@ def _rounding_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def fidelity_text(facts: dict[str, Any]) -> str:
-    """The same for reading."""
+    """Return ``fidelity.md``."""
     rows = _titles(facts)
     lines = [
         f"# Fidelity of the {facts['format']} export",
@@ -115,7 +115,7 @@ def fidelity_text(facts: dict[str, Any]) -> str:
 
 
 def card(source: ExportSource, name: str, form: Format, facts: dict[str, Any]) -> str:
-    """What the folder is, how it loads, and whose licenses bind it."""
+    """Return the README: what the folder is, how to load it, which licenses apply."""
     clip = source.clip
     index = clip.config.num_hidden_layers + clip.layer
     usage = form.usage.format(layer=clip.layer, index=index, side=clip.image_size, question=QUESTION)
@@ -125,7 +125,7 @@ def card(source: ExportSource, name: str, form: Format, facts: dict[str, Any]) -
         "",
         f"{facts['parameters']:,} parameters, input {clip.image_size} px, {grid} patch tokens of width {clip.width}. "
         f"Read hidden state {clip.layer} without [CLS] and without the final LayerNorm: those are the tokens that the "
-        f"run worked on. {POOLED_TEXT[source.pooled_trained]}",
+        f"run used. {POOLED_TEXT[source.pooled_trained]}",
         "",
         *_projection_lines(facts),
         *_mole_notice(facts),
@@ -140,7 +140,7 @@ def card(source: ExportSource, name: str, form: Format, facts: dict[str, Any]) -
         ),
         *_facts_table(facts),
         "",
-        "How faithful the export is: fidelity.md, fidelity.json.",
+        "Fidelity of the export: fidelity.md, fidelity.json.",
         "",
     ]
     return "\n".join(lines)
@@ -163,7 +163,7 @@ def _facts_table(facts: dict[str, Any]) -> list[str]:
 
 
 def _projection_lines(facts: dict[str, Any]) -> list[str]:
-    """Say that CLIP's own image embedding cannot be had from this folder, and where its last step is."""
+    """Say that this folder gives no image embedding of CLIP, and where its projection is."""
     left = facts["projection"]
     if left is None:
         return []
@@ -175,7 +175,7 @@ def _projection_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def _mole_notice(facts: dict[str, Any]) -> list[str]:
-    """Before anything else: that this may not be the student."""
+    """Say, before anything else, that this may not be the student."""
     return (
         [f"MoLE ({facts['mole']['treatment']}): {MEANING[facts['mole']['treatment']]}", ""] if "mole" in facts else []
     )
@@ -186,13 +186,13 @@ def _without(packages: list[str]) -> str:
 
 
 def _left_out(facts: dict[str, Any]) -> str:
-    """Say how many images were not compared, where there are any."""
+    """Say how many images were not compared, if any."""
     left = sum(BATCHES) - facts["reload"]["images_compared"]
     if not left:
         return ""
     return (
-        f" {left} of them were left out of the comparison: there a router's two best experts are so close that "
-        "rounding alone may choose the other one."
+        f" {left} of them were left out of the comparison: there, a router's two best experts are so close that "
+        "rounding alone may switch between them."
     )
 
 
@@ -201,23 +201,23 @@ def _is_difference(value: Any) -> bool:
 
 
 IMAGES = ("validation", "training", "named")
-"""What images a student was folded by and measured on."""
+"""Images that a student can be folded and measured on."""
 
 MEANING = {
     "exact": "The architecture is kept: the export computes what the student computes.",
-    "fold": "One plain CLIP: the low-rank experts of each layer averaged by how much images of the run's data use "
-    "them. It is not the student; fidelity.md says how far it is from it.",
-    "flatten": "One plain CLIP: a fold (experts averaged by their use), then trained for a while to give the student's "
-    "tokens. It is not the student; fidelity.md says how far it is from it.",
+    "fold": "One plain CLIP: the low-rank experts of each layer, averaged by how much images of the run's data use "
+    "them. It is not the student; fidelity.md gives the difference.",
+    "flatten": "One plain CLIP: a fold (experts averaged by their use), then briefly trained to give the student's "
+    "tokens. It is not the student; fidelity.md gives the difference.",
 }
 
 
 def mole_lines(facts: Mapping[str, Any], layers: Sequence[int]) -> list[str]:
-    """The section of ``fidelity.md``.
+    """Return the section of ``fidelity.md`` on MoLE.
 
     Args:
-        facts: What :meth:`MoLEReport.facts` gave.
-        layers: Hidden states that were compared.
+        facts: Result of :meth:`MoLEReport.facts`.
+        layers: Hidden states compared.
     """
     student = facts["student"]
     lines = [

@@ -1,4 +1,4 @@
-"""Weights in fewer bits: what is stored, and the model that an export is then compared with."""
+"""Weights in fewer bits: what an export stores, and the model that it is compared with."""
 
 from __future__ import annotations
 
@@ -15,50 +15,50 @@ from visexpert.export.source import ExportSource
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 ROUNDED = ("hf", "open_clip", "llava")
-"""Formats that store weights in another dtype."""
+"""Formats that can store weights in another dtype."""
 
 
 def check_dtype(formats: Iterable[str], dtype: Dtype | None) -> None:
-    """Refuse a dtype for a format that has none.
+    """Check that formats can store a dtype.
 
     Raises:
-        ConfigError: It is given beside one.
+        ConfigError: A format stores float32 only.
     """
     for name in formats:
         if dtype is not None and name not in ROUNDED:
             raise ConfigError(
-                f"--dtype {dtype}: --format {name} holds float32 weights alone; leave --dtype out, or take one of "
+                f"--dtype {dtype}: --format {name} stores float32 weights only; omit --dtype, or use one of "
                 f"{', '.join(ROUNDED)}."
             )
 
 
 def stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A weight as an export stores it, contiguous; None leaves it as it is.
+    """Return a weight as an export stores it, contiguous; None keeps its dtype.
 
     Raises:
-        ConfigError: It is beyond the range of the dtype.
+        ConfigError: The weight is outside the range of the dtype.
     """
     if dtype is None or not tensor.is_floating_point():
         return tensor.contiguous()
     rounded = tensor.to(dtype)
     if not rounded.isfinite().all() and tensor.isfinite().all():
         raise ConfigError(
-            f"A weight of {float(tensor.abs().max()):.3g} is beyond the range of {name_of(dtype)}; take --dtype "
+            f"A weight of {float(tensor.abs().max()):.3g} is outside the range of {name_of(dtype)}; use --dtype "
             "bfloat16."
         )
     return rounded.contiguous()
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """``bfloat16`` of ``torch.bfloat16``."""
+    """Return ``bfloat16`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
 @contextmanager
 def computing_in_float32(source: ExportSource, dtype: torch.dtype | None) -> Iterator[None]:
-    """Let the run's model compute in float32, from the weights as they are or rounded to ``dtype``.
+    """Compute in float32, with the run's weights as they are or rounded to ``dtype``.
 
-    Low-rank updates are part of what is rounded: the merged language model takes its place then.
+    Low-rank updates are rounded, too: the merged language model replaces the run's.
     """
     parts: Any = source.language
     modules: list[nn.Module] = [source.clip.model]
@@ -83,12 +83,12 @@ def computing_in_float32(source: ExportSource, dtype: torch.dtype | None) -> Ite
 
 
 def weights_told(source: ExportSource) -> str:
-    """The dtypes that an export holds, in words."""
+    """Describe the dtypes of an export."""
     kept = source.dtype or torch.float32
     language = kept if source.language is None or source.dtype else source.language.model.dtype
     if language == kept:
         return name_of(kept)
     return (
-        f"{name_of(language)} of the language model, as in the run, else {name_of(kept)}; transformers loads all in "
-        f"{name_of(kept)} unless told another dtype"
+        f"{name_of(language)} for the language model, as in the run, else {name_of(kept)}; transformers loads all in "
+        f"{name_of(kept)} unless given another dtype"
     )

@@ -23,17 +23,17 @@ Treatment = Literal["exact", "fold", "flatten"]
 
 @dataclass(frozen=True)
 class LanguageParts:
-    """The prefix LM behind a CLIP, in the form that LLaVA has a place for.
+    """The prefix LM of a run, in the form of LLaVA.
 
     Args:
-        model: A ``transformers`` causal language model.
+        model: Causal language model of ``transformers``.
         linear_1: First layer of the projector, CLIP's width to the language width.
-        linear_2: Second layer, behind a GELU.
-        tokenizer: Its fast tokenizer.
-        encoder: What frames a question in training, with that tokenizer.
-        side: The run's language model, whose ``model`` is the same without its low-rank updates added.
-        logits: Images (B, 3, H, W) in [0, 1] and token ids (B, N) of one text per image to the logits (B, N - 1, V) of
-            its tokens from the second on, by visexpert's own forward: what the export is compared with.
+        linear_2: Second layer of the projector, after a GELU.
+        tokenizer: Fast tokenizer of the model.
+        encoder: Frames a question as in training, with that tokenizer.
+        side: The run's language model; its ``model`` is the same without the low-rank updates merged.
+        logits: Maps images (B, 3, H, W) in [0, 1] and token ids (B, N), one text per image, to the logits (B, N - 1, V)
+            of the tokens from the second on, by visexpert's own forward: the reference for the export.
     """
 
     model: PreTrainedModel
@@ -47,11 +47,11 @@ class LanguageParts:
 
 @dataclass(frozen=True)
 class Projection:
-    """What CLIP's source has and ``CLIPVisionModel`` has no place for: the way into the space of its text tower.
+    """The projection to the space of CLIP's text tower, which ``CLIPVisionModel`` has no place for.
 
     Args:
         dim: Width of that space.
-        source: The CLIP that has the weights, as the run's configuration names it.
+        source: The CLIP with the weights, as named in the run's configuration.
     """
 
     dim: int
@@ -60,18 +60,18 @@ class Projection:
 
 @dataclass(frozen=True)
 class MoLEReport:
-    """What became of MoLE in one export.
+    """How one export treats MoLE.
 
     Args:
         treatment: ``exact``, ``fold`` or ``flatten``.
-        settings: The student's MoLE.
-        usage: How much each expert was used; None where nobody looked.
+        settings: Settings of the student's MoLE.
+        usage: Use of each expert; None if not measured.
         on_checks: Differences from the student by output on the check images; None for ``exact``, whose export itself
             is compared with the student.
-        on_val: Errors of patch tokens against the student on the run's validation images, of ``fold`` and, behind it,
+        on_val: Errors of patch tokens against the student on the run's validation images, for ``fold`` and then
             ``flatten``: ``nmse``, ``relative`` (root mean squares), ``mean_cosine``, ``min_cosine``, ``num_images``.
         steps: Optimizer steps of ``flatten``.
-        images: Which images ``usage`` and ``on_val`` are from: ``validation``, ``training`` or ``named`` (--data).
+        images: Images behind ``usage`` and ``on_val``: ``validation``, ``training`` or ``named`` (--data).
     """
 
     treatment: Treatment
@@ -83,7 +83,7 @@ class MoLEReport:
     images: str = "validation"
 
     def facts(self) -> dict[str, Any]:
-        """For ``fidelity.json``."""
+        """Return the entries for ``fidelity.json``."""
         facts: dict[str, Any] = {"treatment": self.treatment, "student": asdict(self.settings)}
         if self.usage is not None:
             shares = {str(block): gates_E.tolist() for block, gates_E in self.usage.gates.items()}
@@ -105,18 +105,18 @@ class MoLEReport:
 
 @dataclass(frozen=True)
 class ExportSource:
-    """What is exported.
+    """What to export.
 
     Args:
         clip: The merged or student CLIP, weights loaded, in eval mode.
-        layers: Hidden states to compare: -1 the last, -2 the one before, ...
-        pooled_trained: Whether the run trained the pooled output; None where that cannot be told.
-        licenses: License of ``clip`` and of each expert whose knowledge went into it.
-        origin: How it came about, for the report: title to value.
-        language: The language model, where LLaVA has a place for it.
-        mole: What becomes of the student's MoLE; None where it never had one.
-        projection: What stays behind in CLIP's source; None where that has no projection.
-        dtype: What all weights are rounded to and stored in; None for float32, the language model in its own.
+        layers: Hidden states to compare: -1 is the last, -2 the one before, ...
+        pooled_trained: Whether the run trained the pooled output; None if unknown.
+        licenses: Licenses of ``clip`` and of each expert that it learned from.
+        origin: Provenance for the report, title to value.
+        language: The language model, if LLaVA has a place for it.
+        mole: How the export treats the student's MoLE; None if it has none.
+        projection: The projection that stays in CLIP's source; None if the source has none.
+        dtype: Dtype that all weights are rounded to and stored in; None for float32, the language model in its own.
     """
 
     clip: ClipEncoder
@@ -131,7 +131,7 @@ class ExportSource:
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """How an image becomes pixel values."""
+        """How an image becomes ``pixel_values``."""
         side = self.clip.image_size
         # str() of a float32 is the shortest decimal that rounds to it.
         mean, std = ([float(str(value)) for value in b.flatten().numpy()] for b in (self.clip.mean, self.clip.std))
@@ -145,13 +145,13 @@ class ExportSource:
 
 
 def layer_name(layer: int) -> str:
-    """Name of a hidden state in exports and reports: -2 is ``layer_minus_2`` (a name that ONNX allows)."""
+    """Return the name of a hidden state in exports and reports: ``layer_minus_2`` for -2 (ONNX allows that name)."""
     return f"layer_minus_{-layer}"
 
 
 @torch.no_grad()
 def reference_outputs(source: ExportSource, pixel_values: Tensor) -> dict[str, Tensor]:
-    """The same by ``CLIPVisionModel``'s own forward, which no exporter wrote."""
+    """Return the named outputs by ``CLIPVisionModel``'s own forward, independent of any exporter."""
     output = source.clip.model(pixel_values, output_hidden_states=True)
     return {
         **{layer_name(layer): output.hidden_states[layer] for layer in source.layers},
@@ -162,16 +162,16 @@ def reference_outputs(source: ExportSource, pixel_values: Tensor) -> dict[str, T
 
 @dataclass(frozen=True)
 class Format:
-    """One format.
+    """A format.
 
     Args:
-        write: Writes the files into a folder that exists and is empty.
-        packages: Modules that writing and reloading need beyond visexpert's own requirements.
-        usage: Lines of Python that load it.
-        outputs: What the reload hands back beside hidden states and pooled output.
-        preprocesses: Whether the folder brings an image processor of the library's own.
-        mole: How it keeps MoLE: ``merged`` - a plain MLP per expert, where tokens go through one, unweighed; else as
-            trained; ``trained`` - always as trained; None - it has no place for it.
+        write: Writes the files into an existing, empty folder.
+        packages: Modules needed for writing and reloading beyond visexpert's own requirements.
+        usage: Python code that loads the folder.
+        outputs: Outputs of the reload beside the hidden states.
+        preprocesses: Whether the folder has an image processor of the library.
+        mole: How it keeps MoLE: ``merged`` - one plain MLP per expert if each token goes through one, unweighted, else
+            as trained; ``trained`` - always as trained; None - not at all.
     """
 
     write: Callable[[ExportSource, Path], None]

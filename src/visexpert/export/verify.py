@@ -1,4 +1,4 @@
-"""Run an export in a fresh process and compare it with the model it was made of."""
+"""Run an export in a fresh process and compare it with its model."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from visexpert.vision import ClipEncoder, decision_margins
 log = logging.getLogger(__name__)
 
 HEARTBEAT = 10.0
-"""Seconds between signs of life while the fresh process runs."""
+"""Seconds between log messages while the fresh process runs."""
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What the reload showed.
+    """Result of a reload.
 
     Args:
-        outputs: Differences by output name (see :class:`~visexpert.export.fidelity.Difference`).
-        levels: Largest difference of preprocessing in levels of 0-255 by image; empty where the format brings none.
-        tolerance: Limit that ``relative`` kept.
-        versions: Libraries of the fresh process.
-        num_images: Images whose outputs were compared.
-        rounding: Differences, by output name, of the model with rounded weights from the one with its own; both
-            compute in float32. Empty where nothing was rounded.
-        prompt: How the processor frames a question; None where the format has none.
+        outputs: Differences by output (see :class:`~visexpert.export.fidelity.Difference`).
+        levels: Largest difference of preprocessing in levels of 0-255, by image; empty if the format has none.
+        tolerance: Limit of ``relative``.
+        versions: Library versions of the fresh process.
+        num_images: Number of images compared.
+        rounding: Differences, by output, between the model with rounded and with original weights, both computing in
+            float32; empty if nothing was rounded.
+        prompt: How the processor frames a question; None if the format has none.
     """
 
     outputs: dict[str, dict[str, float]]
@@ -65,16 +65,16 @@ def verify(source: ExportSource, name: str, form: Format, folder: Path, *, toler
         name: Name of the format.
         form: The format.
         folder: The export.
-        tolerance: Largest error allowed over the root mean square of the reference.
+        tolerance: Largest allowed error, relative to the root mean square of the reference.
 
     Raises:
-        WeightsError: It does not load, or differs.
+        WeightsError: The export does not load, or differs.
     """
     clip, inputs = source.clip, check_inputs(source.clip.image_size)
     with computing_in_float32(source, source.dtype):
         check = _check(source, form, inputs)
     results, versions = _fresh_process(name, folder, check.tensors, check.facts)
-    if LOGITS in results:  # rows of tokens that the export added come last
+    if LOGITS in results:  # tokens that the export added come last
         results[LOGITS] = results[LOGITS][..., : check.reference[LOGITS].shape[-1]]
         equal_ids(results["input_ids"], check.tensors["input_ids"][:1], what=name)
     found = {key: levels(results[key], _expected(source, photo), clip.std) for key, photo in _photos(form, inputs)}
@@ -91,7 +91,7 @@ def verify(source: ExportSource, name: str, form: Format, folder: Path, *, toler
 def _rounding(
     source: ExportSource, form: Format, inputs: CheckInputs, rounded: Mapping[str, Tensor]
 ) -> dict[str, dict[str, float]]:
-    """What rounding the weights did to the outputs, nothing where they were not."""
+    """Return the differences that rounding the weights made; empty if they were not rounded."""
     if source.dtype in (None, torch.float32):
         return {}
     with computing_in_float32(source, None):
@@ -100,7 +100,7 @@ def _rounding(
 
 
 def _prompt(source: ExportSource, results: Mapping[str, Tensor]) -> PromptCheck | None:
-    """What the processor of the reloaded folder made of a question."""
+    """Check how the processor of the reloaded folder frames a question."""
     if "prompt" not in results or source.language is None:
         return None
     text = bytes(results["prompt"].tolist()).decode()
@@ -109,12 +109,12 @@ def _prompt(source: ExportSource, results: Mapping[str, Tensor]) -> PromptCheck 
 
 
 UNDECIDED = 2e-6
-"""Lead of the best expert's probability below which rounding may choose another one. On a random ViT-B/16 with MoLE,
-probabilities before and after merging weights differ by up to 2.4e-7; the closest call of an image is 1e-5 to 1e-4."""
+"""Margin of the best expert's probability below which rounding may choose another expert. On a random ViT-B/16 with
+MoLE, merging weights changes probabilities by up to 2.4e-7; the smallest margin of an image is 1e-5 to 1e-4."""
 
 
 def _decided(clip: ClipEncoder, images_BCHW: Tensor) -> Tensor:
-    """Rows to compare: those where no router is in doubt; if all are, the one with the least doubt."""
+    """Return the rows to compare: those with a clear choice of every router, else the one with the largest margin."""
     margins_B = decision_margins(clip, images_BCHW)
     rows = (margins_B >= UNDECIDED).nonzero()[:, 0]
     return rows if len(rows) else margins_B.argmax()[None]
@@ -122,7 +122,7 @@ def _decided(clip: ClipEncoder, images_BCHW: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Check:
-    """What goes into the fresh process, and what must come out."""
+    """Inputs of the fresh process and the outputs that it must give."""
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
@@ -172,7 +172,7 @@ def _fresh_process(
 
 
 def _wait(command: list[str], name: str, errors: Path, *, cwd: str) -> None:
-    """Run to the end, with a sign of life now and then."""
+    """Run a command to its end, with a log message now and then."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     with errors.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=cwd, env=environment)
@@ -184,7 +184,7 @@ def _wait(command: list[str], name: str, errors: Path, *, cwd: str) -> None:
                     break
                 except subprocess.TimeoutExpired:
                     seconds += HEARTBEAT
-                    log.info("%s: still reloading in a fresh process, %.0f s so far", name, seconds)
+                    log.info("%s: reloading in a fresh process, %.0f s so far", name, seconds)
         finally:
             process.kill()
             process.wait()

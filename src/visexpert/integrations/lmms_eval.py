@@ -20,26 +20,26 @@ from visexpert.runs import load_run
 IMAGE_MARK = "<image>"
 
 IGNORED = frozenset({"do_sample", "image_aspect_ratio", "image_sizes", "use_cache"})
-"""Generation settings that say nothing here: greedy without a temperature; images are framed as in training."""
+"""Ignored generation settings: generation is greedy without a temperature; images are framed as in training."""
 
 
 class VisexpertModel(lmms):  # type: ignore[misc]
-    """Whatever ``visexpert caption`` can open: a run whole, RUN/detached or RUN/merged.
+    """A run, as ``visexpert caption`` opens it: RUN itself, RUN/detached or RUN/merged.
 
-    Prompts are the task's own; they are framed as the run's data framed them in training (``template``). Each
-    question has one image: tasks without images or with several are refused.
+    Prompts come from the task and are framed as in the run's training (``template``). Each question has one image;
+    tasks without images or with several are refused.
 
     Args:
         run: Folder of the run.
-        device: As torch writes it; None is the GPU where there is one. Under ``accelerate launch`` each process takes
-            its own GPU.
+        device: A torch device; None uses the GPU if there is one. Under ``accelerate launch`` each process uses its
+            own GPU.
         batch_size: Questions at once; ``auto`` is 1.
-        max_new_tokens: Longest answer where the task says nothing.
-        trust: Modules of yours whose classes the run's configuration may name, joined by ``+``.
-        kwargs: What lmms-eval hands every model; ``max_batch_size`` has no meaning here, others are refused.
+        max_new_tokens: Longest answer if the task sets none.
+        trust: Your own modules whose classes the run's configuration may name, joined by ``+``.
+        kwargs: Further arguments of lmms-eval; ``max_batch_size`` is ignored, others are refused.
 
-     Raises:
-         ConfigError: ``run`` is no run, or an argument is unknown.
+    Raises:
+        ConfigError: ``run`` is not a run, or an argument is unknown.
     """
 
     is_simple = True
@@ -65,19 +65,19 @@ class VisexpertModel(lmms):  # type: ignore[misc]
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device of the model."""
         return next(self._captioner.run.model.parameters()).device
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Answer questions, in their order.
+        """Answer questions in order.
 
         Args:
-            requests: Instances whose ``args`` are (text, generation settings, how to get the images of a document,
-                its number, task, split).
+            requests: Instances whose ``args`` are (text, generation settings, function from document to images,
+                document number, task, split).
 
         Raises:
-            ConfigError: A generation setting that is not known here.
-            DataError: A question without an image, or with several.
+            ConfigError: A generation setting is unknown.
+            DataError: A question has no image, or several.
         """
         answers: list[str] = []
         for settings, same in groupby(requests, key=lambda request: dict(request.args[1])):
@@ -92,18 +92,18 @@ class VisexpertModel(lmms):  # type: ignore[misc]
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Refused: every task of docs/evaluation.md is answered in words.
+        """Refuse: every task of docs/evaluation.md is answered in words.
 
         Raises:
             ConfigError: Always.
         """
         raise ConfigError(
-            "--model visexpert answers in words and gives no likelihoods; choose tasks of output_type generate_until, "
-            "such as gqa, textvqa_val, vizwiz_vqa_val, scienceqa_img, mme or mmbench_en_dev."
+            "--model visexpert gives no likelihoods; choose tasks of output_type generate_until, such as gqa, "
+            "textvqa_val, vizwiz_vqa_val, scienceqa_img, mme or mmbench_en_dev."
         )
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Refused: runs answer one question at a time.
+        """Refuse: runs answer single questions.
 
         Raises:
             ConfigError: Always.
@@ -111,7 +111,7 @@ class VisexpertModel(lmms):  # type: ignore[misc]
         raise ConfigError("--model visexpert answers single questions; choose tasks of one round.")
 
     def _image(self, request: Any) -> torch.Tensor:
-        """The question's image, uint8 (3, H, W)."""
+        """Return the question's image, uint8 (3, H, W)."""
         _, _, visuals_of, number, task, split = request.args
         visuals = list(visuals_of(self.task_dict[task][split][number]))
         if len(visuals) != 1 or not isinstance(visuals[0], Image):
@@ -123,30 +123,29 @@ class VisexpertModel(lmms):  # type: ignore[misc]
 
 
 def own_device(device: str | None) -> str | None:
-    """This process's GPU where several were started; else the device that was asked for."""
+    """Return this process's GPU if several processes run, else the given device."""
     rank = os.environ.get("LOCAL_RANK")
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return f"cuda:{rank}" if several and rank is not None and torch.cuda.is_available() else device
 
 
 def decoding_of(settings: Mapping[str, Any], *, max_new_tokens: int) -> tuple[Decoding, tuple[str, ...]]:
-    """What a task's ``generation_kwargs`` mean.
+    """Translate a task's ``generation_kwargs``.
 
     Args:
         settings: ``max_new_tokens``, ``temperature`` (0 is greedy), ``top_p``, ``top_k``, ``num_beams``, ``until``.
-        max_new_tokens: Longest answer where they say nothing.
+        max_new_tokens: Longest answer if they set none.
 
     Returns:
-        How to write, and the texts that end an answer.
+        The decoding, and the texts that end an answer.
 
     Raises:
-        ConfigError: A setting that is not known here.
+        ConfigError: A setting is unknown.
     """
     known = {"max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "until"}
     if unknown := sorted(settings.keys() - known - IGNORED):
         raise ConfigError(
-            f"The task asks for {unknown[0]!r}, which visexpert cannot generate by; it knows "
-            f"{', '.join(sorted(known))}."
+            f"The task sets {unknown[0]!r}, which visexpert does not support; use one of {', '.join(sorted(known))}."
         )
     chosen: dict[str, Any] = {"max_new_tokens": int(settings.get("max_new_tokens") or max_new_tokens)}
     if (settings.get("num_beams") or 1) > 1:
@@ -159,11 +158,11 @@ def decoding_of(settings: Mapping[str, Any], *, max_new_tokens: int) -> tuple[De
 
 
 def until(text: str, stops: Sequence[str]) -> str:
-    """The text up to the first of some stops."""
+    """Return the text up to the first stop."""
     ends = [text.find(stop) for stop in stops if stop and stop in text]
     return text[: min(ends)].strip() if ends else text
 
 
 def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of ``size`` items, the last one shorter."""
+    """Yield lists of ``size`` items; the last may be shorter."""
     return (items[start : start + size] for start in range(0, len(items), size))

@@ -1,1 +1,1 @@
-"""Files from outside and files of runs: how they are found, read without running code, and written whole."""
+"""Files from outside and files of runs: find them, read them without running code, write them atomically."""

@@ -1,4 +1,4 @@
-"""Checkpoints of runs: which one a command reads, and reading it without running code from it."""
+"""Checkpoints of runs: choose the one to read, and read it without running its code."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ FOLDER, LAST = "checkpoints", "last.ckpt"
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a file, or a folder that FSDP or DeepSpeed wrote, lies there; what it holds is not looked at."""
+    """Return whether a path is a file, or a folder written by FSDP or DeepSpeed; the content is not checked."""
     return path.is_file() or is_sharded(path)
 
 
 def load_checkpoint(path: Path, *, owner: str) -> dict[str, Any]:
-    """Read a Lightning checkpoint without running code from it.
+    """Read a Lightning checkpoint without running its code.
 
     Args:
-        path: The file, or the folder that FSDP or DeepSpeed wrote; the latter comes without the optimizer's state.
+        path: The file, or a folder written by FSDP or DeepSpeed (then without optimizer state).
         owner: Who asks, for the message.
 
     Returns:
-        With ``state_dict``: tensors on the CPU by name.
+        The checkpoint; ``state_dict`` holds tensors on the CPU by name.
 
     Raises:
-        WeightsError: It is missing, damaged, could run code, or holds no weights.
+        WeightsError: The checkpoint is missing, damaged, could run code, or holds no weights.
     """
     if not is_checkpoint(path):
-        what = "is a folder that neither FSDP nor DeepSpeed wrote" if path.is_dir() else "does not exist"
+        what = "is a folder, but not written by FSDP or DeepSpeed" if path.is_dir() else "does not exist"
         raise WeightsError(f"{owner}: the checkpoint {path} {what}; give the path of a run's .ckpt.")
     with _told(path, owner):
         checkpoint = read_sharded(path) if path.is_dir() else _read(path)
@@ -51,13 +51,13 @@ def load_checkpoint(path: Path, *, owner: str) -> dict[str, Any]:
 
 
 def checked_checkpoint(path: Path, *, owner: str) -> int:
-    """Look into a checkpoint without reading its weights.
+    """Check a checkpoint without reading its weights.
 
     Returns:
-        Optimizer steps behind it.
+        Number of optimizer steps.
 
     Raises:
-        WeightsError: It is missing, damaged, cut off, or none of a run.
+        WeightsError: The checkpoint is missing, damaged, truncated, or not of a run.
     """
     if not is_checkpoint(path):
         load_checkpoint(path, owner=owner)
@@ -66,30 +66,30 @@ def checked_checkpoint(path: Path, *, owner: str) -> int:
     steps = facts.get("global_step")
     if not isinstance(steps, int) or (path.is_file() and not isinstance(facts.get("state_dict"), dict)):
         raise WeightsError(
-            f"{owner}: {path} is no checkpoint of a run: it has no global_step or no state_dict; give a .ckpt file "
-            "that `visexpert fit` wrote."
+            f"{owner}: {path} is not a checkpoint of a run: it has no global_step or no state_dict; give a .ckpt file "
+            "written by `visexpert fit`."
         )
     return steps
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint in which a run got furthest, and where it is not plainly ``last.ckpt``, say so.
+    """Return the checkpoint of a run with the most progress; warn if it is not simply ``last.ckpt``.
 
-    A run that was killed between two files has ``step=N.ckpt`` beside an older ``last.ckpt``; earlier versions, used
-    twice on one folder, left ``last-v1.ckpt``; a disk that failed leaves what cannot be read.
+    A run killed between two files has ``step=N.ckpt`` beside an older ``last.ckpt``; earlier versions, used twice on
+    one folder, left ``last-v1.ckpt``; a failing disk leaves unreadable files.
 
     Args:
         folder: ``RUN/checkpoints``.
 
     Returns:
-        The newest that is whole; None where there is none at all.
+        The newest readable checkpoint; None if there is none at all.
 
     Raises:
-        WeightsError: There are some, none of which can be read.
+        WeightsError: There are checkpoints, but none can be read.
     """
     found = [path for path in folder.glob("*.ckpt") if is_checkpoint(path) and path.name != "training.ckpt"]
     found += [path for path in folder.glob(".*.ckpt.old") if is_checkpoint(path)]
-    # What Lightning calls last comes after the step=N.ckpt of the same moment.
+    # Lightning writes last.ckpt after the step=N.ckpt of the same moment.
     found.sort(key=lambda path: (_changed(path), path.name.startswith("last")), reverse=True)
     unreadable: list[str] = []
     for path in _preferred(found):
@@ -99,9 +99,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
             unreadable.append(str(error))
             continue
         if unreadable:
-            log.warning("%s Taken instead: %s, after %d steps.", unreadable[0], path, steps)
+            log.warning("%s Instead using %s, after %d steps.", unreadable[0], path, steps)
         elif path.name != LAST and (folder / LAST).exists():
-            log.warning("%s is older than %s, which is taken, after %d steps.", folder / LAST, path.name, steps)
+            log.warning("%s is older than %s; using the latter, after %d steps.", folder / LAST, path.name, steps)
         return path
     if unreadable:
         raise WeightsError(unreadable[0])
@@ -109,7 +109,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _preferred(found: list[Path]) -> list[Path]:
-    """Put the newest ``last*.ckpt`` first, unless a file of more steps was written later still."""
+    """Put the newest ``last*.ckpt`` first, unless a later file has more steps."""
     last = next((path for path in found if path.name.startswith("last")), None)
     if last is None:
         return found
@@ -140,22 +140,22 @@ def _read(path: Path, *, lazily: bool = False) -> dict[str, Any]:
 
 @contextmanager
 def _told(path: Path, owner: str) -> Iterator[None]:
-    """Turn whatever a reader raises into one sentence: damaged content can make it raise anything."""
+    """Turn any error of a reader into one sentence: damaged content can make it raise anything."""
     try:
         yield
     except ModuleNotFoundError as error:
         raise WeightsError(
-            f"{owner}: {path} was written by DeepSpeed, whose own tool must put it together ({error}); run "
-            "`pip install deepspeed` here."
+            f"{owner}: {path} was written by DeepSpeed and must be assembled by its own tool ({error}); run "
+            "`pip install deepspeed`."
         ) from error
     except Exception as error:
         raise WeightsError(
-            f"{owner}: {path} is no plain checkpoint: damaged, cut off, of another program, or with code in it "
-            f"({_reason(error)}); give another, or train it again."
+            f"{owner}: {path} cannot be read: it is damaged, truncated, from another program, or contains code "
+            f"({_reason(error)}); give another checkpoint, or train again."
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """What the reader says, without torch's advice to trust the file."""
+    """Return the reader's reason, without torch's advice to trust the file."""
     text = str(error).partition("WeightsUnpickler error:")[2].strip()
     return text.partition("\n")[0][:120] or first_line(error)[:120] or type(error).__name__

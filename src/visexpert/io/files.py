@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all: written beside their place, forced to the disk, renamed.
+"""Atomic writes of files and folders: write beside the target, flush to disk, rename.
 
-The part lies in the target's own folder, since a rename is atomic on one file system alone. Whatever ends the writer -
-an error, a full disk, a kill, a crash of the machine - the earlier file stays as it was.
+The part file is in the target's own folder, since a rename is atomic only within a file system. Whatever ends the
+writer - an error, a full disk, a kill, a crash of the machine - the earlier file stays intact.
 """
 
 from __future__ import annotations
@@ -18,27 +18,26 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: parts of killed processes then stay until they are deleted by hand
+except ImportError:  # Windows: parts of killed processes stay until deleted by hand
     fcntl = None  # type: ignore[assignment]
 
 _HOST = re.sub(r"[^A-Za-z0-9]", "", platform.node())[:32] or "here"
 
 _cleaned: set[Path] = set()
-"""Folders in which this process has looked for parts of dead ones."""
+"""Folders that this process has searched for parts of dead processes."""
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give the path of an empty part file beside ``path``, which takes its place at the end.
+    """Provide an empty part file beside ``path``; at the end it replaces ``path``.
 
-    Parts that killed processes have left there are removed; those of processes that still write are not, since each
-    writer holds a lock on its own.
+    Parts left by killed processes are removed; those of active writers are not, since each writer locks its own.
 
     Args:
-        path: Target; its folder is made where it is missing, and an earlier file stays until the new one is whole.
+        path: Target; its folder is created if missing, and an earlier file stays until the new one is complete.
 
     Raises:
-        OSError: The folder or the file cannot be written. The part is removed, whatever was raised.
+        OSError: The folder or the file cannot be written. The part is removed after any error.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_dead_parts(path.parent)
@@ -50,19 +49,19 @@ def whole_file(path: Path) -> Iterator[Path]:
             part.replace(path)
         force_folder(path.parent)
     finally:
-        with contextlib.suppress(OSError):  # on a disk that fails, what was raised first counts
+        with contextlib.suppress(OSError):  # on a failing disk, the first error counts
             part.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder beside ``path``, which takes its place at the end.
+    """Provide an empty folder beside ``path``; at the end it replaces ``path``.
 
     Args:
-        path: Target; an earlier folder or file there stays until the new one is whole.
+        path: Target; an earlier folder or file stays until the new one is complete.
 
     Raises:
-        OSError: The disk refuses. The part is removed, whatever was raised.
+        OSError: The folder cannot be written. The part is removed after any error.
     """
     part = _part(path)
     try:
@@ -75,10 +74,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def take_place(part: Path, path: Path) -> None:
-    """Force a finished file or folder to the disk and move it to ``path``, replacing what lies there.
+    """Flush a finished file or folder to disk and move it to ``path``, replacing what is there.
 
-    A folder cannot be replaced in one go: for a moment neither lies at ``path``, the earlier one beside it as
-    ``.NAME.old``.
+    A folder cannot be replaced atomically: for a moment ``path`` is missing and the earlier folder is ``.NAME.old``
+    beside it.
     """
     for file in [part] if part.is_file() else sorted(part.rglob("*")):
         if file.is_file():
@@ -98,13 +97,13 @@ def take_place(part: Path, path: Path) -> None:
 
 
 def force(file: Path) -> None:
-    """Wait until a file's content lies on the disk."""
+    """Flush the content of a file to disk."""
     with file.open("rb+" if os.name == "nt" else "rb") as stream:
         os.fsync(stream.fileno())
 
 
 def force_folder(folder: Path) -> None:
-    """Wait until a folder's names lie on the disk, where the system can (Windows cannot)."""
+    """Flush the entries of a folder to disk, if the system can (Windows cannot)."""
     with contextlib.suppress(OSError):
         number = os.open(folder, os.O_RDONLY)
         try:
@@ -119,34 +118,34 @@ def _part(path: Path) -> Path:
 
 @contextmanager
 def _locked(part: Path) -> Iterator[None]:
-    """Make an empty file and hold the lock that says that its writer lives."""
+    """Create an empty file and hold its lock, which tells others that the writer is alive."""
     while True:
         with part.open("wb") as lock:
             if fcntl is not None:
-                with contextlib.suppress(OSError):  # file systems without locks: nobody removes parts there, either
+                with contextlib.suppress(OSError):  # no locks on this file system: nobody removes parts there
                     fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not part.exists():  # taken for a dead one before it was locked
+            if not part.exists():  # another process removed it before it was locked
                 continue
             yield
             return
 
 
 def _remove_dead_parts(folder: Path) -> None:
-    """Remove what writers into ``folder`` that are no more have left there; looks once per process.
+    """Remove the parts of dead writers in ``folder``, once per process.
 
-    Of this machine alone: not every file system tells locks to others.
+    Only parts of this machine: not every file system shares locks.
     """
     if fcntl is None or folder in _cleaned:
         return
     _cleaned.add(folder)
     for part in folder.glob(f".*.{_HOST}-????????.part"):
-        with contextlib.suppress(OSError), part.open("rb") as lock:  # OSError: it is locked, a folder, or gone by now
+        with contextlib.suppress(OSError), part.open("rb") as lock:  # OSError: locked, a folder, or gone
             fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             part.unlink(missing_ok=True)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, if there is one."""
+    """Remove a file or folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

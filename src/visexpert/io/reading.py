@@ -1,6 +1,6 @@
-"""How text files from outside are read: regular files alone, UTF-8 alone, nested no deeper than anyone writes.
+"""Read text files from outside: regular files only, UTF-8 only, with a limit on nesting.
 
-Every reader raises OSError or ValueError and nothing else, so that a caller says in one sentence what is to be done.
+Readers raise only OSError or ValueError, which the caller turns into one sentence with the next step.
 """
 
 from __future__ import annotations
@@ -27,42 +27,42 @@ IMAGE_FORMATS = {
     "PPM": (".ppm", ".pgm"),
     "AVIF": (".avif",),
 }
-"""The formats that are decoded, by Pillow's name, with the suffixes of their files; README lists them, too.
+"""Image formats that are decoded, by Pillow's name, with the suffixes of their files; also listed in README.
 
-Pillow knows some 40 more. Decoders that hardly anyone uses are where faults hide, and one of them runs Ghostscript.
+Pillow supports some 40 more, but rarely used decoders are where faults hide, and one of them runs Ghostscript.
 """
 
 
 def check_regular(path: str | Path) -> None:
-    """Check that reading a path will end: that it is no pipe, device, socket or folder.
+    """Check that a path is a regular file, not a pipe, device, socket or folder, so that reading it ends.
 
     Raises:
-        FileNotFoundError: There is none.
-        OSError: It is no regular file.
+        FileNotFoundError: The file does not exist.
+        OSError: It is not a regular file.
     """
     if not stat.S_ISREG(Path(path).stat().st_mode):
-        raise OSError(errno.EINVAL, "no regular file", str(path))
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def read_text(path: Path) -> str:
     """Read a text file.
 
     Raises:
-        OSError: It cannot be read, or is no regular file.
-        ValueError: It is not UTF-8.
+        OSError: The file cannot be read, or is not a regular file.
+        ValueError: The text is not UTF-8.
     """
     check_regular(path)
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"no UTF-8 text: byte {error.object[error.start]:#04x} at {error.start}") from None
+        raise ValueError(f"not UTF-8 text: byte {error.object[error.start]:#04x} at {error.start}") from None
 
 
 def parse_json(text: str | bytes) -> Any:
     """Decode JSON.
 
     Raises:
-        ValueError: It is none, or is nested too deeply.
+        ValueError: The text is not JSON, or is nested too deeply.
     """
     try:
         return json.loads(text)
@@ -71,7 +71,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Decode a JSON file; raises as :func:`read_text` and :func:`parse_json`."""
+    """Decode a JSON file; errors as of :func:`read_text` and :func:`parse_json`."""
     return parse_json(read_text(path))
 
 
@@ -85,7 +85,7 @@ def read_object(path: Path, *, error: type[UserError], owner: str = "", step: st
         step: What the user can do, last in the message.
 
     Raises:
-        UserError: It cannot be read, or it holds something else; of the class ``error``.
+        UserError: The file cannot be read, or holds something else; the class is ``error``.
     """
     who = f"{owner}: " if owner else ""
     try:
@@ -98,17 +98,17 @@ def read_object(path: Path, *, error: type[UserError], owner: str = "", step: st
 
 
 def dump_json(value: Any, *, indent: int | None = None) -> str:
-    """Encode as JSON that people can read: letters as they are, and escaped what a terminal could act on."""
+    """Encode as readable JSON: printable characters as they are, terminal control characters escaped."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     return "".join(sign if sign.isprintable() or sign == "\n" else json.dumps(sign)[1:-1] for sign in text)
 
 
 def read_yaml(path: Path) -> Any:
-    """Decode a YAML file without building anything that it names.
+    """Decode a YAML file without building objects that it names.
 
     Raises:
-        OSError: See :func:`read_text`.
-        ValueError: It is no YAML, names a key twice, or is nested too deeply.
+        OSError: As :func:`read_text`.
+        ValueError: The text is not YAML, has a duplicate key, or is nested too deeply.
     """
     try:
         return yaml.load(read_text(path), Loader=_OnceLoader)
@@ -125,7 +125,7 @@ _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _OnceLoader(_SafeLoader):  # type: ignore[misc]
-    """Refuses a key that comes twice, where YAML's own loaders silently take the last."""
+    """Refuses duplicate keys, of which YAML's own loaders silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()

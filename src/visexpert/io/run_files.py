@@ -1,4 +1,4 @@
-"""Files of a run, written whole or not at all."""
+"""Files of a run, written atomically."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from visexpert.io.files import whole_file
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to a file beside ``path`` and move it there, so that readers never see half of it.
+    """Write ``text`` to ``path`` atomically, so that readers never see half of it.
 
     Raises:
-        DataError: The folder or file cannot be written (rights, full disk).
+        DataError: The folder or file cannot be written (permissions, full disk).
     """
     write_bytes(path, text.encode("utf-8"))
 
@@ -28,11 +28,11 @@ def write_bytes(path: Path, content: bytes) -> None:
         with whole_file(path) as part:
             part.write_bytes(content)
     except OSError as error:
-        raise DataError(f"Cannot write {path} ({error.strerror}): free the disk, or name another folder.") from error
+        raise DataError(f"Cannot write {path} ({error.strerror}): free disk space, or use another folder.") from error
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON that any reader accepts: figures that are not finite become null.
+    """Write JSON that any reader accepts: numbers that are not finite become null.
 
     Raises:
         DataError: As :func:`write_text`.
@@ -41,7 +41,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_json_list(path: Path, items: Sequence[Any]) -> None:
-    """Write a JSON list as :func:`write_json` does, one item a line."""
+    """Write a JSON list as :func:`write_json` does, one item per line."""
     lines = [json.dumps(_finite(item), allow_nan=False) for item in items]
     write_text(path, "[\n" + ",\n".join(lines) + "\n]\n")
 
@@ -55,7 +55,9 @@ def read_json(path: Path) -> Any:
     try:
         return reading.read_json(path)
     except FileNotFoundError as error:
-        raise DataError(f"There is no {path}: the run that writes it has not finished, or lies elsewhere.") from error
+        raise DataError(
+            f"There is no {path}: the run that writes it has not finished, or is in another folder."
+        ) from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not readable JSON ({error}): remove it and let the run write it again.") from error
 
@@ -76,7 +78,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def set_aside(path: Path) -> Path | None:
-    """Rename ``name.ext`` to the first free ``name.1.ext``, ``name.2.ext``, ...; None if there is nothing to rename."""
+    """Rename ``name.ext`` to the first free ``name.1.ext``, ``name.2.ext``, ...; return None if it does not exist."""
     if not path.exists():
         return None
     number = 1

@@ -18,16 +18,17 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def hold(run: Path, phase: str | None = None) -> Iterator[None]:
-    """Keep other processes out of a run's folder, or out of one phase's folder in it, by the file ``.lock``.
+    """Lock a run's folder, or the folder of a phase in it, against other processes by the file ``.lock``.
 
-    The lock ends with the process, however that ends; the file stays. A file system that knows no locks gets none.
+    The lock ends with the process, however that ends; the file stays. Without support of the file system there is no
+    lock.
 
     Args:
-        run: The run's folder; made where it is not there.
+        run: The run's folder; created if missing.
         phase: Name of the phase's folder; None for the run itself.
 
     Raises:
-        ConfigError: Another process, or this one, works there already.
+        ConfigError: Another process, or this one, already uses it.
         DataError: The folder cannot be written.
     """
     folder, name = (run, ".lock") if phase is None else (run / phase, f".{phase}.lock")
@@ -37,14 +38,14 @@ def hold(run: Path, phase: str | None = None) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(
-            f"Another visexpert process is writing into '{folder}'; wait until it has ended, or name another folder."
+            f"Another visexpert process is writing into '{folder}'; wait until it has ended, or use another folder."
         ) from error
     except NotImplementedError:
-        log.warning("%s lies on a file system without locks: let one process at a time write there.", folder)
+        log.warning("%s is on a file system without locks: run only one process at a time there.", folder)
         yield
         return
     except OSError as error:
-        raise DataError(f"Cannot write into {run} ({error.strerror}): name another folder.") from error
+        raise DataError(f"Cannot write into {run} ({error.strerror}): use another folder.") from error
     try:
         yield
     finally:
@@ -52,7 +53,7 @@ def hold(run: Path, phase: str | None = None) -> Iterator[None]:
 
 
 SIDECAR = "lmms.json"
-"""File of a run's folder that says where the scores under ``lmms/`` come from."""
+"""File in a run's folder with the origin of the scores under ``lmms/``."""
 
 OWN = (
     "config*.yaml",
@@ -67,28 +68,28 @@ OWN = (
     "not_finite*.jsonl",
     SIDECAR,
 )
-"""What a run writes, and what is stored of its scores."""
+"""Files and folders that a run writes, including its scores."""
 
 PHASE_FACTS = ("merge.json", "detachment.json")
-"""A folder that holds one of these is that of a phase."""
+"""Files that mark the folder of a phase."""
 
 PREVIOUS = "previous"
 
 
 def holds_run(run: Path) -> bool:
-    """Whether a folder holds weights or measurements of a run, finished or begun."""
+    """Return whether a folder holds weights or metrics of a run, finished or not."""
     names = ("checkpoints/*.ckpt", "hpc_ckpt_*.ckpt", "metrics.csv", "metrics.json")
     return any(next(run.glob(name), None) is not None for name in names)
 
 
 def set_run_aside(run: Path) -> Path:
-    """Move all that a run wrote, phases included, to ``previous.1`` (or ``.2``, ...) in its folder; leave the rest.
+    """Move everything that a run wrote, phases included, to ``previous.1`` (or ``.2``, ...) in its folder.
 
     Returns:
-        The new folder, a run of its own.
+        The new folder, which is a run by itself.
 
     Raises:
-        ConfigError: Another process works on a phase of it.
+        ConfigError: Another process is working on a phase of the run.
         DataError: The folder cannot be written.
     """
     number = 1
@@ -104,33 +105,33 @@ def set_run_aside(run: Path) -> Path:
             for path in sorted(found | phases):
                 path.rename(kept / path.name)
         except OSError as error:
-            raise DataError(f"Cannot move the earlier run to {kept} ({error.strerror}): name another.") from error
+            raise DataError(f"Cannot move the earlier run to {kept} ({error.strerror}): use another folder.") from error
     return kept
 
 
 UNSTAMPED = "0.1"
-"""The version whose runs do not say which one wrote them."""
+"""The version whose runs carry no stamp."""
 
 STAMP = "# visexpert=="
 MADE_BESIDE = ("checkpoints", "environment.json", "metrics.json", "merge.json", "detachment.json")
 
 
 def stamped(config: str) -> str:
-    """Return the text of a run's configuration with this version on its first line."""
+    """Return a run's configuration with this version on its first line."""
     return f"{STAMP}{__version__}\n{config}"
 
 
 def is_of_run(config: Path) -> bool:
-    """Tell whether a configuration lies in a run's folder, which may be anyone's."""
+    """Return whether a configuration is in a run's folder, which may come from anyone."""
     return config.is_file() and any((config.parent / name).exists() for name in MADE_BESIDE)
 
 
 def version_of(config: Path) -> str | None:
-    """Return the version of visexpert that wrote a configuration, or None for a file that no run wrote.
+    """Return the version of visexpert that wrote a configuration; None if no run wrote it.
 
     Args:
-        config: A YAML file. Runs of version 0.1 have Lightning's version on the first line; their merged, detached and
-            imported ones have none, but name their folder.
+        config: A YAML file. In runs of version 0.1 the first line has Lightning's version; merged, detached and
+            imported runs have none, but name their folder.
     """
     text = config.read_text(encoding="utf-8", errors="replace")
     first = text.partition("\n")[0].strip()
@@ -142,11 +143,11 @@ def version_of(config: Path) -> str | None:
 
 
 def blamed_on_version(error: ConfigError, configs: Iterable[Path]) -> ConfigError:
-    """Return the error, or one that names the version where another one wrote a configuration.
+    """Return the error, or one that names the version if another version wrote a configuration.
 
     Args:
         error: Why the configurations cannot be read.
-        configs: Their files, which are there.
+        configs: The configuration files, which exist.
     """
     for config in configs:
         theirs = version_of(config)
@@ -155,12 +156,12 @@ def blamed_on_version(error: ConfigError, configs: Iterable[Path]) -> ConfigErro
         age = "an earlier" if _series(theirs) < _series(__version__) else "a later"
         cause = str(error).removeprefix(f"{config}: ").partition("; ")[0].rstrip(".")
         return ConfigError(
-            f"{config} was written by {age} version of visexpert ({theirs}), whose runs this one ({__version__}) does "
-            f"not read ({cause}); train anew, or use visexpert {theirs}."
+            f"{config} was written by {age} version of visexpert ({theirs}), which this one ({__version__}) cannot "
+            f"read ({cause}); train again, or use visexpert {theirs}."
         )
     return error
 
 
 def _series(version: str) -> tuple[int, ...]:
-    """Major and minor number: within them runs stay readable."""
+    """Return major and minor number; runs stay readable within a series."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])

@@ -1,4 +1,4 @@
-"""What a configuration will cost, found out on the ``meta`` device: no weights, no download, no accelerator."""
+"""Cost of a configuration, counted on the ``meta`` device: no weights, no download, no accelerator."""
 
 from visexpert.planning.amount import configured_gpus
 from visexpert.planning.machine import GPUS, USUAL_MFU, Gpu, gpu_named

@@ -1,4 +1,4 @@
-"""How much a configuration reads and keeps: samples, steps, batch, tokens in the feature store, files of the data."""
+"""How much a configuration reads and stores: samples, steps, batch size, tokens in the feature store, data files."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Amount:
 
     Args:
         batch_size: Samples per process and batch.
-        rows: Training images; None where the data is not here and no one said.
-        samples: Images that pass through training, all epochs; None likewise.
-        steps: Optimizer steps; None likewise.
-        per_step: Samples of an optimizer step, all processes.
-        by_steps: Whether steps end the fit (``max_steps``), whatever that is in epochs.
+        rows: Training images; None if the data is not here and nobody gave the number.
+        samples: Images that training reads in all epochs; None if unknown.
+        steps: Optimizer steps; None if unknown.
+        per_step: Samples per optimizer step over all processes.
+        by_steps: Whether ``max_steps`` ends the fit, however many epochs that is.
     """
 
     batch_size: int
@@ -36,20 +36,20 @@ class Amount:
 
     @property
     def epoch_steps(self) -> int | None:
-        """Optimizer steps of an epoch; None where the number of images is not known."""
+        """Optimizer steps per epoch; None if the number of images is unknown."""
         return None if self.rows is None else math.ceil(self.rows / self.per_step)
 
 
 def amount_of(
     data: LightningDataModule, trainer: Mapping[str, Any], *, gpus: int, samples: int | None = None
 ) -> Amount:
-    """Read it from data and trainer.
+    """Return the amount that data and trainer ask for.
 
     Args:
-        data: Not prepared.
-        trainer: Its settings: ``max_steps`` counts optimizer steps, else ``max_epochs`` epochs.
+        data: The data, not prepared.
+        trainer: Settings of the trainer: ``max_steps`` (optimizer steps), else ``max_epochs``.
         gpus: Number of processes.
-        samples: Training images, where the data is not here to be counted.
+        samples: Number of training images, if the data is not here to be counted.
     """
     batch, rows = batch_size_of(data), training_rows(data) if samples is None else samples
     per_step = batch * gpus * int(trainer.get("accumulate_grad_batches") or 1)
@@ -62,9 +62,9 @@ def amount_of(
 
 
 def configured_gpus(trainer: Mapping[str, Any]) -> int | None:
-    """Processes that the trainer asks for, ``devices`` times ``num_nodes``; None where it leaves that open."""
+    """Return the number of processes that the trainer asks for, ``devices`` x ``num_nodes``; None if left open."""
     devices, nodes = trainer.get("devices"), trainer.get("num_nodes") or 1
-    if isinstance(devices, str) and "," in devices:  # numbers of devices, as in a list
+    if isinstance(devices, str) and "," in devices:  # indices of devices, as in a list
         devices = [number for number in devices.split(",") if number.strip()]
     text = str(devices)
     count = len(devices) if isinstance(devices, list | tuple) else int(text) if text.isdigit() else 0
@@ -72,10 +72,10 @@ def configured_gpus(trainer: Mapping[str, Any]) -> int | None:
 
 
 def batch_size_of(data: LightningDataModule) -> int:
-    """Images per training batch and process.
+    """Return the images per training batch and process.
 
     Raises:
-        ConfigError: The data does not say.
+        ConfigError: The data does not tell.
     """
     first = next(iter(data.sources.values())) if isinstance(data, MixedData) else data
     size = getattr(getattr(first, "settings", first), "batch_size", None)
@@ -85,14 +85,14 @@ def batch_size_of(data: LightningDataModule) -> int:
 
 
 def image_size_of(data: LightningDataModule) -> int | None:
-    """Side of the images that batches hold; None where the data does not say."""
+    """Return the side of the images in a batch, in pixels; None if the data does not tell."""
     first = next(iter(data.sources.values())) if isinstance(data, MixedData) else data
     size = getattr(getattr(first, "settings", first), "image_size", None)
     return size if isinstance(size, int) else None
 
 
 def training_rows(data: LightningDataModule) -> int | None:
-    """Training images, where they can be counted without reading them."""
+    """Return the number of training images; None if they cannot be counted without reading them."""
     count = getattr(data, "training_rows", None)
     return None if count is None else count()
 
@@ -102,9 +102,9 @@ class DataNeed:
     """A file that the data needs.
 
     Args:
-        what: What it is.
-        size: About how large, in words.
-        is_here: Whether it is on this machine.
+        what: Description of the file.
+        size: Approximate size, in words.
+        is_here: Whether the file is on this machine.
     """
 
     what: str
@@ -113,7 +113,7 @@ class DataNeed:
 
 
 def data_needs(data: LightningDataModule) -> list[DataNeed]:
-    """Files of the training and validation data; one for each kind."""
+    """Return the files of the training and validation data, one entry for each kind."""
     if isinstance(data, MixedData):
         parts = [(source, ["train"]) for name, source in data.sources.items() if name in data.weights]
     elif isinstance(data, SourceData):
@@ -129,6 +129,6 @@ def data_needs(data: LightningDataModule) -> list[DataNeed]:
 
 
 def stored_bytes(method: Method, *, dtype: str) -> dict[str, int]:
-    """Bytes per image of the tokens that a feature store keeps, by the name of the part."""
+    """Return the bytes per image of the tokens in a feature store, by name of the part."""
     size = 4 if dtype == "float32" else 2
     return {name: kept.rows * kept.width * size for name, kept in method.stored_tokens().items()}

@@ -24,12 +24,12 @@ from visexpert.planning.meta import MetaMode, RealNumbers
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step costs.
+    """Cost of one step.
 
     Args:
-        forward: FLOP by part in the forward pass; 1 multiply-add counts as 2.
-        backward: In the backward pass, what gradient checkpointing computes again included.
-        activation_bytes: Most that results of operations take at once.
+        forward: FLOP of the forward pass by part; a multiply-add counts as 2.
+        backward: FLOP of the backward pass by part, including what gradient checkpointing recomputes.
+        activation_bytes: Peak memory of the results of operations.
     """
 
     forward: Mapping[str, int]
@@ -37,24 +37,24 @@ class StepCost:
     activation_bytes: int
 
     def total(self, part: str) -> int:
-        """FLOP of a part in both passes."""
+        """Return the FLOP of a part in both passes."""
         return self.forward.get(part, 0) + self.backward.get(part, 0)
 
 
 def count_step(
     step: Callable[[], Any], model: nn.Module, parts: Mapping[str, Sequence[nn.Module]], *, float_bytes: int = 4
 ) -> StepCost:
-    """Run a step on ``meta`` and count.
+    """Run a step on ``meta`` and count its operations and activations.
 
-    torch's ``FlopCounterMode`` counts matrix products, convolutions and attention. Attention is counted as the
-    products that it is made of: causal attention in full, and its backward pass without what fused kernels compute
-    again (methods of counting differ there by half of attention's share).
+    torch's ``FlopCounterMode`` counts matrix products, convolutions and attention. Attention is counted as its
+    products: causal attention in full, its backward pass without what fused kernels recompute (ways of counting differ
+    there by half of attention's share).
 
     Args:
-        step: Calls the model; where it returns a tensor with a graph, that is differentiated.
-        model: With its parameters on ``meta`` (see :func:`~visexpert.planning.meta.weightless`).
-        parts: Modules by the name of their part; a part may lie inside another.
-        float_bytes: Bytes of a floating-point activation.
+        step: Calls the model; if it returns a tensor with a graph, that is differentiated.
+        model: The model, parameters on ``meta`` (see :func:`~visexpert.planning.meta.weightless`).
+        parts: Modules by name of their part; one part may contain another.
+        float_bytes: Bytes per floating-point activation.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     attribution, counter = Attribution(parts), FlopCounterMode(display=False)
@@ -84,7 +84,7 @@ def count_step(
 
 @contextmanager
 def _no_gradients_kept(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Gradients of weights are counted by themselves."""
+    """Drop the gradients of weights, which are counted separately."""
 
     def drop(parameter: Tensor) -> None:
         parameter.grad = None
@@ -99,7 +99,7 @@ def _no_gradients_kept(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Alarms about values mean nothing where there are none."""
+    """Silence warnings about values, which mean nothing on ``meta``."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -111,20 +111,20 @@ def _quiet() -> Iterator[None]:
 
 
 OTHER = "the rest"
-"""Where operations are counted that happen in no part, such as losses."""
+"""Name under which operations outside all parts are counted, such as losses."""
 
 _KEY = "visexpert_part"
 
 
 class Attribution:
-    """Says the part of the operation that runs now, between :meth:`watching`.
+    """Tells, inside :meth:`watching`, which part the current operation belongs to.
 
-    In the forward pass it is the innermost part whose ``forward`` runs. In the backward pass it is the part that made
-    the node of autograd's graph: when a part is left, all nodes behind its outputs that have no owner yet are its own.
-    (torch's ``ModuleTracker`` cannot tell, where modules hand dataclasses to each other.)
+    In the forward pass it is the innermost part whose ``forward`` runs. In the backward pass it is the part that
+    created the autograd node: when a part returns, it takes all nodes behind its outputs that have no owner yet.
+    (torch's ``ModuleTracker`` fails where modules pass dataclasses to each other.)
 
     Args:
-        parts: Modules of each part by its name; a part may lie inside another.
+        parts: Modules by name of their part; one part may contain another.
     """
 
     def __init__(self, parts: Mapping[str, Sequence[nn.Module]]) -> None:
@@ -133,7 +133,7 @@ class Attribution:
 
     @property
     def now(self) -> str:
-        """Name of the part."""
+        """Name of the current part."""
         node = torch._C._current_autograd_node()
         return self._running[-1] if node is None else _notes(node).get(_KEY, OTHER)
 
@@ -144,7 +144,7 @@ class Attribution:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Follow the parts' forward calls."""
+        """Follow the forward calls of the parts."""
         handles = []
         for name, modules in self._parts.items():
             for module in modules:
@@ -158,7 +158,7 @@ class Attribution:
 
     def _enter(self, name: str) -> Any:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if not self.is_backward:  # a block that is run again for its activations belongs to the node that asks
+            if not self.is_backward:  # a checkpointed block that runs again belongs to the node that asks
                 _own(_tensors((args, kwargs)), self._running[-1])
                 self._running.append(name)
 
@@ -170,7 +170,7 @@ class Attribution:
 
 
 def _own(tensors: Iterable[Tensor], part: str) -> None:
-    """Give a part all nodes behind some tensors that have no owner."""
+    """Assign to a part all nodes behind the tensors that have no owner yet."""
     waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
     while waiting:
         node = waiting.pop()
@@ -181,13 +181,13 @@ def _own(tensors: Iterable[Tensor], part: str) -> None:
 
 
 def _notes(node: Any) -> dict[str, str]:
-    """What a node of autograd's graph carries for whoever asks."""
+    """Return the metadata of an autograd node."""
     notes: dict[str, str] = node.metadata
     return notes
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Tensors in nested records, mappings and sequences."""
+    """Yield the tensors in nested dataclasses, mappings and sequences."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -202,14 +202,14 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 class LiveTensors:
-    """Adds up the results on ``meta`` that are alive, and remembers the most there were at once.
+    """Adds up the live results on ``meta`` and keeps their peak.
 
-    Weights' gradients are left out (they are counted by themselves), and so are the logits of attention, which fused
-    attention never holds.
+    Gradients of weights are left out, since they are counted separately, and so are attention logits, which fused
+    attention never stores.
 
     Args:
-        float_bytes: Bytes of a floating-point number.
-        weights: What the model itself holds; outlives this object.
+        float_bytes: Bytes per floating-point number.
+        weights: Parameters and buffers of the model; they must outlive this object.
     """
 
     def __init__(self, *, float_bytes: int, weights: Iterable[Tensor]) -> None:
@@ -223,7 +223,7 @@ class LiveTensors:
         self._float_bytes = float_bytes
 
     def add(self, result: Any, *, is_backward: bool) -> None:
-        """Take the results of an operation into account."""
+        """Count the results of an operation."""
         for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.is_meta and not self._is_left_out(tensor, is_backward):
                 self._add(tensor)
@@ -250,7 +250,7 @@ class LiveTensors:
 
 
 class AttentionShapes(TorchFunctionMode):
-    """Notes the shapes (queries, keys) of the logits of fused attention, and whether it runs."""
+    """Records the logit shapes (queries, keys) of fused attention, and whether it is running."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The machine and how a fit is spread over it: accelerators, the trainer's strategy and its precision."""
+"""The machine and how a fit is spread over it: accelerators, the trainer's strategy, its precision."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 from visexpert.errors import ConfigError
 
 USUAL_MFU = 0.4
-"""Share of the peak that is reached: 0.35 to 0.5 is usual for transformers of this size on a well-fed machine."""
+"""Model FLOP utilization: 0.35 to 0.5 is usual for transformers of this size if data arrives in time."""
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class Gpu:
     """An accelerator.
 
     Args:
-        label: Its full name.
+        label: Full name.
         tflops: Peak of dense products in 10^12 FLOP/s by bits: 16 (bfloat16 or float16, float32 sums) and 32.
-        memory_bytes: Its memory.
+        memory_bytes: Memory.
     """
 
     label: str
@@ -27,7 +27,7 @@ class Gpu:
     memory_bytes: float
 
 
-# NVIDIA's data sheets, dense (without structured sparsity). 32 is float32 proper: torch leaves TF32 off for products.
+# NVIDIA's data sheets, dense (without structured sparsity). 32 is plain float32: torch disables TF32 for products.
 GPUS: Mapping[str, Gpu] = {
     "h200": Gpu("NVIDIA H200 SXM", {16: 989.4, 32: 66.9}, 141e9),
     "h100": Gpu("NVIDIA H100 SXM 80 GB", {16: 989.4, 32: 66.9}, 80e9),
@@ -42,10 +42,10 @@ GPUS: Mapping[str, Gpu] = {
 
 
 def gpu_named(name: str) -> Gpu:
-    """The accelerator of a name.
+    """Return the accelerator of this name.
 
     Raises:
-        ConfigError: It is not in the table.
+        ConfigError: The name is not in the table.
     """
     if name.lower() not in GPUS:
         raise ConfigError(f"--gpu {name} is not in the table; use one of {', '.join(GPUS)}.")
@@ -55,22 +55,22 @@ def gpu_named(name: str) -> Gpu:
 Engine = Literal["ddp", "fsdp", "deepspeed"]
 
 NODE = 8
-"""GPUs of a node, inside which FSDP's HYBRID_SHARD shards."""
+"""GPUs per node; FSDP's HYBRID_SHARD shards within a node."""
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """How parameters, gradients and optimizer states lie on the processes.
+    """How weights, gradients and optimizer states are distributed over the processes.
 
     Args:
-        engine: What runs it.
-        shards_weights: Each process holds its share of the weights, and gathers what it needs.
-        shards_gradients: Each process holds its share of the gradients.
-        shards_optimizer: Each process holds its share of the optimizer's states.
-        offloads_optimizer: The states (and gradients) are in the host's memory.
-        offloads_weights: So are the weights.
-        within_node: Shares are of one node's GPUs, at most :data:`NODE`.
-        units: Names of classes that FSDP wraps one by one; empty where it wraps the whole model as one unit.
+        engine: The engine behind the strategy.
+        shards_weights: Each process holds a shard of the weights and gathers what it needs.
+        shards_gradients: Each process holds a shard of the gradients.
+        shards_optimizer: Each process holds a shard of the optimizer states.
+        offloads_optimizer: Optimizer states and gradients are in host memory.
+        offloads_weights: Weights are in host memory.
+        within_node: Shards are spread over the GPUs of one node, at most :data:`NODE`.
+        units: Names of the classes that FSDP wraps one by one; empty if it wraps the whole model as one unit.
     """
 
     engine: Engine
@@ -84,10 +84,10 @@ class Strategy:
 
     @classmethod
     def of(cls, setting: Any) -> Strategy:
-        """Read the trainer's ``strategy``: Lightning's short names, or a class with its arguments.
+        """Parse the trainer's ``strategy``: one of Lightning's short names, or a class with its arguments.
 
         Raises:
-            ConfigError: Another strategy.
+            ConfigError: The strategy is unknown.
         """
         if isinstance(setting, Mapping):
             name = str(setting.get("class_path", "")).rsplit(".", 1)[-1]
@@ -103,7 +103,7 @@ class Strategy:
         raise _unknown(name)
 
     def shares(self, gpus: int) -> int:
-        """Processes that share what is shared."""
+        """Return the number of processes that what is sharded is spread over."""
         return min(gpus, NODE) if self.within_node else gpus
 
 
@@ -153,20 +153,20 @@ def _deepspeed(stage: int, *, optimizer: bool, weights: bool) -> Strategy:
 
 def _unknown(name: str) -> ConfigError:
     return ConfigError(
-        f"plan knows no memory of trainer.strategy={name!r}; it knows auto, ddp, fsdp, deepspeed_stage_1 to _3 (also "
-        "_offload) and the classes DDPStrategy, FSDPStrategy and DeepSpeedStrategy."
+        f"plan cannot estimate the memory of trainer.strategy={name!r}; use auto, ddp, fsdp, deepspeed_stage_1 to _3 "
+        "(also _offload) or one of the classes DDPStrategy, FSDPStrategy and DeepSpeedStrategy."
     )
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes of numbers.
+    """Sizes of numbers.
 
     Args:
-        name: As the trainer has it.
-        compute: Of an activation.
-        cast: Weights are all of this size, whatever they were built in; None leaves them as they are.
-        mixed: Products are in 16 bits while weights stay as they are.
+        name: Name in the trainer's settings.
+        compute: Bytes per activation.
+        cast: Bytes per weight, whatever its dtype when built; None keeps the dtype.
+        mixed: Whether products are in 16 bits while weights keep their dtype.
     """
 
     name: str
@@ -176,10 +176,10 @@ class Precision:
 
     @classmethod
     def of(cls, setting: Any) -> Precision:
-        """Read the trainer's ``precision``.
+        """Parse the trainer's ``precision``.
 
         Raises:
-            ConfigError: Another precision.
+            ConfigError: The precision is unknown.
         """
         name = str(setting or "32-true")
         known = {
@@ -195,10 +195,10 @@ class Precision:
             "bf16-true": (2, 2, False),
         }
         if name not in known:
-            raise ConfigError(f"plan knows no trainer.precision={name!r}; use one of {', '.join(known)}.")
+            raise ConfigError(f"trainer.precision={name!r} is unknown to plan; use one of {', '.join(known)}.")
         return cls(name, *known[name])
 
     @property
     def peak_bits(self) -> int:
-        """Which of an accelerator's peaks counts."""
+        """Bits of the accelerator's peak that applies."""
         return 16 if self.compute == 2 else 32

@@ -20,10 +20,10 @@ from visexpert.types import IGNORE_INDEX, Batch, TextBatch
 
 
 def make_plan(planned: Planned, asked: Asked) -> Plan:
-    """Count everything of a configuration.
+    """Return the plan of a configuration.
 
     Raises:
-        ConfigError: A strategy, a precision, an accelerator or a length that is not known or cannot be.
+        ConfigError: A strategy, precision, accelerator or length is unknown or impossible.
     """
     method, trainer = planned.method, planned.trainer
     strategy, precision = Strategy.of(trainer.get("strategy")), Precision.of(trainer.get("precision"))
@@ -102,11 +102,11 @@ def _disk(planned: Planned, trained: list[nn.Parameter], stored: Mapping[str, in
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters of a part.
+    """Numbers of parameters of a part.
 
     Args:
-        trained: Those that an optimizer is to get.
-        frozen: The others.
+        trained: Parameters that the optimizer gets.
+        frozen: All others.
     """
 
     trained: int
@@ -114,7 +114,7 @@ class Counts:
 
 
 def ready_to_train(method: Method) -> None:
-    """Freeze and thaw as a fit does, without reading weights."""
+    """Freeze and unfreeze as a fit does, without reading weights."""
     method.mark_loaded()
     method.init_from = None
     method.setup("fit")
@@ -122,19 +122,19 @@ def ready_to_train(method: Method) -> None:
 
 
 def trained_parameters(method: Method) -> list[nn.Parameter]:
-    """What the optimizer gets, each once; after :func:`ready_to_train`."""
+    """Return the parameters that the optimizer gets, each once; call :func:`ready_to_train` first."""
     modules = [module for group in method.trained_groups() for module in group.modules]
     found = dict.fromkeys(parameter for module in modules for parameter in module.parameters())
     return [parameter for parameter in found if parameter.requires_grad]
 
 
 def find_parts(method: Method) -> list[Part]:
-    """The method's parts that have parameters."""
+    """Return the method's parts that have parameters."""
     return [part for part in method.parts() if any(True for module in part.modules for _ in module.parameters())]
 
 
 def parameter_counts(parts: list[Part], trained: list[nn.Parameter]) -> dict[str, Counts]:
-    """Parameters by part, each in the first part that has it."""
+    """Count parameters by part; a shared one counts in the first part that has it."""
     learning, seen = {id(parameter) for parameter in trained}, set[int]()
     counts: dict[str, Counts] = {}
     for part in parts:
@@ -148,16 +148,16 @@ def parameter_counts(parts: list[Part], trained: list[nn.Parameter]) -> dict[str
 
 
 def sample_of(method: Method, *, text_tokens: int, answer_tokens: int | None, image_size: int) -> Batch:
-    """A batch of one: pixels on ``meta``, ids real, so that the method's own step runs on it.
+    """Return a batch of one sample, pixels on ``meta`` and ids real, for the method's own step.
 
     Args:
-        method: Whose language model limits the length of an item; longer texts are several items.
+        method: The method; its language model limits the length of an item, so a longer text becomes several items.
         text_tokens: Tokens of the image's texts, all items together.
-        answer_tokens: Those that are supervised; None for half of them.
-        image_size: Side of the image.
+        answer_tokens: Supervised tokens among them; None for half.
+        image_size: Side of the image in pixels.
 
     Raises:
-        ConfigError: Too few tokens, or more answers than text.
+        ConfigError: There are too few tokens, or too many answer tokens.
     """
     image = torch.empty(1, 3, image_size, image_size, device="meta")
     text = _text(text_tokens, answer_tokens, method.language.max_tokens) if method.reads_text else None
@@ -168,8 +168,8 @@ def _text(tokens: int, answers: int | None, longest: int | None) -> TextBatch:
     answers = tokens // 2 if answers is None else answers
     if tokens < 2 or not 0 < answers < tokens:
         raise ConfigError(
-            f"--text_tokens {tokens} and --answer_tokens {answers} cannot be; a text has at least 2 tokens, and some "
-            "but not all of them are answers."
+            f"--text_tokens must be at least 2, and --answer_tokens at least 1 and below --text_tokens; got {tokens} "
+            f"and {answers}."
         )
     count = 1 if longest is None else -(-tokens // longest)
     ends = [round(tokens * (item + 1) / count) for item in range(count)]

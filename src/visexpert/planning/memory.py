@@ -1,4 +1,4 @@
-"""Memory of one GPU while training: weights, gradients, optimizer, what is gathered and sent, activations."""
+"""Memory of one GPU in training: weights, gradients, optimizer states, communication buffers, activations."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 from visexpert.planning.machine import Precision, Strategy
 
 OVERHEAD = 1.5 * 2**30
-"""CUDA's context, workspaces of cuBLAS, cuDNN and NCCL, and what the allocator cannot use; an assumption."""
+"""CUDA context, workspaces of cuBLAS, cuDNN and NCCL, and fragmentation; an assumption."""
 
 BUCKET = 200_000_000
-"""Numbers in one of DeepSpeed's buckets (Lightning's default); there is one to reduce and one to gather."""
+"""Numbers in a DeepSpeed bucket (Lightning's default); there is one to reduce and one to gather."""
 
 LIVE = 1_000_000_000
-"""Most weights that DeepSpeed's third stage keeps gathered (its default)."""
+"""Largest number of weights that DeepSpeed's stage 3 keeps gathered (its default)."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Memory:
     """Bytes on one GPU.
 
     Args:
-        weights: Trained and frozen ones.
-        gradients: Of trained weights.
-        optimizer: AdamW's two moments and, where weights are in 16 bits under DeepSpeed, the float32 copy.
-        buffers: Gathered weights, buckets of gradients, 16-bit copies that autocast keeps.
-        activations: At the batch size of the configuration.
+        weights: Trained and frozen weights.
+        gradients: Gradients of trained weights.
+        optimizer: AdamW's two moments and, for 16-bit weights under DeepSpeed, the float32 copy.
+        buffers: Gathered weights, gradient buckets, 16-bit copies kept by autocast.
+        activations: Activations at the configured batch size.
         overhead: :data:`OVERHEAD`.
     """
 
@@ -41,7 +41,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum of all."""
         return self.weights + self.gradients + self.optimizer + self.buffers + self.activations + self.overhead
 
 
@@ -56,17 +56,17 @@ def memory_per_gpu(
     batch_size: int,
     packed: Mapping[int, float] | None = None,
 ) -> Memory:
-    """Memory of one GPU.
+    """Estimate the memory of one GPU.
 
     Args:
-        model: All that lies on the GPU.
-        trained: What the optimizer gets.
-        strategy: How it is shared.
-        precision: How large numbers are.
+        model: Everything on the GPU.
+        trained: Parameters that the optimizer gets.
+        strategy: How tensors are sharded.
+        precision: Sizes of numbers.
         gpus: Number of processes.
-        activation_bytes: Of one sample.
+        activation_bytes: Activations of one sample.
         batch_size: Samples per process and step.
-        packed: Bytes of each number of a weight that is held in fewer bits, by ``id`` of the weight.
+        packed: Bytes per number of a weight packed into fewer bits, by ``id`` of the weight.
     """
     lowered = strategy.engine == "deepspeed" and precision.compute == 2
     held = _Sizes(2 if lowered else precision.cast, packed or {})
@@ -87,7 +87,7 @@ def memory_per_gpu(
 
 
 class _Sizes:
-    """Bytes of weights as they are held."""
+    """Bytes of weights in memory."""
 
     def __init__(self, cast: int | None, packed: Mapping[int, float]) -> None:
         self._cast, self._packed = cast, packed
@@ -104,7 +104,7 @@ def _buffers(
     held: _Sizes,
     gpus: int,
 ) -> float:
-    """What is gathered, sent or kept twice."""
+    """Return the bytes that are gathered, sent or kept twice."""
     numbers = sum(parameter.numel() for parameter in trained)
     if strategy.engine == "deepspeed":
         size = 2 if precision.compute == 2 else 4
@@ -118,7 +118,7 @@ def _buffers(
 
 
 def _largest_units(model: nn.Module, units: tuple[str, ...], held: _Sizes) -> float:
-    """Gathered weights: of the unit that runs and of the next; with no units, of the whole model."""
+    """Return the bytes of gathered weights: the current unit and the next, or the whole model without units."""
     wrapped = [module for module in model.modules() if type(module).__name__ in units]
     if not wrapped:
         return held.of(model.parameters())

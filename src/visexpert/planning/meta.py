@@ -1,4 +1,4 @@
-"""Models and steps on the ``meta`` device: parameters and images without values; ids, masks and flags are real."""
+"""Models and steps on the ``meta`` device: parameters and pixels have no values; ids, masks and flags are real."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 @contextmanager
 def weightless() -> Iterator[None]:
-    """Whatever is built inside has its parameters on ``meta``: shapes and dtypes without memory or initialization.
+    """Build modules with their parameters on ``meta``: shapes and dtypes without memory or initialization.
 
-    Buffers stay real, since code reads their values (which experts are attached, say). Tied weights stay tied.
+    Buffers stay real, since code reads their values (such as which experts are attached). Tied weights stay tied.
     """
     handle = register_module_parameter_registration_hook(_empty)  # type: ignore[arg-type]
     try:
@@ -39,11 +39,12 @@ Watcher = Callable[[Any], None]
 
 
 class MetaMode(TorchDispatchMode):
-    """Lets real tensors meet ``meta`` ones: what both go into is on ``meta``, what only real ones go into is computed.
+    """Lets real and ``meta`` tensors mix: the result is on ``meta`` if any input is, and computed otherwise.
 
-    So the step's own code decides on real values (which tokens are supervised, what is attached), while nothing that
-    depends on weights or pixels is computed. Where code asks for the value of such a tensor it is told 1 (true), and a
-    mask of such values picks everything. Real tensors that a ``meta`` result is written into keep their values.
+    So the step's own code branches on real values (which tokens are supervised, which experts are attached), and
+    nothing that depends on weights or pixels is computed. Code that asks for the value of a ``meta`` tensor gets 1
+    (true), and a ``meta`` mask selects everything. A real tensor keeps its values when a ``meta`` result is written
+    into it.
 
     Args:
         before: Called before each operation.
@@ -69,9 +70,9 @@ class MetaMode(TorchDispatchMode):
 
 
 class RealNumbers(TorchFunctionMode):
-    """Makes tensors of Python's whole numbers and flags real where code asks for them on ``meta``.
+    """Keeps tensors of Python integers and booleans real where code asks for them on ``meta``.
 
-    ``torch.tensor`` drops the numbers before :class:`MetaMode` can see them.
+    ``torch.tensor`` drops the values before :class:`MetaMode` can see them.
     """
 
     def __torch_function__(
@@ -86,7 +87,7 @@ class RealNumbers(TorchFunctionMode):
 
 
 def _real(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Whole numbers and flags that code makes up (``arange``) or moves are real wherever they were to be."""
+    """Run an operation on real tensors; integers and booleans stay real even if asked for on ``meta``."""
     result = func(*args, **kwargs)
     if isinstance(result, Tensor) and result.is_meta and not result.is_floating_point():
         return func(*args, **{**kwargs, "device": torch.device("cpu")})
@@ -113,7 +114,7 @@ def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_mix
 
 
 def _places(indices: Sequence[Any]) -> list[Any]:
-    """Masks as the places that they pick, so that their number is known; a mask on ``meta`` picks all."""
+    """Turn masks into indices, so that their number is known; a mask on ``meta`` selects everything."""
     places: list[Any] = []
     for index in indices:
         is_mask = isinstance(index, Tensor) and index.dtype == torch.bool
@@ -122,7 +123,7 @@ def _places(indices: Sequence[Any]) -> list[Any]:
 
 
 def _stand_in(tensor: Tensor) -> Tensor:
-    """Values for a tensor that has none: true, 1.0, or 0 of whole numbers, which is in any range."""
+    """Return values for a tensor on ``meta``: true, 1.0, or the integer 0, which is a valid index."""
     if not tensor.is_meta:
         return tensor
     make = torch.ones if tensor.dtype == torch.bool or tensor.is_floating_point() else torch.zeros

@@ -17,15 +17,15 @@ TEXT_TOKENS = 124
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a plan is asked for beside its configuration.
+    """Options of a plan beside its configuration.
 
     Args:
         gpus: Number of accelerators, one process each.
-        gpu: Name of one (:data:`~visexpert.planning.machine.GPUS`).
-        mfu: Share of the peak that is reached, in (0, 1].
-        samples: Training images, where the data is not here to be counted.
+        gpu: Name of the accelerator (:data:`~visexpert.planning.machine.GPUS`).
+        mfu: Model FLOP utilization, in (0, 1].
+        samples: Number of training images, if the data is not here to be counted.
         text_tokens: Tokens of an image's texts.
-        answer_tokens: Those of them that are supervised; None for half.
+        answer_tokens: Supervised tokens among them; None for half.
     """
 
     gpus: int = 1
@@ -37,21 +37,21 @@ class Asked:
 
     def __post_init__(self) -> None:
         wrong = {
-            f"--gpus {self.gpus}, but must be at least 1": self.gpus < 1,
-            f"--mfu {self.mfu}, but must be a share of the peak in (0, 1]": not 0 < self.mfu <= 1,
-            f"--samples {self.samples}, but must be at least 1": self.samples is not None and self.samples < 1,
+            f"--gpus must be at least 1, got {self.gpus}": self.gpus < 1,
+            f"--mfu must be in (0, 1], got {self.mfu}": not 0 < self.mfu <= 1,
+            f"--samples must be at least 1, got {self.samples}": self.samples is not None and self.samples < 1,
         }
         if told := [text for text, is_wrong in wrong.items() if is_wrong]:
-            raise ConfigError(f"visexpert plan was given {'; '.join(told)}.")
+            raise ConfigError(f"visexpert plan: {'; '.join(told)}.")
 
 
 @dataclass(frozen=True)
 class Configured:
-    """What the configuration itself asks for, where the plan is for another number of GPUs.
+    """What the configuration itself asks for, if the plan is for another number of GPUs.
 
     Args:
-        gpus: Its ``devices`` times ``num_nodes``.
-        amount: What it reads on as many.
+        gpus: ``devices`` x ``num_nodes`` of the configuration.
+        amount: What a fit reads on that many GPUs.
     """
 
     gpus: int
@@ -63,13 +63,13 @@ class Row:
     """A part in the plan.
 
     Args:
-        name: Its name.
-        role: What it is for; empty for losses.
-        trained: Parameters that train.
-        frozen: Parameters that do not.
-        forward: GFLOP per sample in the forward pass.
-        backward: GFLOP per sample in the backward pass; 0 where no gradient passes.
-        is_stored: A feature store holds its output: its forward pass runs once per image, not at each step.
+        name: Name of the part.
+        role: Role in the method; empty for losses.
+        trained: Number of trained parameters.
+        frozen: Number of frozen parameters.
+        forward: GFLOP per sample of the forward pass.
+        backward: GFLOP per sample of the backward pass; 0 if no gradient passes.
+        is_stored: Whether a feature store holds its output: its forward pass runs once per image, not at each step.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Row:
 
     @property
     def training(self) -> float:
-        """GFLOP per sample of both passes, encoders live."""
+        """GFLOP per sample of both passes, with live encoders."""
         return self.forward + self.backward
 
 
@@ -91,10 +91,10 @@ class Disk:
     """Bytes on disk.
 
     Args:
-        checkpoint: One checkpoint with the optimizer's states; the trainer keeps two.
-        frozen: Frozen weights as they are built, which come from their own files.
-        store: Tokens in the feature store; None where the number of images is not known, 0 without a store.
-        data: What the data needs.
+        checkpoint: One checkpoint with optimizer states; the trainer keeps two.
+        frozen: Frozen weights in the dtype they are built in; they come from their own files.
+        store: Tokens in the feature store; None if the number of images is unknown, 0 without a store.
+        data: Files that the data needs.
     """
 
     checkpoint: float
@@ -105,21 +105,21 @@ class Disk:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a configuration will cost.
+    """Cost of a configuration.
 
     Args:
-        method: Name of its class.
-        rows: Its parts.
-        amount: What it reads.
-        memory: Of one GPU.
-        disk: On disk.
+        method: Class name of the method.
+        rows: Parts of the method.
+        amount: What the fit reads.
+        memory: Memory of one GPU.
+        disk: Space on disk.
         gpu: The accelerator.
-        asked: What was asked.
-        strategy: How memory is shared.
-        precision: How large numbers are.
+        asked: Options of the plan.
+        strategy: How tensors are distributed.
+        precision: Sizes of numbers.
         activation_bytes: Activations of one sample.
-        image_size: Side of the sample's image, as the data gives it.
-        configured: The configuration's own number of GPUs, where the plan is for another.
+        image_size: Side of a sample's image in pixels, as the data gives it.
+        configured: What the configuration itself asks for, if the plan is for another number of GPUs.
     """
 
     method: str
@@ -137,27 +137,27 @@ class Plan:
 
     @property
     def gflop_live(self) -> float:
-        """GFLOP of a training sample with every encoder run."""
+        """GFLOP of a training sample if every encoder runs."""
         return sum(row.training for row in self.rows)
 
     @property
     def gflop(self) -> float:
-        """GFLOP of a training sample as configured: what the store holds is not run."""
+        """GFLOP of a training sample as configured: encoders whose tokens are stored do not run."""
         return self.gflop_live - self.gflop_stored
 
     @property
     def gflop_stored(self) -> float:
-        """GFLOP of an image's way into the feature store."""
+        """GFLOP to fill the feature store, per image."""
         return sum(row.forward for row in self.rows if row.is_stored)
 
     @property
     def shares(self) -> dict[str, float]:
-        """Share of each role in a live training sample."""
+        """Share of each role in the GFLOP of a live training sample."""
         return {role: sum(r.training for r in self.rows if r.role == role) / self.gflop_live for role in ROLES}
 
     @property
     def hours(self) -> float | None:
-        """Hours of the fit, filling the store included; None where the amount is not known."""
+        """Hours of the fit, including filling the store; None if the amount is unknown."""
         if self.amount.samples is None or (self.gflop_stored and self.amount.rows is None):
             return None
         gflop = self.gflop * self.amount.samples + self.gflop_stored * (self.amount.rows or 0)
@@ -165,11 +165,11 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether a GPU has the memory."""
+        """Whether the plan fits into the memory of a GPU."""
         return self.memory.total <= self.gpu.memory_bytes
 
     def as_json(self) -> dict[str, Any]:
-        """Everything as JSON values."""
+        """Return everything as JSON values."""
         rows = [asdict(row) | {"training": row.training} for row in self.rows]
         return {
             "method": self.method,

@@ -1,4 +1,4 @@
-"""From YAML to a method on ``meta`` with its data, exactly as a fit would read it."""
+"""Read YAML into a method on ``meta`` and its data, exactly as a fit would."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Planned:
     """A configuration and what it builds.
 
     Args:
-        config: Resolved: defaults filled in, interpolations done.
-        method: With its parameters on ``meta``.
-        data: Built but not prepared.
+        config: The resolved configuration: defaults filled in, interpolations done.
+        method: The method, its parameters on ``meta``.
+        data: The data, built but not prepared.
     """
 
     config: Mapping[str, Any]
@@ -38,7 +38,7 @@ class Planned:
 
 
 class ConfigReader(VisexpertCLI):
-    """Parses what ``visexpert fit`` would parse, and stops there: no trainer, which would ask for its GPUs."""
+    """Parses what ``visexpert fit`` parses and stops before the trainer, which would ask for its GPUs."""
 
     reads_only = True
     parsed: Mapping[str, Any]
@@ -57,7 +57,7 @@ def read_configs(configs: Sequence[str | Path], overrides: Sequence[str] = ()) -
         overrides: Further arguments of ``visexpert fit``, such as ``--trainer.max_steps 100``.
 
     Raises:
-        ConfigError: A key or class that does not exist, or a model that is no method.
+        ConfigError: A key or class does not exist, or the model is not a method.
         WeightsError: The configuration of a pretrained model is not on this machine.
     """
     arguments = ["fit", *(part for path in configs for part in ("--config", str(path))), *overrides]
@@ -75,9 +75,11 @@ def read_configs(configs: Sequence[str | Path], overrides: Sequence[str] = ()) -
     ).parsed
     named = " ".join(map(str, configs))
     if not {"model", "data"} <= {key for key, value in parsed.items() if value}:
-        raise ConfigError(f"{named} lacks model or data; a plan needs both, as `visexpert fit` does.")
+        raise ConfigError(f"{named} lacks model or data; `visexpert plan` needs both, as `visexpert fit` does.")
     with weightless():
         method, data = build(parsed, Path(str(configs[-1])) if configs else Path("the command line"))
     if not isinstance(method, Method):
-        raise ConfigError(f"{named} trains a {type(method).__name__}; plan counts methods (visexpert.methods.Method).")
+        raise ConfigError(
+            f"{named} trains a {type(method).__name__}; `visexpert plan` needs a method (visexpert.methods.Method)."
+        )
     return Planned(parsed, method, data)

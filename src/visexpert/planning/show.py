@@ -12,7 +12,7 @@ from visexpert.planning.plan import Configured, Plan
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Print a plan and what it assumes."""
+    """Print a plan and its assumptions."""
     console.print(_parts(plan))
     console.print(_compute(plan), highlight=False, soft_wrap=True)
     console.print(f"{_strategy(plan)}, {plan.precision.name}, batch {plan.amount.batch_size} per GPU:", highlight=False)
@@ -36,16 +36,16 @@ def _parts(plan: Plan) -> Table:
             name,
             millions(row.trained),
             millions(row.frozen),
-            figure(row.forward),
-            figure(row.backward),
-            figure(row.training),
+            number(row.forward),
+            number(row.backward),
+            number(row.training),
             f"{row.training / plan.gflop_live:.1%}",
         )
     trained, frozen = (sum(getattr(row, key) for row in plan.rows) for key in ("trained", "frozen"))
     forward, backward = (sum(getattr(row, key) for row in plan.rows) for key in ("forward", "backward"))
     table.add_section()
     table.add_row(
-        "all", millions(trained), millions(frozen), figure(forward), figure(backward), figure(plan.gflop_live), ""
+        "all", millions(trained), millions(frozen), number(forward), number(backward), number(plan.gflop_live), ""
     )
     return table
 
@@ -55,16 +55,16 @@ def _compute(plan: Plan) -> str:
     teachers = plan.shares["teachers"]
     lines = [f"Shares of a training sample: {shares}."]
     if 0 < teachers < 1:
-        lines.append(f"Reading teachers from a store would save at most a factor of {1 / (1 - teachers):.2f}.")
+        lines.append(f"A feature store for the teachers would save at most a factor of {1 / (1 - teachers):.2f}.")
     if plan.gflop_stored:
         lines.append(
-            f"As configured, {figure(plan.gflop_stored)} GFLOP are run once per image to fill the feature store, "
-            f"{figure(plan.gflop)} at each step."
+            f"As configured, filling the feature store takes {number(plan.gflop_stored)} GFLOP once per image, and a "
+            f"step takes {number(plan.gflop)} per sample."
         )
     amount, asked = plan.amount, plan.asked
     machine = f"{asked.gpus} x {plan.gpu.label} at {asked.mfu:.0%} of {_peak(plan):g} TFLOP/s"
     if plan.hours is None:
-        lines.append(f"Hours on {machine}: not known without the number of images; give --samples.")
+        lines.append(f"Hours on {machine}: unknown without the number of images; set --samples.")
     else:
         total = (plan.gflop * (amount.samples or 0) + plan.gflop_stored * (amount.rows or 0)) * 1e9
         read = f"{amount.samples:,} samples in {amount.steps:,} steps"
@@ -77,11 +77,11 @@ def _compute(plan: Plan) -> str:
 
 
 def steps_in_epochs(plan: Plan) -> str:
-    """What the number of steps comes to in epochs, and how many steps one epoch has."""
+    """Return a line that gives the steps in epochs, and the steps of one epoch."""
     amount, gpus = plan.amount, plan.asked.gpus
     each = f"max_steps: {amount.steps} of {amount.per_step} samples ({gpus} GPUs) are {amount.samples:,} samples"
     if amount.rows is None or amount.samples is None:
-        return f"{each}; give --samples to see how many epochs that is."
+        return f"{each}; set --samples to see how many epochs that is."
     return (
         f"{each}, {amount.samples / amount.rows:.2f} epochs of {amount.rows:,}; one epoch is max_steps: "
         f"{amount.epoch_steps}."
@@ -89,7 +89,7 @@ def steps_in_epochs(plan: Plan) -> str:
 
 
 def other_gpus(plan: Plan, configured: Configured) -> str:
-    """What another number of GPUs than the configuration's own changes: batch, steps, share of an epoch."""
+    """Return a line on what this number of GPUs changes against the configured one: batch, steps, epochs."""
     amount, own, gpus = plan.amount, configured.amount, plan.asked.gpus
     line = (
         f"The configuration asks for {configured.gpus} GPUs and {own.per_step} samples a step, not {gpus} and "
@@ -125,7 +125,7 @@ def _disk(plan: Plan) -> str:
     disk = plan.disk
     lines = [f"Disk: 2 checkpoints of {size(disk.checkpoint)}; frozen weights {size(disk.frozen)}"]
     if disk.store is None:
-        lines[0] += "; feature store not known without --samples"
+        lines[0] += "; feature store unknown without --samples"
     elif disk.store:
         lines[0] += f"; feature store {size(disk.store)}"
     for need in disk.data:
@@ -134,25 +134,24 @@ def _disk(plan: Plan) -> str:
 
 
 def assumptions(plan: Plan) -> list[str]:
-    """What the figures rest on, one sentence each."""
+    """Return the assumptions behind the numbers, one sentence each."""
     asked = plan.asked
     answers = asked.text_tokens // 2 if asked.answer_tokens is None else asked.answer_tokens
     return [
-        "1 multiply-add is 2 FLOP; products, convolutions and attention are counted (causal attention in full), from "
-        "the code of the step itself on shapes alone.",
+        "A multiply-add is 2 FLOP; matrix products, convolutions and attention (causal attention in full) are counted "
+        "by running the step itself on shapes alone.",
         "Training a part costs about 3 times its forward pass: the pass, the gradient of its inputs, the gradient of "
-        "its weights. Where only inputs need a gradient it is 2 times, with neither 1; gradient checkpointing adds a "
-        "forward pass to the backward pass.",
+        "its weights. It is 2 times if only the inputs need a gradient, and once if neither does; gradient "
+        "checkpointing adds a forward pass to the backward pass.",
         f"An image has {plan.image_size} x {plan.image_size} px and {asked.text_tokens} tokens of text, {answers} of "
         "them supervised (--text_tokens, --answer_tokens).",
-        f"{asked.mfu:.0%} of the peak is reached (--mfu) and data, validation and tests take no time; the peak is that "
-        f"of {plan.precision.peak_bits}-bit products.",
-        f"Activations are the most that results of operations take at once ({size(plan.activation_bytes)} for one "
-        f"sample, in {plan.precision.compute} bytes a number, attention fused), times the batch; expect 30 % either "
-        "way.",
-        f"Overhead is {OVERHEAD / 2**30:g} GiB for CUDA, libraries and fragmentation; buffers are what the strategy "
-        "gathers or sends and what autocast keeps in 16 bits.",
-        f"'{OTHER}' is what happens in no part, such as losses."
+        f"Training reaches {asked.mfu:.0%} of the peak of {plan.precision.peak_bits}-bit products (--mfu); data, "
+        "validation and tests take no time.",
+        f"Activations are the peak memory of the results of operations ({size(plan.activation_bytes)} for one sample, "
+        f"{plan.precision.compute} bytes per number, fused attention) times the batch size; expect an error of 30 %.",
+        f"Overhead is {OVERHEAD / 2**30:g} GiB for CUDA, libraries and fragmentation; buffers are for communication "
+        "and for the 16-bit copies of autocast.",
+        f"'{OTHER}' is everything outside the parts, such as losses."
         if any(row.name == OTHER for row in plan.rows)
         else "AdamW keeps two numbers for each trained weight.",
     ]
@@ -179,26 +178,26 @@ def _peak(plan: Plan) -> float:
 
 
 def millions(count: int) -> str:
-    """``24.0 M``; small numbers as they are."""
+    """Format a count as ``24.0 M``; small ones as they are."""
     return f"{count / 1e6:,.{0 if count >= 1e9 else 1}f} M" if count >= 1e5 else f"{count:,}"
 
 
-def figure(value: float) -> str:
-    """Whole from 1000 on, else three or four digits that count."""
+def number(value: float) -> str:
+    """Format a number: whole from 1000 on, else with three or four significant digits."""
     if value >= 100:
         return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
     return f"{value:.3g}"
 
 
-def size(number: float) -> str:
-    """Bytes in decimal units."""
+def size(count: float) -> str:
+    """Format bytes in decimal units."""
     for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.4g} {unit}"
-        number /= 1000
-    return f"{number:.4g} TB"
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
 
 
 def duration(hours: float) -> str:
-    """Hours, or what is readable below one."""
+    """Format a duration in hours, below one in minutes."""
     return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes" if hours >= 1 / 60 else "under a minute"

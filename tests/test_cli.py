@@ -159,7 +159,11 @@ def edited(tmp_path: Path, old: str, new: str) -> list[str]:
             "There is no class 'visexpert.tabletop.TableTopData'; did you mean 'TabletopData'",
         ),
         ("tokens: prediction", "tokens: predictions", "predictions"),
-        ("num_train: 32", "num_train: many", "num_train: Expected a <class 'int'>. Got value: many"),
+        (
+            "num_train: 32",
+            "num_train: many",
+            "visexpert.tabletop.TabletopData: num_train is 'many', but must be a whole number.",
+        ),
         ("num_train: 32", "num_train: 0", "TabletopData.num_train is 0, but must be at least 1"),
         ("layer: -2", "layer: -9", "ClipEncoder: layer=-9 is outside -3..-1 of a CLIP with 2 layers"),
     ],
@@ -214,10 +218,7 @@ def test_a_report_with_every_kind_of_noise_becomes_one_sentence() -> None:
   Given value type: <class 'dict'>
   Given value: {'class_path': 'visexpert.methods.ToVE', 'init_args': {'clip': {'class_path': 'ClipEncoder'}}}
 """
-    assert explain(report, []) == (
-        "model: visexpert.methods.ToVE: top_k: Expected a <class 'int'>. Got value: two; "
-        "see --help for what is allowed."
-    )
+    assert explain(report, []) == "visexpert.methods.ToVE: top_k is 'two', but must be a whole number."
 
 
 def test_a_name_like_no_other_lists_what_there_is() -> None:

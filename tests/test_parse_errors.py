@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from jsonargparse import ArgumentParser
 
+from visexpert.cli import main
 from visexpert.errors import ConfigError
 from visexpert.methods.base import Method as Base
 from visexpert.parse_errors import explain
-from visexpert.training import RunParser
+from visexpert.training import RunParser, build_cli
 
 TOVE, MOVEKD = "visexpert.methods.ToVE", "visexpert.methods.MoVEKD"
 
@@ -72,3 +74,59 @@ def test_a_phase_without_its_group() -> None:
     assert "'optimizer.lr'" in explain("unrecognized arguments: --lr 1", known)
     assert "'merging.lm_weight'" in explain("unrecognized arguments: --text_weight 1", known)
     assert "print_shtab" not in explain("unrecognized arguments: --zzz 1", [*known, "print_shtab"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("model", "ToVEE", ["model:", "'ToVEE'", "'ToVE'"]),
+        ("data", "TableTopData", ["data:", "'TableTopData'", "'TabletopData'"]),
+        ("trainer.callbacks", "EarlyStoping", ["'EarlyStoping'", "'EarlyStopping'"]),
+        ("trainer.logger", "CSVLoger", ["'CSVLoger'", "'CSVLogger'"]),
+        ("trainer.precision", "17", ["trainer.precision", "'17'", "bf16-mixed", "32-true"]),
+        ("trainer.max_steps", "many", ["trainer.max_steps", "'many'", "whole number"]),
+        ("trainer.callbacks+", "EarlyStopping", ["EarlyStopping", "needs monitor"]),
+        ("data.init_args.num_train", "many", ["TabletopData", "num_train", "'many'", "whole number"]),
+        ("model.init_args.gate.kind", "foo", ["gate.kind", "'foo'", "token, uniform"]),
+        ("model.init_args.experts.depth", "TinyExprt", ["experts.depth", "'TinyExprt'", "'TinyExpert'"]),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_is_allowed(key: str, value: str, said: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_cli(["fit", "--config", "tove/smoke", f"--{key}={value}"])
+    message = str(error.value)
+    assert [part for part in said if part not in message] == [] and "\n" not in message
+    assert not any(noise in message for noise in ("<class", "typing.", "Subclass", "dot import"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["test"], "visexpert test RUN"),
+        (["validate", "--data.init_args.batch_size", "3", "runs/x"], "visexpert validate RUN"),
+        (["fit", "runs/x", "--config", "tove/smoke"], "--run runs/x"),
+        (["detach"], "required: RUN"),
+    ],
+)
+def test_a_run_in_the_wrong_place_is_told_its_place(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("model:\n  class_path: visexpert.methods.ToVE\n  init_args:\n", "line 3"),
+        ("trainer:\n  callbacks:\n    - class_path:\n", "line 3"),
+        ("model:\n  init_args: {a: [1, 2\ndata:\n", "line 3"),
+    ],
+)
+def test_an_unfinished_file_is_told_with_its_line(text: str, line: str, tmp_path: Path) -> None:
+    path = tmp_path / "half.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=line) as error:
+        build_cli(["fit", "--config", str(path)])
+    assert str(path) in str(error.value)

@@ -14,8 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
+
 from visexpert.errors import ConfigError, UserError, causes, first_line, require_numbers, told_by_machine, user_error_in
-from visexpert.io.reading import read_yaml
+from visexpert.io.reading import read_text, read_yaml
 
 T = TypeVar("T")
 
@@ -47,9 +49,25 @@ def check_config_file(path: Path) -> None:
     if not isinstance(content, dict) or not content:
         kind = "empty" if not content else f"a {type(content).__name__}"
         raise ConfigError(f"The configuration '{path}' is {kind}, but must be a mapping such as 'model: ...'.")
+    if (line := _unfinished_line(yaml.compose(read_text(path)), set())) is not None:
+        raise ConfigError(f"The configuration '{path}' is not finished: nothing stands below the key in line {line}.")
     for key in ("trainer", "model", "data"):
         if not isinstance(content.get(key, {}), dict | str):
             raise ConfigError(f"{path}: {key} is {content[key]!r}, but must be a mapping of settings.")
+
+
+def _unfinished_line(node: yaml.Node | None, seen: set[int]) -> int | None:
+    """The first line with a class_path or init_args that holds nothing, as where a file breaks off."""
+    if id(node) in seen:  # an alias, perhaps of what it lies in
+        return None
+    seen.add(id(node))
+    below: list[yaml.Node] = list(node.value) if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if key.value in ("class_path", "init_args") and value.tag.endswith(":null"):
+                return int(key.start_mark.line) + 1
+        below = [value for _, value in node.value]
+    return next((line for part in below if (line := _unfinished_line(part, seen)) is not None), None)
 
 
 def check_settings(config: Mapping[str, Any]) -> None:

@@ -43,24 +43,17 @@ def explain(message: str, known: Iterable[str]) -> str:
         known: Keys that the parser knows.
     """
     classes = classes_in(message)
-    unknown = re.search(
-        r"[Oo]ption '([^']+)' is not accepted|not accept option '([^']+)'|unrecognized arguments: --([\w.]+)", message
+    told = (
+        _unknown(message, classes, known)
+        or _no_class(message, classes)
+        or _group_as_value(message, classes)
+        or _missing(message, classes)
+        or _not_allowed(message, classes)
     )
-    if unknown is not None:
-        name = next(group for group in unknown.groups() if group)
-        if not classes:
-            return f"There is no setting '{name}'; {_hint(name, known)}"
-        known_there = _settings_of(load_path(classes[-1]))
-        first = name.split(".")[0]
-        name = name if any(key.startswith(f"{first}.") for key in known_there) else first
-        return f"{classes[-1]} has no setting '{name}'; {_hint(name, known_there)}"
-    if classes and load_path(classes[-1]) is None:
-        module, _, name = classes[-1].rpartition(".")
-        return f"There is no class '{classes[-1]}'; {_hint(name, getattr(load_path(module), '__all__', ()))}"
-    if (group := _group_as_value(message, classes)) is not None:
-        return group
+    if told is not None:
+        return told
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
-    kept = " ".join(line for line in lines if not line.startswith(_NOISE))
+    kept = " ".join(line for line in lines if line and not line.startswith(_NOISE))
     kept = re.sub(r"Parser key \"([^\"]+)\"", r"\1", re.sub(r"Problem with given class_path '([^']+)'", r"\1", kept))
     given = re.findall(r"Given value: (.{1,80})$", message, flags=re.MULTILINE)
     kept += f". Got value: {given[0]}" if given and "Got value" not in kept else ""
@@ -72,10 +65,107 @@ def classes_in(message: str) -> list[str]:
     return re.findall(r"Problem with given class_path '([^']+)'", message)
 
 
-_NOISE = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
+_NOISE = (
+    "Does not validate",
+    "Subtypes:",
+    "Errors:",
+    "Given value",
+    "Expected a <class 'NoneType'>",
+    "Not a valid subclass",
+    "Subclass types expect one of",
+    "a class path (str)",
+    "a dict with",
+)
 """How lines of a report begin that tell a user nothing."""
 
+_PLACES = {
+    "callbacks": ("lightning.pytorch.callbacks", "visexpert.callbacks"),
+    "clip": ("visexpert.vision",),
+    "data": ("visexpert.data", "visexpert.tabletop"),
+    "experts": ("visexpert.experts", "visexpert.tabletop"),
+    "language": ("visexpert.language",),
+    "logger": ("lightning.pytorch.loggers",),
+    "model": ("visexpert.methods",),
+    "plugins": ("lightning.pytorch.plugins",),
+    "profiler": ("lightning.pytorch.profilers",),
+    "strategy": ("lightning.pytorch.strategies",),
+}
+"""Modules whose classes a setting of this name takes."""
+
+_KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "list": "a list"}
+
 _NO_SETTINGS = ("help", "==SUPPRESS==", "print_shtab", "print_config")
+
+
+def _unknown(message: str, classes: list[str], known: Iterable[str]) -> str | None:
+    """The sentence for a setting that does not exist."""
+    unknown = re.search(
+        r"[Oo]ption '([^']+)' is not accepted|not accept option '([^']+)'|unrecognized arguments: --([\w.]+)", message
+    )
+    if unknown is None:
+        return None
+    name = next(group for group in unknown.groups() if group)
+    if not classes:
+        return f"There is no setting '{name}'; {_hint(name, known)}"
+    known_there = _settings_of(load_path(classes[-1]))
+    first = name.split(".")[0]
+    name = name if any(key.startswith(f"{first}.") for key in known_there) else first
+    return f"{classes[-1]} has no setting '{name}'; {_hint(name, known_there)}"
+
+
+def _no_class(message: str, classes: list[str]) -> str | None:
+    """The sentence for a class that does not exist, named in full or by its last name alone."""
+    if classes and load_path(classes[-1]) is None:
+        module, _, name = classes[-1].rpartition(".")
+        return f"There is no class '{classes[-1]}'; {_hint(name, getattr(load_path(module), '__all__', ()))}"
+    bare = re.search(r"Expected a dot import path string: (\S+)", message)
+    if bare is None:
+        return None
+    path = _key_in(message)
+    places = next((_PLACES[part] for part in reversed(path.split(".")) if part in _PLACES), ())
+    names = [name for place in places for name in _classes_of(place)]
+    return f"{path}: there is no class '{bare[1]}'; {_hint(bare[1], names)}"
+
+
+def _missing(message: str, classes: list[str]) -> str | None:
+    """The sentence for settings of a class that have no default and were not given."""
+    required = re.search(r"following arguments are required: ([\w., ]+)", message)
+    if required is None or not classes:
+        return None
+    return f"{classes[-1]} needs {required[1].strip()}; give a value, below init_args in a file."
+
+
+def _not_allowed(message: str, classes: list[str]) -> str | None:
+    """The sentence for a value that is not among those allowed, or of another kind."""
+    choices = [
+        part.strip().strip("'\"")
+        for each in re.findall(r"typing.Literal\[([^\]]+)\]", message)
+        for part in each.split(",")
+    ]
+    kinds = [_KINDS[kind] for kind in re.findall(r"Expected an? <class '(\w+)'>", message) if kind in _KINDS]
+    value = re.search(r"Got value: (.+)$|Given value: (.{1,80})$", message, flags=re.MULTILINE)
+    if value is None or not (choices or kinds):
+        return None
+    allowed = list(dict.fromkeys(choices))
+    words = f"one of {', '.join(allowed)}" if len(allowed) > 1 else "".join(allowed)
+    told = " or ".join(dict.fromkeys(part for part in (words, *kinds) if part))
+    owner = f"{classes[-1]}: " if classes else ""
+    given = next(group for group in value.groups() if group)
+    return f"{owner}{_key_in(message)} is {given!r}, but must be {told}."
+
+
+def _key_in(message: str) -> str:
+    """The innermost setting that a report speaks of, by its dotted name where one is told."""
+    nested = re.search(r"NestedArg\(key='([\w.]+)'", message)
+    keys = re.findall(r"Parser key \"([^\"]+)\"", message)
+    inner: str = keys[-1] if keys else ""
+    return nested[1] if nested and nested[1].startswith(f"{inner}.") else inner
+
+
+def _classes_of(module: str) -> list[str]:
+    """Names of the public classes of a module."""
+    found = load_path(module)
+    return [name for name in getattr(found, "__all__", dir(found)) if isinstance(getattr(found, name, None), type)]
 
 
 def _group_as_value(message: str, classes: list[str]) -> str | None:

@@ -405,6 +405,9 @@ class RunParser(LightningArgumentParser):
         if parts := parts_without_class(message, classes_in(message)):
             raise MissingBaseError(parts) from ex
         parser = getattr(ex, "subcommand_parser", None) or self
+        for action in parser._actions:
+            if not action.option_strings and action.metavar:  # a positional is known by what help calls it
+                message = message.replace(f"are required: {action.dest}", f"are required: {action.metavar}")
         raise ConfigError(explain(message, [action.dest for action in parser._actions])) from ex
 
 
@@ -417,6 +420,11 @@ def complete_from_run(arguments: list[str]) -> list[str]:
     checkpoint = _option(arguments, "--ckpt_path")
     if checkpoint is not None and not _is_checkpoint(checkpoint):
         raise ConfigError(f"There is no checkpoint '{checkpoint}'; give a .ckpt file, or 'last' to continue a run.")
+    if arguments[:1] == ["fit"] and len(arguments) > 1 and not arguments[1].startswith("-"):
+        raise ConfigError(
+            f"visexpert fit: '{arguments[1]}' is no option; name the folder to write by --run {arguments[1]}, and "
+            "configurations by --config."
+        )
     if not arguments or arguments[0] not in SCORING:
         return arguments
     arguments = _with_run_as_option(arguments)
@@ -424,6 +432,8 @@ def complete_from_run(arguments: list[str]) -> list[str]:
         arguments = [*arguments, "--verbose", "false"]  # Lightning's own table beside RunFolder's
     run = _option(arguments, "--run")
     overlays = _option(arguments, "--config") or _option(arguments, "-c")
+    if run is None and not overlays and "--help" not in arguments:
+        raise ConfigError(f"visexpert {arguments[0]} reads a run; name it first: visexpert {arguments[0]} RUN.")
     if run is None or (overlays and (checkpoint is not None or not (Path(run) / "config.yaml").is_file())):
         return arguments
     completed = [arguments[0], "--config", str(config_of(Path(run))), *arguments[1:]]

@@ -382,7 +382,7 @@ def test_a_shard_that_is_a_command_needs_the_flag(
 
 
 def test_what_is_granted_is_for_one_command() -> None:
-    left, granted = take(["test", "--trust", "a", "--run", "r", "--trust=b.c", "--allow_pipe", "true"])
+    left, granted = take(["test", "--trust", "a", "r", "--trust=b.c", "--allow_pipe", "true"])
     assert left == ["test", "r"] and granted == Granted(("a", "b.c"), pipe=True)
     grant(granted)
     assert trust.pipe_allowed()

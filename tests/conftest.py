@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
@@ -11,6 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first import
 
 import pytest
 import torch
+from PIL import Image
+
+TESTS = Path(__file__).parent
 
 torch.set_num_threads(1)
 
@@ -23,6 +29,34 @@ def _quick_speeds() -> None:
     given = inspect.unwrap(cost.measure_cost).__kwdefaults__
     assert given is not None
     given["seconds"] = 0.0
+
+
+PAINTED = (
+    "report",
+    "app",
+    "benchmarks",
+    "docs",
+    "test_figures.py",
+    "test_full_disk.py",
+    "test_cli.py",
+    "test_precision.py",
+)
+"""Folders and files under tests/ whose figures are painted; elsewhere a figure is built, and a dot stands for it."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _unpainted(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Spare the painting of figures, seconds a fit, where no test looks at them."""
+    if set(PAINTED) & set(request.path.relative_to(TESTS).parts):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", _dot)
+        yield
+
+
+def _dot(_: object, target: BinaryIO, **__: object) -> None:
+    Image.new("RGB", (1, 1)).save(target, format="png")
 
 
 SLOWEST = (

@@ -251,7 +251,6 @@ class ShippedRuns:
         for stage in (2, 3):
             patch.setitem(StrategyRegistry[f"deepspeed_stage_{stage}"], "strategy", EngineLike)
         patch.setattr(accelerator_connector, "DeepSpeedPrecision", EngineLikePrecision)
-        patch.setattr("matplotlib.figure.Figure.savefig", _leave_unpainted)
         patch.setattr("visexpert.training.check_machine", lambda trainer: None)  # which misses DeepSpeed itself
         patch.setattr("visexpert.training.VisexpertCLI", OneParser)
         cli = build_cli(["fit", "--config", str(CONFIGS / "tove" / "smoke.yaml")])
@@ -304,10 +303,6 @@ def _leave_one_batch_of_text(path: Path) -> None:
     records = json.loads(path.read_text(encoding="utf-8"))
     text = [record for record in records if "image" not in record]
     path.write_text(json.dumps([record for record in records if record not in text[2:]]), encoding="utf-8")
-
-
-def _leave_unpainted(figure: Any, target: Any, **options: Any) -> None:
-    """Build a figure, but no pixels of it, which take longer than a run; tests of figures paint them."""
 
 
 def shrink(value: Any) -> None:

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from matplotlib.figure import Figure
 from PIL import Image
 from transformers import AutoProcessor, CLIPVisionModel, LlavaForConditionalGeneration
 
@@ -169,7 +168,6 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walk]:
         patch.setenv("PL_GLOBAL_SEED", "0")
         patch.setattr(sys, "argv", ["visexpert"])
         patch.setattr(verify, "_fresh_process", in_this_process)
-        patch.setattr(Figure, "savefig", lambda self, target, **_: None)  # seconds each; tests/report draws
         write_data(root / "data")
         write_configs(root, write_models(root / "models"))
         patch.chdir(root)

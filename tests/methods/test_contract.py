@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from functools import cache
 from inspect import isabstract
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -27,12 +26,6 @@ NETWORKS = ("experts", "language", "vision", "commands/trial")
 """Where a model is a network of another library, which may lack what another one has."""
 
 
-def unpainted(figure: Any, target: Any, **options: Any) -> None:
-    """Leave out the pixels of a figure, which take longer than a run; tests of figures paint them."""
-    if isinstance(target, str | Path):
-        Path(target).touch()
-
-
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the page's files and a finished run of its method."""
@@ -43,7 +36,6 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         patch.syspath_prepend(folder)
         patch.setattr("visexpert.metrics.java.has_java", lambda: False)
-        patch.setattr("matplotlib.figure.Figure.savefig", unpainted)
         main(["fit", "--config", "adapter_tuning.yaml"])
         yield folder
 

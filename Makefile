@@ -63,6 +63,11 @@ wheel: $(STAMP) ## Build wheel and sdist into dist/ and check what they say of t
 check-wheel: wheel ## Install the wheel outside the clone, and run demo, fit, export and test there
 	.ci/check-wheel $(PY)
 
+.PHONY: docs
+docs: $(STAMP) ## Build the documentation into site/ (a broken link or an undocumented public name fails)
+	@$(PY) -m mkdocs --version > /dev/null 2>&1 || $(PY) -m pip install -e '.[docs]'
+	$(PY) -m mkdocs build --strict
+
 .PHONY: format
 format: $(STAMP) ## Format the code and mend what the linter can mend
 	$(PY) -m ruff format .

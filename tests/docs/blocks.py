@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,12 @@ def blocks_of(page: Path) -> list[Block]:
     ]
 
 
-def run_page(page: Path, smaller: Sequence[str]) -> int:
+def run_page(page: Path, smaller: Mapping[str, Sequence[str]]) -> int:
     """Run the blocks of a page in the working directory; return how many were.
 
     Args:
         page: The page.
-        smaller: What is added to each ``visexpert fit``, so that it takes seconds.
+        smaller: What is added to a command, by its name, so that it takes seconds.
     """
     names: dict[str, Any] = {"__name__": "page"}
     ran = 0
@@ -77,7 +77,7 @@ def run_page(page: Path, smaller: Sequence[str]) -> int:
     return ran
 
 
-def _run(block: Block, names: dict[str, Any], smaller: Sequence[str]) -> None:
+def _run(block: Block, names: dict[str, Any], smaller: Mapping[str, Sequence[str]]) -> None:
     if block.file is not None:
         Path(block.file).parent.mkdir(parents=True, exist_ok=True)
         Path(block.file).write_text(block.text, encoding="utf-8")
@@ -90,9 +90,14 @@ def _run(block: Block, names: dict[str, Any], smaller: Sequence[str]) -> None:
         raise ValueError(f"a block of {block.kind!r} is neither a file, Python nor a command; say why it is not run")
 
 
-def _call(command: Sequence[str], smaller: Sequence[str]) -> None:
-    program, *rest = command
+def _call(command: Sequence[str], smaller: Mapping[str, Sequence[str]]) -> None:
+    """Call a command of ours; a fit is parsed, all it names is found, and its settings are printed."""
+    program, name, *rest = command
     if program != "visexpert":
         raise ValueError(f"{program} is no command of ours; say why the block is not run")
-    before = rest[:1]
-    main([*before, *rest[1:], *(smaller if before == ["fit"] else ())])
+    fits = name == "fit" and not any(word == "--help" or ".help" in word for word in rest)
+    try:
+        main([name, *rest, *smaller.get(name, ()), *(["--print_config"] if fits else [])])
+    except SystemExit as end:  # of --help and --print_config
+        if end.code not in (0, None):
+            raise

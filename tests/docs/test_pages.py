@@ -1,4 +1,4 @@
-"""Every block of the pages runs as it stands there; ``visexpert fit`` with fewer scenes and steps."""
+"""Every block of the pages runs as it stands there; long commands take fewer steps, fits are parsed alone."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ ELSEWHERE = {
 }
 """Pages whose blocks a test of their own runs."""
 
-SMALLER = [
+RUN = [
     *("--data.init_args.num_train=24", "--data.init_args.num_val=8", "--data.init_args.num_test=8"),
     *("--data.init_args.rendering.workers=0", "--trainer.max_steps=2", "--trainer.val_check_interval=2"),
     *("--trainer.accelerator=cpu", "--model.init_args.evaluation.caption_images=2"),
 ]
+SMALLER = {"detach": ["--retune_steps", "2"], "merge": ["--steps", "2"]}
 
 PAGES = sorted(
     path
@@ -48,7 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             Image.new("RGB", (48, 32), (200, 30, 30)).save(name)
         configs = ROOT / "configs" / "tove"
         start = ["--config", str(configs / "tabletop.yaml"), "--config", str(configs / "demo.yaml")]
-        main(["fit", *start, "--run", "runs/tove", *SMALLER])
+        main(["fit", *start, "--run", "runs/tove", "--model.init_args.use=[semantic,depth]", *RUN])
         yield folder
 
 

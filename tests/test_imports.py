@@ -27,6 +27,7 @@ EVERYWHERE = frozenset(
         "parse_errors",
         "timing",
         "names",
+        "version",
         "shipped",
     }
 )
@@ -63,7 +64,7 @@ LAW["cli"] = LAW["commands"] | {"demo", "commands"}
 LAW["__main__"] = frozenset({"cli"})
 LAW["__init__"] = ROOMS | {"runs", "captioning"}  # names of `import visexpert as vx`, imported on first use
 LAW.update({name: EVERYWHERE for name in EVERYWHERE})
-LAW["io"] = frozenset({"errors"})
+LAW["io"] = frozenset({"errors", "version"})
 
 
 def imported_rooms(source: str, module: tuple[str, ...]) -> Iterator[tuple[int, str]]:
@@ -71,7 +72,7 @@ def imported_rooms(source: str, module: tuple[str, ...]) -> Iterator[tuple[int, 
     for line, name in imported_names(source, module):
         parts = name.split(".")
         if parts[0] == PACKAGE:
-            yield line, parts[1] if len(parts) > 1 and parts[1] != "__version__" else "__init__"
+            yield line, parts[1] if len(parts) > 1 else "__init__"
 
 
 def violations(source: str, path: Path) -> list[str]:

@@ -22,4 +22,4 @@ def test_the_command_line_and_a_runs_versions_name_the_packages_own(capsys: pyte
 def test_the_version_is_written_down_once() -> None:
     project = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     assert 'dynamic = ["version"]' in project and not re.search(r"^version = \"", project, flags=re.MULTILINE)
-    assert '[tool.hatch.version]\npath = "src/visexpert/__init__.py"' in project
+    assert '[tool.hatch.version]\npath = "src/visexpert/version.py"' in project

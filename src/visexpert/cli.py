@@ -13,10 +13,11 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers do not fork threads under our workers
 
-from visexpert import __version__, trust
+from visexpert import trust
 from visexpert.commands.catalog import find, overview
 from visexpert.errors import UserError, shown, told_by_machine
 from visexpert.interruption import Interrupted
+from visexpert.version import __version__
 
 USAGE_ERROR = 2
 

@@ -19,7 +19,6 @@ from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
-from visexpert import __version__
 from visexpert.callbacks import (
     CostReport,
     MetricsContinuation,
@@ -54,6 +53,7 @@ from visexpert.overlays import MissingBaseError, load_path, parts_without_class,
 from visexpert.parse_errors import classes_in, explain
 from visexpert.shipped import in_arguments
 from visexpert.trust import UntrustedError, guarded, refuse_strangers
+from visexpert.version import __version__
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from visexpert import __version__
 from visexpert.errors import ConfigError, DataError
+from visexpert.version import __version__
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from visexpert import __version__
+from visexpert.version import __version__
 
 PACKAGES = (
     "visexpert",

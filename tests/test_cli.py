@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tests.io.test_checkpoints import DAMAGED
 from tests.sharded_parts import as_deepspeed, as_fsdp, copy_run
 from visexpert import training
-from visexpert.cli import main
+from visexpert.cli import NOISE, _quieten, main
 from visexpert.io.checkpoints import load_checkpoint
 from visexpert.methods.start import start_from
 from visexpert.parse_errors import explain
@@ -44,6 +46,34 @@ def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "smoke"
     main(["fit", "--config", str(SMOKE), "--run", str(folder)])
     return folder
+
+
+def test_noise_of_libraries_is_hidden_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.pytorch.trainer.connectors.logger_connector import result
+
+    monkeypatch.setattr(result, "_distributed_is_initialized", lambda: True)
+    logger = logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector")
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        _quieten()
+        collection = result._ResultCollection(training=False)
+        collection.log("test_step", "a", torch.tensor(1.0), on_step=False, on_epoch=True, batch_size=1)
+        result.warning_cache.clear()
+        result._ResultCollection._get_cache(collection["test_step.a"], on_step=False)
+        assert not shown  # but for the filter Lightning would recommend sync_dist here
+        for message, module in NOISE:
+            text = message.replace(".*", "x").replace("\\", "")
+            for name in (module.replace("\\", "") + "x" * module.endswith("."), "torch.optim"):
+                warnings.warn_explicit(text, UserWarning, name, 1, module=name)
+        warnings.warn_explicit("a loss is NaN", UserWarning, "fit_loop", 1, module="lightning.pytorch.loops.fit_loop")
+    assert [str(one.filename) for one in shown] == ["torch.optim"] * len(NOISE) + ["fit_loop"]
+    for level, text, passes in (
+        (logging.INFO, "`weights_only` was not set, defaulting to `False`.", False),
+        (logging.INFO, "Restored all states", True),
+        (logging.ERROR, "`weights_only` was not set", True),
+    ):
+        record = logger.makeRecord(logger.name, level, "", 1, text, (), None)
+        assert bool(logger.filter(record)) == passes
 
 
 def metrics_of(run: Path) -> dict[str, float]:

@@ -84,16 +84,34 @@ def _dispatch(arguments: list[str]) -> None:
     find(arguments[0])(arguments[1:])
 
 
+NOISE = (
+    (r".*does not have many workers", r"lightning\.pytorch\."),
+    (r".*Checkpoint directory .* exists and is not empty", r"lightning\.pytorch\.callbacks\.model_checkpoint"),
+    (r"The ``compute`` method of metric .* was called before the ``update``", r"torchmetrics\.utilities\.prints"),
+    (r".*isinstance.treespec, LeafSpec", r"lightning\.pytorch\.utilities\._pytree"),
+    (r"LightningCLI's args parameter", r"lightning\.pytorch\.cli"),  # we complete them, see training.py
+    (r".*module.s. in eval mode at the start of training", r"lightning\.pytorch\.loops\.fit_loop"),  # frozen parts
+    (
+        r"It is recommended to use `self.log\(.*sync_dist=True",
+        r"lightning\.pytorch\.",
+    ),  # scores are the same everywhere
+)
+"""Warnings that a user can do nothing about: how they begin, and the module that gives them."""
+
+
 def _quieten() -> None:
-    """Hide what a user can do nothing about."""
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", message="The ``compute`` method of metric .* was called before the ``update``.*")
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")  # we complete them, see training.py
-    warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start of training.*")  # frozen parts
+    """Hide what a user can do nothing about; errors and other warnings of the same libraries are shown."""
+    for message, module in NOISE:
+        warnings.filterwarnings("ignore", message=message, module=module)
     for name in ("httpx", "matplotlib", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    restoring = logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector")
+    restoring.addFilter(_without_weights_only)
+
+
+def _without_weights_only(record: logging.LogRecord) -> bool:
+    """Drop Lightning's line on a default that is never reached: every checkpoint is read with weights_only."""
+    return not (record.levelno <= logging.INFO and "`weights_only` was not set" in str(record.msg))
 
 
 if __name__ == "__main__":

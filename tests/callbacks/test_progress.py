@@ -22,7 +22,7 @@ from visexpert.errors import ConfigError
 from visexpert.report import read_metrics
 from visexpert.types import Batch
 
-STATUS = re.compile(r"\d+ images/s · data wait \d+ % · \d+:\d\d:\d\d left")
+STATUS = re.compile(r"\d+ img/s · wait \d+ % · \d+:\d\d:\d\d left")
 
 
 @pytest.fixture
@@ -128,6 +128,21 @@ def test_the_live_bar_shows_loss_and_status(terminal: Console) -> None:
     assert STATUS.search(shown)
     assert re.search(r"loss: 0\.\d+", shown)
     assert "v_num" not in shown
+
+
+@pytest.mark.parametrize(
+    "ends", [{"max_epochs": -1, "max_steps": 6}, {"max_epochs": 2}, {"max_epochs": None, "max_steps": 6}]
+)
+def test_the_live_bars_stay_on_one_line_of_80_columns(terminal: Console, ends: dict[str, int]) -> None:
+    terminal.width = 80
+    bar = TrainingProgress(updates_per_s=100, interactive=True)
+    _fit(bar, **ends)
+    assert isinstance(terminal.file, io.StringIO)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.file.getvalue())
+    lines = [line for line in re.split(r"[\r\n]+", shown) if line.strip()]
+    assert len(lines) > 3 and max(map(len, lines)) <= 80
+    assert {line.split()[0] for line in lines} <= {"Epoch", "Validation", "Sanity"}  # no rest of a line before it
+    assert "/-2" not in shown and any(STATUS.search(line) and re.search(r"loss: 0\.\d+", line) for line in lines)
 
 
 def test_the_terminal_decides_when_nothing_is_said(terminal: Console) -> None:

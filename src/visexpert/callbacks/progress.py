@@ -14,13 +14,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities.data import extract_batch_size
 from rich import get_console
-from rich.progress import ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from visexpert.errors import ConfigError
 from visexpert.methods.base import writes_row
 from visexpert.methods.step import sums_over_processes
 from visexpert.types import Batch
+
+_BAR_WIDTH = 40
 
 _FOREVER_S = 1e9
 """30 years: a longer time left means that no end was set."""
@@ -68,10 +71,18 @@ class TrainingProgress(RichProgressBar):
         return self._live and super().is_enabled
 
     def configure_columns(self, trainer: Trainer) -> list[Any]:
-        """Description, bar and count as Lightning has them, then the status of the run."""
+        """Return description, bar and count as Lightning has them, then the status of the run, all on one line."""
         described, bar, count, *_ = super().configure_columns(trainer)
-        assert isinstance(described, TextColumn)
+        assert isinstance(described, TextColumn) and isinstance(bar, BarColumn)
+        bar.bar_width, bar._table_column = None, Column(max_width=_BAR_WIDTH)  # what the texts leave of the line
+        count._table_column = Column(no_wrap=True)
         return [described, bar, count, _StatusColumn(self)]
+
+    def _init_progress(self, trainer: Trainer) -> None:
+        """Start the bars, and cut what a module shows of its own where the line ends, instead of wrapping."""
+        super()._init_progress(trainer)
+        if self._metric_component is not None:
+            self._metric_component._table_column = Column(no_wrap=True, overflow="ellipsis")
 
     @property
     def total_train_batches(self) -> float:
@@ -206,7 +217,7 @@ class TrainingProgress(RichProgressBar):
         left = trainer.estimated_stepping_batches - trainer.global_step
         seconds = (time.perf_counter() - self._began_at) / done * left if done else math.inf
         return (
-            f"{self._clock.images_per_s:.0f} images/s · data wait {100 * self._clock.wait_share:.0f} %"
+            f"{self._clock.images_per_s:.0f} img/s · wait {100 * self._clock.wait_share:.0f} %"
             f" · {_clock_time(seconds)} left"
         )
 
@@ -236,7 +247,7 @@ class _StatusColumn(ProgressColumn):
     """The run's status behind the training bar, the time left behind any other."""
 
     def __init__(self, owner: TrainingProgress) -> None:
-        super().__init__()
+        super().__init__(table_column=Column(no_wrap=True, overflow="ellipsis"))
         self._owner = owner
 
     def render(self, task: Task) -> Text:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import math
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 
 class UserError(Exception):
@@ -82,6 +83,21 @@ def require_numbers(
         )
         if not fits:
             raise ConfigError(f"{owner}: {name} is {value}, but must be a number {allowed}".rstrip() + ".")
+
+
+def require_package(package: str, *, extra: str, what: str) -> None:
+    """Check that a package is installed that only an extra of visexpert asks for.
+
+    Args:
+        package: Its name, as it is imported.
+        extra: The extra.
+        what: What needs it.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    if find_spec(package) is None:
+        raise ConfigError(f"{what} needs {package}, which is not installed: pip install 'visexpert[{extra}]'.")
 
 
 def require_channels(owner: str, *, mean: object, std: object) -> None:

@@ -163,5 +163,5 @@ def test_completion_without_shtab_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(completion, "find_spec", lambda name: None if name == "shtab" else find(name))
+    monkeypatch.setattr("visexpert.errors.find_spec", lambda name: None if name == "shtab" else find(name))
     assert "pip install 'visexpert[completion]'" in told(["completion", "bash"], capsys, code=2)

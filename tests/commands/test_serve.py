@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from visexpert.cli import main
-from visexpert.commands import serve
 
 
 @pytest.mark.parametrize(
@@ -31,7 +30,7 @@ def test_without_gradio_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "gradio" else find(name))
+    monkeypatch.setattr("visexpert.errors.find_spec", lambda name: None if name == "gradio" else find(name))
     assert "pip install 'visexpert[app]'" in refused(["a"], capsys)
 
 

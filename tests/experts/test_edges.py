@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from kornia.models.dexined import DexiNed
 from torch import Tensor
 
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts import KorniaEdges
+from visexpert.experts.edges import dexined
 
 
 def square(side: int = 48) -> Tensor:
@@ -62,7 +63,7 @@ def test_a_smaller_map_is_the_mean_of_its_cells() -> None:
 
 
 def test_dexined_reads_bgr_and_its_weights_file(tmp_path: Path) -> None:
-    model: Any = DexiNed(pretrained=False).eval()
+    model: Any = dexined().eval()
     torch.save(model.state_dict(), tmp_path / "DexiNed_BIPED_10.pth")
     expert = KorniaEdges(method="dexined", image_size=32, weights=str(tmp_path)).eval()
     expert.load_weights()
@@ -92,5 +93,18 @@ def test_impossible_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ConfigError, match="low=0.3 and high=0.2 are no thresholds"):
         KorniaEdges(low=0.3)
     monkeypatch.setitem(sys.modules, "kornia", None)
-    with pytest.raises(ConfigError, match=r"need kornia; install it with: pip install 'kornia>=0.9'"):
+    with pytest.raises(ConfigError, match=r"need kornia; install it with: pip install 'kornia>=0.8'"):
         KorniaEdges()
+
+
+def test_dexined_is_found_where_older_releases_of_kornia_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Older(torch.nn.Identity):
+        def __init__(self, *, pretrained: bool) -> None:
+            super().__init__()
+            assert not pretrained  # which would download
+
+    older: Any = ModuleType("kornia.filters.dexined")
+    older.DexiNed = Older
+    monkeypatch.setitem(sys.modules, "kornia.models.dexined", None)
+    monkeypatch.setitem(sys.modules, "kornia.filters.dexined", older)
+    assert isinstance(dexined(), Older)

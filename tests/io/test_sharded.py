@@ -82,7 +82,7 @@ def test_facts_of_the_engine_s_own_folder_need_no_engine() -> None:
 
 @pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is here")
 def test_where_deepspeed_is_missing_the_error_says_so() -> None:
-    with pytest.raises(WeightsError, match="pip install deepspeed"):
+    with pytest.raises(WeightsError, match=r"visexpert\[deepspeed\]"):
         load_checkpoint(ZERO3, owner="test")
 
 

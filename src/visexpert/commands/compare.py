@@ -7,7 +7,7 @@ import glob
 from pathlib import Path
 
 from visexpert.commands.parser import Parser
-from visexpert.errors import ConfigError, shown
+from visexpert.errors import ConfigError, require_package, shown
 
 EPILOG = """\
 examples:
@@ -31,6 +31,7 @@ def run(arguments: list[str]) -> None:
     options = parser().parse_args(arguments)
     if options.out.is_file():
         raise ConfigError(f"visexpert compare: --out '{options.out}' is a file; name a folder.")
+    require_package("scipy", extra="compare", what="visexpert compare")
     from visexpert.report.compare import Choices, compare_runs, find_runs, write_report  # heavy: after --help
 
     named: dict[Path, str] = {}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 
 from visexpert.commands.catalog import COMMANDS
 from visexpert.commands.parser import Parser
-from visexpert.errors import ConfigError
+from visexpert.errors import require_package
 
 SHELLS = ("bash", "zsh", "tcsh")
 
@@ -27,8 +26,7 @@ def run(arguments: list[str]) -> None:
         ConfigError: shtab is not installed.
     """
     shell = parser().parse_args(arguments).shell
-    if find_spec("shtab") is None:
-        raise ConfigError("visexpert completion needs shtab; install it with  pip install 'visexpert[completion]'.")
+    require_package("shtab", extra="completion", what="visexpert completion")
     import shtab
 
     print(shtab.complete(_all_commands(shtab.FILE), shell))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import signal
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
 
 from visexpert.commands.parser import Parser
-from visexpert.errors import ConfigError
+from visexpert.errors import ConfigError, require_package
 
 EPILOG = """\
 RUN/detached and RUN/merged, where they exist, answer beside it. The page loads nothing from the network and keeps
@@ -29,8 +28,7 @@ def run(arguments: list[str]) -> None:
     for name in ("port", "max_upload_mb", "max_pixels"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} is {getattr(options, name)}, but must be at least 1.")
-    if find_spec("gradio") is None:
-        raise ConfigError("visexpert serve needs gradio; install it with  pip install 'visexpert[app]'.")
+    require_package("gradio", extra="app", what="visexpert serve")
     from visexpert.app.server import serving
     from visexpert.app.session import open_session
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from visexpert.errors import DataError, WeightsError
+from visexpert.errors import DataError, WeightsError, require_package
 from visexpert.io.source import ModelSource
 
 if TYPE_CHECKING:
@@ -121,6 +121,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     Raises:
         WeightsError: There is none, or it is damaged.
+        ConfigError: A package that reads it is not installed.
     """
     from transformers import AutoTokenizer
 
@@ -132,6 +133,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             found.parent, local_files_only=True, use_fast=True, trust_remote_code=False
         )
     except Exception as error:  # transformers raises many kinds on damaged files
+        if (found.parent / "tokenizer.model").is_file() and not (found.parent / "tokenizer.json").is_file():
+            require_package("sentencepiece", extra="vicuna", what=f"The tokenizer {name} (tokenizer.model)")
         raise WeightsError(
             f"The tokenizer {name} cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:120]}); "
             "fetch it again or name another."

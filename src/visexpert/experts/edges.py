@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, Literal, get_args
 
 import torch
@@ -117,10 +118,7 @@ class DexinedMap(nn.Module):
 
     def __init__(self, map_size: int | None) -> None:
         super().__init__()
-        kornia()
-        from kornia.models.dexined import DexiNed
-
-        self.model = DexiNed(pretrained=False)
+        self.model = dexined()
         self.map_size = map_size
         # The input that its weights were trained on, as kornia documents it.
         self.register_buffer("mean_bgr", torch.tensor([103.939, 116.779, 123.68]).view(1, 3, 1, 1), persistent=False)
@@ -129,6 +127,21 @@ class DexinedMap(nn.Module):
         """The fused map of all its scales."""
         logits_B1HW = self.model(pixels_BCHW.flip(1) * 255.0 - self.mean_bgr)
         return resize_map(logits_B1HW.sigmoid(), self.map_size)
+
+
+def dexined() -> nn.Module:
+    """DexiNed without its weights, from where the installed kornia has it.
+
+    Raises:
+        ConfigError: kornia is not installed.
+    """
+    kornia()
+    try:
+        module = import_module("kornia.models.dexined")
+    except ImportError:  # before 0.9, which needs Python 3.11
+        module = import_module("kornia.filters.dexined")
+    made: nn.Module = module.DexiNed(pretrained=False)
+    return made
 
 
 def kornia() -> Any:
@@ -140,5 +153,5 @@ def kornia() -> Any:
     try:
         import kornia
     except ImportError as error:
-        raise ConfigError("Edges and normals need kornia; install it with: pip install 'kornia>=0.9'.") from error
+        raise ConfigError("Edges and normals need kornia; install it with: pip install 'kornia>=0.8'.") from error
     return kornia

@@ -146,7 +146,7 @@ def _told(path: Path, owner: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise WeightsError(
             f"{owner}: {path} was written by DeepSpeed and must be assembled by its own tool ({error}); run "
-            "`pip install deepspeed`."
+            "pip install 'visexpert[deepspeed]'."
         ) from error
     except Exception as error:
         raise WeightsError(

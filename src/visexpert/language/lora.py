@@ -95,8 +95,8 @@ def quantized(kind: Quantization, compute: torch.dtype) -> Any:
         raise ConfigError(f"quantization={kind!r} is unknown; use one of {', '.join(get_args(Quantization))}.")
     if find_spec("bitsandbytes") is None:
         raise ConfigError(
-            f"quantization={kind!r} needs bitsandbytes, which is not installed: pip install 'bitsandbytes>=0.46', or "
-            "set quantization to null and dtype to bfloat16."
+            f"quantization={kind!r} needs bitsandbytes, which is not installed: "
+            "pip install 'visexpert[quantization]', or set quantization to null and dtype to bfloat16."
         )
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)

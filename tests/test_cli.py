@@ -130,10 +130,11 @@ def test_an_interrupted_run_continues_to_the_same_weights(run: Path, monkeypatch
     assert all(torch.equal(whole[key], continued[key]) for key in whole)
 
 
-def test_scoring_the_run_again_gives_its_scores(run: Path) -> None:
+def test_scoring_the_run_again_gives_its_scores(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = metrics_of(run)
     (run / "metrics.json").unlink()
     main(["test", str(run)])
+    assert capsys.readouterr().out.splitlines()[-1] == f"Next: visexpert caption {run} IMAGE"
     again = metrics_of(run)
     scores = {key: value for key, value in first.items() if key.startswith("test/") and "/" in key[5:]}
     assert len(scores) > 20

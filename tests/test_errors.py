@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,18 @@ import torch
 
 from visexpert import cli
 from visexpert.cli import ShownFormatter, main
-from visexpert.errors import ConfigError, DataError, UserError, require_numbers, shown, told_by_machine
+from visexpert.errors import ConfigError, DataError, UserError, next_step, require_numbers, shown, told_by_machine
 
 HOSTILE = "a\x1b]0;owned\x07\x1b[2J\n\x9b31m\u202egnp\udcff.png"
 """A title, a cleared screen, a new line, a C1 sequence, reversed text and a byte that is no text."""
+
+
+def test_the_next_commands_can_be_typed_as_they_stand() -> None:
+    told = next_step(("merge", "runs/a b"), ("compare", "runs/a", "--out", "x'y"))
+    assert told.startswith("Next: ")
+    first, second = told.removeprefix("Next: ").split(", or ")
+    assert shlex.split(first) == ["visexpert", "merge", "runs/a b"]
+    assert shlex.split(second) == ["visexpert", "compare", "runs/a", "--out", "x'y"]
 
 
 def test_names_are_shown_escaped_and_words_as_they_are() -> None:

@@ -224,6 +224,13 @@ def test_a_used_folder_is_refused_before_anything_is_written(
     before = contents(whole)
     said = refused(fit(whole), capsys)
     assert f"'{whole}'" in said and "--ckpt_path last" in said and "--overwrite" in said and "--run" in said
+    assert "holds a finished run" in said
+    unfinished = tmp_path / "unfinished"
+    (unfinished / "checkpoints").mkdir(parents=True)
+    (unfinished / "checkpoints" / "last.ckpt").touch()
+    (unfinished / "environment.json").write_text('{"fit": {"outcome": "interrupted"}}', encoding="utf-8")
+    said = refused(fit(unfinished), capsys)
+    assert "holds an unfinished run" in said and "resume it with --ckpt_path last" in said
     elsewhere = tmp_path / "checkpoints" / "last.ckpt"
     elsewhere.parent.mkdir()
     elsewhere.write_bytes((whole / "checkpoints" / "last.ckpt").read_bytes())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visexpert.commands.parser import Parser
+from visexpert.errors import next_step
 from visexpert.shipped import shipped
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def run(arguments: list[str]) -> None:
         "rests on that start and on the shipped encoders, the difference between the columns on the experts."
     )
     console.print(f"Figures: {folders['ToVE'] / 'figures'}   ({time.perf_counter() - started:.0f} s in all)")
+    print(next_step(("caption", folders["ToVE"], "IMAGE"), ("merge", folders["ToVE"])))
 
 
 def comparison(scores: Mapping[str, Mapping[str, float]]) -> Table:

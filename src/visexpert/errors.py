@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import math
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 
 
@@ -47,6 +48,16 @@ def shown(text: object) -> str:
     Names of files, and what others wrote into them, may hold sequences that recolor, rewrite or retitle a terminal.
     """
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in str(text))
+
+
+def next_step(*commands: Iterable[object]) -> str:
+    """Return the last line of a command: what can be typed next.
+
+    Args:
+        commands: Each the words after ``visexpert``; those that are no plain text are quoted for a shell.
+    """
+    told = [" ".join(("visexpert", *(shlex.quote(shown(word)) for word in words))) for words in commands]
+    return f"Next: {', or '.join(told)}"
 
 
 def require_numbers(

@@ -34,6 +34,7 @@ from visexpert.callbacks import (
 )
 from visexpert.callbacks.checkpoint_io import RunTrainer, use_whole_files
 from visexpert.callbacks.predictions import check_writes
+from visexpert.callbacks.run_folder import is_finished
 from visexpert.checking import (
     SCORED,
     built,
@@ -260,7 +261,7 @@ class VisexpertCLI(LightningCLI):
             ConfigError: Another process writes there.
         """
         if self._held is not None and is_first_process():
-            self._held.enter_context(hold(self._run))
+            self._held.enter_context(hold(self.run_folder))
 
     def _clear(self) -> None:
         """See to it that a fit goes on with its own run or finds no other in its folder.
@@ -268,25 +269,32 @@ class VisexpertCLI(LightningCLI):
         Raises:
             ConfigError: The folder holds a run, and nothing says whether to continue or to replace it.
         """
-        if not is_first_process() or not holds_run(self._run):
+        if not is_first_process() or not holds_run(self.run_folder):
             return
         checkpoint, start = self._value("ckpt_path"), self.model.init_from if isinstance(self.model, Method) else None
-        own = checkpoint in CHECKPOINT_WORDS or (checkpoint is not None and _lies_in(checkpoint, self._run))
+        own = checkpoint in CHECKPOINT_WORDS or (checkpoint is not None and _lies_in(checkpoint, self.run_folder))
         if self._overwrite:
-            if own or self._requeued or (start is not None and _lies_in(start, self._run)):
+            if own or self._requeued or (start is not None and _lies_in(start, self.run_folder)):
                 raise ConfigError(
-                    f"--overwrite puts the run in '{self._run}' aside, but this fit goes on from it; leave --overwrite "
-                    "out, or name another folder by --run."
+                    f"--overwrite puts the run in '{self.run_folder}' aside, but this fit goes on from it; leave "
+                    "--overwrite out, or name another folder by --run."
                 )
-            log.info("The earlier run is kept as %s.", set_run_aside(self._run))
+            log.info("The earlier run is kept as %s.", set_run_aside(self.run_folder))
         elif not own and not self._requeued:
+            finished = is_finished(self.run_folder)
+            go_on = (
+                "train it longer with --ckpt_path last and more steps"
+                if finished
+                else "resume it with --ckpt_path last"
+            )
             raise ConfigError(
-                f"'{self._run}' holds a run already; continue it with --ckpt_path last, begin anew with --overwrite "
-                "(which keeps it as previous.1), or name another folder by --run."
+                f"'{self.run_folder}' holds {'a finished' if finished else 'an unfinished'} run; {go_on}, begin anew "
+                "with --overwrite (which keeps it as previous.1), or name another folder by --run."
             )
 
     @property
-    def _run(self) -> Path:
+    def run_folder(self) -> Path:
+        """The run's folder."""
         return Path(str(self._value("run")))
 
     @property
@@ -295,7 +303,7 @@ class VisexpertCLI(LightningCLI):
         return (
             self._value("ckpt_path") is None
             and SLURMEnvironment.detect()
-            and next(self._run.glob("hpc_ckpt_*.ckpt"), None) is not None
+            and next(self.run_folder.glob("hpc_ckpt_*.ckpt"), None) is not None
         )
 
     def resolve_start(self) -> None:
@@ -316,10 +324,10 @@ class VisexpertCLI(LightningCLI):
         """What checkpoint is read, seen to be readable."""
         checkpoint = self._value("ckpt_path")
         if checkpoint == "last":
-            found = newest_checkpoint(self._run / FOLDER)
+            found = newest_checkpoint(self.run_folder / FOLDER)
             checkpoint = None if found is None else str(found)
             if found is None and is_first_process():
-                log.warning("--ckpt_path last: '%s' has no checkpoint, so this starts anew.", self._run)
+                log.warning("--ckpt_path last: '%s' has no checkpoint, so this starts anew.", self.run_folder)
             self.config_init[self.subcommand]["ckpt_path"] = checkpoint
         elif checkpoint is not None and str(checkpoint) not in CHECKPOINT_WORDS and "://" not in str(checkpoint):
             checked_checkpoint(Path(str(checkpoint)), owner="ckpt_path")
@@ -344,7 +352,7 @@ class VisexpertCLI(LightningCLI):
         return config.get(key)
 
 
-def run_lightning(arguments: list[str]) -> None:
+def run_lightning(arguments: list[str]) -> VisexpertCLI:
     """Run ``fit``, ``validate``, ``test`` or ``predict``.
 
     ``visexpert test RUN`` alone scores a finished run: its own configuration and last checkpoint are filled in.
@@ -352,7 +360,7 @@ def run_lightning(arguments: list[str]) -> None:
     """
     again = "go on with the same command and --ckpt_path last" if arguments[:1] == ["fit"] else "give the command again"
     with stoppable(go_on=again), ExitStack() as held:
-        build_cli(complete_from_run(arguments), held=held)
+        return build_cli(complete_from_run(arguments), held=held)
 
 
 def build_cli(arguments: list[str], *, run: bool = True, held: ExitStack | None = None) -> VisexpertCLI:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,9 +82,13 @@ def test_a_merged_run_is_a_run_of_a_plain_clip(run: Path) -> None:
     assert "val/nmse" in metrics and "train/token_loss" in metrics
 
 
-def test_scoring_it_again_gives_the_same_scores(run: Path) -> None:
+def test_scoring_it_again_gives_the_same_scores(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["merge", str(run), *MERGE])
-    path = run / "merged" / "metrics.json"
+    told, path = capsys.readouterr().out, run / "merged" / "metrics.json"
+    whole, merged = (json.loads(each.read_text(encoding="utf-8")) for each in (run / "metrics.json", path))
+    assert re.search(r"train/nmse [\d.e-]+ at the start, [\d.e-]+ at the end", told)
+    assert f"test/nll/nll {whole['test/nll/nll']:.4g} before, {merged['test/nll/nll']:.4g} after" in told
+    assert f"Next: visexpert export {run} --format hf --out {run / 'merged-hf'}" in told
     before = json.loads(path.read_text(encoding="utf-8"))
     main(["test", str(run / "merged")])
     after = json.loads(path.read_text(encoding="utf-8"))

@@ -73,7 +73,7 @@ def test_a_run_is_detached_by_the_command_and_scored_by_another(run: Path, capsy
     told, scored = captured.out + captured.err, json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     assert f"Kept: {facts['kept'][0]}; dropped: {facts['detached'][0]}; re-tuned for 2 steps" in told
     assert f"test/vqa/accuracy unknown before, {scored['test/vqa/accuracy']:.4g} after" in told
-    assert f"visexpert merge {out}" in told
+    assert f"Next: visexpert merge {out}, or visexpert compare {run} {out} --out {run}/compare" in told
     saved = load_run(out)
     assert saved.steps == 7
     assert list(saved.config["model"]["init_args"]["experts"]) == facts["kept"]

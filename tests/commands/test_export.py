@@ -92,6 +92,7 @@ def test_a_merged_run_becomes_a_llava_folder(tmp_path: Path, capsys: pytest.Capt
     assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
     said = capsys.readouterr().out
     assert said.startswith(f"llava: {tmp_path / 'out'} (largest error after reloading ")
+    assert str(tmp_path / "out" / "README.md") in said
     report = json.loads((tmp_path / "out" / "fidelity.json").read_text(encoding="utf-8"))
     assert report["licenses"] == {"clip": "MIT", "expert depth": "CC-BY-NC-4.0"}
     assert report["origin"]["run"] == "run/merged" and report["origin"]["merge: distance"] == "mse"

@@ -16,13 +16,15 @@ from visexpert.callbacks.phase import (
     TRAINING,
     Phase,
     PhaseSettings,
+    scores_told,
+    usual_score,
     weights_identity,
     write_checkpoint,
     write_derived_config,
 )
 from visexpert.callbacks.progress import TrainingProgress
 from visexpert.callbacks.subsets import SubsetScoring, SubsetTiming
-from visexpert.errors import ConfigError
+from visexpert.errors import ConfigError, next_step
 from visexpert.io.run_files import read_json, set_aside, write_json, write_text
 from visexpert.methods import FusingMethod
 from visexpert.methods.start import start_from
@@ -46,7 +48,6 @@ log = logging.getLogger(__name__)
 
 FACTS = "detachment.json"
 ACCURACY = "vqa/accuracy"
-CAPTIONS = "caption/cider"
 
 
 class ExpertDetachment(Phase):
@@ -255,18 +256,12 @@ class ExpertDetachment(Phase):
     def _outcome(self, folder: Path, out: Path) -> str:
         """Say what was kept, how it scores against the whole run, and what to do next."""
         facts = read_json(out / FACTS)
-        whole, left = ({} if not path.is_file() else read_json(path) for path in _metrics_of(folder, out))
-        usual = next((name for name in (ACCURACY, CAPTIONS) if f"test/{name}" in whole), ACCURACY)
-        asked = (self.score or usual).removeprefix("-")
-        told = [
-            f"{key} {_figure(whole.get(key))} before, {_figure(left.get(key))} after"
-            for key in dict.fromkeys((f"test/{asked}", f"test/{self.loss}"))
-            if key in whole or key in left  # captions have no accuracy
-        ] or ["The test data gives no score"]
+        asked = (self.score or usual_score(folder)).removeprefix("-")
+        told = scores_told(folder, out, (f"test/{asked}", f"test/{self.loss}")) or ["The test data gives no score"]
         names = {key: ", ".join(facts[key]) or "none" for key in ("kept", "detached")}
         return (
             f"Kept: {names['kept']}; dropped: {names['detached']}; re-tuned for {self.retune_steps} steps. "
-            f"{'; '.join(told)}. Next: visexpert compare {folder} {out}, or visexpert merge {out}."
+            f"{'; '.join(told)}.\n" + next_step(("merge", out), ("compare", folder, out, "--out", folder / "compare"))
         )
 
     def _settings(self) -> dict[str, Any]:
@@ -371,14 +366,6 @@ class Findings:
         """What a marked time means, where there is one."""
         doubts = (self.unsteadiness, *(score.unsteadiness for score in self.choice.scores))
         return f" {TOLD}." if max(doubts) > UNSTEADY else ""
-
-
-def _metrics_of(*folders: Path) -> list[Path]:
-    return [folder / "metrics.json" for folder in folders]
-
-
-def _figure(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4g}"
 
 
 def _validate(

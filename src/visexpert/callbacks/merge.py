@@ -18,14 +18,17 @@ from visexpert.callbacks.phase import (
     TRAINING,
     Phase,
     PhaseSettings,
+    scores_told,
+    usual_score,
     weights_identity,
     write_checkpoint,
     write_derived_config,
 )
-from visexpert.errors import ConfigError
+from visexpert.errors import ConfigError, next_step
 from visexpert.io.run_files import read_json, set_aside, write_json
 from visexpert.methods import FusingMethod, MergeStudent, Merging
 from visexpert.methods.settings import MergeSettings, MergingOptimizer
+from visexpert.report import read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +96,7 @@ class KnowledgeMerging(Phase):
         self.steps = self.wanted_steps or max(model.trained_steps, 1)
         if self._is_done(model, out):
             log.info("%s is merged already; delete it, or give another name, to merge again.", out)
+            print(self._outcome(folder, out), flush=True)
             return out
         if not model.hub.attached:
             raise ConfigError(f"KnowledgeMerging: '{folder}' uses no experts, so there is nothing to merge.")
@@ -121,7 +125,22 @@ class KnowledgeMerging(Phase):
         if self.test:
             settings.trainer(out, cost=cost).test(merged, datamodule=data, verbose=False)
         write_checkpoint(merged, out, steps=teacher_steps + self.steps)
+        print(self._outcome(folder, out), flush=True)
         return out
+
+    def _outcome(self, folder: Path, out: Path) -> str:
+        """Say how far the student's tokens came, how it scores against the whole run, and what to do next."""
+        curves = read_metrics(out / "metrics.csv")
+        told = [
+            f"{name} {values[0]:.4g} at the start, {values[-1]:.4g} at the end"
+            for name, (_, values) in curves.items()
+            if name == "train/nmse"
+        ]
+        told += scores_told(folder, out, (f"test/{usual_score(folder)}", "test/nll/nll"))
+        exported = out.with_name(f"{out.name}-hf")
+        return f"Merged in {self.steps} steps{''.join(f'; {each}' for each in told)}.\n" + next_step(
+            ("export", folder, "--format", "hf", "--out", exported), ("caption", out, "IMAGE")
+        )
 
     def _train(
         self, student: Merging, data: LightningDataModule, out: Path, settings: PhaseSettings, cost: CostReport

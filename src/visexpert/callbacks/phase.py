@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from visexpert.callbacks.run_folder import RunFolder, RunLogger, folder_of
 from visexpert.callbacks.stop import MetricsContinuation, StopOnSignal
 from visexpert.errors import ConfigError
 from visexpert.interruption import check
-from visexpert.io.run_files import write_text
+from visexpert.io.run_files import read_json, write_text
 from visexpert.io.run_folder import hold, stamped
 from visexpert.io.weights import weights_digest
 from visexpert.methods import FusingMethod, Method
@@ -207,6 +207,32 @@ class Phase(Callback):
         data: LightningDataModule = trainer.datamodule  # type: ignore[attr-defined]
         with kept_trainer(model, data):
             self.carry_out(model, data, folder_of(trainer), PhaseSettings.of(trainer))
+
+
+def scores_told(run: Path, out: Path, names: Iterable[str]) -> list[str]:
+    """Return each score before and after a phase, from the ``metrics.json`` of both folders.
+
+    Args:
+        run: The run that the phase worked on.
+        out: The phase's own folder.
+        names: Scores to tell, such as ``test/nll/nll``; those that neither folder has are left out.
+    """
+    before, after = (read_json(path) if path.is_file() else {} for path in (run / "metrics.json", out / "metrics.json"))
+    return [
+        f"{name} {_number(before.get(name))} before, {_number(after.get(name))} after"
+        for name in dict.fromkeys(names)
+        if name in before or name in after
+    ]
+
+
+def usual_score(run: Path) -> str:
+    """Return the test score that a run is known by: answers to questions, else captions."""
+    scores = read_json(run / "metrics.json") if (run / "metrics.json").is_file() else {}
+    return next((name for name in ("vqa/accuracy", "caption/cider") if f"test/{name}" in scores), "vqa/accuracy")
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"
 
 
 @contextmanager

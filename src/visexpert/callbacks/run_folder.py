@@ -339,3 +339,9 @@ def tokenizer_identity(tokenizer: Any) -> str | None:
     else:
         return None
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def is_finished(run: Path) -> bool:
+    """Tell whether the fit that wrote a run's folder came to its end."""
+    path = run / "environment.json"
+    return path.is_file() and (read_object(path).get("fit") or {}).get("outcome") == FINISHED

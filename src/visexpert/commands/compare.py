@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> None:
         print(shown(f"left out: {record.folder}: {record.problem}"))
     runs = sum(len(variant.runs) for variant in comparison.variants)
     print(f"{len(comparison.variants)} variants of {runs} runs, against '{shown(comparison.baseline)}':")
-    print(f"{shown(options.out / 'report.html')}, report.md and results.csv beside it")
+    print(f"{shown(options.out / 'report.html')}, report.md and results.csv beside it; open the page in a browser")
 
 
 def parser() -> Parser:

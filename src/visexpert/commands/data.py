@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from visexpert.checking import built, check_config_file, check_settings
 from visexpert.commands.parser import Parser
-from visexpert.errors import ConfigError, DataError, UserError, shown
+from visexpert.errors import ConfigError, DataError, UserError, next_step, shown
 from visexpert.io.run_folder import blamed_on_version, is_of_run
 from visexpert.overlays import are_related
 from visexpert.shipped import find
+from visexpert.shipped import shown as name_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
@@ -68,6 +69,8 @@ def run(arguments: list[str]) -> None:
         things = "1 thing that the data needs is" if missing == 1 else f"{missing} things that the data needs are"
         raise DataError(f"{things} missing or broken; get them as said above and check again.")
     print("Nothing is missing.")
+    names = [word for path in options.config for word in ("--config", name_of(path))]
+    print(next_step(("plan", *names), ("fit", *names)))
 
 
 def findings(source: SourceData, parts: Sequence[str], *, images: str) -> Iterator[tuple[str, str]]:

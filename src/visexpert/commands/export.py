@@ -67,6 +67,7 @@ def run(arguments: list[str]) -> None:
         if mole is not None and mole.on_val is not None:
             nmse = mole.on_val[mole.treatment]["nmse"]
             print(f"{name}: one plain CLIP ({mole.treatment}), NMSE {nmse:.1e} from the student, see fidelity.md")
+        print(f"{name}: {shown(where / 'README.md')} shows how to load it, fidelity.md beside it how faithful it is")
 
 
 def parser() -> Parser:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visexpert.commands.parser import Parser
-from visexpert.errors import ConfigError, WeightsError, shown
+from visexpert.errors import ConfigError, WeightsError, next_step, shown
 
 if TYPE_CHECKING:
     from visexpert.commands.released import MoLEShape, Released
@@ -55,6 +55,7 @@ def run(arguments: list[str]) -> None:
     for line in told:
         print(f"- {shown(line)}")
     print(shown(f"Imported {options.folder} as {options.out}."))
+    print(next_step(("caption", options.out, "IMAGE"), ("export", options.out, "--format", "llava", "--out", "DIR")))
 
 
 def settle(

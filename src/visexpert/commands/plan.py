@@ -6,8 +6,9 @@ import json
 import os
 from pathlib import Path
 
+from visexpert import shipped
 from visexpert.commands.parser import Parser
-from visexpert.errors import ConfigError
+from visexpert.errors import ConfigError, next_step
 
 EPILOG = """\
 examples:
@@ -55,6 +56,8 @@ def run(arguments: list[str]) -> None:
     from visexpert.planning.show import show
 
     show(plan, Console())
+    names = [word for path in options.config for word in ("--config", shipped.shown(path))]
+    print(next_step(("data", "check", *map(shipped.shown, options.config)), ("fit", *names, *overrides)))
 
 
 def parser() -> Parser:

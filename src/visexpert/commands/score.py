@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from visexpert.commands.parser import Parser
-from visexpert.errors import shown
+from visexpert.errors import next_step, shown
 
 EPILOG = """\
 examples:
@@ -40,6 +40,7 @@ def run(arguments: list[str]) -> None:
             print(f"{shown(key)}: {value:.6g}")
     kept, source = shown(options.run / "metrics.json"), shown(options.run / "lmms.json")
     print(f"These scores are in {kept}, where they come from in {source}")
+    print(next_step(("compare", options.run, "--out", options.run / "compare")))
 
 
 def parser() -> Parser:

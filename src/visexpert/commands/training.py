@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from typing import TYPE_CHECKING
 
 from visexpert.commands.parser import Parser
+from visexpert.errors import next_step, shown
+
+if TYPE_CHECKING:
+    from visexpert.training import VisexpertCLI
 
 RUN_OPTIONS = (
     (
@@ -54,9 +59,30 @@ def _run(command: str, arguments: list[str]) -> None:
             _parser(command).print_help()
             sys.exit()
         arguments = ["--help"]
-    from visexpert.training import run_lightning
+    from visexpert.training import is_first_process, run_lightning
 
-    run_lightning([command, *arguments])
+    cli = run_lightning([command, *arguments])
+    if is_first_process() and not cli.trainer.interrupted and not getattr(cli.trainer, "fast_dev_run", False):
+        print(_ending(command, cli), flush=True)
+
+
+def _ending(command: str, cli: VisexpertCLI) -> str:
+    """Return what was made and what can be typed next."""
+    from visexpert.methods import FusingMethod, Method
+
+    run, model = cli.run_folder, cli.model
+    steps: list[tuple[object, ...]] = []
+    if command == "fit" and isinstance(model, FusingMethod) and model.hub.attached:
+        steps = [("detach", run, "--min_contribution", "0.01"), ("merge", run)]
+    elif command == "fit" and isinstance(model, Method) and model.holds("clip"):
+        steps = [("export", run, "--format", "hf", "--out", run.with_name(f"{run.name}-hf"))]
+    if isinstance(model, Method) and model.reads_text:
+        steps.append(("caption", run, "IMAGE"))
+    steps = steps or [("compare", run, "--out", run / "compare")]
+    made = (
+        f"Done: {shown(run)} (weights in checkpoints/, scores in metrics.json, figures/)\n" if command == "fit" else ""
+    )
+    return made + next_step(*steps)
 
 
 def _parser(command: str) -> Parser:

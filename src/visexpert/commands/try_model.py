@@ -62,6 +62,10 @@ def run(arguments: list[str]) -> None:
         print(json.dumps([_as_json(attempt, options.model) for attempt in found], indent=2))
     if not any(attempt.works for attempt in found):
         sys.exit(NOTHING_WORKS)
+    if not options.json:
+        print(
+            "Next: put such lines into a file FILE, and train with  visexpert fit --config tove/tabletop --config FILE"
+        )
 
 
 def text_of(attempt: Attempt, model: str) -> str:

@@ -180,6 +180,6 @@ def test_normals__refuse_what_gives_no_distances() -> None:
     dpt = {"model_type": "dpt", "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 32}
     dpt |= {"intermediate_size": 16, "patch_size": 8, "backbone_out_indices": [0, 1, 2, 3], "fusion_hidden_size": 8}
     silent = DepthExpert(config={**dpt, "neck_hidden_sizes": [4, 8, 8, 8]}, tokens="prediction", scale="raw")
-    with pytest.raises(ConfigError, match="does not say whether its depth is inverse; give inverse"):
+    with pytest.raises(ConfigError, match="NormalsFromDepth: .*inverse.*true or false"):
         NormalsFromDepth(depth=silent)
     assert NormalsFromDepth(depth=silent, inverse=True).inverse

@@ -406,30 +406,30 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"model_type": "upernet", "backbone_config": {"model_type": "convnext", "hidden_sizes": [8] * 4}},
         "model_type 'upernet'; use visexpert.experts.SegmentationExpert",
     ),
-    "vitpose": ({"model_type": "vitpose"}, "model_type 'vitpose'; use another model, or an expert of your own"),
+    "vitpose": ({"model_type": "vitpose"}, r"model_type 'vitpose'.*docs/own-expert\.md"),
     "idefics": ({"model_type": "idefics"}, "model_type 'idefics_vision'; use another model"),
     "groupvit": (
         {
             "model_type": "groupvit",
             "vision_config": VIT | {"depths": [1] * 3, "num_group_tokens": [4, 2, 0], "num_output_groups": [4, 2, 2]},
         },
-        "tokens are groups of patches, which have no place",
+        "groups of patches",
     ),
     "xclip": ({"model_type": "xclip", "vision_config": VIDEO}, "it reads videos of 2 frames"),
     "videomae": ({"model_type": "videomae", **VIDEO}, "it reads videos of 2 frames"),
     "vjepa2": ({"model_type": "vjepa2", **VIT, "crop_size": 32, "frames_per_clip": 4}, "it reads videos of 4 frames"),
     "bridgetower": (
         {"model_type": "bridgetower", "vision_config": {"hidden_size": 64, "num_hidden_layers": 1, "image_size": 32}},
-        "it hands on Tensor, and no features of patches",
+        "output, Tensor,",
     ),
-    "idefics2": ({"model_type": "idefics2", "vision_config": VIT}, "looks at the values of pixels"),
-    "qwen2_5_vl": ({"model_type": "qwen2_5_vl", "vision_config": {"depth": 1}}, "needs grid_thw beside pixels"),
+    "idefics2": ({"model_type": "idefics2", "vision_config": VIT}, "values of pixels"),
+    "qwen2_5_vl": ({"model_type": "qwen2_5_vl", "vision_config": {"depth": 1}}, "besides pixels .*grid_thw"),
     "vit_mae": ({"model_type": "vit_mae", **VIT}, "draws random numbers"),
     "remote": (
         {"model_type": "internvl_chat", "auto_map": {"AutoModel": "modeling.Chat"}},
-        r"code of model_type 'internvl_chat' comes with the model \(auto_map\).* never run here; take a conversion",
+        r"model_type 'internvl_chat' .*\(auto_map\)",
     ),
-    "timm": ({"architecture": "resnet18", "num_classes": 0}, "timm's model 'resnet18'; use .*TimmExpert"),
+    "timm": ({"architecture": "resnet18", "num_classes": 0}, "'resnet18'.*TimmExpert"),
 }
 
 

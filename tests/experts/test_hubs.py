@@ -78,7 +78,7 @@ def test_experts_have_the_papers_widths_and_grids(
         count = sum(parameter.numel() for parameter in expert.parameters()) / 1e6
         assert count == pytest.approx(PARAMETERS[name], rel=0.015)
     if name != "edges":
-        with pytest.raises(WeightsError, match="is not in the cache .* fetch it where there is a network with `hf dow"):
+        with pytest.raises(WeightsError, match="is not in the cache .* `hf dow"):
             expert.load_weights()
 
 

@@ -109,10 +109,10 @@ def test_random_towers_keep_their_weights() -> None:
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"open_clip has no model 'ViT-B-33'; the nearest are \['ViT-B-"):
         OpenClipExpert(model="ViT-B-33", weights="openai")
-    with pytest.raises(ConfigError, match="gives no map of images of 32 px"):
+    with pytest.raises(ConfigError, match="OpenClipExpert: .* 32 px"):
         OpenClipExpert(model="tiny-vit", weights="random", layer=7)
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(WeightsError, match="x.safetensors holds no image tower of open_clip"):
+    with pytest.raises(WeightsError, match=r"x\.safetensors .*visual\."):
         loaded(model="tiny-vit", weights=str(tmp_path / "x.safetensors"))
     published(tmp_path / "wide.safetensors", VIT, width=36)
     with pytest.raises(WeightsError, match="of another shape"):
@@ -205,5 +205,5 @@ def test_timm_trunks_give_what_is_pooled(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_tower_for_images_that_are_no_squares_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = {**VIT, "vision_cfg": {**VIT["vision_cfg"], "image_size": [32, 48]}}
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-wide", wide)
-    with pytest.raises(ConfigError, match=r"reads images of 32 x 48 px; .*squares"):
+    with pytest.raises(ConfigError, match=r"32 x 48 px.*squares"):
         OpenClipExpert(model="tiny-wide", weights="random")

@@ -147,7 +147,7 @@ def test_what_arrives_with_the_weights_must_be_what_was_built(
         early.load_weights()
         assert early.fingerprint() == loaded(model="tiny-vit", weights="org/clip", framing="own").fingerprint()
         return
-    with pytest.raises(ConfigError, match=r"'org/clip' brings settings of its own \(open_clip_config.json\).*again"):
+    with pytest.raises(ConfigError, match=r"'org/clip'.*open_clip_config\.json"):
         early.load_weights()
     loaded(model="tiny-vit", weights="org/clip", framing="own")
 
@@ -194,9 +194,9 @@ def write_preparation(folder: Path, preparation: dict[str, Any]) -> None:
 def test_a_framing_that_cannot_be_done_or_is_none_is_told(tmp_path: Path) -> None:
     folder = repository(tmp_path / "mine")
     write_preparation(folder, {**OWN, "resize_mode": "longest"})
-    with pytest.warns(UserWarning, match="frames images in a way of its own.*squashed"):
+    with pytest.warns(UserWarning, match="squash, crop or pad"):
         assert OpenClipExpert(model="tiny-vit", weights=str(folder)).preprocessing.framing == "squash"
-    with pytest.raises(ConfigError, match="use framing squash, crop or pad"):
+    with pytest.raises(ConfigError, match="squash, crop or pad"):
         OpenClipExpert(model="tiny-vit", weights=str(folder), framing="own")
     write_preparation(folder, {**OWN, "resize_mode": "diagonal"})
     for framing in (None, "own", "squash"):

@@ -99,7 +99,7 @@ def test_what_the_library_cannot_do_at_another_size_is_refused() -> None:
     pvt = {**STAGES, "model_type": "pvt", "hidden_sizes": [8] * 4, "num_attention_heads": [1] * 4}
     absolute = {**SWIN, "model_type": "swinv2", "window_size": 4, "use_absolute_embeddings": True}
     for config in (pvt, absolute):
-        with pytest.raises(ConfigError, match=r"no map of images of 96 px .*use another image_size"):
+        with pytest.raises(ConfigError, match=r" 96 px .*image_size"):
             TransformersExpert(config=config, image_size=96)
 
 
@@ -130,7 +130,7 @@ def test_the_grid_is_the_configurations() -> None:
 
 
 def test_a_class_token_alone_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"class token alone; give layer: -1"):
+    with pytest.raises(ConfigError, match=r"class token.*layer.*-1"):
         TimmExpert(model="pit_ti_224", weights="random")
 
 

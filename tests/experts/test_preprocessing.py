@@ -97,7 +97,7 @@ def test_depth_anything_on_a_square() -> None:
     (image_CHW,) = smooth_images(1, 200, 200)
     reference = transformers.DPTImageProcessor(**{k: v for k, v in processor.items() if k != "image_processor_type"})
     check(squashed, image_CHW, reference([image_CHW], return_tensors="pt")["pixel_values"][0])
-    with pytest.raises(ConfigError, match="frames images in a way of its own; use framing squash, crop or pad"):
+    with pytest.raises(ConfigError, match="framing.*squash, crop or pad"):
         preprocessing.adapted(owner="Test", image_size=None, framing="own", interpolation=None)
 
 
@@ -135,7 +135,7 @@ def test_the_size_asked_for_keeps_the_share_of_the_crop() -> None:
     [
         ({"framing": "stretch"}, r"framing='stretch' is unknown; use one of \['squash', 'crop', 'pad', 'own'\]"),
         ({"interpolation": "nearest"}, r"interpolation='nearest' is unknown; use one of \['bilinear', 'bicubic'\]"),
-        ({"image_size": 0}, "image_size=0 is no side in pixels"),
+        ({"image_size": 0}, "image_size.*1 px.*got 0"),
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -147,16 +147,16 @@ def test_impossible_options_are_refused(options: dict[str, Any], message: str) -
 
 
 def test_processors_that_cannot_be_followed_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'SegImageProcessor' is none of transformers'; the nearest are .*'SamImage"):
+    with pytest.raises(ConfigError, match=r"image_processor_type 'SegImageProcessor'.*'SamImage"):
         settings_of({"image_processor_type": "SegImageProcessor"}, owner="Test")
-    with pytest.raises(ConfigError, match=r"names no image_processor_type among \['size'\]"):
+    with pytest.raises(ConfigError, match=r"image_processor_type.*\['size'\]"):
         settings_of({"size": 224}, owner="Test")
     lanczos = {"image_processor_type": "ViTImageProcessor", "resample": 1}
-    with pytest.raises(ConfigError, match="resizes by filter .*; give interpolation: bicubic"):
+    with pytest.raises(ConfigError, match="filter 1,.*interpolation.*bicubic"):
         preprocessing_of(owner="Test", source=None, processor=lanczos, size=None, interpolation=None)
     assert (
         preprocessing_of(owner="Test", source=None, processor=lanczos, size=64, interpolation="bicubic").image_size
         == 64
     )
-    with pytest.raises(ConfigError, match="nothing says which size of image this model reads; give image_size"):
+    with pytest.raises(ConfigError, match="Test: .*image_size"):
         preprocessing_of(owner="Test", source=None, processor=None, size=None, interpolation=None)

@@ -66,7 +66,7 @@ def test_fused_attention_passes_at_any_size(attend: Callable[[Tensor, Tensor, Te
 
 @pytest.mark.parametrize("attend", [eager, masked])
 def test_logits_in_memory_are_refused(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-    with pytest.raises(ConfigError, match=r"at 512 px this model holds attention logits of \(1, 2, 4096, 4096\)"):
+    with pytest.raises(ConfigError, match=r" 512 px .*\(1, 2, 4096, 4096\)"):
         probe_map(Attends(attend), 512, owner="Test")
     assert probe_map(Attends(attend), 128, owner="Test") == (1, 8, 16, 16)  # 256 tokens: not worth a word
 
@@ -111,9 +111,9 @@ def test_what_stands_in_two_places_is_left_as_it_was() -> None:
 
 
 def test_what_cannot_be_run_is_one_sentence() -> None:
-    with pytest.raises(ConfigError, match=r"Test: the model gives no map of images of 4 px \(.*\); use another image"):
+    with pytest.raises(ConfigError, match=r"Test: .* 4 px \(.*\).* image_size"):
         probe_map(Attends(fused), 4, owner="Test")
-    with pytest.raises(ConfigError, match="gives no map of tokens at 8 px"):
+    with pytest.raises(ConfigError, match="Test: .* 8 px"):
         probe_map(nn.Flatten(), 8, owner="Test")
 
 

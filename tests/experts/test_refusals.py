@@ -44,7 +44,7 @@ def test_a_pickle_is_named_as_what_it_is(folder: Path, capsys: pytest.CaptureFix
     torch.save({**load_file(weights), "more": Runs()}, folder / "pytorch_model.bin")
     weights.unlink()
     expert = TransformersExpert(source=str(folder))
-    with pytest.raises(WeightsError, match=r"pytorch_model.bin .*: a pickle that .*print.*safetens") as caught:
+    with pytest.raises(WeightsError, match=r"pytorch_model\.bin .*print.*safetensors") as caught:
         expert.load_weights()
     assert "weights_only" not in str(caught.value)
     assert capsys.readouterr().out == ""
@@ -71,22 +71,22 @@ def test_a_folder_of_save_pretrained_without_a_processor_is_told_the_ways_out(fo
 
 def test_a_missing_type_is_said_to_be_missing(folder: Path) -> None:
     edit(folder / "preprocessor_config.json", image_processor_type=None)
-    with pytest.raises(ConfigError, match=r"no image_processor_type among .*'image_mean'.*such as ViTImageProcessor"):
+    with pytest.raises(ConfigError, match=r"image_processor_type.*'image_mean'.*ViTImageProcessor"):
         TransformersExpert(source=str(folder))
     edit(folder / "config.json", model_type=None)
-    with pytest.raises(ConfigError, match=r"no model_type, only \['.*such as model_type: vit"):
+    with pytest.raises(ConfigError, match=r"model_type.*\['.*model_type: vit"):
         TransformersExpert(source=str(folder))
 
 
 @pytest.mark.parametrize("layer", [5, -6])
 def test_a_layer_that_is_none_is_told_with_the_range(layer: int) -> None:
-    with pytest.raises(ConfigError, match=rf"layer {layer} .* from -5 to 4"):  # four blocks, and what goes into them
+    with pytest.raises(ConfigError, match=rf"layer .*from -5 to 4, got {layer}"):  # four blocks and their input
         TransformersExpert(config=DINOV2, layer=layer)
 
 
 def test_inputs_beside_pixels_are_named() -> None:
     vision = {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 16, "patch_size": 8}
-    with pytest.raises(ConfigError, match="needs grid_thw beside pixels"):
+    with pytest.raises(ConfigError, match="pixels .*grid_thw"):
         TransformersExpert(config={"model_type": "qwen2_vl", "vision_config": vision}, image_size=32)
 
 

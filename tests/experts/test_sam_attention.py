@@ -11,9 +11,9 @@ from transformers import SamVisionConfig, SamVisionModel
 from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionSdpaAttention
 
 from tests.experts.tiny_models import SAM, randomized
-from visexpert.experts import TransformersExpert, sam_attention
+from visexpert.experts import TransformersExpert, huggingface
+from visexpert.experts.huggingface import ChunkedSamAttention, chunk_attention
 from visexpert.experts.probe import LogitsWatch
-from visexpert.experts.sam_attention import ChunkedSamAttention, chunk_attention
 
 FIELDS = {key: value for key, value in SAM.items() if key != "model_type"}
 
@@ -24,7 +24,7 @@ def test_chunks_equal_the_librarys_eager_attention(
     monkeypatch: pytest.MonkeyPatch, queries: int, use_rel_pos: bool
 ) -> None:
     """One row at a time, three rows, of which the last chunk is shorter, and all at once; a map that is no square."""
-    monkeypatch.setattr(sam_attention, "QUERIES", queries)
+    monkeypatch.setattr(huggingface, "SAM_QUERIES", queries)
     config = SamVisionConfig(**{**FIELDS, "use_rel_pos": use_rel_pos})
     reference: Any = randomized(SamVisionAttention(config, window_size=0))
     chunked: Any = randomized(SamVisionSdpaAttention(config, window_size=0))

@@ -206,12 +206,12 @@ def test_the_license_is_that_of_the_card(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "dinov9"}, r"no model_type 'dinov9'; the nearest are \['dinov2'"),
-        ({**DINOV2, "hiden_size": 3}, r"Dinov2Config has no field 'hiden_size'; the nearest are \['hidden_size'\]"),
+        ({"model_type": "dinov9"}, r"model_type 'dinov9'.*'dinov2'"),
+        ({**DINOV2, "hiden_size": 3}, r"Dinov2Config .*'hiden_size'.*'hidden_size'"),
         ({"model_type": "clip", "vision_config": {"widht": 3}}, "CLIPVisionConfig has no field 'widht'"),
-        ({"model_type": "bert"}, r"'bert' is a language model: it reads text \(BertModel\), and experts read images"),
+        ({"model_type": "bert"}, r"'bert' .*text \(BertModel\)"),
         ({"model_type": "wav2vec2"}, "model_type 'wav2vec2' reads sound"),
-        ({**CLIP_VISION, "model_type": "clip_vision_model", "patch_size": 64}, "gives no map of images of 32 px"),
+        ({**CLIP_VISION, "model_type": "clip_vision_model", "patch_size": 64}, "TransformersExpert: .* 32 px"),
     ],
 )
 def test_impossible_configs_are_refused(config: dict[str, Any], message: str) -> None:
@@ -237,7 +237,7 @@ def test_split_and_torch_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_missing_and_damaged_weights_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="takes a source .* or config for a random network"):
+    with pytest.raises(ConfigError, match="TransformersExpert .*source .*config"):
         TransformersExpert()
     model = write(DINOV2, tmp_path)
     path = tmp_path / "model.safetensors"
@@ -258,7 +258,7 @@ def test_missing_and_damaged_weights_are_refused(tmp_path: Path) -> None:
 def test_the_folder_of_a_language_model_is_refused_as_what_it_is(tmp_path: Path, expert: type[Any]) -> None:
     """It has no image processor either, which is not what is wrong with it."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"model_type 'llama' is a language model: .*an encoder of images"):
+    with pytest.raises(ConfigError, match=r"model_type 'llama' .*language model.*image"):
         expert(source=str(tmp_path))
 
 

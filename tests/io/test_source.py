@@ -58,7 +58,7 @@ def test_a_folder_that_is_here_is_no_id(folder: Path, monkeypatch: pytest.Monkey
     "name", ["", "a--b/c", "../x/y", "/etc/passwd", "a/b.git", "a/b.", "-a/b", "a./b", "a-/b", "a/b@", "a/b@../c"]
 )
 def test_what_is_no_id_is_refused(name: str) -> None:
-    with pytest.raises(WeightsError, match=r"names no model of the hub; after 'hf:' comes ORG/NAME"):
+    with pytest.raises(WeightsError, match=r"hf:ORG/NAME"):
         ModelSource.parse(f"hf:{name}")
 
 
@@ -84,7 +84,7 @@ def test_what_is_nowhere_ends_in_one_sentence(tmp_path: Path, monkeypatch: pytes
         assert part in message
     assert "`hf download org/name --revision v2`" in message and "HF_HUB_OFFLINE" in message
     assert message.count("\n") == 0
-    with pytest.raises(WeightsError, match=r"there is no .*/nowhere; give a folder"):
+    with pytest.raises(WeightsError, match=r"there is no .*/nowhere; .*folder"):
         ModelSource.parse(str(tmp_path / "nowhere")).fetch(*WEIGHT_FILES, owner="Test")
 
 
@@ -98,7 +98,7 @@ def test_split_weights_are_read_together(folder: Path) -> None:
     wrong: list[dict[str, Any]] = [{"weight_map": {"a": "../../secret.safetensors"}}, {"weight_map": {}}, {}]
     for listed in wrong:
         index.write_text(json.dumps(listed), encoding="utf-8")
-        with pytest.raises(WeightsError, match="names in its own folder are needed"):
+        with pytest.raises(WeightsError, match="its own folder"):
             read_source(ModelSource.parse(str(folder)), owner="Test")
 
 
@@ -110,10 +110,10 @@ def test_torch_files_are_read_without_running_them(tmp_path: Path) -> None:
     torch.save({"x": torch.ones(1), "module.y": torch.ones(1)}, path)
     assert read_source(ModelSource.parse(str(path)), owner="Test").tensors.keys() == {"x", "module.y"}
     torch.save({"state_dict": {"x": 3}}, path)
-    with pytest.raises(WeightsError, match="holds no tensors by name"):
+    with pytest.raises(WeightsError, match="state dict"):
         read_source(ModelSource.parse(str(path)), owner="Test")
     torch.save({"x": Path("runs code when it is unpickled")}, path)
-    with pytest.raises(WeightsError, match=r"pickle that names pathlib[\w.]* .*convert it to safetensors"):
+    with pytest.raises(WeightsError, match=r"names pathlib[\w.]*.*safetensors"):
         read_source(ModelSource.parse(str(path)), owner="Test")
     path.unlink()
     with pytest.raises(WeightsError, match=r"Test: no weights at .*epoch_3.pt"):

@@ -80,5 +80,5 @@ def test_impossible_settings_are_refused(tmp_path: Path) -> None:
         PrefixLM(config={"vocab_size": VOCAB})
     with pytest.raises(ConfigError, match="model_type='lama' is unknown; did you mean .*'llama'"):
         PrefixLM(config={**llama(), "model_type": "lama"})
-    with pytest.raises(WeightsError, match=r"no config.json in .*; give a folder written by save_pretrained"):
+    with pytest.raises(WeightsError, match=r"no config.json in .*; .*save_pretrained"):
         PrefixLM(source=str(tmp_path))

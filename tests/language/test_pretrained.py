@@ -86,7 +86,7 @@ def test_a_list_of_parts_stays_in_its_folder(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "../model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(WeightsError, match=r".'../model.safetensors'.; names in its own folder"):
+    with pytest.raises(WeightsError, match=r".'../model.safetensors'..*its own folder"):
         loaded(folder)
 
 
@@ -113,7 +113,7 @@ def test_a_hub_id_that_is_not_here_says_how_to_fetch_it() -> None:
     with pytest.raises(WeightsError) as caught:
         PrefixLM(source="lmsys/vicuna-7b-v9")
     message = str(caught.value)
-    assert "'lmsys/vicuna-7b-v9' is no folder here, and config.json of " in message
+    assert "'lmsys/vicuna-7b-v9'" in message and "config.json of " in message
     assert "`hf download lmsys/vicuna-7b-v9`" in message
 
 

@@ -132,12 +132,12 @@ def test_weights_that_do_not_fit_are_named(folder: Path) -> None:
     with pytest.raises(WeightsError, match=r"model.safetensors is not a readable safetensors file .*; fetch it again"):
         loaded(folder)
     path.unlink()
-    with pytest.raises(WeightsError, match=r"ClipEncoder: no model.safetensors, .* in .*; give a folder written"):
+    with pytest.raises(WeightsError, match=r"ClipEncoder: no model.safetensors, .* in .*; .*save_pretrained"):
         loaded(folder)
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"no config.json in .*; give a folder written by save_pretrained"):
+    with pytest.raises(WeightsError, match=r"no config.json in .*; .*save_pretrained"):
         ClipEncoder(source=str(tmp_path))
     (tmp_path / "config.json").write_text("[1]", encoding="utf-8")
     with pytest.raises(WeightsError, match=r"holds a list, a JSON object is needed"):
@@ -145,7 +145,7 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_name_that_leaves_the_zoo_is_refused() -> None:
-    with pytest.raises(WeightsError, match=r"'zoo:../secret' is no zoo entry: after 'zoo:' comes a plain name"):
+    with pytest.raises(WeightsError, match=r"'zoo:../secret'.*zoo:NAME"):
         ClipEncoder(source="zoo:../secret")
 
 

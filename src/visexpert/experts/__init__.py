@@ -1,4 +1,4 @@
-"""Images to expert tokens, frozen."""
+"""Frozen experts, which turn images into tokens."""
 
 from visexpert.experts.base import TokenKind, VisionExpert, resize_images
 from visexpert.experts.cache import FeatureCache

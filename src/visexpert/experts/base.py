@@ -1,4 +1,4 @@
-"""The one interface of a frozen vision expert: ToVE's expert and MoVE-KD's teacher alike."""
+"""Interface of a frozen vision expert, be it an expert of ToVE or a teacher of MoVE-KD."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ TokenKind = Literal["features", "prediction"]
 class VisionExpert(nn.Module, ABC):
     """A frozen encoder that turns images into tokens.
 
-    A subclass builds its network in ``__init__`` without touching the network or the disk's big files, fills it in
-    :meth:`load_weights`, and implements :meth:`encode`. Resizing and normalizing happen here, on the device, so that
-    the data never learns about an expert. Sizes are read from the expert by whoever needs them; no YAML repeats them.
+    A subclass builds its network in ``__init__`` without downloading or reading weights, fills it in
+    :meth:`load_weights`, and implements :meth:`encode`. Images are resized and normalized here, on the device, so that
+    data modules need not know about experts. Adapters and gates read sizes from the expert; no YAML file repeats them.
 
     Args:
-        image_size: Side in pixels that :meth:`encode` expects.
+        image_size: Side of the images that :meth:`encode` expects, in pixels.
         token_dim: Width E of a token.
-        grid_hw: Grid of the tokens, height x width = S.
+        grid_hw: Grid of the tokens, (height, width), with height x width = S.
         license: License of the weights (SPDX identifier, or the vendor's name for it).
-        mean: Channel means for normalization, in [0, 1] units.
-        std: Channel standard deviations, likewise.
-        tokens: ``features`` - tokens of the encoder; ``prediction`` - the predicted map, one token per map cell,
-            E = its channels (Prismer's low-level experts; a conv stem in the adapter turns it into patch tokens).
+        mean: Channel means for normalization, for pixels in [0, 1].
+        std: Channel standard deviations, in the same units.
+        tokens: ``features`` - tokens of the encoder; ``prediction`` - the predicted map, one token per cell, E = number
+            of its channels (Prismer's low-level experts; a conv stem in the adapter turns it into patch tokens).
     """
 
     mean: Tensor
@@ -67,12 +67,12 @@ class VisionExpert(nn.Module, ABC):
         """Fill the network with its pretrained weights (safetensors or ``weights_only=True``).
 
         Raises:
-            WeightsError: The weights are missing or do not fit; the message names file and next step.
+            WeightsError: The weights are missing or do not fit; the message names the file and the next step.
         """
 
     @property
     def weights_from(self) -> str | None:
-        """Folder, file or hub id that :meth:`load_weights` reads; None where it reads none, or does not say."""
+        """Folder, file or Hugging Face id that :meth:`load_weights` reads; None if it reads none, or does not say."""
         return None
 
     @abstractmethod
@@ -80,7 +80,7 @@ class VisionExpert(nn.Module, ABC):
         """Map normalized pixels (B, 3, image_size, image_size) to tokens (B, S, E), row-major."""
 
     def fingerprint(self) -> str:
-        """Hash of what the tokens depend on besides the image, weights included: the feature store's provenance."""
+        """Return a hash of all that the tokens depend on besides the image, weights included; a feature store's key."""
         facts = [type(self).__qualname__, self.image_size, self.tokens, self.mean.tolist(), self.std.tolist()]
         return weights_digest(self, facts=repr(facts))
 
@@ -96,5 +96,5 @@ class VisionExpert(nn.Module, ABC):
 
 
 def resize_images(images_BCHW: Tensor, size: int) -> Tensor:
-    """Resize to a square of ``size`` px: bilinear, half-pixel centers, antialiased when shrinking."""
+    """Resize images to squares of ``size`` px: bilinear, half-pixel centers, antialiased when shrinking."""
     return F.interpolate(images_BCHW, size=(size, size), mode="bilinear", align_corners=False, antialias=True)

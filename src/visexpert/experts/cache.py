@@ -1,4 +1,4 @@
-"""Tokens of frozen encoders for a run: computed once per image set, then read from the feature store."""
+"""Tokens of frozen encoders for a run: computed once per set of images, then read from the feature store."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ Encode = Callable[[Tensor], Tensor]
 
 
 class FeatureCache:
-    """Feature files of a run by encoder and split.
+    """Feature files of a run, by encoder and split.
 
     Args:
-        root: Folder of the store; shared by runs, a file's name says what it depends on.
-        dtype: ``float32`` gives the same loss as live encoders to the bit of the encoder's own batch-size noise;
-            ``float16`` and ``bfloat16`` halve the space, the latter with fewer digits, but for tokens of any size.
+        root: Folder of the store. Runs may share it: each file is named by a hash of what its tokens depend on.
+        dtype: ``float32`` gives the loss of live encoders, up to what batch size changes in their output; ``float16``
+            and ``bfloat16`` take half the space, ``bfloat16`` with fewer digits but a larger range.
     """
 
     def __init__(self, root: str | Path, *, dtype: StoreDtype = "float16") -> None:
@@ -53,17 +53,17 @@ class FeatureCache:
         device: torch.device,
         batch_size: int = 64,
     ) -> None:
-        """Open the tokens of one encoder for one split, computing them where no run did before.
+        """Open the tokens of one encoder for one split; compute them first if no run has done so.
 
         Args:
-            name: Whose tokens they are.
-            split: Split's name.
-            source: Its images.
-            fingerprint: Of the encoder.
-            encode: Images (B, 3, H, W) float in [0, 1] to tokens (B, S, E).
-            grid_hw: Grid of those tokens.
-            device: Where ``encode`` runs.
-            batch_size: Images per call.
+            name: Encoder whose tokens they are.
+            split: Name of the split.
+            source: Images of the split.
+            fingerprint: Fingerprint of the encoder.
+            encode: Maps images (B, 3, H, W), float in [0, 1], to tokens (B, S, E).
+            grid_hw: Grid of these tokens.
+            device: Device on which ``encode`` runs.
+            batch_size: Images per call of ``encode``.
         """
         with torch.no_grad():
             sample = encode(_images(source, [0], device))
@@ -85,14 +85,14 @@ class FeatureCache:
         self._files[name, split] = file
 
     def _look_for_earlier_versions(self) -> None:
-        """Say once what takes space for nothing."""
+        """Warn once about files that only take up space."""
         old = [] if self._has_looked else of_earlier_versions(self.root)
         self._has_looked = True
         if old:
             size = sum(path.stat().st_size for path in old) / 1e6
             log.warning(
-                "The feature store in %s has %d files (%.0f MB, such as %s) of an earlier version, which this one does "
-                "not read: tokens are computed anew; delete them.",
+                "The feature store in %s has %d files (%.0f MB, such as %s) of an earlier version, which this version "
+                "cannot read; tokens are computed again, and you can delete these files.",
                 self.root,
                 len(old),
                 size,
@@ -100,12 +100,12 @@ class FeatureCache:
             )
 
     def read(self, name: EncoderName, batch: Batch) -> Tensor | None:
-        """Cached tokens (B, S, E) of a batch, float32, on its device; None where encoder and split are not cached."""
+        """Return the stored tokens (B, S, E) of a batch, float32, on its device; None if there are none."""
         file = self._files.get((name, batch.split))
         if file is None:
             return None
         tokens_BSE, device = file.read(batch.index_B), batch.images_BCHW.device
-        # Pinned, so that the host goes on while they are copied.
+        # Pinned, so that the host does not wait for the copy.
         return tokens_BSE.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens_BSE.to(device)
 
 

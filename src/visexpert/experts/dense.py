@@ -1,4 +1,4 @@
-"""Depth and segmentation models of transformers, and surface normals from depth."""
+"""Depth and segmentation models from transformers, and surface normals computed from depth."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from visexpert.errors import ConfigError
 from visexpert.experts.base import TokenKind, VisionExpert
 from visexpert.experts.edges import kornia
 from visexpert.experts.maps import resize_map
-from visexpert.experts.transformers import EncoderMap, HubExpert
+from visexpert.experts.transformers import AutoModelExpert, EncoderMap
 
 DepthScale = Literal["image", "raw"]
 
 
-class DepthExpert(HubExpert):
+class DepthExpert(AutoModelExpert):
     """Tokens of a depth model's encoder, or the depth that it predicts.
 
     Args:
-        tokens: ``features`` - of the encoder (the decoder is not run); ``prediction`` - the depth map, one channel.
-        layer: Of features; see :class:`~visexpert.experts.transformers.TransformersExpert`.
-        map_size: Side of the predicted map that is handed on, cells; null for the model's own.
-        scale: ``image`` - each image's map from 0 to 1, for models whose scale and shift mean nothing (ours;
-            unconfirmed by the papers); ``raw`` - as predicted.
-        kwargs: See :class:`~visexpert.experts.transformers.HubExpert`.
+        tokens: ``features`` - tokens of the encoder, without running the decoder; ``prediction`` - the depth map, one
+            channel.
+        layer: For features: see :class:`~visexpert.experts.transformers.TransformersExpert`.
+        map_size: Side of the predicted map, in cells; null for the model's own.
+        scale: ``image`` - scale each map to [0, 1], for models whose scale and shift are arbitrary (our choice;
+            unconfirmed by the papers); ``raw`` - leave it as predicted.
+        kwargs: See :class:`~visexpert.experts.transformers.AutoModelExpert`.
     """
 
     def __init__(
@@ -55,15 +56,15 @@ class DepthExpert(HubExpert):
 
     @property
     def inverse(self) -> bool | None:
-        """Whether the prediction grows towards the camera, as that of relative models; None if the config is silent."""
+        """Whether depth grows towards the camera, as in relative models; None if the config does not say."""
         kind = getattr(self.described.config, "depth_estimation_type", None)
         return None if kind is None else kind == "relative"
 
 
 def agreeing(model: Any) -> nn.Module:
-    """A depth model whose decoder counts the patches that its encoder makes.
+    """Return a depth model once its decoder and its encoder agree on the size of a patch.
 
-    Depth Anything, with or without prompts, has a ``patch_size`` for each; others take the encoder's.
+    Depth Anything, with or without prompts, has a ``patch_size`` for each; other models have one.
 
     Raises:
         ConfigError: The two differ.
@@ -72,20 +73,19 @@ def agreeing(model: Any) -> nn.Module:
     decoders, own = getattr(model.config, "patch_size", None), getattr(encoder, "patch_size", None)
     if kind.endswith("depth_anything") and own is not None and decoders != own:
         raise ConfigError(
-            f"DepthExpert: patch_size of '{kind}' is {decoders}, but {own} in its backbone_config; write {own} for "
-            "both."
+            f"DepthExpert: patch_size of '{kind}' is {decoders}, but {own} in its backbone_config; set both to {own}."
         )
     network: nn.Module = model
     return network
 
 
 class DepthMap(nn.Module):
-    """A depth model as (B, 3, H, W) -> (B, 1, h, w).
+    """Map pixels (B, 3, H, W) to depth (B, 1, h, w).
 
     Args:
-        model: Gives ``predicted_depth``.
+        model: Depth model, whose output has ``predicted_depth``.
         map_size: See :class:`DepthExpert`.
-        scale: Likewise.
+        scale: See :class:`DepthExpert`.
     """
 
     def __init__(self, model: nn.Module, *, map_size: int | None, scale: DepthScale) -> None:
@@ -95,29 +95,29 @@ class DepthMap(nn.Module):
         self.scale = scale
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """The predicted map."""
+        """Return the predicted map."""
         depth_B1HW = resize_map(self.model(pixels_BCHW).predicted_depth[:, None], self.map_size)
         return unit_range(depth_B1HW) if self.scale == "image" else depth_B1HW
 
 
 def unit_range(map_B1HW: Tensor) -> Tensor:
-    """Each map from 0 (its least value) to 1 (its greatest); a constant one is 0."""
+    """Scale each map so that its minimum is 0 and its maximum 1; a constant map becomes 0."""
     least = map_B1HW.amin(dim=(-2, -1), keepdim=True)
     span = map_B1HW.amax(dim=(-2, -1), keepdim=True) - least
     return (map_B1HW - least) / span.clamp_min(1e-6)
 
 
-class SegmentationExpert(HubExpert):
+class SegmentationExpert(AutoModelExpert):
     """Tokens of a segmentation model's encoder, or the classes that it predicts.
 
     Args:
-        tokens: ``features`` - of the encoder (the decoder is not run); ``prediction`` - class probabilities per cell,
-            one channel per class of the model.
-        layer: Of features; see :class:`~visexpert.experts.transformers.TransformersExpert`.
-        map_size: Side of the predicted map that is handed on, cells; null for the model's own.
-        masks: The model predicts masks with a class each (Mask2Former, MaskFormer, OneFormer-like) instead of a class
-            per cell.
-        kwargs: See :class:`~visexpert.experts.transformers.HubExpert`.
+        tokens: ``features`` - tokens of the encoder, without running the decoder; ``prediction`` - class probabilities
+            per cell, one channel per class.
+        layer: For features: see :class:`~visexpert.experts.transformers.TransformersExpert`.
+        map_size: Side of the predicted map, in cells; null for the model's own.
+        masks: Whether the model predicts masks with a class each (Mask2Former, MaskFormer, OneFormer) instead of a
+            class per cell.
+        kwargs: See :class:`~visexpert.experts.transformers.AutoModelExpert`.
     """
 
     def __init__(
@@ -142,10 +142,11 @@ class SegmentationExpert(HubExpert):
 
 
 class ClassMap(nn.Module):
-    """A segmentation model as (B, 3, H, W) -> (B, classes, h, w).
+    """Map pixels (B, 3, H, W) to class probabilities (B, classes, h, w).
 
     Args:
-        model: Gives ``logits``, or ``class_queries_logits`` and ``masks_queries_logits``.
+        model: Segmentation model, whose output has ``logits``, or ``class_queries_logits`` and
+            ``masks_queries_logits``.
         map_size: See :class:`SegmentationExpert`.
     """
 
@@ -155,7 +156,7 @@ class ClassMap(nn.Module):
         self.map_size = map_size
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Class probabilities; of masks, the sum over masks of class times coverage, as transformers scores them."""
+        """Return class probabilities; with masks, the sum over masks of class times coverage, as in transformers."""
         output = self.model(pixels_BCHW)
         if "masks_queries_logits" in output:
             classes_BQC = output.class_queries_logits.softmax(dim=-1)[..., :-1]  # the last class is "no object"
@@ -168,17 +169,17 @@ class ClassMap(nn.Module):
 class NormalsFromDepth(VisionExpert):
     """Unit normals of the surface that a depth map describes, three channels (``tokens: prediction``).
 
-    x to the right, y down, z away from the camera: a surface that faces the camera has (0, 0, 1), as kornia has it.
-    Unconfirmed by the paper, which names normals without a model. Relative depth has neither scale nor shift, so its
-    normals are right up to the assumptions below. The depth network runs once more than for a depth expert beside it.
+    x points right, y down, z away from the camera: a surface that faces the camera has (0, 0, 1), as in kornia. The
+    paper names normals without a model, so this one is unconfirmed. Relative depth has no scale and no shift; its
+    normals depend on the assumptions below. The depth network runs again even if the hub has a depth expert as well.
 
     Args:
-        depth: The expert to take depth from, with ``tokens: prediction`` and ``scale: raw``.
-        field_of_view: Of the camera, across the image, degrees; photos do not say, 60 is a phone's main camera.
-        inverse: Whether depth grows towards the camera, as that of relative models does; null for what the model's
-            config says.
-        nearest: Of inverse depth: distance of the nearest surface as a share of the farthest, which inverse depth
-            leaves open.
+        depth: Expert that predicts the depth, with ``tokens: prediction`` and ``scale: raw``.
+        field_of_view: Horizontal field of view of the camera, in degrees; photos do not state it, and 60 is that of a
+            phone's main camera.
+        inverse: Whether depth grows towards the camera, as in relative models; null for what the model's config says.
+        nearest: For inverse depth: distance of the nearest surface as a share of the farthest, in (0, 1); inverse depth
+            alone does not determine it.
     """
 
     def __init__(
@@ -191,7 +192,8 @@ class NormalsFromDepth(VisionExpert):
     ) -> None:
         if depth.tokens != "prediction" or depth.facts.get("scale") != "raw":
             raise ConfigError(
-                "NormalsFromDepth: depth needs tokens: prediction and scale: raw, to give distances and no features."
+                "NormalsFromDepth: depth needs tokens: prediction and scale: raw, so that it gives distances, not "
+                "features."
             )
         if not 0 < field_of_view < 180 or not 0 < nearest < 1:
             raise ConfigError(
@@ -201,7 +203,8 @@ class NormalsFromDepth(VisionExpert):
         inverse = depth.inverse if inverse is None else inverse
         if inverse is None:
             raise ConfigError(
-                "NormalsFromDepth: the depth model does not say whether its depth is inverse; give inverse."
+                "NormalsFromDepth: the depth model does not say whether its depth is inverse; set inverse to true or "
+                "false."
             )
         super().__init__(
             image_size=depth.image_size,
@@ -217,15 +220,15 @@ class NormalsFromDepth(VisionExpert):
         self.field_of_view, self.inverse, self.nearest = field_of_view, inverse, nearest
 
     def load_weights(self) -> None:
-        """Fill the depth model."""
+        """Load the weights of the depth model."""
         self.depth.load_weights()
 
     def fingerprint(self) -> str:
-        """That of the depth model and how normals are made of it."""
+        """Return the fingerprint of the depth model, with the settings that turn depth into normals."""
         return f"{self.depth.fingerprint()}-normals-{self.field_of_view}-{self.inverse}-{self.nearest}"
 
     def preprocess(self, images_BCHW: Tensor) -> Tensor:
-        """Prepare images as the depth model wants them."""
+        """Preprocess images as for the depth model."""
         return self.depth.preprocess(images_BCHW)
 
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
@@ -235,11 +238,11 @@ class NormalsFromDepth(VisionExpert):
         return normals_B3HW.flatten(2).transpose(1, 2).to(pixels_BCHW.dtype)
 
     def distance(self, inverse_B1HW: Tensor) -> Tensor:
-        """Distance, 1 for the farthest surface and ``nearest`` for the nearest, from inverse depth of any scale."""
+        """Turn inverse depth of any scale into distance: 1 for the farthest surface, ``nearest`` for the nearest."""
         return 1.0 / (1.0 + unit_range(inverse_B1HW) * (1.0 / self.nearest - 1.0))
 
     def normals(self, distance_B1HW: Tensor) -> Tensor:
-        """Unit normals (B, 3, H, W) of a surface at these distances along the optical axis."""
+        """Return the unit normals (B, 3, H, W) of a surface at these distances along the optical axis."""
         height, width = distance_B1HW.shape[-2:]
         focal = width / 2 / math.tan(math.radians(self.field_of_view) / 2)
         camera = torch.tensor([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])

@@ -1,4 +1,4 @@
-"""Edges by kornia: Sobel, Canny, or the learned detector DexiNed."""
+"""Edge detection with kornia: Sobel, Canny, or the learned detector DexiNed."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ EdgeMethod = Literal["sobel", "canny", "dexined"]
 
 
 class KorniaEdges(MapExpert):
-    """Strength of edges as a map, 0 to 1, one channel (``tokens: prediction``).
+    """Strength of edges as a map in [0, 1], one channel (``tokens: prediction``).
 
-    Prismer, whose low-level experts ToVE follows, uses DexiNed (arXiv 2303.02506); ToVE names "edges" alone.
+    Prismer, whose low-level experts ToVE follows, uses DexiNed (arXiv 2303.02506); ToVE only says "edges".
 
     Args:
-        method: ``sobel`` or ``canny``, without weights, or ``dexined``.
+        method: ``sobel`` or ``canny``, which have no weights, or ``dexined``.
         image_size: Side of the input in pixels.
-        map_size: Side of the map that is handed on, cells; null for ``image_size``.
-        low: Canny: weak edges have at least this gradient.
-        high: Canny: strong ones this.
-        weights: DexiNed: a file, or a hub id that holds ``DexiNed_BIPED_10.pth``; ``random`` for none.
-        license: License of DexiNed's weights; null says "not stated". The operators have none.
+        map_size: Side of the map, in cells; null for ``image_size``.
+        low: Canny: least gradient of a weak edge.
+        high: Canny: least gradient of a strong edge.
+        weights: DexiNed: a file, or a Hugging Face id whose repository has ``DexiNed_BIPED_10.pth``; ``random`` for
+            random weights.
+        license: License of DexiNed's weights; null for "not stated". Sobel and Canny need none.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class KorniaEdges(MapExpert):
         if method not in get_args(EdgeMethod):
             raise ConfigError(f"{OWNER}: method={method!r} is unknown; use one of {list(get_args(EdgeMethod))}.")
         if method == "canny" and not 0 <= low <= high:
-            raise ConfigError(f"{OWNER}: low={low} and high={high} are no thresholds; 0 <= low <= high is needed.")
+            raise ConfigError(f"{OWNER}: thresholds must satisfy 0 <= low <= high, got low={low} and high={high}.")
         learned = method == "dexined"
         network = DexinedMap(map_size) if learned else OperatorMap(method, low=low, high=high, map_size=map_size)
         super().__init__(
@@ -67,10 +68,10 @@ class KorniaEdges(MapExpert):
         return None if self.weights == RANDOM else self.weights
 
     def load_weights(self) -> None:
-        """Read DexiNed's weights; the operators have none.
+        """Read DexiNed's weights; Sobel and Canny have none.
 
         Raises:
-            WeightsError: They are nowhere, or do not fit; the message says what fetches them.
+            WeightsError: They are missing, or do not fit; the message says how to fetch them.
         """
         if self.weights != RANDOM:
             found = read_source(ModelSource.parse(self.weights), owner=OWNER, names=(DEXINED_FILE,))
@@ -79,13 +80,13 @@ class KorniaEdges(MapExpert):
 
 
 class OperatorMap(nn.Module):
-    """Sobel or Canny as (B, 3, H, W) in [0, 1] -> (B, 1, h, w).
+    """Map pixels (B, 3, H, W) in [0, 1] to edges (B, 1, h, w) with Sobel or Canny.
 
     Args:
         method: ``sobel`` - magnitude of the gradient of brightness, at most 1; ``canny`` - thin edges, 0 or 1.
         low: Canny's lower threshold.
-        high: Its upper one.
-        map_size: Side of the map, cells; None for that of the image.
+        high: Canny's upper threshold.
+        map_size: Side of the map, in cells; None for that of the image.
     """
 
     def __init__(self, method: EdgeMethod, *, low: float, high: float, map_size: int | None) -> None:
@@ -96,11 +97,11 @@ class OperatorMap(nn.Module):
         kornia()
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Edges of the gray image."""
+        """Return the edges of the grayscale image."""
         filters, grey_B1HW = kornia().filters, kornia().color.rgb_to_grayscale(pixels_BCHW)
         if self.method == "sobel":
             edges_B1HW = filters.sobel(grey_B1HW).clamp(0.0, 1.0)
-        elif pixels_BCHW.is_meta:  # hysteresis loops until nothing changes, which needs numbers
+        elif pixels_BCHW.is_meta:  # hysteresis loops until nothing changes, which needs values
             edges_B1HW = grey_B1HW
         else:
             _, edges_B1HW = filters.canny(grey_B1HW, self.low, self.high)
@@ -108,10 +109,10 @@ class OperatorMap(nn.Module):
 
 
 class DexinedMap(nn.Module):
-    """DexiNed (arXiv 2112.02250) as (B, 3, H, W) in [0, 1] -> (B, 1, h, w), probabilities.
+    """Map pixels (B, 3, H, W) in [0, 1] to edge probabilities (B, 1, h, w) with DexiNed (arXiv 2112.02250).
 
     Args:
-        map_size: Side of the map, cells; None for that of the image.
+        map_size: Side of the map, in cells; None for that of the image.
     """
 
     mean_bgr: Tensor
@@ -120,11 +121,11 @@ class DexinedMap(nn.Module):
         super().__init__()
         self.model = dexined()
         self.map_size = map_size
-        # The input that its weights were trained on, as kornia documents it.
+        # Its weights were trained on BGR images in [0, 255] minus this mean, as kornia documents.
         self.register_buffer("mean_bgr", torch.tensor([103.939, 116.779, 123.68]).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """The fused map of all its scales."""
+        """Return the fused map of all scales."""
         logits_B1HW = self.model(pixels_BCHW.flip(1) * 255.0 - self.mean_bgr)
         return resize_map(logits_B1HW.sigmoid(), self.map_size)
 
@@ -145,10 +146,10 @@ def dexined() -> nn.Module:
 
 
 def kornia() -> Any:
-    """The library, imported when it is first needed.
+    """Import kornia when it is first needed.
 
     Raises:
-        ConfigError: It is not installed.
+        ConfigError: kornia is not installed.
     """
     try:
         import kornia

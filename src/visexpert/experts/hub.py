@@ -1,4 +1,4 @@
-"""The hub of frozen experts: the one place where frozen means frozen."""
+"""The hub: a set of experts, and the one place that keeps them frozen."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from visexpert.types import Batch, ExpertTokens, ImageSource
 
 
 class ExpertHub(nn.Module):
-    """Frozen experts by name: no gradient, always in eval mode, attached or detached, live or cached.
+    """Frozen experts by name: without gradients, always in eval mode, attached or detached, live or stored.
 
     Args:
-        experts: The experts; their order is the order of the gate's columns.
-        detached: Names that start detached.
+        experts: Experts by name, in the order of the gate's columns.
+        detached: Names of experts that start detached.
 
     Raises:
-        ConfigError: A name is reserved (:data:`visexpert.names.RESERVED`), or no module can have it.
+        ConfigError: A name is reserved (:data:`visexpert.names.RESERVED`), or cannot name a module.
     """
 
     def __init__(self, experts: Mapping[str, VisionExpert], *, detached: Iterable[str] = ()) -> None:
@@ -43,16 +43,16 @@ class ExpertHub(nn.Module):
     def chosen(
         cls, experts: Mapping[str, VisionExpert], use: Sequence[str] | None, *, owner: str, detached: Iterable[str] = ()
     ) -> ExpertHub:
-        """A hub of the experts that are used, in the order of ``experts``.
+        """Return a hub of the experts to use, in the order of ``experts``.
 
         Args:
-            experts: All there are.
-            use: Names of those to use; None for all.
-            owner: Who uses them, for messages.
-            detached: Names that start detached.
+            experts: All experts by name.
+            use: Names of the experts to use; None for all.
+            owner: Name of the caller, for messages.
+            detached: Names of experts that start detached.
 
         Raises:
-            ConfigError: ``use`` names one that is not there.
+            ConfigError: ``use`` has a name that is not in ``experts``.
         """
         if unknown := [name for name in use or () if name not in experts]:
             raise ConfigError(f"{owner}: use names {unknown}, which are not among the experts {sorted(experts)}.")
@@ -61,16 +61,16 @@ class ExpertHub(nn.Module):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All experts, attached or not, in the order of the gate's columns."""
+        """Names of all experts, attached or not, in the order of the gate's columns."""
         return tuple(self.experts)
 
     @property
     def attached(self) -> tuple[str, ...]:
-        """Attached experts."""
+        """Names of the attached experts, in the same order."""
         return tuple(name for name in self.names if name in self._attached)
 
     def attached_experts(self) -> dict[str, VisionExpert]:
-        """Attached experts by name."""
+        """Return the attached experts by name."""
         return {name: self[name] for name in self.attached}
 
     def attach_only(self, names: Iterable[str]) -> None:
@@ -90,32 +90,32 @@ class ExpertHub(nn.Module):
         return expert
 
     def attach(self, name: str) -> None:
-        """Take an expert into use."""
+        """Attach an expert."""
         self._attached.add(self._known(name))
 
     def detach(self, name: str) -> None:
-        """Take an expert out of use: it is not run and its gate logit is -inf."""
+        """Detach an expert: it is not run, and its gate logit is -inf."""
         self._attached.discard(self._known(name))
 
     def drop(self, name: str) -> None:
-        """Remove an expert for good: its weights are freed and its column disappears."""
+        """Remove an expert permanently, with its weights and its column of the gate."""
         del self.experts[self._known(name)]
         self._attached.discard(name)
         self._cache_grids.pop(name, None)
 
     def load_weights(self) -> None:
-        """Load the weights of attached experts; a detached one costs no download.
+        """Load the weights of attached experts; those of detached ones are not even downloaded.
 
         Raises:
-            WeightsError: They are nowhere, or do not fit.
-            ConfigError: An expert gives other tokens each time for the same image.
+            WeightsError: They are missing, or do not fit.
+            ConfigError: An expert gives different tokens for the same image each time.
         """
         for name in self.attached:
             self[name].load_weights()
             check_repeats(self[name], name)
 
     def train(self, mode: bool = True) -> ExpertHub:
-        """Stay in eval mode: batch statistics and dropout of an expert are as frozen as its weights."""
+        """Stay in eval mode, so that batch statistics and dropout are as frozen as the weights."""
         return super().train(False)
 
     def use_cache(
@@ -126,13 +126,13 @@ class ExpertHub(nn.Module):
         resample: Mapping[str, tuple[int, int]],
         batch_size: int = 64,
     ) -> None:
-        """Read tokens from the store from now on, filling it where needed.
+        """Read tokens from the store from now on; compute those that are missing first.
 
         Args:
-            cache: The run's cache.
-            sources: Images by split; other splits stay live.
-            resample: Grid to store each expert's tokens on; experts not named are stored on their own.
-            batch_size: Images per call while filling.
+            cache: Feature files of the run.
+            sources: Images by split; tokens of other splits are computed live.
+            resample: Grid on which to store tokens, by expert; an expert's own grid if it is not given.
+            batch_size: Images per call while tokens are computed.
         """
         for name in self.attached:
             expert = self[name]
@@ -157,9 +157,9 @@ class ExpertHub(nn.Module):
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> dict[str, ExpertTokens]:
-        """Tokens of every attached expert: from the store where it has those of the batch's split, else live.
+        """Return the tokens of every attached expert: from the store if it has the batch's split, else computed live.
 
-        Images are looked at by live experts alone.
+        The images are read only if an expert runs live.
         """
         return {name: self._tokens(name, batch) for name in self.attached}
 
@@ -177,11 +177,11 @@ class ExpertHub(nn.Module):
 
 
 def _check_names(names: Iterable[str]) -> None:
-    """An expert is a part of several modules, in a checkpoint and in logs, under its name."""
+    """Check that names can be those of submodules: checkpoints and logs use them."""
     impossible = [name for name in names if not name or "." in name or hasattr(nn.ModuleDict(), name)]
     wrong = [*reserved_among(names), *impossible]
     if wrong:
         raise ConfigError(
-            f"An expert cannot be named {' or '.join(map(repr, wrong))}: {', '.join(RESERVED)} are names of our own, "
-            "and a name must be that of a module of torch, without dots; rename it."
+            f"An expert cannot be named {' or '.join(map(repr, wrong))}: {', '.join(RESERVED)} are reserved, and torch "
+            "must accept the name as that of a submodule, without dots; rename it."
         )

@@ -1,4 +1,4 @@
-"""Models of transformers before and after their weights arrive: configuration, image processor, loading."""
+"""Models from transformers: build one from its configuration, then load its weights."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig
+from transformers.models.sam.modeling_sam import SamVisionSdpaAttention
 from transformers.utils import logging
 
 from visexpert.errors import ConfigError, WeightsError
-from visexpert.experts.sam_attention import chunk_attention
 from visexpert.experts.towers import build_network, factory_of, key_mapping, vision_part
 from visexpert.io.reading import read_object
 from visexpert.io.source import FETCH_AGAIN, ModelSource
@@ -31,21 +32,25 @@ from visexpert.vision.positions import fit_positions
 NATIVE_SIZE = ("image_size", "img_size")
 
 INTERPOLATING = ("interpolate_pos_encoding", "_resize_pos_embed", "resize_positional_embeddings")
-"""Names of methods by which models of transformers fit their position embeddings to an image."""
+"""Methods with which models in transformers fit their position embeddings to an image."""
 
 UNUSED = ("pooler.", "head.")
-"""How names begin of weights behind the patch tokens, which checkpoints without a head lack."""
+"""Prefixes of weights that come after the patch tokens; checkpoints without a head lack them."""
+
+SAM_QUERIES = 256
+"""Queries per chunk of SAM's attention: with 16 heads and 4096 keys their bias takes 67 MB per image in float32;
+that of all queries takes 1.07 GB."""
 
 
 @dataclass(frozen=True)
-class HubModel:
-    """A model of transformers, described without its weights and without a download.
+class DescribedModel:
+    """Description of a model from transformers, made without its weights and without a download.
 
     Args:
-        owner: Expert that asks, for messages.
-        source: Its files; None for a random network.
-        config: Its configuration; of a model with a text tower, the vision part.
-        given: What a user wrote of it.
+        owner: Name of the expert, for messages.
+        source: Files of the model; None for a random network.
+        config: Configuration of the model, or of its vision part if it has others.
+        given: Fields of the configuration that the user wrote.
         auto: Name of the ``AutoModel...`` class that builds it.
     """
 
@@ -56,18 +61,18 @@ class HubModel:
     auto: str
 
     @classmethod
-    def describe(cls, *, owner: str, auto: str, source: str | None, config: Mapping[str, Any] | None) -> HubModel:
-        """Read ``config.json`` where it is on this machine; else take what was given.
+    def describe(cls, *, owner: str, auto: str, source: str | None, config: Mapping[str, Any] | None) -> DescribedModel:
+        """Read ``config.json`` if it is on this machine; otherwise take the given fields.
 
         Raises:
-            ConfigError: Nothing, or contradicting things, are said of the model.
-            WeightsError: Its configuration is nowhere.
+            ConfigError: Neither a source nor a configuration is given, or the two contradict each other.
+            WeightsError: ``config.json`` is missing, and no configuration is given.
         """
         files = None if source is None else ModelSource.parse(source)
         own = None if files is None else files.read_json("config.json", owner=owner)
         if own is None and config is None:
             if files is None:
-                raise ConfigError(f"{owner} takes a source (a folder or hub id), or config for a random network.")
+                raise ConfigError(f"{owner} needs source (a folder or Hugging Face id), or config (a random network).")
             raise files.absent("config.json", owner=owner)
         given = None if config is None else config_of(config, owner=owner, strict=True)
         found = given if own is None else config_of(own, owner=owner)
@@ -79,7 +84,7 @@ class HubModel:
 
     @property
     def native_size(self) -> int | None:
-        """Side that the model's position embeddings are made for; None where it has none."""
+        """Side of the images that the model's position embeddings are made for; None if it has none."""
         for part in (self.config, getattr(self.config, "backbone_config", None)):
             for name in NATIVE_SIZE:
                 side = getattr(part, name, None)
@@ -93,7 +98,7 @@ class HubModel:
         return build_network(config, auto=self.auto, owner=self.owner)
 
     def _resized(self, image_size: int) -> PreTrainedConfig | None:
-        """The configuration for images of another size; None where nothing in it changes."""
+        """Return the configuration for images of another size; None if nothing in it changes."""
         config = copy.deepcopy(self.config)
         for part in (config, getattr(config, "backbone_config", None)):
             for name in NATIVE_SIZE:
@@ -103,15 +108,15 @@ class HubModel:
         return config if config.to_dict() != self.config.to_dict() else None
 
     def _interpolates(self) -> bool:
-        """See :func:`own_interpolation`; a network without memory shows it."""
+        """Return :func:`own_interpolation` of the network, built on ``meta``."""
         with torch.device("meta"):
             return own_interpolation(self._built(copy.deepcopy(self.config)))
 
     def build(self, image_size: int) -> nn.Module:
-        """The network for images of this size, with random weights and fused attention wherever it exists.
+        """Build the network for images of this size, with random weights and, if it exists, fused attention.
 
         Raises:
-            ConfigError: transformers has no such network.
+            ConfigError: transformers cannot build such a network.
         """
         resized = self._resized(image_size)
         try:
@@ -124,18 +129,18 @@ class HubModel:
         return model.eval()
 
     def load(self, model: nn.Module) -> None:
-        """Fill a network that :meth:`build` made, through transformers' own loader (renamed keys, split files).
+        """Load weights into a network from :meth:`build` with transformers' own loader (renamed keys, split files).
 
-        Position embeddings are interpolated where the network is for another size of image.
+        Position embeddings are interpolated if the network is for images of another size.
 
         Raises:
-            WeightsError: The weights are nowhere, or do not fit.
-            ConfigError: Their configuration differs from the one that was given.
+            WeightsError: The weights are missing, or do not fit.
+            ConfigError: Their configuration differs from the given one.
         """
         if self.source is None:
             return
         config_path = self.source.fetch("config.json", owner=self.owner)
-        with suppress(WeightsError):  # its processor, to compare; not every model has a file for it
+        with suppress(WeightsError):  # to compare its processor; not every model has this file
             self.source.fetch("preprocessor_config.json", owner=self.owner)
         path = self.source.fetch_weights(owner=self.owner)
         own = config_of(self.source.read_json("config.json", owner=self.owner) or {}, owner=self.owner)
@@ -151,7 +156,7 @@ class HubModel:
                     local_files_only=True,
                     output_loading_info=True,
                     key_mapping=self._key_mapping(path, model),
-                    ignore_mismatched_sizes=True,  # transformers tells no shapes in its error; they are refused below
+                    ignore_mismatched_sizes=True,  # its own error does not name shapes; refused below
                 )
         except (OSError, ValueError, RuntimeError, LookupError, EOFError, SafetensorError, UnpicklingError) as error:
             raise unreadable(path, error, owner=self.owner) from error
@@ -164,7 +169,7 @@ class HubModel:
         fill_module(model, state, owner=self.owner, path=path)
 
     def _key_mapping(self, path: Path, model: nn.Module) -> dict[str, str] | None:
-        """See :func:`~visexpert.experts.towers.key_mapping`."""
+        """Return the :func:`~visexpert.experts.towers.key_mapping` for a file or an index of files."""
         if path.suffix == ".json":
             listed = read_object(path, error=WeightsError, owner=self.owner, step=FETCH_AGAIN).get("weight_map")
             keys: Collection[str] = listed or {}
@@ -176,39 +181,39 @@ class HubModel:
 
 
 def _must_fit(mismatched: Collection[tuple[str, Any, Any]], path: Path, config: Path, owner: str) -> None:
-    """Refuse weights of other shapes than the network of their own ``config.json``."""
+    """Check that the weights have the shapes that their own ``config.json`` asks for."""
     if shapes := reshaped(mismatched):
         raise WeightsError(
-            f"{owner}: the weights in {path} do not fit {config}: {', '.join(shapes)}; the two do not belong "
-            "together, take both from the same model."
+            f"{owner}: the weights in {path} do not fit {config}: {', '.join(shapes)}; take both files from the same "
+            "model."
         )
 
 
 def config_of(fields: Mapping[str, Any], *, owner: str, strict: bool = False) -> PreTrainedConfig:
-    """A configuration of transformers; the vision part of a model that has one.
+    """Return a configuration of transformers, or that of the vision part if the model has others.
 
     Args:
-        fields: As in ``config.json``.
-        owner: Who asks, for messages.
-        strict: Refuse fields that the configuration does not have (a user's typing errors).
+        fields: Fields as in ``config.json``.
+        owner: Name of the caller, for messages.
+        strict: Whether to refuse fields that the configuration does not have, such as misspelled ones.
 
     Raises:
-        ConfigError: The kind of model is unknown, or a field is.
+        ConfigError: The ``model_type`` or a field is unknown.
     """
     if "model_type" not in fields and "architecture" in fields:  # as timm writes it
         raise ConfigError(
-            f"{owner}: this is timm's model {fields['architecture']!r}; use class_path: visexpert.experts.TimmExpert."
+            f"{owner}: {fields['architecture']!r} is a model of timm; use class_path: visexpert.experts.TimmExpert."
         )
     if not fields.get("model_type") and "auto_map" not in fields:
         raise ConfigError(
-            f"{owner}: the configuration has no model_type, only {sorted(fields)[:5]}; add that of the model, such as "
-            "model_type: vit, or take the config.json that belongs to the weights."
+            f"{owner}: the configuration has no model_type, only {sorted(fields)[:5]}; add one, such as model_type: "
+            "vit, or take the config.json that belongs to the weights."
         )
     kind = str(fields.get("model_type"))
     if kind not in CONFIG_MAPPING and "auto_map" in fields:
         raise ConfigError(
-            f"{owner}: the code of model_type {kind!r} comes with the model (auto_map) instead of transformers, and is "
-            "never run here; take a conversion to transformers' format, or an expert of your own (docs/own-expert.md)."
+            f"{owner}: the code of model_type {kind!r} comes with the model (auto_map), not with transformers, and is "
+            "never run here; use a conversion to transformers' format, or write an expert (docs/own-expert.md)."
         )
     if kind not in CONFIG_MAPPING:
         near = get_close_matches(kind, CONFIG_MAPPING.keys(), n=3)
@@ -225,11 +230,11 @@ _READ_INSTEAD = {
     "input_values": "reads sound",
     "input_features": "reads sound",
 }
-"""What a network is whose ``forward`` takes this and no pixels."""
+"""What a model does whose ``forward`` takes this argument and no pixels."""
 
 
 def _must_read_images(config: PreTrainedConfig, owner: str) -> None:
-    """Refuse what reads text or sound; else the first thing missed would be an image processor."""
+    """Check that a model does not read text or sound; otherwise the error would be about its image processor."""
     network: Any = MODEL_MAPPING.get(type(config), None)
     kinds = network if isinstance(network, tuple | list) else () if network is None else (network,)
     for kind in kinds:
@@ -237,8 +242,8 @@ def _must_read_images(config: PreTrainedConfig, owner: str) -> None:
         instead = next((what for name, what in _READ_INSTEAD.items() if name in taken), None)
         if instead is not None and not any(name.startswith("pixel_values") for name in taken):
             raise ConfigError(
-                f"{owner}: model_type {config.model_type!r} {instead} ({kind.__name__}), and experts read images; give "
-                "an encoder of images (docs/families.md lists some)."
+                f"{owner}: model_type {config.model_type!r} {instead} ({kind.__name__}), but experts read images; use "
+                "an image encoder (docs/families.md lists some)."
             )
 
 
@@ -247,25 +252,26 @@ def _known_fields(fields: Mapping[str, Any], config: PreTrainedConfig, owner: st
     for name, value in fields.items():
         if name not in known:
             near = get_close_matches(name, known, n=1)
-            raise ConfigError(f"{owner}: {type(config).__name__} has no field {name!r}; the nearest are {near}.")
+            hint = f"did you mean {near[0]!r}?" if near else "remove it."
+            raise ConfigError(f"{owner}: {type(config).__name__} has no field {name!r}; {hint}")
         nested = getattr(config, name, None)
         if isinstance(value, Mapping) and isinstance(nested, PreTrainedConfig):
             _known_fields(value, nested, owner)
 
 
 def _must_agree(written: Mapping[str, Any], given: Any, own: Any, whose: str) -> None:
-    """Refuse a setting that differs from the model's own; heads and activations would load without a word."""
+    """Check settings against the model's own; weights load without an error if heads or activations differ."""
     written = vision_part(written)
     for name in written:
         ours, theirs = getattr(given, name, None), getattr(own, name, None)
         if isinstance(ours, PreTrainedConfig):
             _must_agree(written[name], ours, theirs, whose)
         elif ours != theirs:
-            raise ConfigError(f"{whose} were made with {name}={theirs!r}, not {ours!r}; correct it, or leave it out.")
+            raise ConfigError(f"{whose} were made with {name}={theirs!r}, not {ours!r}; correct or remove it.")
 
 
 def own_interpolation(model: nn.Module) -> bool:
-    """Whether the model's own code fits its position embeddings to the size of an image."""
+    """Return whether the model's own code fits its position embeddings to the size of an image."""
     return any(
         any(hasattr(part, name) for name in INTERPOLATING) or type(part).__name__.startswith("Interpolate")
         for part in model.modules()
@@ -273,20 +279,20 @@ def own_interpolation(model: nn.Module) -> bool:
 
 
 def interpolates(model: nn.Module) -> bool:
-    """Whether the model does so only when it is asked to."""
+    """Return whether the model interpolates its position embeddings only if asked to."""
     return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
 
 
 def takes_patches(model: nn.Module) -> bool:
-    """Whether the model reads patches of images of any shape (SigLIP 2's NaFlex) instead of images."""
+    """Return whether the model reads patches instead of images (SigLIP 2's NaFlex, for images of any shape)."""
     return "spatial_shapes" in inspect.signature(model.forward).parameters
 
 
 def patches_of(pixels_BCHW: Tensor, model: nn.Module) -> dict[str, Tensor | None]:
-    """Square images as such a model takes them, without padding, as its own image processor cuts them.
+    """Cut square images into patches as the model's own image processor does, without padding.
 
     Returns:
-        ``pixel_values`` (B, N, patch x patch x 3), each row by row with the channels last, and the grid of each image.
+        ``pixel_values`` (B, N, patch x patch x 3), row-major with the channels last, and the grid of each image.
     """
     config: Any = model.config
     patch = int(config.patch_size)
@@ -295,15 +301,15 @@ def patches_of(pixels_BCHW: Tensor, model: nn.Module) -> dict[str, Tensor | None
     return {
         "pixel_values": cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2),
         "pixel_attention_mask": None,
-        "spatial_shapes": torch.tensor([shape] * len(pixels_BCHW), device="cpu"),  # it is read, also on ``meta``
+        "spatial_shapes": torch.tensor([shape] * len(pixels_BCHW), device="cpu"),  # its values are read, even on meta
     }
 
 
 def prefix_and_suffix(model: nn.Module, image_size: int, count: int) -> tuple[int | None, int]:
-    """How many of ``count`` tokens stand before and behind the grid that the configuration speaks of.
+    """Return how many of ``count`` tokens come before and after the patch grid that the configuration describes.
 
     Returns:
-        None as the first where the configuration speaks of another grid (a pyramid's last stage is smaller).
+        The first is None if the configuration describes another grid (the last stage of a pyramid is smaller).
     """
     config = getattr(model, "config", None)
     patch = getattr(config, "patch_size", None)
@@ -318,7 +324,7 @@ def prefix_and_suffix(model: nn.Module, image_size: int, count: int) -> tuple[in
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' report of the text tower that is left out."""
+    """Silence transformers' report about the weights that are left out, such as those of a text tower."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -328,3 +334,60 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+class ChunkedSamAttention(SamVisionSdpaAttention):
+    """Attention with the output of transformers' class, computed for a few rows of queries at a time.
+
+    SAM adds a bias q . (R_h[row distance] + R_w[column distance]) to each logit (MViTv2, arXiv 2112.01526). It depends
+    on the query, so fused attention takes it as a mask, which the library builds for all S x S pairs: 4096 x 4096 per
+    head at 1024 px. Here the mask is built for a few rows of queries at a time. This saves memory in inference only:
+    with gradients, autograd keeps the masks of all rows.
+    """
+
+    def forward(  # type: ignore[override]  # the library annotates less than it returns
+        self, hidden_states: Tensor, output_attentions: bool | None = None
+    ) -> tuple[Tensor, None]:
+        """Attend within maps (B, h, w, D); attention weights are never returned."""
+        batch, height, width, _ = hidden_states.shape
+        heads = self.num_attention_heads
+        qkv = self.qkv(hidden_states).reshape(batch, height * width, 3, heads, -1)
+        query_BHSd, key_BHSd, value_BHSd = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        tables = self._tables(height, width, query_BHSd.dtype)
+        rows = max(1, SAM_QUERIES // width)
+        chunks = [
+            F.scaled_dot_product_attention(chunk, key_BHSd, value_BHSd, attn_mask=_bias(chunk, first, width, tables))
+            for first, chunk in zip(range(0, height, rows), query_BHSd.split(rows * width, dim=2), strict=True)
+        ]
+        attended = torch.cat(chunks, dim=2).transpose(1, 2).reshape(batch, height, width, -1)
+        return self.proj(attended), None
+
+    def _tables(self, height: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Return R_h (h, h, d) and R_w (w, w, d), by query and key."""
+        if not self.use_rel_pos:
+            return None
+        by_row = self.get_rel_pos(height, height, self.rel_pos_h)
+        by_column = self.get_rel_pos(width, width, self.rel_pos_w)
+        return by_row.to(dtype), by_column.to(dtype)
+
+
+def _bias(query_BHQd: Tensor, first: int, width: int, tables: tuple[Tensor, Tensor] | None) -> Tensor | None:
+    """Return the bias (B, heads, Q, S) for whole rows of queries, starting at row ``first``."""
+    if tables is None:
+        return None
+    by_row, by_column = tables
+    query = query_BHQd.unflatten(2, (-1, width))
+    rel_h = torch.einsum("bnrwd,rkd->bnrwk", query, by_row[first : first + query.shape[2]])
+    rel_w = torch.einsum("bnrwd,wkd->bnrwk", query, by_column)
+    return (rel_h[..., :, None] + rel_w[..., None, :]).flatten(4).flatten(2, 3)
+
+
+def chunk_attention(model: nn.Module) -> None:
+    """Chunk the attention of all global blocks of every ``SamVisionModel`` in a model; weights and names stay.
+
+    Windowed blocks have only 14 x 14 tokens each and stay as they are.
+    """
+    for layer in model.modules():
+        attention = getattr(layer, "attn", None)
+        if type(attention) is SamVisionSdpaAttention and getattr(layer, "window_size", 0) == 0:
+            attention.__class__ = ChunkedSamAttention

@@ -1,4 +1,4 @@
-"""Experts around a network that gives a feature map (B, E, h, w), and such maps."""
+"""Experts whose network gives a feature map (B, E, h, w), and helpers for such maps."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from visexpert.experts.probe import probe_map
 from visexpert.io.weights import weights_digest
 
 RANDOM = "random"
-"""What is written in place of weights for a network that keeps its random ones."""
+"""Value of ``weights`` for a network that keeps its random ones."""
 
 
 class MapExpert(VisionExpert):
-    """An expert around a network that maps pixels to a feature map, which becomes tokens in row-major order.
+    """Expert whose network maps pixels to a feature map; its cells become tokens in row-major order.
 
-    Width and grid are read from the network itself at the size asked for, also on the ``meta`` device.
+    Width and grid are found by running the network on the ``meta`` device at the configured image size.
 
     Args:
         network: Maps normalized pixels (B, 3, H, W) to (B, E, h, w).
-        preprocessing: How images get there.
-        license: Of the weights; None says "not stated".
-        facts: What the tokens depend on beside weights and preprocessing, such as the layer.
+        preprocessing: How images are framed, resized and normalized.
+        license: License of the weights; None for "not stated".
+        facts: What the tokens depend on besides weights and preprocessing, such as the layer.
         tokens: See :class:`~visexpert.experts.base.VisionExpert`.
     """
 
@@ -64,7 +64,7 @@ class MapExpert(VisionExpert):
         return map_BEHW.flatten(2).transpose(1, 2)
 
     def fingerprint(self) -> str:
-        """Hash of weights, preparation of images, layer and kind of token."""
+        """Return a hash of weights, preprocessing, facts and kind of tokens."""
         preprocessing = asdict(self.preprocessing) | {
             "mean": self.mean.flatten().tolist(),
             "std": self.std.flatten().tolist(),
@@ -76,17 +76,17 @@ class MapExpert(VisionExpert):
 def map_of(
     features: Tensor, *, prefix: int | None = None, suffix: int = 0, channels_last: bool | None = None
 ) -> Tensor:
-    """Bring the features of a square image into the form (B, E, h, w).
+    """Return the features of a square image as a map (B, E, h, w).
 
     Args:
-        features: Tokens (B, N, E), row-major after those without a place ([CLS], registers), or a map.
-        prefix: How many have none; None for as few as leave a square.
-        suffix: How many behind the grid have none (YOLOS' detection tokens).
-        channels_last: Of a map: (B, h, w, E) instead of (B, E, h, w); None where nothing says so, then the two equal
-            sides tell (SAM keeps maps so between its blocks, SAM 2 everywhere).
+        features: Tokens (B, N, E), with the patch grid in row-major order; or a map.
+        prefix: Number of tokens before the grid ([CLS], registers); None for the least that leaves a square.
+        suffix: Number of tokens after the grid (YOLOS' detection tokens).
+        channels_last: For a map: whether it is (B, h, w, E) rather than (B, E, h, w); None if unknown, then the two
+            equal sides decide (SAM has such maps between its blocks, SAM 2 everywhere).
 
     Raises:
-        ValueError: The tokens are not ``prefix`` and a square grid, or there are neither tokens nor a map.
+        ValueError: The tokens are not ``prefix``, a square grid and ``suffix``, or there are neither tokens nor a map.
     """
     if features.ndim == 4:
         if channels_last is None:
@@ -98,16 +98,16 @@ def map_of(
     side = math.isqrt(max(0, count - (prefix or 0) - suffix))
     first = count - suffix - side * side if prefix is None else prefix
     if side == 0 or first + side * side + suffix != count:
-        raise ValueError(f"{count} tokens are not {first + suffix} without a place and a square grid")
+        raise ValueError(f"{count} tokens are not a square grid and {first + suffix} others")
     return features[:, first : first + side * side].transpose(1, 2).reshape(len(features), -1, side, side)
 
 
 def resize_map(map_BEHW: Tensor, side: int | None) -> Tensor:
-    """A map of ``side`` x ``side`` cells: the mean over what a cell covers where it shrinks, else bilinear.
+    """Resize a map to ``side`` x ``side`` cells: by the mean over each cell if it shrinks, otherwise bilinear.
 
     Args:
-        map_BEHW: (B, E, h, w).
-        side: None leaves it as it is.
+        map_BEHW: Map (B, E, h, w).
+        side: Side in cells; None leaves the map as it is.
     """
     if side is None or map_BEHW.shape[-2:] == (side, side):
         return map_BEHW

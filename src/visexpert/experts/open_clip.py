@@ -1,4 +1,4 @@
-"""Experts from open_clip: the image tower of any of its models, plain ViTs and timm trunks alike."""
+"""Experts from open_clip: the image tower of any of its models, be it a plain ViT or a timm trunk."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from visexpert.vision.published import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES, descri
 
 OWNER = "OpenClipExpert"
 STUB_TEXT = {"context_length": 4, "vocab_size": 9, "width": 8, "heads": 1, "layers": 1}
-"""A text tower of no weight: open_clip builds image towers beside one, which is thrown away."""
+"""A tiny text tower: open_clip cannot build an image tower without one, and it is thrown away."""
 
 
 class OpenClipExpert(MapExpert):
-    """Patch tokens of an open_clip image tower, as they go into its pooling.
+    """Patch tokens of an open_clip image tower, as they enter its pooling.
 
-    The final norm is in them unless it stands behind the pooling (CLIPA, CoCa).
+    They have been through the final norm, unless that comes after the pooling (CLIPA, CoCa).
 
-    Where the weights bring an ``open_clip_config.json`` (a folder or hub id), network, activation, normalization and
-    interpolation are as it says, whatever ``model`` is; it is also read beside a file that is called as open_clip
-    publishes it. Else they are those of the tag; of a file, those that all published weights of ``model`` share, and
-    one is refused where they share no mean.
+    If the weights come with an ``open_clip_config.json`` (in a folder or on the Hugging Face Hub, or beside a file with
+    a name that open_clip publishes), it sets network, activation, normalization and interpolation, whatever ``model``
+    is. Otherwise the tag sets them; a file without a tag gets what all published weights of ``model`` share, and is
+    refused if their means differ.
 
     Args:
         model: Name in ``open_clip.list_models()``, such as ``convnext_xxlarge``.
         weights: A tag of that model (``open_clip.list_pretrained_tags_by_model``), a ``.safetensors``, ``.bin`` or
-            ``.pt`` file, a folder or a hub id; ``random`` for none.
+            ``.pt`` file, a folder or a Hugging Face id; ``random`` for random weights.
         image_size: Side of the input in pixels; null for the model's own. Position embeddings are interpolated.
-        layer: Null for the last features; else a block or stage by index, -1 for the last, without a final norm (or
-            MobileCLIP's last convolution). Later ones are not run.
-        framing: What becomes of an image that is no square: ``squash`` (as CLIP here, so that a patch shows the same
-            as CLIP's), ``crop`` or ``pad``; null or ``own`` for the model's own (``resize_mode``).
+        layer: Index of a block or stage, -1 for the last, before the final norm (or MobileCLIP's last convolution);
+            later ones are not run. Null for the last features.
+        framing: What to do with images that are not square: ``squash`` (as CLIP does here, so that patches show the
+            same parts as CLIP's), ``crop`` or ``pad``; null or ``own`` for the model's own way (``resize_mode``).
         interpolation: ``bilinear`` or ``bicubic``; null for the model's own.
-        license: License of the weights; null for what the model card says.
+        license: License of the weights; null for the one in the model card.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class OpenClipExpert(MapExpert):
         """Read the image tower of the weights; a random network keeps its own.
 
         Raises:
-            WeightsError: They are nowhere, or do not fit; the message says what fetches them.
+            WeightsError: They are missing, or do not fit; the message says how to fetch them.
         """
         if self.source is None:
             return
@@ -103,13 +103,13 @@ class OpenClipExpert(MapExpert):
         tower = {k.removeprefix("visual."): v for k, v in found.tensors.items() if k.startswith("visual.")}
         if not tower:
             raise WeightsError(
-                f"{OWNER}: {found.path} holds no image tower of open_clip ('visual. ...'); give another."
+                f"{OWNER}: {found.path} has no image tower of open_clip (names like 'visual. ...'); use another file."
             )
         visual = self.network.get_submodule("visual")
         fill_module(visual, self._fitted(tower, visual, found.path), owner=OWNER, path=found.path)
 
     def _fitted(self, tower: dict[str, Tensor], visual: nn.Module, path: Path) -> dict[str, Tensor]:
-        """Weights for images of another size, as open_clip fits them; timm's trunks do it themselves, once filled."""
+        """Return weights fitted to the image size as open_clip does it; timm's trunks fit their own once loaded."""
         settings, size = self.settings[0], self.preprocessing.image_size
         own = side_of(settings["vision_cfg"])
         if size == own or "timm_model_name" not in settings["vision_cfg"]:
@@ -121,12 +121,12 @@ class OpenClipExpert(MapExpert):
         return state
 
     def _check_own(self) -> None:
-        """Compare a repository's own configuration, here only now, with what the network was built from."""
+        """Check a repository's own configuration, perhaps here only now, against what the network was built from."""
         assert self.source is not None
         with suppress(WeightsError):  # not every repository has one
             self.source.fetch(OPEN_CLIP_CONFIG, owner=OWNER)
         own = own_of(self.source.text, None)
-        if own is None:  # nothing says more than of a lone file
+        if own is None:  # no more is known than about a lone file
             shared_preparation(str(self.facts["model"]), needed=needed_for(self.framing), owner=OWNER)
             return
         keys = ("interpolation", *needed_for(self.framing))
@@ -134,16 +134,16 @@ class OpenClipExpert(MapExpert):
         vision, quick = own[0]["vision_cfg"], own[0].get("quick_gelu", False)
         if not same or vision != self.settings[0]["vision_cfg"] or quick != self.settings[0].get("quick_gelu", False):
             raise ConfigError(
-                f"{OWNER}: '{self.source.text}' brings settings of its own ({OPEN_CLIP_CONFIG}), which were not "
-                "on this machine when the model was built; they are now: start again."
+                f"{OWNER}: '{self.source.text}' has settings of its own ({OPEN_CLIP_CONFIG}) that were not on this "
+                "machine when the model was built; they are now, so start again."
             )
 
 
 class OpenClipMap(nn.Module):
-    """An image tower as (B, 3, H, W) -> (B, E, h, w).
+    """Map pixels (B, 3, H, W) to features (B, E, h, w) with an image tower.
 
     Args:
-        visual: The tower.
+        visual: Image tower of open_clip.
         layer: See :class:`OpenClipExpert`.
     """
 
@@ -151,13 +151,13 @@ class OpenClipMap(nn.Module):
         super().__init__()
         self.visual = visual
         self.layer = layer
-        # CoCa's norm comes behind its pooling, unless it pools twice; CLIPA's flag counts only where none pools so.
+        # CoCa's norm comes after its pooling, unless it pools twice; CLIPA's flag counts without attention pooling.
         pools = [getattr(visual, name, None) is not None for name in ("attn_pool", "attn_pool_contrastive")]
         behind = not pools[1] if pools[0] else getattr(visual, "final_ln_after_pool", False)
         self.normed = layer is None and not behind
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Feature map of the last or the chosen layer."""
+        """Return the feature map of the last or the chosen layer."""
         trunk = getattr(self.visual, "trunk", None)
         if trunk is not None and self.layer is None:
             return last_map(trunk, pixels_BCHW)
@@ -174,14 +174,17 @@ class OpenClipMap(nn.Module):
 
 
 def own_of(weights: str, model: str | None) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """What an open_clip folder or repository says of itself in the form of :func:`named`; None where it is not here.
+    """Return the settings in a folder's or repository's own configuration, as :func:`named` does.
 
     Args:
         weights: See :class:`OpenClipExpert`.
-        model: Whose tag ``weights`` may be; None where it is none.
+        model: Model of which ``weights`` may be a tag; None if it cannot be a tag.
+
+    Returns:
+        None if the file is not on this machine.
 
     Raises:
-        WeightsError: Its file cannot be read, or describes no image tower.
+        WeightsError: The file cannot be read, or does not describe an image tower.
     """
     from open_clip.pretrained import get_pretrained_cfg
     from open_clip.transform import PreprocessCfg
@@ -204,11 +207,11 @@ def _plain(value: Any) -> Any:
 
 
 def named(model: str, weights: str, *, framing: Framing | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """open_clip's settings of a model, and of the weights of a tag; those it takes for granted where they are no tag.
+    """Return open_clip's settings of a model and of the weights of a tag, or its defaults if they are not a tag.
 
     Raises:
-        ConfigError: There is no such model, or its published weights want images prepared in several ways and nothing
-            says which of them a file holds.
+        ConfigError: There is no such model; or ``weights`` is a file, and the published weights of the model need
+            different preprocessing.
     """
     from open_clip import get_model_config, list_models
     from open_clip.pretrained import get_pretrained_cfg
@@ -221,17 +224,17 @@ def named(model: str, weights: str, *, framing: Framing | None) -> tuple[dict[st
     tagged = get_pretrained_cfg(model, weights)
     if not tagged:
         _no_tag(model, weights)
-        # A repository says it itself once it is here, see _check_own.
+        # A repository has its own settings, which are checked once it is here: see _check_own.
         lone = weights != RANDOM and ModelSource.parse(weights).repo is None
         tagged = shared_preparation(model, needed=needed_for(framing) if lone else (), owner=OWNER)
     return dict(settings), {**vars(PreprocessCfg()), **tagged}
 
 
 def _no_tag(model: str, weights: str) -> None:
-    """Refuse a plain word that is neither a tag nor a path: it would be looked for on the hub.
+    """Check that a plain word is a tag or a path: otherwise it would be looked up on the Hugging Face Hub.
 
     Raises:
-        ConfigError: It is one.
+        ConfigError: It is neither.
     """
     from open_clip import list_pretrained_tags_by_model
 
@@ -241,25 +244,27 @@ def _no_tag(model: str, weights: str) -> None:
 
 
 def needed_for(framing: Framing | None) -> tuple[str, ...]:
-    """Settings of open_clip's own preparation that nothing else replaces."""
+    """Return the settings of open_clip's own preprocessing that the user's options do not replace."""
     return ("mean", "std", "resize_mode") if framing in (None, "own") else ("mean", "std")
 
 
 def side_of(vision: Mapping[str, Any]) -> int:
-    """Side in pixels of the images that a tower reads.
+    """Return the side of the images that a tower reads, in pixels.
 
     Raises:
-        ConfigError: They are no squares.
+        ConfigError: They are not square.
     """
     own = vision.get("image_size", 224)
     height, width = own if isinstance(own, list | tuple) else (own, own)
     if height != width:
-        raise ConfigError(f"{OWNER}: this model reads images of {height} x {width} px; experts read squares.")
+        raise ConfigError(
+            f"{OWNER}: this model reads images of {height} x {width} px, but experts read squares; use another model."
+        )
     return int(height)
 
 
 def framing_of(tagged: Mapping[str, Any]) -> Framing:
-    """Framing of open_clip's own transform.
+    """Return the framing of open_clip's own transform.
 
     Raises:
         ConfigError: open_clip has no such ``resize_mode``.
@@ -267,17 +272,15 @@ def framing_of(tagged: Mapping[str, Any]) -> Framing:
     modes: dict[str, Framing] = {"shortest": "crop", "squash": "squash", "longest": "own"}
     mode = tagged["resize_mode"]
     if mode not in modes:
-        raise ConfigError(
-            f"{OWNER}: resize_mode={mode!r} ({OPEN_CLIP_CONFIG}) is unknown; correct it to one of {sorted(modes)}."
-        )
+        raise ConfigError(f"{OWNER}: resize_mode={mode!r} ({OPEN_CLIP_CONFIG}) is unknown; use one of {sorted(modes)}.")
     return modes[mode]
 
 
 def build(settings: Mapping[str, Any], image_size: int) -> nn.Module:
-    """An image tower for images of this size, with random weights, without a download.
+    """Build an image tower for images of this size, with random weights and without a download.
 
     Raises:
-        ConfigError: open_clip does not build it at this size.
+        ConfigError: open_clip cannot build it at this size.
     """
     from open_clip import CLIP
 

@@ -1,4 +1,4 @@
-"""How a model's own processor prepares an image, done on the device instead."""
+"""The preprocessing of a model's own image processor, done on the device."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from visexpert.io.source import ModelSource
 
 Interpolation = Literal["bilinear", "bicubic"]
 Framing = Literal["squash", "crop", "pad", "own"]
-"""What becomes of an image that is no square: ``squash`` - all of it, stretched, as ``ClipEncoder`` does, so that a
-patch of every expert shows the same as CLIP's; ``crop`` - shortest edge resized, then the center; ``pad`` - longest
-edge resized, then zeros to the right and below; ``own`` - what the model's own processor does."""
+"""What to do with images that are not square: ``squash`` - stretch them, as ``ClipEncoder`` does, so that a patch of
+every expert shows the same part as CLIP's; ``crop`` - resize the shortest edge and crop the center; ``pad`` - resize
+the longest edge and pad with zeros on the right and below; ``own`` - do what the model's own processor does."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """An image's way into a model.
+    """How images are framed, resized and normalized for a model.
 
     Args:
-        image_size: Side of the square that the model reads, pixels.
-        mean: Channel means, in [0, 1] units.
-        std: Channel standard deviations, likewise.
-        interpolation: Of the resize, always antialiased.
-        framing: ``squash``, ``crop`` or ``pad``; ``own`` where the model's own way is none of these.
-        crop_share: With ``crop``, ``image_size`` as a share of the resized shortest edge; 0 < share <= 1.
-        crop_floor: Where the middle lies between two pixels, begin the crop at the lower one, as transformers; else at
-            the even one, as torchvision, timm and open_clip.
+        image_size: Side of the square that the model reads, in pixels.
+        mean: Channel means, for pixels in [0, 1].
+        std: Channel standard deviations, in the same units.
+        interpolation: Interpolation when resizing, always antialiased.
+        framing: ``squash``, ``crop`` or ``pad``; ``own`` if the model's own way is none of these.
+        crop_share: With ``crop``: ``image_size`` as a share of the resized shortest edge, in (0, 1].
+        crop_floor: If the crop would start between two pixels, whether to start it at the lower one, as transformers
+            does, or at the even one, as torchvision, timm and open_clip do.
     """
 
     image_size: int
@@ -51,12 +51,12 @@ class Preprocessing:
     def adapted(
         self, *, owner: str, image_size: int | None, framing: Framing | None, interpolation: Interpolation | None
     ) -> Preprocessing:
-        """The same with what a user asked for.
+        """Return this preprocessing with the user's options.
 
-        A framing of None is the model's own; where that is none of ours, images are squashed, with a warning.
+        A framing of None is the model's own; if that is not available here, images are squashed, with a warning.
 
         Raises:
-            ConfigError: An option is unknown, or the size is no size.
+            ConfigError: An option is unknown, or the size is below 1.
         """
         for name, value, allowed in (
             ("framing", framing or "own", get_args(Framing)),
@@ -65,16 +65,17 @@ class Preprocessing:
             if value not in allowed:
                 raise ConfigError(f"{owner}: {name}={value!r} is unknown; use one of {list(allowed)}.")
         if image_size is not None and image_size < 1:
-            raise ConfigError(f"{owner}: image_size={image_size} is no side in pixels; use 1 or more.")
+            raise ConfigError(f"{owner}: image_size must be at least 1 px, got {image_size}.")
         if framing is None and self.framing == "own":
             rank_zero_warn(
-                f"{owner}: this model frames images in a way of its own that cannot be done here; they are squashed. "
-                "Write framing: squash, crop or pad."
+                f"{owner}: this model frames images in a way that is not available here, so they are squashed; set "
+                "framing to squash, crop or pad."
             )
             framing = "squash"
         if framing == self.framing == "own":
             raise ConfigError(
-                f"{owner}: this model frames images in a way of its own; use framing squash, crop or pad."
+                f"{owner}: this model frames images in a way that is not available here; set framing to squash, crop "
+                "or pad."
             )
         return replace(
             self,
@@ -84,15 +85,15 @@ class Preprocessing:
         )
 
     def prepare(self, images_BCHW: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """Frame and normalize.
+        """Frame, resize and normalize images.
 
         Args:
-            images_BCHW: (B, 3, H, W), float in [0, 1], any size.
-            mean: (1, 3, 1, 1), on the images' device.
-            std: Likewise.
+            images_BCHW: Images (B, 3, H, W), float in [0, 1], of any size.
+            mean: Channel means (1, 3, 1, 1), on the images' device.
+            std: Channel standard deviations (1, 3, 1, 1), on the images' device.
 
         Returns:
-            (B, 3, image_size, image_size).
+            Pixels (B, 3, image_size, image_size).
         """
         size = self.image_size
         if self.framing == "pad":
@@ -101,7 +102,7 @@ class Preprocessing:
             normalized = (self._resized(images_BCHW, [_half_up(height * scale), _half_up(width * scale)]) - mean) / std
             return F.pad(normalized, (0, size - normalized.shape[-1], 0, size - normalized.shape[-2]))
         if self.framing == "crop":
-            # The share is a quotient of whole numbers: 224 / 0.875 must give 256, not 255.
+            # The share is a ratio of integers: 224 / 0.875 must give 256, not 255.
             shortest = math.floor(size / self.crop_share + 1e-6)
             images_BCHW = self._cropped(self._resized(images_BCHW, [shortest]))
         else:
@@ -126,7 +127,7 @@ def _half_up(length: float) -> int:
 
 
 _RESAMPLING: dict[int, Interpolation] = {2: "bilinear", 3: "bicubic"}
-"""Numbers of PIL's filters that can be done on the device."""
+"""PIL's filters that are available on the device, by number."""
 
 
 def preprocessing_of(
@@ -137,18 +138,19 @@ def preprocessing_of(
     size: int | None,
     interpolation: Interpolation | None,
 ) -> Preprocessing:
-    """The preprocessing of a model's own image processor.
+    """Return the preprocessing of a model's own image processor.
 
     Args:
-        owner: Who asks, for messages.
-        source: The model's files; ``preprocessor_config.json`` is read where it is on this machine.
-        processor: What a user wrote of it; decides where the files are not here, else must agree with them.
-        size: Side that the user asked for or the model's position embeddings are made for; comes before that of the
-            processor, which may be smaller.
-        interpolation: What a user asked for instead of the processor's own.
+        owner: Name of the caller, for messages.
+        source: Files of the model; ``preprocessor_config.json`` is read if it is on this machine.
+        processor: The user's settings of the processor, used if the file is not here; otherwise they must agree.
+        size: Side that the user asked for, or that the model's position embeddings are made for; takes precedence over
+            that of the processor, which may be smaller.
+        interpolation: The user's choice instead of the processor's own.
 
     Raises:
-        ConfigError: Nothing, or contradicting things, are said of the processor, or it does what cannot be done here.
+        ConfigError: Settings are missing, contradict each other, or ask for what is not available here.
+        WeightsError: ``preprocessor_config.json`` is missing, and no settings are given.
     """
     own = None if source is None else _own_settings(source, owner)
     if own is not None or processor is not None:
@@ -158,24 +160,24 @@ def preprocessing_of(
     if source is not None:
         raise _absent(source, owner)
     if size is None:
-        raise ConfigError(f"{owner}: nothing says which size of image this model reads; give image_size.")
+        raise ConfigError(f"{owner}: the size of this model's images is not known; set image_size.")
     return Preprocessing(size)
 
 
 def _absent(source: ModelSource, owner: str) -> WeightsError:
-    """Return the error for files without an image processor, with the ways out where the model itself is there."""
+    """Return the error for files without an image processor, with the remedies if the model itself is there."""
     if source.path is None or not source.path.is_dir():
         return source.absent("preprocessor_config.json", owner=owner)
     return WeightsError(
-        f"{owner}: no preprocessor_config.json in {source.path}; a model's save_pretrained writes none; save "
-        "the image processor there, too (its own save_pretrained), fetch the file of the model it was made "
-        f"from (`hf download ORG/NAME preprocessor_config.json --local-dir {source.path}`), or give processor: "
+        f"{owner}: no preprocessor_config.json in {source.path}, because a model's save_pretrained does not write it; "
+        "save the image processor there too (with its own save_pretrained), fetch the file of the original model "
+        f"(`hf download ORG/NAME preprocessor_config.json --local-dir {source.path}`), or set processor: "
         "{image_processor_type: ViTImageProcessor, image_mean: ..., image_std: ...}."
     )
 
 
 def must_agree(source: ModelSource, processor: Mapping[str, Any], *, owner: str) -> None:
-    """Compare what a user wrote of a processor with its own file, where that is on this machine.
+    """Check the user's settings of a processor against its own file, if that is on this machine.
 
     Raises:
         ConfigError: They differ.
@@ -188,16 +190,16 @@ def must_agree(source: ModelSource, processor: Mapping[str, Any], *, owner: str)
         if _plain(given.get(name)) != _plain(found.get(name)):
             raise ConfigError(
                 f"{owner}: {name} of the processor of '{source.text}' is {found.get(name)!r}, not "
-                f"{given.get(name)!r}; correct it, or leave it out."
+                f"{given.get(name)!r}; correct or remove it."
             )
 
 
 def settings_of(processor: Mapping[str, Any], *, owner: str) -> dict[str, Any]:
-    """All settings of a processor, the defaults of its class included.
+    """Return all settings of a processor, including the defaults of its class.
 
     Args:
-        processor: As in ``preprocessor_config.json``; ``image_processor_type`` names the class.
-        owner: Who asks, for messages.
+        processor: Settings as in ``preprocessor_config.json``; ``image_processor_type`` names the class.
+        owner: Name of the caller, for messages.
 
     Raises:
         ConfigError: There is no such class in transformers.
@@ -205,17 +207,15 @@ def settings_of(processor: Mapping[str, Any], *, owner: str) -> dict[str, Any]:
     named = processor.get("image_processor_type") or processor.get("feature_extractor_type") or ""
     if not named:
         raise ConfigError(
-            f"{owner}: the image processor names no image_processor_type among {sorted(processor)}; say which class of "
-            "transformers it is, such as ViTImageProcessor."
+            f"{owner}: the image processor has no image_processor_type, only {sorted(processor)}; set it to a class of "
+            "transformers, such as ViTImageProcessor."
         )
     name = str(named).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
     kind = getattr(transformers, name, None) if name.endswith("ImageProcessor") else None
     if kind is None:
         known = [n for n in dir(transformers) if n.endswith("ImageProcessor")]
         near = get_close_matches(name, known, n=3) or "ViTImageProcessor, CLIPImageProcessor and BitImageProcessor"
-        raise ConfigError(
-            f"{owner}: image_processor_type {str(named)!r} is none of transformers'; the nearest are {near}."
-        )
+        raise ConfigError(f"{owner}: transformers has no image_processor_type {str(named)!r}; the nearest are {near}.")
     own = {"image_processor_type", "feature_extractor_type", "processor_class", "auto_map"}
     return dict(kind(**{key: value for key, value in processor.items() if key not in own}).to_dict())
 
@@ -234,13 +234,13 @@ def _preprocessing(
     resample = _RESAMPLING.get(int(settings.get("resample") or 2))
     if resample is None and interpolation is None:
         raise ConfigError(
-            f"{owner}: the processor resizes by filter {settings['resample']!r}; give interpolation: bicubic (or "
-            "bilinear) instead."
+            f"{owner}: the processor resizes with filter {settings['resample']!r}, which is not available here; set "
+            "interpolation to bicubic or bilinear."
         )
     framing, side, share = _framing(settings)
     size = size or side
     if size is None:
-        raise ConfigError(f"{owner}: the processor's size {settings.get('size')} is no square; give image_size.")
+        raise ConfigError(f"{owner}: the processor's size {settings.get('size')} is not square; set image_size.")
     return Preprocessing(
         image_size=size,
         mean=tuple(settings["image_mean"]) if normalize else (0.0, 0.0, 0.0),
@@ -253,7 +253,7 @@ def _preprocessing(
 
 
 def _framing(settings: Mapping[str, Any]) -> tuple[Framing, int | None, float]:
-    """Framing, side in pixels and share of the crop; framing ``own`` for what cannot be done with a fixed grid."""
+    """Return framing, side in pixels and crop share; framing is ``own`` if the processor needs more than a square."""
     size = _plain(settings.get("size"))
     size = size if isinstance(size, dict) else {"height": size, "width": size}
     crop = _plain(settings.get("crop_size")) if settings.get("do_center_crop") else None
@@ -271,7 +271,7 @@ def _framing(settings: Mapping[str, Any]) -> tuple[Framing, int | None, float]:
 
 
 def _plain(value: Any) -> Any:
-    """A setting as JSON would have it: sizes as dicts without what is not said, sequences as lists."""
+    """Return a setting as it is in JSON: sizes as dicts without None, sequences as lists."""
     if isinstance(value, Mapping) or hasattr(value, "__dict__") and hasattr(value, "height"):
         entries = value.items() if isinstance(value, Mapping) else vars(value).items()
         return {key: item for key, item in entries if item is not None}

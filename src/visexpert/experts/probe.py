@@ -1,4 +1,4 @@
-"""What a network makes of an image: its shapes, found out on ``meta`` from the code alone, and whether it repeats."""
+"""Probes of a network: the shape of its output, found on ``meta`` without weights, and whether its output repeats."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from visexpert.errors import ConfigError, first_line
 from visexpert.experts.base import VisionExpert
 
 LONG = 1024
-"""Sequence from which on attention logits count as large: 16 heads of 1024 x 1024 take 64 MB per image in float32."""
+"""Least S at which S x S attention logits count as large: 16 heads of 1024 x 1024 take 64 MB per image in float32."""
 
 RANDOM = frozenset(
     {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "bernoulli_"}
     | {"multinomial", "normal", "normal_", "uniform_", "random_", "exponential_"}
 )
-"""Names of torch's functions that draw random numbers."""
+"""Torch's functions that draw random numbers."""
 
 
 def probe_map(network: nn.Module, image_size: int, *, owner: str) -> torch.Size:
-    """Shape (1, E, h, w) of what a network gives for one image, from its code alone, whatever device it is on.
+    """Return the shape (1, E, h, w) of a network's output for one image, found on ``meta`` whatever its device.
 
     Args:
-        network: Maps (B, 3, H, W) to (B, E, h, w).
+        network: Maps pixels (B, 3, H, W) to (B, E, h, w).
         image_size: Side of the image in pixels.
-        owner: Who asks, for the message.
+        owner: Name of the caller, for the message.
 
     Raises:
-        ConfigError: The network cannot read such an image, gives no map, or would hold the logits of attention
-            between S >= 1024 tokens in memory, S x S numbers per head.
+        ConfigError: The network cannot read such an image, does not give a map, draws random numbers, or would hold
+            attention logits between S >= 1024 tokens in memory, S x S numbers per head.
     """
     meta = {name: torch.empty_like(value, device="meta") for name, value in _tensors(network).items()}
     pixels_BCHW = torch.empty(1, 3, image_size, image_size, device="meta")
@@ -62,21 +62,21 @@ def probe_map(network: nn.Module, image_size: int, *, owner: str) -> torch.Size:
         ValueError,
     ) as error:
         raise ConfigError(
-            f"{owner}: the model gives no map of images of {image_size} px ({_first_line(error)}); use another "
-            "image_size or layer, or an expert of your own (docs/own-expert.md)."
+            f"{owner}: the model gives no feature map for images of {image_size} px ({_first_line(error)}); use "
+            "another image_size or layer, or write an expert (docs/own-expert.md)."
         ) from error
     if chance.drawn:
         raise ConfigError(
-            f"{owner}: the model draws random numbers ({chance.drawn}), so one image gets other tokens every time; "
-            "use a model without random masks or dropout (of MAE, timm's vit_base_patch16_224.mae)."
+            f"{owner}: the model draws random numbers ({chance.drawn}), so an image gets different tokens each time; "
+            "use a model without random masks or dropout (for MAE, timm's vit_base_patch16_224.mae)."
         )
     if watch.largest:
         raise ConfigError(
-            f"{owner}: at {image_size} px this model holds attention logits of {watch.largest} in memory; use a "
-            "smaller image_size, or a model whose attention is windowed or fused (SAM: TransformersExpert)."
+            f"{owner}: at {image_size} px this model holds attention logits of shape {watch.largest} in memory; use a "
+            "smaller image_size, or a model with windowed or fused attention (for SAM, TransformersExpert)."
         )
     if not isinstance(found, Tensor) or found.ndim != 4 or len(found) != 1:
-        raise ConfigError(f"{owner}: the model gives no map of tokens at {image_size} px; use another model or layer.")
+        raise ConfigError(f"{owner}: the model gives no feature map at {image_size} px; use another model or layer.")
     return found.shape
 
 
@@ -84,15 +84,15 @@ def probe_map(network: nn.Module, image_size: int, *, owner: str) -> torch.Size:
 def uncached() -> Iterator[None]:
     """Keep tensors out of transformers' caches, which live as long as the process.
 
-    BEiT's is asked by the size of the grid alone: an index on ``meta`` would be used with weights on any device, and
-    give numbers that mean nothing.
+    BEiT's cache is keyed by the size of the grid alone, not by device: an index on ``meta`` would later be used with
+    real weights and give meaningless numbers.
     """
-    with patch.object(pytorch_utils, "is_torchdynamo_compiling", return_value=True):  # its caches step aside for it
+    with patch.object(pytorch_utils, "is_torchdynamo_compiling", return_value=True):  # which bypasses its caches
         yield
 
 
 def probe_images(size: int, count: int = 2) -> Tensor:
-    """Images (count, 3, size, size) in [0, 1], smooth and noisy parts together, the same each time."""
+    """Return images (count, 3, size, size) in [0, 1] with smooth and noisy parts, the same each time."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(count, 3, 4, 4, generator=generator)
     smooth = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=False)
@@ -100,17 +100,18 @@ def probe_images(size: int, count: int = 2) -> Tensor:
 
 
 def check_repeats(expert: VisionExpert, name: str) -> None:
-    """Encode one image twice and compare: random masks, dropout and any other random numbers show.
+    """Check that an expert gives the same tokens twice: random masks, dropout and other random numbers show.
 
-    The states of all random generators are as before afterwards. Nothing is done on ``meta``. Where the expert cannot
-    run on the device of its weights (code for GPUs alone), a warning says that nothing was checked.
+    Random generators are left in the state they were in. Experts on ``meta`` are not checked. If the expert cannot run
+    on the device of its weights (code for GPUs only), a warning says that nothing was checked.
 
     Args:
-        expert: With its weights.
-        name: Its name in the hub, for messages.
+        expert: Expert, with its weights loaded.
+        name: Name of the expert in the hub, for messages.
 
     Raises:
-        ConfigError: The tokens differ by more than rounding: 1e-4 of the largest, or what its number type resolves.
+        ConfigError: The tokens differ by more than rounding: by more than 1e-4 of the largest value, or 4 times the
+            resolution of their dtype if that is more.
     """
     tensors = _tensors(expert)
     if any(tensor.is_meta for tensor in tensors.values()):
@@ -118,15 +119,15 @@ def check_repeats(expert: VisionExpert, name: str) -> None:
     image_BCHW = probe_images(expert.image_size, count=1).to(expert.mean.device)
     try:
         with torch.no_grad(), isolate_rng():
-            encode = expert.forward  # past the hooks of whoever counts or measures what a run encodes
+            encode = expert.forward  # bypasses hooks that count or time what a run encodes
             first, second = encode(image_BCHW).tokens_BSE, encode(image_BCHW).tokens_BSE
     except RuntimeError as error:  # NotImplementedError, of a kernel that this device lacks, is one
         rank_zero_warn(
-            f"Expert '{name}' does not run on {expert.mean.device} ({first_line(error)}), so nothing says whether it "
-            "gives the same tokens each time."
+            f"Expert '{name}' does not run on {expert.mean.device} ({first_line(error)}), so it was not checked that "
+            "it gives the same tokens each time."
         )
         return
-    what = f"Expert '{name}' ({type(expert).__name__}) gives other tokens each time for the same image"
+    what = f"Expert '{name}' ({type(expert).__name__}) gives different tokens for the same image each time"
     step = "switch off its random masks, dropout or other random numbers, or use another model."
     if first.shape != second.shape:
         raise ConfigError(f"{what} (of shape {tuple(first.shape)}, then {tuple(second.shape)}); {step}")
@@ -138,10 +139,10 @@ def check_repeats(expert: VisionExpert, name: str) -> None:
 
 
 class ChanceWatch(TorchFunctionMode):
-    """Looks for functions of torch that draw random numbers; dropout that is switched off draws none."""
+    """Watch for functions of torch that draw random numbers; dropout that is switched off does not."""
 
     drawn = ""
-    """Name of the last one called; empty where there was none."""
+    """Name of the last such function; empty if there was none."""
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -160,17 +161,17 @@ class ChanceWatch(TorchFunctionMode):
 
 
 class LogitsWatch(TorchFunctionMode):
-    """Looks at every result of torch's functions for (..., S, S) in memory; inside fused attention there is none.
+    """Watch the results of torch's functions for (..., S, S) logits in memory; fused attention makes none.
 
     Args:
-        image_size: Side of the images: maps of pixels are no logits, though they are as square.
+        image_size: Side of the images in pixels: their maps are square too, but are not logits.
     """
 
     def __init__(self, image_size: int) -> None:
         super().__init__()
         self.smallest = max(LONG, image_size + 1)
         self.largest: tuple[int, ...] = ()
-        """Shape of the largest logits seen; empty where there were none."""
+        """Shape of the largest logits seen; empty if there were none."""
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -185,14 +186,14 @@ class LogitsWatch(TorchFunctionMode):
         if tensor.ndim < 3 or tensor.shape[-1] != tensor.shape[-2] or tensor.shape[-1] < self.smallest:
             return False
         heads = tensor.numel() // tensor.shape[-1] ** 2
-        # Views count for what they hold: a mask that is broadcast costs nothing. One head's worth may be a weight, or
-        # the hidden layer of an MLP as wide as there are tokens.
+        # Views count by the memory behind them: a broadcast mask costs nothing. A single (S, S) may be a weight, or the
+        # hidden layer of an MLP of width S.
         return heads > 1 and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def _first_line(error: Exception) -> str:
     if "meta tensors" in str(error):
-        return "its code looks at the values of pixels to decide what it does"
+        return "its code depends on the values of pixels"
     return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
@@ -201,9 +202,9 @@ def _numel(shape: Sequence[int]) -> int:
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, each by one name of every module that has it.
+    """Return parameters and buffers by name, a shared tensor under the name of each module that has it.
 
-    A module in two places comes once: swapped twice, it would be left with what was swapped in (CoaT's convolutions).
+    A module in two places (CoaT's convolutions) comes once: swapped twice, it would keep the replacement.
     """
     return {
         f"{path}.{name}" if path else name: value

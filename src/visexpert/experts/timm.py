@@ -1,4 +1,4 @@
-"""Experts from timm: EVA-02, DINOv2 and v3, ConvNeXt and whatever else gives feature maps there."""
+"""Experts from timm: EVA-02, DINOv2, DINOv3, ConvNeXt and every other model with feature maps."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ OWNER = "TimmExpert"
 
 
 class TimmExpert(MapExpert):
-    """Any timm model with feature maps; tokens of [CLS] and registers are left out.
+    """Patch tokens of any timm model with feature maps, without [CLS] and registers.
 
-    Input size, normalization, interpolation, crop and license are those of timm's ``pretrained_cfg``. Position
-    embeddings and, with another patch size, the patch convolution are interpolated by timm itself.
+    Input size, normalization, interpolation, crop and license come from timm's ``pretrained_cfg``. timm interpolates
+    position embeddings and, for another patch size, the patch convolution.
 
     Args:
         model: Name with its tag, such as ``eva02_large_patch14_448.mim_m38m_ft_in22k_in1k``
             (``timm.list_pretrained()``).
-        weights: A ``.safetensors``, ``.bin`` or ``.pt`` file, a folder or a hub id; null for the tag's own on the hub;
-            ``random`` for none.
+        weights: A ``.safetensors``, ``.bin`` or ``.pt`` file, a folder or a Hugging Face id; null for the tag's own
+            weights on the Hugging Face Hub; ``random`` for random weights.
         image_size: Side of the input in pixels; null for the model's own.
-        layer: Null for the last features as timm gives them, final norm included; else a block or stage by index, -1
-            for the last, without a final norm. Later ones are not run.
-        framing: What becomes of an image that is no square: ``squash`` (as CLIP here), ``crop``, ``pad``, or ``own``
-            for the model's own.
+        layer: Index of a block or stage, -1 for the last, before the final norm; later ones are not run. Null for
+            timm's last features, after the final norm.
+        framing: What to do with images that are not square: ``squash`` (as CLIP does here), ``crop``, ``pad``, or
+            ``own`` for the model's own way.
         interpolation: ``bilinear`` or ``bicubic``; null for the model's own.
-        license: License of the weights; null for what timm says.
+        license: License of the weights; null for the one that timm states.
         arguments: Further arguments of the timm model, such as ``{patch_size: 16}``.
     """
 
@@ -71,21 +71,21 @@ class TimmExpert(MapExpert):
         return None if self.weights == RANDOM else self.weights
 
     def load_weights(self) -> None:
-        """Read the weights, adapted to size and patch by timm's own code; a random network keeps its own.
+        """Read the weights, which timm's own code fits to image and patch size; a random network keeps its own.
 
         Raises:
-            WeightsError: They are nowhere, or do not fit; the message says what fetches them.
+            WeightsError: They are missing, or do not fit; the message says how to fetch them.
         """
         if self.weights == RANDOM:
             return
         if not self.weights:
-            raise WeightsError(f"{OWNER}: timm publishes no weights of '{self.model_name}'; give a file as weights.")
+            raise WeightsError(f"{OWNER}: timm publishes no weights of '{self.model_name}'; set weights to a file.")
         found = read_source(ModelSource.parse(self.weights), owner=OWNER)
         adapted = self._adapted(found)
         fill_module(self.network.get_submodule("model"), adapted.state_dict(), owner=OWNER, path=found.path)
 
     def _adapted(self, found: LoadedState) -> nn.Module:
-        """A second network with the weights in it, without its head; timm's own loader fits them, strictly."""
+        """Return a second network, without its head, into which timm's own loader has read the weights, strictly."""
         import timm
 
         settings = published_settings(self.model_name)
@@ -103,9 +103,10 @@ class TimmExpert(MapExpert):
                 self.preprocessing.image_size,
                 settings["input_size"][-1],
             )
-            at, step = ("", "") if size == own else (f" at {size} px", f", or the image_size {own} that it is made for")
+            at, step = ("", "") if size == own else (f" at {size} px", f", or its own image_size {own}")
             raise WeightsError(
-                f"{OWNER}: the weights in {found.path} do not fit {self.model_name}{at} ({reason}); use its own{step}."
+                f"{OWNER}: the weights in {found.path} do not fit {self.model_name}{at} ({reason}); use weights of "
+                f"this model{step}."
             ) from error
         model.reset_classifier(0)
         adapted: nn.Module = model
@@ -113,27 +114,25 @@ class TimmExpert(MapExpert):
 
 
 class TimmMap(nn.Module):
-    """A timm model as (B, 3, H, W) -> (B, E, h, w).
+    """Map pixels (B, 3, H, W) to features (B, E, h, w) with a timm model.
 
     Args:
-        model: Built without a head.
+        model: Model built without a head.
         layer: See :class:`TimmExpert`.
 
     Raises:
-        ConfigError: The model has no intermediate features though one is asked for.
+        ConfigError: ``layer`` is given, but the model has no intermediate features.
     """
 
     def __init__(self, model: Any, *, layer: int | None) -> None:
         super().__init__()
         if layer is not None and not hasattr(model, "forward_intermediates"):
-            raise ConfigError(
-                f"{OWNER}: timm gives no intermediate features of {type(model).__name__}; leave layer out."
-            )
+            raise ConfigError(f"{OWNER}: timm gives no intermediate features of {type(model).__name__}; remove layer.")
         self.model = model
         self.layer = layer
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Feature map of the last or the chosen layer."""
+        """Return the feature map of the last or the chosen layer."""
         if self.layer is not None:
             (map_BEHW,) = self.model.forward_intermediates(
                 pixels_BCHW,
@@ -148,24 +147,24 @@ class TimmMap(nn.Module):
 
 
 def last_map(model: Any, pixels_BCHW: Tensor) -> Tensor:
-    """Last features of a timm model, which it would pool next, as (B, E, h, w).
+    """Return the last features (B, E, h, w) of a timm model, before pooling.
 
     Raises:
-        ValueError: They are several maps, or a class token alone.
+        ValueError: The model returns several maps, or only a class token.
     """
     features = model.forward_features(pixels_BCHW)
     if not isinstance(features, Tensor):
-        other = "give layer: -1" if hasattr(model, "forward_intermediates") else "none of them is the last"
-        raise ValueError(f"{type(model).__name__} hands on several maps at once; {other}")
+        other = "set layer to -1" if hasattr(model, "forward_intermediates") else "none of them is the last"
+        raise ValueError(f"{type(model).__name__} returns several maps at once; {other}")
     classes = getattr(model, "cls_token", None)
     if features.ndim == 3 and isinstance(classes, Tensor) and features.shape[1] == classes.shape[1]:
-        raise ValueError(f"{type(model).__name__} ends in its class token alone; give layer: -1")
+        raise ValueError(f"{type(model).__name__} returns only its class token; set layer to -1")
     channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
     return map_of(features, channels_last=channels_last, prefix=getattr(model, "num_prefix_tokens", None))
 
 
 def published_settings(model: str) -> dict[str, Any]:
-    """timm's ``pretrained_cfg`` of a model.
+    """Return timm's ``pretrained_cfg`` of a model.
 
     Raises:
         ConfigError: There is no such model or tag.
@@ -179,24 +178,30 @@ def published_settings(model: str) -> dict[str, Any]:
     except RuntimeError as error:  # what timm raises for an unknown name or tag
         near = timm.list_pretrained(f"{name}.*") if is_model(name) else get_close_matches(name, timm.list_models(), n=3)
         raise ConfigError(f"{OWNER}: timm has no settings of '{model}'; did you mean one of {near}?") from error
-    assert found is not None  # it raises instead
+    assert found is not None  # timm raises instead of returning None
     return dict(vars(found))
 
 
 def own_preprocessing(settings: dict[str, Any], interpolation: Interpolation | None) -> Preprocessing:
-    """How timm's own transform prepares images for a model.
+    """Return the preprocessing of timm's own transform for a model.
 
     Raises:
-        ConfigError: It interpolates in another way than can be done here, or its images are no squares.
+        ConfigError: Its interpolation is not available here, or its images are not square.
     """
     from timm.data import DEFAULT_CROP_PCT
 
     _, height, width = settings["input_size"]
     if height != width:
-        raise ConfigError(f"{OWNER}: {settings['architecture']} reads {height}x{width} px; experts read squares.")
+        raise ConfigError(
+            f"{OWNER}: {settings['architecture']} reads images of {height} x {width} px, but experts read squares; use "
+            "another model."
+        )
     own = settings["interpolation"]
     if own not in ("bilinear", "bicubic") and interpolation is None:
-        raise ConfigError(f"{OWNER}: this model resizes by {own}; give interpolation: bicubic (or bilinear) instead.")
+        raise ConfigError(
+            f"{OWNER}: this model resizes with {own} interpolation, which is not available here; set interpolation to "
+            "bicubic or bilinear."
+        )
     share = settings["crop_pct"] or DEFAULT_CROP_PCT
     mode = settings["crop_mode"] or "center"
     framing: Framing = "crop" if mode == "center" else "squash" if (mode, share) == ("squash", 1.0) else "own"
@@ -211,10 +216,10 @@ def own_preprocessing(settings: dict[str, Any], interpolation: Interpolation | N
 
 
 def build(model: str, arguments: dict[str, Any]) -> nn.Module:
-    """A timm model without its head, with random weights.
+    """Build a timm model without its head, with random weights.
 
     Raises:
-        ConfigError: An argument is unknown to the model, or impossible.
+        ConfigError: The model rejects an argument.
     """
     import timm
 

@@ -1,4 +1,4 @@
-"""The vision part of a model that has others as well: its configuration, its network, and its place in the weights."""
+"""The vision part of a multimodal model: its configuration, its network, and its prefix among the weights."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from transformers.core_model_loading import WeightRenaming
 from visexpert.errors import ConfigError, WeightsError
 
 PARTS = ("vision_config", "image_config", "encoder")
-"""Under which names whole models keep the configuration of their vision part, most telling first."""
+"""Names under which whole models keep the configuration of their vision part, most specific first."""
 
 _EXPERTS = {
     "DepthExpert": ("MODEL_FOR_DEPTH_ESTIMATION_MAPPING",),
     "SegmentationExpert": ("MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING", "MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING"),
 }
-"""Experts for models that have a head and no network without one."""
+"""Experts for models that transformers has only with a head."""
 
 Whole = TypeVar("Whole", PreTrainedConfig, Mapping[str, Any])
 
 
 def vision_part(whole: Whole) -> Whole:
-    """The vision part of a configuration, or of the fields that one is made of; all of it where it has no such part.
+    """Return the vision part of a configuration, or of its fields; all of it if it has no such part.
 
-    The part nearest to the top counts: that of ``vlm_config`` is found inside it.
+    The part nearest to the top is taken, at whatever depth it is (inside ``vlm_config``, for instance).
     """
     kind = PreTrainedConfig if isinstance(whole, PreTrainedConfig) else Mapping
     for name in PARTS:
@@ -47,12 +47,12 @@ def vision_part(whole: Whole) -> Whole:
 
 
 def build_network(config: PreTrainedConfig, *, auto: str, owner: str) -> nn.Module:
-    """The network of a configuration, with random weights.
+    """Build the network of a configuration, with random weights.
 
     Args:
-        config: Of a whole model, or of a vision part alone.
+        config: Configuration of a whole model, or of its vision part.
         auto: Name of the ``AutoModel...`` class that builds it.
-        owner: Who asks, for messages.
+        owner: Name of the caller, for messages.
 
     Raises:
         ConfigError: transformers has no such network.
@@ -65,9 +65,9 @@ def build_network(config: PreTrainedConfig, *, auto: str, owner: str) -> nn.Modu
 
 
 def factory_of(config: PreTrainedConfig, *, auto: str, owner: str) -> Any:
-    """The class whose ``from_pretrained`` reads such a network: ``AutoModel...``, or that of a vision part alone.
+    """Return the class that builds and loads such a network: ``AutoModel...``, or the class of a vision part.
 
-    ``AutoModel`` does not know the vision parts of many models (BLIP, OWL-ViT, ...), though they have a class.
+    Many vision parts (BLIP, OWL-ViT, ...) have a class that ``AutoModel`` does not know.
 
     Raises:
         ConfigError: transformers has no such network.
@@ -95,33 +95,33 @@ def _without_network(config: PreTrainedConfig, owner: str) -> ConfigError:
             for name, maps in _EXPERTS.items()
             if name != owner and any(type(config) in getattr(transformers, each) for each in maps)
         ),
-        "use another model, or an expert of your own (docs/own-expert.md)",
+        "use another model, or write an expert (docs/own-expert.md)",
     )
     return ConfigError(
-        f"{owner}: transformers has no encoder of images alone for model_type {config.model_type!r}; {other}."
+        f"{owner}: transformers has no plain image encoder for model_type {config.model_type!r}; {other}."
     )
 
 
 def key_mapping(
     keys: Collection[str], network: Any, *, whole: str, optional: tuple[str, ...], whose: str
 ) -> dict[str, str] | None:
-    """What transformers' loader must do with the names of weights where they are those of a larger model.
+    """Return how transformers' loader must rename weights if they are those of a larger model.
 
-    The prefix of the part is taken away. The loader renames what older files call differently, but by the part alone;
-    renamings of the whole model (AltCLIP's) are added where more names fit with them.
+    The prefix of the part is removed. The loader itself applies only the part's renamings for older files; those of
+    the whole model (AltCLIP's) are added if more names fit with them.
 
     Args:
-        keys: Names in the file.
-        network: The network.
+        keys: Names of the weights in the file.
+        network: Network to load.
         whole: ``model_type`` of the whole model.
-        optional: How names begin that may be absent.
+        optional: Prefixes of names that may be absent.
         whose: Owner and file, for the message.
 
     Returns:
-        Regular expressions and what takes their place, in this order; None where nothing is to be done.
+        Regular expressions and their replacements, in order of application; None if no name changes.
 
     Raises:
-        WeightsError: Several such networks are in the file.
+        WeightsError: The file has several such networks.
     """
     needed = {key for key in network.state_dict() if not key.startswith(optional)}
     before, most = _prefix(keys, needed, whose)
@@ -136,7 +136,7 @@ def key_mapping(
 
 
 def _renamings(model_type: str) -> dict[str, str]:
-    """Plain renamings of a model's weights, from the names in files to those in the network."""
+    """Return the one-to-one renamings of a model's weights, from names in files to names in the network."""
     listed = get_checkpoint_conversion_mapping(model_type) or []
     return {
         each.source_patterns[0]: each.target_patterns[0]
@@ -146,9 +146,9 @@ def _renamings(model_type: str) -> dict[str, str]:
 
 
 def _prefix(keys: Collection[str], needed: Collection[str], whose: str) -> tuple[str, int]:
-    """What stands before the names of a network in a file, such as ``model.vision_tower.``, and how many fit with it.
+    """Return the prefix of a network's names in a file, such as ``model.vision_tower.``, and how many names fit.
 
-    Empty where the names stand there as they are, or not at all. Where most names fit decides.
+    The prefix with which most names fit is taken; it is empty if the names have none, or do not occur.
     """
     fitting: Counter[str] = Counter()
     for key in keys:
@@ -159,5 +159,5 @@ def _prefix(keys: Collection[str], needed: Collection[str], whose: str) -> tuple
     most = max(fitting.values(), default=0)
     found = sorted(before for before, count in fitting.items() if count == most)
     if len(found) > 1 and most == len(needed) and "" not in found:
-        raise WeightsError(f"{whose} holds several such encoders, under {found}; give a file with one.")
+        raise WeightsError(f"{whose} has several such encoders, under {found}; use a file with one.")
     return (found[0] if len(found) == 1 else ""), most

@@ -1,4 +1,4 @@
-"""Experts from transformers: its vision models, and the vision part of its whole models."""
+"""Experts from transformers: its vision models, and the vision part of its multimodal models."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from transformers.utils.generic import ModelOutput
 
 from visexpert.errors import ConfigError
 from visexpert.experts.base import TokenKind
-from visexpert.experts.huggingface import HubModel, interpolates, patches_of, prefix_and_suffix, takes_patches
+from visexpert.experts.huggingface import DescribedModel, interpolates, patches_of, prefix_and_suffix, takes_patches
 from visexpert.experts.maps import MapExpert, map_of
 from visexpert.experts.preprocessing import Framing, Interpolation, must_agree, preprocessing_of
 
 
-class HubExpert(MapExpert):
-    """What experts from transformers share: a description before the weights, and transformers' own loader.
+class AutoModelExpert(MapExpert):
+    """Base of experts from transformers: built from a description, then loaded with transformers' own loader.
 
     Args:
         auto: Name of the ``AutoModel...`` class.
-        wrap: Makes of its network one that maps (B, 3, H, W) to (B, E, h, w).
-        source: Folder in ``save_pretrained`` form, or hub id such as ``facebook/dinov2-large``; null for a random
-            network.
+        wrap: Turns the network into one that maps (B, 3, H, W) to (B, E, h, w).
+        source: Folder written by ``save_pretrained``, or Hugging Face id such as ``facebook/dinov2-large``; null for a
+            random network.
         config: ``model_type`` and other fields of ``config.json``, for a random network or for a source that is not on
-            this machine yet; where it is, they must agree.
-        processor: ``image_processor_type`` and other fields of ``preprocessor_config.json``, likewise. Mean, standard
-            deviation, interpolation and framing are the file's own; a random network has 0.5, 0.5 and bilinear.
-        image_size: Side of the input in pixels; null for that of the model's position embeddings, else of the
-            processor. Position embeddings are interpolated.
-        framing: What becomes of an image that is no square: ``squash`` (as CLIP here), ``crop``, ``pad``, or ``own``
-            for the processor's own.
+            this machine yet. If the file is there, it must have the same values.
+        processor: ``image_processor_type`` and other fields of ``preprocessor_config.json``, under the same rule. Mean,
+            standard deviation, interpolation and framing come from the file; a random network uses 0.5, 0.5, bilinear.
+        image_size: Side of the input in pixels; null for that of the model's position embeddings, or of the processor
+            if it has none. Position embeddings are interpolated.
+        framing: What to do with images that are not square: ``squash`` (as CLIP does here), ``crop``, ``pad``, or
+            ``own`` for the processor's way.
         interpolation: ``bilinear`` or ``bicubic``; null for the processor's own.
-        license: License of the weights; null for what the model card says.
+        license: License of the weights; null for the one in the model card.
         facts: See :class:`~visexpert.experts.maps.MapExpert`.
         tokens: ``features`` or ``prediction``.
     """
@@ -54,7 +54,7 @@ class HubExpert(MapExpert):
         tokens: TokenKind = "features",
     ) -> None:
         owner = type(self).__name__
-        described = HubModel.describe(owner=owner, auto=auto, source=source, config=config)
+        described = DescribedModel.describe(owner=owner, auto=auto, source=source, config=config)
         size = image_size or described.native_size
         preprocessing = preprocessing_of(
             owner=owner, source=described.source, processor=processor, size=size, interpolation=interpolation
@@ -76,11 +76,11 @@ class HubExpert(MapExpert):
         return None if self.described.source is None else self.described.source.text
 
     def load_weights(self) -> None:
-        """Read the weights from the folder, the hub's cache or the hub; a random network keeps its own.
+        """Read the weights from the folder, or from the Hugging Face Hub or its cache; a random network keeps its own.
 
         Raises:
-            WeightsError: They are nowhere, or do not fit; the message says what fetches them.
-            ConfigError: The model's own configuration differs from the one that was given.
+            WeightsError: They are missing, or do not fit; the message says how to fetch them.
+            ConfigError: The model's own configuration differs from the given one.
         """
         model = self.network.model
         assert isinstance(model, nn.Module)
@@ -89,17 +89,17 @@ class HubExpert(MapExpert):
             must_agree(self.described.source, self.processor, owner=type(self).__name__)
 
 
-class TransformersExpert(HubExpert):
-    """Tokens of any vision encoder of transformers; of a whole model, of its vision part.
+class TransformersExpert(AutoModelExpert):
+    """Tokens of any vision encoder in transformers, or of the vision part of a multimodal model.
 
-    CLIP and its kin (MetaCLIP 2, AltCLIP, Chinese-CLIP, CLIPSeg), SigLIP, AIMv2, BLIP, OWL-ViT, FLAVA, Florence-2,
-    SAM, SAM 2, and the tower inside LLaVA, InternVL or PaliGemma are read from the folder of the whole model. Models
-    of videos, of images cut into patches beforehand (Qwen2-VL), or with code of their own are refused.
+    The vision parts of CLIP and its variants (MetaCLIP 2, AltCLIP, Chinese-CLIP, CLIPSeg), SigLIP, AIMv2, BLIP,
+    OWL-ViT, FLAVA, Florence-2, SAM, SAM 2, LLaVA, InternVL and PaliGemma are read from the folder of the whole model.
+    Models that read videos or images already cut into patches (Qwen2-VL), or bring their own code, are refused.
 
     Args:
-        layer: Null for the last features as the model gives them, final norm (or SAM's neck) included; else one of
-            ``hidden_states``, -1 for that of the last block.
-        kwargs: See :class:`HubExpert`.
+        layer: Index into ``hidden_states``, -1 for the last block; null for the model's last features, after the final
+            norm (or SAM's neck).
+        kwargs: See :class:`AutoModelExpert`.
     """
 
     def __init__(self, *, layer: int | None = None, **kwargs: Any) -> None:
@@ -109,12 +109,12 @@ class TransformersExpert(HubExpert):
 
 
 class EncoderMap(nn.Module):
-    """An encoder of transformers as (B, 3, H, W) -> (B, E, h, w).
+    """Map pixels (B, 3, H, W) to features (B, E, h, w) with an encoder from transformers.
 
     Args:
-        model: The model.
-        layer: Which of ``hidden_states``; None for the last features.
-        headed: The model has a head; only what makes its features is run.
+        model: Model from transformers.
+        layer: Index into ``hidden_states``; None for the last features.
+        headed: Whether the model has a head; only the part before it is run.
     """
 
     def __init__(self, model: nn.Module, *, layer: int | None = None, headed: bool = False) -> None:
@@ -124,12 +124,12 @@ class EncoderMap(nn.Module):
         self.headed = headed
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Feature map of the last or the chosen layer."""
+        """Return the feature map of the last or the chosen layer."""
         encoder = _without_head(self.model) if self.headed else self.model
         if frames := _frames(encoder.config):
             raise ValueError(f"it reads videos of {frames} frames")
         if not takes_patches(encoder) and (others := _other_inputs(encoder)):
-            raise ValueError(f"it reads no plain images: it needs {' and '.join(others)} beside pixels")
+            raise ValueError(f"it does not read plain images: besides pixels it needs {' and '.join(others)}")
         size = int(pixels_BCHW.shape[-1])
         asked = {"interpolate_pos_encoding": True} if interpolates(encoder) else {}
         unrolled = hasattr(encoder, "unroll_schedule")
@@ -140,21 +140,21 @@ class EncoderMap(nn.Module):
             output = encoder(pixels_BCHW, **asked, **states)
         features = _features(output, self.layer, unrolled=unrolled)
         if hasattr(encoder.config, "num_group_tokens"):
-            raise ValueError("its tokens are groups of patches, which have no place")
+            raise ValueError("its tokens are groups of patches, which have no position")
         prefix, suffix = prefix_and_suffix(encoder, size, int(features.shape[1]) if features.ndim == 3 else 0)
         return map_of(features, prefix=prefix, suffix=suffix)
 
 
 def _features(output: Any, layer: int | None, *, unrolled: bool) -> Tensor:
-    """What a model calls its last features, or one of its hidden states.
+    """Return a model's last features, or one of its hidden states.
 
     Args:
-        output: Of the model.
-        layer: Which of its hidden states; None for the last features.
-        unrolled: Its tokens are sorted by window (Hiera); ``reshaped_hidden_states`` has them by rows.
+        output: Output of the model.
+        layer: Index into its hidden states; None for the last features.
+        unrolled: Whether its tokens are sorted by window (Hiera); ``reshaped_hidden_states`` has them row by row.
 
     Raises:
-        ValueError: Nothing in the output has one of the names that transformers gives to features.
+        ValueError: Nothing in the output has a name that transformers gives to features.
     """
     named = output if isinstance(output, ModelOutput) else {}
     found: Any
@@ -168,7 +168,7 @@ def _features(output: Any, layer: int | None, *, unrolled: bool) -> Tensor:
         names = ("last_hidden_state", "encoder_last_hidden_state")
         found = maps[-1] if maps else next((named[name] for name in names if named.get(name) is not None), None)
     if not isinstance(found, Tensor):
-        raise ValueError(f"it hands on {list(named) or type(output).__name__}, and no features of patches among them")
+        raise ValueError(f"its output, {list(named) or type(output).__name__}, has no features of patches")
     return found
 
 
@@ -176,31 +176,31 @@ def _at(states: Sequence[Tensor], layer: int) -> Tensor:
     """Return one of the hidden states.
 
     Raises:
-        ConfigError: There is none of this index.
+        ConfigError: The index is out of range.
     """
     if not -len(states) <= layer < len(states):
         raise ConfigError(
-            f"layer {layer} is none of the model's hidden states; give one from {-len(states)} to {len(states) - 1} "
-            "(-1 for the last block), or leave it out for the last features."
+            f"layer must be from {-len(states)} to {len(states) - 1}, got {layer}; -1 is the last block, and without "
+            "layer you get the last features."
         )
     return states[layer]
 
 
 def _other_inputs(model: nn.Module) -> list[str]:
-    """Names of what a model needs beside pixels, such as the grid of patches that were cut beforehand (Qwen2-VL)."""
+    """Return the names of inputs that a model needs besides pixels, such as the grid of patches (Qwen2-VL)."""
     taken = list(inspect.signature(model.forward).parameters.values())[1:]
     named = (each for each in taken if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD))
     return [each.name for each in named if each.default is each.empty]
 
 
 def _frames(config: Any) -> int:
-    """Of how many frames the videos are that a model reads; 0 for one that reads images."""
+    """Return how many frames a model reads; 0 if it reads images."""
     counts = (getattr(config, name, None) for name in ("num_frames", "frames_per_clip"))
     return next((count for count in counts if isinstance(count, int) and count > 1), 0)
 
 
 def _without_head(model: nn.Module) -> nn.Module:
-    """The part of a model with a head that makes its features."""
+    """Return the part of a model that comes before its head."""
     backbone = getattr(model, "backbone", None)
     base = getattr(model, "base_model", model)
     assert isinstance(base, nn.Module)

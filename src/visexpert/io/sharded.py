@@ -1,8 +1,8 @@
-"""Checkpoints that are folders: what FSDP and DeepSpeed write where each process saves its own shard.
+"""Sharded checkpoints: folders that FSDP and DeepSpeed write when each process saves its own shard.
 
-Both are put together by the engine's own reader, which by itself would run code that a folder brings. Here nothing is
-ever run from one: the index of ``torch.distributed.checkpoint`` is decoded by an unpickler that knows its classes
-alone, and DeepSpeed's tool reads under torch's own switch for weights only.
+The engine's own reader assembles them, but left to itself it would run code from the folder. Here none is run: the
+index of ``torch.distributed.checkpoint`` is decoded by an unpickler that only knows its classes, and DeepSpeed's tool
+reads under torch's own switch for weights only.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ import torch
 from torch import Tensor
 
 INDEX, FACTS = ".metadata", "meta.pt"
-"""Files of a folder that FSDP wrote through Lightning: where each shard lies, and all that is no weight."""
+"""Files of a folder that FSDP wrote through Lightning: the places of the shards, and everything but the weights."""
 
 LATEST = "latest"
-"""File of a folder that DeepSpeed wrote: the name of the folder inside it with the shards."""
+"""File of a folder that DeepSpeed wrote: the name of the subfolder with the shards."""
 
 _ROOTS = ("model", "state_dict")
-"""Where the weights lie in FSDP's folders, by version."""
+"""Keys of the weights in FSDP's folders, by version."""
 
 _OF_THE_ENGINE = frozenset(
     "module optimizer lr_scheduler csr_tensor_module_names sparse_tensor_module_names skipped_steps global_steps "
     "global_samples dp_world_size mp_world_size buffer_names param_shapes frozen_param_shapes frozen_param_fragments "
     "shared_params data_sampler random_ltd ds_config ds_version checkpoint_parallel_dimensions".split()
 )
-"""Entries of DeepSpeed's own beside those that Lightning saved."""
+"""DeepSpeed's own entries, beside those that Lightning saved."""
 
 _DEEPSPEEDS = frozenset(
     {
@@ -45,19 +45,19 @@ _DEEPSPEEDS = frozenset(
         "deepspeed.utils.tensor_fragment.fragment_address",
     }
 )
-"""Plain classes that DeepSpeed's shards hold."""
+"""Plain classes that occur in DeepSpeed's shards."""
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether a path is a folder that one of the engines wrote."""
+    """Return whether a path is a folder that FSDP or DeepSpeed wrote."""
     return (path / INDEX).is_file() or (path / LATEST).is_file()
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Read all but the weights, and see that no shard is missing or cut off.
+    """Read everything but the weights, and check that no shard is missing or cut off.
 
     Raises:
-        Exception: Whatever the readers raise on a folder that is damaged.
+        Exception: Whatever the readers raise if the folder is damaged.
     """
     if (folder / INDEX).is_file():
         _check_fsdp(folder)
@@ -72,19 +72,20 @@ def read_facts(folder: Path) -> dict[str, Any]:
     facts = _load(states[0])
     world, found = int(facts["dp_world_size"]), sum(file.name.endswith("optim_states.pt") for file in shards)
     if found % world or not found:
-        raise ValueError(f"{found} of {world} shards of the optimizer are there")
+        raise ValueError(f"{found} optimizer shards do not fit {world} processes")
     return {key: value for key, value in facts.items() if key not in _OF_THE_ENGINE}
 
 
 def read_sharded(folder: Path) -> dict[str, Any]:
-    """Put a checkpoint together: what Lightning saves in a file, without the optimizer's state.
+    """Assemble a checkpoint as Lightning saves it in one file, without the optimizer's state.
 
     Returns:
-        With ``state_dict``: each tensor whole, on the CPU; float32 from DeepSpeed, as stored from FSDP.
+        The entries of the checkpoint; ``state_dict`` has whole tensors on the CPU, in float32 from DeepSpeed and in
+        the stored dtype from FSDP.
 
     Raises:
-        ModuleNotFoundError: DeepSpeed wrote it and is not installed.
-        Exception: Whatever else the readers raise on a folder that is damaged.
+        ModuleNotFoundError: DeepSpeed wrote the folder and is not installed.
+        Exception: Whatever else the readers raise if the folder is damaged.
     """
     facts = read_facts(folder)
     weights = _fsdp_weights(folder) if (folder / INDEX).is_file() else _deepspeed_weights(folder)
@@ -108,7 +109,7 @@ def _fsdp_weights(folder: Path) -> dict[str, Tensor]:
         if root in _ROOTS and isinstance(facts, TensorStorageMetadata):
             empty.setdefault(root, {})[name] = torch.empty(facts.size, dtype=facts.properties.dtype)
     if len(empty) != 1:
-        raise ValueError(f"it holds no weights under {' or '.join(_ROOTS)}")
+        raise ValueError(f"it has no weights under {' or '.join(_ROOTS)}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         load(empty, storage_reader=Reader(folder), no_dist=True)
@@ -128,7 +129,7 @@ def _read_index(folder: Path) -> Any:
 
 
 class _IndexReader(pickle.Unpickler):
-    """Knows the classes of such an index and nothing else."""
+    """Unpickler that only knows the classes of such an index."""
 
     _NAMES = frozenset(
         {
@@ -141,27 +142,27 @@ class _IndexReader(pickle.Unpickler):
     _METADATA = "torch.distributed.checkpoint.metadata"
 
     def find_class(self, module: str, name: str) -> Any:
-        """Hand out an allowed class; refuse all else."""
+        """Return an allowed class; refuse any other."""
         if (module, name) in self._NAMES:
             return super().find_class(module, name)
         if module.partition(".")[0] == "pathlib" and name.endswith("Path"):
-            return PurePath  # where it was written, on whatever system; not used
+            return PurePath  # the folder it was written to, on whatever system; not used
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
         if module == self._METADATA and "." not in name:
             found = getattr(import_module(module), name, None)
             if isinstance(found, type) and found.__module__ == module:
                 return found
-        raise pickle.UnpicklingError(f"its index names {module}.{name}, which is no part of an index")
+        raise pickle.UnpicklingError(f"its index names {module}.{name}, which does not belong in an index")
 
 
 def _deepspeed_shards(folder: Path) -> list[Path]:
     tag = (folder / LATEST).read_text(encoding="utf-8").strip()
     if not tag or Path(tag).name != tag:
-        raise ValueError(f"its file 'latest' names {tag[:40]!r}, which is no folder's name")
+        raise ValueError(f"its file 'latest' names {tag[:40]!r}, which is not the name of a folder")
     shards = sorted((folder / tag).glob("*_states.pt"))
     if not any(file.name.endswith("model_states.pt") for file in shards):
-        raise ValueError(f"{folder / tag} holds no *_model_states.pt")
+        raise ValueError(f"{folder / tag} has no *_model_states.pt")
     return shards
 
 
@@ -174,8 +175,8 @@ def _deepspeed_weights(folder: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """Force ``weights_only=True`` on a tool that asks for the opposite; its own plain classes stay known."""
-    import_module("deepspeed")  # the first to say that it is missing
+    """Force ``weights_only=True`` on a tool that asks for the opposite; DeepSpeed's plain classes stay allowed."""
+    import_module("deepspeed")  # raises ModuleNotFoundError if it is missing
     known = [getattr(import_module(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in sorted(_DEEPSPEEDS)]
     switch = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(switch)
@@ -193,5 +194,5 @@ def _weights_only() -> Iterator[None]:
 def _load(path: Path) -> dict[str, Any]:
     loaded = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(loaded, dict):
-        raise ValueError(f"{path.name} holds no dictionary")
+        raise ValueError(f"{path.name} is not a dictionary")
     return loaded

@@ -1,4 +1,4 @@
-"""How weights from outside are read: never by running code."""
+"""Read weights from outside without running code."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from visexpert.errors import WeightsError
 from visexpert.io.source import WEIGHT_FILES, ZOO, ModelSource, zoo_names
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
-"""Under which key training scripts keep the weights, beside the optimizer's state and the like."""
+"""Keys under which training scripts keep the weights, beside the optimizer's state and the like."""
 
 T = TypeVar("T")
 
 
 def cache_root(root: str | None = None) -> Path:
-    """Folder of what can be computed again: ``root``, else ``$VISEXPERT_CACHE``, else ``~/.cache/visexpert``."""
+    """Return the folder for recomputable files: ``root``, else ``$VISEXPERT_CACHE``, else ``~/.cache/visexpert``."""
     return Path(root or os.environ.get("VISEXPERT_CACHE") or "~/.cache/visexpert").expanduser()
 
 
 @dataclass(frozen=True)
 class LoadedState:
-    """Weights and the file that they were read from, for messages.
+    """Weights, and the file that they were read from, for messages.
 
     Args:
-        path: The file; of a split one, its index.
-        tensors: By name.
+        path: File of the weights, or the index of a split one.
+        tensors: Weights by name.
     """
 
     path: Path
@@ -52,13 +52,13 @@ def read_source(
     """Read the weights of a source, all parts of a split file together.
 
     Args:
-        source: A file, or where its files are.
-        owner: Who asks, for messages.
-        names: Files, best first.
-        holding: Of a split file, read those parts alone that list a weight of such a name; all where none does.
+        source: Source of the weights.
+        owner: Name of the caller, for messages.
+        names: Names of the files to look for, best first.
+        holding: For a split file: read only parts with a weight whose name matches; all if none does.
 
     Raises:
-        WeightsError: They are nowhere, damaged, or an index names a file outside its folder.
+        WeightsError: They are missing or damaged, or an index lists a file outside its folder.
     """
     path = source.file or source.fetch(*names, owner=owner)
     if path.suffix != ".json":
@@ -74,7 +74,7 @@ def load_safetensors(path: Path, *, owner: str) -> dict[str, Tensor]:
 
     Args:
         path: The file.
-        owner: Who asks, for the message.
+        owner: Name of the caller, for the message.
 
     Raises:
         WeightsError: The file is missing or is not valid safetensors.
@@ -84,22 +84,22 @@ def load_safetensors(path: Path, *, owner: str) -> dict[str, Tensor]:
         raise WeightsError(f"{owner}: no weights at {path}; {hint}.")
     try:
         return load_file(path)
-    except Exception as error:  # damaged content can make a reader raise anything
+    except Exception as error:  # a damaged file can make the reader raise anything
         raise WeightsError(f"{owner}: {path} is not a readable safetensors file ({error}); fetch it again.") from error
 
 
 def load_state(path: Path, *, owner: str) -> dict[str, Tensor]:
-    """Read the weights of a published model: safetensors, or a torch file without running code from it.
+    """Read the weights of a published model from safetensors, or from a torch file without running its code.
 
-    A training checkpoint (:data:`WRAPPERS`) is unwrapped, and what DistributedDataParallel puts before every key and
-    ``torch.compile`` into keys is taken off.
+    A training checkpoint (:data:`WRAPPERS`) is unwrapped, and what DistributedDataParallel and ``torch.compile`` add
+    to its keys is removed.
 
     Args:
-        path: ``.safetensors``, ``.pt``, ``.pth``, ``.ckpt`` or ``.bin``.
-        owner: Who asks, for the message.
+        path: File ``.safetensors``, ``.pt``, ``.pth``, ``.ckpt`` or ``.bin``.
+        owner: Name of the caller, for the message.
 
     Raises:
-        WeightsError: The file is missing, damaged, could run code, or holds no tensors by name.
+        WeightsError: The file is missing, damaged, could run code, or is not a state dict.
     """
     if path.suffix == ".safetensors":
         return _unprefixed(load_safetensors(path, owner=owner))
@@ -107,57 +107,59 @@ def load_state(path: Path, *, owner: str) -> dict[str, Tensor]:
         raise WeightsError(f"{owner}: no weights at {path}; check the path, or fetch them first.")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged content can make a reader raise anything
+    except Exception as error:  # a damaged file can make the reader raise anything
         raise unreadable(path, error, owner=owner) from error
     state = _unwrapped(loaded)
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise WeightsError(f"{owner}: {path} holds no tensors by name; give a state dict.")
+        raise WeightsError(f"{owner}: {path} is not a state dict (tensors by name); use a file with one.")
     return _unprefixed(state)
 
 
 def unreadable(what: Path | str, error: Exception, *, owner: str) -> WeightsError:
-    """Return the error for weights that a reader gave up on: a pickle that could run code, or a damaged file.
+    """Return the error for weights that cannot be read: a pickle that could run code, or a damaged file.
 
     Args:
-        what: The file, or the words for it.
-        error: What the reader raised; torch's own text advises to load the file all the same, and is not passed on.
-        owner: Who asks, for the message.
+        what: The file, or a description of it.
+        error: Error of the reader; torch's text is not passed on, for it advises loading the file unsafely.
+        owner: Name of the caller, for the message.
     """
     text = " ".join(str(error).split())
     if "weights_only" not in text and "Weights only" not in text:
         return WeightsError(f"{owner}: {what} cannot be read ({text[:300]}); fetch it again.")
     named = re.search(r"GLOBAL ([\w.]+)", text)
     if named is None:
-        return WeightsError(f"{owner}: {what} cannot be read: no pickle of tensors alone, or damaged; fetch it again.")
+        return WeightsError(
+            f"{owner}: {what} cannot be read: it is damaged, or has more than tensors in it; fetch it again."
+        )
     return WeightsError(
-        f"{owner}: {what} cannot be read: a pickle that names {named[1]} could run code, and is not loaded; convert it "
-        "to safetensors where you trust it (safetensors.torch.save_file of its state dict)."
+        f"{owner}: {what} cannot be read: its pickle names {named[1]}, which could run code; if you trust the file, "
+        "convert it to safetensors (safetensors.torch.save_file of its state dict)."
     )
 
 
 def reshaped(mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> list[str]:
-    """Return up to three weights of another shape, with both shapes, from what transformers reports of its loading.
+    """Return up to three weights that differ in shape, with both shapes, from transformers' report on loading.
 
     Args:
-        mismatched: ``mismatched_keys``: name, shape in the file, and shape in the network.
+        mismatched: ``mismatched_keys`` of the report: name, shape in the file, and shape in the network.
     """
     return [f"{name} {tuple(found)} instead of {tuple(needed)}" for name, found, needed in sorted(mismatched)][:3]
 
 
 def state_keys(path: Path) -> list[str] | None:
-    """Names of the weights that :func:`load_state` would give, without reading them; None where that cannot be."""
+    """Return the names of the weights that :func:`load_state` would return, without reading them; None if it fails."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as opened:
                 return list(_unprefixed(dict.fromkeys(opened.keys())))
         state = _unwrapped(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    except Exception:  # load_state says what is wrong
+    except Exception:  # load_state reports what is wrong
         return None
     return list(_unprefixed(state)) if isinstance(state, dict) else None
 
 
 def _unwrapped(loaded: Any) -> Any:
-    """The state dict in what a training script has saved."""
+    """Return the state dict in what a training script saved; None if there is none."""
     if not isinstance(loaded, dict):
         return None
     return next((loaded[name] for name in WRAPPERS if isinstance(loaded.get(name), dict)), loaded)
@@ -170,10 +172,10 @@ def _unprefixed(state: dict[str, T]) -> dict[str, T]:
 
 
 def fill_module(module: nn.Module, state: dict[str, Tensor], *, owner: str, path: Path) -> None:
-    """Load ``state`` strictly into ``module``, casting to its dtype.
+    """Load ``state`` strictly into ``module``, cast to its dtypes.
 
     Raises:
-        WeightsError: A key is missing, unexpected or of another shape; the message names up to three of each. Or a
+        WeightsError: A key is missing, unexpected or of another shape (the message names up to three of each), or a
             weight is NaN or infinite.
     """
     expected = module.state_dict()
@@ -193,8 +195,8 @@ def fill_module(module: nn.Module, state: dict[str, Tensor], *, owner: str, path
     spoilt = sorted(key for key, _ in module.named_parameters() if not bool(state[key].isfinite().all()))
     if spoilt:
         raise WeightsError(
-            f"{owner}: {len(spoilt)} of the weights in {path} hold NaN or infinite numbers ({spoilt[:3]}); use a file "
-            "from before the training diverged, or fetch it again."
+            f"{owner}: {len(spoilt)} of the weights in {path} are NaN or infinite ({spoilt[:3]}); use a file from "
+            "before the training diverged, or fetch it again."
         )
     module.load_state_dict(
         {key: value.to(expected[key].dtype) for key, value in state.items()}, strict=True, assign=False
@@ -202,10 +204,10 @@ def fill_module(module: nn.Module, state: dict[str, Tensor], *, owner: str, path
 
 
 def weights_digest(module: nn.Module, *, facts: str) -> str:
-    """Hash of all weights and of ``facts``: the identity of what a frozen encoder computes.
+    """Return a hash of all weights and of ``facts``, which identifies what a frozen encoder computes.
 
     Args:
-        module: The network, weights loaded.
+        module: Network, with its weights loaded.
         facts: What else its output depends on: input size, layer, normalization.
     """
     digest = hashlib.sha256(facts.encode())

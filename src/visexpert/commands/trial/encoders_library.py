@@ -22,7 +22,7 @@ from visexpert.experts import (
 )
 from visexpert.experts.huggingface import quiet
 from visexpert.experts.maps import RANDOM
-from visexpert.experts.transformers import HubExpert
+from visexpert.experts.transformers import AutoModelExpert
 from visexpert.io.source import WEIGHT_FILES, ModelSource
 from visexpert.io.weights import read_source
 from visexpert.vision import ClipEncoder
@@ -37,7 +37,7 @@ class NotLoadedError(Exception):
 
 def compare_expert(expert: VisionExpert, pixels_BCHW: Tensor, tokens_BSE: Tensor) -> Comparison | str:
     """Hold an expert's tokens against its own library; a sentence where that cannot be asked."""
-    if isinstance(expert, HubExpert):
+    if isinstance(expert, AutoModelExpert):
         if expert.described.source is None:
             return "random weights"
         model, call = of_transformers(expert.described.source, type(expert))

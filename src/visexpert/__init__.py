@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         POPE,
         VSR,
         COCOCaptions,
+        ImageTable,
         LLaVAInstruct,
         MixedData,
         NoCaps,
@@ -95,6 +96,7 @@ __all__ = [
     "FusingMethod",
     "GateSettings",
     "HeadSettings",
+    "ImageTable",
     "KorniaEdges",
     "LLaVAInstruct",
     "LanguageModel",
@@ -149,7 +151,7 @@ __all__ = [
 
 _NAMES = {
     "captioning": "Answer Captioner",
-    "data": "CC3M POPE VSR COCOCaptions LLaVAInstruct MixedData NoCaps VQAv2 read_image",
+    "data": "CC3M POPE VSR COCOCaptions ImageTable LLaVAInstruct MixedData NoCaps VQAv2 read_image",
     "errors": "ConfigError DataError UserError WeightsError",
     "experts": "DepthExpert ExpertHub KorniaEdges NormalsFromDepth OpenClipExpert SegmentationExpert TimmExpert "
     "TransformersExpert VisionExpert",

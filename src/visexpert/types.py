@@ -7,7 +7,9 @@ K experts · R LoRA rank · H heads (or image height beside W) · L text length 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
@@ -17,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from visexpert.errors import ConfigError
+from visexpert.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +42,16 @@ _Self = TypeVar("_Self", bound="TensorRecord")
 class TensorRecord:
     """A frozen record of tensors that Lightning can move to a device (it calls ``.to``)."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__repr__" not in cls.__dict__:  # else each dataclass would write out its tensors
+            cls.__repr__ = TensorRecord._short  # type: ignore[method-assign, assignment]
+
+    def _short(self) -> str:
+        """Return shapes in place of tensors, and counts in place of texts."""
+        given = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return f"{type(self).__name__}({', '.join(f'{name}={_brief(value)}' for name, value in given)})"
+
     of_host: ClassVar[frozenset[str]] = frozenset()
     """Fields that stay on the host, which reads them without waiting for the device."""
 
@@ -60,6 +72,14 @@ class TensorRecord:
             f.name: _mapped(getattr(self, f.name), change, lambda record: record.mapped(change)) for f in fields(self)
         }
         return replace(self, **changed)
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, tuple | list) and len(repr(value)) > 40:
+        return f"<{len(value)}>"
+    return repr(value)
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor], within: Callable[[Any], Any]) -> Any:
@@ -410,6 +430,51 @@ class Batch(TensorRecord):
     @cached_property
     def _unit_images(self) -> Tensor:
         return _scaled(self.images_BCHW)
+
+
+_IMAGES_ARE_CHECKED: ContextVar[bool] = ContextVar("images_are_checked", default=False)
+
+
+@contextmanager
+def images_are_checked() -> Iterator[None]:
+    """Say that the images of this context come from a data module, so that no encoder waits for the device to look."""
+    token = _IMAGES_ARE_CHECKED.set(True)
+    try:
+        yield
+    finally:
+        _IMAGES_ARE_CHECKED.reset(token)
+
+
+def check_images(images_BCHW: Tensor, *, owner: str) -> None:
+    """Check that images are (B, 3, H, W) floats in [0, 1].
+
+    Values are looked at outside of :func:`images_are_checked` only, and never on ``meta`` or while a graph is traced.
+
+    Args:
+        images_BCHW: The images.
+        owner: Who reads them, for the message.
+
+    Raises:
+        DataError: They are something else.
+    """
+    if not isinstance(images_BCHW, Tensor) or images_BCHW.ndim != 4 or images_BCHW.shape[1] != 3:
+        found = tuple(images_BCHW.shape) if isinstance(images_BCHW, Tensor) else type(images_BCHW).__name__
+        raise DataError(f"{owner}: images must be a tensor (B, 3, H, W), got {found}; add the batch's axis, RGB first.")
+    if not images_BCHW.is_floating_point():
+        raise DataError(f"{owner}: images must be floats in [0, 1], got {images_BCHW.dtype}; divide bytes by 255.")
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if _IMAGES_ARE_CHECKED.get() or images_BCHW.is_meta or traced or not images_BCHW.numel():
+        return
+    least, most = (float(value) for value in torch.aminmax(images_BCHW.detach()))
+    if not (least >= -_ROUNDING and most <= 1 + _ROUNDING):
+        raise DataError(
+            f"{owner}: images must be in [0, 1], got {least:.3g} to {most:.3g}; each encoder normalizes by itself, so "
+            "give pixels / 255 as they are."
+        )
+
+
+_ROUNDING = 1e-3
+"""What resizing may exceed [0, 1] by."""
 
 
 def _scaled(images: Tensor) -> Tensor:

@@ -6,10 +6,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import pytest
 from PIL import Image
 
+from tests.data.formats import tokenizer_folder, write_coco, write_jpeg, write_json_lines, write_shards
 from tests.docs.blocks import Block, blocks_of, run_page
+from tests.end_to_end_parts import write_chats
 from visexpert.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +38,29 @@ PAGES = sorted(
 )
 
 
+def write_examples(root: Path) -> None:
+    """Write what docs/your-data.md has in its folder ``data``."""
+    tokenizer_folder(root / "tokenizer")
+    for name, color in (("cat", "red"), ("dog", "blue")):
+        write_jpeg(root / "photos" / f"{name}.jpg", color)
+        (root / "photos" / f"{name}.txt").write_text(f"a {color} {name}", encoding="utf-8")
+    lines = ["image,caption", "photos/cat.jpg,a red cat", 'photos/dog.jpg,"a blue dog , on a mat"']
+    (root / "captions.csv").write_text("\n".join(lines), encoding="utf-8")
+    write_json_lines(
+        root / "questions.jsonl", [{"image": "photos/cat.jpg", "question": "what is it ?", "answer": "cat"}]
+    )
+    pictures = [Image.new("RGB", (12, 8), color) for color in ("red", "blue")]
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    rows = datasets.Dataset.from_dict({"image": pictures, "caption": ["a red cat", "a blue dog"]}, features=features)
+    rows.save_to_disk(str(root / "saved"))
+    write_shards(root / "shards", (3, 3))
+    for part in ("train", "val"):
+        write_jpeg(root / "coco" / f"{part}2017" / "1.jpg", "red")
+        image = {"id": 1, "file_name": "1.jpg", "width": 12, "height": 8}
+        write_coco(root / "coco" / "annotations" / f"captions_{part}2017.json", [image], [(1, "a red cat")])
+    write_chats(root / "llava", "conversations.json", style="vicuna_v1", images="images")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with photos and a finished run, ``runs/tove``, which the pages share."""
@@ -47,6 +73,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for name in ("photo.png", "folder/one.png", "folder/two.png"):
             Path(name).parent.mkdir(exist_ok=True)
             Image.new("RGB", (48, 32), (200, 30, 30)).save(name)
+        write_examples(folder / "data")
         configs = ROOT / "configs" / "tove"
         start = ["--config", str(configs / "tabletop.yaml"), "--config", str(configs / "demo.yaml")]
         main(["fit", *start, "--run", "runs/tove", "--model.init_args.use=[semantic,depth]", *RUN])

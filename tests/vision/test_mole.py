@@ -250,6 +250,7 @@ def test_blocks_behind_the_tokens_are_run_for_their_routers_alone() -> None:
         watched = clip(images)
     record = routing.record()
     assert record is not None and record.layers == (0, 1, 2) and not clip.routing_watched
+    assert alone.cls_BD is not None and watched.cls_BD is not None
     assert torch.equal(alone.tokens_BTD, watched.tokens_BTD) and torch.equal(alone.cls_BD, watched.cls_BD)
     # What the third router reads is what transformers' own block makes for its MLP.
     seen: list[Tensor] = []

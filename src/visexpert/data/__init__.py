@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from visexpert.data.cc3m import CC3M
     from visexpert.data.chat import ChatPacker
     from visexpert.data.coco import COCOCaptions, NoCaps
+    from visexpert.data.image_table import ImageTable
     from visexpert.data.images import read_image
     from visexpert.data.llava import LLaVAInstruct
     from visexpert.data.loader import BatchKey, BatchLoader, StepLoader
@@ -30,6 +31,7 @@ __all__ = [
     "BatchKey",
     "BatchLoader",
     "COCOCaptions",
+    "ImageTable",
     "ChatPacker",
     "LLaVAInstruct",
     "MixedData",
@@ -45,6 +47,7 @@ __all__ = [
 _HOMES = {
     "CC3M": "cc3m",
     "COCOCaptions": "coco",
+    "ImageTable": "image_table",
     "ChatPacker": "chat",
     "BatchKey": "loader",
     "BatchLoader": "loader",

@@ -30,7 +30,7 @@ def read_json(path: Path) -> Any:
         DataError: It is missing or damaged.
     """
     try:
-        return parse_json(_text(path))
+        return parse_json(read_text(path))
     except ValueError as error:
         raise DataError(f"The annotations {path} cannot be read ({error}); fetch them again.") from error
 
@@ -67,7 +67,7 @@ def read_json_list(path: Path, *keys: str) -> Records:
     Raises:
         DataError: It is missing, damaged, or has no such list.
     """
-    text = _text(path)
+    text = read_text(path)
     lines = [] if keys else [line for line in text.split("\n") if line.strip()]
     if len(lines) > 1 and all(line.lstrip().startswith("{") and line.rstrip().endswith("}") for line in lines[:2]):
         return _lines(text)
@@ -88,7 +88,7 @@ def read_json_lines(path: Path) -> Records:
     Raises:
         DataError: The file is missing or is not text.
     """
-    text = _text(path)
+    text = read_text(path)
     if text.lstrip().startswith("["):
         return read_json_list(path)
     return _lines(text)
@@ -300,7 +300,7 @@ def image_path(folder: Path, name: Any, *, key: str) -> str:
     return str(folder / name)
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """Return a file's text; invalid UTF-8 becomes lone surrogates, which make the record around them unusable.
 
     Raises:

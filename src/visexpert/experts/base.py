@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from visexpert.errors import ConfigError, require_channels
+from visexpert.io.first_use import ReadsWeights, described
 from visexpert.io.weights import weights_digest
 from visexpert.precision import like_weights
-from visexpert.types import ExpertTokens
+from visexpert.types import ExpertTokens, check_images
 
 TokenKind = Literal["features", "prediction"]
 
 
-class VisionExpert(nn.Module, ABC):
+class VisionExpert(ReadsWeights, ABC):
     """A frozen encoder that turns images into tokens.
 
     A subclass builds its network in ``__init__`` without downloading or reading weights, fills it in
@@ -90,8 +91,25 @@ class VisionExpert(nn.Module, ABC):
             images_BCHW = resize_images(images_BCHW, self.image_size)
         return (images_BCHW - self.mean) / self.std
 
+    def __call__(self, images_BCHW: Tensor) -> ExpertTokens:
+        check_images(images_BCHW, owner=type(self).__name__)
+        tokens: ExpertTokens = super().__call__(images_BCHW)
+        return tokens
+
+    def __repr__(self) -> str:
+        height, width = self.grid_hw
+        facts = [f"{height}x{width} {self.tokens} of width {self.token_dim}", f"{self.image_size} px", self.license]
+        return described(self, self.weights_from, facts)
+
     def forward(self, images_BCHW: Tensor) -> ExpertTokens:
-        """Encode images (B, 3, H, W), float in [0, 1], any size."""
+        """Encode images (B, 3, H, W), float in [0, 1], any size.
+
+        Calling the expert reads its weights, where nothing has put them in, and checks the images.
+
+        Raises:
+            DataError: When called, images that are something else.
+            WeightsError: When called first, weights that are nowhere, or do not fit.
+        """
         return ExpertTokens(self.encode(like_weights(self.preprocess(images_BCHW), self)), self.grid_hw)
 
 

@@ -111,8 +111,11 @@ class ExpertHub(nn.Module):
             ConfigError: An expert gives different tokens for the same image each time.
         """
         for name in self.attached:
-            self[name].load_weights()
-            check_repeats(self[name], name)
+            self._load(name)
+
+    def _load(self, name: str) -> None:
+        self[name].load_weights()
+        check_repeats(self[name], name)
 
     def train(self, mode: bool = True) -> ExpertHub:
         """Stay in eval mode, so that batch statistics and dropout are as frozen as the weights."""
@@ -167,8 +170,16 @@ class ExpertHub(nn.Module):
         cached = None if self._cache is None else self._cache.read(EncoderName("expert", name), batch)
         if cached is not None:
             return ExpertTokens(cached, self._cache_grids[name])
-        tokens: ExpertTokens = self.experts[name](batch.images_01())
-        return tokens
+        images_BCHW = batch.images_01()
+        expert = self[name]
+        waits = not expert.weights_in_place and expert.weights_from is not None
+        if waits and not images_BCHW.is_meta:  # attached since the weights were read, or none were
+            self._load(name)
+        return expert(images_BCHW)
+
+    def __repr__(self) -> str:
+        lines = [f"  {name}: {self[name]}{'' if name in self._attached else ', detached'}" for name in self.names]
+        return "\n".join(["ExpertHub(", *lines, ")"]) if lines else "ExpertHub(no experts)"
 
     def _known(self, name: str) -> str:
         if name not in self.experts:

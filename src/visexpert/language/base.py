@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from visexpert.errors import ConfigError, DataError
+from visexpert.io.first_use import ReadsWeights, described
 from visexpert.language.generation import Decoding
 from visexpert.precision import like_weights
 from visexpert.types import IGNORE_INDEX, TextBatch, VisionTokens
@@ -28,7 +29,7 @@ class Predictions(NamedTuple):
     targets_M: Tensor
 
 
-class LanguageModel(nn.Module, ABC):
+class LanguageModel(ReadsWeights, ABC):
     """Reads vision tokens and text and predicts text.
 
     Args:
@@ -38,6 +39,9 @@ class LanguageModel(nn.Module, ABC):
     def __init__(self, *, width: int) -> None:
         super().__init__()
         self.width = width
+
+    def __repr__(self) -> str:
+        return described(self, self.weights_from, [f"width {self.width}"])
 
     @property
     def max_tokens(self) -> int | None:
@@ -96,6 +100,7 @@ class LanguageModel(nn.Module, ABC):
         Raises:
             DataError: A prompt exceeds the model's positions.
         """
+        self.read_on_first_use(vision.tokens_BTD.device)
         decoding = Decoding() if decoding is None else decoding
         if max_new_tokens is not None:
             decoding = replace(decoding, max_new_tokens=max_new_tokens)

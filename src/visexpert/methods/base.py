@@ -6,6 +6,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -38,7 +39,7 @@ from visexpert.methods.step import (
 )
 from visexpert.methods.views import EncoderViews
 from visexpert.optim import adamw_and_cosine
-from visexpert.types import Batch, ImageSource, Unit, VisionTokens
+from visexpert.types import Batch, ImageSource, Unit, VisionTokens, check_images, images_are_checked
 from visexpert.vision import ClipEncoder, collect_routing
 
 
@@ -122,8 +123,23 @@ class Method(CheckpointedModule):
         return seen.views.join(self.to_language(seen.tokens))
 
     def encode(self, batch: Batch) -> VisionTokens:
-        """Encode images into the tokens that the language model reads: (B, T, d_lang)."""
-        return self.read_by_language(self.see(batch))
+        """Encode images into the tokens that the language model reads: (B, T, d_lang).
+
+        Raises:
+            DataError: Images that are neither uint8 nor floats in [0, 1], (B, 3, H, W).
+        """
+        if batch.images_BCHW.is_floating_point():
+            check_images(batch.images_BCHW, owner=type(self).__name__)
+        with images_are_checked():
+            return self.read_by_language(self.see(batch))
+
+    def __repr__(self) -> str:
+        lines = [f"clip: {self.clip}", *(f"expert {name}: {self.hub[name]}" for name in self.hub.attached)]
+        lines += [f"expert {name}: detached" for name in self.hub.names if name not in self.hub.attached]
+        lines += [f"language: {self.language}"]
+        training = {id(p): p.numel() for g in self.trained_groups() for m in g.modules for p in m.parameters()}
+        lines += [f"{sum(training.values()):,} parameters train, {self.trained_steps} steps behind them"]
+        return "\n  ".join([f"{type(self).__name__}(", *lines]) + "\n)"
 
     # -- What commands use ----------------------------------------------------------------------------------------
 
@@ -180,6 +196,10 @@ class Method(CheckpointedModule):
 
     def step(self, batch: Batch) -> StepOutput:
         """Return the loss of a batch: encode, read by the language model, compare, balance."""
+        with images_are_checked():  # by the data: a look at them here would wait for the device
+            return self._step(batch)
+
+    def _step(self, batch: Batch) -> StepOutput:
         balance = self.router_balance
         seen = self.see(batch, watch_routers=balance is not None)
         terms: dict[str, LossTerm] = {}
@@ -236,6 +256,20 @@ class Method(CheckpointedModule):
         self.language.load_weights()
         if self.init_from is not None:
             start_from(self, self.init_from)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Method:
+        """Refuse: a checkpoint holds what trained, not what the model is made of; open the run by ``load_run``.
+
+        Raises:
+            ConfigError: Always; the message says what to call.
+        """
+        path = Path(str(checkpoint_path))
+        run = path.parents[1] if path.parent.name == "checkpoints" else "RUN"
+        raise ConfigError(
+            f"{cls.__name__}.load_from_checkpoint cannot build the model: '{path}' holds what trained, and the run's "
+            f"config.yaml what the model is made of; use visexpert.load_run('{run}').model."
+        )
 
     def setup(self, stage: str) -> None:
         """Load weights, and set which parameters train.
@@ -368,10 +402,11 @@ class Method(CheckpointedModule):
     @torch.no_grad()
     def evaluate(self, batch: Batch, split: str) -> EvalOutput:
         """Encode and score a batch."""
-        seen = self.see(batch)
-        if split == "val":
-            self.compare_in_validation(seen)
-        return self.score(batch, self.read_by_language(seen), split)
+        with images_are_checked():
+            seen = self.see(batch)
+            if split == "val":
+                self.compare_in_validation(seen)
+            return self.score(batch, self.read_by_language(seen), split)
 
     @torch.no_grad()
     def score(self, batch: Batch, vision: VisionTokens, split: str) -> EvalOutput:

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from visexpert.errors import ConfigError, require_channels, require_numbers
+from visexpert.io.first_use import ReadsWeights, described
 from visexpert.io.source import ZOO_PREFIX
 from visexpert.io.weights import fill_module, weights_digest
-from visexpert.types import Batch, TensorRecord, VisionTokens
+from visexpert.types import Batch, TensorRecord, VisionTokens, check_images
 from visexpert.vision.mole import MOLE_KEY, MoLEFeedForward, MoLESettings, add_mole
 from visexpert.vision.positions import resize_positions
 from visexpert.vision.published import OWNER, describe_clip, vision_config
@@ -26,7 +27,7 @@ NEWLINE = -1
 POSITIONS = "embeddings.position_embedding.weight"
 
 
-class ClipEncoder(nn.Module):
+class ClipEncoder(ReadsWeights):
     """Hugging Face's ``CLIPVisionModel`` with named tokens; resizes and normalizes on the device.
 
     The network is built with random weights, without a download; :meth:`load_weights` fills it from safetensors or from
@@ -179,6 +180,7 @@ class ClipEncoder(nn.Module):
         copy = ClipEncoder(**self._given)  # type: ignore[arg-type]
         own = self.model.state_dict()
         copy.model.load_state_dict({key: value for key, value in own.items() if not MOLE_KEY.search(key)}, strict=True)
+        copy.mark_weights_in_place()
         return copy
 
     def fingerprint(self) -> str:
@@ -207,8 +209,26 @@ class ClipEncoder(nn.Module):
             return Views(batch, None, None)
         return Views(batch, None, tuple(math.prod(self.grid_hw) * there for there in there_B.tolist()))
 
+    def __call__(self, images_BCHW: Tensor) -> VisionTokens:
+        check_images(images_BCHW, owner=type(self).__name__)
+        tokens: VisionTokens = super().__call__(images_BCHW)
+        return tokens
+
+    def __repr__(self) -> str:
+        height, width = self.grid_hw
+        mole = f", MoLE in {len(self.mole_layers())} blocks" if self.mole_layers() else ""
+        facts = [f"layer {self.layer}", f"{height}x{width} tokens of width {self.width}", f"{self.image_size} px{mole}"]
+        return described(self, self.source, facts)
+
     def forward(self, images_BCHW: Tensor) -> VisionTokens:
-        """Encode images (B, 3, H, W), float in [0, 1], any size, into patch tokens (B, T, D) and [CLS] (B, D)."""
+        """Encode images (B, 3, H, W), float in [0, 1], any size, into patch tokens (B, T, D) and [CLS] (B, D).
+
+        Calling the encoder reads its weights, where nothing has put them in, and checks the images.
+
+        Raises:
+            DataError: When called, images that are something else.
+            WeightsError: When called first, weights that are nowhere, or do not fit.
+        """
         hidden_BND = self.model.pre_layrnorm(self.model.embeddings(self.preprocess(images_BCHW)))
         for layer in self.read_modules()[2:]:
             hidden_BND = layer(hidden_BND, None)

@@ -99,6 +99,7 @@ def test_the_student_starts_as_clip_to_the_bit() -> None:
     assert model.anchor is not None and model.clip.mole_layers() and not model.anchor.mole_layers()
     images_BCHW = unit(noise_batch())
     student, clip = model.clip(images_BCHW), model.anchor(images_BCHW)
+    assert student.cls_BD is not None and clip.cls_BD is not None
     assert torch.equal(student.tokens_BTD, clip.tokens_BTD) and torch.equal(student.cls_BD, clip.cls_BD)
     released = tiny_movekd(mole={"init": "released"}).eval()
     assert not torch.equal(released.clip(images_BCHW).tokens_BTD, clip.tokens_BTD)

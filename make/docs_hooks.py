@@ -38,6 +38,6 @@ def on_pre_build(*, config: Any) -> None:
 def from_docs(text: str) -> str:
     """Return a text whose links lead from docs/ instead of from the top; links to other files become plain text."""
     text = re.sub(r"\]\(docs/", "](", text)
-    text = re.sub(r"\]\(README\.md(?:#design)?\)", "](concepts.md)", text)
+    text = re.sub(r"\]\(README\.md\)", "](index.md)", text)
     text = re.sub(r"\]\(CONTRIBUTING\.md(#[\w-]+)?\)", r"](contributing.md\1)", text)
     return re.sub(r"\[([^\]]+)\]\((?:src|tests|configs|benchmarks)/[^)]*\)", r"\1", text)

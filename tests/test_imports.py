@@ -1,4 +1,4 @@
-"""The import law: which room may import which (README, "Design"), read from the source by ast."""
+"""The import law: which room may import which (docs/design.md), read from the source by ast."""
 
 from __future__ import annotations
 

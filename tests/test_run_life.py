@@ -76,16 +76,16 @@ class At(Callback):
         setattr(self, hook, react)
 
 
-def files_in_readme() -> list[str]:
-    """The names in the first column of the README's table of a run's folder."""
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+def files_in_quickstart() -> list[str]:
+    """The names in the first column of the quickstart's table of a run's folder."""
+    text = (Path(__file__).parents[1] / "docs" / "quickstart.md").read_text(encoding="utf-8")
     table = text.partition("| file | what |\n|---|---|\n")[2].partition("\n\n")[0]
     return [name for row in table.splitlines() for name in re.findall("`([^`]+)`", row.split("|")[1])]
 
 
-def test_the_readme_names_every_file_of_a_runs_folder(whole: Path) -> None:
+def test_the_quickstart_names_every_file_of_a_runs_folder(whole: Path) -> None:
     """What ``--overwrite`` knows as written by a run, and what lies in the folder of one."""
-    told = files_in_readme()
+    told = files_in_quickstart()
     assert "metrics.csv" in told
     known = [*(name.replace("*.", ".") for name in OWN if "_ckpt_" not in name), f"{PREVIOUS}.1", ".lock"]
     assert [name for name in known if name not in told and f"{name}/" not in told] == []

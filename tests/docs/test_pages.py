@@ -1,8 +1,9 @@
-"""Every block of the pages runs as it stands there; long commands take fewer steps, fits are parsed alone."""
+"""Every block of the README and the pages runs as it stands; long commands take fewer steps, fits are parsed alone."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ RUN = [
     *("--data.init_args.rendering.workers=0", "--trainer.max_steps=2", "--trainer.val_check_interval=2"),
     *("--trainer.accelerator=cpu", "--model.init_args.evaluation.caption_images=2"),
 ]
-SMALLER = {"detach": ["--retune_steps", "2"], "merge": ["--steps", "2"]}
+SMALLER = {"demo": ["--help"], "detach": ["--retune_steps", "2"], "merge": ["--steps", "2"]}
 
 PAGES = sorted(
     path
@@ -83,6 +84,22 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
 def test_what_a_page_says_to_type_works(page: Path) -> None:
     assert run_page(page, SMALLER) > 0
+
+
+def test_what_the_readme_says_to_type_works(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a run of its own; the page on what comes after training exports the same, so that nothing is written here."""
+    shutil.copytree(place / "runs/tove", tmp_path / "runs/tove", ignore=shutil.ignore_patterns("detached", "merged"))
+    shutil.copy(place / "photo.png", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    exported: list[str] = []
+
+    def write(sources: object, out: Path, **_: object) -> dict[str, object]:
+        exported.append(str(out))
+        return {}
+
+    monkeypatch.setattr("visexpert.export.export", write)
+    assert run_page(ROOT / "README.md", SMALLER) > 0
+    assert {path.name for path in Path("runs/tove").iterdir()} >= {"detached", "merged"} and exported == ["my-clip"]
 
 
 def test_blocks_are_found_with_what_is_not_run(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ IMAGE_FORMATS = {
     "PPM": (".ppm", ".pgm"),
     "AVIF": (".avif",),
 }
-"""Image formats that are decoded, by Pillow's name, with the suffixes of their files; also listed in README.
+"""Image formats that are decoded, by Pillow's name, with the suffixes of their files; also listed in docs/faq.md.
 
 Pillow supports some 40 more, but rarely used decoders are where faults hide, and one of them runs Ghostscript.
 """

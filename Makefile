@@ -29,6 +29,13 @@ $(STAMP): pyproject.toml
 	$(PY) -m pip install -e '.[dev]'
 	@touch $@
 
+.PHONY: install-lowest
+install-lowest: ## Install the oldest dependencies that pyproject.toml allows, instead of the newest
+	@$(PY) -m pip --version > /dev/null 2>&1 || "$(PYTHON)" -m venv "$(VENV)"
+	$(PY) -m pip install uv
+	$(PY) -m uv pip install --python $(PY) --resolution lowest-direct -e '.[dev]'
+	@touch $(STAMP)
+
 .PHONY: demo
 demo: $(STAMP) ## Train CLIP-only and ToVE on rendered scenes, score both, write figures (minutes, CPU)
 	$(BIN)/visexpert demo
@@ -67,6 +74,14 @@ check-wheel: wheel ## Install the wheel outside the clone, and run demo, fit, ex
 docs: $(STAMP) ## Build the documentation into site/ (a broken link or an undocumented public name fails)
 	@$(PY) -m mkdocs --version > /dev/null 2>&1 || $(PY) -m pip install -e '.[docs]'
 	$(PY) -m mkdocs build --strict
+
+.PHONY: check-tag
+check-tag: ## Check that TAG=vX.Y.Z is the version of the package, of CITATION.cff and of the newest part of CHANGELOG.md
+	@version="$$(sed -n 's/^__version__ = "\(.*\)"$$/\1/p' src/visexpert/version.py)"; \
+	[ "$(TAG)" = "v$$version" ] || { echo "The tag is '$(TAG)', the package $$version" >&2; exit 1; }; \
+	grep -qx "version: $$version" CITATION.cff || { echo "CITATION.cff has another version than $$version" >&2; exit 1; }; \
+	[ "$$(sed -n 's/^## \([^ ]*\).*/\1/p' CHANGELOG.md | head -1)" = "$$version" ] \
+	    || { echo "CHANGELOG.md does not begin with a part '## $$version'" >&2; exit 1; }
 
 .PHONY: format
 format: $(STAMP) ## Format the code and mend what the linter can mend

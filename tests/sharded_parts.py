@@ -20,7 +20,7 @@ def as_fsdp(file: Path, folder: Path) -> Path:
     states = {"model": checkpoint.pop("state_dict")}
     for number, state in enumerate(checkpoint.pop("optimizer_states", ())):
         states[f"optimizer_{number}"] = {"param_groups": state["param_groups"]}
-    save(states, checkpoint_id=folder, no_dist=True)
+    save(states, checkpoint_id=folder)
     torch.save(checkpoint, folder / "meta.pt")
     return folder
 

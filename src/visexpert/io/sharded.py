@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
+from inspect import signature
 from io import StringIO
 from pathlib import Path, PurePath
 from typing import Any
@@ -110,9 +111,10 @@ def _fsdp_weights(folder: Path) -> dict[str, Tensor]:
             empty.setdefault(root, {})[name] = torch.empty(facts.size, dtype=facts.properties.dtype)
     if len(empty) != 1:
         raise ValueError(f"it has no weights under {' or '.join(_ROOTS)}")
+    alone: dict[str, Any] = {"no_dist": True} if "no_dist" in signature(load).parameters else {}  # not in torch 2.6
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(empty, storage_reader=Reader(folder), no_dist=True)
+        warnings.filterwarnings("ignore", message="torch.distributed is ")  # disabled, unavailable or uninitialized
+        load(empty, storage_reader=Reader(folder), **alone)
     return next(iter(empty.values()))
 
 

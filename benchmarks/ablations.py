@@ -1,10 +1,10 @@
-"""One ablation run: what make/ablations.mk calls, and what the results pages share with it.
+"""Run one ablation, as make/ablations.mk and the results pages do.
 
     python -m benchmarks.ablations movekd fixed --seed 0 --scale default
 
-The configuration is the method's base, the overlays that benchmarks/ablations.yaml lays under NAME, NAME itself, then
-the scale; `base` has no overlay. A hybrid starts from ToVE's run of the same seed and scale. An interrupted run goes on
-from its last checkpoint. `--show` prints the run's `visexpert fit` instead, to be typed.
+The configuration is the method's base, then the overlays that benchmarks/ablations.yaml lists before NAME, then NAME
+itself, then the scale; `base` has no overlay. A hybrid starts from ToVE's run of the same seed and scale. An
+interrupted run resumes from its last checkpoint. `--show` prints the `visexpert fit` command instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.runs import STOPPED, Run, run_here
 
 CONFIGS = Path("configs")
 MATRIX: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-"""By method: files of the base, folder of the overlays, and what single rows need beside their own file."""
+"""By method: the files of the base, the folder of the overlays, and what some rows need besides their own file."""
 
 SCALES = ("smoke", "default", "full")
 ROOT = Path("runs/ablations")
@@ -30,14 +30,14 @@ FAILED = "failed"
 
 
 def main() -> None:
-    """Run it; exit 1 where it fails, 130 or 143 where a signal stops it, which is no failure: it goes on next time."""
+    """Run the ablation; exit with 1 if it fails, with 130 or 143 if a signal stops it (the next call resumes it)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=sorted(MATRIX))
     parser.add_argument("name", help="base, or an overlay of configs/METHOD/ablations or configs/hybrid, without .yaml")
     parser.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
     parser.add_argument("--scale", choices=SCALES, default="default", help="length of the runs (default: default)")
     parser.add_argument("--root", type=Path, default=ROOT, help=f"folder of the runs (default: {ROOT})")
-    parser.add_argument("--show", action="store_true", help="print the command, run nothing")
+    parser.add_argument("--show", action="store_true", help="print the command and run nothing")
     options = parser.parse_args()
     known = names(options.method)
     if options.name not in known:
@@ -51,22 +51,22 @@ def main() -> None:
     failed.unlink(missing_ok=True)
     code = run_here(run)
     if code in STOPPED:
-        print(f"stopped: {run.variant}, seed {run.seed}: the same command goes on with it", file=sys.stderr)
+        print(f"stopped: {run.variant}, seed {run.seed}; repeat the command to resume it", file=sys.stderr)
         sys.exit(code)
     if code:
         reason = (run.folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1]
         failed.write_text(reason + "\n", encoding="utf-8")
-        sys.exit(f"failed: {run.variant}, seed {run.seed}: {reason} (all of it: {run.folder / 'log.txt'})")
+        sys.exit(f"failed: {run.variant}, seed {run.seed}: {reason} (full log: {run.folder / 'log.txt'})")
 
 
 def names(method: str) -> list[str]:
-    """Ablations of a method, the base first."""
+    """Return the ablations of a method, the base first."""
     base = [] if method == "hybrid" else ["base"]
     return [*base, *sorted(path.stem for path in (CONFIGS / MATRIX[method]["folder"]).glob("*.yaml"))]
 
 
 def overlays(method: str, name: str) -> list[Path]:
-    """Files of an ablation in the order in which they are laid over the base."""
+    """Return the files of an ablation in the order in which they override the base."""
     if name == "base":
         return []
     before = MATRIX[method].get("after", {}).get(name, [])
@@ -74,13 +74,13 @@ def overlays(method: str, name: str) -> list[Path]:
 
 
 def base_of(method: str, name: str = "base") -> list[Path]:
-    """Files that the overlays of an ablation are laid over."""
+    """Return the files that the overlays of an ablation override."""
     owner = MATRIX[method].get("bases", {}).get(name, method)
     return [CONFIGS / file for file in MATRIX[owner]["base"]]
 
 
 def run_of(method: str, name: str, *, seed: int, scale: str, root: Path = ROOT) -> Run:
-    """The run of one ablation and seed."""
+    """Return the run of one ablation and seed."""
     files = [*base_of(method, name), *overlays(method, name), CONFIGS / "scales" / f"{scale}.yaml"]
     start: tuple[str, ...] = ()
     if name in MATRIX[method].get("starts", {}):

@@ -1,6 +1,6 @@
-"""Time and peak memory of `visexpert demo` from an empty cache: `python benchmarks/demo.py`.
+"""Measure time and peak memory of `visexpert demo` with an empty cache: `python benchmarks/demo.py`.
 
-The budget is 8 minutes and 4 GB on two cores, rendering and encoding included, installation not.
+The budget is 8 minutes and 4 GB on two cores, with rendering and encoding, but without installation.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from visexpert.report import describe_machine
 
 
 def main() -> None:
-    """Run the demo in a fresh cache and print what it took."""
+    """Run the demo with an empty cache, and print its time and memory."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--keep_cache", action="store_true", help="use the present cache instead of an empty one")
+    parser.add_argument("--keep_cache", action="store_true", help="use the existing cache instead of an empty one")
     options = parser.parse_args()
     print(describe_machine(), flush=True)
     with tempfile.TemporaryDirectory() as scratch:

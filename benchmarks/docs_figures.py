@@ -11,11 +11,11 @@ FOLDER = Path("docs/figures")
 PHOTOGRAPHS = ("gate_maps", "captions")
 PLOTS = ("gate_by_region",)
 WIDTH = 1200
-"""Pixels that photographs are made as wide as."""
+"""Width of photographs in pixels."""
 
 
 def copy(run: Path, folder: Path = FOLDER) -> list[Path]:
-    """Write photographs as JPEG and plots as PNG; return the files."""
+    """Write photographs as JPEG and plots as PNG; return the written files."""
     made = []
     for name in (*PHOTOGRAPHS, *PLOTS):
         with Image.open(run / "figures" / f"{name}.png") as image:

@@ -1,7 +1,7 @@
-"""Which families of models load as what: `make families` tries each and writes docs/families.md.
+"""Try every family of models, and write which load and in what role to docs/families.md: `make families`.
 
-Every model is tiny and random, written in its library's own format, and tried by what `visexpert try` calls. What is
-done is kept in runs/families, so that an interrupted run goes on; it is done again where the code has changed.
+Every model is tiny and random, written in its library's own format, and tried with the code of `visexpert try`. Results
+are kept in runs/families, so that an interrupted run can resume; they are computed again if the code has changed.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ LIBRARIES = ("torch", "transformers", "timm", "open_clip_torch")
 
 @dataclass(frozen=True)
 class Row:
-    """What came of a family in one role.
+    """Result of trying a family in one role.
 
     Args:
         role: ``expert``, ``clip`` or ``language``.
-        name: The class, with the kind of tokens where it is not features.
-        verdict: See :class:`~visexpert.commands.trial.Attempt`; ``not reached`` where no model could be made.
-        message: Why not.
-        equal: What its library computes the same as.
+        name: Name of the class, with the kind of tokens.
+        verdict: See :class:`~visexpert.commands.trial.Attempt`; ``not reached`` if no model could be made.
+        message: Reason, if it does not work.
+        equal: Output of the library that the tokens or logits equal.
         difference: Largest difference, as a share of the largest value.
-        tokens: Grid and width of what an expert hands on.
+        tokens: Grid and width of an expert's tokens.
     """
 
     role: str
@@ -55,7 +55,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Tried:
-    """A family and what came of it."""
+    """A family and its results."""
 
     title: str
     library: str
@@ -64,13 +64,14 @@ class Tried:
 
 @dataclass(frozen=True)
 class Family:
-    """A family to be tried.
+    """A family to try.
 
     Args:
-        title: For the table.
-        library: Whose format it is written in.
-        roles: What it is tried as.
-        write: Writes one into a folder; gives how it is asked for, and why its own library cannot run it, if so.
+        title: Title in the table.
+        library: Library in whose format it is written.
+        roles: Roles in which it is tried.
+        write: Writes a model to a folder; returns how to ask for it, and why its own library cannot run it (empty if
+            it can).
     """
 
     title: str
@@ -80,7 +81,7 @@ class Family:
 
 
 def all_families() -> list[Family]:
-    """All that are tried, in the order of the page."""
+    """Return all families to try, in the order of the page."""
     return [*map(_seeing, encoders()), *map(_speaking, families())]
 
 
@@ -97,12 +98,12 @@ def _speaking(kind: str) -> Family:
 
 
 def try_family(family: Family) -> Tried:
-    """Write one and try it; whatever happens is a row."""
+    """Write a model of a family and try it; whatever happens becomes a row."""
     with tempfile.TemporaryDirectory() as name:
         try:
             with hushed():
                 asked, broken = family.write(Path(name))
-        except Exception as error:  # of the recipe, which is no fault of the package
+        except Exception as error:  # the recipe failed, not the package
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             return Tried(family.title, family.library, (Row(family.roles[0], "", "not reached", reason),))
         found = [_row(attempt, name) for attempt in attempts(asked, family.roles)]
@@ -131,7 +132,7 @@ def _row(attempt: Attempt, folder: str) -> Row:
 
 
 def fingerprint() -> str:
-    """Changes with the package, the recipes and the libraries."""
+    """Return a hash of the package, the recipes and the versions of the libraries."""
     digest = hashlib.sha256(repr([version(name) for name in LIBRARIES]).encode())
     here = Path(__file__).parent
     for path in sorted([*Path(visexpert.__file__).parent.rglob("*.py"), *here.glob("famil*.py")]):
@@ -140,7 +141,7 @@ def fingerprint() -> str:
 
 
 def tried_before(path: Path) -> dict[tuple[str, str], Tried]:
-    """What an interrupted run has done, by library and title."""
+    """Return the results of an interrupted run, by library and title."""
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
@@ -153,7 +154,7 @@ def tried_before(path: Path) -> dict[tuple[str, str], Tried]:
 
 
 def try_all(chosen: Sequence[Family], kept: Path) -> list[Tried]:
-    """Try what is not done yet, with a bar that says how long it takes."""
+    """Try the families that are not done yet, with a progress bar."""
     done = tried_before(kept)
     kept.parent.mkdir(parents=True, exist_ok=True)
     with kept.open("a", encoding="utf-8") as file:
@@ -171,24 +172,24 @@ def try_all(chosen: Sequence[Family], kept: Path) -> list[Tried]:
 
 
 def page(found: Sequence[Tried]) -> str:
-    """docs/families.md."""
+    """Return the text of docs/families.md."""
     seeing = [tried for tried in found if tried.rows[0].role != "language"]
     speaking = [tried for tried in found if tried.rows[0].role == "language"]
     versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     parts = [
         "# Families of models",
         "",
-        "What loads as what, written by `make families`: a tiny random model of each family in its library's own "
-        "format, tried by the code of `visexpert try`",
-        f"({versions}). It says nothing of real weights beyond their format; try a model that you have with "
+        "Which models load, and in what role. `make families` wrote this page: it tried a tiny random model of each "
+        "family, in its library's own format, with the code of `visexpert try`",
+        f"({versions}). Real weights were not tried, only their format; try a model that you have with "
         "`visexpert try MODEL`.",
         "",
-        "- **Equal to**: which output of the library's own forward the tokens or logits equal. **Difference**: the "
+        "- **Equal to**: the output of the library's own forward that the tokens or logits equal. **Difference**: the "
         "largest one, as a share of the largest value; up to 1e-4 is",
-        "  rounding. Encoders get two images; language models two texts packed in one row, with and without an image "
-        "before them, against one text a row, and a greedy answer.",
-        "- *differs*: it loads and is not what the library computes: do not use it. *refused*: by one sentence, given "
-        "here up to its next step. *error*: raised by something else.",
+        "  rounding. Encoders get two images; language models get two texts packed in one row, with and without an "
+        "image before them, compared with one text per row, and a greedy answer.",
+        "- *differs*: it loads, but computes something other than the library: do not use it. *refused*: with the "
+        "reason given here. *error*: it raised something else.",
         "",
         f"## Encoders ({_counts(seeing)})",
         "",
@@ -210,7 +211,7 @@ def page(found: Sequence[Tried]) -> str:
         ),
         "",
         *_table(
-            ("family", "", "why not"),
+            ("family", "", "reason"),
             (
                 (f"`{tried.title}`", row.verdict, _first(row))
                 for verdict in ("error", "differs", "refused", "not reached")
@@ -220,8 +221,8 @@ def page(found: Sequence[Tried]) -> str:
             ),
         ),
         "",
-        "*not reached*: the general recipe for tiny configurations makes no model of the family that its own library "
-        "runs.",
+        "*not reached*: the general recipe for tiny configurations did not make a model that the family's own library "
+        "can run.",
     ]
     return "\n".join(parts) + "\n"
 
@@ -231,7 +232,7 @@ def _counts(found: Sequence[Tried]) -> str:
     for tried in found:
         verdict = best(tried)
         kinds[verdict] = kinds.get(verdict, 0) + 1
-    names = {"works": "work", "differs": "differ", "error": "end in an error"}
+    names = {"works": "work", "differs": "differ", "error": "fail with an error"}
     return ", ".join(f"{kinds[kind]} {names.get(kind, kind)}" for kind in _ORDER if kind in kinds)
 
 
@@ -239,7 +240,7 @@ _ORDER = ("works", "differs", "error", "refused", "not reached")
 
 
 def best(tried: Tried) -> str:
-    """The best verdict of a family."""
+    """Return the best verdict of a family."""
     return min((row.verdict for row in tried.rows), key=_ORDER.index)
 
 
@@ -262,7 +263,7 @@ def _place(row: Row) -> str:
 
 
 def _first(row: Row) -> str:
-    """A refusal without its next step; anything else whole."""
+    """Return a refusal without its next step, and anything else as it is."""
     text = row.message.partition("; ")[0] if row.verdict in ("refused", "differs") else row.message
     text = text.removeprefix(f"{row.name.partition(',')[0]}: ")
     return text if len(text) < 260 else f"{text[:257]}..."
@@ -284,7 +285,7 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
 
 
 def titles_on(text: str) -> Mapping[str, set[str]]:
-    """Families that a page has, by ``encoders`` and ``languages``."""
+    """Return the families on a page, by ``encoders`` and ``languages``."""
     seeing, _, speaking = text.partition("## Language models")
     rows = {
         kind: [line.split(" | ")[0].removeprefix("| ") for line in part.splitlines() if line.startswith("| ")]
@@ -297,10 +298,10 @@ def titles_on(text: str) -> Mapping[str, set[str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Try what is missing, then write the page."""
+    """Try the families that are missing, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="TEXT", help="try families with this in their name, print them, no page")
-    parser.add_argument("--fresh", action="store_true", help="forget what was done before")
+    parser.add_argument("--only", metavar="TEXT", help="only try and print families whose name has TEXT; write no page")
+    parser.add_argument("--fresh", action="store_true", help="ignore earlier results")
     options: Any = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if options.only is not None:

@@ -18,7 +18,7 @@ from benchmarks.family_languages import shaken, small_fields
 from visexpert.commands.trial import Asked
 
 SIDE = 96
-"""Side of the images of encoders that end in a coarse grid."""
+"""Side of the images for encoders with a coarse final grid."""
 
 Options = Mapping[str, Any]
 
@@ -28,9 +28,9 @@ class Encoder:
     """A family of encoders.
 
     Args:
-        title: For the table.
+        title: Title in the table.
         library: transformers, timm or open_clip.
-        write: Writes a random one into a folder and says how it is asked for.
+        write: Writes a random model to a folder and returns how to ask for it.
     """
 
     title: str
@@ -39,7 +39,7 @@ class Encoder:
 
 
 def encoders() -> list[Encoder]:
-    """All of them, in the order of the table."""
+    """Return all encoders, in the order of the table."""
     return [*map(_of_transformers, TRANSFORMERS), *map(_of_timm, TIMM), *map(_of_open_clip, OPEN_CLIP)]
 
 
@@ -48,15 +48,15 @@ def encoders() -> list[Encoder]:
 
 @dataclass(frozen=True)
 class Published:
-    """A family of transformers.
+    """A family in transformers.
 
     Args:
-        title: For the table.
+        title: Title in the table.
         kind: ``model_type``.
-        fields: Of its configuration, over what the general recipe makes small.
+        fields: Fields of its configuration, on top of those that the general recipe sets.
         processor: Class of its image processor; None for the one that transformers lists for the family.
-        auto: Class that builds the model that its checkpoints hold.
-        size: Of the processor, where the configuration says none.
+        auto: Class that builds the model in its checkpoints.
+        size: Size of the processor's images, if the configuration does not have one.
     """
 
     title: str
@@ -346,7 +346,7 @@ def _of_transformers(family: Published) -> Encoder:
 
 
 def _merged(below: Options, above: Options) -> dict[str, Any]:
-    """Fields of a configuration over others, part by part."""
+    """Merge fields of a configuration into others, recursively."""
     found = dict(below)
     for name, value in above.items():
         own = found.get(name)
@@ -357,7 +357,7 @@ def _merged(below: Options, above: Options) -> dict[str, Any]:
 # -- timm -------------------------------------------------------------------------------------------------------------
 
 SMALLER = {"vit_small_patch14_dinov2": 224, "vit_small_patch14_reg4_dinov2": 224, "sam2_hiera_tiny": 256}
-"""Sides of the input where the model's own takes long."""
+"""Sides of the input for models that are slow at their own."""
 
 TIMM: list[tuple[str, str]] = [
     ("ViT", "test_vit"),
@@ -395,7 +395,7 @@ TIMM: list[tuple[str, str]] = [
     ("MobileNet V4", "mobilenetv4_conv_small"),
     ("ByobNet", "test_byobnet"),
 ]
-"""Title and name; of each family the smallest that timm lists."""
+"""Title and name of the smallest model of each family in timm."""
 
 
 def _of_timm(family: tuple[str, str]) -> Encoder:
@@ -419,7 +419,7 @@ VIT = {"image_size": 32, "layers": 2, "width": 32, "head_width": 8, "patch_size"
 
 
 def trunk(name: str, size: int, **more: Any) -> dict[str, Any]:
-    """A timm encoder inside open_clip."""
+    """Return the configuration of a timm encoder inside open_clip."""
     return {
         "timm_model_name": name,
         "timm_model_pretrained": False,
@@ -457,7 +457,7 @@ OPEN_CLIP: list[tuple[str, dict[str, Any]]] = [
     ("ConvNeXt", {"vision_cfg": trunk("test_convnext", 160)}),
     ("ResNet", {"vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None}}),
 ]
-"""Title and what makes the family's configuration another than that of the plain ViT."""
+"""Title of each family, and how its configuration differs from that of the plain ViT."""
 
 
 def _of_open_clip(family: tuple[str, dict[str, Any]]) -> Encoder:

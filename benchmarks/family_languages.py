@@ -1,4 +1,4 @@
-"""Tiny random causal language models of every family that transformers has, by one general recipe."""
+"""Tiny random causal language models of every family in transformers, made by one general recipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 MOST_PARAMETERS = 20_000_000
-"""What a tiny model may have; a family that stays larger is one that the recipe does not reach."""
+"""Most parameters of a tiny model; the recipe does not reach families that stay larger."""
 
 WIDTH, HEADS, HEAD, LAYERS, VOCABULARY, POSITIONS = 32, 4, 8, 4, 96, 128
 
@@ -43,9 +43,9 @@ NAMED: tuple[tuple[int, str], ...] = (
     (0, "num_kv_shared_layers"),
     (32, "image_size"),
 )
-"""Fields of configurations that say how large a model is, under the names that families give them.
+"""Sizes in configurations, under the names that the families give them.
 
-Windows are narrower than the texts that are tried, and patterns of layers shorter than the model is deep.
+Windows are narrower than the texts that are tried, and patterns of layers are shorter than the model is deep.
 """
 
 SIZES: Mapping[str, int] = {name: size for size, names in NAMED for name in names.split()}
@@ -70,24 +70,25 @@ EXTRA: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2, "num_key_value_heads": HEADS, "topk_method": "greedy"},
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), {"head_dim": HEAD}),
 }
-"""What single families need beside the recipe, or always have in their published models."""
+"""Fields that some families need besides the recipe, or always have in their published models."""
 
 
 WAYS = 4
-"""Ways in which :func:`tiny_config` makes a family small; the first that runs is taken."""
+"""Number of ways in which :func:`tiny_config` makes a family small; the first that runs is used."""
 
 
 def families() -> list[str]:
-    """``model_type`` of each family with a causal language model."""
+    """Return the ``model_type`` of each family with a causal language model."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def tiny_config(family: str, way: int) -> PreTrainedConfig:
-    """The family's configuration with every size that the recipe knows made small.
+    """Return the configuration of a family with every size that the recipe knows made small.
 
     Args:
         family: ``model_type``.
-        way: Which of :data:`WAYS`: as many heads for keys as for queries, lists by layer cut short, both, or neither.
+        way: One of :data:`WAYS`: with bit 0, as many heads for keys as for queries; with bit 1, lists with one entry
+            per layer are shortened.
     """
     kind = CONFIG_MAPPING[family]
     default = kind()
@@ -98,7 +99,7 @@ def tiny_config(family: str, way: int) -> PreTrainedConfig:
 
 
 def small_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """Arguments that make a configuration small: sizes, special tokens inside the vocabulary, parts in turn."""
+    """Return arguments that make a configuration small: sizes, special tokens in the vocabulary, and its parts."""
     found: dict[str, Any] = {}
     for name, value in vars(config).items():
         own = name.lstrip("_")
@@ -115,7 +116,7 @@ def small_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _shortened(config: PreTrainedConfig) -> dict[str, Any]:
-    """Lists with an entry a layer, cut to the layers that are left."""
+    """Return the lists with one entry per layer, shortened to the remaining layers."""
     layers = getattr(config, "num_hidden_layers", None)
     return {
         name: value[:LAYERS]
@@ -125,13 +126,13 @@ def _shortened(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def write_language(family: str, folder: Path) -> str:
-    """Write a tiny random model in ``save_pretrained`` form, one that transformers itself can run if there is any.
+    """Write a tiny random model with ``save_pretrained``, if possible one that transformers itself can run.
 
     Returns:
-        Why transformers itself cannot run it; empty where it can.
+        The reason why transformers itself cannot run it; empty if it can.
 
     Raises:
-        ValueError: The recipe makes no small one.
+        ValueError: The recipe does not make a small model.
     """
     reasons: list[str] = []
     first = None
@@ -147,7 +148,7 @@ def write_language(family: str, folder: Path) -> str:
             first = first or model
             with torch.no_grad():
                 model(input_ids=torch.tensor([[20, 21, 22, 23, 24]]))
-        except Exception as error:  # whatever a model of odd sizes raises
+        except Exception as error:  # a model of odd sizes can raise anything
             reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
             continue
         model.save_pretrained(folder)
@@ -159,7 +160,7 @@ def write_language(family: str, folder: Path) -> str:
 
 
 def shaken(model: Any) -> Any:
-    """The model in eval mode, every weight moved away from its start, norms and biases included."""
+    """Return the model in eval mode, with noise added to every weight, including norms and biases."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():

@@ -1,4 +1,4 @@
-"""Which file imports which, read from the source: imports in functions and under TYPE_CHECKING count, too."""
+"""Read from the source which file imports which, including imports in functions and under TYPE_CHECKING."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def imported_names(source: str, module: tuple[str, ...]) -> Iterator[tuple[int, 
 
     Args:
         source: Python source.
-        module: Dotted name of the package that the file lies in, as parts, to resolve relative imports.
+        module: Dotted name of the package that contains the file, as parts, to resolve relative imports.
     """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -31,7 +31,7 @@ def imported_names(source: str, module: tuple[str, ...]) -> Iterator[tuple[int, 
 def file_imports(root: Path) -> dict[str, set[str]]:
     """Return the files of the package in folder ``root`` that each of its files imports, by path relative to ``root``.
 
-    What is imported from a package's ``__init__.py`` is an import of that file, not of the file that defines it.
+    An import from a package counts as one of its ``__init__.py``, not of the file that defines the name.
     """
     files = {path.relative_to(root).as_posix() for path in root.rglob("*.py")}
     found: dict[str, set[str]] = {}
@@ -43,7 +43,7 @@ def file_imports(root: Path) -> dict[str, set[str]]:
 
 
 def folder_imports(imports: Mapping[str, set[str]]) -> dict[str, set[str]]:
-    """Return the same by the folder or lone file directly under the package; its own ``__init__.py`` is left out."""
+    """Return the same by folder or file directly under the package, without its own ``__init__.py``."""
     found: dict[str, set[str]] = {}
     for file, targets in imports.items():
         found.setdefault(_room(file), set()).update(map(_room, targets))
@@ -51,7 +51,7 @@ def folder_imports(imports: Mapping[str, set[str]]) -> dict[str, set[str]]:
 
 
 def circles(imports: Mapping[str, set[str]]) -> list[frozenset[str]]:
-    """Return the sets of nodes that reach one another, each set once and as large as it gets."""
+    """Return the maximal sets of nodes that reach one another."""
     reached = {node: _reached(imports, node) for node in imports}
     return sorted(
         {
@@ -75,7 +75,7 @@ def _reached(imports: Mapping[str, set[str]], start: str) -> set[str]:
 
 
 def _file_of(name: str, package: str, files: set[str]) -> str | None:
-    """File that holds a dotted name: the longest part of the name that is a module; None for another package's."""
+    """Return the file of a dotted name: its longest prefix that is a module; None if it is in another package."""
     parts = name.split(".")
     if parts[0] != package:
         return None

@@ -1,8 +1,8 @@
-"""What does Lightning's trainer cost a step? Its fit loop against a bare loop over the same ToVE and batches.
+"""Measure what Lightning's trainer costs per step: its fit loop against a bare loop over the same ToVE and batches.
 
-Run: ``python benchmarks/lightning_overhead.py``, about a minute; with ``--clock cpu`` where others use the machine.
-Both sides call the module's own ``training_step`` and optimizer; the trainer has the logger and the callbacks of a
-real run. The two alternate, and medians are compared.
+Run ``python benchmarks/lightning_overhead.py``, about a minute; add ``--clock cpu`` if others use the machine. Both
+loops call the module's own ``training_step`` and optimizer; the trainer has the logger and the callbacks of a real run.
+The two alternate, and their medians are compared.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class _TimedToVE(ToVE):
-    """ToVE with an optimizer that a bare loop can step: no schedule, which would need a trainer."""
+    """ToVE with an optimizer for a bare loop, without a schedule, which would need a trainer."""
 
     def on_fit_start(self) -> None:
-        """The features are there already: both loops read the same ones."""
+        """Do nothing: the features are already there, and both loops read the same ones."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(make_groups(self.trained_groups(), weight_decay=0.02), lr=1e-3, fused=True)
 
 
 def make_module_and_batches(count: int) -> tuple[LightningModule, list[Any]]:
-    """ToVE of configs/tove/tabletop.yaml on cached features, and ``count`` of its training batches."""
+    """Return ToVE of configs/tove/tabletop.yaml with stored features, and ``count`` of its training batches."""
     data = TabletopData(num_train=24 * count, num_val=8, num_test=8, batch_size=24)
     data.setup("fit")
     torch.manual_seed(0)
@@ -63,19 +63,19 @@ def make_module_and_batches(count: int) -> tuple[LightningModule, list[Any]]:
 
 @dataclass(frozen=True)
 class Overhead:
-    """Result of :func:`compare`: seconds per step, one value for each repeat."""
+    """Result of :func:`compare`: seconds per step, one value per repeat."""
 
     bare: tuple[float, ...]
     trainer: tuple[float, ...]
 
     @property
     def ratio(self) -> float:
-        """Median of the trainer's step over that of the bare one."""
+        """Median time of the trainer's step divided by that of the bare loop's."""
         return statistics.median(self.trainer) / statistics.median(self.bare)
 
 
 def compare(module: LightningModule, batches: Sequence[Any], *, repeats: int, clock: Clock) -> Overhead:
-    """Time both loops ``repeats`` times in turn, each from the same weights, after one untimed turn."""
+    """Time both loops in turn, ``repeats`` times each and always from the same weights, after one untimed turn."""
     bare: list[float] = []
     trainer: list[float] = []
     for repeat in range(repeats + 1):
@@ -88,7 +88,7 @@ def compare(module: LightningModule, batches: Sequence[Any], *, repeats: int, cl
 
 
 def time_bare(module: LightningModule, batches: Sequence[Any], clock: Clock) -> float:
-    """Seconds per step of a plain loop."""
+    """Return the seconds per step of a bare loop."""
     optimizer: Any = module.configure_optimizers()
     module.train()
     start = clock()
@@ -101,7 +101,7 @@ def time_bare(module: LightningModule, batches: Sequence[Any], clock: Clock) -> 
 
 
 def time_trainer(module: LightningModule, batches: Sequence[Any], clock: Clock) -> float:
-    """Seconds per step of ``Trainer.fit``, set-up and tear-down left out."""
+    """Return the seconds per step of ``Trainer.fit``, without setup and teardown."""
     watch = _Stopwatch(clock)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
@@ -117,7 +117,7 @@ def time_trainer(module: LightningModule, batches: Sequence[Any], clock: Clock) 
 
 
 class _Stopwatch(Callback):
-    """Times from the start of the first epoch to the end of training."""
+    """Measure the time from the start of the first epoch to the end of training."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -133,10 +133,10 @@ class _Stopwatch(Callback):
 def main() -> None:
     """Print both medians and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=40, help="steps in each turn")
-    parser.add_argument("--repeats", type=int, default=5, help="timed turns of each loop")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a busy machine")
+    parser.add_argument("--steps", type=int, default=40, help="steps per turn (default: 40)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed turns of each loop (default: 5)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="wall (default), or cpu for a busy machine")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore")  # a bare loop has no trainer to log to, and Lightning says so

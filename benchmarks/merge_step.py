@@ -1,8 +1,8 @@
-"""What a merging step costs by kind of loss, and what the merged CLIP costs beside the original.
+"""Measure a merging step for each kind of loss, and compare the cost of the merged CLIP with that of the original.
 
     python -m benchmarks.merge_step runs/tove
 
-Kinds take turns in one process, so that a busy machine slows all of them alike; the table gives medians and ratios.
+Kinds take turns in one process, so that a busy machine slows them all equally; the table gives medians and ratios.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ KINDS = {
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a finished run of ToVE, with experts")
+    parser.add_argument("run", type=Path, help="folder of a finished run of ToVE with experts")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each kind (default: 7)")
     parser.add_argument("--steps", type=int, default=10, help="steps per round (default: 10)")
     options = parser.parse_args()

@@ -1,10 +1,10 @@
-"""What does MoLE cost beside the plain MLP? One layer of CLIP's width, forward alone and with backward.
+"""Measure what MoLE costs compared with the plain MLP: one layer of CLIP's width, forward only and with backward.
 
     python benchmarks/mole_speed.py --width 1024 --hidden 4096 --tokens 577
 
 The base is frozen and the input has a gradient, as in MoVE-KD's first stage. Variants take turns in one process, so
-that a busy machine slows all alike; the ratio is the median over rounds of a variant's time to the plain MLP's in the
-same round. ``per expert`` is the plain way: each expert on its own, top-1 on the tokens that chose it, dense on all.
+that a busy machine slows them all equally; the ratio is the median over rounds of a variant's time divided by the plain
+MLP's in the same round. ``per expert`` runs one expert after another: top-1 on the tokens routed to it, dense on all.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ PLAIN = "plain MLP"
 
 
 class PerExpert(nn.Module):
-    """The same function as a MoLE, without stacking.
+    """Compute the same function as a MoLE without stacking its experts.
 
     Args:
-        mole: Whose weights are used.
+        mole: MoLE whose weights are used.
     """
 
     def __init__(self, mole: MoLEFeedForward) -> None:
@@ -69,7 +69,7 @@ class PerExpert(nn.Module):
 
 
 def make_variants(width: int, hidden: int, dropout: float) -> dict[str, nn.Module]:
-    """The plain MLP and MoLE in each form, on the same frozen base."""
+    """Return the plain MLP and every form of MoLE, on the same frozen base."""
     torch.manual_seed(0)
     config = CLIPVisionConfig(hidden_size=width, intermediate_size=hidden, num_attention_heads=width // 64)
     plain = CLIPMLP(config).requires_grad_(False)
@@ -88,7 +88,7 @@ def make_variants(width: int, hidden: int, dropout: float) -> dict[str, nn.Modul
 def measure(
     variants: dict[str, nn.Module], x_BND: Tensor, *, rounds: int, clock: Callable[[], float], backward: bool
 ) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, after one untimed round."""
+    """Return the seconds of each variant in each round, after one untimed round."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
         for name, module in variants.items():
@@ -111,22 +111,22 @@ def _once(module: nn.Module, x_BND: Tensor, clock: Callable[[], float], backward
 
 
 def ratio(seconds: dict[str, list[float]], name: str) -> str:
-    """Median over rounds of the time to the plain MLP's."""
+    """Return the median over rounds of a variant's time divided by the plain MLP's."""
     pairs = zip(seconds[name], seconds[PLAIN], strict=True)
     return f"{statistics.median(own / plain for own, plain in pairs):.2f}"
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=1024, help="token width (default: CLIP-L's 1024)")
     parser.add_argument("--hidden", type=int, default=4096, help="hidden width of the MLP (default: 4096)")
-    parser.add_argument("--tokens", type=int, default=577, help="tokens, [CLS] included (default: 577)")
+    parser.add_argument("--tokens", type=int, default=577, help="tokens per image, with [CLS] (default: 577)")
     parser.add_argument("--batch", type=int, default=1, help="images (default: 1)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each variant (default: 7)")
     parser.add_argument("--dropout", type=float, default=0.05, help="dropout in training (default: 0.05)")
     parser.add_argument("--threads", type=int, default=1, help="threads (default: 1)")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: where others use the machine")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="wall (default), or cpu for a busy machine")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     variants = make_variants(options.width, options.hidden, options.dropout)

@@ -1,9 +1,9 @@
-"""What a step of MoVE-KD costs by form, beside one of plain fine-tuning by text.
+"""Measure a training step of each form of MoVE-KD, compared with plain fine-tuning on text.
 
     python -m benchmarks.movekd_step --forms no-mole recipe
 
-Forms take turns in one process, forwards and backwards, so that a busy machine slows all of them alike. Each round
-gives a ratio to its own step by text; the table has their median and quartiles.
+Forms take turns in one process, in alternating order, so that a busy machine slows them all equally. Each round gives
+the ratio of a form's time to that of the step on text; the table has the median and quartiles of these ratios.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BESIDE = "text-only"
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10, help="rounds of each form (default: 10)")
     parser.add_argument("--steps", type=int, default=8, help="steps per round (default: 8)")
@@ -51,7 +51,7 @@ def main() -> None:
     for number in tqdm(range(options.rounds), desc="rounds"):
         for name in forms if number % 2 == 0 else forms[::-1]:
             seconds[name].append(seconds_per_step(*built[name], steps=options.steps, folder=Path("runs/movekd-step")))
-    table = Table("form", "ms/step", "against text-only", "half of the rounds", title=describe_machine())
+    table = Table("form", "ms/step", "against text-only", "quartiles", title=describe_machine())
     for name, values in seconds.items():
         ratios = [value / other for value, other in zip(values, seconds[BESIDE], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)

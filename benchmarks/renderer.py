@@ -1,4 +1,4 @@
-"""How many scenes per second does the embedded world's renderer deliver?
+"""Measure how many scenes per second the renderer of Tabletop produces.
 
 Each process samples and renders its own scenes with one thread, as the render cache does.
 """
@@ -22,7 +22,7 @@ _CHUNK = 64
 
 
 def main() -> None:
-    """Print scenes per second for every image size and number of processes."""
+    """Print scenes per second for each image size and number of processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--num_scenes", type=int, default=1024, help="scenes per measurement, over all processes")
     parser.add_argument("--sizes", type=int, nargs="+", default=[96, 64], help="image sizes, pixels")
@@ -38,8 +38,8 @@ def main() -> None:
 def measure(num_scenes: int, size: int, num_processes: int) -> tuple[float, float]:
     """Return scenes per second of wall time and per second of CPU time.
 
-    The clock runs from the moment all processes are ready until the last is done. The CPU rate is what the machine
-    would give to one process with nothing else running.
+    Wall time runs from when all processes are ready until the last is done. The CPU rate is that of one process on an
+    otherwise idle machine.
     """
     context = multiprocessing.get_context("spawn")
     barrier, cpu_seconds = context.Barrier(num_processes + 1), context.SimpleQueue()

@@ -1,7 +1,7 @@
-"""The engine of the results pages: rows of docs/results/NAME.json, tables made of them, docs/results/NAME.md.
+"""Print the results pages: rows in docs/results/NAME.json become tables in docs/results/NAME.md.
 
-A page's script says which runs there are and which tables show them. The JSON keeps one row per variant and seed with
-the scores that the tables show, so that a page can be printed again without the runs.
+A page's script states its runs and the tables that show them. The JSON keeps one row per variant and seed with the
+scores that the tables show, so that a page can be printed again without the runs.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class Table:
 
     Args:
         title: Heading.
-        variants: Its rows, in order.
-        parts: Columns, each list under a line of its own where that is not empty. Columns that no row has are left out.
-        prefix: What the variants begin with in the JSON, before a slash.
+        variants: Names of its rows, in order.
+        parts: Lists of columns, each with a caption, which may be empty. Columns that no row has are left out.
+        prefix: Prefix of the variants in the JSON, followed by a slash.
         after: Markdown below it.
     """
 
@@ -60,11 +60,11 @@ class Table:
     after: str = ""
 
     def names(self) -> list[str]:
-        """Return the variants as the JSON has them."""
+        """Return the names of the variants in the JSON."""
         return [f"{self.prefix}/{variant}" if self.prefix else variant for variant in self.variants]
 
     def rows(self, rows: Iterable[ResultRow]) -> list[ResultRow]:
-        """Return the table's own of all rows, sorted, without the prefix."""
+        """Return those of the rows that belong to this table, sorted and without the prefix."""
         own = dict(zip(self.names(), self.variants, strict=True))
         order = list(own)
         found = [row for row in rows if row.variant in own]
@@ -72,7 +72,7 @@ class Table:
         return [replace(row, variant=own[row.variant]) for row in found]
 
     def markdown(self, rows: Iterable[ResultRow]) -> list[str]:
-        """Return its blocks of text; none where it has no rows."""
+        """Return the table's blocks of text; an empty list if it has no rows."""
         own = self.rows(rows)
         if not own:
             return []
@@ -88,10 +88,10 @@ class Page:
     """A page.
 
     Args:
-        name: Its files: NAME.json and NAME.md, from NAME.intro.md and NAME.notes.md around the tables.
-        tables: What it shows.
-        also: Keys of scores that the JSON keeps besides, for another page.
-        derive: Adds scores that follow from others, for the tables alone.
+        name: Name of its files: NAME.json and NAME.md, with NAME.intro.md and NAME.notes.md around the tables.
+        tables: Tables of the page.
+        also: Keys of further scores to keep in the JSON, for another page.
+        derive: Adds scores computed from others, for the tables only.
         derived: Keys of these.
     """
 
@@ -102,7 +102,7 @@ class Page:
     derived: Sequence[str] = ()
 
     def committed(self) -> list[ResultRow]:
-        """Return the rows of the JSON as it is."""
+        """Return the rows in the committed JSON."""
         path = OUT / f"{self.name}.json"
         return read_rows(path) if path.is_file() else []
 
@@ -112,9 +112,9 @@ class Page:
         """Write the JSON and the page.
 
         Args:
-            new: Rows that take the place of known ones of the same variant and seed.
-            known: Rows that stay; those of the JSON by default. What no table lists is dropped.
-            measured: Whether ``new`` come from runs on this machine; without, the page names the machine as before.
+            new: Rows that replace known ones of the same variant and seed.
+            known: Rows to keep; by default those in the JSON. Rows that no table lists are dropped.
+            measured: Whether ``new`` was measured on this machine; if not, the page keeps the machine that it names.
         """
         kept = self.committed() if known is None else known
         latest = {(row.variant, row.seed): row for row in (*kept, *new)}
@@ -148,12 +148,12 @@ class Page:
 def trial_table(
     heads: Sequence[str], trials: Iterable[tuple[Sequence[str], Run]], scores: Mapping[str, str]
 ) -> list[str]:
-    """Return the lines of a table of finished single runs: cells that name each, then its scores.
+    """Return the lines of a table with one finished run per line: cells that name it, then its scores.
 
     Args:
         heads: Headings of the cells.
-        trials: Cells and run of each line; what is not done is left out.
-        scores: Headings by key of a run's metrics; a run without one gets a dash.
+        trials: Cells and run of each line; unfinished runs are left out.
+        scores: Headings by key of the run's metrics; a missing score is shown as a dash.
     """
     lines = [f"| {' | '.join([*heads, *scores.values()])} |", f"|{'---|' * len(heads)}{'---:|' * len(scores)}"]
     for cells, run in trials:
@@ -179,7 +179,7 @@ def row_of(run: Run) -> ResultRow:
 
 
 def present(columns: Sequence[Column], rows: Sequence[ResultRow]) -> list[Column]:
-    """Return the columns that any row has: short runs write no captions."""
+    """Return the columns that at least one row has: short runs, for instance, write no captions."""
     return [column for column in columns if any(row.value(column.key) is not None for row in rows)]
 
 

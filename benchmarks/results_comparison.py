@@ -1,9 +1,9 @@
-"""Both methods and their mixes under one trainer: `make results-comparison` writes docs/results/comparison.{md,json}.
+"""Compare both methods and their hybrids: `make results-comparison` writes docs/results/comparison.{md,json}.
 
-The matrix is `make ablations SCALE=default` (400 steps of 12 images from the shipped language model), so runs of either
-target serve the other. A finished run is not run again, an interrupted one goes on. What `visexpert compare` writes of
-the matrix (paired tests, costs, Pareto front, skills) stays with the runs; docs/results/comparison/ gets the figures
-that the page shows.
+The matrix is `make ablations SCALE=default` (400 steps of 12 images from the shipped language model), and the two
+targets share their runs. Finished runs are not repeated, and interrupted ones resume. The report of `visexpert compare`
+on the matrix (paired tests, costs, Pareto front, skills) stays with the runs; docs/results/comparison/ gets the figures
+of the page.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from visexpert.report.palette import canvas, colors, save, styled
 SCALE = "default"
 BASELINE = "CLIP only"
 TWICE = ("--trainer.max_steps", "800", "--trainer.val_check_interval", "800")
-"""For rows beside hybrids, which go on from 400 steps of ToVE."""
+"""For rows compared with hybrids, which continue from 400 steps of ToVE."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Entry:
     """A row of the matrix.
 
     Args:
-        method: Whose ablation it is.
-        name: The ablation.
+        method: Method of the ablation.
+        name: Name of the ablation.
         phase: Folder in the run that holds what is scored; empty for the run itself.
         extra: Further arguments of the fit.
     """
@@ -75,7 +75,7 @@ def main() -> None:
     """Run what is missing, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--only", default="", help="run only what has this in its folder")
+    parser.add_argument("--only", default="", help="only do runs whose folder has this in its path")
     parser.add_argument("--report_only", action="store_true", help="write the page from what is finished")
     options = parser.parse_args()
     if not options.report_only:
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def fit_of(entry: Entry, seed: int) -> Run:
-    """The fit behind a row."""
+    """Return the fit of a row."""
     run = run_of(entry.method, entry.name, seed=seed, scale=SCALE)
     steps = "" if not entry.extra else f"-{entry.extra[1]}-steps"
     folder = run.folder.parents[1] / slug(f"{entry.name}{steps}") / run.folder.name
@@ -93,7 +93,7 @@ def fit_of(entry: Entry, seed: int) -> Run:
 
 
 def stages(seeds: Sequence[int]) -> list[list[Run]]:
-    """Fits in the order of what they need: hybrids go on from runs of ToVE."""
+    """Return the fits in stages: hybrids come last, because they continue from runs of ToVE."""
     hybrids = [entry for entry in MATRIX.values() if entry.method == "hybrid"]
     first = [entry for entry in MATRIX.values() if entry.method != "hybrid"] + [Entry("tove", "merge")]
     fits = [[fit_of(entry, seed) for seed in seeds for entry in part] for part in (first, hybrids)]
@@ -101,7 +101,7 @@ def stages(seeds: Sequence[int]) -> list[list[Run]]:
 
 
 def matrix_runs(seeds: Sequence[int]) -> list[Run]:
-    """What the rows score: a fit, or what a callback made of it."""
+    """Return the runs that the rows score: a fit, or what a callback made from it."""
     runs = []
     for title, entry in MATRIX.items():
         for seed in seeds:
@@ -111,7 +111,7 @@ def matrix_runs(seeds: Sequence[int]) -> list[Run]:
 
 
 def share_runs(seeds: Sequence[int]) -> list[Run]:
-    """ToVE and CLIP alone on a part of the training scenes."""
+    """Return the runs of ToVE and of CLIP alone on part of the training scenes."""
     names = {WITH: ("base", "scenes-{}"), WITHOUT: ("clip-only", "clip-only-scenes-{}")}
     runs = []
     for share in SHARES:
@@ -123,12 +123,12 @@ def share_runs(seeds: Sequence[int]) -> list[Run]:
 
 
 def done(runs: Iterable[Run]) -> list[Run]:
-    """Runs that have been scored; what a callback made is, once the fit that it lies in is."""
+    """Return the runs that have been scored; what a callback made has its scores once the fit around it has."""
     return [run for run in runs if any((folder / DONE).is_file() for folder in (run.folder, run.folder.parent))]
 
 
 def report(matrix: Sequence[Run], shares: Sequence[Run]) -> None:
-    """Write the page, its rows and its figures; rows of an earlier machine stay where no run replaces them."""
+    """Write the page, its rows and its figures; rows from an earlier machine stay unless a run replaces them."""
     runs = [replace(run, variant=f"matrix/{run.variant}") for run in matrix]
     runs += [replace(run, variant=f"shares/{run.variant}") for run in shares]
     PAGE.write([row_of(run) for run in runs])
@@ -145,8 +145,8 @@ def report(matrix: Sequence[Run], shares: Sequence[Run]) -> None:
 
 FIGURES = OUT / "comparison" / "figures"
 COMPARED = """\
-Paired tests with Holm's correction, intervals, training GFLOP, what is not equal between rows, all scores, gate maps,
-attention and captions side by side: `runs/ablations/default/comparison/report.html`, which the target writes.
+The target also writes `runs/ablations/default/comparison/report.html`: paired tests with Holm's correction, intervals,
+training GFLOP, differences in settings between rows, all scores, gate maps, and attention and captions side by side.
 
 ![Score against cost at inference](comparison/figures/pareto_gflop.png)
 """
@@ -156,7 +156,7 @@ PAGE = Page(
     [
         Table("The matrix", list(MATRIX), PARTS, "matrix", after=COMPARED),
         Table(
-            "A part of the training scenes",
+            "Part of the training scenes",
             [f"{share} %, {title}" for title in (WITH, WITHOUT) for share in SHARES],
             PARTS,
             "shares",

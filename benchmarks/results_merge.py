@@ -1,8 +1,8 @@
-"""Detaching and merging on Tabletop, measured: `make results-merge` writes docs/results/merge.{md,json}.
+"""Measure detaching and merging on Tabletop: `make results-merge` writes docs/results/merge.{md,json}.
 
-Base: ToVE with all five experts from `make results-tove` (400 steps from the shipped language model), one run per seed.
-From it: experts detached, CLIP merged, and the controls that get the same number of further steps. Every run is
-resumable and a finished one is not run again; interrupt at will.
+The base is ToVE with all five experts from `make results-tove` (400 steps from the shipped language model), one run per
+seed. From it come the detached models, the merged CLIPs, and controls with the same number of further steps. Runs can
+be interrupted at any time and resume; finished ones are not repeated.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from visexpert.report import Column, ResultRow
 
 STEPS = 2500
 LR = "5e-3"
-"""Of CLIP and projector, by tokens and by text alike; chosen on validation scenes of seed 0 among 2e-3 .. 8e-3."""
+"""Rate of CLIP and projector, for tokens and for text; chosen on validation scenes of seed 0 from 2e-3 to 8e-3."""
 
 EQUAL_TIME, EQUAL_TIME_ALONG = 1970, 1690
-"""Steps of training by text that take as long as STEPS by tokens: see benchmarks/merge_step.py."""
+"""Steps on text that take as long as STEPS on tokens: see benchmarks/merge_step.py."""
 
 SEMANTIC = "CLIP + semantic"
 TEXT = ["--merging.token_weight", "0", "--merging.lm_weight", "1"]
@@ -42,7 +42,7 @@ MERGED = {
     "merged: tokens, LoRA": ["--merging.adaptation", "lora"],
     "merged: tokens + text, ToVE's decoder trained along": ["--merging.lm_weight", "0.33", *ALONG],
 }
-"""What `visexpert merge` does from the base run; a later option replaces an earlier one."""
+"""Options of `visexpert merge` from the base run; a later option replaces an earlier one."""
 
 CONTINUED = {
     "ToVE, trained on": None,
@@ -57,7 +57,7 @@ BUDGETS: dict[str, tuple[str, ...]] = {
     "within 6x of CLIP's GFLOP, re-tuned (200 steps)": ("6.0", "--retune_steps", "200"),
 }
 ORDERS = {"lowest worth first": (1, 2, 3, 4), "highest worth first": (1, 2)}
-"""How many experts are detached, by leave-one-out worth; the first of each is in tove-tabletop.json."""
+"""How many experts are detached, in the order of leave-one-out; the first of each is in tove-tabletop.json."""
 
 COLUMNS = [
     *SCORES[:2],
@@ -81,13 +81,13 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--base", type=Path, default=Path("runs/results-tove"), help="folder of ToVE's runs")
     parser.add_argument("--runs", type=Path, default=Path("runs/results-merge"), help="folder of the other runs")
-    parser.add_argument("--report_only", action="store_true", help="write the page from what is finished")
-    parser.add_argument("--only", default="", help="run only variants whose name holds this")
+    parser.add_argument("--report_only", action="store_true", help="write the page from finished runs")
+    parser.add_argument("--only", default="", help="only run variants whose name has this")
     options = parser.parse_args()
     if not options.report_only:
         execute(base_runs(options.base, options.seeds), jobs=options.jobs)
     by_seed = [runs_of(options.base, options.runs, seed) for seed in options.seeds]
-    runs = [run for alike in zip(*by_seed, strict=True) for run in alike]  # a cut leaves whole comparisons
+    runs = [run for alike in zip(*by_seed, strict=True) for run in alike]  # leaves whole comparisons if interrupted
     if not options.report_only:
         execute([run for run in runs if options.only in run.variant], jobs=options.jobs)
     ordered = [run for seed in options.seeds for run in ordered_runs(options.base, options.runs, seed)]
@@ -97,12 +97,12 @@ def main() -> None:
 
 
 def base_runs(base: Path, seeds: Sequence[int]) -> list[Run]:
-    """ToVE itself, without which there is nothing to merge."""
+    """Return the runs of ToVE from which everything else starts."""
     return [run for run in grounded_runs(base, seeds) if run.variant == f"grounded/{ALL}"]
 
 
 def runs_of(base: Path, runs: Path, seed: int) -> list[Run]:
-    """All that one seed needs, the main rows first."""
+    """Return all runs of one seed, the main rows first."""
     (trained,) = base_runs(base, [seed])
     merges = [_merge(trained.folder, seed, variant, extra) for variant, extra in MERGED.items()]
     tove, semantic, clip = (
@@ -113,7 +113,7 @@ def runs_of(base: Path, runs: Path, seed: int) -> list[Run]:
 
 
 def ordered_runs(base: Path, runs: Path, seed: int) -> list[Run]:
-    """The base run with experts detached in the order of their worth, which the search for a budget has measured."""
+    """Return the base run with experts detached in the order of their value, which the search for a budget measured."""
     (trained,) = base_runs(base, [seed])
     found = trained.folder / slug(f"detached: {next(iter(BUDGETS))}") / "detachment.json"
     if not found.is_file():
@@ -157,7 +157,7 @@ def _detach(trained: Path, seed: int, variant: str, budget: Sequence[str]) -> Ru
 
 
 def _continued(runs: Path, trained: Path, base: Path, seed: int, variant: str, overlay: str | None) -> Run:
-    """The same number of further steps, from the last weights of the model of the same kind."""
+    """Return a run of the same number of further steps, from the last weights of a model of the same kind."""
     names = {None: ALL, "semantic": SEMANTIC, "clip-only": "CLIP only"}
     start = base / "grounded" / slug(names[overlay]) / f"seed{seed}" / "checkpoints" / "last.ckpt"
     extra = ["--config", str(OVERLAYS / f"{overlay}.yaml")] if overlay else []
@@ -166,7 +166,7 @@ def _continued(runs: Path, trained: Path, base: Path, seed: int, variant: str, o
 
 
 def _fresh(runs: Path, seed: int) -> Run:
-    """CLIP, its projector and a decoder of random weights, by text alone, for as many steps as all the others."""
+    """Return the run of CLIP, projector and a random decoder on text alone, for as many steps as the others in all."""
     extra = ["--config", str(OVERLAYS / "clip-only.yaml"), "--model.init_args.optimizer.clip_lr", LR]
     return _fit(runs, seed, FRESH, [*extra, *_steps(STEPS + 400)])
 
@@ -205,11 +205,11 @@ REFERENCES = {
     "all, lowest worth detached": "detached: lowest worth first, 4 left",
     "all, highest worth detached": "detached: highest worth first, 4 left",
 }
-"""Rows that docs/results/tove-tabletop.json has already."""
+"""Rows that are already in docs/results/tove-tabletop.json, with their names here."""
 
 
 def order() -> list[str]:
-    """Variants as the page lists them."""
+    """Return the variants in the order of the page."""
     names = [REFERENCES[name] for name in ("CLIP only", SEMANTIC, ALL)]
     names += [*CONTINUED, *MERGED, FRESH]
     names += [f"detached: {order}, {5 - number} left" for order, numbers in ORDERS.items() for number in numbers]
@@ -217,7 +217,7 @@ def order() -> list[str]:
 
 
 def page() -> Page:
-    """The page: scores, then cost, of the same rows."""
+    """Return the page: scores, then costs, of the same rows."""
     tables = [Table("Scores", order(), [("", COLUMNS)]), Table("Cost", order(), [("", COST)])]
     return Page("merge", tables, derive=with_gain, derived=["kept", "ms"])
 
@@ -229,7 +229,7 @@ def _references() -> list[ResultRow]:
 
 
 def with_gain(rows: Sequence[ResultRow]) -> list[ResultRow]:
-    """Add what part of ToVE's VQA gain over CLIP only a row keeps (same seed, same start), in per cent, and ms."""
+    """Add the share of ToVE's VQA gain over CLIP only (same seed, same start) that a row keeps, in percent, and ms."""
     key = "test/vqa/accuracy"
     low = {row.seed: row.scores[key] for row in rows if row.variant == "CLIP only"}
     high = {row.seed: row.scores[key] for row in rows if row.variant == REFERENCES[ALL]}

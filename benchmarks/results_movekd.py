@@ -1,7 +1,7 @@
-"""MoVE-KD on Tabletop, measured: `make results-movekd` runs this and writes docs/results/movekd-tabletop.{md,json}.
+"""Measure MoVE-KD on Tabletop: `make results-movekd` writes docs/results/movekd-tabletop.{md,json}.
 
-Every student starts from the shipped CLIP and reads through the shipped language model. Main rows train 2000 steps,
-ablations 400, all rows of a table alike. Every run is resumable and a finished one is not run again.
+Every student starts from the shipped CLIP and is read by the shipped language model. Main rows train for 2000 steps,
+ablations for 400. Interrupted runs resume, and finished ones are not repeated.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from visexpert.report import Column, ResultRow
 
 STEPS = 2000
 SAME_TIME, LONG, LONGER = 2260, 2540, 3200
-"""Steps by text alone in the time of STEPS of direction fixed without MoLE, whose steps take 1.13 times as long, of
-heads without MoLE when their row was set (1.27; later 1.18), and of the base (1.57; later 1.64), by
+"""Steps on text alone in the time of STEPS of: direction fixed without MoLE (a step takes 1.13 times as long); heads
+without MoLE (1.27 when the row was set, later 1.18); the base (1.57, later 1.64). From
 `python -m benchmarks.movekd_step`."""
 
 FIRST_STAGE = 600
-"""Of STEPS, those in which CLIP's own weights and the language model rest."""
+"""Those of STEPS in which CLIP's own weights and the language model are frozen."""
 
 TEXT_ONLY, KD_MOLE = "text only", "KD + MoLE (base)"
 RECIPE = "recipe: depth and normals, fixed, CLIP at .1, no MoLE"
@@ -56,7 +56,7 @@ MAIN: dict[str, tuple[str, ...]] = {
     NO_LANGUAGE: ("encoder-only",),
     "recipe, no language model": ("recipe-distil",),
 }
-"""Rows by ablation (configs/movekd/ablations), at SCALE=full, with further arguments."""
+"""Rows at SCALE=full: ablation (configs/movekd/ablations) and further arguments, by title."""
 
 ABLATIONS = {
     TEXT_ONLY: "text-only",
@@ -92,15 +92,15 @@ ABLATIONS = {
     "fewer blocks, text only": "shallow-text-only",
     "fewer blocks, KD, no MoLE": "shallow",
 }
-"""Rows by ablation, at SCALE=default: the runs of `make ablations-movekd`."""
+"""Rows at SCALE=default: ablation by title; the runs of `make ablations-movekd`."""
 
 FRACTIONS = (0.05, 0.1, 0.25)
 SCARCE_STEPS = 600
 LONG_SCARCE = 3020
-"""Steps by text alone in the time of STEPS of distillation alone (1.21 each) and SCARCE_STEPS by text."""
+"""Steps on text alone in the time of STEPS of distillation alone (1.21 each) and SCARCE_STEPS on text."""
 
 FIRST = "distilled first"
-"""Distillation of the encoder alone, on the images of all scenes; then text on few of them."""
+"""Rows that distill the encoder alone on the images of all scenes, then train on the texts of a few."""
 
 COLUMNS = [
     *SCORES[:9],
@@ -126,8 +126,8 @@ def main() -> None:
     """Run what is missing, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--only", default="", help="run only variants whose folder holds this")
-    parser.add_argument("--report_only", action="store_true", help="write the page from what is finished")
+    parser.add_argument("--only", default="", help="only do runs whose folder has this in its path")
+    parser.add_argument("--report_only", action="store_true", help="write the page from finished runs")
     options = parser.parse_args()
     tables = {
         "main": main_runs(options.seeds),
@@ -143,7 +143,7 @@ def main() -> None:
 
 
 def main_runs(seeds: Sequence[int]) -> list[Run]:
-    """The main rows, seed by seed, so that a cut leaves whole comparisons."""
+    """Return the main rows, seed by seed, so that an interruption leaves whole comparisons."""
     runs = []
     for seed in seeds:
         for title, (name, *extra) in MAIN.items():
@@ -154,7 +154,7 @@ def main_runs(seeds: Sequence[int]) -> list[Run]:
 
 
 def ablation_runs(seeds: Sequence[int]) -> list[Run]:
-    """The runs of `make ablations-movekd` that the page shows, row by row."""
+    """Return the runs of `make ablations-movekd` that the page shows, row by row."""
     runs = []
     for title, name in ABLATIONS.items():
         for seed in seeds:
@@ -164,7 +164,7 @@ def ablation_runs(seeds: Sequence[int]) -> list[Run]:
 
 
 def two_stages(seed: int) -> list[Run]:
-    """The base in the paper's two stages, STEPS in all: MoLE, heads and projector first, then all but the teachers."""
+    """Return the base in the paper's two stages, STEPS in all: MoLE, heads, projector; then all but the teachers."""
     run = run_of("movekd", "base", seed=seed, scale="full")
     first, second = (run.folder.parents[1] / slug(f"{TWO_STAGES}{part}") / run.folder.name for part in (" first", ""))
     rest = (
@@ -182,7 +182,7 @@ def two_stages(seed: int) -> list[Run]:
 
 
 def scarce_runs(seeds: Sequence[int]) -> list[Run]:
-    """Text on few scenes: from CLIP, and from an encoder that was distilled on the images of all."""
+    """Return the runs on few texts, from CLIP and from an encoder that was distilled on the images of all scenes."""
     runs = []
     for fraction in FRACTIONS:
         extra = ("--data.init_args.train_fraction", str(fraction), *_steps(SCARCE_STEPS))
@@ -208,10 +208,10 @@ def _start(name: str, seed: int) -> tuple[str, ...]:
 
 
 def row_with_probes(run: Run) -> ResultRow:
-    """A finished run as a row, with the probes of its student's own tokens and the throughput of its training."""
+    """Return a finished run as a row, with the probes of the student's own tokens and the training throughput."""
     row = row_of(run)
     probes = {f"student/{name}": value for name, value in ensure(run.folder).items()}
-    key = "train/images_per_s"  # missing where a run was interrupted between its last step and its scores
+    key = "train/images_per_s"  # missing if a run was interrupted between its last step and its scores
     speed = {name: value for name, value in run.metrics().items() if name == key}
     return replace(row, scores={**row.scores, **probes, **speed})
 
@@ -226,7 +226,7 @@ def report(tables: Mapping[str, Sequence[Run]]) -> None:
 
 
 def page() -> Page:
-    """The page: main rows, little text, ablations."""
+    """Return the page: main rows, little text, ablations."""
     teachers = "R² of a ridge probe from the student's tokens to each teacher's:"
     parts = [("", COLUMNS), (teachers, TEACHER_COLUMNS), ("Cost:", COST)]
     scarce = [run.variant for run in scarce_runs([0])]

@@ -1,7 +1,7 @@
-"""ToVE on Tabletop, measured: `make results-tove` runs this and writes docs/results/tove-tabletop.{md,json}.
+"""Measure ToVE on Tabletop: `make results-tove` writes docs/results/tove-tabletop.{md,json}.
 
-Two starts, never in one table: from scratch, and from the shipped language model. Every run is resumable and a finished
-one is not run again; interrupt at will.
+Runs start from scratch or from the shipped language model; a table never mixes the two. Runs can be interrupted at any
+time and resume; finished ones are not repeated.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ PAGE = Page(
         Table("From the shipped language model", [*GROUNDED, *DETACHED], [("", SCORES), ("Cost:", COST)], "grounded"),
         Table("From scratch", [*SCRATCH, CONTROL], [("", SCORES), ("Cost:", COST)], "scratch"),
     ],
-    also=["test/vqa/family/material"],  # which the page of merging shows
+    also=["test/vqa/family/material"],  # shown on the page about merging
 )
 
 
@@ -57,8 +57,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--runs", type=Path, default=Path("runs/results-tove"), help="folder of the runs")
-    parser.add_argument("--report_only", action="store_true", help="write the page from what is finished")
-    parser.add_argument("--fresh", action="store_true", help="run again what the page has from an earlier machine")
+    parser.add_argument("--report_only", action="store_true", help="write the page from finished runs")
+    parser.add_argument("--fresh", action="store_true", help="repeat runs that the page has from an earlier machine")
     options = parser.parse_args()
     kept = [] if options.fresh else committed_rows(options.runs)
     known = {(row.variant, row.seed) for row in kept}
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def committed_rows(root: Path) -> list[ResultRow]:
-    """Rows of the present page whose runs are not on this machine: they are kept, not run again."""
+    """Return the rows of the committed page whose runs are not on this machine; they are kept, not run again."""
     return [
         row
         for row in PAGE.committed()
@@ -87,7 +87,7 @@ def committed_rows(root: Path) -> list[ResultRow]:
 
 
 def grounded_runs(root: Path, seeds: Sequence[int]) -> list[Run]:
-    """All variants from the shipped language model, seed by seed, so that a cut leaves whole comparisons."""
+    """Return all variants from the language model, seed by seed, so that an interruption leaves whole comparisons."""
     start = ["--config", GROUNDED_START]
     return [
         _fit(root, "grounded", variant, overlay, seed, start) for seed in seeds for variant, overlay in GROUNDED.items()
@@ -95,12 +95,12 @@ def grounded_runs(root: Path, seeds: Sequence[int]) -> list[Run]:
 
 
 def scratch_runs(root: Path, seeds: Sequence[int]) -> list[Run]:
-    """The main rows from scratch."""
+    """Return the main rows from scratch."""
     return [_fit(root, "scratch", variant, overlay, seed, []) for seed in seeds for variant, overlay in SCRATCH.items()]
 
 
 def control_runs(root: Path, seeds: Sequence[int]) -> list[Run]:
-    """Frozen CLIP under the decoder that ToVE grounded from scratch, trained on: is the gap "when", not "whether"?"""
+    """Return frozen CLIP trained further with the decoder that ToVE grounded: is the gap "when", not "whether"?"""
     runs = []
     for seed in seeds:
         teacher = root / "scratch" / slug(ALL) / f"seed{seed}" / "checkpoints" / "last.ckpt"
@@ -118,10 +118,10 @@ def control_runs(root: Path, seeds: Sequence[int]) -> list[Run]:
 
 
 def detached_runs(root: Path, seeds: Sequence[int]) -> list[Run]:
-    """The finished model with one expert detached, not trained on: the one of least and of most worth.
+    """Return the finished model without its least, and without its most valuable expert, not trained further.
 
-    Worth is the rise of the validation loss without the expert, so each expert's detachment is scored on the
-    validation scenes first; the test scenes are seen by the two chosen ones only.
+    An expert's value is the rise of the validation loss without it. Only the two chosen models are scored on the test
+    scenes.
     """
     runs = []
     for seed in seeds:
@@ -141,7 +141,7 @@ def detached_runs(root: Path, seeds: Sequence[int]) -> list[Run]:
 
 
 def _worth(trained: Path) -> dict[str, float]:
-    """Rise of the validation loss per detached expert; kept in the run's folder."""
+    """Return the rise of the validation loss per detached expert; it is kept in the run's folder."""
     path = trained / "worth.json"
     names = ("semantic", "depth", "normals", "edges", "segmentation")
     if not path.is_file():
@@ -160,7 +160,7 @@ def _validation(trained: Path, name: str | None) -> Run:
 
 
 def trained_arguments(folder: Path) -> tuple[str, ...]:
-    """Arguments that load a finished run."""
+    """Return the arguments that load a finished run."""
     return "--config", str(folder / "config.yaml"), "--ckpt_path", str(folder / "checkpoints" / "last.ckpt")
 
 

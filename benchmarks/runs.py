@@ -1,4 +1,4 @@
-"""Many runs of the command line, each resumable, side by side in processes that share the cost of importing torch."""
+"""Run many commands in parallel, each resumable, in processes that share the import of torch."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Run:
     """One `visexpert` command that ends with ``metrics.json`` in its folder.
 
     Args:
-        folder: The run's folder.
-        arguments: The command's arguments, without ``--run`` and ``--ckpt_path`` where it takes them.
-        seed: Seed.
+        folder: Folder of the run.
+        arguments: Arguments of the command, without ``--run`` and ``--ckpt_path``.
+        seed: Seed of the run.
         variant: Name in the table.
     """
 
@@ -42,20 +42,20 @@ class Run:
         return (self.folder / DONE).is_file()
 
     def metrics(self) -> dict[str, float]:
-        """Its final figures."""
+        """Return its final metrics."""
         loaded: dict[str, float] = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
         return loaded
 
 
 LIGHTNING = ("fit", "validate", "test")
-"""Commands whose folder is given by ``--run``."""
+"""Commands that take their folder with ``--run``."""
 
 DONE = "done"
 """File that marks a finished run."""
 
 
 def execute(runs: Sequence[Run], *, jobs: int) -> list[Run]:
-    """Do what is not done yet, ``jobs`` at a time; a failed run does not stop the others.
+    """Do the unfinished runs, ``jobs`` at a time; a failed run does not stop the others.
 
     Returns:
         Failed runs; their output is in ``log.txt`` of their folders.
@@ -80,20 +80,20 @@ def execute(runs: Sequence[Run], *, jobs: int) -> list[Run]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that every results page has."""
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: 2)")
+    """Add the options that every results page has."""
+    parser.add_argument("--jobs", type=int, default=2, help="runs in parallel (default: 2)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
 
 
 def slug(variant: str) -> str:
-    """A variant's name as a folder's."""
+    """Return the name of a variant's folder."""
     return "".join(letter if letter.isalnum() else "-" for letter in variant.lower()).replace("--", "-")
 
 
 def run_here(run: Run) -> int:
-    """Do one run in a child process, whose output goes to ``log.txt``; its exit code, as shells have it.
+    """Do one run in a child process, with its output in ``log.txt``; return the exit code as a shell does.
 
-    SIGTERM and Ctrl-C are passed on, and the child is waited for: it saves its work first.
+    SIGTERM and Ctrl-C are passed on to the child, which saves its work before it ends.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     process = multiprocessing.get_context("spawn").Process(target=_execute, args=(run,))
@@ -115,11 +115,11 @@ def run_here(run: Run) -> int:
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 STOPPED = tuple(128 + signum for signum in STOPS)
-"""Exit codes of a run that was stopped, which is no failure."""
+"""Exit codes of a run that a signal stopped; it has not failed."""
 
 
 def _execute(run: Run) -> None:
-    """In the child: redirect the output, run, mark as done."""
+    """Redirect the output, do the run and mark it as done, in the child process."""
     import torch
 
     from visexpert.cli import main
@@ -131,7 +131,7 @@ def _execute(run: Run) -> None:
         os.dup2(log.fileno(), 2)
         started = time.time()
         last = run.folder / "checkpoints" / "last.ckpt"
-        begin = ["--ckpt_path", str(last)] if last.is_file() else ["--overwrite"]  # what came to no checkpoint
+        begin = ["--ckpt_path", str(last)] if last.is_file() else ["--overwrite"]  # it has no checkpoint yet
         resume = begin if run.arguments[0] == "fit" else []
         command, *others = run.arguments
         if command in LIGHTNING:

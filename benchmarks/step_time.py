@@ -1,4 +1,4 @@
-"""Seconds of a training step, without logging, checkpoints or validation."""
+"""Time a training step, without logging, checkpoints or validation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from visexpert.callbacks.phase import PhaseSettings
 
 
 def seconds_per_step(model: L.LightningModule, data: L.LightningDataModule, *, steps: int, folder: Path) -> float:
-    """Mean over ``steps`` steps, after two that warm up."""
+    """Return the mean seconds of ``steps`` steps, after two that warm up."""
     clock = _Clock()
     trainer = L.Trainer(
         accelerator=PhaseSettings().accelerator,
@@ -29,7 +29,7 @@ def seconds_per_step(model: L.LightningModule, data: L.LightningDataModule, *, s
 
 
 class _Clock(L.Callback):
-    """When each step ended."""
+    """Record when each step ended."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

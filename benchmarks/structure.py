@@ -1,9 +1,9 @@
-"""How the source is built, as a table: sizes, constructors, circles, and what one training step runs through.
+"""Print how the source is built: sizes, constructors, import cycles, and what one training step runs through.
 
     python -m benchmarks.structure
 
-A step is the third `training_step` of a run at the smoke scale of configs/, so that nothing is done for the first time,
-with one expert and without a feature store, so that no work is counted once per expert.
+The step is the third `training_step` of a run at the smoke scale of configs/, so that nothing is done for the first
+time, with one expert and without a feature store, so that no work is repeated per expert.
 
 - files: files of visexpert of which the step calls a function.
 - moves: changes of file between one called function of visexpert and the next, in the order of the calls. Returns and
@@ -39,13 +39,13 @@ from benchmarks.waits import bare_trainer, waits_per_step
 
 ROOT = Path(visexpert.__file__).parent
 MANY = 16
-"""Constructor parameters above which a class is listed."""
+"""Classes are listed if their constructor has more parameters."""
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source_only", action="store_true", help="read the source, train nothing")
+    parser.add_argument("--source_only", action="store_true", help="only read the source, without training")
     parser.add_argument("--trace", action="store_true", help="print the files of each step in the order of the calls")
     options = parser.parse_args()
     console = Console(width=110)
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def source_rows(root: Path) -> list[tuple[str, str]]:
-    """Return what the source alone tells, as pairs of words and figures."""
+    """Return what the source alone shows, as pairs of a label and numbers."""
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(root.rglob("*.py"))}
     nodes = [node for tree in trees.values() for node in ast.walk(tree)]
     lines = [len(path.read_text(encoding="utf-8").splitlines()) for path in trees]
@@ -100,7 +100,7 @@ def spread(values: Sequence[int]) -> str:
 
 
 def listed(parts: Iterator[str]) -> str:
-    """Join parts by commas, or say that there are none."""
+    """Join parts with commas, or return that there are none."""
     return ", ".join(parts) or "none"
 
 
@@ -110,7 +110,7 @@ def length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def parameters(node: ast.ClassDef) -> int:
-    """Return how many parameters a class's own constructor names, or how many fields a dataclass declares itself."""
+    """Return the number of parameters of a class's own constructor, or of a dataclass's own fields."""
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
             arguments = item.args
@@ -121,7 +121,7 @@ def parameters(node: ast.ClassDef) -> int:
 
 
 def methods() -> Iterator[tuple[str, L.LightningModule, L.LightningDataModule]]:
-    """Yield both methods and the merging of ToVE, each with its data, on a few rendered scenes."""
+    """Yield both methods, and merging of ToVE, each with data of a few rendered scenes."""
     from visexpert.methods import Merging
     from visexpert.training import build_cli
 
@@ -165,7 +165,7 @@ def waits_of(model: L.LightningModule, data: L.LightningDataModule) -> int:
 
 
 def fit(model: L.LightningModule, data: L.LightningDataModule, *, steps: int = 3) -> None:
-    """Train some steps without logger, checkpoints and validation."""
+    """Train a few steps without logger, checkpoints and validation."""
     with tempfile.TemporaryDirectory() as folder:
         bare_trainer(Path(folder), steps=steps).fit(model, datamodule=data)
 

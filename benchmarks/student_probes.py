@@ -1,11 +1,10 @@
-"""What a trained student's own tokens hold, before any projector: probes, distance to each teacher, variance.
+"""Measure what a trained student's own tokens contain, before the projector: probes, teachers' tokens, variance.
 
     python -m benchmarks.student_probes RUN...
 
 Writes RUN/probes.json and prints it. Ridge probes are fitted on the first half of 600 test images and scored on the
-second.
-Standardized probes read information at any scale; raw probes have one fixed penalty in units of the start CLIP's
-variance, so that tokens which shrink lose.
+second. Standardized probes read information at any scale; raw probes have one fixed penalty in units of the initial
+CLIP's variance, so that tokens that shrink score lower.
 """
 
 from __future__ import annotations
@@ -33,18 +32,18 @@ from visexpert.vision import ClipEncoder
 IMAGES = 600
 TEACHERS = ("semantic", "depth", "normals", "edges", "segmentation")
 RAW_PENALTY = 0.1
-"""Of raw probes, as a share of the start CLIP's mean variance per channel."""
+"""Penalty of raw probes, as a share of the initial CLIP's mean variance per channel."""
 
 FILE = "probes.json"
 
 
 def main() -> None:
-    """Probe the runs that have no such file yet, and print all."""
+    """Probe the runs that have no probes.json yet, and print all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="finished runs on Tabletop")
-    parser.add_argument("--again", action="store_true", help="probe those that have the file, too")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs on Tabletop")
+    parser.add_argument("--again", action="store_true", help="also probe runs that have probes.json")
     options = parser.parse_args()
-    table = Table("figure", *("/".join(folder.resolve().parts[-2:]) for folder in options.runs))
+    table = Table("score", *("/".join(folder.resolve().parts[-2:]) for folder in options.runs))
     table.columns[0].no_wrap = True
     columns = [ensure(folder, again=options.again) for folder in tqdm(options.runs, unit="run")]
     for name in dict.fromkeys(name for column in columns for name in column):
@@ -53,7 +52,7 @@ def main() -> None:
 
 
 def ensure(folder: Path, *, again: bool = False) -> Mapping[str, float]:
-    """A run's probes, computed where they are missing, or again."""
+    """Return the probes of a run, computed if they are missing or if ``again``."""
     path = folder / FILE
     if again or not path.is_file():
         scores = probe(load_run(folder))
@@ -64,8 +63,8 @@ def ensure(folder: Path, *, again: bool = False) -> Mapping[str, float]:
 
 @torch.no_grad()
 def probe(run: SavedRun) -> dict[str, float]:
-    """Scores by name: ``probe/...``, ``raw/...``, ``teacher/NAME`` (R2), ``variance`` across images and
-    ``variance_between``, its share of the variance around the mean token: near 0 where all images get the same tokens.
+    """Return scores by name: ``probe/...``, ``raw/...``, ``teacher/NAME`` (R2), ``variance`` across images, and
+    ``variance_between``, its share of the variance around the mean token, near 0 if all images get the same tokens.
     """
     clip = run.model.clip
     assert isinstance(clip, ClipEncoder)
@@ -87,7 +86,7 @@ def probe(run: SavedRun) -> dict[str, float]:
 
 
 def _raw(tokens_BTD: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Depth and object depth by a probe that sees scale."""
+    """Return R2 of depth and object depth with probes that are sensitive to scale."""
     features_NE = tokens_BTD.flatten(0, 1).double()
     fit_N, evaluate_N = _halves(tokens_BTD)
     depth_N1 = torch.cat([part["depth"] for part in targets]).flatten(0, 1).double()

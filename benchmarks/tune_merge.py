@@ -1,8 +1,8 @@
-"""Rate and length of merging, and the rate of its controls, on the validation scenes of one base run.
+"""Tune rate and length of merging, and the rate of its controls, on the validation scenes of one base run.
 
     python -m benchmarks.tune_merge
 
-Writes docs/results/merge-tune.md. The test scenes are not looked at. A finished trial is not run again.
+Writes docs/results/merge-tune.md. Test scenes are not used. Finished trials are not repeated.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ SCORES = {"val/nmse": "NMSE", "val/nll/kind/dense": "dense NLL", "val/vqa/accura
 
 
 def main() -> None:
-    """Run what is missing and write the table."""
+    """Do the missing trials and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=Path("runs/results-tove/grounded/all-five-experts/seed0"))
     parser.add_argument("--runs", type=Path, default=Path("runs/tune-merge"), help="folder of the other runs")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: 2)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs in parallel (default: 2)")
     options = parser.parse_args()
     trials = [_merge(options.base, name, extra) for name, extra in TRIALS.items()]
     trials += [_fresh(options.runs, name, rate) for name, rate in FRESH.items()]
@@ -45,8 +45,8 @@ def main() -> None:
 
 INTRO = """# Rates of merging and of its controls, on validation scenes
 
-Written by `python -m benchmarks.tune_merge`: one base run (seed 0), 500 validation scenes, one run a line.
-What was chosen for [merge.md](merge.md) lies between the lines: 2500 steps at 5e-3 for tokens, and for text through
+Written by `python -m benchmarks.tune_merge`: one base run (seed 0), 500 validation scenes, one run per line.
+The settings of [merge.md](merge.md) lie between those of the lines: 2500 steps at 5e-3 for tokens, and for text with
 ToVE's decoder.
 """
 

@@ -1,8 +1,8 @@
-"""Rates and weight of distillation for `make results-movekd`, on the validation scenes of seed 0.
+"""Tune rates and weight of distillation for `make results-movekd`, on the validation scenes of seed 0.
 
     python -m benchmarks.tune_movekd
 
-Writes docs/results/movekd-tune.md. The test scenes are not looked at. A finished trial is not run again.
+Writes docs/results/movekd-tune.md. Test scenes are not used. Finished trials are not repeated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TRIALS: dict[str, tuple[str, str, str | None]] = {
     "paper-3e-3": ("paper-form", "3e-3", "0.5"),
     "paper-6e-3": ("paper-form", "6e-3", "0.5"),
 }
-"""Ablation, rate of the student, weight of the distillation loss, by folder."""
+"""Ablation, rate of the student and weight of the distillation loss, by folder."""
 
 FIXED: dict[str, dict[str, str]] = {
     "weight .5, five teachers, CLIP at .3": {},
@@ -55,11 +55,11 @@ FIXED: dict[str, dict[str, str]] = {
     },
     "heads (to_teacher), CLIP no teacher": {"heads.alignment": "to_teacher", "weighting.clip_teacher_weight": "null"},
 }
-"""Settings of direction fixed, without MoLE, at the rate of the base: one changed at a time, then beside the best."""
+"""Settings of direction fixed without MoLE, at the rate of the base: one changed at a time, then with the best ones."""
 
 FIRST_STEPS = {300: 830, 600: 650}
-"""Steps of distillation alone, and of text after them, in about the time of 1000 by text: one takes .58 of one by text
-(`python -m benchmarks.movekd_step`)."""
+"""Steps of distillation alone, and steps on text after them, in about the time of 1000 steps on text: one step takes
+.58 of the time of one on text (`python -m benchmarks.movekd_step`)."""
 
 SCORES = {
     "val/nll/kind/dense": "dense NLL",
@@ -69,27 +69,27 @@ SCORES = {
 }
 INTRO = """# Rates and weight of distillation, on validation scenes
 
-Written by `python -m benchmarks.tune_movekd`: seed 0, 1000 steps of 12 images, 500 validation scenes, one run a line.
-The language model learns at 1e-3 (6e-4 beside a student at 1e-3). Each kind of row of
-[movekd-tabletop.md](movekd-tabletop.md) has the best rate that was tried for it; heads stand at the upper end of what
-was tried, fixed maps do not (1e-2, below, is worse).
+Written by `python -m benchmarks.tune_movekd`: seed 0, 1000 steps of 12 images, 500 validation scenes, one run per line.
+The language model learns at 1e-3 (6e-4 with a student at 1e-3). Each kind of row in
+[movekd-tabletop.md](movekd-tabletop.md) uses the best rate that was tried for it; for heads this is the highest rate
+tried, for fixed maps it is not (1e-2, below, is worse).
 """
 
 
 FIXED_INTRO = """
 ## Direction fixed, without MoLE
 
-The same scenes and steps, at the rate of the base (6e-3): one setting changed at a time, then beside the best of them.
+The same scenes and steps, at the rate of the base (6e-3): one setting changed at a time, then with the best of them.
 *Distilled first*: steps of distillation alone, without a language model, and then of text alone, in about the time of
-1000 steps by text.
+1000 steps on text.
 """
 
 
 def main() -> None:
-    """Run what is missing and write the tables."""
+    """Do the missing trials and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/tune-movekd"), help="folder of the runs")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side (default: 2)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs in parallel (default: 2)")
     options = parser.parse_args()
     rates = {name: _rate_trial(options.runs, name) for name in TRIALS}
     fixed = {

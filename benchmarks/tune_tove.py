@@ -1,6 +1,6 @@
-"""How the rates and widths of configs/tove/tabletop/from-grounded.yaml were chosen: `python -m benchmarks.tune_tove`.
+"""Tune the rates and widths of configs/tove/tabletop/from-grounded.yaml: `python -m benchmarks.tune_tove`.
 
-One seed per setting, scored on the validation scenes; the test scenes are never looked at. Resumable, prints a table.
+Settings are scored on the validation scenes; test scenes are not used. Prints a table; interrupted runs resume.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ COLUMNS = [
 
 
 def main() -> None:
-    """Run what is missing, then print the table."""
+    """Do the missing runs, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--runs", type=Path, default=Path("runs/tune-tove"), help="folder of the runs")

@@ -1,8 +1,8 @@
-"""How often a training step makes the host wait for the device, counted on a CPU.
+"""Count on a CPU how often a training step would make the host wait for a GPU.
 
-On a GPU the host only queues work. It waits where a value must come back (``item``, ``tolist``, ``bool(tensor)``) and
-where the shape of a result depends on values (``nonzero``, ``bincount``, indexing by a mask). Both are the same calls
-on a CPU, so that they can be counted there.
+With a GPU the host only queues work. It waits when a value must come back (``item``, ``tolist``, ``bool(tensor)``), and
+when the shape of a result depends on values (``nonzero``, ``bincount``, indexing with a mask). These are the same calls
+on a CPU, so they can be counted there.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ SHAPED: frozenset[Any] = frozenset(
 BY_MASK: frozenset[Any] = frozenset(
     {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 )
-"""Operators that look for the true values first where an index is a mask."""
+"""Operators that first look for the true values if an index is a mask."""
 
 COPIES = frozenset({Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__})
-"""Methods that copy a tensor to the host without an operator of their own on a CPU."""
+"""Methods that copy a tensor to the host, without an operator of their own on a CPU."""
 
 OF_THE_HOST = (str(Path("torch", "optim")),)
-"""Whose reads are none of the device: torch's optimizers count their steps in tensors that stay on the host."""
+"""Code whose reads do not count: torch's optimizers keep their step counts in tensors on the host."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Wait:
     """One wait.
 
     Args:
-        what: The operator or method.
-        where: File and line of the code that asked, the innermost outside torch.
+        what: Operator or method.
+        where: File and line of the innermost frame outside torch.
     """
 
     what: str
@@ -72,17 +72,17 @@ class Wait:
 
 @dataclass
 class Waits:
-    """Counts while it is entered; may be entered several times.
+    """Count waits inside a ``with`` block; it may be entered several times.
 
     Args:
-        host: Tensors that are on the host in training, too, so that reading them is free.
-        found: What was counted so far.
+        host: Tensors that are on the host in training as well, so that reading them is free.
+        found: Waits counted so far.
     """
 
     host: Sequence[Tensor] = ()
     found: list[Wait] = field(default_factory=list)
     made: list[Tensor] = field(default_factory=list)
-    """Tensors that code made of Python's numbers, on the host until they are moved."""
+    """Tensors made from Python's numbers, which are on the host until they are moved."""
 
     def __enter__(self) -> Waits:
         self._modes = (_Dispatched(self), _Called(self))
@@ -97,15 +97,15 @@ class Waits:
             mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
     def is_of_host(self, value: object) -> bool:
-        """Whether a tensor would be on the host in training on a GPU."""
+        """Return whether a tensor would be on the host in training on a GPU."""
         return isinstance(value, Tensor) and any(value.data_ptr() == own.data_ptr() for own in (*self.host, *self.made))
 
     def note(self, what: object, read: Iterable[Any]) -> None:
-        """Count a wait, unless it is the host's own.
+        """Count a wait, unless torch's optimizers ask for it, or it reads a tensor that is on the host.
 
         Args:
-            what: What waits.
-            read: What it reads.
+            what: Operator or method that waits.
+            read: Tensors that it reads.
         """
         where = _asked_by()
         if not any(part in where for part in OF_THE_HOST) and not any(map(self.is_of_host, read)):
@@ -113,7 +113,7 @@ class Waits:
 
 
 def host_tensors(batch: Batch) -> list[Tensor]:
-    """What of a batch stays on the host in training."""
+    """Return the tensors of a batch that stay on the host in training."""
     return [value for name in batch.of_host if isinstance(value := getattr(batch, name), Tensor)]
 
 
@@ -125,14 +125,14 @@ def waits_per_step(
     steps: int = 3,
     host: Callable[[Any], Sequence[Tensor]] = host_tensors,
 ) -> list[list[Wait]]:
-    """Train some steps without logger, checkpoints and validation, and count in each, optimizer included.
+    """Train a few steps without logger, checkpoints and validation; count the waits of each, with its optimizer.
 
     Args:
-        model: What to train.
-        data: Its data, or training batches.
-        folder: Where Lightning may write.
-        steps: How many steps.
-        host: Tensors of a batch that stay on the host.
+        model: Model to train.
+        data: Data module, or training batches.
+        folder: Folder in which Lightning may write.
+        steps: Number of steps.
+        host: Returns the tensors of a batch that stay on the host.
     """
     counter = _Counter(host)
     trainer = bare_trainer(folder, steps=steps, callbacks=[counter])
@@ -160,7 +160,7 @@ def bare_trainer(folder: Path, *, steps: int, callbacks: Sequence[L.Callback] = 
 
 
 class _Counter(L.Callback):
-    """A count of its own for each step."""
+    """Count the waits of each step separately."""
 
     def __init__(self, host: Callable[[Any], Sequence[Tensor]]) -> None:
         self._host, self._now = host, Waits()
@@ -180,7 +180,7 @@ class _Counter(L.Callback):
 
 
 class _Dispatched(TorchDispatchMode):
-    """Sees every operator, those of the backward pass included."""
+    """Watch every operator, including those of the backward pass."""
 
     def __init__(self, waits: Waits) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -201,7 +201,7 @@ class _Dispatched(TorchDispatchMode):
 
 
 class _Called(TorchFunctionMode):
-    """Sees what becomes no operator on a CPU."""
+    """Watch methods that do not become an operator on a CPU."""
 
     def __init__(self, waits: Waits) -> None:
         super().__init__()
@@ -217,12 +217,12 @@ class _Called(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor) and named.get("device") is None:
             self._waits.made.append(result)
         elif func is Tensor.to and self._waits.is_of_host(result):
-            return result.clone()  # a copy on the device, which a CPU does not make
+            return result.clone()  # on a device this is a copy; a CPU does not make one
         return result
 
 
 def _asked_by() -> str:
-    """Innermost frame that is neither torch's own machinery nor of this file."""
+    """Return the innermost frame that is neither in torch nor in this file."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
         inside_torch = "torch" in path.parts and "optim" not in path.parts and "lightning" not in path.parts

@@ -1,4 +1,4 @@
-"""What this machine is, in the one line that results pages carry: ``python benchmarks/machine.py``."""
+"""Print the line that describes this machine on results pages: ``python benchmarks/machine.py``."""
 
 from __future__ import annotations
 

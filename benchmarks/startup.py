@@ -1,6 +1,6 @@
-"""How long help takes: ``python -m benchmarks.startup``, a table of medians beside ``import torch``.
+"""Measure how long ``--help`` takes compared with ``import torch``: ``python -m benchmarks.startup``.
 
-Every round runs each command once, in a fresh process, so that a busy machine slows all of them alike. The budget is
+Every round runs each command once in a new process, so that a busy machine slows them all equally. The budget is
 0.5 s for ``visexpert --help`` and 1.5 times ``import torch`` for ``visexpert COMMAND --help``.
 """
 
@@ -22,7 +22,7 @@ EMPTY = "an empty Python"
 
 
 def cases() -> dict[str, list[str]]:
-    """Return what is timed: its name, and the arguments of Python."""
+    """Return the timed commands: a name, and the arguments of Python."""
     module = ["-m", "visexpert.cli"]
     commands = {f"visexpert {name} --help": [*module, name, "--help"] for name in COMMANDS}
     return {
@@ -35,16 +35,16 @@ def cases() -> dict[str, list[str]]:
 
 
 def seconds(arguments: list[str]) -> float:
-    """Return the wall time of one process of Python."""
+    """Return the wall time of one Python process."""
     started = time.perf_counter()
     subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started
 
 
 def main() -> None:
-    """Time all of them and print a table; exit code 1 where one is over its budget."""
+    """Time all commands and print a table; exit with 1 if one exceeds its budget."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="times that each is run (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each command (default: %(default)s)")
     options = parser.parse_args()
     print(f"{describe_machine()}; {options.rounds} rounds\n", flush=True)
     asked = cases()

@@ -201,7 +201,7 @@ def test_names_of_open_clip(name: str, act: str, repo: str) -> None:
 def test_what_is_no_clip_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"open_clip has no model 'ViT-B-17'; the nearest are \['ViT-B-"):
         ClipEncoder(source="open_clip:ViT-B-17/openai")
-    with pytest.raises(ConfigError, match=r"no weights 'nope' of ViT-B-16 on the hub; its tags are .*openai"):
+    with pytest.raises(ConfigError, match=r"'nope' of ViT-B-16 .*openai"):
         ClipEncoder(source="open_clip:ViT-B-16/nope")
     with pytest.raises(ConfigError, match=r"is incomplete; write 'open_clip:NAME/TAG'"):
         ClipEncoder(source="open_clip:ViT-B-16")

@@ -131,9 +131,12 @@ def parser() -> Parser:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of released files")
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="new folder of the run")
     parser.add_argument(
-        "--clip", required=True, metavar="SOURCE", help="the CLIP that was trained: folder or hub id (sizes, teacher)"
+        "--clip",
+        required=True,
+        metavar="SOURCE",
+        help="the trained CLIP: folder or Hugging Face id (sizes, teacher)",
     )
-    parser.add_argument("--language", metavar="SOURCE", help="language model of stage 1: folder or hub id")
+    parser.add_argument("--language", metavar="SOURCE", help="language model of stage 1: folder or Hugging Face id")
     parser.add_argument("--alpha", type=float, help="of MoLE, where config.json does not say (default: 1)")
     parser.add_argument("--dense", action="store_true", help="MoLE is dense, where config.json does not say")
     parser.add_argument(

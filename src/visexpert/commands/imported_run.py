@@ -81,7 +81,7 @@ def run_config(
         mole: Settings of MoLE.
         layer: Hidden state of CLIP that is read.
         options: Of the command line.
-        language: Folder or hub id of the language model.
+        language: Folder or Hugging Face id of the language model.
         image_size: Side of CLIP's input, pixels.
     """
     text = {"source": language, "frozen": True, "dtype": options.dtype}

@@ -17,8 +17,8 @@ examples:
   visexpert plan --config A.yaml --config B.yaml --gpus 8 --trainer.strategy deepspeed_stage_2 --json > plan.json
 
 Later configurations lie over earlier ones; any argument of `visexpert fit` may follow. Nothing is downloaded and no
-weights are read: where a configuration names a model of the hub, its config.json must be in the local cache; a folder
-with that file alone does as well: --model.init_args.language.init_args.source FOLDER.
+weights are read. If a configuration names a model on the Hugging Face Hub, its config.json must be in the local cache;
+a folder with just that file also works: --model.init_args.language.init_args.source FOLDER.
 """
 
 

@@ -18,7 +18,7 @@ NOTHING_WORKS = 2
 EPILOG = """\
 MODEL is what a configuration takes:
   FOLDER                     written by transformers (save_pretrained), open_clip or timm
-  ORG/NAME, hf:ORG/NAME@REV  a repository of the hub
+  ORG/NAME, hf:ORG/NAME@REV  a repository on the Hugging Face Hub
   NAME.TAG                   a model of timm, such as vit_large_patch14_dinov2.lvd142m
   open_clip:NAME/TAG         a model of open_clip, such as open_clip:ViT-L-14-336/openai
   zoo:NAME                   a model that is shipped with the package
@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> None:
     """Try and print; exit code 2 where nothing works."""
     options = parser().parse_args(arguments)
     if not options.model.strip():
-        raise ConfigError("MODEL is empty; name a folder ('.' for this one), an id of the hub or a model's name.")
+        raise ConfigError("MODEL is empty; name a folder ('.' for this one), a Hugging Face id or a model's name.")
     from visexpert.commands.trial import ROLES, Asked, attempts  # heavy: after --help
 
     asked = Asked(
@@ -106,7 +106,7 @@ def parser() -> Parser:
         "the language\nmodel. Weights are read and run on two images or texts, on the CPU.",
         epilog=EPILOG,
     )
-    parser.add_argument("model", metavar="MODEL", help="folder, hub id or name, see below")
+    parser.add_argument("model", metavar="MODEL", help="folder, Hugging Face id or name, see below")
     parser.add_argument(
         "--as",
         dest="role",
@@ -114,7 +114,7 @@ def parser() -> Parser:
         choices=("expert", "clip", "language", "all"),
         help="role to try it in (default: %(default)s)",
     )
-    parser.add_argument("--weights", metavar="W", help="for a name: file, folder, hub id or tag; 'random' for none")
+    parser.add_argument("--weights", metavar="W", help="for a name: file, folder, Hugging Face id or tag; or random")
     parser.add_argument("--image_size", type=int, metavar="PX", help="side of the input (default: the model's own)")
     parser.add_argument(
         "--layer",

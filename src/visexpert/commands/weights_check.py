@@ -80,7 +80,7 @@ def _finding(name: str, part: nn.Module, text: str) -> tuple[bool, str]:
     found = source.file or source.find(*WEIGHT_FILES, *OPEN_CLIP_FILES, DEXINED_FILE)
     if found is not None and found.is_file():
         return True, f"{name}: {found}"
-    place = f"the hub's {source.repo}" if source.repo else source.path
+    place = f"{source.repo} on the Hugging Face Hub" if source.repo else source.path
     fetch = f"fetch them where there is a network with {source.fetched_by}" if source.repo else "copy them there"
     return False, f"{name}: the weights of {place} ({_size(part)}) are not here; {fetch}."
 

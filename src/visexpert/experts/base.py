@@ -104,11 +104,11 @@ class VisionExpert(ReadsWeights, ABC):
     def forward(self, images_BCHW: Tensor) -> ExpertTokens:
         """Encode images (B, 3, H, W), float in [0, 1], any size.
 
-        Calling the expert reads its weights, where nothing has put them in, and checks the images.
+        Calling the expert checks the images, and loads the weights if they have not been loaded yet.
 
         Raises:
-            DataError: When called, images that are something else.
-            WeightsError: When called first, weights that are nowhere, or do not fit.
+            DataError: The images have another shape, dtype or range (checked when the expert is called).
+            WeightsError: The weights are missing, or do not fit (on the first call).
         """
         return ExpertTokens(self.encode(like_weights(self.preprocess(images_BCHW), self)), self.grid_hw)
 

@@ -173,7 +173,7 @@ class ExpertHub(nn.Module):
         images_BCHW = batch.images_01()
         expert = self[name]
         waits = not expert.weights_in_place and expert.weights_from is not None
-        if waits and not images_BCHW.is_meta:  # attached since the weights were read, or none were
+        if waits and not images_BCHW.is_meta:  # attached after the weights were loaded, or none were loaded
             self._load(name)
         return expert(images_BCHW)
 

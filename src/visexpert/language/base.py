@@ -62,7 +62,7 @@ class LanguageModel(ReadsWeights, ABC):
 
     @property
     def weights_from(self) -> str | None:
-        """Folder, file or hub id that :meth:`load_weights` reads; None if it reads none."""
+        """Folder, file or Hugging Face id that :meth:`load_weights` reads; None if it reads none."""
         return None
 
     @property

@@ -38,7 +38,7 @@ class BertDecoder(PretrainedSide):
 
     Args:
         config: Fields of a Hugging Face config with ``model_type``, for a random model (``vocab_size`` included).
-        source: Folder or hub id of an encoder (``bert-base-uncased``, ``roberta-base``) or of a saved decoder;
+        source: Folder or Hugging Face id of an encoder (``bert-base-uncased``, ``roberta-base``) or of a saved decoder;
             cross-attention, and the output layer if the source has none, start random.
         weights: Start weights for a model built from ``config``: a safetensors file.
         position_scale: Scale of a 2-D sine-cosine code added to the vision tokens; 0 for none. The decoder sees the

@@ -40,7 +40,7 @@ IN_WHOLE = {
 
 
 def build_config(config: Mapping[str, Any] | None, source: str | None, *, owner: str) -> PretrainedConfig:
-    """Build the configuration from fields with ``model_type``, or read it from a source (a folder or hub id).
+    """Build the configuration from fields with ``model_type``, or read it from a source (a folder or Hugging Face id).
 
     Raises:
         ConfigError: ``model_type`` is missing or unknown.

@@ -33,9 +33,9 @@ class PrefixLM(PretrainedSide):
 
     Args:
         config: Fields of a Hugging Face config with ``model_type``, for a random model (``vocab_size`` included).
-        source: Folder in ``save_pretrained`` form (safetensors or .bin, sharded or not), or a hub id (``ORG/NAME``,
-            ``hf:ORG/NAME@REVISION``). The model is built from its ``config.json`` and the weights are loaded later; a
-            large one takes no memory until then.
+        source: Folder in ``save_pretrained`` form (safetensors or .bin, sharded or not), or a Hugging Face id
+            (``ORG/NAME``, ``hf:ORG/NAME@REVISION``). The model is built from its ``config.json`` and the weights are
+            loaded later; a large one takes no memory until then.
         position_scale: Scale of a 2-D sine-cosine code added to the image; 0 (LLaVA) for none.
         weights: Start weights for a model built from ``config``: a safetensors file or ``zoo:NAME.safetensors``.
         dtype: Type of the weights: ``float32``, ``bfloat16`` or ``float16``; LoRA parameters stay float32.

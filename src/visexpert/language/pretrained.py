@@ -39,7 +39,9 @@ class PretrainedSide(LanguageModel):
     ) -> None:
         self.owner = type(self).__name__
         if (config is None) == (source is None):
-            raise ConfigError(f"{self.owner} takes either config (a random model) or source (a folder or hub id).")
+            raise ConfigError(
+                f"{self.owner} takes either config (a random model) or source (a folder or Hugging Face id)."
+            )
         settings = self.adapt(build_config(config, source, owner=self.owner))
         super().__init__(width=int(settings.hidden_size))
         self.settings, self.source = settings, source

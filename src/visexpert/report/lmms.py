@@ -33,7 +33,7 @@ class Provenance:
         system_instruction: Likewise.
         generation: The task's ``generation_kwargs``.
         shots: Examples before a question.
-        dataset: Path and name of the data on the hub.
+        dataset: Path and name of the data on the Hugging Face Hub.
         samples: Questions that were answered, and of how many.
         model: What was asked: class, arguments.
         date: When, as the harness writes it.

@@ -35,7 +35,7 @@ class ClipEncoder(ReadsWeights):
     (:mod:`visexpert.vision.convert`). Layers after the one in use are not run.
 
     Args:
-        source: ``zoo:NAME`` for a shipped encoder; a folder (also ``local-dir:PATH``) or hub id (``ORG/NAME``,
+        source: ``zoo:NAME`` for a shipped encoder; a folder (also ``local-dir:PATH``) or Hugging Face id (``ORG/NAME``,
             ``hf:ORG/NAME@REVISION``, also ``hf-hub:``) of transformers or open_clip, or of a LLaVA, whose vision tower
             is used; ``open_clip:NAME/TAG`` from open_clip's list, such as ``open_clip:ViT-L-14-336/openai``; or a file
             of weights of either library (or a training checkpoint), together with ``architecture`` or ``config``. Null
@@ -117,7 +117,7 @@ class ClipEncoder(ReadsWeights):
 
     @property
     def weights_from(self) -> str | None:
-        """Folder, file or hub id that :meth:`load_weights` reads; None for a random encoder."""
+        """Folder, file or Hugging Face id that :meth:`load_weights` reads; None for a random encoder."""
         return self.source
 
     def load_weights(self) -> None:

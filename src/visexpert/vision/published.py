@@ -253,7 +253,9 @@ def _named(name: str, tag: str | None) -> PublishedClip:
     tagged = {} if tag is None else get_pretrained_cfg(name, tag)
     if tag is not None and not tagged.get("hf_hub"):
         tags = list_pretrained_tags_by_model(name)
-        raise ConfigError(f"{OWNER}: open_clip has no weights {tag!r} of {name} on the hub; its tags are {tags}.")
+        raise ConfigError(
+            f"{OWNER}: open_clip has no weights {tag!r} of {name} on the Hugging Face Hub; its tags are {tags}."
+        )
     files = ModelSource(f"{OPEN_CLIP_PREFIX}{name}/{tag}", repo=tagged["hf_hub"].rstrip("/")) if tag else None
     prepared = tagged or shared_preparation(name)
     # What the weights were trained with takes precedence over the name (open_clip warns of the difference).

@@ -28,8 +28,8 @@ class Asked:
     """What a user asks to be tried.
 
     Args:
-        model: Folder, hub id, or a name of timm or open_clip.
-        weights: For a name: file, folder, hub id or tag; ``random`` for none. None for the name's own.
+        model: Folder, Hugging Face id, or a name of timm or open_clip.
+        weights: For a name: file, folder, Hugging Face id or tag; ``random`` for none. None for the name's own.
         image_size: Side in pixels; None for the model's own.
         layer: Which block's tokens; None for the role's default.
         dtype: Of a language model's weights.

@@ -1,4 +1,4 @@
-"""What a name of a model means: a file, a folder, an id of the hub, or a model of timm's or open_clip's list."""
+"""What a name of a model means: a file, a folder, a Hugging Face id, or a model of timm's or open_clip's list."""
 
 from __future__ import annotations
 
@@ -182,15 +182,15 @@ def language_source(asked: Asked) -> str:
     """What ``PrefixLM`` takes as ``source``.
 
     Raises:
-        ConfigError: It is no folder and no id of the hub.
+        ConfigError: It is no folder and no Hugging Face id.
     """
     if is_timm(asked.model) or open_clip_name(asked.model) is not None:
-        raise ConfigError(f"'{asked.model}' encodes images; a language model is a folder or an id of the hub.")
+        raise ConfigError(f"'{asked.model}' encodes images; a language model is a folder or a Hugging Face id.")
     source = ModelSource.parse(asked.model)
     if source.file is not None or is_tiny(asked.model, source):
         raise ConfigError(
-            f"'{asked.model}' is a file of weights; a language model is a folder written by save_pretrained, or an id "
-            "of the hub."
+            f"'{asked.model}' is a file of weights; a language model is a folder written by save_pretrained, or a "
+            "Hugging Face id."
         )
     return asked.model
 

@@ -56,7 +56,7 @@ class ShownFormatter(logging.Formatter):
         record = copy.copy(record)
         if isinstance(record.args, tuple):
             record.args = tuple(shown(value) if isinstance(value, str | Path) else value for value in record.args)
-        return "\n".join(map(shown, super().format(record).split("\n")))
+        return "\n".join(map(shown, super().format(record).expandtabs().split("\n")))
 
 
 def _set_up_output() -> None:

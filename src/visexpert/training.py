@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 import lightning as L
@@ -155,6 +156,8 @@ class VisexpertCLI(LightningCLI):
         if not self.subcommand:
             return
         config = self.config[self.subcommand]
+        if config["trainer.fast_dev_run"]:
+            self._rehearse(config)
         if not self.reads_only:
             check_machine(config["trainer"].as_dict())
         share = config["trainer.val_check_interval"]
@@ -166,6 +169,13 @@ class VisexpertCLI(LightningCLI):
             config["return_predictions"] = False  # they are in a file
         if isinstance(config["trainer.logger"], bool):
             config["trainer.logger"] = None  # neither Lightning's default nor none: the run's own is always there
+
+    def _rehearse(self, config: Namespace) -> None:
+        """Let a rehearsal (``fast_dev_run``) write into a folder that goes with it; it touches no run."""
+        folder = TemporaryDirectory(prefix="visexpert-", ignore_cleanup_errors=True)
+        self._rehearsal = folder if self._held is None else self._held.enter_context(folder)
+        config["run"] = str(Path(folder.name) / "run")
+        log.info("fast_dev_run: a rehearsal of a few batches, of which nothing is kept.")
 
     def _foreign_config(self, arguments: Sequence[str]) -> Path | None:
         """A configuration that may be anyone's: a run's own, but for a fit, whose ``--config`` the user chose."""
@@ -359,8 +369,14 @@ def run_lightning(arguments: list[str]) -> VisexpertCLI:
     A ``--config`` beside it changes that configuration (for example by a phase to carry out).
     """
     again = "go on with the same command and --ckpt_path last" if arguments[:1] == ["fit"] else "give the command again"
+    leave_logs_to_root()
     with stoppable(go_on=again), ExitStack() as held:
         return build_cli(complete_from_run(arguments), held=held)
+
+
+def leave_logs_to_root() -> None:
+    """Take Lightning's own handler away, which says again what the command line's says, without escapes."""
+    logging.getLogger("lightning").handlers.clear()
 
 
 def build_cli(arguments: list[str], *, run: bool = True, held: ExitStack | None = None) -> VisexpertCLI:

@@ -60,7 +60,7 @@ def test_everything_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "coco (COCOCaptions): train, test" in out and "pope (POPE): test" in out
     assert "train: 1 rows; 1 of 1 images looked for" in out
     assert "train: 7 records in 2 shards" in out
-    assert "MISSING" not in out and out.endswith("Nothing is missing.\n")
+    assert "MISSING" not in out and "\nNothing is missing.\nNext: visexpert plan --config " in out
 
 
 def test_what_is_missing_is_listed_with_source_and_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,7 +211,7 @@ def test_an_experts_own_module_lies_beside_the_configuration(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
     check(path, code=None)
-    assert capsys.readouterr().out.endswith("pretrained weights\nNothing is missing.\n")
+    assert "pretrained weights\nNothing is missing.\n" in capsys.readouterr().out
 
 
 def write_tar(path: Path, names: list[str]) -> None:

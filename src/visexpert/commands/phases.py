@@ -42,7 +42,9 @@ def _run(command: str, arguments: list[str]) -> None:
     from visexpert.interruption import stoppable
     from visexpert.methods.fusing import fusing
     from visexpert.runs import load_run
+    from visexpert.training import leave_logs_to_root
 
+    leave_logs_to_root()
     phase: type[Phase] = getattr(callbacks, PHASES[command].name)
     parser = _parser(command, phase)
     built = parser.instantiate_classes(parser.parse_args(arguments))

@@ -221,7 +221,7 @@ def test_an_unknown_expert_or_one_without_weights(
 
 def test_a_wrong_command_line_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(["test", str(tmp_path)], capsys)
-    assert message.startswith(f"'{tmp_path}' is no run: it has no config.yaml; give the folder that")
+    assert message.startswith(f"'{tmp_path}' is not a run: it has no config.yaml; give the folder that")
     (tmp_path / "config.yaml").write_text("", encoding="utf-8")
     assert "has no checkpoint" in refused(["test", str(tmp_path)], capsys)
     message = refused(["fit", "--config", str(SMOKE), "--ckpt_path", str(tmp_path / "a.ckpt")], capsys)

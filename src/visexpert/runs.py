@@ -57,7 +57,7 @@ def load_run(folder: str | Path, *, trust: Sequence[str] = ()) -> SavedRun:
         trust: Modules of yours whose classes its configuration may name, beside those of ``--trust``.
 
     Raises:
-        ConfigError: The folder is no run, is unfinished, its configuration no longer builds, or names foreign code.
+        ConfigError: The folder is not a run, is unfinished, its configuration no longer builds, or names foreign code.
         WeightsError: The checkpoint is damaged, could run code, or does not fit the configuration.
     """
     folder = Path(folder)

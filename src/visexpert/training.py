@@ -439,7 +439,7 @@ def complete_from_run(arguments: list[str]) -> list[str]:
     """Fill in ``--run``, ``--config`` and ``--ckpt_path`` from RUN, for commands that score: ``test RUN ...``.
 
     Raises:
-        ConfigError: RUN is given as ``--run``, as in version 0.1, the folder is no run, or the checkpoint is not there.
+        ConfigError: RUN is given as ``--run``, as in version 0.1, is not a run, or has no such checkpoint.
     """
     checkpoint = _option(arguments, "--ckpt_path")
     if checkpoint is not None and not _is_checkpoint(checkpoint):
@@ -479,12 +479,12 @@ def config_of(run: Path) -> Path:
     """The configuration of a run's folder.
 
     Raises:
-        ConfigError: The folder is no run.
+        ConfigError: The folder is not a run.
     """
     config = run / "config.yaml"
     if not config.is_file():
         raise ConfigError(
-            f"'{run}' is no run: it has no config.yaml; give the folder that `visexpert fit --run` wrote."
+            f"'{run}' is not a run: it has no config.yaml; give the folder that `visexpert fit --run` wrote."
         )
     return config
 

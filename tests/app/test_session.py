@@ -69,7 +69,7 @@ def test_limits_and_broken_files_are_one_sentence_without_our_folders(
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no run: it has no config.yaml"):
+    with pytest.raises(ConfigError, match="is not a run: it has no config.yaml"):
         open_session(tmp_path)
 
 

@@ -199,7 +199,7 @@ def test_bad_settings_are_one_sentence(
 
 
 def test_folders_that_are_no_runs(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no run: it has no config.yaml"):
+    with pytest.raises(ConfigError, match="is not a run: it has no config.yaml"):
         load_run(tmp_path)
     damaged = run / "checkpoints" / "last.ckpt"
     for other in damaged.parent.glob("step=*.ckpt"):  # else the newest of them is taken

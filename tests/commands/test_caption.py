@@ -144,7 +144,7 @@ def test_what_cannot_be_is_one_sentence(
 
 def test_runs_that_are_none(runs: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = str(images / "a.png")
-    refused(["caption", str(tmp_path), image], f"'{tmp_path}' is no run: it has no config.yaml", capsys)
+    refused(["caption", str(tmp_path), image], f"'{tmp_path}' is not a run: it has no config.yaml", capsys)
     refused(["caption", image], "the following arguments are required: IMAGE", capsys)
     merged = str(runs / "merged")
     refused(["caption", merged, image, "--gates", "g.png"], "has no experts and hence no gate", capsys)

@@ -133,8 +133,8 @@ def test_a_run_without_a_trained_clip_is_refused(tmp_path: Path, capsys: pytest.
     assert f"run `visexpert merge {run}` first" in refusal([str(run), *out], capsys)
     (run / "merged").mkdir()
     assert f"'{run / 'merged'}' is not finished; run `visexpert merge {run}` again" in refusal([str(run), *out], capsys)
-    assert "is no run" in refusal([str(tmp_path), *out], capsys)
-    assert "is no run" in refusal([str(tmp_path / "absent"), *out], capsys)
+    assert "is not a run" in refusal([str(tmp_path), *out], capsys)
+    assert "is not a run" in refusal([str(tmp_path / "absent"), *out], capsys)
     assert not (tmp_path / "out").exists()
 
 

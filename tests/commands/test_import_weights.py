@@ -158,7 +158,7 @@ def test_incomplete_and_foreign_files(release: Release) -> None:
     with pytest.raises(WeightsError, match=r"layers.1.mlp.fc2_experts there are experts \[0, 2\]"):
         imported(release, folder, *vicuna)
     torch.save({"model.other.weight": torch.zeros(1)}, folder / "mole_encoder.bin")
-    with pytest.raises(WeightsError, match="'model.other.weight' is no name of MoVE-KD's"):
+    with pytest.raises(WeightsError, match="'model.other.weight' is not a name that MoVE-KD writes"):
         imported(release, folder, *vicuna)
     assert not (release.root / "run").exists()
     with pytest.raises(WeightsError, match=r"holds neither mm_projector.bin \(stage 1\) nor one of"):

@@ -36,7 +36,7 @@ def test_without_gradio_it_says_what_to_install(
 
 def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gradio", reason="the page needs the extra app")
-    assert refused([str(tmp_path)], capsys).startswith(f"visexpert: '{tmp_path}' is no run")
+    assert refused([str(tmp_path)], capsys).startswith(f"visexpert: '{tmp_path}' is not a run")
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -123,7 +123,7 @@ def open_session(run: Path, *, device: str | None = None, max_pixels: int = MAX_
     """Open a finished run, and the detached and merged ones inside its folder, where there are any.
 
     Raises:
-        ConfigError: ``run`` is no run.
+        ConfigError: ``run`` is not a run.
         WeightsError: Its checkpoint cannot be read.
     """
     models = [_model(None, run, device)]

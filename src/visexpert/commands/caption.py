@@ -41,7 +41,7 @@ def run(arguments: list[str]) -> None:
     """Caption the images that the arguments name.
 
     Raises:
-        ConfigError: An option cannot be, or RUN is no run.
+        ConfigError: An option is out of range, or RUN is not a run.
         DataError: A folder cannot be listed, the prompt is too long, or the figure cannot be written.
     """
     options = parser().parse_args(arguments)
@@ -76,7 +76,7 @@ def _caption(
     records: list[dict[str, Any]] = []
     drawn: list[Answer] = []
     entries = captioner.caption(paths, prompt, decoding=decoding)
-    # disable=None: no bar where stderr is no terminal.
+    # disable=None: no bar unless stderr is a terminal.
     for entry in tqdm(entries, total=len(paths), unit="image", disable=True if short else None):
         if entry.answer is None:
             tqdm.write(f"visexpert: {shown(entry.error)}", file=sys.stderr)
@@ -151,12 +151,12 @@ def _choice_of_tokens(options: argparse.Namespace) -> dict[str, Any]:
 
 def parser() -> Parser:
     """Return the command's parser."""
-    description = "Caption images, or answer a question about them, by a finished run."
+    description = "Caption images, or answer a question about them, with a finished run."
     parser = Parser(prog="visexpert caption", description=description, epilog=EPILOG)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("--prompt", help="a question, or words that ask for a caption (default: the run's own)")
-    parser.add_argument("--recursive", action="store_true", help="take the images of subfolders, too")
+    parser.add_argument("--recursive", action="store_true", help="also take the images in subfolders")
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="images at once (default: 16)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU where there is one)")
     output = parser.add_argument_group("output")

@@ -26,7 +26,7 @@ def run(arguments: list[str]) -> None:
     """Compare runs and say where the report is.
 
     Raises:
-        ConfigError: A folder that does not exist, no finished run, or runs that do not go together.
+        ConfigError: A folder does not exist, no run is finished, or the runs cannot be compared.
     """
     options = parser().parse_args(arguments)
     if options.out.is_file():
@@ -79,7 +79,9 @@ def parser() -> Parser:
     parser.add_argument("--score", metavar="KEY", help="score of the Pareto figure and the curves")
     parser.add_argument("--split", choices=("test", "val"), default="test", help="whose scores (default: %(default)s)")
     parser.add_argument("--phases", action="store_true", help="also take runs inside runs: RUN/merged, RUN/detached")
-    parser.add_argument("--allow_mixed", action="store_true", help="compare what is not comparable, with a warning")
+    parser.add_argument(
+        "--allow_mixed", action="store_true", help="compare runs of different data or settings, with a warning"
+    )
     return parser
 
 

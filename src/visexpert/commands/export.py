@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> None:
     """Export, and say how faithful each export is.
 
     Raises:
-        ConfigError: The run, the target or a setting cannot work.
+        ConfigError: The run, the target or a setting cannot be used.
         WeightsError: An export differs after reloading; nothing is left behind.
     """
     options = parser().parse_args(arguments)
@@ -139,7 +139,7 @@ def _flatten_settings(options: argparse.Namespace) -> tuple[int, float]:
     """Steps and rate.
 
     Raises:
-        ConfigError: They cannot be, or nothing is flattened.
+        ConfigError: One is out of range, or nothing is flattened.
     """
     for name in ("steps", "lr"):
         value = getattr(options, name)
@@ -154,7 +154,7 @@ def run_with_clip(folder: Path) -> Path:
     """The folder to open: RUN/merged where it is, else RUN.
 
     Raises:
-        ConfigError: The folder is no run, or its merge is not finished.
+        ConfigError: The folder is not a run, or its merge is not finished.
     """
     from visexpert.training import config_of
 

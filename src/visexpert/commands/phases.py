@@ -30,7 +30,7 @@ def _run(command: str, arguments: list[str]) -> None:
         arguments: Without the command's name.
 
     Raises:
-        ConfigError: A setting that does not exist or cannot be, or a run of a method that fuses no experts.
+        ConfigError: A setting does not exist or has a value that is not allowed, or the run's method fuses no experts.
     """
     if {"-h", "--help"} & set(arguments):
         _light_parser(command).parse_args(["--help"])

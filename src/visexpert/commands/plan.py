@@ -26,7 +26,7 @@ def run(arguments: list[str]) -> None:
     """Plan and print.
 
     Raises:
-        ConfigError: A setting that does not exist or cannot be.
+        ConfigError: A setting does not exist or has a value that is not allowed.
         WeightsError: The configuration of a pretrained model is not on this machine.
     """
     options, overrides = parser().parse_known_args(arguments)

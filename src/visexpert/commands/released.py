@@ -101,7 +101,7 @@ def stack_experts(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     ``lora_A.weight`` (R, in), ``lora_A.bias`` (R,), ``lora_B.weight`` (out, R) and ``lora_B.bias`` (out,) of E experts
     become ``A_weight`` (E, R, in), ``A_bias`` (E R,), ``B_weight`` (E, R, out) and ``B_bias`` (E out,). The scale
-    alpha / R is no part of them, here or there. Routers keep their names; what MoLE wraps loses ``original_module``.
+    alpha / R is not part of them, here or there. Routers keep their names; what MoLE wraps loses ``original_module``.
 
     Raises:
         WeightsError: An expert or a part of one is missing.
@@ -170,7 +170,9 @@ def _sort(key: str, value: Tensor, found: Released, plain: dict[str, Tensor]) ->
     elif _LANGUAGE.match(key):
         found.has_language = True
     else:
-        raise WeightsError(f"{OWNER}: {key!r} is no name of MoVE-KD's; give the files as its training wrote them.")
+        raise WeightsError(
+            f"{OWNER}: {key!r} is not a name that MoVE-KD writes; give the files as its training wrote them."
+        )
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:

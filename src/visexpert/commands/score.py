@@ -21,7 +21,7 @@ def run(arguments: list[str]) -> None:
     """Store scores and print them.
 
     Raises:
-        ConfigError: The folder is no run, or scores that must not be stored unasked.
+        ConfigError: The folder is not a run, or the scores may not be stored without an option.
         DataError: A file cannot be read.
     """
     options = parser().parse_args(arguments)
@@ -47,7 +47,7 @@ def parser() -> Parser:
     """Return the command's parser."""
     parser = Parser(
         prog="visexpert score",
-        description="Store scores that another harness has measured in a run's folder.",
+        description="Store scores that another harness measured in a run's folder.",
         epilog=EPILOG,
     )
     parser.add_argument("action", choices=("import",), help="import: read results files of lmms-eval")

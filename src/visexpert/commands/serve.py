@@ -22,7 +22,7 @@ def run(arguments: list[str]) -> None:
     """Serve until Ctrl-C.
 
     Raises:
-        ConfigError: Gradio is missing, RUN is no run, or the address cannot be bound.
+        ConfigError: Gradio is missing, RUN is not a run, or the address cannot be bound.
     """
     options = parser().parse_args(arguments)
     for name in ("port", "max_upload_mb", "max_pixels"):

@@ -140,7 +140,7 @@ def import_lmms(
         What was stored, by key of ``metrics.json``: ``lmms/TASK/METRIC``.
 
     Raises:
-        ConfigError: ``run`` is no run, a task is not in the file, was answered in part, or is there already.
+        ConfigError: ``run`` is not a run, a task is not in the file, was answered in part, or is there already.
         DataError: The file cannot be read, or the folder not written.
     """
     if not (run / "config.yaml").is_file():

@@ -83,6 +83,10 @@ check-tag: ## Check that TAG=vX.Y.Z is the version of the package, of CITATION.c
 	[ "$$(sed -n 's/^## \([^ ]*\).*/\1/p' CHANGELOG.md | head -1)" = "$$version" ] \
 	    || { echo "CHANGELOG.md does not begin with a part '## $$version'" >&2; exit 1; }
 
+.PHONY: check-quickstart
+check-quickstart: $(STAMP) ## Follow the quickstart with images of one's own, from training to export, and print the times
+	$(PY) -m tests.docs.follow "$(BIN)"
+
 .PHONY: format
 format: $(STAMP) ## Format the code and mend what the linter can mend
 	$(PY) -m ruff format .

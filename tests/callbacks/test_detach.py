@@ -415,3 +415,14 @@ def test_the_outcome_tells_the_scores_that_the_data_has(tmp_path: Path) -> None:
     told = phase._outcome(tmp_path, out)
     assert "test/caption/cider 0.5 before, 0.25 after" in told and "test/nll/nll 1.5 before, 1.75 after" in told
     assert "accuracy" not in told and "unknown" not in told
+
+
+@pytest.mark.parametrize("kept", [["a"], []])
+def test_a_run_without_experts_is_not_offered_for_merging(tmp_path: Path, kept: list[str]) -> None:
+    out = tmp_path / "detached"
+    write_json(out / "detachment.json", {"kept": kept, "detached": ["b"]})
+    for folder in (tmp_path, out):
+        write_json(folder / "metrics.json", {"test/nll/nll": 1.5})
+    told = ExpertDetachment(min_contribution=0.1)._outcome(tmp_path, out)
+    assert (f"visexpert merge {out}" in told) == bool(kept)
+    assert f"visexpert compare {tmp_path} {out}" in told

@@ -259,9 +259,10 @@ class ExpertDetachment(Phase):
         asked = (self.score or usual_score(folder)).removeprefix("-")
         told = scores_told(folder, out, (f"test/{asked}", f"test/{self.loss}")) or ["The test data gives no score"]
         names = {key: ", ".join(facts[key]) or "none" for key in ("kept", "detached")}
+        comparing = ("compare", folder, out, "--out", folder / "compare")
         return (
             f"Kept: {names['kept']}; dropped: {names['detached']}; re-tuned for {self.retune_steps} steps. "
-            f"{'; '.join(told)}.\n" + next_step(("merge", out), ("compare", folder, out, "--out", folder / "compare"))
+            f"{'; '.join(told)}.\n" + next_step(*([("merge", out)] if facts["kept"] else []), comparing)
         )
 
     def _settings(self) -> dict[str, Any]:

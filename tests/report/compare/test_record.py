@@ -120,6 +120,12 @@ def test_seeds_and_places_make_no_difference_but_experts_do() -> None:
     assert differences([flatten(CONFIG), flatten(other)]) == {"model.experts": ["depth", "depth, edges"]}
 
 
+def test_a_run_without_experts_differs_from_one_with_experts() -> None:
+    other: dict[str, Any] = copy.deepcopy(CONFIG)
+    other["model"]["init_args"]["experts"] = {}
+    assert differences([flatten(CONFIG), flatten(other)]) == {"model.experts": ["depth", "none"]}
+
+
 def test_a_setting_of_a_later_version_is_no_difference() -> None:
     assert differences([{"a": 1}, {"a": 1, "new": 2}]) == {}
     assert differences([{"a": 1}, {"a": 2, "new": 2}, {}]) == {"a": [1, 2, None]}

@@ -42,6 +42,14 @@ def test_settings_name_what_folders_do_not(tmp_path: Path) -> None:
     assert _grouped(*folders) == {"top_k=null": [0, 1], "top_k=1": [0, 1]}
 
 
+@pytest.mark.parametrize("facts", ["detachment.json", "merge.json"])
+def test_a_phase_is_a_variant_of_its_own_whatever_it_changed(tmp_path: Path, facts: str) -> None:
+    run = make_run(tmp_path / "tove")
+    phase = make_run(run / "phase")  # as after a detachment that kept every expert
+    (phase / facts).write_text('{"settings": {"keep": 5}}', encoding="utf-8")
+    assert _grouped(run, phase) == {"tove": [0], "phase": [0]}
+
+
 def test_a_given_name_goes_before_all(tmp_path: Path) -> None:
     a, b = make_run(tmp_path / "a" / "seed0"), make_run(tmp_path / "b" / "seed1", seed=1, model={"top_k": 1})
     assert _grouped(a, b, named={a: "mine", b: "mine"}) == {"mine": [0, 1]}

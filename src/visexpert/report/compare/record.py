@@ -165,11 +165,12 @@ def _read_config(folder: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
     if not isinstance(config, Mapping):
         raise DataError("its configuration is not a mapping")
     settings = flatten(config)
-    for name, phase in PHASES.items():
-        if (folder / name).is_file():
-            facts = read_json(folder / name)
-            told = facts.get("settings", facts)
-            settings |= {f"{phase}.{key}": value for key, value in told.items() if key not in ("run", "weights")}
+    phases = {phase: folder / name for name, phase in PHASES.items() if (folder / name).is_file()}
+    settings["phase"] = ", ".join(phases) or "none"  # a phase may leave the configuration as it was
+    for phase, path in phases.items():
+        facts = read_json(path)
+        told = facts.get("settings", facts)
+        settings |= {f"{phase}.{key}": value for key, value in told.items() if key not in ("run", "weights")}
     return config, settings
 
 
@@ -231,7 +232,8 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     """Flat settings of a resolved configuration (``config.yaml`` of a run).
 
     An object becomes its class's last name under its own key and its arguments below it; a mapping or list of objects
-    also gives its names, so that other experts or callbacks are another setting. Paths lose the number of a seed.
+    also gives its names, so that other experts or callbacks are another setting; an empty mapping is ``none``. Paths
+    lose the number of a seed.
     """
     return {key: value for key, value in _walk("", config) if key not in IGNORED}
 
@@ -269,8 +271,8 @@ def _walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
         for key, item in (value.get("init_args") or {}).items():
             yield from _walk(_join(prefix, key), item)
     elif isinstance(value, Mapping):
-        if _are_objects(value.values()):
-            yield prefix, ", ".join(map(str, value))
+        if _are_objects(value.values()) or (prefix and not value):
+            yield prefix, ", ".join(map(str, value)) or "none"
         for key, item in value.items():
             yield from _walk(_join(prefix, key), item)
     elif isinstance(value, list | tuple) and value and _are_objects(value):

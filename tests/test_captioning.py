@@ -64,6 +64,31 @@ def test_it_says_what_the_model_says(tmp_path: Path) -> None:
         assert answer.shares == pytest.approx(dict(zip(answer.experts, gates_TK.mean(0), strict=True)), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        (torch.rand(3, 8, 8), r"float32 \(3, 8, 8\)"),  # divided by 255 it would be black
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), r"uint8 \(1, 3, 8, 8\)"),
+        (torch.zeros(8, 8, 3, dtype=torch.uint8), r"uint8 \(8, 8, 3\)"),
+        (np.zeros((3, 8, 8), dtype=np.uint8), "ndarray"),
+    ],
+)
+def test_images_in_another_form_are_refused(tmp_path: Path, image: Any, found: str) -> None:
+    with pytest.raises(DataError, match=rf"uint8 tensor \(3, H, W\).*read_image.*got {found}"):
+        captioner(tmp_path).frame(image)
+
+
+def test_prompts_and_pictures_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    caption = captioner(tmp_path)
+    picture: Any = caption.frame(noise((SIDE, SIDE))[0])
+    assert caption.answer([], PROMPT) == []
+    with pytest.raises(DataError, match="2 pictures.*got 1"):
+        caption.answer([picture, picture], [PROMPT])
+    for pictures in (picture, [picture.image_CHW]):
+        with pytest.raises(DataError, match=r"list.*frame"):
+            caption.answer(pictures, PROMPT)
+
+
 def test_images_of_any_size_in_one_batch_equal_one_by_one(tmp_path: Path) -> None:
     caption = captioner(tmp_path)
     squares = [caption.frame(image) for image in noise((20, 90), (300, 7), (1, 1), (SIDE, SIDE))]

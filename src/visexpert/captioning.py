@@ -114,7 +114,12 @@ class Captioner:
         return list(dict.fromkeys(unknown))
 
     def frame(self, image_CHW: Tensor) -> Picture:
-        """A uint8 image (3, H, W) as the square (3, side, side) that training made of it, float32 in [0, 1]."""
+        """A uint8 image (3, H, W) as the square (3, side, side) that training made of it, float32 in [0, 1].
+
+        Raises:
+            DataError: The image has another form.
+        """
+        _check_image(image_CHW)
         original_hw = (image_CHW.shape[1], image_CHW.shape[2])
         if self._reader is not None:
             squared = self._reader.square(Image.fromarray(image_CHW.permute(1, 2, 0).numpy()))
@@ -144,9 +149,15 @@ class Captioner:
 
         Raises:
             ConfigError: An expert that the run does not use.
-            DataError: A prompt that is too long for the model, or no text (bytes that are no UTF-8).
+            DataError: A prompt that is too long for the model, or no text (bytes that are no UTF-8); another number
+                of prompts than of pictures; pictures that :meth:`frame` did not make.
         """
+        _check_pictures(pictures)
         asked = [prompts] * len(pictures) if isinstance(prompts, str) else list(prompts)
+        if len(asked) != len(pictures):
+            raise DataError(f"{len(pictures)} pictures need one prompt for all or one each, got {len(asked)}.")
+        if not asked:
+            return []
         for prompt in asked:
             _check_text(prompt)
         ids = [self._encoder.prompt(prompt) for prompt in asked]
@@ -209,6 +220,23 @@ class Captioner:
         finally:
             for name in silent:
                 self._hub.attach(name)
+
+
+def _check_image(image_CHW: object) -> None:
+    """Refuse floats above all: divided by 255 once more they would be black."""
+    if not isinstance(image_CHW, Tensor):
+        found = type(image_CHW).__name__
+    elif image_CHW.dtype != torch.uint8 or image_CHW.ndim != 3 or image_CHW.shape[0] != 3:
+        found = f"{str(image_CHW.dtype).removeprefix('torch.')} {tuple(image_CHW.shape)}"
+    else:
+        return
+    raise DataError(f"An image must be a uint8 tensor (3, H, W), as visexpert.read_image gives it, got {found}.")
+
+
+def _check_pictures(pictures: object) -> None:
+    if isinstance(pictures, Sequence) and all(isinstance(each, Picture) for each in pictures):
+        return
+    raise DataError("Pictures must be a list of what Captioner.frame gives: answer([captioner.frame(image)], prompt).")
 
 
 def _check_text(prompt: str) -> None:

@@ -63,6 +63,19 @@ def test_everything_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "MISSING" not in out and "\nNothing is missing.\nNext: visexpert plan --config " in out
 
 
+def test_an_overlay_is_offered_with_a_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file without a model's class can be checked, but neither planned nor trained alone."""
+    write_all(tmp_path)
+    overlay = config(tmp_path, tokenizer=tokenizer_folder(tmp_path / "words"))
+    base = tmp_path / "base.yaml"
+    base.write_text("model: {class_path: visexpert.methods.ToVE}", encoding="utf-8")
+    check(overlay, code=None)
+    out = capsys.readouterr().out
+    assert f"fit --config BASE --config {overlay}" in out and f"plan --config BASE --config {overlay}" in out
+    check(base, overlay, code=None)
+    assert f"fit --config {base} --config {overlay}" in capsys.readouterr().out
+
+
 def test_what_is_missing_is_listed_with_source_and_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check(config(tmp_path, tokenizer="some/model"), code=USAGE_ERROR)
     streams = capsys.readouterr()

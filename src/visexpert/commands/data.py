@@ -69,7 +69,9 @@ def run(arguments: list[str]) -> None:
         things = "1 thing that the data needs is" if missing == 1 else f"{missing} things that the data needs are"
         raise DataError(f"{things} missing or broken; get them as said above and check again.")
     print("Nothing is missing.")
-    names = [word for path in options.config for word in ("--config", name_of(path))]
+    is_overlay = not (isinstance(model, dict) and "class_path" in model)
+    layers = [*(["BASE"] if is_overlay else []), *map(name_of, options.config)]
+    names = [word for layer in layers for word in ("--config", layer)]
     print(next_step(("plan", *names), ("fit", *names)))
 
 

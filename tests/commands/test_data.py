@@ -204,7 +204,7 @@ def test_weights_are_listed_with_place_and_size(tmp_path: Path, capsys: pytest.C
     lines = told.out.partition("pretrained weights\n")[2].splitlines()
     assert len(lines) == 4 and lines[1].split()[:2] == ["ok", "depth:"]
     # ViT-B/16's image tower has 86 M parameters, ViT-Ti/16 without its head 5.5 M.
-    assert "openai/clip-vit-base-patch16 (about 0.34 GB as float32)" in lines[0] and "hf download" in lines[0]
+    assert "(about 0.34 GB as float32)" in lines[0] and "hf download openai/clip-vit-base-patch16`" in lines[0]
     assert "(about 0.022 GB as float32)" in lines[2]
     assert "language:" in lines[3] and "config.json of 'some/language-model' is not in the cache" in lines[3]
     assert lines[3].endswith("Its size is not known without its config.json.")

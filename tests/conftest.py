@@ -36,6 +36,7 @@ PAINTED = (
     "app",
     "benchmarks",
     "docs",
+    "test_caption.py",
     "test_figures.py",
     "test_full_disk.py",
     "test_cli.py",

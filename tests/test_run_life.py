@@ -265,7 +265,8 @@ def test_overwrite_keeps_the_earlier_run_whole_and_is_not_remembered(
     assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"
     capsys.readouterr()
     again = ["fit", "--config", str(tmp_path / "config.yaml"), "--run", str(tmp_path)]
-    assert "holds a run already" in refused(again, capsys)
+    said = refused(again, capsys)
+    assert f"'{tmp_path}'" in said and "--overwrite" in said
 
 
 def test_a_folder_without_weights_or_measurements_is_not_used(tmp_path: Path) -> None:
@@ -281,7 +282,8 @@ def test_slurm_starts_a_job_again_in_its_own_folder(
 ) -> None:
     end_at("on_train_batch_start", 4, killed, fit(tmp_path), monkeypatch)
     (tmp_path / "checkpoints" / "last.ckpt").rename(tmp_path / "hpc_ckpt_1.ckpt")  # as Lightning's handler leaves it
-    assert "holds a run already" in refused(fit(tmp_path), capsys)
+    said = refused(fit(tmp_path), capsys)
+    assert f"'{tmp_path}'" in said and "--overwrite" in said
     with monkeypatch.context() as patch:
         patch.setattr("lightning.fabric.plugins.environments.SLURMEnvironment.detect", staticmethod(lambda: True))
         for name, value in {"NTASKS": "1", "JOB_ID": "7", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
@@ -295,7 +297,7 @@ def test_a_second_process_in_a_folder_is_refused_before_anything_is_written(
     whole: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     before = contents(whole)
-    arguments = fit(whole, "--ckpt_path", "last") if command == "fit" else [command, "--run", str(whole)]
+    arguments = fit(whole, "--ckpt_path", "last") if command == "fit" else [command, str(whole)]
     with hold(whole):
         assert f"'{whole}'" in refused(arguments, capsys)
     assert contents(whole) == before
@@ -347,7 +349,8 @@ def test_predict_without_a_language_model_or_a_test_part_is_one_sentence(
         patch.setattr(
             "visexpert.tabletop.TabletopData.predict_dataloader", lambda self: []
         )  # as a source without the part
-        said = refused(["predict", *fit(tmp_path)[1:]], capsys)
+        settings = [word for word in fit(tmp_path)[1:] if word not in ("--run", str(tmp_path))]
+        said = refused(["predict", str(tmp_path), *settings], capsys)
     assert "test part" in said and "TabletopData" in said
     assert not list(tmp_path.glob("*predictions*"))
 

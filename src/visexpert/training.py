@@ -469,7 +469,7 @@ def complete_from_run(arguments: list[str]) -> list[str]:
 def _with_run_as_option(arguments: list[str]) -> list[str]:
     command, *others = arguments
     if (run := _option(others, "--run")) is not None:
-        raise ConfigError(f"visexpert {command}: --run is gone; name the run right after the command: {command} {run}.")
+        raise ConfigError(f"{command}: --run is gone; name the run right after the command: visexpert {command} {run}.")
     if others and not others[0].startswith("-"):
         return [command, "--run", *others]
     return arguments

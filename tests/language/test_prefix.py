@@ -50,13 +50,14 @@ def test_loads_what_save_pretrained_wrote(tmp_path: Path, tied: bool) -> None:
     reference.save_pretrained(tmp_path)
     side = PrefixLM(source=str(tmp_path)).eval()
     ids, prompt = item(6, 1)
-    before = side(images := vision(1), one_item(ids, prompt)).logits_MV
-    side.load_weights()
+    start = PrefixLM(config=llama()).eval()
+    before = start(images := vision(1), one_item(ids, prompt)).logits_MV
+    found = side(images, one_item(ids, prompt)).logits_MV
+    assert side.weights_in_place  # read by the first call
     embeds = torch.cat([images.tokens_BTD, reference.get_input_embeddings()(torch.tensor([ids]))], dim=1)
     expected = reference(inputs_embeds=embeds).logits[0, 6:-1]
-    after = side(images, one_item(ids, prompt)).logits_MV
-    torch.testing.assert_close(after, expected, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(before, after)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(before, found)
     assert side.width == WIDTH
 
 

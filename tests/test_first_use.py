@@ -53,6 +53,18 @@ def test_weights_that_were_put_in_otherwise_are_kept(kind: str) -> None:
     assert torch.equal(tokens_of(twin(IMAGES)), tokens_of(other(IMAGES)))
 
 
+@pytest.mark.parametrize("kind", MAKERS)
+@torch.no_grad()
+def test_a_state_without_a_parts_weights_leaves_them_to_be_read(kind: str) -> None:
+    """As a checkpoint leaves frozen parts out."""
+    part, loaded = MAKERS[kind](), MAKERS[kind]()
+    loaded.load_weights()
+    whole = torch.nn.ModuleDict({"part": part, "head": torch.nn.Linear(2, 2)})
+    whole.load_state_dict({f"head.{key}": value for key, value in whole["head"].state_dict().items()}, strict=False)
+    assert not part.weights_in_place
+    assert torch.equal(tokens_of(part(IMAGES)), tokens_of(loaded(IMAGES)))
+
+
 def test_weights_that_are_nowhere_are_told_at_the_first_call() -> None:
     missing = vx.ClipEncoder(source="openai/clip-vit-base-patch16", architecture="ViT-B-16-quickgelu")
     with pytest.raises(vx.WeightsError, match="openai/clip-vit-base-patch16"):

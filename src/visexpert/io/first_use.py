@@ -13,8 +13,8 @@ from torch import Tensor, nn
 class ReadsWeights(nn.Module):
     """A part that is built with random weights and filled by ``load_weights``, at the latest by its first call.
 
-    Weights count as in place once ``load_weights`` has run or a state dict was loaded. Nothing is read for a call on
-    the ``meta`` device.
+    Weights count as in place once ``load_weights`` has run or a state dict that holds some of the part was loaded.
+    Nothing is read for a call on the ``meta`` device.
     """
 
     _in_place = False
@@ -63,7 +63,8 @@ class ReadsWeights(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._in_place = True
+        if any(key.startswith(prefix) for key in state_dict):  # a checkpoint leaves frozen parts out
+            self._in_place = True
 
 
 def described(part: nn.Module, source: object, facts: Sequence[str]) -> str:

@@ -86,10 +86,10 @@ def test_what_is_not_cached_runs_live(tmp_path: Path) -> None:
 def test_a_second_run_reads_what_the_first_one_wrote(tmp_path: Path) -> None:
     first = hub()
     first.use_cache(FeatureCache(tmp_path), {"train": TRAIN}, resample={}, batch_size=2)
-    assert calls(first) == [5, 5]  # one image for the shape, then four batches of two
+    assert calls(first) == [4, 4]  # batches of two
     second = hub()
     second.use_cache(FeatureCache(tmp_path), {"train": TRAIN}, resample={}, batch_size=2)
-    assert calls(second) == [1, 1]
+    assert calls(second) == [0, 0]
     batch = batch_of(range(7), pixels=0)
     for name in first.names:
         one = first(batch)[name].tokens_BSE
@@ -98,24 +98,23 @@ def test_a_second_run_reads_what_the_first_one_wrote(tmp_path: Path) -> None:
 
 def test_other_weights_images_or_precision_are_computed_anew(tmp_path: Path) -> None:
     hub().use_cache(FeatureCache(tmp_path), {"train": TRAIN}, resample={})
-    files = len(list(tmp_path.glob("*.npy")))
-    assert files == 2
+    assert len(list(tmp_path.glob("*"))) == 2
     changed = hub()
     with torch.no_grad():
         next(changed["a"].parameters()).add_(1.0)
     changed.use_cache(FeatureCache(tmp_path), {"train": TRAIN}, resample={})
-    assert len(list(tmp_path.glob("*.npy"))) == 3  # b is as it was
+    assert len(list(tmp_path.glob("*"))) == 3  # b is as it was
     hub().use_cache(FeatureCache(tmp_path), {"train": VAL}, resample={})
-    assert len(list(tmp_path.glob("*.npy"))) == 5
+    assert len(list(tmp_path.glob("*"))) == 5
     hub().use_cache(FeatureCache(tmp_path, dtype="float32"), {"train": TRAIN}, resample={})
-    assert len(list(tmp_path.glob("*.npy"))) == 7
+    assert len(list(tmp_path.glob("*"))) == 7
 
 
 def test_a_detached_expert_is_not_encoded(tmp_path: Path) -> None:
     experts = hub()
     experts.detach("b")
     experts.use_cache(FeatureCache(tmp_path), {"train": TRAIN}, resample={})
-    assert calls(experts)[1] == 0 and len(list(tmp_path.glob("*.npy"))) == 1
+    assert calls(experts)[1] == 0 and len(list(tmp_path.glob("*"))) == 1
 
 
 def test_an_expert_that_fails_while_filling_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +134,7 @@ def test_an_expert_that_fails_while_filling_leaves_no_file(tmp_path: Path, monke
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     hub().use_cache(FeatureCache(tmp_path), {"train": TRAIN}, resample={})
-    for path in tmp_path.glob("*.npy"):
+    for path in tmp_path.glob("*/shard-*"):
         path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(DataError, match="is damaged .*; delete it"):
         hub().use_cache(FeatureCache(tmp_path), {"train": TRAIN}, resample={})
@@ -161,13 +160,14 @@ def test_encoders_of_one_name_and_two_roles_stay_apart(tmp_path: Path) -> None:
             fingerprint="same",
             encode=encode,
             grid_hw=(1, 1),
+            width=2,
             device=torch.device("cpu"),
         )
     for value, name in enumerate(names):
         tokens_BSE = cache.read(name, batch)
         assert tokens_BSE is not None and torch.equal(tokens_BSE, _filled(batch.index_B, value))
-    assert len(names) == 3 == len(list(tmp_path.glob("*.npy")))
-    assert {json.loads(path.read_text(encoding="utf-8"))["role"] for path in tmp_path.glob("*.json")} == set(
+    assert len(names) == 3 == len(list(tmp_path.glob("*")))
+    assert {json.loads(path.read_text(encoding="utf-8"))["role"] for path in tmp_path.glob("*/card.json")} == set(
         get_args(Role)
     )
 
@@ -179,7 +179,7 @@ def _filled(images: torch.Tensor, value: int) -> torch.Tensor:
 def test_files_of_an_earlier_version_are_named_when_tokens_are_computed_anew(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "0123.json").write_text('{"data": "d", "encoder": "e"}', encoding="utf-8")
+    (tmp_path / "0123.json").write_text('{"data": "d", "role": "expert"}', encoding="utf-8")
     (tmp_path / "0123.npy").write_bytes(b"0" * 3_000_000)
     with caplog.at_level("WARNING"):
         hub().use_cache(FeatureCache(tmp_path), {"train": TRAIN, "val": VAL}, resample={})
@@ -189,3 +189,36 @@ def test_files_of_an_earlier_version_are_named_when_tokens_are_computed_anew(
     with caplog.at_level("WARNING"):  # all is there
         hub().use_cache(FeatureCache(tmp_path), {"train": TRAIN, "val": VAL}, resample={})
     assert not caplog.records
+
+
+def test_missing_tokens_are_refused_by_name_where_they_may_not_be_computed(tmp_path: Path) -> None:
+    def refusal(cache: FeatureCache, experts: ExpertHub, images: MemoryImages) -> str:
+        with pytest.raises(DataError) as error:
+            experts.use_cache(cache, {"train": images}, resample={})
+        assert calls(experts) == [0, 0] and str(tmp_path) in str(error.value)
+        return str(error.value)
+
+    assert "none are there" in refusal(FeatureCache(tmp_path, fill=False), hub(), TRAIN)
+    hub().use_cache(FeatureCache(tmp_path), {"train": TRAIN}, resample={})
+    ready = hub()
+    ready.use_cache(FeatureCache(tmp_path, fill=False), {"train": TRAIN}, resample={})
+    assert calls(ready) == [0, 0]
+    told = refusal(FeatureCache(tmp_path, fill=False, dtype="int8"), hub(), TRAIN)
+    assert "expert a" in told and "dtype is float16, not int8" in told and "fingerprint" not in told
+    told = refusal(FeatureCache(tmp_path, fill=False), hub(), VAL)
+    assert VAL.fingerprint in told and TRAIN.fingerprint in told and "crop" in told and "is 7, not 3" in told
+    changed = hub()
+    with torch.no_grad():
+        next(changed["a"].parameters()).add_(1.0)
+    told = refusal(FeatureCache(tmp_path, fill=False), changed, TRAIN)
+    assert (
+        changed["a"].fingerprint() in told and "weights, preprocessing" in told and "images" not in told.split(": ")[-1]
+    )
+
+
+def test_a_store_that_is_half_filled_is_refused_by_number(tmp_path: Path) -> None:
+    hub().use_cache(FeatureCache(tmp_path, shard_mb=1e-9), {"train": TRAIN}, resample={})
+    for path in sorted(tmp_path.glob("*/shard-*"))[:3]:
+        path.unlink()
+    with pytest.raises(DataError, match="only [0-6] of them are there"):
+        hub().use_cache(FeatureCache(tmp_path, fill=False), {"train": TRAIN}, resample={})

@@ -20,7 +20,7 @@ from tests.experts.test_hubs import build
 from tests.experts.tiny_models import DEPTH, SAM, randomized, saved
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts import TransformersExpert, VisionExpert
-from visexpert.experts.huggingface import interpolates
+from visexpert.networks.huggingface import interpolates
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 VIT = SIZES | {"image_size": 32, "patch_size": 8}
@@ -386,7 +386,7 @@ def test_weights_of_another_family_are_refused(tmp_path: Path) -> None:
     tower = written("blip", tmp_path)
     state = {f"visual.{key}x": value.clone() for key, value in tower.state_dict().items()}
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(WeightsError, match=r"model.safetensors lacks \['embeddings.class_embedding'.* this model"):
+    with pytest.raises(WeightsError, match=r"model.safetensors .* lacks \['embeddings.class_embedding'.* this model"):
         loaded(tmp_path)
 
 

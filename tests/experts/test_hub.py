@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
 
 from tests.experts.helpers import NoisyExpert
 from visexpert.errors import ConfigError
 from visexpert.experts import ExpertHub, VisionExpert
+from visexpert.grids import resized_once
+from visexpert.networks.preprocessing import Preprocessing
 from visexpert.transfer import TokenAdapter
 from visexpert.types import Batch
 
@@ -108,3 +115,45 @@ def test_only_experts_that_are_used_are_built_in() -> None:
     assert ExpertHub.chosen(experts, ["b", "a"], owner="ToVE").names == ("a", "b")
     with pytest.raises(ConfigError, match=r"ToVE: .*\['d'\].*\['a', 'b', 'clip'\]"):
         ExpertHub.chosen(experts, ["d", "a"], owner="ToVE")
+
+
+def test_images_are_resized_once_for_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    together, batch = hub(), images()
+    alone = {name: expert(batch.images_01()).tokens_BSE for name, expert in together.attached_experts().items()}
+    sizes: list[tuple[int, int]] = []
+    interpolate = torch.nn.functional.interpolate
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        sizes.append(kwargs["size"])
+        return interpolate(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "interpolate", counted)
+    found = together(batch)
+    assert sorted(sizes) == [(16, 16), (32, 32)]  # two of the three experts read 32 px
+    assert all(torch.equal(found[name].tokens_BSE, tokens) for name, tokens in alone.items())
+    together(batch)
+    assert len(sizes) == 4  # nothing is kept from one call to the next
+    together(Batch(torch.rand(2, 3, 20, 20), torch.arange(2), split=""))
+    assert len(sizes) == 6
+
+
+def test_experts_of_one_preprocessing_share_what_it_resizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Preprocessing(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic")
+    mean = torch.full((1, 3, 1, 1), 0.5)
+    calls: list[object] = []
+    resize = tv.resize
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return resize(*args, **kwargs)
+
+    monkeypatch.setattr(tv, "resize", counted)
+    images_BCHW = torch.rand(2, 3, 20, 24)
+    alone = own.prepare(images_BCHW, mean, mean)
+    calls.clear()
+    with resized_once():
+        assert torch.equal(own.prepare(images_BCHW, mean, mean), alone)
+        own.prepare(images_BCHW, mean, mean / 2)
+        assert len(calls) == 1
+        replace(own, interpolation="bilinear").prepare(images_BCHW, mean, mean)
+        assert len(calls) == 2

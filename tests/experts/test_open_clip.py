@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.experts.tiny_models import randomized
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts import OpenClipExpert
-from visexpert.experts.open_clip import STUB_TEXT
+from visexpert.networks.open_clip import STUB_TEXT
 
 VIT: dict[str, Any] = {
     "embed_dim": 10,

@@ -1,4 +1,4 @@
-"""Which settings OpenClipExpert takes: of a tag, a lone file, a folder, a repository of the hub."""
+"""Which settings OpenClipExpert takes: of a tag, a lone file, a folder, a repository of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.experts.tiny_models import as_pil, smooth_images
 from tests.io.hub import put_in_cache
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts import OpenClipExpert
-from visexpert.experts.open_clip import STUB_TEXT
+from visexpert.networks.open_clip import STUB_TEXT
 from visexpert.vision import ClipEncoder
 
 __all__ = ["tiny_models"]

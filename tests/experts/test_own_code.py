@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel
 from tests.experts.tiny_models import CLIP_VISION, DINOV2, randomized, saved
 from visexpert.errors import ConfigError
 from visexpert.experts import OpenClipExpert, TimmExpert, TransformersExpert
-from visexpert.experts.open_clip import STUB_TEXT
+from visexpert.networks.open_clip import STUB_TEXT
 from visexpert.vision.published import describe_clip
 
 VIT = {**CLIP_VISION, "model_type": "vit"}

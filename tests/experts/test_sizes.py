@@ -21,7 +21,7 @@ from torch import Tensor
 from tests.experts.tiny_models import randomized, saved
 from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts import DepthExpert, OpenClipExpert, SegmentationExpert, TimmExpert, VisionExpert
-from visexpert.experts.open_clip import STUB_TEXT
+from visexpert.networks.open_clip import STUB_TEXT
 
 SMALL: dict[str, Any] = {"depth": 2, "embed_dim": 24, "num_heads": 2}
 SMALL_SWIN: dict[str, Any] = {"embed_dim": 8, "depths": (2, 1, 1, 2), "num_heads": (1, 1, 2, 2)}

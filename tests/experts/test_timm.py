@@ -18,7 +18,7 @@ from visexpert.experts import TimmExpert
 
 
 def published(folder: Path, suffix: str = ".safetensors", **arguments: Any) -> Any:
-    """A tiny model of timm, head included, and its weights as timm puts them on the hub."""
+    """A tiny model of timm, head included, and its weights as timm puts them on the Hugging Face Hub."""
     model: Any = randomized(timm.create_model(TIMM, pretrained=False, **TIMM_ARGUMENTS, **arguments))
     name = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}[suffix]
     (save_file if suffix == ".safetensors" else torch.save)(model.state_dict(), folder / name)
@@ -111,6 +111,24 @@ def test_weights_without_a_head(tmp_path: Path) -> None:
     save_file(bare, tmp_path / "cut.safetensors")
     with pytest.raises(WeightsError, match="cut.safetensors do not fit vit_tiny"):
         loaded(weights=str(tmp_path / "cut.safetensors"))
+
+
+def test_a_folder_says_model_sizes_and_preprocessing(tmp_path: Path) -> None:
+    """As timm's own loader of folders reads it."""
+    sizes: dict[str, Any] = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    timm.models.save_for_hf(timm.create_model(TIMM, **sizes), str(tmp_path), model_args=sizes, safe_serialization=True)
+    expert = TimmExpert(weights=str(tmp_path)).eval()
+    expert.load_weights()
+    assert (expert.image_size, expert.token_dim, expert.grid_hw) == (48, 32, (6, 6))
+    theirs: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images_BCHW = images(48)
+    with torch.no_grad():
+        expected = theirs.forward_features((images_BCHW - 0.5) / 0.5)[:, 1:]
+        torch.testing.assert_close(expert(images_BCHW).tokens_BSE, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ConfigError, match=TIMM.partition(".")[0]):
+        TimmExpert(model="convnext_tiny", weights=str(tmp_path))
+    with pytest.raises(ConfigError, match="model"):
+        TimmExpert(weights="random")
 
 
 def test_weights_that_are_nowhere_end_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,14 +11,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visexpert.errors import ConfigError, require_channels
+from visexpert.grids import resized_to
 from visexpert.io.first_use import ReadsWeights, described
 from visexpert.io.weights import weights_digest
 from visexpert.precision import like_weights
-from visexpert.types import ExpertTokens, check_images
+from visexpert.typed import typed
+from visexpert.types import IMAGES_ARE_CHECKED, ExpertTokens, check_images
 
 TokenKind = Literal["features", "prediction"]
 
 
+@typed
 class VisionExpert(ReadsWeights, ABC):
     """A frozen encoder that turns images into tokens.
 
@@ -39,6 +42,12 @@ class VisionExpert(ReadsWeights, ABC):
 
     mean: Tensor
     std: Tensor
+
+    summary_dim: int | None = None
+    """Width of its own summary of the image ([CLS] or pooled output); None if it gives patch tokens only."""
+
+    summarizes: bool = False
+    """Whether the summary is asked for; without it, an expert need not compute it."""
 
     def __init__(
         self,
@@ -80,6 +89,10 @@ class VisionExpert(ReadsWeights, ABC):
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
         """Map normalized pixels (B, 3, image_size, image_size) to tokens (B, S, E), row-major."""
 
+    def summary_width(self) -> int | None:
+        """Return the width of its own summary of the image, found without weights; None if it gives none."""
+        return self.summary_dim
+
     def fingerprint(self) -> str:
         """Return a hash of all that the tokens depend on besides the image, weights included; a feature store's key."""
         facts = [type(self).__qualname__, self.image_size, self.tokens, self.mean.tolist(), self.std.tolist()]
@@ -92,7 +105,8 @@ class VisionExpert(ReadsWeights, ABC):
         return (images_BCHW - self.mean) / self.std
 
     def __call__(self, images_BCHW: Tensor) -> ExpertTokens:
-        check_images(images_BCHW, owner=type(self).__name__)
+        if not IMAGES_ARE_CHECKED.get():
+            check_images(images_BCHW, owner=type(self).__name__, device=self.mean.device)
         tokens: ExpertTokens = super().__call__(images_BCHW)
         return tokens
 
@@ -115,4 +129,10 @@ class VisionExpert(ReadsWeights, ABC):
 
 def resize_images(images_BCHW: Tensor, size: int) -> Tensor:
     """Resize images to squares of ``size`` px: bilinear, half-pixel centers, antialiased when shrinking."""
-    return F.interpolate(images_BCHW, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
+
+    def resize(given_BCHW: Tensor) -> Tensor:
+        # torch resizes no half on CPUs
+        given_BCHW = given_BCHW.to(torch.promote_types(given_BCHW.dtype, torch.float32))
+        return F.interpolate(given_BCHW, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
+
+    return resized_to(images_BCHW, size, resize)

@@ -13,10 +13,12 @@ from visexpert.experts.base import TokenKind, VisionExpert
 from visexpert.experts.edges import kornia
 from visexpert.experts.maps import resize_map
 from visexpert.experts.transformers import AutoModelExpert, EncoderMap
+from visexpert.typed import typed
 
 DepthScale = Literal["image", "raw"]
 
 
+@typed
 class DepthExpert(AutoModelExpert):
     """Tokens of a depth model's encoder, or the depth that it predicts.
 
@@ -107,6 +109,7 @@ def unit_range(map_B1HW: Tensor) -> Tensor:
     return (map_B1HW - least) / span.clamp_min(1e-6)
 
 
+@typed
 class SegmentationExpert(AutoModelExpert):
     """Tokens of a segmentation model's encoder, or the classes that it predicts.
 
@@ -166,6 +169,7 @@ class ClassMap(nn.Module):
         return resize_map(scores, self.map_size)
 
 
+@typed
 class NormalsFromDepth(VisionExpert):
     """Unit normals of the surface that a depth map describes, three channels (``tokens: prediction``).
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from visexpert.errors import ConfigError
-from visexpert.experts.maps import RANDOM, MapExpert, resize_map
-from visexpert.experts.preprocessing import Preprocessing
+from visexpert.experts.maps import MapExpert, resize_map
 from visexpert.io.source import ModelSource
 from visexpert.io.weights import fill_module, read_source
+from visexpert.networks import RANDOM
+from visexpert.networks.preprocessing import Preprocessing
+from visexpert.typed import typed
 
 OWNER = "KorniaEdges"
 DEXINED_FILE = "DexiNed_BIPED_10.pth"
@@ -20,6 +22,7 @@ DEXINED_FILE = "DexiNed_BIPED_10.pth"
 EdgeMethod = Literal["sobel", "canny", "dexined"]
 
 
+@typed
 class KorniaEdges(MapExpert):
     """Strength of edges as a map in [0, 1], one channel (``tokens: prediction``).
 
@@ -98,13 +101,13 @@ class OperatorMap(nn.Module):
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Return the edges of the grayscale image."""
-        filters, grey_B1HW = kornia().filters, kornia().color.rgb_to_grayscale(pixels_BCHW)
+        filters, gray_B1HW = kornia().filters, kornia().color.rgb_to_grayscale(pixels_BCHW)
         if self.method == "sobel":
-            edges_B1HW = filters.sobel(grey_B1HW).clamp(0.0, 1.0)
+            edges_B1HW = filters.sobel(gray_B1HW).clamp(0.0, 1.0)
         elif pixels_BCHW.is_meta:  # hysteresis loops until nothing changes, which needs values
-            edges_B1HW = grey_B1HW
+            edges_B1HW = gray_B1HW
         else:
-            _, edges_B1HW = filters.canny(grey_B1HW, self.low, self.high)
+            _, edges_B1HW = filters.canny(gray_B1HW, self.low, self.high)
         return resize_map(edges_B1HW, self.map_size)
 
 

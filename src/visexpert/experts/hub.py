@@ -11,11 +11,13 @@ from visexpert.errors import ConfigError
 from visexpert.experts.base import VisionExpert
 from visexpert.experts.cache import FeatureCache
 from visexpert.experts.probe import check_repeats
-from visexpert.grids import resample_tokens
+from visexpert.grids import resample_tokens, resized_once
 from visexpert.names import RESERVED, EncoderName, reserved_among
-from visexpert.types import Batch, ExpertTokens, ImageSource
+from visexpert.typed import typed
+from visexpert.types import Batch, ExpertTokens, ImageSource, no_batch
 
 
+@typed
 class ExpertHub(nn.Module):
     """Frozen experts by name: without gradients, always in eval mode, attached or detached, live or stored.
 
@@ -127,7 +129,7 @@ class ExpertHub(nn.Module):
         sources: Mapping[str, ImageSource],
         *,
         resample: Mapping[str, tuple[int, int]],
-        batch_size: int = 64,
+        batch_size: int | None = None,
     ) -> None:
         """Read tokens from the store from now on; compute those that are missing first.
 
@@ -135,7 +137,7 @@ class ExpertHub(nn.Module):
             cache: Feature files of the run.
             sources: Images by split; tokens of other splits are computed live.
             resample: Grid on which to store tokens, by expert; an expert's own grid if it is not given.
-            batch_size: Images per call while tokens are computed.
+            batch_size: Images per call while tokens are computed; None for the cache's own.
         """
         for name in self.attached:
             expert = self[name]
@@ -152,6 +154,7 @@ class ExpertHub(nn.Module):
                     fingerprint=expert.fingerprint(),
                     encode=encode,
                     grid_hw=grid,
+                    width=expert.token_dim,
                     device=expert.mean.device,
                     batch_size=batch_size,
                 )
@@ -163,15 +166,21 @@ class ExpertHub(nn.Module):
         """Return the tokens of every attached expert: from the store if it has the batch's split, else computed live.
 
         The images are read only if an expert runs live.
+
+        Raises:
+            ConfigError: Anything but a batch, such as images alone.
         """
-        return {name: self._tokens(name, batch) for name in self.attached}
+        if not isinstance(batch, Batch):
+            raise no_batch(batch, owner="ExpertHub")
+        with resized_once():
+            return {name: self._tokens(name, batch) for name in self.attached}
 
     def _tokens(self, name: str, batch: Batch) -> ExpertTokens:
         cached = None if self._cache is None else self._cache.read(EncoderName("expert", name), batch)
         if cached is not None:
             return ExpertTokens(cached, self._cache_grids[name])
-        images_BCHW = batch.images_01()
         expert = self[name]
+        images_BCHW = batch.images_01()
         waits = not expert.weights_in_place and expert.weights_from is not None
         if waits and not images_BCHW.is_meta:  # attached after the weights were loaded, or none were loaded
             self._load(name)

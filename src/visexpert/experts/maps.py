@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
 
@@ -10,12 +11,39 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visexpert.experts.base import TokenKind, VisionExpert
-from visexpert.experts.preprocessing import Preprocessing
-from visexpert.experts.probe import probe_map
+from visexpert.experts.probe import on_meta, probe_map
 from visexpert.io.weights import weights_digest
+from visexpert.networks.preprocessing import Preprocessing
+from visexpert.precision import like_weights
+from visexpert.types import ExpertTokens
 
-RANDOM = "random"
-"""Value of ``weights`` for a network that keeps its random ones."""
+
+class SummarizedMap(nn.Module, ABC):
+    """Maps pixels to features, and gives the model's own summary of the image where it has one."""
+
+    @abstractmethod
+    def read(self, pixels_BCHW: Tensor, *, summarize: bool) -> tuple[Tensor, Tensor | None]:
+        """Return features (B, E, h, w), and the model's summary (B, F) if it is asked for and there is one."""
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return the features (B, E, h, w)."""
+        return self.read(pixels_BCHW, summarize=False)[0]
+
+
+class Summary(nn.Module):
+    """Gives the summary alone.
+
+    Args:
+        network: Network that has it.
+    """
+
+    def __init__(self, network: SummarizedMap) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor | None:
+        """Return the summary (B, F); None if there is none."""
+        return self.network.read(pixels_BCHW, summarize=True)[1]
 
 
 class MapExpert(VisionExpert):
@@ -60,8 +88,21 @@ class MapExpert(VisionExpert):
 
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
         """Map normalized pixels (B, 3, image_size, image_size) to tokens (B, S, E), row-major."""
-        map_BEHW: Tensor = self.network(pixels_BCHW)
-        return map_BEHW.flatten(2).transpose(1, 2)
+        return rows_of(self.network(pixels_BCHW))
+
+    def forward(self, images_BCHW: Tensor) -> ExpertTokens:
+        """See :meth:`VisionExpert.forward`; with the model's own summary where it is asked for."""
+        if not self.summarizes or not isinstance(self.network, SummarizedMap):
+            return super().forward(images_BCHW)
+        map_BEHW, summary_BF = self.network.read(like_weights(self.preprocess(images_BCHW), self), summarize=True)
+        return ExpertTokens(rows_of(map_BEHW), self.grid_hw, summary_BF)
+
+    def summary_width(self) -> int | None:
+        """See :meth:`VisionExpert.summary_width`; the network is run on ``meta``."""
+        if not isinstance(self.network, SummarizedMap):
+            return super().summary_width()
+        found = on_meta(Summary(self.network), self.image_size)
+        return None if found is None else int(found.shape[-1])
 
     def fingerprint(self) -> str:
         """Return a hash of weights, preprocessing, facts and kind of tokens."""
@@ -100,6 +141,11 @@ def map_of(
     if side == 0 or first + side * side + suffix != count:
         raise ValueError(f"{count} tokens are not a square grid and {first + suffix} others")
     return features[:, first : first + side * side].transpose(1, 2).reshape(len(features), -1, side, side)
+
+
+def rows_of(map_BEHW: Tensor) -> Tensor:
+    """Return the cells of a map (B, E, h, w) as tokens (B, h w, E), row by row."""
+    return map_BEHW.flatten(2).transpose(1, 2)
 
 
 def resize_map(map_BEHW: Tensor, side: int | None) -> Tensor:

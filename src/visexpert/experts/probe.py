@@ -40,17 +40,9 @@ def probe_map(network: nn.Module, image_size: int, *, owner: str) -> torch.Size:
         ConfigError: The network cannot read such an image, does not give a map, draws random numbers, or would hold
             attention logits between S >= 1024 tokens in memory, S x S numbers per head.
     """
-    meta = {name: torch.empty_like(value, device="meta") for name, value in _tensors(network).items()}
-    pixels_BCHW = torch.empty(1, 3, image_size, image_size, device="meta")
     try:
-        with (
-            torch.no_grad(),
-            torch.device("meta"),
-            uncached(),
-            ChanceWatch() as chance,
-            LogitsWatch(image_size) as watch,
-        ):
-            found = functional_call(network, meta, (pixels_BCHW,), tie_weights=False)
+        with ChanceWatch() as chance, LogitsWatch(image_size) as watch:
+            found = on_meta(network, image_size)
     except (
         ArithmeticError,
         AssertionError,
@@ -78,6 +70,15 @@ def probe_map(network: nn.Module, image_size: int, *, owner: str) -> torch.Size:
     if not isinstance(found, Tensor) or found.ndim != 4 or len(found) != 1:
         raise ConfigError(f"{owner}: the model gives no feature map at {image_size} px; use another model or layer.")
     return found.shape
+
+
+@torch.no_grad()
+def on_meta(network: nn.Module, image_size: int) -> Any:
+    """Return what a network gives for one image (1, 3, image_size, image_size), on ``meta`` whatever its device."""
+    meta = {name: torch.empty_like(value, device="meta") for name, value in _tensors(network).items()}
+    pixels_BCHW = torch.empty(1, 3, image_size, image_size, device="meta")
+    with torch.device("meta"), uncached():
+        return functional_call(network, meta, (pixels_BCHW,), tie_weights=False)
 
 
 @contextmanager

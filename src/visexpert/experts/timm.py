@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from visexpert.errors import ConfigError, WeightsError
-from visexpert.experts.maps import RANDOM, MapExpert, map_of
-from visexpert.experts.preprocessing import Framing, Interpolation, Preprocessing
+from visexpert.experts.maps import MapExpert, SummarizedMap, map_of
 from visexpert.io.source import ModelSource
-from visexpert.io.weights import LoadedState, fill_module, read_source
+from visexpert.io.weights import fill_module, read_source
+from visexpert.networks import RANDOM
+from visexpert.networks.preprocessing import Framing, Interpolation
+from visexpert.networks.timm import DescribedTimm
+from visexpert.typed import typed
+from visexpert.vision.anatomy import OF_TIMM
 
 OWNER = "TimmExpert"
 
 
+@typed
 class TimmExpert(MapExpert):
     """Patch tokens of any timm model with feature maps, without [CLS] and registers.
+
+    The pooled output of a vision transformer that pools by its [CLS] token or by attention is its summary, if the last
+    features are read (``layer`` null); others give none, since the mean of patch tokens is not one.
 
     Input size, normalization, interpolation, crop and license come from timm's ``pretrained_cfg``. timm interpolates
     position embeddings and, for another patch size, the patch convolution.
 
     Args:
         model: Name with its tag, such as ``eva02_large_patch14_448.mim_m38m_ft_in22k_in1k``
-            (``timm.list_pretrained()``).
+            (``timm.list_pretrained()``); null for that of the folder in ``weights``.
         weights: A ``.safetensors``, ``.bin`` or ``.pt`` file, a folder or a Hugging Face id; null for the tag's own
-            weights on the Hugging Face Hub; ``random`` for random weights.
+            weights on the Hugging Face Hub; ``random`` for random weights. Where timm's ``config.json`` lies beside
+            them, it says model, sizes and preprocessing.
         image_size: Side of the input in pixels; null for the model's own.
         layer: Index of a block or stage, -1 for the last, before the final norm; later ones are not run. Null for
             timm's last features, after the final norm.
@@ -35,12 +43,15 @@ class TimmExpert(MapExpert):
         interpolation: ``bilinear`` or ``bicubic``; null for the model's own.
         license: License of the weights; null for the one that timm states.
         arguments: Further arguments of the timm model, such as ``{patch_size: 16}``.
+
+    Raises:
+        ConfigError: There is neither a model nor a folder that names one, or the two contradict each other.
     """
 
     def __init__(
         self,
         *,
-        model: str,
+        model: str | None = None,
         weights: str | None = None,
         image_size: int | None = None,
         layer: int | None = None,
@@ -49,21 +60,25 @@ class TimmExpert(MapExpert):
         license: str | None = None,
         arguments: dict[str, Any] | None = None,
     ) -> None:
-        settings = published_settings(model)
-        own = own_preprocessing(settings, interpolation)
-        preprocessing = own.adapted(owner=OWNER, image_size=image_size, framing=framing, interpolation=interpolation)
-        self_arguments = dict(arguments or {})
-        if settings["fixed_input_size"] and preprocessing.image_size != own.image_size:
-            self_arguments.setdefault("img_size", preprocessing.image_size)
-        super().__init__(
-            network=TimmMap(build(model, self_arguments), layer=layer),
-            preprocessing=preprocessing,
-            license=license or settings["license"],
-            facts={"layer": layer, "model": model, "arguments": sorted(self_arguments.items())},
+        source = None if weights == RANDOM else weights
+        if model is None and source is None:
+            raise ConfigError(
+                f"{OWNER} needs model (a name of timm), or weights (a folder or Hugging Face id of timm's)."
+            )
+        described = DescribedTimm.describe(source, model=model, arguments=arguments, owner=OWNER).without_head()
+        preprocessing = described.preprocessing(interpolation).adapted(
+            owner=OWNER, image_size=image_size, framing=framing, interpolation=interpolation
         )
-        self.model_name = model
-        self.arguments = self_arguments
-        self.weights = weights or settings["hf_hub_id"]
+        self.arguments = described.sized(preprocessing.image_size)
+        self.model_name = model or described.architecture
+        super().__init__(
+            network=TimmMap(described.build(preprocessing.image_size), layer=layer),
+            preprocessing=preprocessing,
+            license=license or described.license(),
+            facts={"layer": layer, "model": self.model_name, "arguments": sorted(self.arguments.items())},
+        )
+        self.described = described
+        self.weights = weights or described.settings["hf_hub_id"]
 
     @property
     def weights_from(self) -> str | None:
@@ -81,39 +96,11 @@ class TimmExpert(MapExpert):
         if not self.weights:
             raise WeightsError(f"{OWNER}: timm publishes no weights of '{self.model_name}'; set weights to a file.")
         found = read_source(ModelSource.parse(self.weights), owner=OWNER)
-        adapted = self._adapted(found)
-        fill_module(self.network.get_submodule("model"), adapted.state_dict(), owner=OWNER, path=found.path)
-
-    def _adapted(self, found: LoadedState) -> nn.Module:
-        """Return a second network, without its head, into which timm's own loader has read the weights, strictly."""
-        import timm
-
-        settings = published_settings(self.model_name)
-        heads = settings["classifier"]
-        names = (heads,) if isinstance(heads, str) else tuple(heads or ())
-        classes = settings["num_classes"] if any(f"{name}.weight" in found.tensors for name in names) else 0
-        overlay = {"state_dict": dict(found.tensors), "num_classes": classes, "custom_load": False}
-        try:
-            model: Any = timm.create_model(
-                self.model_name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes, **self.arguments
-            )
-        except (RuntimeError, KeyError) as error:
-            reason, size, own = (
-                " ".join(str(error).split())[:300],
-                self.preprocessing.image_size,
-                settings["input_size"][-1],
-            )
-            at, step = ("", "") if size == own else (f" at {size} px", f", or its own image_size {own}")
-            raise WeightsError(
-                f"{OWNER}: the weights in {found.path} do not fit {self.model_name}{at} ({reason}); use weights of "
-                f"this model{step}."
-            ) from error
-        model.reset_classifier(0)
-        adapted: nn.Module = model
-        return adapted
+        adapted = self.described.adapted(found, image_size=self.preprocessing.image_size)
+        fill_module(self.network.get_submodule("model"), adapted, owner=OWNER, path=found.path)
 
 
-class TimmMap(nn.Module):
+class TimmMap(SummarizedMap):
     """Map pixels (B, 3, H, W) to features (B, E, h, w) with a timm model.
 
     Args:
@@ -131,8 +118,8 @@ class TimmMap(nn.Module):
         self.model = model
         self.layer = layer
 
-    def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Return the feature map of the last or the chosen layer."""
+    def read(self, pixels_BCHW: Tensor, *, summarize: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the feature map of the last or the chosen layer, and the pooled output of the last."""
         if self.layer is not None:
             (map_BEHW,) = self.model.forward_intermediates(
                 pixels_BCHW,
@@ -142,12 +129,15 @@ class TimmMap(nn.Module):
                 output_fmt="NCHW",
                 intermediates_only=True,
             )
-            return map_BEHW  # type: ignore[no-any-return]
-        return last_map(self.model, pixels_BCHW)
+            return map_BEHW, None
+        features = last_features(self.model, pixels_BCHW)
+        pools = type(self.model).__name__ in OF_TIMM and getattr(self.model, "global_pool", "") in ("token", "map")
+        summary_BF = self.model.forward_head(features, pre_logits=True) if summarize and pools else None
+        return map_of_last(self.model, features), summary_BF
 
 
-def last_map(model: Any, pixels_BCHW: Tensor) -> Tensor:
-    """Return the last features (B, E, h, w) of a timm model, before pooling.
+def last_features(model: Any, pixels_BCHW: Tensor) -> Tensor:
+    """Return the last features of a timm model, before pooling, in its own form.
 
     Raises:
         ValueError: The model returns several maps, or only a class token.
@@ -159,72 +149,10 @@ def last_map(model: Any, pixels_BCHW: Tensor) -> Tensor:
     classes = getattr(model, "cls_token", None)
     if features.ndim == 3 and isinstance(classes, Tensor) and features.shape[1] == classes.shape[1]:
         raise ValueError(f"{type(model).__name__} returns only its class token; set layer to -1")
+    return features
+
+
+def map_of_last(model: Any, features: Tensor) -> Tensor:
+    """Return the last features of a timm model as a map (B, E, h, w)."""
     channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
     return map_of(features, channels_last=channels_last, prefix=getattr(model, "num_prefix_tokens", None))
-
-
-def published_settings(model: str) -> dict[str, Any]:
-    """Return timm's ``pretrained_cfg`` of a model.
-
-    Raises:
-        ConfigError: There is no such model or tag.
-    """
-    import timm
-    from timm.models import get_pretrained_cfg, is_model
-
-    name = model.partition(".")[0]
-    try:
-        found = get_pretrained_cfg(model, allow_unregistered=False)
-    except RuntimeError as error:  # what timm raises for an unknown name or tag
-        near = timm.list_pretrained(f"{name}.*") if is_model(name) else get_close_matches(name, timm.list_models(), n=3)
-        raise ConfigError(f"{OWNER}: timm has no settings of '{model}'; did you mean one of {near}?") from error
-    assert found is not None  # timm raises instead of returning None
-    return dict(vars(found))
-
-
-def own_preprocessing(settings: dict[str, Any], interpolation: Interpolation | None) -> Preprocessing:
-    """Return the preprocessing of timm's own transform for a model.
-
-    Raises:
-        ConfigError: Its interpolation is not available here, or its images are not square.
-    """
-    from timm.data import DEFAULT_CROP_PCT
-
-    _, height, width = settings["input_size"]
-    if height != width:
-        raise ConfigError(
-            f"{OWNER}: {settings['architecture']} reads images of {height} x {width} px, but experts read squares; use "
-            "another model."
-        )
-    own = settings["interpolation"]
-    if own not in ("bilinear", "bicubic") and interpolation is None:
-        raise ConfigError(
-            f"{OWNER}: this model resizes with {own} interpolation, which is not available here; set interpolation to "
-            "bicubic or bilinear."
-        )
-    share = settings["crop_pct"] or DEFAULT_CROP_PCT
-    mode = settings["crop_mode"] or "center"
-    framing: Framing = "crop" if mode == "center" else "squash" if (mode, share) == ("squash", 1.0) else "own"
-    return Preprocessing(
-        image_size=height,
-        mean=settings["mean"],
-        std=settings["std"],
-        interpolation=own if own in ("bilinear", "bicubic") else "bicubic",
-        framing=framing,
-        crop_share=share,
-    )
-
-
-def build(model: str, arguments: dict[str, Any]) -> nn.Module:
-    """Build a timm model without its head, with random weights.
-
-    Raises:
-        ConfigError: The model rejects an argument.
-    """
-    import timm
-
-    try:
-        network: nn.Module = timm.create_model(model, pretrained=False, num_classes=0, **arguments)
-    except (TypeError, AssertionError, ValueError) as error:
-        raise ConfigError(f"{OWNER}: {model} does not take {arguments} ({error}).") from error
-    return network.eval()  # in train mode BatchNorm refuses the one image of the probe

@@ -9,11 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
-from visexpert.errors import ConfigError
+from visexpert.errors import ConfigError, WeightsError
 from visexpert.experts.base import TokenKind
-from visexpert.experts.huggingface import DescribedModel, interpolates, patches_of, prefix_and_suffix, takes_patches
-from visexpert.experts.maps import MapExpert, map_of
-from visexpert.experts.preprocessing import Framing, Interpolation, must_agree, preprocessing_of
+from visexpert.experts.maps import MapExpert, SummarizedMap, map_of
+from visexpert.networks.huggingface import DescribedModel, interpolates, patches_of, prefix_and_suffix, takes_patches
+from visexpert.networks.preprocessing import Framing, Interpolation, must_agree, preprocessing_of
+from visexpert.typed import typed
+from visexpert.vision.anatomy import OF_TRANSFORMERS
 
 
 class AutoModelExpert(MapExpert):
@@ -84,17 +86,25 @@ class AutoModelExpert(MapExpert):
         """
         model = self.network.model
         assert isinstance(model, nn.Module)
-        self.described.load(model)
+        absent = self.described.load(model)
+        if absent and self.summarizes:
+            raise WeightsError(
+                f"{type(self).__name__}: the weights of '{self.weights_from}' lack {list(absent[:2])}, which its "
+                "summary needs; set agglomeration.summary to 0, or fetch weights that have them."
+            )
         if self.described.source is not None and self.processor is not None:
             must_agree(self.described.source, self.processor, owner=type(self).__name__)
 
 
+@typed
 class TransformersExpert(AutoModelExpert):
     """Tokens of any vision encoder in transformers, or of the vision part of a multimodal model.
 
     The vision parts of CLIP and its variants (MetaCLIP 2, AltCLIP, Chinese-CLIP, CLIPSeg), SigLIP, AIMv2, BLIP,
     OWL-ViT, FLAVA, Florence-2, SAM, SAM 2, LLaVA, InternVL and PaliGemma are read from the folder of the whole model.
-    Models that read videos or images already cut into patches (Qwen2-VL), or bring their own code, are refused.
+    Models that read videos or images already cut into patches (Qwen2-VL), or bring their own code, are refused. The
+    pooled output of CLIP, SigLIP, SigLIP 2, DINOv2 and DINOv3 is their summary; others give none, since a pooled output
+    may be a mean of patch tokens, or come from a head without weights.
 
     Args:
         layer: Index into ``hidden_states``, -1 for the last block; null for the model's last features, after the final
@@ -108,7 +118,7 @@ class TransformersExpert(AutoModelExpert):
         )
 
 
-class EncoderMap(nn.Module):
+class EncoderMap(SummarizedMap):
     """Map pixels (B, 3, H, W) to features (B, E, h, w) with an encoder from transformers.
 
     Args:
@@ -123,8 +133,8 @@ class EncoderMap(nn.Module):
         self.layer = layer
         self.headed = headed
 
-    def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Return the feature map of the last or the chosen layer."""
+    def read(self, pixels_BCHW: Tensor, *, summarize: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the feature map of the last or the chosen layer, and the pooled output."""
         encoder = _without_head(self.model) if self.headed else self.model
         if frames := _frames(encoder.config):
             raise ValueError(f"it reads videos of {frames} frames")
@@ -142,7 +152,8 @@ class EncoderMap(nn.Module):
         if hasattr(encoder.config, "num_group_tokens"):
             raise ValueError("its tokens are groups of patches, which have no position")
         prefix, suffix = prefix_and_suffix(encoder, size, int(features.shape[1]) if features.ndim == 3 else 0)
-        return map_of(features, prefix=prefix, suffix=suffix)
+        pooled = getattr(output, "pooler_output", None) if type(encoder).__name__ in OF_TRANSFORMERS else None
+        return map_of(features, prefix=prefix, suffix=suffix), pooled
 
 
 def _features(output: Any, layer: int | None, *, unrolled: bool) -> Tensor:

@@ -22,12 +22,12 @@ from transformers.models.sam.modeling_sam import SamVisionSdpaAttention
 from transformers.utils import logging
 
 from visexpert.errors import ConfigError, WeightsError
-from visexpert.experts.towers import build_network, factory_of, key_mapping, vision_part
 from visexpert.io.reading import read_object
 from visexpert.io.source import FETCH_AGAIN, ModelSource
 from visexpert.io.weights import fill_module, reshaped, state_keys, unreadable
-from visexpert.vision.families import checked_fields
-from visexpert.vision.positions import fit_positions
+from visexpert.networks.looks import told
+from visexpert.networks.positions import fit_positions
+from visexpert.networks.towers import build_network, checked_fields, factory_of, key_mapping, vision_part
 
 NATIVE_SIZE = ("image_size", "img_size")
 
@@ -108,9 +108,8 @@ class DescribedModel:
         return config if config.to_dict() != self.config.to_dict() else None
 
     def _interpolates(self) -> bool:
-        """Return :func:`own_interpolation` of the network, built on ``meta``."""
-        with torch.device("meta"):
-            return own_interpolation(self._built(copy.deepcopy(self.config)))
+        """Return :func:`own_interpolation` of the network."""
+        return own_interpolation(self._plain())
 
     def build(self, image_size: int) -> nn.Module:
         """Build the network for images of this size, with random weights and, if it exists, fused attention.
@@ -128,17 +127,20 @@ class DescribedModel:
         chunk_attention(model)
         return model.eval()
 
-    def load(self, model: nn.Module) -> None:
+    def load(self, model: nn.Module) -> tuple[str, ...]:
         """Load weights into a network from :meth:`build` with transformers' own loader (renamed keys, split files).
 
         Position embeddings are interpolated if the network is for images of another size.
+
+        Returns:
+            Names of weights behind the patch tokens (:data:`UNUSED`) that the files lack; they stay random.
 
         Raises:
             WeightsError: The weights are missing, or do not fit.
             ConfigError: Their configuration differs from the given one.
         """
         if self.source is None:
-            return
+            return ()
         config_path = self.source.fetch("config.json", owner=self.owner)
         with suppress(WeightsError):  # to compare its processor; not every model has this file
             self.source.fetch("preprocessor_config.json", owner=self.owner)
@@ -155,7 +157,7 @@ class DescribedModel:
                     dtype=torch.float32,
                     local_files_only=True,
                     output_loading_info=True,
-                    key_mapping=self._key_mapping(path, model),
+                    key_mapping=self._key_mapping(path),
                     ignore_mismatched_sizes=True,  # its own error does not name shapes; refused below
                 )
         except (OSError, ValueError, RuntimeError, LookupError, EOFError, SafetensorError, UnpicklingError) as error:
@@ -164,28 +166,43 @@ class DescribedModel:
         state = dict(loaded.state_dict())
         absent = sorted(key for key in report["missing_keys"] if not key.startswith(UNUSED))
         if absent:
-            raise WeightsError(f"{self.owner}: {path} lacks {absent[:3]}; use the weights of this model.")
-        state = fit_positions(state, model.state_dict())
+            raise WeightsError(
+                f"{self.owner}: {told(weight_names(path, owner=self.owner), path)}; a {self.config.model_type} lacks "
+                f"{absent[:3]}; use the weights of this model."
+            )
+        # What was put into the network, such as MoLE, keeps its values: a model's own files do not have it.
+        own_keys = self._plain().state_dict().keys()
+        kept = {key: value for key, value in model.state_dict().items() if key not in own_keys}
+        state = kept | fit_positions(state, model.state_dict())
         fill_module(model, state, owner=self.owner, path=path)
+        return tuple(sorted(report["missing_keys"]))
 
-    def _key_mapping(self, path: Path, model: nn.Module) -> dict[str, str] | None:
-        """Return the :func:`~visexpert.experts.towers.key_mapping` for a file or an index of files."""
-        if path.suffix == ".json":
-            listed = read_object(path, error=WeightsError, owner=self.owner, step=FETCH_AGAIN).get("weight_map")
-            keys: Collection[str] = listed or {}
-        else:
-            keys = state_keys(path) or ()
+    def _plain(self) -> nn.Module:
+        """Return the network as the library builds it, on ``meta``."""
+        with torch.device("meta"):
+            return self._built(copy.deepcopy(self.config))
+
+    def _key_mapping(self, path: Path) -> dict[str, str] | None:
+        """Return the :func:`~visexpert.networks.towers.key_mapping` for a file or an index of files."""
+        keys = weight_names(path, owner=self.owner)
         assert self.source is not None
         whole = str((self.source.read_json("config.json", owner=self.owner) or {}).get("model_type"))
-        return key_mapping(keys, model, whole=whole, optional=UNUSED, whose=f"{self.owner}: {path}")
+        return key_mapping(keys, self._plain(), whole=whole, optional=UNUSED, whose=f"{self.owner}: {path}")
+
+
+def weight_names(path: Path, *, owner: str) -> Collection[str]:
+    """Return the names of the weights in a file, or in the files of an index."""
+    if path.suffix == ".json":
+        return read_object(path, error=WeightsError, owner=owner, step=FETCH_AGAIN).get("weight_map") or {}
+    return state_keys(path) or ()
 
 
 def _must_fit(mismatched: Collection[tuple[str, Any, Any]], path: Path, config: Path, owner: str) -> None:
     """Check that the weights have the shapes that their own ``config.json`` asks for."""
     if shapes := reshaped(mismatched):
         raise WeightsError(
-            f"{owner}: the weights in {path} do not fit {config}: {', '.join(shapes)}; take both files from the same "
-            "model."
+            f"{owner}: {told(weight_names(path, owner=owner), path)}, and do not fit {config}: {', '.join(shapes)}; "
+            "take both files from the same model."
         )
 
 
@@ -296,13 +313,19 @@ def patches_of(pixels_BCHW: Tensor, model: nn.Module) -> dict[str, Tensor | None
     """
     config: Any = model.config
     patch = int(config.patch_size)
-    cells = pixels_BCHW.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, C, h, patch, w, patch)
-    shape = list(cells.shape[2:5:2])
+    shape = [side // patch for side in pixels_BCHW.shape[-2:]]
     return {
-        "pixel_values": cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2),
+        "pixel_values": cut(pixels_BCHW, patch),
         "pixel_attention_mask": None,
         "spatial_shapes": torch.tensor([shape] * len(pixels_BCHW), device="cpu"),  # its values are read, even on meta
     }
+
+
+def cut(pixels_BCHW: Tensor, patch: int) -> Tensor:
+    """Cut images into flat patches (B, N, patch x patch x 3), row-major with the channels last."""
+    cells = pixels_BCHW.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, C, h, patch, w, patch)
+    flat_BNF: Tensor = cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    return flat_BNF
 
 
 def prefix_and_suffix(model: nn.Module, image_size: int, count: int) -> tuple[int | None, int]:

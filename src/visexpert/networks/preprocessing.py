@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from visexpert.errors import ConfigError, WeightsError
+from visexpert.grids import resized_to
 from visexpert.io.source import ModelSource
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -106,14 +107,22 @@ class Preprocessing:
             shortest = math.floor(size / self.crop_share + 1e-6)
             images_BCHW = self._cropped(self._resized(images_BCHW, [shortest]))
         else:
-            images_BCHW = self._resized(images_BCHW, [size, size])
+            images_BCHW = self.resized(images_BCHW)
         return (images_BCHW - mean) / std
+
+    def resized(self, images_BCHW: Tensor) -> Tensor:
+        """Stretch images (B, 3, H, W) in [0, 1] to the square that the model reads."""
+        return self._resized(images_BCHW, [self.image_size, self.image_size])
 
     def _resized(self, images_BCHW: Tensor, size: list[int]) -> Tensor:
         if list(images_BCHW.shape[-2:]) == size:
             return images_BCHW
-        resized: Tensor = tv.resize(images_BCHW, size, InterpolationMode(self.interpolation), antialias=True)
-        return resized.clamp(0.0, 1.0)
+
+        def resize(given_BCHW: Tensor) -> Tensor:
+            resized: Tensor = tv.resize(given_BCHW, size, InterpolationMode(self.interpolation), antialias=True)
+            return resized.clamp(0.0, 1.0)
+
+        return resized_to(images_BCHW, (*size, self.interpolation), resize)
 
     def _cropped(self, images_BCHW: Tensor) -> Tensor:
         size = self.image_size

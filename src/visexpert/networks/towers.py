@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from visexpert.errors import ConfigError, WeightsError
+from visexpert.errors import ConfigError, WeightsError, first_line
 
 PARTS = ("vision_config", "image_config", "encoder")
 """Names under which whole models keep the configuration of their vision part, most specific first."""
@@ -44,6 +46,22 @@ def vision_part(whole: Whole) -> Whole:
                     return found
             level = [value for fields in inside for value in fields.values() if isinstance(value, kind)]
     return whole
+
+
+@contextmanager
+def checked_fields(owner: str) -> Iterator[None]:
+    """Tell in one sentence what a configuration of transformers says of a field that it cannot take.
+
+    Raises:
+        ConfigError: A field has a value of the wrong type, or several contradict one another.
+    """
+    try:
+        yield
+    except (StrictDataclassError, TypeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(
+            f"{owner}: transformers takes no such configuration ({first_line(error)}); correct that field of "
+            "config.json, or fetch it again."
+        ) from error
 
 
 def build_network(config: PreTrainedConfig, *, auto: str, owner: str) -> nn.Module:

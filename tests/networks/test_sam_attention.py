@@ -11,9 +11,10 @@ from transformers import SamVisionConfig, SamVisionModel
 from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionSdpaAttention
 
 from tests.experts.tiny_models import SAM, randomized
-from visexpert.experts import TransformersExpert, huggingface
-from visexpert.experts.huggingface import ChunkedSamAttention, chunk_attention
+from visexpert.experts import TransformersExpert
 from visexpert.experts.probe import LogitsWatch
+from visexpert.networks import huggingface
+from visexpert.networks.huggingface import ChunkedSamAttention, chunk_attention
 
 FIELDS = {key: value for key, value in SAM.items() if key != "model_type"}
 

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from tests.experts.tiny_models import as_pil, smooth_images
 from visexpert.errors import ConfigError
-from visexpert.experts.open_clip import framing_of
-from visexpert.experts.preprocessing import Framing, Preprocessing, preprocessing_of, settings_of
-from visexpert.experts.timm import own_preprocessing, published_settings
+from visexpert.networks.open_clip import framing_of
+from visexpert.networks.preprocessing import Framing, Preprocessing, preprocessing_of, settings_of
+from visexpert.networks.timm import own_preprocessing, published_settings
 
 SHAPES = [(300, 200), (150, 260), (64, 64), (40, 30)]
 """Portrait, landscape, square, and smaller than any model's input."""
 
 LEVELS = 2.0
-"""Grey levels of 255 that a pixel may differ by. The processors round to 8 bits after each of the two passes of
+"""Gray levels of 255 that a pixel may differ by. The processors round to 8 bits after each of the two passes of
 resizing, we do not round: half a level each, and the second pass weighs the errors of the first with bicubic's
 negative lobes."""
 
@@ -57,7 +57,11 @@ def test_timm(name: str, shape: tuple[int, int]) -> None:
     assert found is not None
     transform: Any = create_transform(**resolve_data_config(pretrained_cfg=found.to_dict()))  # type: ignore[no-untyped-call]
     (image_CHW,) = smooth_images(1, *shape)
-    check(own_preprocessing(published_settings(name), None), image_CHW, transform(as_pil(image_CHW)))
+    check(
+        own_preprocessing(published_settings(name, owner="test"), None, owner="test"),
+        image_CHW,
+        transform(as_pil(image_CHW)),
+    )
 
 
 PROCESSORS: list[dict[str, Any]] = [
@@ -106,7 +110,7 @@ def test_depth_anything_on_a_square() -> None:
 def test_open_clip(mode: str, shape: tuple[int, int]) -> None:
     settings = PreprocessCfg(size=96, resize_mode=mode)
     transform: Any = image_transform_v2(settings, is_train=False)
-    preprocessing = Preprocessing(96, settings.mean, settings.std, "bicubic", framing_of(vars(settings)))
+    preprocessing = Preprocessing(96, settings.mean, settings.std, "bicubic", framing_of(vars(settings), owner="test"))
     (image_CHW,) = smooth_images(1, *shape)
     check(preprocessing, image_CHW, transform(as_pil(image_CHW)))
 

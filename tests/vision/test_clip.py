@@ -194,7 +194,7 @@ def test_quick_gelu_is_the_default() -> None:
 
 @pytest.mark.parametrize("layer", [0, 1, -5])
 def test_a_layer_that_is_not_there_is_refused(layer: int) -> None:
-    with pytest.raises(ConfigError, match=rf"layer={layer} is outside -4..-1 of a CLIP with 3 layers"):
+    with pytest.raises(ConfigError, match=rf"layer={layer} is outside -4..-1 of an encoder with 3 layers"):
         ClipEncoder(config=FIELDS, layer=layer)
 
 

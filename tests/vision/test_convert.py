@@ -111,8 +111,8 @@ def test_what_does_not_fit_is_refused() -> None:
         from_open_clip(state)
     with pytest.raises(ConfigError, match=r"no vision tower with hidden_act='relu', only \['gelu', 'gelu_new'"):
         open_clip_config(CLIPVisionConfig(**FIELDS, hidden_act="relu"))
-    for vision_cfg, name in (({"timm_model_name": "vit_x"}, "timm_model_name"), ({"layers": [3, 4, 6, 3]}, "layers")):
-        with pytest.raises(ConfigError, match=rf"vision_cfg has .*{name}"):
+    for vision_cfg, named in (({"timm_model_name": "vit_x"}, "vit_x of timm"), ({"layers": [3, 4, 6, 3]}, "layers")):
+        with pytest.raises(ConfigError, match=named):
             clip_config({"embed_dim": 8, "vision_cfg": vision_cfg})
 
 

@@ -18,7 +18,14 @@ from transformers.models.clip.modeling_clip import CLIPMLP
 from tests.vision.test_clip import FIELDS
 from visexpert.errors import ConfigError
 from visexpert.losses import router_balance
-from visexpert.vision import ClipEncoder, MoLEFeedForward, add_mole, collect_routing, merge_for_inference
+from visexpert.vision import (
+    ClipEncoder,
+    MoLEFeedForward,
+    add_mole,
+    collect_routing,
+    merge_for_inference,
+    mole_forward,
+)
 
 WIDTH, HIDDEN, EXPERTS, RANK, ALPHA = 16, 32, 3, 4, 6.0
 MODES = [("top1", "released"), ("top1", "scaled"), ("top1", "straight_through"), ("dense", "released")]
@@ -78,9 +85,14 @@ def one_by_one(mole: MoLEFeedForward, x_BND: Tensor, scale: float = ALPHA / RANK
     return inner @ mole.fc2.weight.T + mole.fc2.bias + update(mole.fc2_experts, inner)
 
 
+@pytest.mark.parametrize("host", [False, True], ids=["any device", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("routing", "router"), MODES)
-def test_outputs_and_gradients_equal_one_expert_after_the_other(dtype: torch.dtype, routing: str, router: str) -> None:
+def test_outputs_and_gradients_equal_one_expert_after_the_other(
+    host: bool, dtype: torch.dtype, routing: str, router: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if host:
+        monkeypatch.setattr(mole_forward, "HOST_FROM", 0)
     mole = make(dtype, routing=routing, router=router)
     x_BND = tokens(dtype).requires_grad_()
     wanted = [x_BND, *mole.parameters()]
@@ -193,8 +205,10 @@ def test_the_merged_form_is_exact(router: str) -> None:
     first = choices == choices[0, 0]
     plain = copy.deepcopy(precise)
     expert = int(choices[0, 0])
-    plain.fc1.weight.data, plain.fc1.bias.data = weights.fc1_EHD[expert], weights.fc1_bias_EH[expert]
-    plain.fc2.weight.data, plain.fc2.bias.data = weights.fc2_EDH[expert], weights.fc2_bias_ED[expert]
+    for name in ("fc1", "fc2"):
+        bias_EO = weights[name].bias_EO
+        assert bias_EO is not None
+        plain.get_submodule(name).load_state_dict({"weight": weights[name].weight_EOI[expert], "bias": bias_EO[expert]})
     by_hand = plain.fc2(plain.activation_fn(plain.fc1(x_BND[first])))
     torch.testing.assert_close(by_hand, precise(x_BND)[first], atol=1e-12, rtol=1e-12)
 

@@ -10,11 +10,12 @@ import pytest
 import timm
 import torch
 import transformers
-from timm.layers.mlp import GluMlp
+from timm.layers.mlp import GlobalResponseNormMlp, GluMlp, SwiGLU, SwiGLUPacked
 from torch import Tensor, nn
 
 from visexpert.errors import ConfigError
 from visexpert.vision import MoLEFeedForward, add_mole, collect_routing
+from visexpert.vision.mole import MOLE_KEY
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 IMAGE = {"image_size": 16, "patch_size": 8}
@@ -45,7 +46,19 @@ ENCODERS: dict[str, Callable[[], nn.Module]] = {
     "timm ViT": lambda: of_timm("vit_tiny_patch16_224"),
     "timm ViT with a norm between": lambda: of_timm("vit_tiny_patch16_224", scale_mlp_norm=True),
     "timm DeiT III": lambda: of_timm("deit3_small_patch16_224"),
+    "DINOv2 with SwiGLU": lambda: hf("Dinov2", mlp_ratio=2, use_swiglu_ffn=True),
+    "DINOv2 with registers and SwiGLU": lambda: hf("Dinov2WithRegisters", mlp_ratio=2, use_swiglu_ffn=True),
+    "DINOv3 with SwiGLU": lambda: hf("DINOv3ViT", use_gated_mlp=True, hidden_act="silu"),
+    "timm EVA-02, with a norm in its SwiGLU": lambda: of_timm("eva02_tiny_patch14_224", num_heads=4),
+    "timm EVA-02 with a packed SwiGLU": lambda: of_timm("eva02_base_patch14_224", scale_mlp=False, num_heads=4),
+    "timm ViT with a packed SwiGLU": lambda: of_timm("vit_tiny_patch16_224", mlp_layer=SwiGLUPacked),
+    "timm ViT with SwiGLU": lambda: of_timm("vit_tiny_patch16_224", mlp_layer=SwiGLU),
+    "timm ViT with a gate in the second half": lambda: of_timm("vit_tiny_patch16_224", mlp_layer=GluMlp),
 }
+
+
+def mixing_mlp(in_features: int, hidden_features: int, **_: object) -> nn.Module:
+    return GlobalResponseNormMlp(in_features, hidden_features)
 
 
 def outputs_of(encoder: nn.Module, images: Tensor) -> Tensor:
@@ -59,38 +72,38 @@ def test_an_encoder_gives_what_it_gave_before_to_the_bit_and_then_learns(name: s
     encoder, images = ENCODERS[name](), torch.rand(2, 3, 16, 16)
     before, keys = outputs_of(encoder, images), set(encoder.state_dict())
     moles = add_mole(encoder, rank=2)
-    assert len(moles) == 2
+    assert len(moles) == 2 and not any(module.training for module in encoder.modules())
     assert torch.equal(outputs_of(encoder, images), before)
     new = set(encoder.state_dict()) - keys
-    assert keys < set(encoder.state_dict()) and all("_experts." in key or ".router." in key for key in new)
+    assert keys < set(encoder.state_dict()) and {key for key in encoder.state_dict() if MOLE_KEY.search(key)} == new
     with torch.enable_grad():
         outputs_of(encoder, images).square().mean().backward()
-    assert all(mole.fc2_experts.B_weight.grad.abs().max() > 0 for mole in moles)  # type: ignore[union-attr]
+    assert all(part.B_weight.grad.abs().max() > 0 for mole in moles for part in mole.experts())  # type: ignore[union-attr]
     for mole in moles:
-        nn.init.normal_(mole.fc1_experts.B_weight)
+        nn.init.normal_(mole.experts()[0].B_weight)
     assert not torch.equal(outputs_of(encoder, images), before)
 
 
-@pytest.mark.parametrize("name", ["DINOv3, whose layers have other names", "timm ViT with a norm between", "SigLIP"])
+@pytest.mark.parametrize("name", ENCODERS)
 @torch.no_grad()
-def test_each_token_goes_through_the_librarys_own_mlp_with_its_experts_weights(name: str) -> None:
-    mlp = next(module for path, module in ENCODERS[name]().named_modules() if path.endswith("mlp"))
-    own = copy.deepcopy(mlp)
-    mole = MoLEFeedForward(mlp, num_experts=2, rank=2, alpha=3.0).eval()
-    for parameter in (*mole.fc1_experts.parameters(), *mole.fc2_experts.parameters(), *mole.router.parameters()):
-        nn.init.normal_(parameter)
-    tokens_ND = torch.randn(7, 16)
-    weights = mole.merged_weights()
-    each = []
-    for e in range(2):
-        first, second = own.get_submodule(mole.order.first), own.get_submodule(mole.order.second)
-        first.load_state_dict({"weight": weights.fc1_EHD[e], "bias": weights.fc1_bias_EH[e]})
-        second.load_state_dict({"weight": weights.fc2_EDH[e], "bias": weights.fc2_bias_ED[e]})
-        each.append(own(tokens_ND))
-    choice_N = mole.router(tokens_ND).choice_BN
-    assert choice_N.unique().numel() == 2
-    expected = torch.stack(each)[choice_N, torch.arange(7)]
-    torch.testing.assert_close(mole(tokens_ND), expected, atol=1e-4, rtol=1e-4)
+def test_folded_mlps_leave_the_librarys_own_model(name: str) -> None:
+    encoder, images = ENCODERS[name](), torch.rand(2, 3, 16, 16)
+    fresh, keys = copy.deepcopy(encoder), list(encoder.state_dict())
+    moles = add_mole(encoder, rank=2)
+    for mole in moles:
+        for module in mole.added_modules():
+            for parameter in module.parameters():
+                nn.init.normal_(parameter)
+        mole.router.weight.zero_()
+        mole.router.bias.copy_(torch.tensor([0.0, 0.0, 9.0]))
+    expected = outputs_of(encoder, images)
+    for path in [path for path, module in encoder.named_modules() if module in moles]:
+        equipped = encoder.get_submodule(path)
+        assert isinstance(equipped, MoLEFeedForward)
+        encoder.set_submodule(path, equipped.folded(torch.tensor([0.0, 0.0, 1.0])))
+    assert repr(encoder) == repr(fresh) and list(encoder.state_dict()) == keys
+    fresh.load_state_dict(encoder.state_dict())
+    torch.testing.assert_close(outputs_of(fresh, images), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_blocks_can_be_named_and_decisions_recorded() -> None:
@@ -111,13 +124,9 @@ def test_blocks_can_be_named_and_decisions_recorded() -> None:
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "convolutions": (lambda: timm.create_model("resnet18", num_classes=0), r"ResNet .*\d+ Conv2d"),
-    "a gate of three layers": (
-        lambda: hf("Dinov2", mlp_ratio=2, use_swiglu_ffn=True),
-        r"Dinov2SwiGLUFFN has 3 .*gate_proj: Linear",
-    ),
-    "a gate in one layer": (
-        lambda: of_timm("vit_tiny_patch16_224", mlp_layer=GluMlp),
-        r"GluMlp \(fc1: Linear, .* something else",
+    "a norm over the tokens": (
+        lambda: of_timm("vit_tiny_patch16_224", mlp_layer=mixing_mlp),
+        r"GlobalResponseNormMlp \(fc1: Linear, .*grn: GlobalResponseNorm.* something else",
     ),
     "two towers": (
         whole_clip,

@@ -15,6 +15,7 @@ from visexpert.vision import (
     MoLEFeedForward,
     MoLESettings,
     RouterUsage,
+    TimmEncoder,
     UsageMeter,
     decision_margins,
     equipped_blocks,
@@ -58,11 +59,12 @@ def test_a_fold_averages_the_merged_experts() -> None:
     weights = equipped_blocks(clip)[1].merged_weights()
     mlp: Any = plain.model.encoder.layers[1].mlp
     for got, each in (
-        (mlp.fc1.weight, weights.fc1_EHD),
-        (mlp.fc1.bias, weights.fc1_bias_EH),
-        (mlp.fc2.weight, weights.fc2_EDH),
-        (mlp.fc2.bias, weights.fc2_bias_ED),
+        (mlp.fc1.weight, weights["fc1"].weight_EOI),
+        (mlp.fc1.bias, weights["fc1"].bias_EO),
+        (mlp.fc2.weight, weights["fc2"].weight_EOI),
+        (mlp.fc2.bias, weights["fc2"].bias_EO),
     ):
+        assert each is not None
         expected = sum(float(gate) * weight for gate, weight in zip(gates_E, each, strict=True))
         torch.testing.assert_close(got.data, expected, atol=1e-5, rtol=1e-5)
     assert plain.state_dict().keys() == ClipEncoder(config=FIELDS).state_dict().keys()
@@ -159,3 +161,26 @@ def test_what_learns_of_a_layer() -> None:
         mole = equipped_blocks(clip)[0]
         parts = mole.learning_modules(balanced=balanced)
         assert (mole.router in parts) == learns and {mole.fc1_experts, mole.fc2_experts} <= set(parts)
+
+
+@torch.no_grad()
+def test_an_encoder_with_gated_mlps_is_merged_folded_and_copied() -> None:
+    arguments = {"embed_dim": 16, "depth": 3, "num_heads": 4, "img_size": 16, "patch_size": 8}
+    mole = MoLESettings(rank=2)
+    encoder = TimmEncoder(model="eva02_tiny_patch14_224", arguments=arguments, mole=mole).eval()
+    images = torch.rand(3, 3, 16, 16)
+    plain = encoder.plain_copy().eval()
+    assert torch.equal(plain(images).tokens_BTD, encoder(images).tokens_BTD)
+    for layer in encoder.mole_layers():
+        assert len(layer.experts()) == 3
+        for experts in layer.experts():
+            nn.init.normal_(experts.B_weight)
+        layer.router.bias[1] = 50.0
+    expected = encoder(images).tokens_BTD
+    assert not torch.allclose(plain(images).tokens_BTD, expected, atol=0.01)
+    meter = UsageMeter(encoder)
+    meter.update(images)
+    folded = fold(encoder, meter.usage())
+    assert list(folded.state_dict()) == list(plain.state_dict())
+    for other in (merge_for_inference(encoder), folded):
+        torch.testing.assert_close(other(images).tokens_BTD, expected, atol=1e-4, rtol=1e-4)

@@ -17,8 +17,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionMode
 
 from tests.io.hub import put_in_cache
 from visexpert.errors import ConfigError, WeightsError
+from visexpert.networks.positions import resize_positions
 from visexpert.vision import ClipEncoder
-from visexpert.vision.positions import resize_positions
 from visexpert.vision.published import describe_clip
 
 FIELDS: dict[str, Any] = {
@@ -61,7 +61,7 @@ def transformers_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def open_clip_folder(tmp_path: Path) -> Path:
-    """A whole CLIP in the form in which open_clip puts it on the hub, written by open_clip's own code."""
+    """A whole CLIP in the form in which open_clip puts it on the Hugging Face Hub, written by open_clip's own code."""
     model = open_clip_model()
     (folder := tmp_path / "oc").mkdir()
     set_model_preprocess_cfg(model, {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]})
@@ -205,7 +205,7 @@ def test_what_is_no_clip_is_refused(tmp_path: Path) -> None:
         ClipEncoder(source="open_clip:ViT-B-16/nope")
     with pytest.raises(ConfigError, match=r"is incomplete; write 'open_clip:NAME/TAG'"):
         ClipEncoder(source="open_clip:ViT-B-16")
-    with pytest.raises(ConfigError, match="only plain ViT towers.*OpenClipExpert"):
+    with pytest.raises(ConfigError, match="plain ViT towers only.*OpenClipExpert"):
         ClipEncoder(source="open_clip:convnext_xxlarge/laion2b_s34b_b82k_augreg_soup")
     with pytest.raises(ConfigError, match="both name the architecture"):
         ClipEncoder(config=FIELDS, architecture="ViT-B-16")

@@ -1,8 +1,13 @@
-"""CLIP, the encoder that receives the experts' knowledge."""
+"""Encoders that train, and MoLE in their MLPs."""
 
+from visexpert.vision.anatomy import Saliency
 from visexpert.vision.anyres import TiledClipEncoder
-from visexpert.vision.clip import ClipEncoder, ClsAttention, Views
-from visexpert.vision.mole import MoLEFeedForward, MoLESettings, RoutingRecord, add_mole, collect_routing
+from visexpert.vision.choosing import vision_encoder
+from visexpert.vision.clip import ClipEncoder
+from visexpert.vision.encoder import Views, VisionEncoder
+from visexpert.vision.mole import MoLEFeedForward, MoLESettings
+from visexpert.vision.mole_adding import add_mole
+from visexpert.vision.mole_forward import RoutingRecord, collect_routing
 from visexpert.vision.mole_inference import (
     RouterUsage,
     UsageMeter,
@@ -12,17 +17,26 @@ from visexpert.vision.mole_inference import (
     merge_for_inference,
     mole_settings,
 )
+from visexpert.vision.of_open_clip import OpenClipEncoder
+from visexpert.vision.of_timm import TimmEncoder
+from visexpert.vision.of_transformers import TransformersEncoder
+from visexpert.vision.pooled import PooledRecord, record_pooled
 
 __all__ = [
     "ClipEncoder",
-    "ClsAttention",
     "MoLEFeedForward",
     "MoLESettings",
+    "OpenClipEncoder",
+    "PooledRecord",
     "RouterUsage",
     "RoutingRecord",
+    "Saliency",
     "TiledClipEncoder",
+    "TimmEncoder",
+    "TransformersEncoder",
     "UsageMeter",
     "Views",
+    "VisionEncoder",
     "add_mole",
     "collect_routing",
     "decision_margins",
@@ -30,4 +44,6 @@ __all__ = [
     "fold",
     "merge_for_inference",
     "mole_settings",
+    "record_pooled",
+    "vision_encoder",
 ]

@@ -16,13 +16,16 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from visexpert.errors import ConfigError
+from visexpert.typed import typed
 from visexpert.types import Batch
-from visexpert.vision.clip import NEWLINE, ClipEncoder, Views
+from visexpert.vision.clip import ClipEncoder
+from visexpert.vision.encoder import NEWLINE, Views
 
 PINPOINTS = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]
 """LLaVA-NeXT's grids of tiles, rows x columns."""
 
 
+@typed
 class TiledClipEncoder(ClipEncoder):
     """A CLIP that sees an image whole and, enlarged, in tiles of its input size, cut by :meth:`views_of`.
 
@@ -33,6 +36,8 @@ class TiledClipEncoder(ClipEncoder):
             fewest. Null for LLaVA-NeXT's five.
         kwargs: See :class:`ClipEncoder`.
     """
+
+    reads_tiles = True
 
     def __init__(self, *, pinpoints: list[list[int]] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)

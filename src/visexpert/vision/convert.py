@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from visexpert.errors import ConfigError, WeightsError
+from visexpert.networks.timm import is_vit
 
 _STEM = {
     "embeddings.class_embedding": "class_embedding",
@@ -208,6 +209,12 @@ def clip_config(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
     """
     vision = dict(model_cfg["vision_cfg"])
     other = {key: vision[key] for key, plain in _PLAIN.items() if vision.get(key, plain) != plain}
+    if (trunk := vision.get("timm_model_name")) is not None:
+        readable = "class_path: visexpert.vision.OpenClipEncoder reads it"
+        raise ConfigError(
+            f"open_clip's tower is {trunk} of timm, and ClipEncoder reads plain ViT towers only; "
+            f"{readable if is_vit(trunk) else 'as a teacher it can be an OpenClipExpert'}."
+        )
     if other or not isinstance(vision.get("layers", 12), int):
         found = other or {"layers": vision["layers"]}
         raise ConfigError(

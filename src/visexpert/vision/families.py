@@ -1,16 +1,18 @@
-"""Check whether a published encoder is a CLIP, by its configuration or the names of its weights."""
+"""Recognize what files of an encoder are, by their configuration or the names of their weights."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-
-from visexpert.errors import ConfigError, WeightsError, first_line
+from visexpert.errors import WeightsError
 from visexpert.io.source import ModelSource
+from visexpert.networks.looks import Look, look_at_keys, told
+from visexpert.networks.open_clip import OPEN_CLIP_CONFIG, described_by
+from visexpert.networks.timm import is_vit
+from visexpert.networks.towers import vision_part
+from visexpert.vision.anatomy import OF_TIMM, OF_TRANSFORMERS
 from visexpert.vision.convert import without_wrapper
 
 OWNER = "ClipEncoder"
@@ -18,50 +20,95 @@ OWNER = "ClipEncoder"
 CLIPS = frozenset({"clip", "clip_vision_model", "visexpert_clip_mole"})
 """transformers' ``model_type`` of encoders with CLIP's network and CLIP's names of weights."""
 
-_HINT = "clip takes CLIP encoders only, such as openai/clip-vit-base-patch16"
-
-_SIGNS: Mapping[str, str] = {
-    "embeddings.patch_embedding.bias": "SigLIP",
-    "image_encoder.patch_embed": "SAM",
-    "vision_encoder.patch_embed": "SAM",
-    "visual.trunk.": "a timm encoder inside open_clip",
-    "visual.layer1.": "CLIP's ResNet",
-    "embeddings.register_tokens": "DINOv2 with registers or DINOv3",
-    "layer_scale1.lambda1": "DINOv2 or DINOv3",
-    "blocks.0.ls1.gamma": "DINOv2",
-    "encoder.layer.0.attention.attention.query": "ViT or DINO",
-    "blocks.0.attn.qkv": "a ViT of timm",
-    "stages.0.blocks.0": "a ConvNeXt of timm",
-    "encoder.stages.0": "ConvNeXt or Swin",
-    "visual.transformer.resblocks": "an open_clip encoder other than a plain CLIP",
-    "lm_head.weight": "a language model",
-    "text_model.": "a text encoder",
-}
-"""Fragments of weight names and the family they belong to; the first match counts."""
+VITS = frozenset(
+    {
+        "siglip",
+        "siglip_vision_model",
+        "siglip2",
+        "siglip2_vision_model",
+        "dinov2",
+        "dinov2_with_registers",
+        "dinov3_vit",
+    }
+)
+"""transformers' ``model_type`` of the other encoders that can be taught."""
 
 
-def check_family(settings: Mapping[str, Any], vision: Mapping[str, Any], files: ModelSource) -> None:
-    """Check that a ``config.json`` describes a CLIP.
+def look_at(files: ModelSource) -> Look | None:
+    """Return what the configuration that lies with some files describes; None if there is none on this machine."""
+    written = described_by(files).read_json(OPEN_CLIP_CONFIG, owner="an encoder")
+    if written is not None:
+        return look_at_tower((written.get("model_cfg") or {}).get("vision_cfg") or {})
+    settings = files.read_json("config.json", owner="an encoder")
+    return None if settings is None else look_at_settings(settings)
+
+
+def look_at_tower(vision: Mapping[str, Any]) -> Look:
+    """Return what open_clip's ``vision_cfg`` describes."""
+    trunk = vision.get("timm_model_name")
+    if trunk is not None:
+        return Look(f"open_clip's tower on timm's {trunk!r}", ("OpenClipEncoder",) if is_vit(trunk) else ())
+    plain = isinstance(vision.get("layers", 12), int)
+    return Look("open_clip's own ViT", ("ClipEncoder",)) if plain else Look("open_clip's ResNet of CLIP")
+
+
+def look_at_settings(settings: Mapping[str, Any]) -> Look:
+    """Return what a ``config.json`` describes."""
+    if "mm_vision_tower" in settings:  # LLaVA's own format
+        return Look("a LLaVA", ("ClipEncoder",))
+    if "model_type" not in settings and "architecture" in settings:
+        name = str(settings["architecture"])
+        return Look(f"timm's model {name!r}", ("TimmEncoder",) if is_vit(name) else ())
+    nested = settings.get("vision_config")
+    vision: Mapping[str, Any] = nested if isinstance(nested, Mapping) else vision_part(settings)
+    kind = vision.get("model_type", settings.get("model_type"))
+    if kind is None or kind in CLIPS:
+        at_top = vision is settings or vision is nested
+        return Look(f"a CLIP (model_type {kind!r})", (*(("ClipEncoder",) if at_top else ()), "TransformersEncoder"))
+    return Look(f"an encoder of model_type {kind!r}", ("TransformersEncoder",) if kind in VITS else ())
+
+
+def check_reader(files: ModelSource, *, owner: str) -> None:
+    """Check that a class reads what the configuration of some files describes.
 
     Args:
-        settings: The whole configuration.
-        vision: Its ``vision_config``, or the whole if there is none.
-        files: Source of the configuration, for messages.
+        files: Their source.
+        owner: Name of the class.
 
     Raises:
-        WeightsError: It does not describe a CLIP.
+        WeightsError: Another class reads it, or none; the message names it.
     """
-    kind = vision.get("model_type", settings.get("model_type"))
-    if kind is None and "architecture" in settings:  # as timm writes it
-        raise WeightsError(
-            f"{OWNER}: '{files.text}' is timm's model {settings['architecture']!r}, but {_HINT}; it can be a teacher: "
-            "class_path: visexpert.experts.TimmExpert."
-        )
-    if kind is not None and kind not in CLIPS:
-        raise WeightsError(
-            f"{OWNER}: the encoder of '{files.text}' is of model_type {kind!r}, but {_HINT}; whether it can "
-            f"be a teacher is told by `visexpert try {files.text} --as expert`."
-        )
+    look = look_at(files)
+    if look is not None and owner not in look.readers:
+        raise WeightsError(f"{owner}: '{files.text}' holds {look.what}; {next_step(look, files.text)}.")
+
+
+def next_step(look: Look, text: str) -> str:
+    """Return which class reads an encoder, or how it can be used instead."""
+    if look.readers:
+        return f"class_path: visexpert.vision.{look.readers[0]} reads it"
+    return (
+        f"it cannot be taught here; use a ViT of transformers ({', '.join(OF_TRANSFORMERS)}), timm "
+        f"({', '.join(OF_TIMM)}) or open_clip, or add its family (docs/encoders.md); `visexpert try {text} "
+        "--as expert` tells whether it can be a teacher"
+    )
+
+
+def check_keys_for(keys: Collection[str], expected: Collection[str], path: Path, *, owner: str) -> None:
+    """Check that some weights share a name with a network; otherwise say what they look like.
+
+    Raises:
+        WeightsError: They share none.
+    """
+    if not set(keys).isdisjoint(expected):
+        return
+    raise WeightsError(f"{owner}: {told(keys, path)}, and none belongs to this network{_reads(look_at_keys(keys))}.")
+
+
+def _reads(look: Look | None) -> str:
+    if look is None:
+        return ""
+    return f"; class_path: visexpert.vision.{look.readers[0]} reads them" if look.readers else "; use other weights"
 
 
 def check_keys(keys: Collection[str], path: Path, *, elsewhere: str | None = None) -> None:
@@ -84,22 +131,5 @@ def check_keys(keys: Collection[str], path: Path, *, elsewhere: str | None = Non
         raise WeightsError(
             f"{OWNER}: {path} has no vision tower of its own; it uses that of '{elsewhere}'; give that as source."
         )
-    kind = next((name for sign, name in _SIGNS.items() if any(sign in key for key in keys)), None)
-    looks = f"look like those of {kind}" if kind else f"are named {', '.join(sorted(keys)[:3]) or 'nothing'}"
-    raise WeightsError(f"{OWNER}: the weights in {path} {looks}, and contain no CLIP vision tower; {_HINT}.")
-
-
-@contextmanager
-def checked_fields(owner: str) -> Iterator[None]:
-    """Tell in one sentence what a configuration of transformers says of a field that it cannot take.
-
-    Raises:
-        ConfigError: A field has a value of the wrong type, or several contradict one another.
-    """
-    try:
-        yield
-    except (StrictDataclassError, TypeError, ValueError, ArithmeticError) as error:
-        raise ConfigError(
-            f"{owner}: transformers takes no such configuration ({first_line(error)}); correct that field of "
-            "config.json, or fetch it again."
-        ) from error
+    step = _reads(look_at_keys(keys)) or "; use other weights"
+    raise WeightsError(f"{OWNER}: {told(keys, path)}, and contain no CLIP vision tower{step}.")

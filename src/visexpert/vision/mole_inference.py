@@ -5,16 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from visexpert.errors import ConfigError
-from visexpert.vision.clip import ClipEncoder
-from visexpert.vision.mole import MoLEFeedForward, MoLESettings, RouterChoice, collect_routing
+from visexpert.vision.encoder import VisionEncoder
+from visexpert.vision.mole import MoLEFeedForward, MoLESettings
+from visexpert.vision.mole_forward import RouterChoice, collect_routing
+
+Encoder = TypeVar("Encoder", bound=VisionEncoder)
 
 
-def merge_for_inference(clip: ClipEncoder, *, keep_weighed: bool = False) -> ClipEncoder:
+def merge_for_inference(clip: Encoder, *, keep_weighed: bool = False) -> Encoder:
     """Return a copy of a CLIP with each MoLE in its merged form (:meth:`MoLEFeedForward.for_inference`).
 
     Args:
@@ -25,25 +29,26 @@ def merge_for_inference(clip: ClipEncoder, *, keep_weighed: bool = False) -> Cli
         ConfigError: A MoLE has no merged form.
     """
     merged = copy.deepcopy(clip)
-    for block in merged.model.encoder.layers:
-        if isinstance(block.mlp, MoLEFeedForward) and (block.mlp.has_merged_form or not keep_weighed):
-            block.mlp = block.mlp.for_inference()
+    for name in merged.mlp_names():
+        mlp = merged.get_submodule(name)
+        if isinstance(mlp, MoLEFeedForward) and (mlp.has_merged_form or not keep_weighed):
+            merged.set_submodule(name, mlp.for_inference())
     return merged.requires_grad_(False).eval()
 
 
-def equipped_blocks(clip: ClipEncoder) -> dict[int, MoLEFeedForward]:
+def equipped_blocks(clip: VisionEncoder) -> dict[int, MoLEFeedForward]:
     """Return each MoLE by the index of its block, from 0."""
-    mlps = {index: block.mlp for index, block in enumerate(clip.model.encoder.layers)}
-    return {index: mlp for index, mlp in mlps.items() if isinstance(mlp, MoLEFeedForward)}
+    mlps = (clip.get_submodule(name) for name in clip.mlp_names())
+    return {index: mlp for index, mlp in enumerate(mlps) if isinstance(mlp, MoLEFeedForward)}
 
 
-def mole_settings(clip: ClipEncoder) -> MoLESettings | None:
+def mole_settings(clip: VisionEncoder) -> MoLESettings | None:
     """Return settings that rebuild a MoLE of the same shapes and function; None for a plain CLIP."""
     blocks = equipped_blocks(clip)
     if not blocks:
         return None
     first = next(iter(blocks.values()))
-    experts = first.fc1_experts
+    experts = first.experts()[0]
     return MoLESettings(
         num_experts=experts.num_experts,
         rank=experts.rank,
@@ -76,7 +81,7 @@ class UsageMeter:
         clip: A CLIP with MoLE, in eval mode.
     """
 
-    def __init__(self, clip: ClipEncoder) -> None:
+    def __init__(self, clip: VisionEncoder) -> None:
         self.clip = clip
         self._sums: dict[int, Tensor] = {}
         self._images = self._tokens = 0
@@ -115,7 +120,7 @@ class UsageMeter:
         return RouterUsage({index: total / self._tokens for index, total in self._sums.items()}, self._images)
 
 
-def fold(clip: ClipEncoder, usage: RouterUsage) -> ClipEncoder:
+def fold(clip: Encoder, usage: RouterUsage) -> Encoder:
     """Fold MoLE into a plain CLIP: average each layer's experts by their use, W + sum_e mean(g_e) (W_e - W).
 
     Exact only if one expert gets every token; otherwise the error has to be measured.
@@ -125,13 +130,14 @@ def fold(clip: ClipEncoder, usage: RouterUsage) -> ClipEncoder:
         usage: Mean gate of each expert per block, from images like those it will see.
     """
     plain = copy.deepcopy(clip)
+    names = plain.mlp_names()
     for index, mole in equipped_blocks(plain).items():
-        plain.model.encoder.layers[index].mlp = mole.folded(usage.gates[index], clip.config)
+        plain.set_submodule(names[index], mole.folded(usage.gates[index]))
     return plain.requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def decision_margins(clip: ClipEncoder, images_BCHW: Tensor) -> Tensor:
+def decision_margins(clip: VisionEncoder, images_BCHW: Tensor) -> Tensor:
     """Return the smallest margin of each image's routing decisions: (B,), the lead of the best expert's probability.
 
     Infinite if there is no decision. Below a few float32 roundings, another library may choose the other expert.

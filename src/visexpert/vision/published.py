@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
 from visexpert.errors import ConfigError, WeightsError
-from visexpert.io.source import WEIGHT_FILES, ModelSource
+from visexpert.io.source import WEIGHT_FILES, ZOO_PREFIX, ModelSource
 from visexpert.io.weights import read_source, state_keys
+from visexpert.networks.open_clip import (
+    OPEN_CLIP_CONFIG,
+    OPEN_CLIP_FILES,
+    OPEN_CLIP_PREFIX,
+    described_by,
+    shared_preparation,
+)
+from visexpert.networks.towers import checked_fields
 from visexpert.vision.convert import VisionTower, clip_config, from_hugging_face, from_open_clip, without_wrapper
-from visexpert.vision.families import check_family, check_keys, checked_fields
+from visexpert.vision.families import check_keys, check_reader
+from visexpert.vision.saving_open_clip import read_whole
 
 OWNER = "ClipEncoder"
-OPEN_CLIP_PREFIX = "open_clip:"
-OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 _OF_TOWER = re.compile(r"vision_tower|vision_model|visual")
 
@@ -37,14 +44,16 @@ class LoadedClip:
     Args:
         path: File they were read from, for messages; the index file if they are sharded.
         tensors: Weights under ``CLIPVisionModel``'s names.
-        projection_dim: Width of the space shared with the text tower; None if the file has no projection.
+        projection_DP: Projection of the pooled output into the space of the text tower; None if there is none.
+        own_projection: Whether it is in the same files, not beside them as a shipped one.
         antialias: Whether their own library fits position embeddings to another image size with antialias, as open_clip
             does; transformers does not.
     """
 
     path: Path
     tensors: Mapping[str, Tensor]
-    projection_dim: int | None
+    projection_DP: Tensor | None
+    own_projection: bool
     antialias: bool
 
 
@@ -59,7 +68,8 @@ class PublishedClip:
         mean: Channel means for normalization, in [0, 1] units.
         std: Channel standard deviations, likewise.
         elsewhere: Source of the vision tower that the files use if they lack their own (LLaVA's own format).
-        of_open_clip: Whether ``fields`` come from open_clip; a lone file with ``config`` shows it by its names alone.
+        settings: open_clip's ``model_cfg`` that ``fields`` come from; None for other libraries. A lone file with
+            ``config`` shows by its names alone that it is of open_clip.
     """
 
     fields: Mapping[str, Any]
@@ -68,7 +78,7 @@ class PublishedClip:
     mean: Sequence[float] = OPENAI_MEAN
     std: Sequence[float] = OPENAI_STD
     elsewhere: str | None = None
-    of_open_clip: bool = False
+    settings: Mapping[str, Any] | None = None
 
     def license(self) -> str | None:
         """As stated by the model card, where it is on this machine."""
@@ -91,6 +101,22 @@ class PublishedClip:
         _must_agree(self.fields, theirs.fields, self.source)
         return theirs
 
+    def whole(self) -> Mapping[str, Tensor]:
+        """Return all weights of a model of open_clip; none for a random encoder.
+
+        Raises:
+            WeightsError: They are gone, or named as transformers does.
+        """
+        if self.source is None:
+            return {}
+        tensors = _unwrapped(read_whole(self.source, owner=OWNER))
+        if not _named_by_open_clip(tensors):
+            raise WeightsError(
+                f"{OWNER}: '{self.source.text}' holds names of transformers, not of open_clip; use the format hf."
+            )
+        alone = not any(key.startswith("visual.") for key in tensors)
+        return {f"visual.{key}": value for key, value in tensors.items()} if alone else tensors
+
     def load(self) -> LoadedClip:
         """Return the weights under ``CLIPVisionModel``'s names, and the width of a projection if there is one.
 
@@ -103,12 +129,23 @@ class PublishedClip:
         tensors = _unwrapped(found.tensors)
         tower = _tower(tensors)
         projection_DP = tower.projection_DP
+        if projection_DP is None:
+            projection_DP = _shipped_projection(self.source)
         return LoadedClip(
             path=found.path,
             tensors=tower.state,
-            projection_dim=None if projection_DP is None else int(projection_DP.shape[1]),
-            antialias=self.of_open_clip or (self.source.file is not None and _named_by_open_clip(tensors)),
+            projection_DP=projection_DP,
+            own_projection=tower.projection_DP is not None,
+            antialias=self.settings is not None or (self.source.file is not None and _named_by_open_clip(tensors)),
         )
+
+
+def _shipped_projection(source: ModelSource) -> Tensor | None:
+    """Return the projection of a shipped encoder, which is in the file of its text tower."""
+    if not source.text.startswith(ZOO_PREFIX) or source.path is None:
+        return None
+    path = source.path.with_name(f"{source.path.name}_text.safetensors")
+    return load_file(path)["projection.weight"].float().T.contiguous() if path.is_file() else None
 
 
 def vision_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -168,7 +205,7 @@ def describe_clip(
         _must_agree(given.fields, own.fields, files)
     found = own or given
     if own is None and architecture is not None and files.repo is None:
-        shared_preparation(architecture, needed=("mean", "std"))
+        shared_preparation(architecture, needed=("mean", "std"), owner=OWNER)
     if files.file is not None and (keys := state_keys(files.file)) is not None:
         check_keys(keys, files.file)
     if found is None:
@@ -197,14 +234,9 @@ def known_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config)
 
 
-def described_by(files: ModelSource) -> ModelSource:
-    """Return the source of open_clip's configuration: the folder of a file that has open_clip's published name."""
-    file = files.file
-    return files if file is None or file.name not in OPEN_CLIP_FILES else replace(files, path=file.parent)
-
-
 def _own_config(files: ModelSource) -> PublishedClip | None:
     """Return the files' own configuration, in open_clip's or transformers' format."""
+    check_reader(files, owner=OWNER)
     written = described_by(files).read_json(OPEN_CLIP_CONFIG, owner=OWNER)
     if written is not None:
         prepared = written.get("preprocess_cfg") or {}
@@ -217,7 +249,6 @@ def _own_config(files: ModelSource) -> PublishedClip | None:
         return replace(describe_clip(tower), source=files, own=True, elsewhere=tower)
     nested = settings.get("vision_config")
     fields = dict(nested) if isinstance(nested, Mapping) else settings
-    check_family(settings, fields, files)
     if "projection_dim" in settings:  # a whole CLIP, whose vision_config holds another one that is never read
         fields = {**fields, "projection_dim": settings["projection_dim"]}
     prepared = files.read_json("preprocessor_config.json", owner=OWNER)
@@ -257,45 +288,17 @@ def _named(name: str, tag: str | None) -> PublishedClip:
             f"{OWNER}: open_clip has no weights {tag!r} of {name} on the Hugging Face Hub; its tags are {tags}."
         )
     files = ModelSource(f"{OPEN_CLIP_PREFIX}{name}/{tag}", repo=tagged["hf_hub"].rstrip("/")) if tag else None
-    prepared = tagged or shared_preparation(name)
+    prepared = tagged or shared_preparation(name, owner=OWNER)
     # What the weights were trained with takes precedence over the name (open_clip warns of the difference).
     quick = tagged.get("quick_gelu", model_cfg.get("quick_gelu", False))
     return replace(_from_open_clip({**model_cfg, "quick_gelu": quick}, prepared, files), own=tag is not None)
-
-
-def shared_preparation(name: str, *, needed: Collection[str] = (), owner: str = OWNER) -> dict[str, Any]:
-    """Return the image preprocessing that all published weights of an open_clip model share.
-
-    Args:
-        name: Name of the model.
-        needed: Settings that they must have in common, among ``mean``, ``std``, ``interpolation``, ``resize_mode``.
-        owner: Name of the caller, for messages.
-
-    Raises:
-        ConfigError: They differ in one of these settings.
-    """
-    from open_clip import list_pretrained_tags_by_model
-    from open_clip.pretrained import get_pretrained_cfg
-
-    tagged = [get_pretrained_cfg(name, tag) for tag in list_pretrained_tags_by_model(name)]
-    keys = ("mean", "std", "interpolation", "resize_mode")
-    values = {key: list({str(each.get(key)): each.get(key) for each in tagged}.values()) for key in keys}
-    for key in needed:
-        if len(values[key]) > 1:
-            other = ", or choose a framing yourself (framing: squash)" if key == "resize_mode" else ""
-            raise ConfigError(
-                f"{owner}: the published weights of {name} have several values of {key} ({values[key]}), and nothing "
-                f"says which applies to this file; name a tag instead, or give a folder with its {OPEN_CLIP_CONFIG}"
-                f"{other}."
-            )
-    return {key: found[0] for key, found in values.items() if len(found) == 1 and found[0] is not None}
 
 
 def _from_open_clip(
     model_cfg: Mapping[str, Any], prepared: Mapping[str, Any], files: ModelSource | None
 ) -> PublishedClip:
     mean, std = prepared.get("mean") or OPENAI_MEAN, prepared.get("std") or OPENAI_STD
-    return PublishedClip(clip_config(model_cfg), files, own=True, mean=mean, std=std, of_open_clip=True)
+    return PublishedClip(clip_config(model_cfg), files, own=True, mean=mean, std=std, settings=model_cfg)
 
 
 def _must_agree(given: Mapping[str, Any], own: Mapping[str, Any], files: ModelSource) -> None:

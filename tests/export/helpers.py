@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from visexpert.data import TextPacker
 from visexpert.export import Dtype, ExportSource, LanguageParts, Projection
 from visexpert.language import PrefixLM, Projector
 from visexpert.types import IGNORE_INDEX, TextBatch, VisionTokens
-from visexpert.vision import ClipEncoder
+from visexpert.vision import ClipEncoder, TransformersEncoder, VisionEncoder
 
 FIELDS: dict[str, Any] = {
     "hidden_size": 16,
@@ -43,8 +44,9 @@ def tiny_clip(layer: int = -2, **fields: Any) -> ClipEncoder:
     """A random CLIP in which every weight matters, with a normalization of its own."""
     clip = ClipEncoder(config=FIELDS | fields, layer=layer).eval().requires_grad_(False)
     scramble(clip.model)
-    clip.mean.copy_(torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1))
-    clip.std.copy_(torch.tensor([0.2, 0.25, 0.3]).view(1, 3, 1, 1))
+    clip.preprocessing = replace(clip.preprocessing, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    clip.mean.copy_(torch.tensor(clip.preprocessing.mean).view(1, 3, 1, 1))
+    clip.std.copy_(torch.tensor(clip.preprocessing.std).view(1, 3, 1, 1))
     return clip
 
 
@@ -69,9 +71,17 @@ def words_only() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
 
 
-def tiny_llava(dtype: Dtype = "float32") -> ExportSource:
-    """A CLIP with projector and prefix LM, whose weights are of a dtype of its own."""
-    clip, language = tiny_clip(), PrefixLM(config=LLAMA, dtype=dtype).eval()
+def tiny_siglip(**options: Any) -> TransformersEncoder:
+    """A random SigLIP that resizes bilinearly."""
+    processor = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 32, "width": 32}, "resample": 2}
+    clip = TransformersEncoder(config=FIELDS | {"model_type": "siglip_vision_model"}, processor=processor, **options)
+    scramble(clip.model)
+    return clip.eval().requires_grad_(False)
+
+
+def tiny_llava(dtype: Dtype = "float32", clip: VisionEncoder | None = None) -> ExportSource:
+    """An encoder with projector and prefix LM, whose weights are of a dtype of its own."""
+    clip, language = clip or tiny_clip(), PrefixLM(config=LLAMA, dtype=dtype).eval()
     projector = Projector(in_dim=clip.width, out_dim=WIDTH, kind="mlp2x_gelu").eval()
     scramble(language)
     scramble(projector)

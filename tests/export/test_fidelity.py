@@ -23,7 +23,7 @@ def test_what_is_not_close_is_refused() -> None:
     reference = {"pooled": torch.ones(2, 3)}
     assert compare({"pooled": torch.ones(2, 3)}, reference, tolerance=1e-9, what="hf")["pooled"]["relative"] == 0
     for bad in (torch.full((2, 3), 1.01), torch.full((2, 3), float("nan"))):
-        with pytest.raises(WeightsError, match=r"hf export differs after reloading: the error of pooled is .*--toler"):
+        with pytest.raises(WeightsError, match=r"hf export differs .* error of pooled is (0.01|nan) .*tolerance"):
             compare({"pooled": bad}, reference, tolerance=1e-3, what="hf")
     with pytest.raises(WeightsError, match=r"gave \(1, 3\) for pooled instead of \(2, 3\)"):
         compare({"pooled": torch.ones(1, 3)}, reference, tolerance=1e-3, what="hf")

@@ -10,12 +10,20 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import processors
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerBase,
+    SiglipVisionModel,
+)
 
-from tests.export.helpers import tiny_llava
+from tests.export.helpers import tiny_clip, tiny_llava, tiny_siglip
 from tests.language import tokenizer_kinds
 from tests.language.test_prompts import encoders
-from visexpert.errors import WeightsError
+from tests.vision.test_encoder_families import TRANSFORMERS
+from visexpert.errors import ConfigError, WeightsError
+from visexpert.export import check_encoder, export
 from visexpert.export.llava import (
     CONVERSATION,
     PromptCheck,
@@ -24,6 +32,7 @@ from visexpert.export.llava import (
     prompt_lines,
     tokenizer_with_image,
 )
+from visexpert.vision import TransformersEncoder
 
 
 def with_bos() -> PreTrainedTokenizerBase:
@@ -80,3 +89,31 @@ def test_ids_are_those_of_training_or_the_readme_says_so(kind: str, tmp_path: Pa
         said = "\n".join(prompt_lines(facts, tokenizer))
         assert facts["ids_equal"] is (name not in differing) and prompt.text in said
         assert ("tokenizes this text in one piece" in said) is (name in differing)
+
+
+def test_a_siglip_is_llavas_tower_and_all_of_its_tokens_are_read(tmp_path: Path) -> None:
+    source = tiny_llava(clip=tiny_siglip())
+    found = export({"llava": source}, tmp_path / "out")["llava"]
+    assert found.outputs.keys() == {"layer_minus_2", "layer_minus_1", "pooled", "logits"}
+    assert all(entry["min_cosine"] >= 0.9999 for entry in found.outputs.values())
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert isinstance(model.model.vision_tower, SiglipVisionModel)
+    assert model.config.vision_feature_select_strategy == "full"
+    image = Image.new("RGB", (50, 40), "red")
+    given = AutoProcessor.from_pretrained(tmp_path / "out")(images=image, text="<image>red cube", return_tensors="pt")
+    assert int((given["input_ids"] == model.config.image_token_id).sum()) == 16 == source.clip.grid_hw[0] ** 2
+    with torch.no_grad():
+        seen = model.model.get_image_features(given["pixel_values"]).pooler_output[0]
+        assert source.language is not None
+        tokens_TD = source.clip.model(given["pixel_values"], output_hidden_states=True).hidden_states[-2][0]
+        expected = source.language.linear_2(torch.nn.functional.gelu(source.language.linear_1(tokens_TD)))
+    torch.testing.assert_close(seen, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_what_llava_has_no_place_for_is_one_sentence() -> None:
+    for encoder in (tiny_siglip(), TransformersEncoder(config=TRANSFORMERS["clip"].to_dict()), tiny_clip()):
+        check_encoder(encoder, "llava")
+    with pytest.raises(ConfigError, match=r"llava .*32 px.*image_size=48.*native, hf, "):
+        check_encoder(tiny_siglip(image_size=48), "llava")
+    with pytest.raises(ConfigError, match=r"llava .*SiglipVisionModel.*Dinov2Model"):
+        check_encoder(TransformersEncoder(config=TRANSFORMERS["dinov2"].to_dict(), image_size=32), "llava")

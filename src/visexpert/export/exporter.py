@@ -10,22 +10,26 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from visexpert.errors import ConfigError, DataError
-from visexpert.export import clip_folders, graphs, llava
+from visexpert.export import clip_folders, graphs, llava, native
 from visexpert.export.fidelity import TOLERANCE
 from visexpert.export.report import write_reports
 from visexpert.export.rounding import check_dtype, name_of
 from visexpert.export.source import LOGITS, PATCH_TOKENS, POOLED, ExportSource, Format, MoLEReport
 from visexpert.export.verify import Fidelity, verify
 from visexpert.io.files import whole_folder
-from visexpert.vision import ClipEncoder, equipped_blocks, mole_settings
+from visexpert.typed import typed
+from visexpert.vision import VisionEncoder, equipped_blocks, mole_settings
+from visexpert.vision.saving import TRANSFORMERS_USAGE
+from visexpert.vision.saving_open_clip import OPEN_CLIP_USAGE
 
 log = logging.getLogger(__name__)
 
 _GRAPH = (PATCH_TOKENS, POOLED)
 
 FORMATS: dict[str, Format] = {
-    "hf": Format(clip_folders.write_hf, (), clip_folders.HF_USAGE, (POOLED,)),
-    "open_clip": Format(clip_folders.write_open_clip, (), clip_folders.OPEN_CLIP_USAGE, (POOLED,)),
+    "native": Format(native.write_native, (), None, (POOLED,)),
+    "hf": Format(clip_folders.write_hf, (), TRANSFORMERS_USAGE, (POOLED,)),
+    "open_clip": Format(clip_folders.write_open_clip, (), OPEN_CLIP_USAGE, (POOLED,)),
     "onnx": Format(
         graphs.write_onnx, ("onnx", "onnxscript", "onnxruntime"), graphs.ONNX_USAGE, _GRAPH, False, "merged"
     ),
@@ -38,7 +42,7 @@ KEEP_MOLE = tuple(name for name, form in FORMATS.items() if form.mole is not Non
 
 
 def export(sources: Mapping[str, ExportSource], out: Path, *, tolerance: float = TOLERANCE) -> dict[str, Fidelity]:
-    """Export a CLIP; ``out`` appears only after every format has been reloaded in a fresh process and agrees.
+    """Export an encoder; ``out`` appears only after every format has been reloaded in a fresh process and agrees.
 
     Args:
         sources: What to export, by format (a name in :data:`FORMATS`). A single format is written into ``out`` itself,
@@ -58,10 +62,11 @@ def export(sources: Mapping[str, ExportSource], out: Path, *, tolerance: float =
         check_dtype([name], None if source.dtype is None else name_of(source.dtype))  # type: ignore[arg-type]
     check_target(out)
     for name, source in sources.items():
+        native.check_encoder(source.clip, name)
         if equipped_blocks(source.clip) and FORMATS[name].mole is None:
             raise ConfigError(
-                f"--format {name} has no place for MoLE; export a plain CLIP (--mole fold, --mole flatten), or use "
-                f"one of {', '.join(KEEP_MOLE)}."
+                f"The format {name} cannot hold MoLE; export a plain CLIP (`visexpert export --mole fold` makes "
+                f"one, or flatten), or use one of {', '.join(KEEP_MOLE)}."
             )
     found: dict[str, Fidelity] = {}
     with whole_or_nothing(out) as partial:
@@ -77,11 +82,12 @@ def export(sources: Mapping[str, ExportSource], out: Path, *, tolerance: float =
     return found
 
 
+@typed
 def export_encoder(
-    clip: ClipEncoder,
+    clip: VisionEncoder,
     out: str | Path,
     *,
-    format: str = "hf",
+    format: str | None = None,
     layers: Sequence[int] | None = None,
     licenses: Mapping[str, str] | None = None,
     tolerance: float = TOLERANCE,
@@ -91,7 +97,8 @@ def export_encoder(
     Args:
         clip: The encoder, weights in place.
         out: Target, new or empty.
-        format: ``hf``, ``open_clip``, ``onnx``, ``torch_export`` or ``visexpert``; the last three keep MoLE.
+        format: ``native`` (what the encoder's own library writes), ``hf``, ``open_clip``, ``onnx``, ``torch_export``
+            or ``visexpert``; the last three keep MoLE. None for ``hf`` with a ClipEncoder, else ``native``.
         layers: Hidden states to compare, -1 the last; None for the one that is read and the last.
         licenses: License of each part whose knowledge went into it, such as ``model.licenses()``; None for the
             encoder's own.
@@ -104,6 +111,7 @@ def export_encoder(
         ConfigError: The format is unknown, the target is taken, or a package is missing.
         WeightsError: The reload failed or differs; nothing is left behind.
     """
+    format = format or native.default_format(clip)
     found = copy.deepcopy(clip).cpu().eval().requires_grad_(False)
     hidden = tuple(dict.fromkeys((clip.layer, -1) if layers is None else layers))
     settings = mole_settings(found)
@@ -125,11 +133,11 @@ def check_formats(formats: Iterable[str]) -> None:
     """
     for name in formats:
         if name not in FORMATS:
-            raise ConfigError(f"--format {name} is unknown; use one of {', '.join(FORMATS)}.")
+            raise ConfigError(f"format {name!r} is unknown; use one of {', '.join(FORMATS)}.")
         missing = [package for package in FORMATS[name].packages if find_spec(package) is None]
         if missing:
             raise ConfigError(
-                f"--format {name} needs {', '.join(missing)}; install it with: pip install 'visexpert[export]'."
+                f"format {name!r} needs {', '.join(missing)}; install it with: pip install 'visexpert[export]'."
             )
 
 
@@ -161,6 +169,6 @@ def check_target(out: Path) -> None:
         ConfigError: The target is a file or is not empty.
     """
     if out.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"The folder '{out}' is not empty; give --out a new or an empty one.")
+        raise ConfigError(f"The folder '{out}' is not empty; name a new or an empty one.")
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"'{out}' is a file; give --out a new or an empty folder.")
+        raise ConfigError(f"'{out}' is a file; name a new or an empty folder.")

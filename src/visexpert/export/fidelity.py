@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from visexpert.errors import WeightsError
 from visexpert.export.reload import BATCHES
 from visexpert.export.source import ExportSource, reference_outputs
-from visexpert.vision import ClipEncoder
+from visexpert.vision import VisionEncoder
 
 TOLERANCE = 1e-4
 """Largest allowed error over the root mean square of the reference. Float32 weights differ by rounding only: on a
@@ -80,7 +80,7 @@ def compare(
         if not entry.relative <= tolerance:  # NaN fails, too
             raise WeightsError(
                 f"The {what} export differs after reloading: the error of {name} is {entry.relative:.2g} of its root "
-                f"mean square, at most {tolerance:.2g} is allowed (--tolerance); nothing was written."
+                f"mean square, at most {tolerance:.2g} is allowed (tolerance); nothing was written."
             )
         found[name] = asdict(entry)
     return found
@@ -169,7 +169,7 @@ def _to_bytes(image_CHW: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def differences(student: ClipEncoder, plain: ClipEncoder, layers: Sequence[int]) -> dict[str, dict[str, float]]:
+def differences(student: VisionEncoder, plain: VisionEncoder, layers: Sequence[int]) -> dict[str, dict[str, float]]:
     """Return the differences of a plain CLIP from the student on the check images, by output."""
     pixels_BCHW = student.preprocess(check_inputs(student.image_size).images_BCHW)
     ours, theirs = (

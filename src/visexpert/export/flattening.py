@@ -1,4 +1,4 @@
-"""Turn a student with MoLE into one plain CLIP: measure how its experts are used, distill, measure the error."""
+"""Turn a student with MoLE into one plain encoder: measure how its experts are used, distill, measure the error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from visexpert.metrics.tokens import TokenError
 from visexpert.optim import ParameterGroup, adamw_and_cosine
 from visexpert.precision import ClippedModule
 from visexpert.types import Batch, VisionTokens, imaged
-from visexpert.vision import ClipEncoder, UsageMeter
+from visexpert.vision import UsageMeter, VisionEncoder
 
 
 class RouterUse(L.LightningModule):
@@ -22,7 +22,7 @@ class RouterUse(L.LightningModule):
         student: A CLIP with MoLE.
     """
 
-    def __init__(self, student: ClipEncoder) -> None:
+    def __init__(self, student: VisionEncoder) -> None:
         super().__init__()
         self.student = student.eval()
         self.meter = UsageMeter(student)
@@ -35,7 +35,7 @@ class RouterUse(L.LightningModule):
 
 
 class Flattening(ClippedModule):
-    """Trains a plain CLIP to give the tokens of a student, [CLS] included: mean squared error at the layer read.
+    """Trains a plain encoder to give the tokens of a student, [CLS] included: mean squared error at the layer read.
 
     Only images are needed, no text and no teacher. Blocks behind that layer stay unchanged.
 
@@ -50,8 +50,8 @@ class Flattening(ClippedModule):
     def __init__(
         self,
         *,
-        student: ClipEncoder,
-        plain: ClipEncoder,
+        student: VisionEncoder,
+        plain: VisionEncoder,
         lr: float = 1e-4,
         warmup_steps: int = 20,
         weight_decay: float = 0.0,
@@ -104,5 +104,6 @@ def images_of(batch: Batch) -> Tensor:
 
 
 def _with_cls(tokens: VisionTokens) -> Tensor:
-    assert tokens.cls_BD is not None
+    if tokens.cls_BD is None:
+        return tokens.tokens_BTD
     return torch.cat([tokens.cls_BD[:, None], tokens.tokens_BTD], dim=1)

@@ -1,7 +1,8 @@
-"""The CLIP as one graph with a dynamic batch, normalized pixels to named tokens: ONNX and ``torch.export``."""
+"""The encoder as one graph with a dynamic batch, normalized pixels to named tokens: ONNX and ``torch.export``."""
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import warnings
@@ -12,14 +13,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from visexpert.export.source import PATCH_TOKENS, POOLED, ExportSource, layer_name
-from visexpert.vision import ClipEncoder, equipped_blocks, merge_for_inference
+from visexpert.export.source import ExportSource, outputs_of
+from visexpert.vision import VisionEncoder, equipped_blocks, merge_for_inference
 
-ONNX_USAGE = """\
+PIXELS_USAGE = """\
+image = image.resize(({side}, {side}), Image.Resampling.{resampling})
+pixels = (np.asarray(image, dtype=np.float32) / 255 - {mean}) / {std}
+pixels = pixels.transpose(2, 0, 1)[None].astype(np.float32)"""
+
+ONNX_USAGE = f"""\
+import numpy as np
 import onnxruntime
 
-session = onnxruntime.InferenceSession("FOLDER/model.onnx")
-(tokens,) = session.run(["patch_tokens"], {{"pixel_values": pixels}})  # float32 (B, 3, {side}, {side}), normalized"""
+{PIXELS_USAGE}
+session = onnxruntime.InferenceSession(f"{{{{FOLDER}}}}/model.onnx")
+(tokens,) = session.run(["patch_tokens"], {{{{"pixel_values": pixels}}}})"""
 
 INLINE_BYTES = 1_500_000_000
 """Above this, weights go into a file beside the graph: protobuf is limited to 2 GB."""
@@ -64,11 +72,13 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-TORCH_EXPORT_USAGE = """\
+TORCH_EXPORT_USAGE = f"""\
+import numpy as np
 import torch
 
-encoder = torch.export.load("FOLDER/model.pt2").module()
-tokens = encoder(pixels)["patch_tokens"]  # float32 (B, 3, {side}, {side}), normalized"""
+{PIXELS_USAGE}
+encoder = torch.export.load(f"{{{{FOLDER}}}}/model.pt2").module()
+tokens = encoder(torch.from_numpy(pixels))["patch_tokens"]"""
 
 
 def write_torch_export(source: ExportSource, folder: Path) -> None:
@@ -84,30 +94,31 @@ def write_torch_export(source: ExportSource, folder: Path) -> None:
 
 
 class NamedOutputs(nn.Module):
-    """Maps normalized pixels to named tensors: a CLIP as one graph.
+    """Maps normalized pixels to named tensors: an encoder as one graph.
 
     Args:
         clip: The encoder.
         layers: Hidden states to return.
     """
 
-    def __init__(self, clip: ClipEncoder, layers: tuple[int, ...]) -> None:
+    def __init__(self, clip: VisionEncoder, layers: tuple[int, ...]) -> None:
         super().__init__()
-        self.model = clip.model
-        self.layer, self.layers = clip.layer, layers
+        self.clip, self.layers = clip, layers
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """Map (B, 3, S, S) to hidden states (B, 1 + T, D), patch tokens (B, T, D) of the layer read, pooled (B, D)."""
-        states = [self.model.pre_layrnorm(self.model.embeddings(pixel_values))]
-        for layer in self.model.encoder.layers:
-            states.append(layer(states[-1], None))
-        return {
-            **{layer_name(layer): states[layer] for layer in self.layers},
-            PATCH_TOKENS: states[self.layer][:, 1:],
-            POOLED: self.model.post_layernorm(states[-1][:, 0]),
-        }
+        """Map (B, 3, S, S) to hidden states, patch tokens of the layer read and, where there is one, pooled output."""
+        return outputs_of(self.clip, self.layers, pixel_values)
 
 
-def for_inference(clip: ClipEncoder) -> ClipEncoder:
-    """Return the CLIP for a graph: a plain one itself, MoLE with merged weights wherever that is exact."""
-    return merge_for_inference(clip, keep_weighed=True) if equipped_blocks(clip) else clip
+def for_inference(clip: VisionEncoder) -> VisionEncoder:
+    """Return the encoder for a graph: a plain one itself, MoLE with merged weights wherever that is exact.
+
+    What a network computes from the shape of its images alone is computed once.
+    """
+    clip = merge_for_inference(clip, keep_weighed=True) if equipped_blocks(clip) else clip
+    fixed = clip.anatomy.fixed(clip.model, clip.image_size)
+    if fixed is clip.model:
+        return clip
+    found = copy.copy(clip)
+    found._modules = {**clip._modules, "model": fixed}  # the encoder itself keeps its network
+    return found

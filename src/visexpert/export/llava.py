@@ -1,4 +1,4 @@
-"""A ``LlavaForConditionalGeneration`` folder: CLIP, projector, language model, tokenizer, processor and its prompt."""
+"""A ``LlavaForConditionalGeneration`` folder: tower, projector, language model, tokenizer, processor and its prompt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,10 +15,11 @@ from tokenizers import AddedToken, processors
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
 
 from visexpert.errors import ConfigError, WeightsError
-from visexpert.export.clip_folders import PREFIX, image_processor, quiet, vision_config
+from visexpert.export.clip_folders import quiet
 from visexpert.export.rounding import stored
 from visexpert.export.source import ExportSource, LanguageParts
 from visexpert.types import IMAGE_TOKEN, TextEncoder
+from visexpert.vision.saving import PREFIX, squashing_processor, tower_config
 
 IMAGE_TEXT = "<image>"
 TOWER = "vision_tower."
@@ -43,10 +44,10 @@ def write_llava(source: ExportSource, folder: Path) -> None:
     """Write model, tokenizer and processor.
 
     Raises:
-        ConfigError: There is no language model, or LLaVA has no place for it.
+        ConfigError: There is no language model, or LLaVA cannot hold it.
     """
     if source.language is None:
-        raise ConfigError("--format llava needs a prefix LM as language model; this run has none.")
+        raise ConfigError("The format llava needs a prefix LM as language model; this run has none.")
     tokenizer, image_id = tokenizer_with_image(source.language.tokenizer)
     model = _assemble(source, source.language, image_id)
     _pad_vocabulary(
@@ -89,14 +90,19 @@ def processor_of(source: ExportSource, tokenizer: Any) -> LlavaProcessor:
     assert source.language is not None
     tokenizer.chat_template = source.language.encoder.chat_template
     return LlavaProcessor(
-        image_processor=image_processor(source),
+        image_processor=squashing_processor(source.clip.preprocessing),
         tokenizer=writes_no_frame(tokenizer),
         chat_template=tokenizer.chat_template,
-        patch_size=source.clip.config.patch_size,
-        vision_feature_select_strategy="default",
+        patch_size=source.clip.patch_size,
+        vision_feature_select_strategy=_selected(source),
         image_token=IMAGE_TEXT,
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=source.clip.prefix,
     )
+
+
+def _selected(source: ExportSource) -> Literal["default", "full"]:
+    """Return which of the tower's tokens LLaVA reads: all but [CLS], or all where there is none (SigLIP)."""
+    return "default" if source.clip.has_cls else "full"
 
 
 def _restore_prefix(folder: Path) -> None:
@@ -157,13 +163,13 @@ def _assemble(source: ExportSource, parts: LanguageParts, image_id: int) -> Llav
     check_language(parts.model)
     head = parts.model.get_output_embeddings()
     config = LlavaConfig(
-        vision_config=vision_config(source),
+        vision_config=tower_config(source.clip.model, None if source.projection is None else source.projection.dim),
         text_config=copy.deepcopy(parts.model.config),
         image_token_index=image_id,
         image_seq_length=source.clip.grid_hw[0] * source.clip.grid_hw[1],
         projector_hidden_act="gelu",
         vision_feature_layer=source.clip.layer,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=_selected(source),
         multimodal_projector_bias=True,
         tie_word_embeddings=bool(parts.model.config.tie_word_embeddings),
     )
@@ -196,8 +202,8 @@ def check_language(model: PreTrainedModel) -> None:
     for problem, found in problems.items():
         if found:
             raise ConfigError(
-                f"LLaVA has no place for {problem} of {type(model).__name__}; use another language model, such as "
-                "llama, mistral or qwen2, or --format hf."
+                f"LLaVA cannot hold {problem} of {type(model).__name__}; use another language model, such as "
+                "llama, mistral or qwen2, or the format hf."
             )
 
 

@@ -19,6 +19,7 @@ BATCHES = (1, 2, 5)
 """Batch sizes of the inputs; a graph with a fixed batch size fails."""
 
 FORBIDDEN = {
+    "native": ("visexpert",),
     "hf": ("visexpert",),
     "open_clip": ("visexpert",),
     "onnx": ("visexpert", "transformers", "torch"),
@@ -79,24 +80,87 @@ def photos(inputs: Arrays) -> Iterator[tuple[str, Any]]:
 
 
 def vision_outputs(output: Any, layers: dict[str, int]) -> Arrays:
-    """Return hidden states and pooled output of a CLIPVisionModel."""
-    return {**{name: output.hidden_states[layer] for name, layer in layers.items()}, "pooled": output.pooler_output}
+    """Return hidden states and pooled output of a vision model."""
+    hidden = {name: output.hidden_states[layer] for name, layer in layers.items()}
+    pooled = getattr(output, "pooler_output", None)
+    return hidden if pooled is None else hidden | {"pooled": pooled}
 
 
-def run_hf(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
-    """Run ``CLIPVisionModel`` and ``AutoImageProcessor``, loaded by path."""
+def run_native(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
+    """Run the library that the folder is for."""
+    if (folder / "open_clip_config.json").is_file():
+        return run_open_clip(folder, inputs, facts | {"before_projection": True})
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    run = run_timm if "architecture" in settings else run_transformers
+    return run(folder, inputs, facts)
+
+
+def run_timm(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
+    """Run a model of ``timm.create_model`` and its transform."""
+    import timm
     import torch
-    from transformers import AutoImageProcessor, CLIPVisionModel
+    from timm.data.config import resolve_model_data_config
+    from timm.data.transforms_factory import create_transform
 
-    model = CLIPVisionModel.from_pretrained(folder, local_files_only=True).float()
-    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    network: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).float().eval()
+    data = resolve_model_data_config(network)  # type: ignore[no-untyped-call]
+    transform = create_transform(**data, is_training=False)
+    given = {"norm": False, "output_fmt": "NLC", "intermediates_only": True, "return_prefix_tokens": True}
+
+    def state(pixels: Any, layer: int) -> Any:
+        (found,) = network.forward_intermediates(pixels, indices=[len(network.blocks) + layer], **given)
+        return found if isinstance(found, torch.Tensor) else torch.cat([found[1], found[0]], dim=1)
+
+    def run(pixels: Any) -> Arrays:
+        pooled = network.forward_head(network.forward_features(pixels), pre_logits=True)
+        hidden = {name: state(pixels, layer) for name, layer in facts["layers"].items()}
+        return hidden | ({"pooled": pooled} if pooled.ndim == 2 else {})
+
+    with torch.no_grad():
+        outputs = joined([run(torch.from_numpy(pixels)) for pixels in batches(inputs, "pixel_values")])
+    return outputs | {name: transform(image)[None].numpy() for name, image in photos(inputs)}
+
+
+def run_transformers(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
+    """Run ``AutoModel`` or its vision part, and ``AutoImageProcessor``, loaded by path."""
+    import inspect
+
+    import torch
+    from transformers import AutoImageProcessor, AutoModel
+
+    whole: Any = AutoModel.from_pretrained(folder, local_files_only=True).float().eval()
+    found = (getattr(whole, name, None) for name in ("vision_model", "vision_tower"))
+    model = next((part for part in found if part is not None), whole)
+    asked = inspect.signature(model.forward).parameters
+
+    def given(pixels: Any) -> Arrays:
+        if "spatial_shapes" in asked:  # SigLIP 2 takes patches
+            return as_patches(pixels, int(model.config.patch_size))
+        other = "interpolate_pos_encoding" in asked and pixels.shape[-1] != model.config.image_size
+        return {"pixel_values": pixels} | ({"interpolate_pos_encoding": True} if other else {})
+
     with torch.no_grad():
         runs = [
-            vision_outputs(model(torch.from_numpy(pixels), output_hidden_states=True), facts["layers"])
+            vision_outputs(model(**given(torch.from_numpy(pixels)), output_hidden_states=True), facts["layers"])
             for pixels in batches(inputs, "pixel_values")
         ]
-    processed = {name: processor(images=image, return_tensors="np")["pixel_values"] for name, image in photos(inputs)}
-    return joined(runs) | processed
+    images = list(photos(inputs))
+    processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True) if images else None
+    return joined(runs) | {name: processor(images=image, return_tensors="np")["pixel_values"] for name, image in images}
+
+
+def as_patches(pixels: Any, patch: int) -> Arrays:
+    """Cut square images into the patches that SigLIP 2 takes."""
+    import torch
+
+    batch, channels, height, width = pixels.shape
+    rows, columns = height // patch, width // patch
+    cells = pixels.reshape(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)
+    return {
+        "pixel_values": cells.reshape(batch, rows * columns, -1),
+        "pixel_attention_mask": torch.ones(batch, rows * columns, dtype=torch.int32),
+        "spatial_shapes": torch.tensor([[rows, columns]] * batch),
+    }
 
 
 def run_open_clip(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
@@ -107,15 +171,21 @@ def run_open_clip(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
 
     model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True).eval()
     transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
-    depth = len(model.visual.transformer.resblocks)
+    visual = model.visual
+    depth = len(visual.trunk.blocks if hasattr(visual, "trunk") else visual.transformer.resblocks)
     blocks = {name: depth + layer for name, layer in facts["layers"].items()}
+    if min(blocks.values()) < 0:
+        raise SystemExit(f"open_clip returns no tokens before the first block, leave out layer {-depth - 1}")
+    if "before_projection" in facts and hasattr(visual, "proj"):
+        visual.proj = None
 
     def run(pixels: Any) -> Arrays:
         result = model.visual.forward_intermediates(
             torch.from_numpy(pixels), indices=list(range(depth)), output_fmt="NLC", output_extra_tokens=True
         )
-        pairs = zip(result["image_intermediates_prefix"], result["image_intermediates"], strict=True)
-        states = [torch.cat(pair, 1) for pair in pairs]
+        states = result["image_intermediates"]
+        if "image_intermediates_prefix" in result:
+            states = [torch.cat(pair, 1) for pair in zip(result["image_intermediates_prefix"], states, strict=True)]
         hidden = {name: states[block] for name, block in blocks.items()}
         return hidden | {"pooled": model.encode_image(torch.from_numpy(pixels))}
 
@@ -187,7 +257,8 @@ def run_visexpert(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
 
 
 RUNS: dict[str, Callable[[Path, Arrays, Any], Arrays]] = {
-    "hf": run_hf,
+    "native": run_native,
+    "hf": run_transformers,
     "open_clip": run_open_clip,
     "onnx": run_onnx,
     "torch_export": run_torch_export,
@@ -198,7 +269,7 @@ RUNS: dict[str, Callable[[Path, Arrays, Any], Arrays]] = {
 
 def versions() -> dict[str, str]:
     """Return the versions of the imported libraries."""
-    names = ("torch", "transformers", "open_clip", "onnxruntime", "numpy")
+    names = ("torch", "transformers", "timm", "open_clip", "onnxruntime", "numpy")
     found = {name: str(sys.modules[name].__version__) for name in names if name in sys.modules}
     return {"python": sys.version.split()[0], **found}
 

@@ -14,14 +14,29 @@ from visexpert.export.reload import BATCHES, FORBIDDEN
 from visexpert.export.rounding import weights_told
 from visexpert.export.source import ExportSource, Format, layer_name
 from visexpert.export.verify import Fidelity
+from visexpert.vision import VisionEncoder
+from visexpert.vision.saving import prepares_squares
 
 POOLED_TEXT = {
     True: "The run trained the pooled output.",
-    False: "The run did not train the pooled output: the final LayerNorm and every block behind the layer read are "
-    "those of the original CLIP, on tokens that the run changed. Measure before you use it for zero-shot "
+    False: "The run did not train the pooled output: what comes after the layer read is that of the original encoder, "
+    "on tokens that the run changed. Measure before you use it for zero-shot "
     "classification or retrieval.",
     None: "Whether the pooled output was trained is unknown: no file holds the weights that the run started from.",
 }
+
+
+USAGE_HEAD = (
+    "from PIL import Image",
+    "",
+    'FOLDER = "."  # this folder',
+    'image = Image.open("photo.jpg").convert("RGB")',
+    "",
+)
+
+OWN_SHAPES = (
+    "the source's own, which cuts images of any shape into patches; the run saw each image stretched to a square"
+)
 
 
 def write_reports(source: ExportSource, name: str, form: Format, fidelity: Fidelity, folder: Path) -> None:
@@ -35,7 +50,8 @@ def write_reports(source: ExportSource, name: str, form: Format, fidelity: Fidel
 def report_facts(source: ExportSource, name: str, form: Format, fidelity: Fidelity) -> dict[str, Any]:
     """Return the content of ``fidelity.json``."""
     clip = for_inference(source.clip) if form.mole == "merged" else source.clip
-    act = str(source.clip.config.hidden_act)
+    act = source.clip.activation
+    left = None if source.projection is None or name == "native" else asdict(source.projection)
     outputs = _by_layer(source, fidelity.outputs)
     return {
         "format": name,
@@ -43,9 +59,14 @@ def report_facts(source: ExportSource, name: str, form: Format, fidelity: Fideli
         "tolerance": fidelity.tolerance,
         **outputs,
         "pooled_trained": source.pooled_trained,
-        "projection": None if source.projection is None else asdict(source.projection),
-        "activation": {"hidden_act": act, "quick_gelu": act == "quick_gelu"},
-        "preprocessing": {**source.preprocessing, "difference_in_levels_of_255": fidelity.levels},
+        "projection": left,
+        "encoder": type(source.clip).__name__,
+        **({} if act is None else {"activation": {"hidden_act": act, "quick_gelu": act == "quick_gelu"}}),
+        "preprocessing": {
+            **source.preprocessing,
+            "difference_in_levels_of_255": fidelity.levels,
+            **({} if prepares_squares(clip.model) or not form.preprocesses else {"image_processor": OWN_SHAPES}),
+        },
         "licenses": dict(source.licenses),
         "origin": dict(source.origin),
         "weights": weights_told(source),
@@ -53,6 +74,7 @@ def report_facts(source: ExportSource, name: str, form: Format, fidelity: Fideli
         "parameters": sum(parameter.numel() for parameter in clip.model.parameters()),
         **({} if fidelity.prompt is None else {"prompt": fidelity.prompt.facts()}),
         **({} if source.mole is None else {"mole": source.mole.facts()}),
+        "text_alignment": source.alignment.facts(),
         "reload": {
             "batch_sizes": list(BATCHES),
             "images_compared": fidelity.num_images,
@@ -107,30 +129,49 @@ def fidelity_text(facts: dict[str, Any]) -> str:
         errors = " | ".join(f"{entry[key]:.2e}" for key in ("max_abs", "mean_abs", "relative"))
         lines.append(f"| {title} | {errors} | {entry['min_cosine']:.8f} | {entry['mean_cosine']:.8f} |")
     lines += ["", f"Allowed: max error / RMS of {facts['tolerance']:.0e}. {POOLED_TEXT[facts['pooled_trained']]}", ""]
-    lines += [*_rounding_lines(facts), *_projection_lines(facts)]
+    lines += [*_rounding_lines(facts), *_projection_lines(facts), *_alignment_lines(facts["text_alignment"])]
     if "mole" in facts:
         lines += mole_lines(facts["mole"], [int(layer) for layer in facts["layers"]])
     lines += [*_facts_table(facts), ""]
     return "\n".join(lines)
 
 
+def _alignment_lines(found: Mapping[str, Any]) -> list[str]:
+    """Return the section of ``fidelity.md`` on text alignment."""
+    title = ["## Text alignment", ""]
+    if "not_measured" in found:
+        return [*title, f"Not measured: {found['not_measured'].rstrip('.')}.", ""]
+    rows = [
+        f"| {name.replace('/', ', ').replace('_', ' ')} | {before:.1%} | {found['after'][name]:.1%} |"
+        for name, before in found["before"].items()
+    ]
+    return [
+        *title,
+        f"Through the text tower of the encoder's source, on {found['images']} validation images of the run.",
+        "",
+        "| | before training | this export |",
+        "|---|---:|---:|",
+        *rows,
+        "",
+    ]
+
+
 def card(source: ExportSource, name: str, form: Format, facts: dict[str, Any]) -> str:
     """Return the README: what the folder is, how to load it, which licenses apply."""
     clip = source.clip
-    index = clip.config.num_hidden_layers + clip.layer
-    usage = form.usage.format(layer=clip.layer, index=index, side=clip.image_size, question=QUESTION)
     grid = "x".join(map(str, clip.grid_hw))
     lines = [
-        f"# CLIP vision encoder, {name} export",
+        f"# Vision encoder ({type(clip.model).__name__}), {name} export",
         "",
         f"{facts['parameters']:,} parameters, input {clip.image_size} px, {grid} patch tokens of width {clip.width}. "
-        f"Read hidden state {clip.layer} without [CLS] and without the final LayerNorm: those are the tokens that the "
+        f"Read hidden state {clip.layer} without {_before_patches(clip)}the final norm: those are the tokens that the "
         f"run used. {POOLED_TEXT[source.pooled_trained]}",
         "",
         *_projection_lines(facts),
         *_mole_notice(facts),
         "```python",
-        usage,
+        *USAGE_HEAD,
+        _usage(source, form),
         "```",
         "",
         *(
@@ -146,20 +187,53 @@ def card(source: ExportSource, name: str, form: Format, facts: dict[str, Any]) -
     return "\n".join(lines)
 
 
+def _usage(source: ExportSource, form: Format) -> str:
+    """Return the code that reads an image with the folder."""
+    clip, how = source.clip, source.preprocessing
+    return (form.usage or clip.usage).format(
+        layer=clip.layer,
+        index=clip.depth + clip.layer,
+        side=clip.image_size,
+        prefix=clip.prefix,
+        question=QUESTION,
+        mean=list(how["mean"]),
+        std=list(how["std"]),
+        resampling=clip.interpolation.upper(),
+    )
+
+
+def _before_patches(clip: VisionEncoder) -> str:
+    """Name the tokens before the patches, for the sentence that goes on."""
+    if not clip.prefix:
+        return ""
+    found = f"the first {clip.prefix} tokens" if clip.prefix > 1 else "[CLS]" if clip.has_cls else "the first token"
+    return f"{found} and without "
+
+
 def _facts_table(facts: dict[str, Any]) -> list[str]:
-    how, act = facts["preprocessing"], facts["activation"]
+    how = facts["preprocessing"]
     rows = {
         "weights": facts["weights"],
-        "activation": f"{act['hidden_act']} ({'quick-GELU' if act['quick_gelu'] else 'not quick-GELU'})",
+        **_activation_row(facts),
         "preprocessing": f"{how['interpolation']} resize to {how['size'][0]}x{how['size'][1]} ({how['resize']}), "
         f"mean {how['mean']}, std {how['std']}",
     }
     if how["difference_in_levels_of_255"]:
         worst = ", ".join(f"{key} {value:.2f}" for key, value in how["difference_in_levels_of_255"].items())
         rows["this folder's image processor"] = f"largest difference from training, in levels of 255: {worst}"
-    rows |= {f"license of {key}": value for key, value in facts["licenses"].items()}
+    if "image_processor" in how:
+        rows["this folder's image processor"] = how["image_processor"]
+    rows |= {f"license of {'the encoder' if key == 'clip' else key}": value for key, value in facts["licenses"].items()}
     rows |= facts["origin"]
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+
+
+def _activation_row(facts: dict[str, Any]) -> dict[str, str]:
+    """Return the row on the activation, which users of CLIP's weights may mistake."""
+    if "activation" not in facts:
+        return {}
+    act = facts["activation"]
+    return {"activation": f"{act['hidden_act']} ({'quick-GELU' if act['quick_gelu'] else 'not quick-GELU'})"}
 
 
 def _projection_lines(facts: dict[str, Any]) -> list[str]:
@@ -205,9 +279,9 @@ IMAGES = ("validation", "training", "named")
 
 MEANING = {
     "exact": "The architecture is kept: the export computes what the student computes.",
-    "fold": "One plain CLIP: the low-rank experts of each layer, averaged by how much images of the run's data use "
+    "fold": "One plain encoder: the low-rank experts of each layer, averaged by how much images of the run's data use "
     "them. It is not the student; fidelity.md gives the difference.",
-    "flatten": "One plain CLIP: a fold (experts averaged by their use), then briefly trained to give the student's "
+    "flatten": "One plain encoder: a fold (experts averaged by their use), then briefly trained to give the student's "
     "tokens. It is not the student; fidelity.md gives the difference.",
 }
 

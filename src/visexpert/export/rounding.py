@@ -14,7 +14,7 @@ from visexpert.export.source import ExportSource
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-ROUNDED = ("hf", "open_clip", "llava")
+ROUNDED = ("native", "hf", "open_clip", "llava")
 """Formats that can store weights in another dtype."""
 
 
@@ -27,9 +27,14 @@ def check_dtype(formats: Iterable[str], dtype: Dtype | None) -> None:
     for name in formats:
         if dtype is not None and name not in ROUNDED:
             raise ConfigError(
-                f"--dtype {dtype}: --format {name} stores float32 weights only; omit --dtype, or use one of "
+                f"The format {name} stores float32 weights only; leave out dtype {dtype}, or use one of "
                 f"{', '.join(ROUNDED)}."
             )
+
+
+def stored_weights(source: ExportSource) -> dict[str, Tensor]:
+    """Return the encoder's weights as an export stores them, under its network's own keys."""
+    return {key: stored(value, source.dtype) for key, value in source.clip.model.state_dict().items()}
 
 
 def stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -43,7 +48,7 @@ def stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     rounded = tensor.to(dtype)
     if not rounded.isfinite().all() and tensor.isfinite().all():
         raise ConfigError(
-            f"A weight of {float(tensor.abs().max()):.3g} is outside the range of {name_of(dtype)}; use --dtype "
+            f"A weight of {float(tensor.abs().max()):.3g} is outside the range of {name_of(dtype)}; use the dtype "
             "bfloat16."
         )
     return rounded.contiguous()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from visexpert.types import TextEncoder
-from visexpert.vision import ClipEncoder, MoLESettings, RouterUsage
+from visexpert.vision import MoLESettings, RouterUsage, VisionEncoder
 
 PATCH_TOKENS = "patch_tokens"
 POOLED = "pooled"
@@ -47,7 +47,7 @@ class LanguageParts:
 
 @dataclass(frozen=True)
 class Projection:
-    """The projection to the space of CLIP's text tower, which ``CLIPVisionModel`` has no place for.
+    """The projection to the space of CLIP's text tower, which ``CLIPVisionModel`` lacks.
 
     Args:
         dim: Width of that space.
@@ -104,11 +104,35 @@ class MoLEReport:
 
 
 @dataclass(frozen=True)
+class TextAlignmentReport:
+    """What training did to retrieval and zero-shot use through the text tower of the encoder's source.
+
+    Args:
+        images: Number of validation images of the run.
+        before: Scores in [0, 1] of the encoder that training started from, see
+            :func:`~visexpert.metrics.alignment.retrieval_recall`.
+        after: The same of the exported encoder.
+        reason: Why nothing was measured; empty if it was.
+    """
+
+    images: int = 0
+    before: Mapping[str, float] = field(default_factory=dict)
+    after: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+    def facts(self) -> dict[str, Any]:
+        """Return the entries for ``fidelity.json``."""
+        if self.reason:
+            return {"not_measured": self.reason}
+        return {"images": self.images, "before": dict(self.before), "after": dict(self.after)}
+
+
+@dataclass(frozen=True)
 class ExportSource:
     """What to export.
 
     Args:
-        clip: The merged or student CLIP, weights loaded, in eval mode.
+        clip: The merged or student encoder, weights loaded, in eval mode.
         layers: Hidden states to compare: -1 is the last, -2 the one before, ...
         pooled_trained: Whether the run trained the pooled output; None if unknown.
         licenses: Licenses of ``clip`` and of each expert that it learned from.
@@ -116,10 +140,11 @@ class ExportSource:
         language: The language model, if LLaVA has a place for it.
         mole: How the export treats the student's MoLE; None if it has none.
         projection: The projection that stays in CLIP's source; None if the source has none.
+        alignment: Its alignment with the text tower, before training and now.
         dtype: Dtype that all weights are rounded to and stored in; None for float32, the language model in its own.
     """
 
-    clip: ClipEncoder
+    clip: VisionEncoder
     layers: tuple[int, ...]
     pooled_trained: bool | None
     licenses: Mapping[str, str]
@@ -127,6 +152,7 @@ class ExportSource:
     language: LanguageParts | None = None
     mole: MoLEReport | None = None
     projection: Projection | None = None
+    alignment: TextAlignmentReport = TextAlignmentReport(reason="not asked for")
     dtype: torch.dtype | None = None
 
     @property
@@ -138,7 +164,7 @@ class ExportSource:
         return {
             "resize": "square, aspect ratio not kept, no crop",
             "size": [side, side],
-            "interpolation": "bicubic, antialiased",
+            "interpolation": f"{self.clip.interpolation}, antialiased",
             "mean": mean,
             "std": std,
         }
@@ -151,13 +177,24 @@ def layer_name(layer: int) -> str:
 
 @torch.no_grad()
 def reference_outputs(source: ExportSource, pixel_values: Tensor) -> dict[str, Tensor]:
-    """Return the named outputs by ``CLIPVisionModel``'s own forward, independent of any exporter."""
-    output = source.clip.model(pixel_values, output_hidden_states=True)
-    return {
-        **{layer_name(layer): output.hidden_states[layer] for layer in source.layers},
-        PATCH_TOKENS: output.hidden_states[source.clip.layer][:, 1:],
-        POOLED: output.pooler_output,
-    }
+    """Return the named outputs, see :func:`outputs_of`."""
+    return outputs_of(source.clip, source.layers, pixel_values)
+
+
+def outputs_of(clip: VisionEncoder, layers: Sequence[int], pixel_values: Tensor) -> dict[str, Tensor]:
+    """Map normalized pixels (B, 3, S, S) to named tensors, block by block.
+
+    Returns:
+        Hidden states (B, N, D), patch tokens (B, T, D) of the layer read, and pooled (B, P) where there is one.
+    """
+    hidden_BND, inputs = clip.anatomy.embed(clip.model, pixel_values)
+    states = [hidden_BND]
+    for block, given in zip(clip.blocks(), inputs, strict=True):
+        states.append(block(states[-1], **given))
+    found = {layer_name(layer): states[layer] for layer in layers}
+    found[PATCH_TOKENS] = states[clip.layer][:, clip.prefix :]
+    pooled_BP = clip.anatomy.pool(clip.model, states[-1])
+    return found if pooled_BP is None else found | {POOLED: pooled_BP}
 
 
 @dataclass(frozen=True)
@@ -167,7 +204,7 @@ class Format:
     Args:
         write: Writes the files into an existing, empty folder.
         packages: Modules needed for writing and reloading beyond visexpert's own requirements.
-        usage: Python code that loads the folder.
+        usage: Python code that loads the folder; None for the encoder's own.
         outputs: Outputs of the reload beside the hidden states.
         preprocesses: Whether the folder has an image processor of the library.
         mole: How it keeps MoLE: ``merged`` - one plain MLP per expert if each token goes through one, unweighted, else
@@ -176,7 +213,7 @@ class Format:
 
     write: Callable[[ExportSource, Path], None]
     packages: tuple[str, ...]
-    usage: str
+    usage: str | None
     outputs: tuple[str, ...] = ()
     preprocesses: bool = True
     mole: Literal["merged", "trained"] | None = None

@@ -25,7 +25,8 @@ from visexpert.export.llava import CONVERSATION, PromptCheck, check_prompt, chec
 from visexpert.export.reload import BATCHES
 from visexpert.export.rounding import computing_in_float32
 from visexpert.export.source import LOGITS, ExportSource, Format, layer_name, reference_outputs
-from visexpert.vision import ClipEncoder, decision_margins
+from visexpert.vision import VisionEncoder, decision_margins
+from visexpert.vision.saving import prepares_squares
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,9 @@ def verify(source: ExportSource, name: str, form: Format, folder: Path, *, toler
     if LOGITS in results:  # tokens that the export added come last
         results[LOGITS] = results[LOGITS][..., : check.reference[LOGITS].shape[-1]]
         equal_ids(results["input_ids"], check.tensors["input_ids"][:1], what=name)
-    found = {key: levels(results[key], _expected(source, photo), clip.std) for key, photo in _photos(form, inputs)}
+    found = {
+        key: levels(results[key], _expected(source, photo), clip.std) for key, photo in _photos(source, form, inputs)
+    }
     check_levels(found, what=name)
     rows, reference = _decided(clip, inputs.images_BCHW), check.reference
     if len(rows) < len(inputs.images_BCHW):
@@ -113,7 +116,7 @@ UNDECIDED = 2e-6
 MoLE, merging weights changes probabilities by up to 2.4e-7; the smallest margin of an image is 1e-5 to 1e-4."""
 
 
-def _decided(clip: ClipEncoder, images_BCHW: Tensor) -> Tensor:
+def _decided(clip: VisionEncoder, images_BCHW: Tensor) -> Tensor:
     """Return the rows to compare: those with a clear choice of every router, else the one with the largest margin."""
     margins_B = decision_margins(clip, images_BCHW)
     rows = (margins_B >= UNDECIDED).nonzero()[:, 0]
@@ -135,7 +138,8 @@ def _check(source: ExportSource, form: Format, inputs: CheckInputs) -> _Check:
     layers = {layer_name(layer): layer for layer in source.layers}
     known = reference_outputs(source, pixels_BCHW)
     reference = {key: known[key] for key in (*layers, *form.outputs) if key in known}
-    tensors, facts = {"pixel_values": pixels_BCHW} | dict(_photos(form, inputs)), {"layers": layers}
+    tensors: dict[str, Tensor] = {"pixel_values": pixels_BCHW} | dict(_photos(source, form, inputs))
+    facts: dict[str, Any] = {"layers": layers}
     if LOGITS not in form.outputs:
         return _Check(tensors, facts, reference)
     assert source.language is not None
@@ -149,8 +153,10 @@ def _check(source: ExportSource, form: Format, inputs: CheckInputs) -> _Check:
     )
 
 
-def _photos(form: Format, inputs: CheckInputs) -> list[tuple[str, Tensor]]:
-    return [*inputs.photos.items(), *inputs.noise.items()] if form.preprocesses else []
+def _photos(source: ExportSource, form: Format, inputs: CheckInputs) -> list[tuple[str, Tensor]]:
+    """Return the images for the image processor, unless it makes patches of images of any shape."""
+    compared = form.preprocesses and prepares_squares(source.clip.model)
+    return [*inputs.photos.items(), *inputs.noise.items()] if compared else []
 
 
 def _expected(source: ExportSource, photo_HWC: Tensor) -> Tensor:

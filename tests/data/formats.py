@@ -19,7 +19,7 @@ WORDS = (
     "a an the picture of is there what colour how many this true image red green blue dog cat on left right yes no "
     "mat sits two birds fly in sky describe it and then ? . , 2 3 4 man hat USER: ASSISTANT:"
 )
-COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 210), "gray": (128, 128, 128)}
+COLORS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (20, 40, 210), "gray": (128, 128, 128)}
 
 
 def tokenizer_folder(folder: Path) -> str:
@@ -34,17 +34,17 @@ def tokenizer_folder(folder: Path) -> str:
     return str(folder)
 
 
-def jpeg_bytes(colour: str, size: tuple[int, int] = (12, 8)) -> bytes:
-    """A JPEG of one colour; ``size`` is width and height."""
+def jpeg_bytes(color: str, size: tuple[int, int] = (12, 8)) -> bytes:
+    """A JPEG of one color; ``size`` is width and height."""
     buffer = io.BytesIO()
-    Image.new("RGB", size, COLOURS[colour]).save(buffer, "JPEG", quality=95)
+    Image.new("RGB", size, COLORS[color]).save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
 
 
-def write_jpeg(path: Path, colour: str, size: tuple[int, int] = (12, 8)) -> Path:
+def write_jpeg(path: Path, color: str, size: tuple[int, int] = (12, 8)) -> Path:
     """A JPEG file, its folder made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(jpeg_bytes(colour, size))
+    path.write_bytes(jpeg_bytes(color, size))
     return path
 
 
@@ -67,12 +67,12 @@ def write_karpathy(root: Path, images: Sequence[tuple[str, str, str, Sequence[st
 
     Args:
         root: Folder.
-        images: Split, folder, colour and captions of each.
+        images: Split, folder, color and captions of each.
     """
     entries = []
-    for number, (split, folder, colour, captions) in enumerate(images):
+    for number, (split, folder, color, captions) in enumerate(images):
         name = f"COCO_{folder}_{number:012d}.jpg"
-        write_jpeg(root / folder / name, colour)
+        write_jpeg(root / folder / name, color)
         sentences = [
             {"tokens": text.lower().rstrip(".").split(), "raw": text, "imgid": number, "sentid": 10 * number + place}
             for place, text in enumerate(captions)
@@ -177,6 +177,6 @@ def statement(image: str, link: str, caption: str, label: int, relation: str) ->
     }
 
 
-def close_to(pixels_HW3: Any, colour: str) -> bool:
-    """Whether all pixels are of a colour, but for what JPEG changes."""
-    return bool((np.abs(np.asarray(pixels_HW3, dtype=float) - np.array(COLOURS[colour])) < 6).all())
+def close_to(pixels_HW3: Any, color: str) -> bool:
+    """Whether all pixels are of a color, but for what JPEG changes."""
+    return bool((np.abs(np.asarray(pixels_HW3, dtype=float) - np.array(COLORS[color])) < 6).all())

@@ -303,15 +303,16 @@ def test_a_message_has_no_address_in_it(tmp_path: Path) -> None:
 
 
 def test_as_many_images_are_looked_for_as_promised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from visexpert.commands.data import SAMPLE, findings
+    from visexpert.commands.data import findings
 
-    number = SAMPLE + 1
+    sample = NoCaps.looked_for
+    number = sample + 1
     (tmp_path / "val").mkdir()
     images = [{"id": n, "file_name": f"{n}.jpg"} for n in range(number)]
     write_coco(tmp_path / "nocaps_val_4500_captions.json", images, [(n, "a dog") for n in range(number)])
     (*_, (_, line)) = findings(NoCaps(**options(tmp_path)), ["test"], images="sample")
-    assert f"{number} rows; {SAMPLE} of {number} images looked for, {SAMPLE} not there" in line
+    assert f"{number} rows; images of {sample} looked for, {sample} not there" in line
     data = NoCaps(**options(tmp_path))
     data.table("test")
-    places = np.array([n * number // SAMPLE for n in range(SAMPLE)])
+    places = np.array([n * number // sample for n in range(sample)])
     assert places[0] == 0 and np.diff(places).max() <= 2

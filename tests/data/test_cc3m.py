@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from tests.data.formats import jpeg_bytes, tokenizer_folder, write_json, write_shard, write_shards
 from tests.data.recorder import Recorder, trainer
 from visexpert import trust
-from visexpert.data import CC3M
+from visexpert.data import CC3M, shards
 from visexpert.data.shard_loader import ShardLoader
+from visexpert.data.source import AugmentSettings
 from visexpert.errors import ConfigError, DataError
 from visexpert.types import Batch
 
@@ -55,8 +56,8 @@ def test_a_record_is_an_image_with_its_caption(tmp_path: Path) -> None:
     batches = list(data.val_dataloader())
     assert [item.answer for batch in batches for (item,) in batch.items] == [f"record 1 {k}" for k in range(9)]
     assert {item.kind for batch in batches for (item,) in batch.items} == {"caption"}
-    greys = [round(float(image.float().mean())) for batch in batches for image in batch.images_BCHW]
-    assert all(abs(gray - 10 * k) <= 2 for k, gray in enumerate(greys))
+    grays = [round(float(image.float().mean())) for batch in batches for image in batch.images_BCHW]
+    assert all(abs(gray - 10 * k) <= 2 for k, gray in enumerate(grays))
     assert batches[0].text is not None and batches[0].split == "val"
     train = next(iter(data.train_dataloader()))
     assert train.images_BCHW.shape == (3, 3, 8, 8) and train.items == ()
@@ -82,8 +83,7 @@ def test_ranks_and_workers_read_each_record_once(tmp_path: Path, world: int, num
         for batch in rows(loader(tmp_path, rank=rank, world=world, num_workers=num_workers))
         for row in batch
     ]
-    expected = [shard * 10_000_000 + place for shard, count in enumerate([6, 6, 12, 0]) for place in range(count)]
-    assert sorted(read) == expected
+    assert sorted(read) == list(range(24))
 
 
 @pytest.mark.parametrize("stop", [3, 8, 13])
@@ -147,7 +147,8 @@ def broken_shards(root: Path) -> None:
 def test_broken_records_are_skipped_counted_and_listed(tmp_path: Path) -> None:
     broken_shards(tmp_path)
     recorder = Recorder()
-    data = cc3m(tmp_path, train="00000.tar", max_broken=0.15, batch_size=5)
+    words = tokenizer_folder(tmp_path / "words")
+    data = cc3m(tmp_path, train="00000.tar", max_broken=0.15, batch_size=5, tokenizer=words)
     trainer(tmp_path / "run", max_epochs=3).fit(recorder, data)
     assert sorted(row for _, batch in recorder.shown[:4] for row in batch) == [
         k for k in range(20) if k not in (3, 7, 11)
@@ -162,9 +163,9 @@ def test_broken_records_are_skipped_counted_and_listed(tmp_path: Path) -> None:
 def test_too_many_broken_records_end_the_run(tmp_path: Path) -> None:
     broken_shards(tmp_path)
     with pytest.raises(DataError, match=r"3 of the 20 records of CC3M train cannot be used, more than max_broken=0.1"):
-        trainer(tmp_path / "run", max_epochs=1).fit(
-            Recorder(), cc3m(tmp_path, train="00000.tar", max_broken=0.1, batch_size=5)
-        )
+        words = tokenizer_folder(tmp_path / "words")
+        data = cc3m(tmp_path, train="00000.tar", max_broken=0.1, batch_size=5, tokenizer=words)
+        trainer(tmp_path / "run", max_epochs=1).fit(Recorder(), data)
 
 
 def test_a_shard_with_fewer_records_than_noted(tmp_path: Path) -> None:
@@ -176,17 +177,60 @@ def test_a_shard_with_fewer_records_than_noted(tmp_path: Path) -> None:
     assert len(skipped) == 2 and all("ends before record" in reason for reason in skipped)
 
 
-def test_streamed_images_are_not_stored(tmp_path: Path) -> None:
+def test_the_store_reads_each_record_under_the_row_that_batches_name(tmp_path: Path) -> None:
     write_shards(tmp_path, COUNTS)
     data = cc3m(tmp_path)
     data.setup("fit")
     images = data.image_sources()["train"]
-    before = images.fingerprint
-    assert len(images) == sum(COUNTS) and before == images.fingerprint
-    with pytest.raises(ConfigError, match="store.folder to null"):
-        images.read([0])
+    assert len(images) == sum(COUNTS)
+    for batch in [*data.loader("train"), *data.plain_batches("train"), *data.plain_batches("train", most=6)]:
+        assert torch.equal(images.read(batch.index_B.tolist()), batch.images_BCHW)
+
+
+def test_reading_on_opens_each_shard_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shards(tmp_path, COUNTS)
+    data = cc3m(tmp_path)
+    data.setup("fit")
+    opened: list[str] = []
+    iterate = shards.iterate_shard
+
+    def counted(url: str) -> Iterator[Any]:
+        opened.append(Path(url).name)
+        return iterate(url)
+
+    monkeypatch.setattr(shards, "iterate_shard", counted)
+    images = data.image_sources()["train"]
+    for start in range(0, sum(COUNTS), 4):
+        images.read(range(start, min(start + 4, sum(COUNTS))))
+    assert opened == [f"{shard:05}.tar" for shard in range(4)]
+
+
+def test_what_the_store_keeps_of_shards_depends_on_files_and_pixels(tmp_path: Path) -> None:
+    write_shards(tmp_path, COUNTS)
+
+    def fingerprint(**options: Any) -> str:
+        data = cc3m(tmp_path, **options)
+        data.setup("fit")
+        return data.image_sources()["train"].fingerprint
+
+    before = fingerprint()
+    assert before == fingerprint(batch_size=2, order_seed=7) != fingerprint(image_size=16)
+    assert fingerprint(resize="pad") != before
     write_shards(tmp_path, [5, 9, 4, 7])
-    assert images.fingerprint != before
+    assert fingerprint() != before
+
+
+def test_augmented_records_are_not_stored_and_broken_ones_are_black(tmp_path: Path) -> None:
+    red = jpeg_bytes("red")
+    write_shard(tmp_path / "00000.tar", [("0", red, "a"), ("1", b"no image", "b"), ("2", red, "c")])
+    data = cc3m(tmp_path, train="00000.tar")
+    data.setup("fit")
+    images = data.image_sources()["train"].read([0, 1, 2])
+    assert torch.equal(images[0], images[2]) and images[0].any() and not images[1].any()
+    augmented = cc3m(tmp_path, train="00000.tar", augment=AugmentSettings(flip=True))
+    augmented.setup("fit")
+    with pytest.raises(ConfigError, match="store.folder to null"):
+        augmented.image_sources()["train"].read([0])
 
 
 @pytest.mark.parametrize("options", [{"num_val": 3}, {"shuffle_window": 0}, {"batch_size": 0}, {"max_broken": 2.0}])
@@ -204,8 +248,8 @@ def test_what_a_damaged_shard_lacks_is_passed_over(tmp_path: Path) -> None:
     trainer(tmp_path / "run", max_epochs=2).fit(uninterrupted, cc3m(tmp_path, **options))
     assert [len(batch) > 0 for _, batch in uninterrupted.shown] == [True] * 40
     read = {row for _, batch in uninterrupted.shown for row in batch}
-    left = {row for row in read if row // 10_000_000 == 2}
-    assert len(read - left) == 30 and 0 < len(left) < 5 and left == {20_000_000 + k for k in range(len(left))}
+    left = {row for row in read if 20 <= row < 30}
+    assert len(read - left) == 30 and 0 < len(left) < 5 and left == set(range(20, 20 + len(left)))
     first = Recorder()
     stopped = trainer(tmp_path / "run", max_steps=19)
     stopped.fit(first, cc3m(tmp_path, **options))

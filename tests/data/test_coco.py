@@ -82,15 +82,15 @@ def test_restval_may_be_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("year", ["2014", "2017"])
 def test_official_files(tmp_path: Path, year: str) -> None:
-    for part, colour, number in (("train", "red", 9), ("val", "blue", 391895)):
+    for part, color, number in (("train", "red", 9), ("val", "blue", 391895)):
         prefix = f"COCO_{part}2014_" if year == "2014" else ""
         name = f"{prefix}{number:012d}.jpg"
-        write_jpeg(tmp_path / f"{part}{year}" / name, colour)
+        write_jpeg(tmp_path / f"{part}{year}" / name, color)
         image = {"license": 3, "file_name": name, "height": 8, "width": 12, "id": number}
         write_coco(
             tmp_path / "annotations" / f"captions_{part}{year}.json",
             [image],
-            [(number, f"the {colour} cat\n"), (number, "a cat")],
+            [(number, f"the {color} cat\n"), (number, "a cat")],
         )
     data = coco(tmp_path, annotations=year, batch_size=1)
     data.prepare_data()

@@ -15,12 +15,12 @@ import torch
 from PIL import Image, features
 
 from tests.data.formats import jpeg_bytes
-from visexpert.data.images import MAX_PIXELS, PAD_COLOUR, ImageReader, read_image
+from visexpert.data.images import MAX_PIXELS, PAD_COLOR, ImageReader, read_image
 from visexpert.errors import ConfigError, DataError
 from visexpert.io.reading import IMAGE_FORMATS
 
 RNG = np.random.default_rng(0)
-COLOURS = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+COLORS = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
 
 def saved(path: Path, image: Image.Image, **options: object) -> Path:
@@ -29,18 +29,18 @@ def saved(path: Path, image: Image.Image, **options: object) -> Path:
 
 
 def test_rgb_is_read_as_it_is(tmp_path: Path) -> None:
-    image = read_image(saved(tmp_path / "a.png", Image.fromarray(COLOURS)))
+    image = read_image(saved(tmp_path / "a.png", Image.fromarray(COLORS)))
     assert image.dtype == torch.uint8 and image.is_contiguous()
-    assert torch.equal(image, torch.from_numpy(COLOURS).permute(2, 0, 1))
+    assert torch.equal(image, torch.from_numpy(COLORS).permute(2, 0, 1))
 
 
 def test_grey_is_repeated(tmp_path: Path) -> None:
-    image = read_image(saved(tmp_path / "a.png", Image.fromarray(COLOURS[..., 0])))
-    assert torch.equal(image, torch.from_numpy(COLOURS[..., 0]).expand(3, 5, 7))
+    image = read_image(saved(tmp_path / "a.png", Image.fromarray(COLORS[..., 0])))
+    assert torch.equal(image, torch.from_numpy(COLORS[..., 0]).expand(3, 5, 7))
 
 
 def test_one_bit_is_black_and_white(tmp_path: Path) -> None:
-    bits = COLOURS[..., 0] > 127
+    bits = COLORS[..., 0] > 127
     image = read_image(saved(tmp_path / "a.png", Image.fromarray(bits)))
     assert torch.equal(image, torch.from_numpy(bits * np.uint8(255)).expand(3, 5, 7))
 
@@ -77,8 +77,8 @@ def test_a_transparent_palette_is_laid_over_white(tmp_path: Path) -> None:
 def test_the_rotation_of_the_camera_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise to show
-    image = read_image(saved(tmp_path / "a.png", Image.fromarray(COLOURS), exif=exif))
-    assert torch.equal(image, torch.from_numpy(np.rot90(COLOURS, k=-1).copy()).permute(2, 0, 1))
+    image = read_image(saved(tmp_path / "a.png", Image.fromarray(COLORS), exif=exif))
+    assert torch.equal(image, torch.from_numpy(np.rot90(COLORS, k=-1).copy()).permute(2, 0, 1))
 
 
 def test_a_single_pixel_is_an_image(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_small_file_that_claims_a_huge_image_is_refused(tmp_path: Path, height
 
 
 def test_the_limit_is_the_callers(tmp_path: Path) -> None:
-    path = saved(tmp_path / "a.png", Image.fromarray(COLOURS))
+    path = saved(tmp_path / "a.png", Image.fromarray(COLORS))
     assert read_image(path, max_pixels=35).shape == (3, 5, 7)
     with pytest.raises(DataError, match="7 x 5 pixels, but at most 34 "):
         read_image(path, max_pixels=34)
@@ -132,7 +132,7 @@ def test_what_is_no_image_is_refused(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_damaged_image_is_refused(tmp_path: Path) -> None:
-    path = saved(tmp_path / "a.png", Image.fromarray(COLOURS))
+    path = saved(tmp_path / "a.png", Image.fromarray(COLORS))
     content = bytearray(path.read_bytes())
     content[content.index(b"IDAT") + 8] ^= 0xFF
     path.write_bytes(content)
@@ -152,11 +152,11 @@ def test_each_listed_format_is_read(tmp_path: Path, format: str, suffix: str) ->
     if format == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
     path = saved(tmp_path / f"a{suffix}", Image.fromarray(np.full((8, 8, 3), 200, np.uint8)))
-    assert np.abs(read_image(path).float() - 200).max() < 8
+    assert (read_image(path).float() - 200).abs().max() < 8
 
 
 def test_a_cameras_jpeg_of_two_pictures_is_read(tmp_path: Path) -> None:
-    picture = Image.fromarray(COLOURS)
+    picture = Image.fromarray(COLORS)
     path = saved(tmp_path / "a.jpg", picture, format="MPO", save_all=True, append_images=[picture])
     assert Image.open(path).format == "MPO"
     assert read_image(path).shape == (3, 5, 7)
@@ -186,7 +186,7 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     for name in ("pipe.png", "folder.png", "device.png"):
         with pytest.raises(DataError, match=f"{name}.*not a regular file"):
             read_image(tmp_path / name)
-    saved(tmp_path / "a.png", Image.fromarray(COLOURS))
+    saved(tmp_path / "a.png", Image.fromarray(COLORS))
     (tmp_path / "link.png").symlink_to("a.png")
     assert read_image(tmp_path / "link.png").shape == (3, 5, 7)
 
@@ -203,9 +203,9 @@ def halves(width: int = 24, height: int = 8) -> bytes:
     return buffer.getvalue()
 
 
-def near(pixels: Any, colour: tuple[int, int, int]) -> bool:
+def near(pixels: Any, color: tuple[int, int, int]) -> bool:
     """Equal but for what a bicubic filter overshoots at an edge."""
-    return bool((np.abs(pixels.astype(int) - np.array(colour)) < 30).all())
+    return bool((np.abs(pixels.astype(int) - np.array(color)) < 30).all())
 
 
 def read(source: bytes, rng: np.random.Generator | None = None, **options: Any) -> Any:
@@ -224,9 +224,9 @@ def test_stretch_takes_everything() -> None:
     assert near(image_HW3[:, :3], LEFT) and near(image_HW3[:, 5:], RIGHT)
 
 
-def test_pad_adds_clips_mean_colour() -> None:
+def test_pad_adds_clips_mean_color() -> None:
     image_HW3 = read(halves(16), resize="pad")
-    assert (image_HW3[[0, 1, 6, 7]] == PAD_COLOUR).all()
+    assert (image_HW3[[0, 1, 6, 7]] == PAD_COLOR).all()
     assert near(image_HW3[2:6, :3], LEFT)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.data.formats import tokenizer_folder, write_json_lines, write_karpathy, write_shards
 from tests.data.recorder import Recorder, trainer
@@ -98,8 +99,10 @@ def test_images_are_addressed_by_source(tmp_path: Path) -> None:
     assert set(data.image_sources()) == {"coco/train", "coco/val", "coco/test", "pope/test"}
     streaming = mixed(tmp_path)
     streaming.setup("fit")
-    with pytest.raises(ConfigError, match=r"CC3M \(cc3m\) reads its images as a stream"):
-        streaming.image_sources()["cc3m/train"].read([0])
+    batch = next(iter(streaming.sources["cc3m"].loader("train")))
+    assert batch.split == "cc3m/train"
+    images = streaming.image_sources()["cc3m/train"]
+    assert torch.equal(images.read(batch.index_B.tolist()), batch.images_BCHW)
 
 
 def test_settings_are_given_to_all_sources(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from torch.utils.data import Dataset, IterableDataset
 
 from visexpert.data.source import SourceData
-from visexpert.data.workers import load
+from visexpert.data.workers import CORES, DEFAULT_WORKERS, load
 from visexpert.errors import ConfigError, DataError, UserError, WeightsError
 
 
@@ -50,6 +50,13 @@ class Stream(IterableDataset[int]):
 def test_all_items_come_in_order(num_workers: int) -> None:
     assert list(load(Items(), num_workers=num_workers)) == list(range(6))
     assert sorted(load(Stream(), num_workers=num_workers)) == sorted(list(range(6)) * max(1, num_workers))
+
+
+def test_the_default_number_of_workers_is_no_cause_of_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    assert list(load(Items(), num_workers=DEFAULT_WORKERS)) == list(range(6))
+    assert [str(warning.message) for warning in recwarn] == []
+    assert list(load(Items(), num_workers=CORES + 1)) == list(range(6))
+    assert "worker" in str(recwarn.pop(UserWarning).message)  # torch's, for more workers than cores
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from visexpert.data.cc3m import CC3M
     from visexpert.data.chat import ChatPacker
     from visexpert.data.coco import COCOCaptions, NoCaps
+    from visexpert.data.hugging_face import HuggingFaceData
+    from visexpert.data.image_shards import ImageShards
     from visexpert.data.image_table import ImageTable
     from visexpert.data.images import read_image
     from visexpert.data.llava import LLaVAInstruct
@@ -31,6 +33,8 @@ __all__ = [
     "BatchKey",
     "BatchLoader",
     "COCOCaptions",
+    "HuggingFaceData",
+    "ImageShards",
     "ImageTable",
     "ChatPacker",
     "LLaVAInstruct",
@@ -47,6 +51,8 @@ __all__ = [
 _HOMES = {
     "CC3M": "cc3m",
     "COCOCaptions": "coco",
+    "HuggingFaceData": "hugging_face",
+    "ImageShards": "image_shards",
     "ImageTable": "image_table",
     "ChatPacker": "chat",
     "BatchKey": "loader",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
+
+from tqdm.auto import tqdm
 
 from visexpert.data.faults import FaultLog
 from visexpert.errors import DataError
@@ -14,9 +17,16 @@ from visexpert.types import Skipped
 
 T = TypeVar("T")
 
+_SPACE = " \t\n\r"
+_CHUNK = 2**20
+
 
 class BrokenRecordError(DataError):
     """An unusable record; the message states the reason."""
+
+
+class StreamError(Exception):
+    """A file cannot be read record by record; reading it whole works, or says what is wrong."""
 
 
 BROKEN = (BrokenRecordError, LookupError, TypeError, ValueError, AttributeError)
@@ -35,20 +45,36 @@ def read_json(path: Path) -> Any:
         raise DataError(f"The annotations {path} cannot be read ({error}); fetch them again.") from error
 
 
+def slow(items: Sequence[T] | Iterable[T], *, doing: str, unit: str) -> Iterable[T]:
+    """Return the items, with a progress bar from the tenth second on, on a terminal.
+
+    Args:
+        items: The items.
+        doing: What is done, for the bar.
+        unit: What an item is.
+    """
+    bar: Iterable[T] = tqdm(items, desc=doing, unit=unit, delay=10.0, disable=None)
+    return bar
+
+
 class Records(list[Any]):
     """The decoded records of a file, with their places in it.
 
     Args:
         values: The records.
-        numbers: Position of each in the file.
+        numbers: Position of each in the file, or name of each in its folder.
         form: Format of a place, such as ``images[{}]`` or ``Line {}``.
     """
 
     def __init__(
-        self, values: Iterable[Any], *, numbers: Sequence[int] | None = None, form: str = "Record [{}]"
+        self,
+        values: Iterable[Any],
+        *,
+        numbers: Sequence[int] | Sequence[str] | None = None,
+        form: str = "Record [{}]",
     ) -> None:
         super().__init__(values)
-        self.numbers = range(len(self)) if numbers is None else numbers
+        self.numbers: Sequence[int] | Sequence[str] = range(len(self)) if numbers is None else numbers
         self.form = form
 
     def place(self, row: int) -> str:
@@ -58,7 +84,8 @@ class Records(list[Any]):
     def only(self, rows: Iterable[int]) -> Records:
         """Return some of the records."""
         rows = list(rows)
-        return Records([self[row] for row in rows], numbers=[self.numbers[row] for row in rows], form=self.form)
+        numbers: Any = [self.numbers[row] for row in rows]
+        return Records([self[row] for row in rows], numbers=numbers, form=self.form)
 
 
 def read_json_list(path: Path, *keys: str) -> Records:
@@ -94,6 +121,93 @@ def read_json_lines(path: Path) -> Records:
     return _lines(text)
 
 
+def stream_json_list(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield what :func:`read_json_list` returns, with places, holding one record at a time.
+
+    Raises:
+        OSError: The file cannot be read.
+        StreamError: It is damaged or has another form.
+    """
+    check_regular(path)
+    with path.open("rb") as binary:
+        if binary.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise StreamError("UTF-16")
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+        sign = " "
+        while sign and sign in _SPACE:
+            sign = file.read(1)
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+        if sign == "[":
+            yield from ((f"Record [{number}]", record) for number, record in enumerate(_elements(file)))
+        elif sign == "{":
+            yield from _streamed_lines(file)
+        else:
+            raise StreamError("neither a list nor lines of objects")
+
+
+def _streamed_lines(file: TextIO) -> Iterator[tuple[str, Any]]:
+    whole = 0
+    for number, line in enumerate(file, 1):
+        line = line.removesuffix("\n")
+        if not line.strip():
+            continue
+        if whole < 2 and not (line.lstrip().startswith("{") and line.rstrip().endswith("}")):
+            raise StreamError("one object over several lines")
+        whole += 1
+        yield f"Line {number}", _value(line)
+    if whole < 2:
+        raise StreamError("one object")
+
+
+def _elements(file: TextIO) -> Iterator[Any]:
+    """Yield the elements of a JSON list from a text file, read in chunks.
+
+    Raises:
+        StreamError: It is not one list and nothing else.
+    """
+    decode, text, place, at_end = json.JSONDecoder().raw_decode, "", 0, False
+
+    def more() -> None:
+        nonlocal text, place, at_end
+        read = file.read(_CHUNK)
+        text, place, at_end = text[place:] + read, 0, not read
+
+    def sign() -> str:
+        """Return the next character that is not white space; empty at the end."""
+        nonlocal place
+        while True:
+            while place < len(text) and text[place] in _SPACE:
+                place += 1
+            if place < len(text) or at_end:
+                return text[place : place + 1]
+            more()
+
+    if sign() != "[":
+        raise StreamError("not a list")
+    place += 1
+    closed = sign() == "]"
+    while not closed:
+        sign()
+        try:
+            value, end = decode(text, place)
+        except (ValueError, RecursionError) as error:
+            end = len(text)
+            if at_end or isinstance(error, RecursionError):
+                raise StreamError(str(error)) from error
+        if end + 2 >= len(text) and not at_end:  # the rest of the value may follow, such as that of "3.5e+"
+            more()
+            continue
+        place = end
+        yield value
+        closed = sign() == "]"
+        if not closed and sign() != ",":
+            raise StreamError("no comma between elements")
+        place += not closed
+    place += 1
+    if sign():
+        raise StreamError("more than one list")
+
+
 def collect(records: Records, parse: Callable[[Any], T], *, path: Path, faults: FaultLog) -> Iterator[T]:
     """Parse records one by one; those that cannot be parsed go to ``faults``.
 
@@ -104,22 +218,48 @@ def collect(records: Records, parse: Callable[[Any], T], *, path: Path, faults: 
         path: Their file, for messages.
         faults: Counts broken records.
     """
-    skipped = []
-    for row, record in enumerate(records):
-        place = records.place(row)
+    placed = (
+        (records.place(row), record)
+        for row, record in enumerate(slow(records, doing=f"reading {path.name}", unit="record"))
+    )
+    skipped: list[Skipped] = []
+    for parsed, faulty in parse_each(placed, parse, path=path):
+        skipped += faulty
+        if parsed is not None:
+            yield parsed
+    faults.add(skipped)
+
+
+def parse_each(
+    records: Iterable[tuple[str, Any]], parse: Callable[[Any], T], *, path: Path
+) -> Iterator[tuple[T | None, list[Skipped]]]:
+    """Yield each record parsed, or None if it is broken, and its faults.
+
+    Args:
+        records: Places in the file, such as ``Record [3]``, and decoded JSON.
+        parse: See :func:`collect`.
+        path: Their file, for messages.
+    """
+    for place, record in records:
         where = f"{place} of {path}"
         try:
             if isinstance(record, Exception):
                 raise record
             parsed = parse(an_object(record, name="it"))
         except BROKEN as error:
-            skipped.append(Skipped(f"{path.name}:{place}", f"{where} is broken ({_told(error)})."))
+            yield None, [Skipped(f"{path.name}:{place}", f"{where} is broken ({_told(error)}).")]
             continue
-        for reason in getattr(parsed, "lost", ()):
-            key = f"{path.name}:{place}: {reason}"
-            skipped.append(Skipped(key, f"{where} is used, but a part of it is left out ({reason}).", whole=False))
-        yield parsed
-    faults.add(skipped)
+        yield (
+            parsed,
+            [
+                Skipped(
+                    f"{path.name}:{place}: {reason}",
+                    f"{where} is used, but a part of it is left out ({reason}).",
+                    whole=False,
+                )
+                for reason in getattr(parsed, "lost", ())
+            ],
+        )
 
 
 class Once:

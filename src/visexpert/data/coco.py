@@ -25,6 +25,7 @@ from visexpert.data.rows import RowData
 from visexpert.data.samples import Sample
 from visexpert.data.source import CAPTION_PROMPT
 from visexpert.errors import ConfigError
+from visexpert.typed import typed
 from visexpert.types import TextItem
 
 Annotations = Literal["karpathy", "2014", "2017"]
@@ -50,6 +51,7 @@ def caption_item(captions: list[str], prompt: str, family: str = "") -> TextItem
     return TextItem("caption", prompt, captions[0], family, tuple(captions), generate=True)
 
 
+@typed
 class COCOCaptions(RowData):
     """COCO captions (arXiv 1504.00325): one item per image, for which training draws one of its captions each epoch.
 
@@ -178,6 +180,7 @@ def read_coco_captions(data: RowData, path: Path, folder: Path, part: str, promp
 _NOCAPS = "nocaps_val_4500_captions.json"
 
 
+@typed
 class NoCaps(RowData):
     """NoCaps' validation set (arXiv 1812.08658): 4500 images of novel objects, ten captions each; for evaluation only.
 

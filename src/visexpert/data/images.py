@@ -17,6 +17,7 @@ from torch import Tensor
 
 from visexpert.errors import ConfigError, DataError
 from visexpert.io.reading import IMAGE_FORMATS, check_regular
+from visexpert.typed import typed
 
 MAX_PIXELS = 64_000_000
 """Largest image that is decoded by default (192 MB as RGB); a small file can declare any size."""
@@ -25,6 +26,7 @@ _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 _UNSCALED_MODES = ("I", "F")
 
 
+@typed
 def read_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Read an image file.
 
@@ -130,7 +132,7 @@ def _too_large(path: str, size: str, max_pixels: int) -> str:
 
 Resize = Literal["crop", "stretch", "pad"]
 
-PAD_COLOUR = (122, 116, 104)
+PAD_COLOR = (122, 116, 104)
 """CLIP's mean color, as LLaVA pads (llava/mm_utils.py, ``expand2square``)."""
 
 _ASPECT = (3 / 4, 4 / 3)
@@ -212,7 +214,7 @@ class ImageReader:
             return image.resize(side, Image.Resampling.BICUBIC)
         if self.resize == "crop":
             return ImageOps.fit(image, side, Image.Resampling.BICUBIC)
-        return ImageOps.pad(image, side, Image.Resampling.BICUBIC, color=PAD_COLOUR)
+        return ImageOps.pad(image, side, Image.Resampling.BICUBIC, color=PAD_COLOR)
 
 
 def _random_crop(image: Image.Image, least: float, rng: np.random.Generator) -> Image.Image:

@@ -17,11 +17,13 @@ from visexpert.data.annotations import (
     read_json_list,
     value_of,
 )
+from visexpert.data.index import IndexRows, indexed
 from visexpert.data.needs import Need
 from visexpert.data.packing import BoolArray, IntArray
 from visexpert.data.rows import RowData
 from visexpert.data.samples import Sample, words_of
 from visexpert.errors import ConfigError
+from visexpert.typed import typed
 from visexpert.types import TextItem
 
 IMAGE_MARK = "<image>"
@@ -36,6 +38,7 @@ _OWN_KEYS = frozenset({"id", "image", "conversations", "model"})
 _ROLES = {"human": "prompt", "user": "prompt", "gpt": "answer", "assistant": "answer"}
 
 
+@typed
 class LLaVAInstruct(RowData):
     """Conversations in LLaVA's JSON (arXiv 2304.08485, 2310.03744) with one or more turns, with or without an image.
 
@@ -81,25 +84,46 @@ class LLaVAInstruct(RowData):
     def read(self, part: str) -> Iterable[Sample]:
         """Yield one sample per conversation."""
         records = read_json_list(self.annotations)
+        start, stop = self._range(part, len(records))
+        faults = self.faults(part, total=stop - start, shared=False)
+        return collect(records.only(range(start, stop)), self._parse, path=self.annotations, faults=faults)
+
+    def indexed(self, part: str) -> IndexRows | None:
+        """Return the same samples from the index of the whole file."""
+        kind = type(self)
+        is_own = kind.read is LLaVAInstruct.read and kind._parse is LLaVAInstruct._parse  # a subclass may read more
+        index = indexed(self.annotations, self._parse, {"images": str(self.images)}) if is_own else None
+        if index is None:
+            return None
+        start, stop = self._range(part, len(index))
+        index.tell(self.faults(part, total=stop - start, shared=False), start, stop)
+        return IndexRows(index, index.usable(start, stop))
+
+    def _range(self, part: str, records: int) -> tuple[int, int]:
+        """Return the first record of a part, and the one after its last.
+
+        Raises:
+            ConfigError: Validation leaves none to train on.
+        """
         held_out = self.settings.num_val or 0
-        if held_out and held_out >= len(records):
+        if held_out and held_out >= records:
             raise ConfigError(
-                f"num_val is {held_out}, but {self.annotations} has {len(records)} conversations, which leaves none to "
-                f"train on; lower it to at most {len(records) - 1}, or set it to null."
+                f"num_val is {held_out}, but {self.annotations} has {records} conversations, which leaves none to "
+                f"train on; lower it to at most {records - 1}, or set it to null."
             )
-        rows = range(len(records))
-        records = records.only(rows[-held_out:] if part == "val" else rows[: len(records) - held_out])
-        faults = self.faults(part, total=len(records), shared=False)
-        return collect(records, self._parse, path=self.annotations, faults=faults)
+        return (records - held_out, records) if part == "val" else (0, records - held_out)
 
     def order(self, part: str) -> Callable[[int], IntArray] | None:
         """Return the order of rows by epoch: shuffled, but grouped by modality and length."""
         if not self.group_by_length:
             return None
         table = self.table(part)
-        samples = [(words_of(sample), bool(sample.image)) for sample in table]
-        lengths = np.array([length for length, _ in samples], dtype=np.int64)
-        has_image = np.array([image for _, image in samples])
+        if isinstance(table, IndexRows):
+            lengths, has_image = table.lengths()
+        else:
+            samples = [(words_of(sample), bool(sample.image)) for sample in table]
+            lengths = np.array([length for length, _ in samples], dtype=np.int64)
+            has_image = np.array([image for _, image in samples])
         group = self.settings.batch_size * self.process[1]
         seed = self.settings.order_seed
         return lambda epoch: grouped_order(lengths, has_image, group=group, seed=(seed, epoch))

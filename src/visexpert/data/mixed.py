@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningDataModule
-
+from visexpert.data.base import DataModule
 from visexpert.data.images import Resize
 from visexpert.data.loader import Loader, StepLoader
-from visexpert.data.needs import Need, TokenizerNeed
+from visexpert.data.needs import AnyNeed
 from visexpert.data.source import PARTS, Settings, SourceData, Template, batches_done
 from visexpert.errors import ConfigError
 from visexpert.precision import convert_records
+from visexpert.typed import typed
 from visexpert.types import Batch, ImageSource, TextEncoder
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ SHARED = (
 )
 
 
-class MixedData(LightningDataModule):
+@typed
+class MixedData(DataModule):
     """Several sources: a batch holds rows of one source; scores carry the source's name if there are several.
 
     In training the sources alternate, evenly spread and in proportion to their weights; an epoch has as many batches
@@ -105,6 +106,11 @@ class MixedData(LightningDataModule):
         if len({source.settings.tokenizer for source in self._used(PARTS["fit"] + PARTS["test"])}) > 1:
             raise ConfigError("The sources of MixedData name different tokenizers; set tokenizer on MixedData instead.")
 
+    def described(self) -> list[str]:
+        """See :class:`~visexpert.data.base.DataModule`."""
+        used = [f"{part}: {' + '.join(names)}" for part, names in self.names.items() if names]
+        return used or [" + ".join(self.sources), "no parts"]
+
     # -- Lightning hooks ------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
@@ -173,6 +179,15 @@ class MixedData(LightningDataModule):
         """The settings of the first training source."""
         return next(iter(self._used(PARTS["fit"] + PARTS["test"]))).settings
 
+    def plain_batches(self, part: str, *, most: int | None = None) -> ChainedLoader:
+        """Return batches of all sources of a part as of validation, each up to ``most`` images.
+
+        Raises:
+            UserError: Something that a source needs is missing.
+        """
+        sources = [self.sources[name] for name in self.names[part]]
+        return ChainedLoader([source.plain_batches(part, most=most) for source in sources], unnamed=len(sources) == 1)
+
     def image_sources(self) -> dict[str, ImageSource]:
         """Return images of the opened parts by row, for the feature store."""
         return {
@@ -186,7 +201,7 @@ class MixedData(LightningDataModule):
         counts = [self.sources[name].training_rows() for name in self.weights]
         return None if None in counts else sum(count for count in counts if count is not None)
 
-    def all_needs(self, parts: Sequence[str]) -> list[Need | TokenizerNeed]:
+    def all_needs(self, parts: Sequence[str]) -> list[AnyNeed]:
         """List everything that these parts need, without repeats."""
         needs = [need for part in parts for name in self.names[part] for need in self.sources[name].all_needs([part])]
         return list(dict.fromkeys(needs))

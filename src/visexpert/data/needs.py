@@ -6,9 +6,12 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-from visexpert.errors import DataError, WeightsError, require_package
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from visexpert.errors import ConfigError, DataError, WeightsError, require_package
 from visexpert.io.source import ModelSource
 
 if TYPE_CHECKING:
@@ -67,7 +70,70 @@ class TokenizerNeed:
         return str(find_tokenizer(self.name))
 
 
-def require(needs: Iterable[Need | TokenizerNeed], *, source: str) -> None:
+@dataclass(frozen=True)
+class DatasetNeed:
+    """A required data set.
+
+    Args:
+        name: A folder, ``ORG/NAME``, or ``hf:ORG/NAME@REVISION``.
+
+    Raises:
+        ConfigError: ``hf:`` is not followed by an id.
+    """
+
+    name: str
+    size = "size unknown"
+
+    def __post_init__(self) -> None:
+        self._source()
+
+    @property
+    def what(self) -> str:
+        """What it is."""
+        return f"The data set {self.name}"
+
+    @property
+    def found(self) -> Path | None:
+        """Its folder, if it is on this machine."""
+        source = self._source()
+        if source.path is not None:
+            return source.path if source.path.is_dir() else None
+        try:
+            return Path(
+                snapshot_download(
+                    str(source.repo), repo_type="dataset", revision=source.revision, local_files_only=True
+                )
+            )
+        except (OSError, HFValidationError):  # LocalEntryNotFoundError is an OSError
+            return None
+
+    @property
+    def sentence(self) -> str:
+        """What is missing, where it was looked for, and how to get it."""
+        source = self._source()
+        if source.path is not None:
+            return f"The data set should be a folder at {source.path}; correct the path, or name ORG/NAME of the Hub."
+        revision = f" --revision {source.revision}" if source.revision else ""
+        plain = "" if self.name.startswith("hf:") else f"There is no folder '{self.name}', and "
+        the = "the" if plain else "The"
+        return (
+            f"{plain}{the} data set '{source.repo}' is not in the cache {constants.HF_HUB_CACHE}; fetch it on a "
+            f"machine with a network with `hf download --repo-type dataset {source.repo}{revision}`, or name a folder."
+        )
+
+    def _source(self) -> ModelSource:
+        try:
+            return ModelSource.parse(self.name)
+        except WeightsError as error:
+            raise ConfigError(
+                f"root is {self.name!r}, but must be a folder, ORG/NAME, or hf:ORG/NAME@REVISION."
+            ) from error
+
+
+AnyNeed: TypeAlias = Need | TokenizerNeed | DatasetNeed
+
+
+def require(needs: Iterable[AnyNeed], *, source: str) -> None:
     """Check that nothing is missing.
 
     Raises:

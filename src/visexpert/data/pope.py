@@ -20,6 +20,7 @@ from visexpert.data.needs import Need
 from visexpert.data.rows import RowData, check_template
 from visexpert.data.samples import Sample
 from visexpert.errors import ConfigError
+from visexpert.typed import typed
 from visexpert.types import TextItem
 
 KINDS = ("random", "popular", "adversarial")
@@ -27,6 +28,7 @@ KINDS = ("random", "popular", "adversarial")
 _URL = "https://github.com/AoiDragon/POPE/tree/main/output/coco"
 
 
+@typed
 class POPE(RowData):
     """POPE (arXiv 2305.10355) on COCO: one row per image with all its probes, scored overall and by kind.
 

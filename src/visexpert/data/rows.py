@@ -15,11 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visexpert.data.images import ImageReader
-from visexpert.data.loader import BatchKey, BatchLoader
+from visexpert.data.annotations import slow
+from visexpert.data.images import ImageReader, Picture
+from visexpert.data.index import IndexRows
+from visexpert.data.loader import BatchKey, BatchLoader, BatchSource
+from visexpert.data.needs import missing_images
 from visexpert.data.packing import IntArray
-from visexpert.data.samples import BatchForm, Loaded, Sample, SampleTable, encode_items, prompts_of, subset
-from visexpert.data.source import SourceData
+from visexpert.data.samples import BatchForm, Loaded, Rows, Sample, SampleTable, encode_items, prompts_of, subset
+from visexpert.data.source import SourceData, no_fixed_images
 from visexpert.errors import ConfigError, DataError
 from visexpert.types import Batch, ImageSource, Skipped, TextEncoder, TextItem
 
@@ -34,13 +37,19 @@ class RowData(SourceData):
         kwargs: See :class:`~visexpert.data.source.SourceData`.
     """
 
+    looked_for, looked_into = 2000, 100
+    """Images of each part that ``visexpert data check`` looks for, unless all are asked for, and those it decodes."""
+
+    has_files = True
+    """Whether each image is a file of its own; if not, ``visexpert data check`` decodes all that are asked for."""
+
     def __init__(self, *, texts_per_image: int | None = None, draw_answers: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if texts_per_image is not None and texts_per_image < 1:
             raise ConfigError(f"texts_per_image is {texts_per_image}, but must be at least 1; null uses all.")
         self.texts_per_image = texts_per_image
         self.draw_answers = draw_answers
-        self._tables: dict[str, SampleTable] = {}
+        self._tables: dict[str, Rows] = {}
         self._images: dict[str, RowImages] = {}
 
     @abstractmethod
@@ -56,7 +65,9 @@ class RowData(SourceData):
         if part in self._tables:
             return
         before = len(self.fault_logs)
-        samples = list(self.read(part))
+        samples: IndexRows | list[Sample] | None = self.indexed(part)
+        if samples is None:
+            samples = list(self.read(part))
         broken = [log for log in self.fault_logs[before:] if len(log)]
         if not samples and broken:
             raise DataError(
@@ -67,24 +78,49 @@ class RowData(SourceData):
             raise DataError(
                 f"{self.called}: the annotations of {part} name no images; check that they are the right files."
             )
-        rows = subset(
-            len(samples), share=self.settings.share(part), most=self.settings.most(part), seed=self.settings.seed
-        )
-        self._tables[part] = SampleTable(samples[row] for row in rows)
+        for name, rows in self.rows_in_use(part, len(samples)).items():
+            in_use = samples.only(rows) if isinstance(samples, IndexRows) else SampleTable(samples[row] for row in rows)
+            self._tables[name] = in_use
 
-    def table(self, part: str) -> SampleTable:
+    def indexed(self, part: str) -> IndexRows | None:
+        """Return what :meth:`read` yields from an index on disk, and report its faults; None to read into memory."""
+        return None
+
+    def rows_in_use(self, part: str, number: int) -> dict[str, IntArray]:
+        """Choose the rows in use of a part, and of the other parts that are read with it.
+
+        Args:
+            part: The part that is opened.
+            number: Number of rows read.
+
+        Returns:
+            Rows by part, int64, ascending.
+        """
+        return {part: self.used(part, number)}
+
+    def used(self, part: str, number: int) -> IntArray:
+        """Choose the rows in use of ``number`` ones of a part."""
+        settings = self.settings
+        return subset(number, share=settings.share(part), most=settings.most(part), seed=settings.seed)
+
+    def table(self, part: str) -> Rows:
         """Return the rows of a part that are in use, read on first use."""
         self.open(part)
         return self._tables[part]
 
-    def loader(self, part: str, *, position: Callable[[], int] | None = None) -> BatchLoader:
+    def loader(
+        self, part: str, *, position: Callable[[], int] | None = None, plain: bool = False, most: int | None = None
+    ) -> BatchLoader:
         """See :meth:`SourceData.loader`."""
-        training = part == "train"
+        training = part == "train" and not plain
         settings = self.settings
         rank, world = self.process
         table = self.table(part)
+        dataset: BatchSource = self.dataset(part, plain=plain)
+        if plain:
+            dataset = ChosenRows(dataset, subset(len(table), share=1.0, most=most, seed=settings.seed))
         return BatchLoader(
-            self.dataset(part),
+            dataset,
             batch_size=settings.batch_size if training else settings.eval_batch_size,
             shuffle=training,
             drop_last=training,
@@ -97,14 +133,31 @@ class RowData(SourceData):
             inspect=self.faults(part, total=len(table), shared=True).note,
         )
 
+    def images_missing(self, part: str, rows: Sequence[int]) -> list[str]:
+        """Return the image files of some rows that do not exist."""
+        table = self.table(part)
+        return missing_images([image for image in (table[row].image for row in rows) if image])
+
+    def images_broken(self, part: str, rows: Sequence[int]) -> list[str]:
+        """Return one sentence for each of some rows whose image is there, but cannot be used; each is decoded."""
+        table, reader, broken = self.table(part), self.settings.reader(), []
+        for row in slow(rows, doing=f"reading {part}", unit="image"):
+            try:
+                sample = table[row]
+                if sample.image and (sample.content is not None or os.path.exists(sample.image)):
+                    read_picture(reader, sample)
+            except DataError as error:
+                broken.append(str(error))
+        return broken
+
     def order(self, part: str) -> Callable[[int], IntArray] | None:
         """Return a function from epoch to order of a part's rows; None for plain shuffling."""
         return None
 
-    def dataset(self, part: str) -> RowDataset:
+    def dataset(self, part: str, *, plain: bool = False) -> RowDataset:
         """Return the data set that builds the batches of a part."""
         packer = self.packer
-        training = part == "train"
+        training = part == "train" and not plain
         return RowDataset(
             table=self.table(part),
             reader=self.settings.reader(),
@@ -152,7 +205,7 @@ class RowDataset:
     def __init__(
         self,
         *,
-        table: SampleTable,
+        table: Rows,
         reader: ImageReader,
         packer: TextEncoder | None,
         form: BatchForm,
@@ -169,20 +222,19 @@ class RowDataset:
     def __getitem__(self, key: BatchKey) -> Batch:
         loaded, skipped = [], []
         for row in key.rows.tolist():
-            sample = self.table[row]
             try:
-                loaded.append(self._load(row, sample, key.epoch))
+                loaded.append(self._load(row, self.table[row], key.epoch))
             except DataError as error:
-                skipped.append(Skipped(sample.key, str(error)))
+                skipped.append(Skipped(self.table.key(row), str(error)))
         return self.form.batch(loaded, skipped)
 
     def _load(self, row: int, sample: Sample, epoch: int) -> Loaded:
         rng = None if self.choice_seed is None else np.random.default_rng([self.choice_seed, epoch, row])
         items = sample.items if rng is None else self._choose(sample.items, rng)
         encoded = encode_items(items, self.packer, has_image=bool(sample.image))
-        picture = self.reader.read(sample.image, name=sample.image, rng=rng) if sample.image else None
+        picture = read_picture(self.reader, sample, rng=rng) if sample.image else None
         prompts = prompts_of(items, self.packer, has_image=bool(sample.image)) if self.form.with_items else ()
-        return Loaded(row, picture, items, encoded, prompts, sample.key)
+        return Loaded(row, picture, items, encoded, prompts, sample.key, sample.label)
 
     def _choose(self, items: Sequence[TextItem], rng: np.random.Generator) -> tuple[TextItem, ...]:
         order = rng.permutation(len(items))[: self.texts_per_image]
@@ -195,6 +247,39 @@ class RowDataset:
         return tuple(chosen)
 
 
+class ChosenRows:
+    """Some rows of a data set, numbered anew.
+
+    Args:
+        source: The data set.
+        rows: int64, its rows in use.
+    """
+
+    def __init__(self, source: BatchSource, rows: IntArray) -> None:
+        self.source, self.rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: BatchKey) -> Batch:
+        return self.source[BatchKey(key.epoch, self.rows[key.rows])]
+
+
+def read_picture(reader: ImageReader, sample: Sample, *, rng: np.random.Generator | None = None) -> Picture:
+    """Read the image of a sample.
+
+    Args:
+        reader: Decodes it.
+        sample: A sample with an image.
+        rng: Draws the augmentation; None for none.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    source = sample.image if sample.content is None else sample.content
+    return reader.read(source, name=sample.image, rng=rng)
+
+
 class RowImages:
     """The images of some rows, as the feature store reads them (:class:`~visexpert.types.ImageSource`).
 
@@ -205,7 +290,7 @@ class RowImages:
         changing: Whether images are augmented, so that their tokens cannot be stored.
     """
 
-    def __init__(self, table: SampleTable, reader: ImageReader, *, source: str, changing: bool) -> None:
+    def __init__(self, table: Rows, reader: ImageReader, *, source: str, changing: bool) -> None:
         self._table, self._reader, self._source, self._changing = table, reader, source, changing
         self._fingerprint: str | None = None
 
@@ -214,8 +299,8 @@ class RowImages:
         """Identity of the pixels: names, sizes and modification times of the files, and how images are resized."""
         if self._fingerprint is None:
             digest = hashlib.sha256(json.dumps(astuple(self._reader)).encode())
-            for sample in self._table:
-                digest.update(f"{sample.image}\0{_stat(sample.image)}\0".encode("utf-8", "surrogateescape"))
+            for facts in self._table.identity():
+                digest.update(f"{facts}\0".encode("utf-8", "surrogateescape"))
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 
@@ -229,27 +314,17 @@ class RowImages:
             ConfigError: Images are augmented, so stored tokens would not match the training images.
         """
         if self._changing:
-            raise ConfigError(
-                f"{self._source} augments its images (augment), so tokens cannot be stored; set store.folder "
-                "to null, or leave augment out."
-            )
-        return torch.stack([self._image(self._table[row].image) for row in rows])
+            raise no_fixed_images(self._source)
+        return torch.stack([self._image(row) for row in rows])
 
-    def _image(self, path: str) -> Tensor:
+    def _image(self, row: int) -> Tensor:
         try:
-            if path:
-                return self._reader.read(path, name=path).image_CHW
+            sample = self._table[row]
+            if sample.image:
+                return read_picture(self._reader, sample).image_CHW
         except DataError:  # batches skip and report it
             pass
         return torch.zeros(3, self._reader.size, self._reader.size, dtype=torch.uint8)
-
-
-def _stat(path: str) -> str:
-    try:
-        facts = os.stat(path)
-    except OSError:
-        return ""
-    return f"{facts.st_size}/{facts.st_mtime_ns}"
 
 
 def check_template(template: str, field: str) -> str:

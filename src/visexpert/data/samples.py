@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,15 +22,40 @@ class Sample:
 
     Args:
         key: Name of the sample in messages.
-        image: Path of its file; empty without an image.
+        image: Path of its file, or its name if there is none; empty without an image.
         items: Texts of the image.
         lost: Reasons for leaving out parts of its record, one sentence each; not kept in tables.
+        label: Class of the image, for probes; empty if it has none.
+        content: Bytes of the image file, where they are part of the record; not kept in tables.
     """
 
     key: str
     image: str
     items: tuple[TextItem, ...]
     lost: tuple[str, ...] = ()
+    label: str = ""
+    content: bytes | None = None
+
+
+class Rows(Protocol):
+    """The samples of a split, by row."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> Sample:
+        """Return a sample.
+
+        Raises:
+            DataError: Its record is broken.
+        """
+
+    def __iter__(self) -> Iterator[Sample]: ...
+
+    def key(self, row: int) -> str:
+        """Return the name of a sample in messages, even of a broken one."""
+
+    def identity(self) -> Iterator[str]:
+        """Yield what changes whenever a file of an image may have changed."""
 
 
 class SampleTable:
@@ -39,7 +66,7 @@ class SampleTable:
     """
 
     def __init__(self, samples: Iterable[Sample]) -> None:
-        lines = [_to_line(sample) for sample in samples]
+        lines = [to_line(sample) for sample in samples]
         self._bytes = np.frombuffer(b"".join(lines), dtype=np.uint8)
         self._ends = np.cumsum([len(line) for line in lines], dtype=np.int64)
 
@@ -48,11 +75,18 @@ class SampleTable:
 
     def __getitem__(self, row: int) -> Sample:
         start = int(self._ends[row - 1]) if row else 0
-        key, image, items = json.loads(self._bytes[start : int(self._ends[row])].tobytes())
-        return Sample(key, image, tuple(_to_item(fields) for fields in items))
+        return from_line(self._bytes[start : int(self._ends[row])].tobytes())
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[row] for row in range(len(self)))
+
+    def key(self, row: int) -> str:
+        """Return the name of a sample in messages."""
+        return self[row].key
+
+    def identity(self) -> Iterator[str]:
+        """Yield name, size and modification time of each image file."""
+        return (f"{sample.image}\0{file_facts(sample.image)}" for sample in self)
 
 
 @dataclass(frozen=True)
@@ -66,6 +100,7 @@ class Loaded:
         encoded: The texts as token ids; None if the batch has no text.
         prompts: For each text, the ids that precede its answer; empty if nothing is generated.
         key: Name of its image in the source.
+        label: Class of its image; empty if it has none.
     """
 
     row: int
@@ -74,6 +109,7 @@ class Loaded:
     encoded: tuple[EncodedText, ...] | None
     prompts: tuple[tuple[int, ...], ...] = ()
     key: str = ""
+    label: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +121,7 @@ class BatchForm:
         source: Name of the source, if a run reads several.
         image_size: Side of the images, pixels.
         pad_id: Id that pads short rows of text.
-        with_items: Include the texts as strings in batches.
+        with_items: Include texts, names of images and classes as strings in batches.
     """
 
     split: str
@@ -116,6 +152,7 @@ class BatchForm:
             source=self.source,
             skipped=tuple(skipped),
             keys=tuple(row.key for row in rows) if self.with_items else (),
+            labels=tuple(row.label for row in rows) if self.with_items and any(row.label for row in rows) else (),
         )
 
 
@@ -157,8 +194,24 @@ def subset(rows: int, *, share: float, most: int | None, seed: int) -> IntArray:
     return np.sort(np.random.default_rng(seed).permutation(rows)[:number])
 
 
-def _to_line(sample: Sample) -> bytes:
-    return json.dumps([sample.key, sample.image, [astuple(item) for item in sample.items]]).encode()
+def file_facts(path: str) -> str:
+    """Return size and modification time of a file; empty if it is missing."""
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return ""
+    return f"{facts.st_size}/{facts.st_mtime_ns}"
+
+
+def to_line(sample: Sample) -> bytes:
+    """Return a sample as bytes, without its content and lost parts; :func:`from_line` reads them."""
+    return json.dumps([sample.key, sample.image, [astuple(item) for item in sample.items], sample.label]).encode()
+
+
+def from_line(line: bytes) -> Sample:
+    """Return the sample that :func:`to_line` wrote."""
+    key, image, items, label = json.loads(line)
+    return Sample(key, image, tuple(_to_item(fields) for fields in items), label=label)
 
 
 def _to_item(fields: list[object]) -> TextItem:

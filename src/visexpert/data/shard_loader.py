@@ -10,19 +10,18 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from visexpert.data.annotations import checked
+from visexpert.data.annotations import BROKEN, checked
+from visexpert.data.columns import question_item
 from visexpert.data.images import ImageReader
 from visexpert.data.packing import IntArray
 from visexpert.data.samples import BatchForm, Loaded, encode_items, prompts_of
 from visexpert.data.shards import Record, ShardReader
 from visexpert.data.workers import load
-from visexpert.errors import DataError
+from visexpert.errors import DataError, first_line
 from visexpert.io.reading import IMAGE_FORMATS, parse_json
 from visexpert.types import Batch, Skipped, TextEncoder, TextItem
 
 _IMAGES = tuple(suffix[1:] for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
-_SHARD = 10_000_000
-"""Row number = shard index times this, plus the index in the shard."""
 
 
 @dataclass(frozen=True)
@@ -121,30 +120,54 @@ class RecordReader:
     Args:
         reader: Decodes images.
         packer: Tokenizes captions; None for batches without text.
-        prompt: Prompt for a caption.
+        prompt: Prompt for a caption; None reads no texts.
         augment_seed: Seed of the augmentation; None for no augmentation.
+        class_member: Suffix of the file with the class; None reads no classes.
+        questions: Keys in ``.json`` of a question and its answer, which stand in place of a caption; None for captions.
     """
 
     reader: ImageReader
     packer: TextEncoder | None
-    prompt: str
+    prompt: str | None
     augment_seed: int | None
+    class_member: str | None = None
+    questions: tuple[str, str] | None = None
 
     def load(self, record: Record, *, row: int, epoch: int, name: str) -> Loaded:
         """Decode one record.
 
         Raises:
-            DataError: The image or caption is missing or broken.
+            DataError: The image, text or class is missing or broken.
         """
-        image = record[_one_of(record, _IMAGES, what="image", name=name)]
-        caption = _caption(record, name)
-        if not caption:
-            raise DataError(f"The record {name} has an empty caption; leave it out of the shard.")
-        items = (TextItem("caption", self.prompt, caption, generate=True),)
+        image = self.image_of(record, name=name)
+        items = () if self.prompt is None else (self._item(record, name, self.prompt),)
+        label = "" if self.class_member is None else _class(record, name, self.class_member)
         rng = None if self.augment_seed is None else np.random.default_rng([self.augment_seed, epoch, row])
         picture = self.reader.read(image, name=name, rng=rng)
         encoded = encode_items(items, self.packer, has_image=True)
-        return Loaded(row, picture, items, encoded, prompts_of(items, self.packer, has_image=True), name)
+        prompts = prompts_of(items, self.packer, has_image=True)
+        return Loaded(row, picture, items, encoded, prompts, name, label)
+
+    def image_of(self, record: Record, *, name: str) -> bytes:
+        """Return the encoded image of a record.
+
+        Raises:
+            DataError: It is missing, or several members may be it.
+        """
+        image: bytes = record[_one_of(record, _IMAGES, what="image", name=name)]
+        return image
+
+    def _item(self, record: Record, name: str, prompt: str) -> TextItem:
+        if self.questions is None:
+            return _caption_item(record, name, prompt)
+        suffix = _one_of(record, ("json",), what="question", name=name)
+        try:
+            return question_item(parse_json(bytes(record[suffix]).decode("utf-8-sig")), *self.questions)
+        except BROKEN as error:
+            raise DataError(
+                f"The record {name} has no readable question in its .{suffix} ({first_line(error)}); mend it, or set "
+                "question_key and answer_key to its keys."
+            ) from error
 
     def faults(self, records: Iterable[Record | DataError], *, shard: str) -> list[str]:
         """Return the reasons why records of a shard cannot be used."""
@@ -168,6 +191,7 @@ class ShardLoader:
 
     Args:
         shards: Paths or URLs.
+        first_rows: Row of the first record of each shard in the split.
         plan: Assignment of records to readers; its number of workers is this loader's.
         records: Decodes records.
         form: Settings common to all batches.
@@ -180,6 +204,7 @@ class ShardLoader:
         self,
         *,
         shards: Sequence[str],
+        first_rows: Sequence[int],
         plan: ShardPlan,
         records: RecordReader,
         form: BatchForm,
@@ -188,6 +213,7 @@ class ShardLoader:
         inspect: Callable[[Batch], None],
     ) -> None:
         self.shards, self.plan, self.records, self.form = shards, plan, records, form
+        self.first_rows = first_rows
         self.num_workers, self.position, self.inspect = num_workers, position, inspect
         self._empty: set[int] = set()
 
@@ -266,7 +292,7 @@ class ShardStream(IterableDataset[Batch]):
     """
 
     def __init__(self, loader: ShardLoader, epoch: int, skip: int, stop: int) -> None:
-        self.shards, self.plan = list(loader.shards), loader.plan
+        self.shards, self.first_rows, self.plan = list(loader.shards), list(loader.first_rows), loader.plan
         self.records, self.form = loader.records, loader.form
         self.epoch, self.skip, self.stop = epoch, skip, stop
 
@@ -302,7 +328,7 @@ class ShardStream(IterableDataset[Batch]):
                 if isinstance(record, DataError):
                     raise record
                 name = f"{self.shards[shard]}/{record['__key__']}"
-                row = shard * _SHARD + number
+                row = self.first_rows[shard] + number
                 loaded.append(self.records.load(record, row=row, epoch=self.epoch, name=name))
             except DataError as error:
                 skipped.append(Skipped(key, str(error)))
@@ -312,6 +338,25 @@ class ShardStream(IterableDataset[Batch]):
 def _turns(batches: int, worker: int, workers: int) -> int:
     """Return how many of the first ``batches`` one worker yields."""
     return max(0, -(-(batches - worker) // workers))
+
+
+def _caption_item(record: Record, name: str, prompt: str) -> TextItem:
+    caption = _caption(record, name)
+    if not caption:
+        raise DataError(f"The record {name} has an empty caption; leave it out of the shard.")
+    return TextItem("caption", prompt, caption, generate=True)
+
+
+def _class(record: Record, name: str, suffix: str) -> str:
+    """Return the class of an image: the text of the member with this suffix."""
+    content = record[_one_of(record, (suffix,), what="class", name=name)]
+    try:
+        label = bytes(content).decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(f"The record {name} has no readable class in its .{suffix} ({error}).") from error
+    if not label:
+        raise DataError(f"The record {name} has an empty class; leave it out of the shard.")
+    return label
 
 
 def _caption(record: Record, name: str) -> str:
@@ -342,5 +387,5 @@ def _one_of(record: Record, suffixes: Sequence[str], *, what: str, name: str) ->
         )
     raise DataError(
         f"The record {name} has no {what} (.{', .'.join(suffixes)}), only {has}; the members of a record must be "
-        "adjacent in the shard (tar --sort=name)."
+        "adjacent in the shard (`tar --sort=name`)."
     )

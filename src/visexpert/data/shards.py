@@ -20,7 +20,7 @@ from visexpert.errors import ConfigError, DataError
 from visexpert.io.files import whole_file
 from visexpert.io.reading import read_json
 from visexpert.io.weights import cache_root
-from visexpert.trust import pipe_allowed
+from visexpert.trust import require_pipe
 from visexpert.types import Skipped
 
 Record = dict[str, Any]
@@ -170,17 +170,14 @@ def expand_shards(pattern: str, root: Path) -> list[str]:
 
 
 def check_shard(name: str) -> None:
-    """Check that a shard runs no command, unless the command line allows it, and is not a URL that could become one.
+    """Check that a shard runs no command, unless the user allows it, and is not a URL that could become one.
 
     Raises:
         ConfigError: It does, or is one.
     """
     scheme = name.partition(":")[0].lower() if is_remote(name) else ""
-    if scheme == "pipe" and not pipe_allowed():
-        raise ConfigError(
-            f"The shard {name!r} would run a command; if you trust it, add --allow_pipe true to the command line "
-            "(a configuration cannot)."
-        )
+    if scheme == "pipe":
+        require_pipe(name)
     if scheme and scheme != "pipe" and re.search(r"[\s'\"`\\\x00-\x1f]", name):
         raise ConfigError(
             f"The shard {name!r} is a URL with a space, quote, backslash or control character; percent-encode it "

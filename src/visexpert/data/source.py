@@ -12,14 +12,16 @@ from typing import TypeAlias
 from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
+from visexpert.data.base import DataModule
 from visexpert.data.faults import FILE, FaultLog
 from visexpert.data.images import ImageReader, Resize
 from visexpert.data.loader import Loader, StepLoader
-from visexpert.data.needs import Need, TokenizerNeed, load_tokenizer, require
+from visexpert.data.needs import AnyNeed, DatasetNeed, Need, TokenizerNeed, load_tokenizer, require
 from visexpert.data.packing import TextPacker
 from visexpert.data.workers import DEFAULT_WORKERS
 from visexpert.errors import ConfigError
 from visexpert.precision import convert_records
+from visexpert.typed import typed
 from visexpert.types import Batch, ImageSource, TextEncoder
 
 Template: TypeAlias = Callable[[PreTrainedTokenizerBase], TextEncoder]
@@ -100,7 +102,8 @@ CAPTION_PROMPT = "a picture of"
 """Prompt for a caption: Prismer's, since ToVE does not state its own."""
 
 
-class SourceData(LightningDataModule):
+@typed
+class SourceData(DataModule):
     """Images and texts from disk; the base of one class per data set.
 
     Args:
@@ -182,7 +185,7 @@ class SourceData(LightningDataModule):
     # -- Defined by each source -----------------------------------------------------------------------------------
 
     @abstractmethod
-    def needs(self, part: str) -> Sequence[Need]:
+    def needs(self, part: str) -> Sequence[Need | DatasetNeed]:
         """List what a part needs on disk."""
 
     @abstractmethod
@@ -194,13 +197,27 @@ class SourceData(LightningDataModule):
         """
 
     @abstractmethod
-    def loader(self, part: str, *, position: Callable[[], int] | None = None) -> Loader:
+    def loader(
+        self, part: str, *, position: Callable[[], int] | None = None, plain: bool = False, most: int | None = None
+    ) -> Loader:
         """Return this process's batches of an opened part: training batches are shuffled, others come once, in order.
 
         Args:
             part: ``train``, ``val`` or ``test``.
             position: For training: returns how many batches of the endless sequence are done.
+            plain: Read training images as those of validation: once, in order, unchanged, with strings.
+            most: With ``plain``: number of images to read, over all processes; None for all.
         """
+
+    def plain_batches(self, part: str, *, most: int | None = None) -> Loader:
+        """Return batches of a part as of validation, opened if need be; see :meth:`loader`.
+
+        Raises:
+            UserError: Something that the part needs is missing.
+        """
+        self.check([part])
+        self.open(part)
+        return self.loader(part, plain=True, most=most)
 
     @abstractmethod
     def image_sources(self) -> dict[str, ImageSource]:
@@ -262,6 +279,14 @@ class SourceData(LightningDataModule):
         """Return the number of training images; None if they cannot be counted without reading them."""
         return None
 
+    def described(self) -> list[str]:
+        """See :class:`~visexpert.data.base.DataModule`."""
+        settings = self.settings
+        words = "no text" if settings.tokenizer is None else f"tokenizer {settings.tokenizer}"
+        share = [] if settings.train_fraction == 1 else [f"{settings.train_fraction:g} of train"]
+        size, batches = f"{settings.image_size} px", f"batches of {settings.batch_size}"
+        return [str(self.root), " + ".join(self.parts), *share, size, batches, words]
+
     @property
     def called(self) -> str:
         """Name of the source in messages."""
@@ -275,9 +300,9 @@ class SourceData(LightningDataModule):
         """Check that nothing a stage reads is missing."""
         self.check(self.parts_of_stage(stage))
 
-    def all_needs(self, parts: Sequence[str]) -> list[Need | TokenizerNeed]:
+    def all_needs(self, parts: Sequence[str]) -> list[AnyNeed]:
         """List everything that these parts need, without repeats."""
-        needs: list[Need | TokenizerNeed] = [need for part in parts for need in self.needs(part)]
+        needs: list[AnyNeed] = [need for part in parts for need in self.needs(part)]
         if self.settings.tokenizer is not None:
             needs.append(TokenizerNeed(self.settings.tokenizer))
         return list(dict.fromkeys(needs))
@@ -340,3 +365,15 @@ def batches_done(data: LightningDataModule) -> Callable[[], int] | None:
         return int(trainer.fit_loop.epoch_loop.batch_progress.total.completed)
 
     return done
+
+
+def no_fixed_images(source: str) -> ConfigError:
+    """Return the error that says why tokens of augmented images cannot be stored.
+
+    Args:
+        source: Name of the source of the images.
+    """
+    return ConfigError(
+        f"{source} augments its images (augment), so tokens cannot be stored; set store.folder to null, or leave "
+        "augment out."
+    )

@@ -27,6 +27,7 @@ from visexpert.data.coco import coco_images
 from visexpert.data.needs import Need
 from visexpert.data.rows import RowData, check_template
 from visexpert.data.samples import Sample
+from visexpert.typed import typed
 from visexpert.types import TextItem
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ _VG_URL = "https://homes.cs.washington.edu/~ranjay/visualgenome/data/dataset/que
 _VG_IMAGES = "https://cs.stanford.edu/people/rak248/VG_100K_2"
 
 
+@typed
 class VQAv2(RowData):
     """VQA v2 (arXiv 1612.00837): one row per image with all its questions, each scored against ten human answers.
 

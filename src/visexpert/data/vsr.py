@@ -20,6 +20,7 @@ from visexpert.data.needs import Need
 from visexpert.data.rows import RowData, check_template
 from visexpert.data.samples import Sample
 from visexpert.errors import ConfigError
+from visexpert.typed import typed
 from visexpert.types import TextItem
 
 Split = Literal["random", "zeroshot"]
@@ -48,6 +49,7 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
 _CATEGORY_OF = {relation: name for name, relations in CATEGORIES.items() for relation in relations}
 
 
+@typed
 class VSR(RowData):
     """Visual spatial reasoning (arXiv 2205.00363): one row per image with its statements; accuracy, also by category.
 

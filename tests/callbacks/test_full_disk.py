@@ -98,7 +98,7 @@ def test_no_row_of_the_log_is_lost_or_half_written(
             raise OSError(number, os.strerror(number), str(path))
 
         patch.setattr(csv.DictWriter, "writerows", writerows)
-        with pytest.raises(DataError, match=f"metrics.csv.*{os.strerror(number)}.*--ckpt_path last"):
+        with pytest.raises(DataError, match=f"metrics.csv.*{os.strerror(number)}.*ckpt_path last"):
             logged(logger, 2, **({"loss": 0.4, "nll": 3.0} if new_column else {"loss": 0.4}))
     assert path.read_text(encoding="utf-8") == earlier
     logger.save()  # the disk has room again: nothing that was logged is missing
@@ -112,7 +112,6 @@ def test_a_training_outlives_its_figures_and_says_so(
 ) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setenv("VISEXPERT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("visexpert.metrics.java.has_java", lambda: False)
 
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -82,3 +82,17 @@ def test_a_fit_is_refused_before_its_first_step(
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("visexpert: ")]
     assert "embed_tokens" in said and "llama" in said
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+TIMM = {
+    "class_path": "visexpert.vision.TimmEncoder",
+    "init_args": {"model": "vit_tiny_patch16_224", "image_size": 32, "arguments": {"depth": 2}},
+}
+
+
+@pytest.mark.parametrize("name", ["hf", "open_clip", "visexpert"])
+def test_a_format_that_the_encoder_cannot_be_written_in_is_refused_before_training(name: str) -> None:
+    model = model_with(clip=TIMM)
+    check_exportable(model, ["native", "onnx", "torch_export"])
+    with pytest.raises(ConfigError, match=f"format {name} .*TimmEncoder.*native, onnx or torch_export"):
+        check_exportable(model, ["native", name])

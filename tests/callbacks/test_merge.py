@@ -35,7 +35,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("VISEXPERT_CACHE", str(folder / "cache"))
         patch.setenv("PL_GLOBAL_SEED", "0")
         patch.setattr("sys.argv", ["visexpert"])
-        patch.setattr("visexpert.metrics.java.has_java", lambda: False)
         main(["fit", "--config", str(SMOKE), "--run", str(folder / "run")])
         yield folder / "run"
 
@@ -88,7 +87,7 @@ def test_scoring_it_again_gives_the_same_scores(run: Path, capsys: pytest.Captur
     whole, merged = (json.loads(each.read_text(encoding="utf-8")) for each in (run / "metrics.json", path))
     assert re.search(r"train/nmse [\d.e-]+ at the start, [\d.e-]+ at the end", told)
     assert f"test/nll/nll {whole['test/nll/nll']:.4g} before, {merged['test/nll/nll']:.4g} after" in told
-    assert f"Next: visexpert export {run} --format hf --out {run / 'merged-hf'}" in told
+    assert f"Next: visexpert export {run} --out {run / 'merged-encoder'}" in told
     before = json.loads(path.read_text(encoding="utf-8"))
     main(["test", str(run / "merged")])
     after = json.loads(path.read_text(encoding="utf-8"))

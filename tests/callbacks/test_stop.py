@@ -36,3 +36,21 @@ def test_no_step_left_is_told_with_the_setting_to_raise(
     fit(tmp_path, ckpt_path=tmp_path / "last.ckpt", **ends)
     assert ("No step is left" in caplog.text) == (told is not None)
     assert told is None or (told in caplog.text and "last.ckpt" in caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("ends", "told"),
+    [
+        ({"max_steps": 6, "max_epochs": 2}, ("1.50 epochs", "max_epochs is 2 (8 steps)", "max_steps: 6 ends")),
+        ({"max_steps": 9, "max_epochs": 2}, ("2.25 epochs", "(8 steps)", "max_epochs: 2 ends")),
+        ({"max_steps": 4, "max_epochs": 2, "accumulate_grad_batches": 2}, ()),
+        ({"max_steps": 6, "max_epochs": -1}, ()),
+        ({"max_epochs": 1}, ()),
+    ],
+)
+def test_steps_and_epochs_that_disagree_are_told(
+    caplog: pytest.LogCaptureFixture, ends: dict[str, int], told: tuple[str, ...]
+) -> None:
+    trainer(callbacks=[MetricsContinuation()], **ends).fit(TinyModule(), loader())
+    assert ("ends the training" in caplog.text) == bool(told)
+    assert all(words in caplog.text for words in told)

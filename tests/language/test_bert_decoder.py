@@ -40,6 +40,7 @@ def decoder(family: str, **options: Any) -> BertDecoder:
     return side.eval()
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(family: str) -> None:
     side, images = decoder(family, position_scale=0.7), vision(1)
@@ -61,6 +62,7 @@ def test_packed_items_give_the_logits_of_one_item_per_row(family: str) -> None:
     torch.testing.assert_close(side(images, pack(rows, 0)).logits_MV, single_MV, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_writing_is_what_the_forward_says(family: str) -> None:
     side, images = decoder(family), vision(3)

@@ -191,7 +191,7 @@ def test_together_equals_one_by_one_for_every_strategy(kind: str, decoding: Deco
         assert side.generate(alone, [prompt], eos_id=eos, decoding=decoding) == [together[index]]
 
 
-def test_a_drawn_row_does_not_depend_on_its_neighbours() -> None:
+def test_a_drawn_row_does_not_depend_on_its_neighbors() -> None:
     side, images = language_model("cross"), vision(3)
     prompts = [item(length, length)[0] for length in (2, 6, 4)]
     decoding = Decoding(strategy="sample", temperature=2.0, max_new_tokens=8, seed=10)

@@ -233,6 +233,9 @@ def test_lora_starts_as_the_model_and_trains_alone(folder: Path) -> None:
     again = Owner(loaded(folder, lora=LORA))
     again.load_state_dict(owner.state_dict(), strict=True)
     torch.testing.assert_close(again.language(images, text).logits_MV, moved)
+    unread = Owner(PrefixLM(source=str(folder), lora=LORA).eval())
+    unread.load_state_dict(owner.state_dict(), strict=True)  # which has no base: it is read now
+    torch.testing.assert_close(unread.language(vision=images, text=text).logits_MV, moved)
     merged = side.plain_model()
     plain.model.load_state_dict(merged.state_dict(), strict=True)
     torch.testing.assert_close(plain(images, text).logits_MV, moved, atol=1e-4, rtol=1e-4)

@@ -52,5 +52,5 @@ def test_projector_kinds() -> None:
 
 @pytest.mark.parametrize("kind", ["identity", "mlp"])
 def test_a_projector_that_cannot_map_is_refused(kind: str) -> None:
-    with pytest.raises(ConfigError, match=rf"kind='{kind}' cannot map width 4 to 6; use 'linear' or 'mlp2x_gelu'"):
+    with pytest.raises(ConfigError, match=rf"kind='{kind}' .*linear.*mlp2x_gelu"):
         Projector(in_dim=4, out_dim=6, kind=kind)  # type: ignore[arg-type]

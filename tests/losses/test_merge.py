@@ -76,4 +76,4 @@ def test_samples_without_an_image_take_no_part(kind: TokenDistance) -> None:
     assert torch.equal(error, normalized_mse(student_BTD[[0, 2]], target_BTD[[0, 2]]))
     none = token_distance(student_BTD, target_BTD, kind, has_image_B=torch.zeros(3, dtype=torch.bool))
     none.backward()
-    assert float(none) == 0 and student_BTD.grad is not None and not student_BTD.grad.any()
+    assert none.item() == 0 and student_BTD.grad is not None and not student_BTD.grad.any()

@@ -22,7 +22,7 @@ from visexpert.methods import FusingMethod, Method
 PAGE = Path(__file__).parents[2] / "docs" / "method.md"
 SOURCE = Path(__file__).parents[2] / "src" / "visexpert"
 
-NETWORKS = ("experts", "language", "vision", "commands/trial")
+NETWORKS = ("experts", "language", "networks", "vision", "commands/trial")
 """Where a model is a network of another library, which may lack what another one has."""
 
 
@@ -35,7 +35,6 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.syspath_prepend(folder)
-        patch.setattr("visexpert.metrics.java.has_java", lambda: False)
         main(["fit", "--config", "adapter_tuning.yaml"])
         yield folder
 
@@ -63,12 +62,12 @@ def test_a_third_method_is_planned(house: Path, capsys: pytest.CaptureFixture[st
     plan = json.loads(capsys.readouterr().out)
     rows = {row["name"]: row for row in plan["parts"]}
     assert {name: row["role"] for name, row in rows.items()} == {
-        "CLIP": "student",
+        "encoder": "student",
         "projector": "transfer",
         "adapter": "transfer",
         "language model": "language",
     }
-    assert rows["CLIP"]["trained"] == 0
+    assert rows["encoder"]["trained"] == 0
     assert rows["adapter"]["trained"] == 2 * 32 * 16 + 16 + 32
     assert rows["adapter"]["forward"] == pytest.approx(16 * 2 * 2 * 32 * 16 / 1e9)
 

@@ -24,7 +24,7 @@ from visexpert.methods import EvaluationSettings, FusingMethod, MergingOptimizer
 from visexpert.optim import ParameterGroup
 from visexpert.tabletop import TabletopData
 from visexpert.types import Batch, VisionTokens
-from visexpert.vision import ClipEncoder, MoLESettings
+from visexpert.vision import ClipEncoder, MoLESettings, VisionEncoder
 
 CPU = PhaseSettings(accelerator="cpu")
 RATES = OptimizerSettings(warmup_steps=1)
@@ -37,7 +37,7 @@ class MeanFusing(FusingMethod):
     fusion_space = "clip"
 
     def __init__(
-        self, clip: ClipEncoder, language: LanguageModel, experts: Mapping[str, VisionExpert], *, clip_lr: float = 0.0
+        self, clip: VisionEncoder, language: LanguageModel, experts: Mapping[str, VisionExpert], *, clip_lr: float = 0.0
     ) -> None:
         projector = Projector(in_dim=clip.width, out_dim=language.width, kind="linear")
         hub = ExpertHub(experts)
@@ -80,7 +80,15 @@ class MeanFusing(FusingMethod):
     def subset_modules(self) -> Sequence[nn.Module]:
         return [self.clip, *self.hub.attached_experts().values()]
 
-    def plain(self, clip: ClipEncoder, projector: Projector, language: LanguageModel, *, clip_lr: float) -> MeanFusing:
+    def plain(
+        self,
+        clip: VisionEncoder,
+        projector: Projector,
+        language: LanguageModel,
+        *,
+        clip_lr: float,
+        keep_pooled: float = 0.0,
+    ) -> MeanFusing:
         model = MeanFusing(clip, language, {}, clip_lr=clip_lr)
         model.projector = projector
         model.mark_loaded()
@@ -90,7 +98,7 @@ class MeanFusing(FusingMethod):
         return {**settings, "left": list(self.hub.names)}
 
     def merged_config(
-        self, settings: Mapping[str, Any], *, clip_lr: float, mole: MoLESettings | None
+        self, settings: Mapping[str, Any], *, clip_lr: float, mole: MoLESettings | None, keep_pooled: float = 0.0
     ) -> dict[str, Any]:
         return {**settings, "clip_lr": clip_lr, "mole": mole}
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.experts.helpers import MemoryImages
 from tests.methods.helpers import CLIP_FIELDS, VOCAB, merging_of, noise_batch, shake, tiny_experts
 from visexpert.data import pack
 from visexpert.errors import ConfigError
+from visexpert.experts import VisionExpert
 from visexpert.language import PrefixLM
 from visexpert.losses import token_distance
 from visexpert.methods import MergeStudent, Merging, Method, MoVEKD, ToVE
+from visexpert.methods.settings import StoreSettings
+from visexpert.methods.step import Seen
 from visexpert.types import IMAGE_TOKEN, Batch
 from visexpert.vision import ClipEncoder, MoLESettings, TiledClipEncoder
 
@@ -162,3 +167,33 @@ def test_text_alone_needs_no_image_at_all() -> None:
     language: Any = model.language
     alone: Tensor = language.model(input_ids=torch.tensor([[5, 6, 7, 8]])).logits[0, 1:3]
     torch.testing.assert_close(logits(model, batch)[:2], alone)
+
+
+def test_a_store_serves_teachers_beside_tiles_and_is_refused_where_tiles_are_fused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MoVE-KD's teachers see whole images, whose tokens are those of the store; ToVE's experts see each tile."""
+    batch = noise_batch()
+    store = StoreSettings(folder=str(tmp_path), dtype="float32", batch_size=2)
+    found = []
+    for options in (dict[str, Any](), {"store": store}):
+        model = model_of("movekd", tiles=True, **options)
+        assert isinstance(model, MoVEKD)
+        if options:
+            source = MemoryImages(2)
+            source.images_BCHW = batch.images_BCHW
+            cache = store.open()
+            assert cache is not None
+            model.read_features(cache, {"train": source})
+            monkeypatch.setattr(VisionExpert, "forward", None)
+        views = model.clip.views_of(batch)
+        found.append(model.compare(Seen(batch, views, model.view_tokens(views.batch))))
+    live, stored = (each.terms["kd_loss"].value for each in found)
+    assert torch.equal(live, stored) and live > 0
+    with pytest.raises(ConfigError, match=r"store\.folder=.*tiles.*null"):
+        ToVE(
+            clip=TiledClipEncoder(config=CLIP_FIELDS),
+            experts=tiny_experts(),
+            language=PrefixLM(config=LLAMA, image_newline=True),
+            store=store,
+        )

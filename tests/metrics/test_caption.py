@@ -96,7 +96,7 @@ def test_references_are_lists(references: list[list[str]]) -> None:
 
 
 def test_unknown_tokenizer() -> None:
-    with pytest.raises(ConfigError, match="'ptb' is unknown: use python, java or auto"):
+    with pytest.raises(ConfigError, match="'ptb' is unknown.* python, java"):
         CaptionScores(tokenizer="ptb")  # type: ignore[arg-type]
 
 

@@ -18,9 +18,9 @@ from visexpert.transfer.kd_heads import (
     KDHead,
     KDPair,
     ReleasedAdapter,
-    Standardize,
     make_kd_head,
 )
+from visexpert.transfer.standardize import Standardize
 from visexpert.types import ExpertTokens
 
 CLIP: dict[str, Any] = {"clip_width": 8, "clip_grid": (3, 3)}
@@ -127,7 +127,7 @@ def test_targets_are_standardized_and_settle_with_training(alignment: Alignment)
     assert means.abs().max() < 0.2 and (variances - 1).abs().max() < 0.3
     tokens = teacher.tokens()
     before = head.eval()(student(), tokens).target_BTX
-    head(student(), teacher.tokens(shift=100.0))  # nothing is learnt in evaluation
+    head(student(), teacher.tokens(shift=100.0))  # nothing is learned in evaluation
     assert torch.equal(head(student(), tokens).target_BTX, before)
     alone = head(student(1), ExpertTokens(tokens.tokens_BSE[:1], (3, 3))).target_BTX
     torch.testing.assert_close(alone, before[:1])  # and a target does not depend on its batch

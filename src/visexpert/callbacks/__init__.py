@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from visexpert.callbacks.alignment import TextAlignment
 from visexpert.callbacks.checkpoint_io import ShipLanguage
 from visexpert.callbacks.cost import CostReport, TrainingBudget
 from visexpert.callbacks.detach import ExpertDetachment
 from visexpert.callbacks.figures import RunFigures
 from visexpert.callbacks.meant_for import MeantFor
 from visexpert.callbacks.merge import KnowledgeMerging
+from visexpert.callbacks.neighbors import NearestNeighbors
 from visexpert.callbacks.phase import Phase, PhaseSettings
 from visexpert.callbacks.predictions import Predictions
 from visexpert.callbacks.progress import ThroughputMonitor, TrainingProgress
@@ -20,6 +22,7 @@ __all__ = [
     "KnowledgeMerging",
     "MeantFor",
     "MetricsContinuation",
+    "NearestNeighbors",
     "Phase",
     "PhaseSettings",
     "Predictions",
@@ -29,6 +32,7 @@ __all__ = [
     "SaveRunConfig",
     "ShipLanguage",
     "StopOnSignal",
+    "TextAlignment",
     "ThroughputMonitor",
     "TrainingBudget",
     "TrainingProgress",

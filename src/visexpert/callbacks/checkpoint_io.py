@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import Strategy
 from safetensors.torch import save_file
 
 from visexpert.callbacks.run_folder import environment
-from visexpert.errors import ConfigError, DataError, first_line
+from visexpert.errors import ConfigError, DataError, first_line, require_checkout
 from visexpert.io.checkpoints import load_checkpoint
 from visexpert.io.files import remove, take_place, whole_file
 from visexpert.methods import Method
@@ -109,6 +109,7 @@ class ShipLanguage(Callback):
     def __init__(self, *, out: str, cards: str, trained_on: str) -> None:
         if not out.endswith(".safetensors"):
             raise ConfigError(f"ShipLanguage: out must end in .safetensors, the only format that is read; got {out!r}.")
+        require_checkout("ShipLanguage", out, cards)
         self.out, self.cards, self.trained_on = Path(out), Path(cards), trained_on
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

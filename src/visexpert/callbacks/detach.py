@@ -24,7 +24,7 @@ from visexpert.callbacks.phase import (
 )
 from visexpert.callbacks.progress import TrainingProgress
 from visexpert.callbacks.subsets import SubsetScoring, SubsetTiming
-from visexpert.errors import ConfigError, next_step
+from visexpert.errors import ConfigError
 from visexpert.io.run_files import read_json, set_aside, write_json, write_text
 from visexpert.methods import FusingMethod
 from visexpert.methods.start import start_from
@@ -63,13 +63,13 @@ class ExpertDetachment(Phase):
     Args:
         min_contribution: Detach experts whose removal raises the validation loss by less than this.
         keep: Number of experts to keep.
-        latency_budget: Greatest cost of the vision side as a multiple of plain CLIP's, at least 1.
+        latency_budget: Greatest cost of the vision side as a multiple of the encoder's alone, at least 1.
         budget_measure: What the budget counts: ``ms`` as measured here and now, or ``gflop``, equal on every machine.
         search: ``exhaustive`` tries all 2^K subsets; ``greedy`` takes out one expert after another; ``auto`` is
             exhaustive for up to 6 experts.
         loss: Validation metric that decides; lower is better.
         score: Validation metric of the table and the Pareto front; higher is better. A minus before its name changes
-            its sign. null takes ``vqa/accuracy`` where the validation data has it, else ``-`` and the loss.
+            its sign. null takes ``vqa/accuracy`` where the validation data has it, else the loss with its sign changed.
         images: Validation images to score each subset on; null takes all.
         timing_images: Images per call while measuring milliseconds.
         timing_seconds: Shortest time to measure them for, twice.
@@ -254,16 +254,20 @@ class ExpertDetachment(Phase):
         return not trainer.interrupted
 
     def _outcome(self, folder: Path, out: Path) -> str:
-        """Say what was kept, how it scores against the whole run, and what to do next."""
+        """Say what was kept, and how it scores against the whole run."""
         facts = read_json(out / FACTS)
         asked = (self.score or usual_score(folder)).removeprefix("-")
         told = scores_told(folder, out, (f"test/{asked}", f"test/{self.loss}")) or ["The test data gives no score"]
         names = {key: ", ".join(facts[key]) or "none" for key in ("kept", "detached")}
-        comparing = ("compare", folder, out, "--out", folder / "compare")
         return (
             f"Kept: {names['kept']}; dropped: {names['detached']}; re-tuned for {self.retune_steps} steps. "
-            f"{'; '.join(told)}.\n" + next_step(*([("merge", out)] if facts["kept"] else []), comparing)
+            f"{'; '.join(told)}."
         )
+
+    def next_commands(self, folder: Path, out: Path) -> tuple[tuple[object, ...], ...]:
+        """See :meth:`Phase.next_commands`."""
+        comparing = ("compare", folder, out, "--out", folder / "compare")
+        return (("merge", out), comparing) if read_json(out / FACTS)["kept"] else (comparing,)
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -286,7 +290,7 @@ class Findings:
         criterion: By what.
         gate_mass: Mean gate of each expert over validation tokens, all experts attached; empty without a gate.
         images: Validation images that subsets were scored on.
-        clip_ms: Time per image of plain CLIP, measured beside that of what is kept.
+        clip_ms: Time per image of the encoder alone, measured beside that of what is kept.
         kept_ms: Time per image of what is kept.
         unsteadiness: Of these two; see :class:`~visexpert.methods.tove.subset_search.SubsetScore`.
     """
@@ -357,9 +361,9 @@ class Findings:
             f"# Expert detachment\n\nKept: {subset_label(self.choice.kept, experts)}, by {by}{unit}, "
             f"{self.choice.search} search; {settings['loss']} and {score_name} on {self.images} validation "
             f"images. Measured once more, side by side, what is kept takes {mark}{self.kept_ms:.3f} ms per image, "
-            f"{self.kept_ms / self.clip_ms:.2f} x plain CLIP.\n\nCosts are those of the vision side, encoders live. "
-            "GFLOP is counted for each subset. Milliseconds are measured for CLIP alone, CLIP with each expert and "
-            f"with all of them in turn; subsets between them get the sum of their parts.{self._footnote}\n"
+            f"{self.kept_ms / self.clip_ms:.2f} x the encoder alone.\n\nCosts are those of the vision side, encoders "
+            "live. GFLOP is counted for each subset. Milliseconds are measured for the encoder alone, with each expert "
+            f"and with all of them in turn; subsets between them get the sum of their parts.{self._footnote}\n"
         )
 
     @property

@@ -24,7 +24,7 @@ from visexpert.report.figures import cls_attention_maps, router_maps, router_usa
 from visexpert.report.palette import spared
 from visexpert.types import Batch
 
-LABELS = {CLIP: "CLIP"}
+LABELS = {CLIP: "frozen encoder"}
 """Labels of encoders in figures, where they differ from the name."""
 
 

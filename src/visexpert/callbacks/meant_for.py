@@ -8,11 +8,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from visexpert.errors import ConfigError
-from visexpert.export import check_formats
+from visexpert.export import check_encoder, check_formats
 from visexpert.export.llava import check_language
 from visexpert.language import PrefixLM
 from visexpert.methods import FusingMethod, Method
-from visexpert.vision import TiledClipEncoder, mole_settings
+from visexpert.vision import mole_settings
 
 
 class MeantFor(Callback):
@@ -35,7 +35,7 @@ class MeantFor(Callback):
         """Check the model before a fit, when it is built and its weights need not be there.
 
         Raises:
-            ConfigError: A format has no place for the model.
+            ConfigError: A format cannot hold the model.
         """
         if stage == "fit":
             check_exportable(pl_module, self.formats)
@@ -48,33 +48,31 @@ def check_exportable(model: LightningModule, formats: Sequence[str]) -> None:
         ConfigError: The first obstacle.
     """
     if not isinstance(model, Method):
-        raise ConfigError(f"MeantFor: {type(model).__name__} has no CLIP to export; remove it from the callbacks.")
+        raise ConfigError(f"MeantFor: {type(model).__name__} has no encoder to export; remove it from the callbacks.")
     clip = model.clip
-    depth = int(clip.config.num_hidden_layers)
     for name in formats:
+        check_encoder(clip, name)
         if name == "llava":
             problems = llava_problems(model)
             if problems:
                 raise ConfigError(
-                    f"MeantFor: llava has no place for {problems[0]}; train otherwise, or take llava out of formats."
+                    f"MeantFor: llava cannot hold {problems[0]}; train without it, or remove llava from formats."
                 )
             assert isinstance(model.language, PrefixLM)
             check_language(model.language.model)
-        if name == "open_clip" and clip.layer < -depth:
-            raise ConfigError(f"MeantFor: open_clip hands out no tokens of layer {clip.layer}; take another, or hf.")
         if name == "visexpert" and mole_settings(clip) is None and not isinstance(model, FusingMethod):
-            raise ConfigError("MeantFor: visexpert is for a CLIP with MoLE, which this one lacks; take hf.")
+            raise ConfigError("MeantFor: visexpert is for an encoder with MoLE, which this one lacks; take hf.")
 
 
 def llava_problems(model: Method) -> list[str]:
-    """Settings of a method's language model, projector and CLIP that LLaVA's form has no place for."""
+    """Return the settings of a method's language model, projector and encoder that LLaVA cannot hold."""
     language, layers, norm = model.language, model.projector.layers, model.projector.norm
     scale = language.position_scale if isinstance(language, PrefixLM) else 0
     problems = {
         f"language: {type(language).__name__} (it needs PrefixLM)": not isinstance(language, PrefixLM),
         f"position_scale: {scale} (it needs 0)": scale,
         "image_newline: true (tiles)": isinstance(language, PrefixLM) and language.image_newline is not None,
-        f"clip: {type(model.clip).__name__} (tiles)": isinstance(model.clip, TiledClipEncoder),
+        f"clip: {type(model.clip).__name__} (tiles)": model.clip.reads_tiles,
         "a projector other than mlp2x_gelu": not isinstance(layers, nn.Sequential) or len(layers) != 3,
         "projector.norm: true (it needs false)": not isinstance(norm, nn.Identity),
     }

@@ -1,4 +1,4 @@
-"""Knowledge merging as a phase of a run: RUN/merged, one CLIP that needs none of the hub's experts."""
+"""Knowledge merging as a phase of a run: RUN/merged, one encoder that needs none of the hub's experts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from visexpert.callbacks.phase import (
     write_checkpoint,
     write_derived_config,
 )
-from visexpert.errors import ConfigError, next_step
+from visexpert.errors import ConfigError
 from visexpert.io.run_files import read_json, set_aside, write_json
 from visexpert.methods import FusingMethod, MergeStudent, Merging
 from visexpert.methods.settings import MergeSettings, MergingOptimizer
@@ -36,7 +36,7 @@ FACTS = "merge.json"
 
 
 class KnowledgeMerging(Phase):
-    """Merge CLIP and its experts into one plain CLIP (ToVE's knowledge merging), after training or on a finished run.
+    """Merge the encoder and its experts into one plain encoder (ToVE's knowledge merging), after training or later.
 
     Writes RUN/merged, a run of its own: configuration, scores, checkpoint and ``merge.json`` (how it came about, and
     the license of each expert that contributed). An interrupted merge goes on from its last checkpoint when the same
@@ -44,15 +44,15 @@ class KnowledgeMerging(Phase):
 
     Args:
         steps: Optimizer steps; null is as many as the run had.
-        student: Merge into a CLIP with MoLE, as MoVE-KD's student has; null for a plain one. `visexpert export` can
-            keep it or fold it into a plain CLIP.
+        student: Merge into an encoder with MoLE, as MoVE-KD's student has; null for a plain one. `visexpert export` can
+            keep it or fold it into a plain encoder.
         merging: What trains, and against what.
         optimizer: Rates and schedule.
         data: Other images to merge on, with or without text (the token distance needs none); null takes the run's.
         eval_every: Steps between scores on the validation scenes.
         checkpoint_every: Steps between checkpoints.
         caption_images: Test images that get a generated caption; null takes the run's number.
-        test: Score the merged CLIP on the test images; false for tuning, which must not see them.
+        test: Score the merged encoder on the test images; false for tuning, which must not see them.
         name: Folder inside the run's.
     """
 
@@ -120,7 +120,8 @@ class KnowledgeMerging(Phase):
         merged = student.merged()
         merged.count_steps(teacher_steps + self.steps)
         mole = None if self.student is None else self.student.mole
-        derived = partial(merged.merged_config, clip_lr=self.optimizer.lr, mole=mole)
+        kept: dict[str, Any] = {"keep_pooled": self.merging.keep_pooled} if self.merging.keep_pooled > 0 else {}
+        derived = partial(merged.merged_config, clip_lr=self.optimizer.lr, mole=mole, **kept)
         write_derived_config(folder, out, derived)
         if self.test:
             settings.trainer(out, cost=cost).test(merged, datamodule=data, verbose=False)
@@ -129,7 +130,7 @@ class KnowledgeMerging(Phase):
         return out
 
     def _outcome(self, folder: Path, out: Path) -> str:
-        """Say how far the student's tokens came, how it scores against the whole run, and what to do next."""
+        """Say how far the student's tokens came, and how it scores against the whole run."""
         curves = read_metrics(out / "metrics.csv")
         told = [
             f"{name} {values[0]:.4g} at the start, {values[-1]:.4g} at the end"
@@ -137,10 +138,12 @@ class KnowledgeMerging(Phase):
             if name == "train/nmse"
         ]
         told += scores_told(folder, out, (f"test/{usual_score(folder)}", "test/nll/nll"))
-        exported = out.with_name(f"{out.name}-hf")
-        return f"Merged in {self.steps} steps{''.join(f'; {each}' for each in told)}.\n" + next_step(
-            ("export", folder, "--format", "hf", "--out", exported), ("caption", out, "IMAGE")
-        )
+        return f"Merged in {self.steps} steps{''.join(f'; {each}' for each in told)}."
+
+    def next_commands(self, folder: Path, out: Path) -> tuple[tuple[object, ...], ...]:
+        """See :meth:`Phase.next_commands`."""
+        exported = out.with_name(f"{out.name}-encoder")
+        return ("export", folder, "--out", exported), ("caption", out, "IMAGE")
 
     def _train(
         self, student: Merging, data: LightningDataModule, out: Path, settings: PhaseSettings, cost: CostReport

@@ -157,6 +157,15 @@ class Phase(Callback):
             The phase's own folder.
         """
 
+    def next_commands(self, folder: Path, out: Path) -> tuple[tuple[object, ...], ...]:
+        """Return what can be typed when the phase is done, each the words after ``visexpert``.
+
+        Args:
+            folder: The run's folder.
+            out: The phase's own folder.
+        """
+        return (("test", out), ("compare", folder, out, "--out", folder / "compare"))
+
     def check_start(self, model: FusingMethod) -> None:
         """Refuse, before anything trains, what would fail when the phase begins.
 

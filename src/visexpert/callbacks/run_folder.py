@@ -288,7 +288,7 @@ class _ContinuingWriter(ExperimentWriter):
                 os.truncate(path, self._whole) if self._whole else path.unlink()
             told = error.strerror if isinstance(error, OSError) else str(error)
             raise DataError(
-                f"Cannot write {path} ({told}); free the disk, then continue by --ckpt_path last."
+                f"Cannot write {path} ({told}); free the disk, then continue with ckpt_path last."
             ) from error
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,8 @@ class MetricsContinuation(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Strategies that shard the model read the checkpoint later than the others."""
         self._take_up(trainer)
+        if trainer.is_global_zero and (told := _two_ends(trainer)):
+            log.warning("%s", told)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._trained = True
@@ -169,6 +172,23 @@ class MetricsContinuation(Callback):
         if before["validate"] and trainer.enable_validation:
             _validate(trainer, batches=before["batches"])
         trainer._logger_connector._callback_metrics.update({**metrics, **trainer.callback_metrics})
+
+
+def _two_ends(trainer: Trainer) -> str | None:
+    """Return which of ``max_steps`` and ``max_epochs`` ends the training, if both are given and do not agree."""
+    steps, epochs, batches = trainer.max_steps, trainer.max_epochs, trainer.num_training_batches
+    if any(isinstance(callback, TrainingBudget) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        return None
+    if steps < 0 or epochs is None or epochs < 0 or not 0 < batches < math.inf:
+        return None
+    epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+    if steps == epochs * epoch:
+        return None
+    first = f"max_steps: {steps}" if steps < epochs * epoch else f"max_epochs: {epochs}"
+    return (
+        f"trainer: max_steps: {steps} are {steps / epoch:.2f} epochs, but max_epochs is {epochs} "
+        f"({epochs * epoch} steps); {first} ends the training."
+    )
 
 
 def _limit_of(trainer: Trainer) -> str:

@@ -89,7 +89,7 @@ class SubsetTiming(L.LightningModule):
     """Measures the time per image of the vision side with subsets of experts, encoders live, on the first batch.
 
     The subsets take turns, so that changes of the machine's load affect all of them alike. A subset's time is the
-    median of its ratio to plain CLIP's in the same turn, times plain CLIP's median.
+    median of its ratio to the encoder's alone in the same turn, times the latter's median.
 
     Args:
         model: The trained model.

@@ -1,6 +1,15 @@
 """Language models: from vision tokens and text to logits, and generation."""
 
-from visexpert.language.base import LanguageModel, NoLanguage, Predictions, Projector, item_mask, sincos_2d, supervised
+from visexpert.language.base import (
+    LanguageModel,
+    NoLanguage,
+    Predictions,
+    Projector,
+    ProjectorSettings,
+    item_mask,
+    sincos_2d,
+    supervised,
+)
 from visexpert.language.bert_decoder import BertDecoder
 from visexpert.language.chat import LlavaTemplate
 from visexpert.language.cross_attention import CrossAttentionDecoder
@@ -19,6 +28,7 @@ __all__ = [
     "Predictions",
     "PrefixLM",
     "Projector",
+    "ProjectorSettings",
     "item_mask",
     "sincos_2d",
     "supervised",

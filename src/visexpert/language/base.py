@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from visexpert.errors import ConfigError, DataError
 from visexpert.io.first_use import ReadsWeights, described
 from visexpert.language.generation import Decoding
 from visexpert.precision import like_weights
-from visexpert.types import IGNORE_INDEX, TextBatch, VisionTokens
+from visexpert.typed import typed
+from visexpert.types import IGNORE_INDEX, IMAGE_TOKEN, TextBatch, VisionTokens
 
 
 class Predictions(NamedTuple):
@@ -29,6 +30,7 @@ class Predictions(NamedTuple):
     targets_M: Tensor
 
 
+@typed
 class LanguageModel(ReadsWeights, ABC):
     """Reads vision tokens and text and predicts text.
 
@@ -39,6 +41,7 @@ class LanguageModel(ReadsWeights, ABC):
     def __init__(self, *, width: int) -> None:
         super().__init__()
         self.width = width
+        self.register_forward_pre_hook(_check_given, with_kwargs=True, prepend=True)  # before weights are read
 
     def __repr__(self) -> str:
         return described(self, self.weights_from, [f"width {self.width}"])
@@ -46,6 +49,11 @@ class LanguageModel(ReadsWeights, ABC):
     @property
     def max_tokens(self) -> int | None:
         """Longest text item, in tokens; None where nothing limits it."""
+        return None
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Number of token ids, which count from 0; None does not say, so that ids are not checked."""
         return None
 
     @abstractmethod
@@ -56,8 +64,12 @@ class LanguageModel(ReadsWeights, ABC):
     def forward(self, vision: VisionTokens, text: TextBatch) -> Predictions:
         """Predict the M supervised tokens, in the order of ``text.labels_BN != IGNORE_INDEX``.
 
+        A call checks both first, by what the host knows, without waiting for the device.
+
         Raises:
-            DataError: A supervised token is the first of its row, so nothing can predict it.
+            DataError: A supervised token is the first of its row, so nothing can predict it; an id is outside the
+                vocabulary; images and texts are not as many, or the tokens not as wide as the model reads them.
+            ConfigError: Something else than vision tokens and a text.
         """
 
     @property
@@ -78,6 +90,7 @@ class LanguageModel(ReadsWeights, ABC):
         """Return the modules to optimize, without permanently frozen ones (such as a model beside its LoRA)."""
         return (self,)
 
+    @typed
     @torch.no_grad()
     def generate(
         self,
@@ -98,8 +111,18 @@ class LanguageModel(ReadsWeights, ABC):
             decoding: How to choose tokens; None is greedy.
 
         Raises:
-            DataError: A prompt exceeds the model's positions.
+            DataError: A prompt exceeds the model's positions, is empty, or has an id outside the vocabulary; there is
+                not one for each image.
         """
+        images = len(vision.tokens_BTD)
+        if prompts and (len(prompts) != images or not all(prompts)):
+            raise DataError(
+                f"{type(self).__name__}.generate: {len(prompts)} prompts of {[len(prompt) for prompt in prompts]} "
+                f"tokens for {images} images, but each image needs one of at least one token; begin each with <bos>."
+            )
+        words = [word for prompt in prompts for word in prompt if word != IMAGE_TOKEN]
+        _check_ids(self, lowest=min(words, default=0), highest=max(words, default=0))
+        _check_tokens(self, vision)
         self.read_on_first_use(vision.tokens_BTD.device)
         decoding = Decoding() if decoding is None else decoding
         if max_new_tokens is not None:
@@ -111,6 +134,47 @@ class LanguageModel(ReadsWeights, ABC):
         self, vision: VisionTokens, prompts: Sequence[Sequence[int]], *, eos_id: int, decoding: Decoding
     ) -> list[list[int]]:
         """Implement :meth:`generate`; gradients are off."""
+
+
+def _check_given(side: LanguageModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Check what a language model is called with, as :meth:`LanguageModel.forward` says."""
+    names = ("vision", "text")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if set(given) != {*names}:
+        return  # Python says what is missing or too many
+    owner, vision, text = type(side).__name__, given["vision"], given["text"]
+    for name, kind in (("vision", VisionTokens), ("text", TextBatch)):
+        if not isinstance(given[name], kind):
+            raise ConfigError(
+                f"{owner}: {name} is {f'a {type(given[name]).__name__}' if given[name] is not None else None}, but "
+                f"must be {kind.__name__}; a method's encode(batch) gives the one, batch.text is the other."
+            )
+    _check_tokens(side, vision)
+    facts = text.facts
+    if len(vision.tokens_BTD) != len(text.ids_BN):
+        raise DataError(
+            f"{owner}: there are {len(text.ids_BN)} rows of text for {len(vision.tokens_BTD)} images, but each image "
+            "needs one row, which holds all its texts."
+        )
+    _check_ids(side, lowest=facts.lowest, highest=facts.highest)
+
+
+def _check_tokens(side: LanguageModel, vision: VisionTokens) -> None:
+    shape = tuple(vision.tokens_BTD.shape)
+    if side.width and (len(shape) != 3 or shape[-1] != side.width):
+        raise DataError(
+            f"{type(side).__name__}: tokens_BTD is {shape}, but must be (B, T, {side.width}), as wide as the language "
+            "model reads them; map the encoder's tokens with the method's to_language, or a Projector."
+        )
+
+
+def _check_ids(side: LanguageModel, *, lowest: int, highest: int) -> None:
+    vocabulary = side.vocab_size
+    if vocabulary is not None and (lowest < 0 or highest >= vocabulary):
+        raise DataError(
+            f"{type(side).__name__}: the text has the token id {lowest if lowest < 0 else highest}, but must have ids "
+            f"from 0 to {vocabulary - 1}; use the tokenizer of this language model."
+        )
 
 
 def supervised(text: TextBatch) -> tuple[Tensor, Tensor]:
@@ -196,6 +260,11 @@ def sincos_2d(grid_hw: tuple[int, int], width: int) -> Tensor:
     return torch.cat([row_code, column_code], -1).flatten(0, 1)
 
 
+def with_positions(tokens_BTD: Tensor, grid_hw: tuple[int, int], *, scale: float) -> Tensor:
+    """Add :func:`sincos_2d`, times ``scale``, to the tokens (B, T, D) of a grid; 0 adds nothing."""
+    return tokens_BTD + scale * sincos_2d(grid_hw, tokens_BTD.shape[-1]).to(tokens_BTD) if scale else tokens_BTD
+
+
 def refuse_markers(text: TextBatch, side: LanguageModel) -> None:
     """Check that a text has no image tokens, for models that read images beside the text.
 
@@ -224,6 +293,7 @@ def right_padded(rows: Sequence[Sequence[int]], *, device: torch.device) -> Text
 ProjectorKind = Literal["linear", "mlp2x_gelu", "identity"]
 
 
+@typed
 @dataclass(frozen=True, kw_only=True)
 class ProjectorSettings:
     """Settings of the projector from CLIP tokens to the language width.
@@ -237,6 +307,7 @@ class ProjectorSettings:
     norm: bool = True
 
 
+@typed
 class Projector(nn.Module):
     """Maps vision tokens to the language width.
 

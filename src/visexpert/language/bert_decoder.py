@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import BertModel, DynamicCache, EncoderDecoderCache
 
 from visexpert.errors import ConfigError, DataError
 from visexpert.language.base import (
@@ -16,20 +18,22 @@ from visexpert.language.base import (
     image_mask,
     item_mask,
     refuse_markers,
-    sincos_2d,
     supervised,
+    with_positions,
 )
 from visexpert.language.causal_lm import Dtype
 from visexpert.language.generation import Decoding, write
 from visexpert.language.lora import LoRASettings
 from visexpert.language.pretrained import PretrainedSide
 from visexpert.language.writing import CachedWriting
+from visexpert.typed import typed
 from visexpert.types import TextBatch, VisionTokens
 
 FAMILIES = ("bert", "roberta", "camembert", "xlm-roberta")
 """Values of ``model_type`` whose transformers classes have cross-attention."""
 
 
+@typed
 class BertDecoder(PretrainedSide):
     """BERT or RoBERTa as a decoder: causal, with a fresh cross-attention in each block.
 
@@ -116,10 +120,8 @@ class BertDecoder(PretrainedSide):
 
     def _memory(self, vision: VisionTokens) -> dict[str, Tensor]:
         """Return the image in transformers' form; a sample without one gets zeros, since an empty softmax is NaN."""
-        tokens_BTD, mask = vision.tokens_BTD, image_mask(vision)
-        if self.position_scale:
-            tokens_BTD = tokens_BTD + self.position_scale * sincos_2d(vision.grid_hw, self.width).to(tokens_BTD)
-        tokens_BTD = tokens_BTD.to(self._dtype)
+        tokens_BTD = with_positions(vision.tokens_BTD, vision.grid_hw, scale=self.position_scale).to(self._dtype)
+        mask = image_mask(vision)
         if mask is None:
             return {"encoder_hidden_states": tokens_BTD}
         there = mask.any(-1, keepdim=True)
@@ -134,15 +136,15 @@ class BertDecoder(PretrainedSide):
         ids_BN: Tensor,
         positions_BN: Tensor,
         mask: Tensor,
-        cache: EncoderDecoderCache | None,
+        known: EncoderDecoderCache | None,
     ) -> Tensor:
         output = self.model.base_model(
             input_ids=ids_BN,
             position_ids=positions_BN + self._first_position,
             attention_mask=additive(mask, self._dtype),
-            past_key_values=cache,
-            use_cache=cache is not None,
+            use_cache=known is not None,
             **memory,
+            **({} if known is None else {_cache_argument(): known}),
         )
         hidden_BND: Tensor = output.last_hidden_state
         return hidden_BND
@@ -158,6 +160,12 @@ class BertDecoder(PretrainedSide):
                 f"BertDecoder: a text item of {num_tokens} tokens is longer than the {self.max_tokens} positions of "
                 "the model; shorten it."
             )
+
+
+@cache
+def _cache_argument() -> str:
+    """Return the name of the argument for keys and values, which transformers has renamed."""
+    return "cache" if "cache" in signature(BertModel.forward).parameters else "past_key_values"
 
 
 class _BertWriting(CachedWriting):

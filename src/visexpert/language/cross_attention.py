@@ -19,11 +19,12 @@ from visexpert.language.base import (
     image_mask,
     item_mask,
     refuse_markers,
-    sincos_2d,
     supervised,
+    with_positions,
 )
 from visexpert.language.generation import Decoding, write
 from visexpert.language.writing import CachedWriting
+from visexpert.typed import typed
 from visexpert.types import TextBatch, VisionTokens
 
 KeysValues = tuple[Tensor, Tensor]
@@ -116,6 +117,7 @@ class Attention(nn.Module):
         return tensor_BSD.view(batch, num_tokens, self.heads, width // self.heads).transpose(1, 2)
 
 
+@typed
 class CrossAttentionDecoder(LanguageModel):
     """Pre-norm transformer decoder; all text items of an image share the image's keys and values.
 
@@ -174,6 +176,11 @@ class CrossAttentionDecoder(LanguageModel):
         return self.source
 
     @property
+    def vocab_size(self) -> int:
+        """See :attr:`LanguageModel.vocab_size`."""
+        return self.embed_tokens.num_embeddings
+
+    @property
     def max_tokens(self) -> int:
         """Longest text item, in tokens."""
         return self._max_tokens
@@ -192,7 +199,8 @@ class CrossAttentionDecoder(LanguageModel):
         refuse_markers(text, self)
         targets_M, predicting_M = supervised(text)
         mask, memory_mask = item_mask(text), image_mask(vision)
-        hidden_BND = self._run(self._memory(vision, memory_mask), text.ids_BN, text.positions_BN, mask, None)
+        image_BTD = with_positions(self.memory_norm(vision.tokens_BTD), vision.grid_hw, scale=self.position_scale)
+        hidden_BND = self._run(self._memory(image_BTD, memory_mask), text.ids_BN, text.positions_BN, mask, None)
         logits_MV: Tensor = self.head(self.norm(at_places(hidden_BND, predicting_M)))
         return Predictions(logits_MV, targets_M)
 
@@ -203,12 +211,8 @@ class CrossAttentionDecoder(LanguageModel):
         room = [self.max_tokens - len(prompt) for prompt in prompts]
         return write(_DecoderWriting(self, vision, prompts), decoding, eos_id=eos_id, room=room)
 
-    def _memory(self, vision: VisionTokens, mask: Tensor | None) -> Memory:
-        memory_BTD = self.memory_norm(vision.tokens_BTD)
-        if self.position_scale:
-            code_TD = sincos_2d(vision.grid_hw, self.width).to(memory_BTD)
-            memory_BTD = memory_BTD + self.position_scale * code_TD
-        return Memory([block.cross.keys_values(memory_BTD) for block in self._layers()], mask)
+    def _memory(self, image_BTD: Tensor, mask: Tensor | None) -> Memory:
+        return Memory([block.cross.keys_values(image_BTD) for block in self._layers()], mask)
 
     def _check_length(self, num_tokens: int) -> None:
         if num_tokens > self.max_tokens:
@@ -260,7 +264,9 @@ class _DecoderWriting(CachedWriting):
         super().__init__(prompts, max_tokens=decoder.max_tokens, device=vision.tokens_BTD.device)
         refuse_markers(self._text, decoder)
         self._decoder = decoder
-        self._memory = decoder._memory(vision, image_mask(vision))
+        normed_BTD = decoder.memory_norm(vision.tokens_BTD)
+        image_BTD = with_positions(normed_BTD, vision.grid_hw, scale=decoder.position_scale)
+        self._memory = decoder._memory(image_BTD, image_mask(vision))
         self._caches = [KeyValueCache() for _ in self._memory.keys_values]
 
     def read(self, ids_RN: Tensor, positions_RN: Tensor, mask: Tensor) -> Tensor:

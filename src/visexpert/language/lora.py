@@ -14,6 +14,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from visexpert.errors import ConfigError
+from visexpert.typed import typed
 
 Quantization = Literal["nf4", "int8"]
 
@@ -21,6 +22,7 @@ PACKED: dict[Quantization, float] = {"nf4": 0.52, "int8": 1.0}
 """Bytes per number of a quantized weight; nf4 with doubly quantized constants takes 4.13 bits (QLoRA, section 3)."""
 
 
+@typed
 @dataclass(frozen=True, kw_only=True)
 class LoRASettings:
     """Low-rank updates of a frozen language model (LoRA, arXiv 2106.09685). Defaults are LLaVA-1.5's.

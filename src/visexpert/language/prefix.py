@@ -19,9 +19,11 @@ from visexpert.language.lora import LoRASettings, Quantization
 from visexpert.language.pretrained import PretrainedSide
 from visexpert.language.reading_check import check_reading
 from visexpert.language.splice import lay_out
+from visexpert.typed import typed
 from visexpert.types import IMAGE_TOKEN, TextBatch, VisionTokens
 
 
+@typed
 class PrefixLM(PretrainedSide):
     """Any ``AutoModelForCausalLM``, with image tokens inside its text or in front of it.
 

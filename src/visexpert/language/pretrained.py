@@ -89,6 +89,11 @@ class PretrainedSide(LanguageModel):
             fill_module(self.model, state, owner=self.owner, path=found.path)
 
     @property
+    def vocab_size(self) -> int | None:
+        """See :attr:`LanguageModel.vocab_size`."""
+        return getattr(self.model.get_input_embeddings(), "num_embeddings", None)
+
+    @property
     def weights_from(self) -> str | None:
         """See :attr:`LanguageModel.weights_from`."""
         return self.source if self.source is not None else self._weights

@@ -152,12 +152,36 @@ def feature_kd(
     Raises:
         ConfigError: An unknown convention, or shapes that do not match.
     """
-    _check_convention("feature_kd", convention)
     if teacher_weights_BK.shape[-1] != len(targets) or not targets:
         raise ConfigError(
             f"feature_kd: {teacher_weights_BK.shape[-1]} teacher weights for the teachers {list(targets)}; give one "
             "for each of at least one teacher."
         )
+    errors_BK = feature_errors(student_BTD, targets, token_weights_BT, convention)
+    return _mean_over_images((errors_BK * teacher_weights_BK).sum(1), has_image_B)
+
+
+def feature_errors(
+    student_BTD: Tensor | Mapping[str, Tensor],
+    targets: Mapping[str, Tensor],
+    token_weights_BT: Tensor | None = None,
+    convention: Convention = "paper",
+) -> Tensor:
+    """Return the squared error of each image to each teacher: the terms that :func:`feature_kd` weights and sums.
+
+    Args:
+        student_BTD: See :func:`feature_kd`.
+        targets: See :func:`feature_kd`.
+        token_weights_BT: See :func:`feature_kd`.
+        convention: See :func:`feature_kd`.
+
+    Returns:
+        (B, K) in the order of ``targets``, float32 or better.
+
+    Raises:
+        ConfigError: An unknown convention, or shapes that do not match.
+    """
+    _check_convention("feature_kd", convention)
     terms = []
     for name, target_BTD in targets.items():
         own_BTD = student_BTD if isinstance(student_BTD, Tensor) else student_BTD[name]
@@ -168,8 +192,7 @@ def feature_kd(
             )
         error_BT = (_full(own_BTD) - _full(target_BTD)).square().mean(-1)
         terms.append(_over_tokens(error_BT, token_weights_BT, convention))
-    loss_B = (torch.stack(terms, dim=1) * teacher_weights_BK).sum(1)
-    return _mean_over_images(loss_B, has_image_B)
+    return torch.stack(terms, dim=1)
 
 
 def gated_kd(
@@ -226,8 +249,13 @@ def across_image_variance(tokens_BTD: Tensor) -> Tensor:
     tokens_BTD = _full(tokens_BTD.detach())
     if len(tokens_BTD) < 2:
         return tokens_BTD.new_full((), torch.nan)
-    centred_BTD = tokens_BTD - tokens_BTD.mean(0)  # Tensor.var over the first axis is ten times as slow on a CPU
-    return centred_BTD.square().mean() * len(tokens_BTD) / (len(tokens_BTD) - 1)
+    centered_BTD = tokens_BTD - tokens_BTD.mean(0)  # Tensor.var over the first axis is ten times as slow on a CPU
+    return centered_BTD.square().mean() * len(tokens_BTD) / (len(tokens_BTD) - 1)
+
+
+def across_image_variances(sides: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return :func:`across_image_variance` of several sets of tokens (B, T, X), by name."""
+    return {name: across_image_variance(tokens) for name, tokens in sides.items()}
 
 
 def _over_tokens(error_BT: Tensor, token_weights_BT: Tensor | None, convention: Convention) -> Tensor:

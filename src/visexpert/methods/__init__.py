@@ -5,6 +5,8 @@ from visexpert.methods.fusing import FusingMethod
 from visexpert.methods.movekd.method import MoVEKD
 from visexpert.methods.parts import ROLES, Part, StoredTokens
 from visexpert.methods.settings import (
+    AgglomerationSettings,
+    AuxiliarySettings,
     EvaluationSettings,
     HeadSettings,
     MergeSettings,
@@ -20,6 +22,8 @@ from visexpert.methods.tove.method import ToVE
 
 __all__ = [
     "ROLES",
+    "AgglomerationSettings",
+    "AuxiliarySettings",
     "EvaluationSettings",
     "FusingMethod",
     "HeadSettings",

@@ -59,7 +59,7 @@ def _over_processes(counts: Mapping[Unit, int], trainer: L.Trainer) -> Mapping[U
     counted = torch.tensor(list(counts.values()), device=trainer.strategy.root_device)
     totals = trainer.strategy.reduce(counted, reduce_op="sum")
     assert isinstance(totals, Tensor)
-    return dict(zip(counts, totals.unbind(), strict=True))  # left on the device, which is not waited for
+    return dict(zip(counts, totals.unbind(), strict=True))  # stays on the device, so the host does not wait
 
 
 def _share(own: int, total: int | Tensor) -> float | Tensor:
@@ -128,9 +128,9 @@ class MovingBuffers:
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Keep their values from before an optimizer step."""
+        """Remember the values before an optimizer step."""
         self._kept = {key: value.clone() for key, value in self._buffers.items()}
 
     def put_back(self, state: dict[str, Any]) -> None:
-        """Write the kept values into a checkpoint's state."""
+        """Write the remembered values into a checkpoint's state."""
         state.update((key, value) for key, value in self._kept.items() if key in state)

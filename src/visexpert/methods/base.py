@@ -23,6 +23,7 @@ from visexpert.methods.accumulation import StepShares, batches_done
 from visexpert.methods.checkpointed import CheckpointedModule
 from visexpert.methods.evaluation import EvalOutput, Evaluator, Written, write_all
 from visexpert.methods.parts import Part, StoredTokens, settle_modes
+from visexpert.methods.pooled import KeptPooled
 from visexpert.methods.settings import EvaluationSettings, OptimizerSettings
 from visexpert.methods.start import start_from
 from visexpert.methods.step import (
@@ -39,10 +40,12 @@ from visexpert.methods.step import (
 )
 from visexpert.methods.views import EncoderViews
 from visexpert.optim import adamw_and_cosine
-from visexpert.types import Batch, ImageSource, Unit, VisionTokens, check_images, images_are_checked
-from visexpert.vision import ClipEncoder, collect_routing
+from visexpert.typed import typed
+from visexpert.types import Batch, ImageSource, Unit, VisionTokens, check_images, images_are_checked, no_batch
+from visexpert.vision import VisionEncoder, collect_routing
 
 
+@typed
 class Method(CheckpointedModule):
     """Base class of methods, which turn images into vision tokens for a language model.
 
@@ -67,10 +70,13 @@ class Method(CheckpointedModule):
     lm_weight: float = 1.0
     """Weight of the text loss; at 0 training reads no text."""
 
+    kept: KeptPooled | None = None
+    """How the pooled output of the encoder is kept; None if it is not."""
+
     def __init__(
         self,
         *,
-        clip: ClipEncoder,
+        clip: VisionEncoder,
         projector: Projector,
         language: LanguageModel,
         hub: ExpertHub | None = None,
@@ -88,7 +94,10 @@ class Method(CheckpointedModule):
         self.on_nan: OnNan = optimizer.on_nan
         self._finite = FiniteGuard(self.on_nan)
         self.evaluators: dict[str, Evaluator] = {}
+        self.answered = False
+        """Whether ``predict_step`` passes over its batch: an earlier call has answered its texts."""
         self._joined: bool | None = None
+        self._start: tuple[VisionEncoder, ...] = ()  # a tuple keeps it out of parameters and checkpoints
         self._step_shares = StepShares()
         self._batch_shares: dict[Unit, float | Tensor] = {}
 
@@ -118,6 +127,61 @@ class Method(CheckpointedModule):
             tokens = self.view_tokens(views.batch)
         return Seen(batch, views, tokens, routing.record())
 
+    def keep_pooled(self, weight: float) -> None:
+        """Add the loss that keeps the pooled output of the encoder; at a weight of 0 nothing is added.
+
+        Raises:
+            ConfigError: The weight is negative, or the encoder has no pooled output.
+        """
+        self.kept = KeptPooled.of(self.clip, weight, owner=type(self).__name__)
+
+    def check_start(self) -> None:
+        """Check early that a fit can start.
+
+        Raises:
+            ConfigError: There is no frozen encoder whose pooled output could be kept.
+            WeightsError: The run to start from has no checkpoint.
+        """
+        super().check_start()
+        if self.kept is not None:
+            self.check_pooled_teacher()
+
+    def check_pooled_teacher(self) -> None:
+        """Check that there is a frozen encoder for :meth:`pooled_teacher`; nothing is read.
+
+        Raises:
+            ConfigError: The encoder has no source.
+        """
+        if self.clip.weights_from is None:
+            raise ConfigError(
+                f"{type(self).__name__}: keep_pooled needs the encoder that training starts from, but this one has no "
+                "source; name one, or set keep_pooled to 0."
+            )
+
+    def pooled_teacher(self) -> VisionEncoder:
+        """Return the frozen encoder whose pooled output is kept.
+
+        Raises:
+            ConfigError: There is none: the encoder has no source.
+        """
+        self.check_pooled_teacher()
+        frozen = self.frozen_encoder()
+        assert frozen is not None
+        return frozen
+
+    def frozen_encoder(self) -> VisionEncoder | None:
+        """Return the encoder as it was before training; None if its weights were random and no part keeps them.
+
+        By default a copy that is read from the source, once.
+        """
+        if self.clip.weights_from is None:
+            return None
+        if not self._start:
+            copy = self.clip.plain_copy()
+            copy.load_weights()
+            self._start = (copy.eval().requires_grad_(False),)
+        return self._start[0].to(self.device)
+
     def read_by_language(self, seen: Seen) -> VisionTokens:
         """Return the tokens that the language model reads, one row per sample, tiles joined."""
         return seen.views.join(self.to_language(seen.tokens))
@@ -126,12 +190,18 @@ class Method(CheckpointedModule):
         """Encode images into the tokens that the language model reads: (B, T, d_lang).
 
         Raises:
+            ConfigError: Anything but a batch, such as images alone.
             DataError: Images that are neither uint8 nor floats in [0, 1], (B, 3, H, W).
         """
-        if batch.images_BCHW.is_floating_point():
-            check_images(batch.images_BCHW, owner=type(self).__name__)
+        if not isinstance(batch, Batch):
+            raise no_batch(batch, owner=type(self).__name__)
+        check_images(batch.images_01(), owner=type(self).__name__)
         with images_are_checked():
             return self.read_by_language(self.see(batch))
+
+    def forward(self, batch: Batch) -> VisionTokens:
+        """Do the same as :meth:`encode`."""
+        return self.encode(batch)
 
     def __repr__(self) -> str:
         lines = [f"clip: {self.clip}", *(f"expert {name}: {self.hub[name]}" for name in self.hub.attached)]
@@ -166,11 +236,11 @@ class Method(CheckpointedModule):
         return ()
 
     def parts(self) -> Sequence[Part]:
-        """Return all parts with their roles, inner parts before outer ones: MoLE before CLIP."""
+        """Return all parts with their roles, inner parts before outer ones: MoLE before the encoder."""
         added = [part for layer in self.clip.mole_layers() for part in layer.added_modules()]
         return [
             Part("MoLE", "student", tuple(added)),
-            Part("CLIP", "student", (self.clip,)),
+            Part("encoder", "student", (self.clip,)),
             *(Part(f"expert {name}", "teachers", (self.hub[name],)) for name in self.hub.names),
             Part("projector", "transfer", (self.projector,)),
             Part("language model", "language", (self.language,)),
@@ -181,6 +251,9 @@ class Method(CheckpointedModule):
         """Return all parts except encoder, experts, projector and language model, by attribute name."""
         shared = {id(part) for part in (self.clip, self.hub, self.projector, self.language)}
         return [Part.of(name, "transfer", part) for name, part in self.named_children() if id(part) not in shared]
+
+    stores_test_images = False
+    """Whether :meth:`read_features` is also called for the test images."""
 
     def stored_tokens(self) -> Mapping[str, StoredTokens]:
         """Return what :meth:`read_features` stores of each image, by name of the part in :meth:`parts`."""
@@ -196,10 +269,18 @@ class Method(CheckpointedModule):
 
     def step(self, batch: Batch) -> StepOutput:
         """Return the loss of a batch: encode, read by the language model, compare, balance."""
-        with images_are_checked():  # by the data: a look at them here would wait for the device
+        with images_are_checked():  # by the data module; to check values here, the host would wait for the device
             return self._step(batch)
 
     def _step(self, batch: Batch) -> StepOutput:
+        if self.kept is None:
+            return self._step_of(batch)
+        with self.kept.recording(self.clip, self.pooled_teacher) as pooled:
+            output = self._step_of(batch)
+        term = pooled.term(batch)
+        return replace(output, terms={**output.terms, "pooled_loss": term})
+
+    def _step_of(self, batch: Batch) -> StepOutput:
         balance = self.router_balance
         seen = self.see(batch, watch_routers=balance is not None)
         terms: dict[str, LossTerm] = {}
@@ -325,10 +406,11 @@ class Method(CheckpointedModule):
             loss is a mean over supervised tokens, the other terms are means over images.
         """
         output = self.step(batch)
+        loss = output.shared(self._batch_shares)
         if self._trainer is not None:
             self._finite.note(batch, output)
         self._log_step(output, batch)
-        return output.shared(self._batch_shares)
+        return loss
 
     def _log_step(self, output: StepOutput, batch: Batch) -> None:
         """Log the loss of all processes, and its parts when a row is written."""
@@ -379,7 +461,9 @@ class Method(CheckpointedModule):
         return {"output": self.evaluate(batch, "test")}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Written, ...]:
-        """Return what the model writes for each text of a batch."""
+        """Return what the model writes for each text of a batch; nothing where its texts are ``answered``."""
+        if self.answered:
+            return ()
         return write_all(batch, self.encode(batch), self.language, self.tokenizer)
 
     def on_test_epoch_end(self) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from visexpert.methods.accumulation import MovingBuffers, rewind_to_step
 from visexpert.methods.columns import NAMES, Columns, experts_in, refuse_other_order
 from visexpert.methods.start import find_start, refuse_other_model, refuse_other_training
+from visexpert.noise import hide_noise
 from visexpert.optim import ParameterGroup, make_groups
 from visexpert.precision import ClippedModule, convert_records
 
@@ -82,6 +83,7 @@ class CheckpointedModule(ClippedModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Load weights, and set which parameters train."""
+        hide_noise()  # in a trainer of the user's own as on the command line
         convert_records(self._trainer)
         if not self._loaded:
             if stage == "fit" and not self._continues:

@@ -65,7 +65,7 @@ def measure_cost(method: Method, batch: Batch, *, seconds: float = 1.0) -> dict[
 
 @torch.no_grad()
 def count_vision_gflop(method: Method, batch: Batch) -> float:
-    """GFLOP of the vision side for one image at inference, encoders live, as in :func:`measure_cost`.
+    """Return the GFLOP of the vision side for one image at inference, encoders live, as in :func:`measure_cost`.
 
     Args:
         method: In eval mode.
@@ -75,14 +75,14 @@ def count_vision_gflop(method: Method, batch: Batch) -> float:
 
 
 def _counted(method: Method, live: Batch) -> tuple[VisionTokens, float]:
-    """What the vision side makes of the images, and its GFLOP for one of them."""
+    """Return the output of the vision side, and its GFLOP per image."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         vision = method.encode(live)
     return vision, counter.get_total_flops() / len(live) / 1e9
 
 
 def _repeated(method: Method, live: Batch, seconds: float) -> tuple[list[float], float | None]:
-    """Return repeated times of the vision side, and the share of the machine that other processes used meanwhile."""
+    """Time the vision side repeatedly; also return the share of the machine that other processes used meanwhile."""
     times: list[float] = []
     meanwhile = Meanwhile()
     while len(times) < (LEAST_REPEATS if seconds else 2) or sum(times) < seconds:

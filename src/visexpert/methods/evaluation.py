@@ -102,7 +102,7 @@ class SourceScores:
     def __init__(self, *, meteor: bool | None, captions: int | None) -> None:
         self.nll = TokenNLL()
         self.vqa, self.vsr, self.pope, self.slots = VQAAccuracy(), VSRAccuracy(), POPEScores(), SlotAccuracy()
-        self.captions = CaptionScores(meteor=meteor, sync_on_compute=False)  # every process computes those of all
+        self.captions = CaptionScores(meteor=meteor, sync_on_compute=False)  # every process computes the scores of all
         self.judged = JudgedCaptions(sync_on_compute=False)
         self._limit = captions
         self._written: dict[Key, tuple[str, TextItem, CaptionTruth | None]] = {}

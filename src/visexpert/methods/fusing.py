@@ -12,12 +12,14 @@ from torch import nn
 from visexpert.errors import ConfigError
 from visexpert.language import LanguageModel, Projector
 from visexpert.methods.base import Method
+from visexpert.typed import typed
 from visexpert.types import Batch, VisionTokens
-from visexpert.vision import ClipEncoder, MoLESettings
+from visexpert.vision import MoLESettings, VisionEncoder
 
 FusionSpace = Literal["language", "clip"]
 
 
+@typed
 class FusingMethod(Method):
     """A method that fuses tokens of experts into those of its encoder.
 
@@ -26,6 +28,11 @@ class FusingMethod(Method):
 
     fusion_space: FusionSpace
     """Where tokens are fused: ``language`` - after the projector; ``clip`` - before it."""
+
+    @property
+    def fused_width(self) -> int:
+        """Width of :meth:`transferred`."""
+        return self.language.width if self.fusion_space == "language" else self.clip.width
 
     @abstractmethod
     def transferred(self, batch: Batch) -> VisionTokens:
@@ -52,7 +59,13 @@ class FusingMethod(Method):
 
     @abstractmethod
     def plain(
-        self, clip: ClipEncoder, projector: Projector, language: LanguageModel, *, clip_lr: float
+        self,
+        clip: VisionEncoder,
+        projector: Projector,
+        language: LanguageModel,
+        *,
+        clip_lr: float,
+        keep_pooled: float = 0.0,
     ) -> FusingMethod:
         """Build the merged model: without experts, from parts that were trained to do without them.
 
@@ -61,6 +74,7 @@ class FusingMethod(Method):
             projector: Its projector.
             language: Language model.
             clip_lr: Learning rate of CLIP in merging, above 0, so that checkpoints hold its weights.
+            keep_pooled: Weight of the pooled output in merging; above 0 checkpoints hold the pooled path, too.
         """
 
     @abstractmethod
@@ -73,7 +87,7 @@ class FusingMethod(Method):
 
     @abstractmethod
     def merged_config(
-        self, settings: Mapping[str, Any], *, clip_lr: float, mole: MoLESettings | None
+        self, settings: Mapping[str, Any], *, clip_lr: float, mole: MoLESettings | None, keep_pooled: float = 0.0
     ) -> dict[str, Any]:
         """Return the ``config.yaml`` arguments of the model that :meth:`plain` builds.
 
@@ -81,6 +95,7 @@ class FusingMethod(Method):
             settings: ``init_args`` of the merged run.
             clip_lr: As for :meth:`plain`.
             mole: MoLE of the merged CLIP; None for a plain one.
+            keep_pooled: As for :meth:`plain`.
         """
 
     def rates(self) -> dict[str, float]:

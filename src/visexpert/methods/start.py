@@ -77,8 +77,8 @@ def start_from(
     if complete and found:
         raise WeightsError(
             f"init_from: {path} is not of this model: missing {found.missing or 'none'}, unexpected "
-            f"{found.unexpected or 'none'}, of another shape {found.reshaped or 'none'}; start from the stage that "
-            "goes before, or allow what is missing or unexpected by init_complete=false."
+            f"{found.unexpected or 'none'}, of another shape {found.reshaped or 'none'}; start from the stage "
+            "before this one, or allow what is missing or unexpected by init_complete=false."
         )
     if not shared:
         raise WeightsError(f"init_from: {path} shares no tensor with the model; give a run of the same parts.")
@@ -166,8 +166,9 @@ def refuse_other_training(groups: Sequence[Mapping[str, Any]], checkpoint: Mappi
         wanted = {str(group.get("name")): len(group["params"]) for group in groups}
         if trained != wanted:
             raise WeightsError(
-                f"The checkpoint {path} is of another training: it trained {_counts(trained)}, here {_counts(wanted)} "
-                "would; continue with that run's own configuration, or start from it by init_from instead of ckpt_path."
+                f"The checkpoint {path} comes from another training: that one trained {_counts(trained)}, this one "
+                f"would train {_counts(wanted)}; continue with that run's own configuration, or start from it by "
+                "init_from instead of ckpt_path."
             )
 
 

@@ -247,7 +247,7 @@ class FiniteGuard:
         if self.on_nan == "stop":
             raise DataError(
                 f"{begin}; the step was not taken, weights and checkpoints are sound: {advice}, then continue with "
-                "--ckpt_path last, or skip such steps with on_nan: skip."
+                "ckpt_path last, or skip such steps with on_nan: skip."
             )
         if self.in_a_row > MOST_IN_A_ROW:
             raise DataError(f"{begin}, like the {MOST_IN_A_ROW} skipped steps before it: {advice}.")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from visexpert.losses import cls_token_weights
 from visexpert.types import Batch, imaged
-from visexpert.vision import ClipEncoder, ClsAttention, RoutingRecord, collect_routing
+from visexpert.vision import RoutingRecord, VisionEncoder, collect_routing
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class EncoderViews:
 
 
 @torch.no_grad()
-def view_encoders(encoders: Mapping[str, ClipEncoder], batch: Batch, *, student: str) -> EncoderViews:
+def view_encoders(encoders: Mapping[str, VisionEncoder], batch: Batch, *, student: str) -> EncoderViews:
     """Collect attention and routing of samples with an image.
 
     Args:
@@ -56,15 +56,16 @@ def view_encoders(encoders: Mapping[str, ClipEncoder], batch: Batch, *, student:
     attention: dict[str, Tensor] = {}
     with collect_routing(encoders[student]) as routing:
         for name, clip in encoders.items():
-            if len(clip.read_modules()) > 2:  # an encoder that reads its embeddings has no attention
-                logits_BHN = ClsAttention.of(clip, images_BCHW).cls_logits_BHN
+            if clip.read_blocks():  # an encoder that reads its embeddings has no attention
+                logits_BHN = clip.attend(images_BCHW).logits_BHN
                 attention[name] = cls_token_weights(logits_BHN, "paper").unflatten(1, clip.grid_hw)
     record = routing.record()
-    routed = None if record is None else _of_patches(record, encoders[student].grid_hw)
+    routed = None if record is None else _of_patches(record, encoders[student])
     return EncoderViews(images_BCHW, attention, routed)
 
 
-def _of_patches(record: RoutingRecord, grid_hw: tuple[int, int]) -> RoutingViews:
-    probs_BLTE = record.probs_LBNE[:, :, 1:].transpose(0, 1)
-    choice_BLT = record.choice_LBN[:, :, 1:].transpose(0, 1)
+def _of_patches(record: RoutingRecord, encoder: VisionEncoder) -> RoutingViews:
+    grid_hw = encoder.grid_hw
+    probs_BLTE = record.probs_LBNE[:, :, encoder.prefix :].transpose(0, 1)
+    choice_BLT = record.choice_LBN[:, :, encoder.prefix :].transpose(0, 1)
     return RoutingViews(record.layers, probs_BLTE.unflatten(2, grid_hw), choice_BLT.unflatten(2, grid_hw))

@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 from visexpert.errors import DataError
 from visexpert.metrics.records import RecordMetric, Row, check_lengths, families_or_blank, mean_by_family
+from visexpert.typed import typed
 
 
+@typed
 class VQAAccuracy(RecordMetric):
     """Accuracy of short answers, as the VQA v2 evaluation defines it.
 
@@ -66,6 +68,7 @@ class VQAAccuracy(RecordMetric):
         return sum(min((sum(matches) - left_out) / 3, 1.0) for left_out in matches) / len(truths)
 
 
+@typed
 class VSRAccuracy(RecordMetric):
     """Accuracy of statements judged true or false (VSR, https://arxiv.org/abs/2205.00363), overall and by family.
 
@@ -101,6 +104,7 @@ class VSRAccuracy(RecordMetric):
         return scores
 
 
+@typed
 class POPEScores(RecordMetric):
     """Accuracy, precision, recall, F1 and yes-ratio of existence probes (https://arxiv.org/abs/2305.10355).
 

@@ -14,10 +14,12 @@ from pycocoevalcap.rouge.rouge import Rouge
 from visexpert.errors import ConfigError, DataError
 from visexpert.metrics import java, ptb
 from visexpert.metrics.records import RecordMetric, Row, check_lengths, families_or_blank
+from visexpert.typed import typed
 
 Tokenizer: TypeAlias = Literal["python", "java", "auto"]
 
 
+@typed
 class CaptionScores(RecordMetric):
     """BLEU-1..4, ROUGE-L, CIDEr, and, if available, METEOR and SPICE, over a corpus of captions.
 
@@ -125,15 +127,15 @@ class JudgedCaptions(RecordMetric):
 
     higher_is_better = True
 
-    def update(self, judgements: Sequence[Mapping[str, bool]]) -> None:
+    def update(self, judgments: Sequence[Mapping[str, bool]]) -> None:
         """Count the judgments of a batch, one mapping per caption."""
-        self.add_rows([[dict(judgement)] for judgement in judgements])
+        self.add_rows([[dict(judgment)] for judgment in judgments])
 
     def score(self, rows: list[Row]) -> dict[str, float]:
         """Average over captions."""
         found: dict[str, list[bool]] = {}
-        for (judgement,) in rows:
-            for name, holds in judgement.items():
+        for (judgment,) in rows:
+            for name, holds in judgment.items():
                 found.setdefault(name, []).append(holds)
         return {name: sum(held) / len(held) for name, held in sorted(found.items())}
 

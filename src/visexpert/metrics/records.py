@@ -39,6 +39,11 @@ class RecordMetric(Metric):
         super().__init__(**{"dist_sync_fn": gather_anywhere, **kwargs})
         self.add_state("records", default=[], dist_reduce_fx="cat")
 
+    @property
+    def update_called(self) -> bool:
+        """Whether there may be something to compute: always, since a metric without rows has no scores."""
+        return True
+
     def add_rows(self, rows: Iterable[Row]) -> None:
         """Append rows; each becomes one line of the state."""
         lines = b"".join(json.dumps(row).encode("ascii") + b"\n" for row in rows)

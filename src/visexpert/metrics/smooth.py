@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from visexpert.metrics.records import RecordMetric, Row, check_lengths
+from visexpert.typed import typed
 
 
+@typed
 class TokenNLL(RecordMetric):
     """Mean negative log-likelihood per answer token, in nats, overall and by kind of text.
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from visexpert.metrics.records import Key, first_of_all, gather_anywhere, key_of
+from visexpert.typed import typed
 
 PENALTIES = tuple(10.0**power for power in range(-6, 4))
 """Penalties tried by default, as a share of the variance of a standardized feature."""
@@ -161,6 +162,7 @@ def cell_targets(targets: Mapping[str, Tensor], grid_hw: tuple[int, int]) -> dic
     return cells
 
 
+@typed
 @dataclass(frozen=True)
 class RidgeProbe:
     """A fitted linear map from E features to M values (float64).

@@ -2,7 +2,8 @@
 
 from visexpert.transfer.adapters import MapStem, TokenAdapter
 from visexpert.transfer.gate import GateOutput, GateSettings, ResidualTransfer, TokenGate, smooth_load
-from visexpert.transfer.kd_heads import AdapterKind, Alignment, KDHead, KDPair, make_kd_head
+from visexpert.transfer.kd_heads import AdapterKind, Alignment, KDHead, KDPair, make_kd_head, token_map
+from visexpert.transfer.standardize import PhiS, Standardization, Standardize
 
 __all__ = [
     "AdapterKind",
@@ -12,9 +13,13 @@ __all__ = [
     "KDHead",
     "KDPair",
     "MapStem",
+    "PhiS",
     "ResidualTransfer",
+    "Standardization",
+    "Standardize",
     "TokenAdapter",
     "TokenGate",
     "make_kd_head",
     "smooth_load",
+    "token_map",
 ]

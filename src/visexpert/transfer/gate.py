@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from visexpert.errors import ConfigError, require_numbers
 from visexpert.losses.terms import GateBalanceForm
+from visexpert.typed import typed
 
 GateKind = Literal["token", "uniform"]
 NoiseKind = Literal["none", "fixed", "learned"]
 
 
+@typed
 @dataclass(frozen=True, kw_only=True)
 class GateSettings:
     """Settings of the gate and its load balancing.
@@ -115,7 +117,7 @@ class TokenGate(nn.Module):
         """
         if not any(attached):
             raise ConfigError("TokenGate: no expert is attached, so there is nothing to weight; attach at least one.")
-        attached_K = torch.tensor(attached).to(tokens_BTD.device, non_blocking=True)
+        attached_K = torch.as_tensor(attached).to(tokens_BTD.device, non_blocking=True)
         if self.kind == "uniform":
             share_K = attached_K.to(tokens_BTD.dtype) / sum(attached)
             return GateOutput(share_K.expand(*tokens_BTD.shape[:2], self.num_experts), attached_K)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from visexpert.errors import ConfigError
 from visexpert.grids import resample_tokens
 from visexpert.precision import like_weights
+from visexpert.transfer.standardize import Standardization, make_standardization
 from visexpert.types import ExpertTokens
 
 AdapterKind = Literal["released", "linear", "mlp"]
@@ -59,61 +59,6 @@ def token_map(kind: str, in_dim: int, out_dim: int, hidden_dim: int | None) -> n
         return nn.Linear(in_dim, out_dim)
     hidden = hidden_dim or out_dim
     return nn.Sequential(nn.LayerNorm(in_dim), nn.Linear(in_dim, hidden), nn.GELU(), nn.Linear(hidden, out_dim))
-
-
-class Standardize(nn.Module):
-    """Standardizes tokens to zero mean and unit variance per channel, with statistics over all tokens seen in training.
-
-    Statistics are cumulative (each batch counts equally) instead of per batch or per token, so that an image's target
-    does not depend on its batch and settles with time. They are saved in the checkpoint; DDP uses those of rank 0.
-    Before any training, the statistics of the batch are used.
-
-    Args:
-        dim: Number of channels.
-    """
-
-    keeps_statistics = True
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.statistics = nn.BatchNorm1d(dim, affine=False, momentum=None)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Standardize:
-        """Move and cast like any module, but keep the statistics in float32, which a mean over many batches needs."""
-        before = [self.statistics.running_mean, self.statistics.running_var]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in zip(("running_mean", "running_var"), before, strict=True):
-            new = getattr(self.statistics, name)
-            if new is not None and old is not None and torch.finfo(new.dtype).bits < 32:
-                setattr(self.statistics, name, old.to(device=new.device, dtype=torch.float32))
-        return self
-
-    def forward(self, tokens_BTE: Tensor) -> Tensor:
-        """Standardize tokens (B, T, E) of images; in training, first update the statistics with them. No graph."""
-        statistics = self.statistics
-        assert statistics.running_mean is not None and statistics.running_var is not None
-        tokens_BTE = tokens_BTE.detach().to(statistics.running_mean.dtype)
-        if tokens_BTE.numel() == 0:
-            return tokens_BTE
-        if self.training:
-            self._learn(tokens_BTE.flatten(0, 1))
-        mean_E, var_E = statistics.running_mean, statistics.running_var
-        if not self.training and not statistics.num_batches_tracked:
-            var_E, mean_E = torch.var_mean(tokens_BTE, dim=(0, 1))
-        return F.batch_norm(tokens_BTE.flatten(0, 1), mean_E, var_E, eps=statistics.eps).view_as(tokens_BTE)
-
-    def _learn(self, tokens_ME: Tensor) -> None:
-        """Update as BatchNorm1d does, but skip a batch that is not finite. The host does not wait for the device."""
-        statistics, seen = self.statistics, tokens_ME.new_zeros(2, tokens_ME.shape[1])
-        assert statistics.running_mean is not None and statistics.running_var is not None
-        tracked = statistics.num_batches_tracked
-        assert tracked is not None
-        F.batch_norm(tokens_ME, seen[0], seen[1], training=True, momentum=1.0)  # the batch's mean and variance, fast
-        fine = seen.isfinite().all()
-        tracked.add_(fine.to(tracked.dtype))
-        share = torch.where(fine, 1.0 / tracked.clamp_min(1), torch.zeros_like(seen[0, 0]))
-        for own_E, seen_E in zip((statistics.running_mean, statistics.running_var), seen, strict=True):
-            own_E.mul_(1.0 - share).add_(share * torch.where(fine, seen_E, torch.zeros_like(seen_E)))
 
 
 @dataclass(frozen=True)
@@ -266,11 +211,19 @@ class ToTeacherHead(KDHead):
         sizes: Sizes of teacher and student.
         kind: ``linear`` or ``mlp``.
         hidden_dim: Hidden width of ``mlp``; default D.
+        standardize: ``channel`` or ``phi_s``.
     """
 
-    def __init__(self, sizes: KDSizes, *, kind: AdapterKind = "mlp", hidden_dim: int | None = None) -> None:
+    def __init__(
+        self,
+        sizes: KDSizes,
+        *,
+        kind: AdapterKind = "mlp",
+        hidden_dim: int | None = None,
+        standardize: Standardization = "channel",
+    ) -> None:
         super().__init__(sizes)
-        self.standardize = Standardize(sizes.token_dim)
+        self.standardize = make_standardization(standardize, sizes.token_dim)
         self.head = token_map(kind, sizes.clip_width, sizes.token_dim, hidden_dim or sizes.clip_width)
 
     @property
@@ -280,7 +233,8 @@ class ToTeacherHead(KDHead):
 
     def pair(self, student_BTD: Tensor, teacher: ExpertTokens) -> KDPair:
         """Return the head's prediction (B, T, E), the teacher's tokens standardized."""
-        return KDPair(self.head(like_weights(student_BTD, self.head)), self.standardize(self.resampled(teacher)))
+        target_BTE = self.standardize(self.resampled(teacher))
+        return KDPair(self.head(like_weights(student_BTD, self.head)), target_BTE)
 
 
 class FixedHead(KDHead):
@@ -292,14 +246,15 @@ class FixedHead(KDHead):
     Args:
         sizes: Sizes of teacher and student.
         seed: Seed of the map.
+        standardize: ``channel`` or ``phi_s``.
     """
 
     sets_scale = True
     map_ED: Tensor
 
-    def __init__(self, sizes: KDSizes, *, seed: int = 0) -> None:
+    def __init__(self, sizes: KDSizes, *, seed: int = 0, standardize: Standardization = "channel") -> None:
         super().__init__(sizes)
-        self.standardize = Standardize(sizes.token_dim)
+        self.standardize = make_standardization(standardize, sizes.token_dim)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {sizes.name}".encode()))
         empty_ED = torch.empty(sizes.token_dim, sizes.clip_width, device="cpu")
         self.register_buffer("map_ED", nn.init.orthogonal_(empty_ED, generator=generator))
@@ -331,6 +286,7 @@ def make_kd_head(
     adapter: AdapterKind | None = None,
     hidden_dim: int | None = None,
     seed: int = 0,
+    standardize: Standardization = "channel",
 ) -> KDHead:
     """Build the head for one teacher from config values.
 
@@ -344,18 +300,27 @@ def make_kd_head(
             to_teacher); null for none.
         hidden_dim: Hidden width of ``mlp``; default ``clip_width``.
         seed: Seed of the ``fixed`` map.
+        standardize: How ``to_teacher`` and ``fixed`` standardize the teacher's tokens: ``channel``
+            (:class:`~visexpert.transfer.standardize.Standardize`) or ``phi_s``
+            (:class:`~visexpert.transfer.standardize.PhiS`).
 
     Raises:
         ConfigError: An unknown value, values that exclude one another, or sizes that do not match.
     """
     kind = _adapter_kind(name, alignment, adapter, hidden_dim)
     sizes = KDSizes(name, teacher.token_dim, teacher.grid_hw, clip_width, clip_grid)
+    if standardize != "channel" and alignment not in ("fixed", "to_teacher"):
+        raise ConfigError(
+            f"Teacher {name!r}: alignment={alignment!r} standardizes no teacher, so standardize={standardize!r} has no "
+            "effect; use to_teacher or fixed, or leave it out."
+        )
     if alignment == "raw":
         return RawHead(sizes)
     if alignment == "fixed":
-        return FixedHead(sizes, seed=seed)
-    head = ToStudentHead if alignment == "to_student" else ToTeacherHead
-    return head(sizes, kind=kind or "mlp", hidden_dim=hidden_dim)
+        return FixedHead(sizes, seed=seed, standardize=standardize)
+    if alignment == "to_student":
+        return ToStudentHead(sizes, kind=kind or "mlp", hidden_dim=hidden_dim)
+    return ToTeacherHead(sizes, kind=kind or "mlp", hidden_dim=hidden_dim, standardize=standardize)
 
 
 def _adapter_kind(

@@ -22,7 +22,7 @@ from visexpert.language import CrossAttentionDecoder, LanguageModel
 from visexpert.methods import MoVEKD
 from visexpert.tabletop import TabletopData
 from visexpert.types import Batch, ExpertTokens
-from visexpert.vision import ClipEncoder, MoLESettings
+from visexpert.vision import ClipEncoder, MoLESettings, VisionEncoder
 
 MakeData = Callable[..., TabletopData]
 MOLE = re.compile(r"^clip\..*\.mlp\.(router|fc1_experts|fc2_experts)\.")
@@ -74,7 +74,7 @@ def saved(tmp_path: Path, model: Any, data: MakeData, name: str = "start.ckpt") 
     return str(tmp_path / name)
 
 
-def as_teacher(clip: ClipEncoder, images_BCHW: Tensor) -> ExpertTokens:
+def as_teacher(clip: VisionEncoder, images_BCHW: Tensor) -> ExpertTokens:
     """What a CLIP says, as of a teacher."""
     tokens = clip(images_BCHW)
     return ExpertTokens(tokens.tokens_BTD, tokens.grid_hw)

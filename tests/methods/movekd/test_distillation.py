@@ -17,7 +17,7 @@ from visexpert.methods.movekd.distillation import Distillation, Distilled
 from visexpert.methods.settings import WeightingSettings
 from visexpert.transfer import Alignment, make_kd_head
 from visexpert.types import ExpertTokens, VisionTokens, imaged
-from visexpert.vision import ClsAttention
+from visexpert.vision import Saliency
 
 GRID, WIDTH = (2, 2), 6
 SETTINGS: dict[str, Any] = {
@@ -47,10 +47,10 @@ def tokens(*, seed: int = 0, images: int = 4) -> Tensor:
     return torch.randn(images, 4, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
-def said(clip_BTD: Tensor, cls_logits_BHN: Tensor | None = None) -> ClsAttention:
+def said(clip_BTD: Tensor, cls_logits_BHN: Tensor | None = None) -> Saliency:
     if cls_logits_BHN is None:
         cls_logits_BHN = torch.zeros(len(clip_BTD), 2, 5)
-    return ClsAttention(VisionTokens(clip_BTD, GRID, cls_BD=clip_BTD[:, 0]), cls_logits_BHN)
+    return Saliency(VisionTokens(clip_BTD, GRID, cls_BD=clip_BTD[:, 0]), cls_logits_BHN)
 
 
 def distil(module: Distillation, student_BTD: Tensor, teachers: dict[str, Tensor], **given: Any) -> Distilled:

@@ -36,7 +36,7 @@ from visexpert.language import NoLanguage
 from visexpert.methods import MoVEKD
 from visexpert.tabletop.datamodule import TextSettings
 from visexpert.types import Batch
-from visexpert.vision import ClsAttention, collect_routing
+from visexpert.vision import collect_routing
 
 UNREAD = re.compile(r"^clip\.model\.(encoder\.layers\.2|post_layernorm)\.")
 
@@ -45,11 +45,11 @@ def kd_by_hand(model: MoVEKD, batch: Batch, *, released: bool) -> Tensor:
     """methods.md B1 and B2, one image and one teacher after the other."""
     images_BCHW = unit(batch)
     assert model.anchor is not None
-    seen = ClsAttention.of(model.anchor, images_BCHW)
+    seen = model.anchor.attend(images_BCHW)
     student_BTD, experts = model.clip(images_BCHW).tokens_BTD, model.hub(replace(batch, split=""))
     total = torch.zeros(())
     for row in range(len(batch)):
-        logits_HN = seen.cls_logits_BHN[row]
+        logits_HN = seen.logits_BHN[row]
         tokens_T = logits_HN.softmax(-1).mean(0)[1:].softmax(-1) if released else logits_HN[:, 1:].softmax(-1).mean(0)
         assert seen.tokens.cls_BD is not None
         cls_D = seen.tokens.cls_BD[row]
@@ -300,7 +300,7 @@ def test_cached_teachers_give_the_loss_of_live_ones(tmp_path: Path, data: MakeDa
         teacher.register_forward_hook(lambda *_, number=number: calls.append(number))
     bare_trainer(tmp_path, steps=2, callbacks=[cached]).fit(model, datamodule=data())
     assert cached.losses == pytest.approx(live.losses, abs=1e-5)
-    assert len(calls) == 4 * len(teachers)  # train and validation images: the shape, then one batch of all
+    assert len(calls) == 2 * len(teachers)  # train and validation images: one batch of each; no step runs a teacher
 
 
 @pytest.mark.parametrize("clip_lr", [0.0, 1e-3])
@@ -324,5 +324,7 @@ def test_with_mole_behind_the_tokens_all_that_is_to_train_has_a_gradient_and_not
 
 
 def test_mole_that_no_loss_reaches_is_refused() -> None:
-    with pytest.raises(ConfigError, match="behind the tokens, which only balance_weight reaches, and it is 0"):
+    with pytest.raises(
+        ConfigError, match="behind the tokens, which only auxiliary.balance_weight reaches, and it is 0"
+    ):
         tiny_movekd(mole={"layers": "all"}, balance_weight=0.0)

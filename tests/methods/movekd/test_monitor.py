@@ -27,7 +27,7 @@ from tests.methods.movekd.helpers import (
 from tests.methods.test_training import Recorder
 from visexpert.errors import DataError
 from visexpert.methods import MoVEKD
-from visexpert.vision import ClsAttention, collect_routing
+from visexpert.vision import collect_routing
 
 
 def test_a_teacher_that_gives_nan_stops_training_with_its_name(tmp_path: Path, data: MakeData) -> None:
@@ -137,8 +137,8 @@ def test_views_are_attention_and_choices_of_images_alone() -> None:
     views = model.views(batch)
     assert set(views.attention) == {"clip", "student"} and views.routing is not None
     with collect_routing(model.clip) as routing:
-        seen = ClsAttention.of(model.clip, unit(batch))
-    shares_BT = seen.cls_logits_BHN[..., 1:].softmax(-1).mean(1)
+        seen = model.clip.attend(unit(batch))
+    shares_BT = seen.logits_BHN[..., 1:].softmax(-1).mean(1)
     torch.testing.assert_close(views.attention["student"].flatten(1), shares_BT)
     record = routing.record()
     assert record is not None and views.routing.layers == record.layers == (0, 1)

@@ -157,8 +157,8 @@ def test_rate_and_balance_decide_what_learns_of_mole() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"balance_weight": -1.0}, "balance_weight=-1.0 must not be negative"),
-        ({"mole_lr": 0.0}, "mole_lr=0.0 must be above 0, or null"),
+        ({"balance_weight": -1.0}, "balance_weight is -1.0, but must be .* at least 0"),
+        ({"mole_lr": 0.0}, "mole_lr must be above 0, or null.*0.0"),
         ({"balance_form": "mean"}, "balance_form='mean' is unknown; use one of pooled, per_layer"),
     ],
 )
@@ -178,10 +178,10 @@ def test_tokens_from_disk_give_the_loss_of_live_ones(
         trainer.fit(student, datamodule=data())
         losses[targets] = float(trainer.callback_metrics["train/token_loss"])
     assert losses["store"] == pytest.approx(losses["live"], rel=2e-3)  # kept as float16
-    assert len(list((tmp_path / "features").glob("*.npy"))) == 2
+    assert len(list((tmp_path / "features").glob("*/shard-*"))) == 2
     other = merging_of(teacher=shake(tiny_tove(), seed=9), targets="store", warmup_steps=1)
     bare_trainer(tmp_path, steps=1).fit(other, datamodule=data())
-    assert len(list((tmp_path / "features").glob("*.npy"))) == 4  # another teacher, other tokens
+    assert len(list((tmp_path / "features").glob("*/shard-*"))) == 4  # another teacher, other tokens
 
 
 def test_no_expert_runs_when_the_targets_are_on_disk(
@@ -193,7 +193,7 @@ def test_no_expert_runs_when_the_targets_are_on_disk(
     sizes: list[int] = []
     model.hub["edges"].register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
     bare_trainer(tmp_path, steps=2).fit(merging_of(teacher=model, targets="store"), datamodule=data())
-    assert sizes == [1, 1]  # only the shape is asked for, of training and validation images
+    assert sizes == []
 
 
 def test_merging_draws_the_student_to_its_teacher(tmp_path: Path, data: MakeData) -> None:
@@ -225,7 +225,7 @@ def test_the_teacher_is_in_no_checkpoint(tmp_path: Path, data: MakeData) -> None
         ({"targets": "disk"}, "targets='disk' is unknown; use one of live, store"),
         ({"token_weight": 0.0}, "one must be above 0"),
         ({"lm_weight": -1.0}, "lm_weight is -1.0, .*at least 0"),
-        ({"adaptation": "none"}, "adaptation='none' leaves a plain CLIP nothing to learn"),
+        ({"adaptation": "none"}, "adaptation='none' leaves a plain encoder nothing to learn"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:

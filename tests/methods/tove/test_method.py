@@ -230,7 +230,7 @@ def test_the_output_names_gates_and_grid() -> None:
         ({"use": ["semantic", "dept"]}, r"use names \['dept'\], .* among the experts \['depth', 'edges', 'semantic'\]"),
         ({"detached": ["dept"]}, r"no expert 'dept' in the hub; it holds \['semantic', 'depth', 'edges'\]"),
         ({"fusion_space": "pixel"}, "fusion_space='pixel' is unknown; use one of language, clip"),
-        ({"transfer": "sum"}, "mode='sum' is unknown"),
+        ({"transfer": "sum"}, "transfer='sum' is unknown; use one of residual, replacement"),
         ({"top_k": 4}, r"top_k=4 is outside 1..3"),
         ({"projector": ProjectorSettings(kind="identity")}, "cannot map width 16 to 8"),
     ],

@@ -12,13 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from visexpert.errors import ConfigError, DataError
-from visexpert.losses import across_image_variance, cls_token_weights, feature_kd, gated_kd, teacher_weights
+from visexpert.losses import (
+    across_image_variances,
+    cls_token_weights,
+    feature_errors,
+    feature_kd,
+    gated_kd,
+    teacher_weights,
+)
 from visexpert.losses.distill import uniform_teacher_weights
+from visexpert.methods.movekd.agglomeration import Agglomeration
+from visexpert.methods.movekd.looks import Look, overlapping
 from visexpert.methods.settings import WeightingSettings
 from visexpert.methods.step import on_host
 from visexpert.names import CLIP, STUDENT
+from visexpert.transfer import KDHead, KDPair
 from visexpert.types import ExpertTokens, imaged
-from visexpert.vision import ClsAttention
+from visexpert.vision import Saliency
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +52,7 @@ class DistillationMonitor(nn.Module):
     def __init__(self, names: Iterable[str], *, adaptive: Iterable[str], alarm_every: int) -> None:
         super().__init__()
         self._names, self._adaptive = tuple(names), tuple(adaptive)
-        for name in self._names:  # one each, so that a start from a run with other teachers keeps the shared ones
+        for name in self._names:  # one per name, so that a start from a run with other teachers keeps those in common
             self.register_buffer(_start_of(name), torch.tensor(torch.nan))
         self.alarm_every, self._steps = alarm_every, 0
         self._told: set[str] = set()
@@ -56,7 +66,7 @@ class DistillationMonitor(nn.Module):
     @torch.no_grad()
     def watch(
         self,
-        sides: Mapping[str, Tensor],
+        variances: Mapping[str, Tensor],
         *,
         shares: Mapping[str, Tensor | None] | None = None,
         asked: Mapping[str, Tensor] | None = None,
@@ -64,10 +74,10 @@ class DistillationMonitor(nn.Module):
         """Return what to log of a step; in training, also raise alarms. Call this once a step.
 
         Args:
-            sides: Tokens (B, T, X) of images by name, some of those that are watched.
+            variances: Variance of tokens across images by name, of some or all that are watched.
             shares: Weights over the last axis by what they weigh (``teachers``, ``tokens``).
-            asked: Tokens that the loss pulls a side towards; if they vary less than it does, their variance is the
-                start.
+            asked: Tokens (B, T, X) that the loss pulls others towards, by their name; if they vary less, their variance
+                is the start.
 
         Returns:
             ``variance/NAME`` across images (NaN for fewer than two), ``entropy/NAME`` relative to the largest.
@@ -75,8 +85,7 @@ class DistillationMonitor(nn.Module):
         Raises:
             DataError: In training, tokens noted by :meth:`note_finite` since the last check are not finite.
         """
-        variances = {name: across_image_variance(tokens) for name, tokens in sides.items()}
-        drawn = {name: across_image_variance(tokens) for name, tokens in (asked or {}).items()}
+        drawn = across_image_variances(asked) if asked else {}
         watched = {f"variance/{name}": value for name, value in variances.items()}
         for name, share in (shares or {}).items():
             if share is not None and share.shape[-1] > 1:
@@ -197,6 +206,7 @@ class Distillation(DistillationMonitor):
     Args:
         heads: One per teacher, by name (:func:`visexpert.transfer.make_kd_head`).
         weighting: How teachers and tokens are weighted.
+        agglomeration: What is added to the error of each token; None for nothing.
         alarm_every: Training steps between two checks.
     """
 
@@ -205,6 +215,7 @@ class Distillation(DistillationMonitor):
         heads: Mapping[str, nn.Module],
         weighting: WeightingSettings,
         *,
+        agglomeration: Agglomeration | None = None,
         alarm_every: int = 50,
     ) -> None:
         asked = {"teachers": weighting.teachers, "tokens": weighting.tokens}
@@ -214,6 +225,7 @@ class Distillation(DistillationMonitor):
             alarm_every=alarm_every,
         )
         self.heads = nn.ModuleDict(dict(heads))
+        self.agglomeration = agglomeration
         self.weighting = weighting
         self.clip_teacher_weight = weighting.clip_teacher_weight or 0.0
 
@@ -221,10 +233,12 @@ class Distillation(DistillationMonitor):
         self,
         student_BTD: Tensor,
         teachers: Mapping[str, ExpertTokens],
-        clip: ClsAttention | None,
+        clip: Saliency | None,
         *,
+        summary_BD: Tensor | None = None,
         gates_BTK: Tensor | None = None,
         has_image_B: Tensor | None = None,
+        look: Look | None = None,
     ) -> Distilled:
         """Compare the student's tokens with each teacher's.
 
@@ -232,8 +246,10 @@ class Distillation(DistillationMonitor):
             student_BTD: Patch tokens of the student.
             teachers: Tokens of every teacher that has a head.
             clip: Output of the frozen CLIP on the same images; None if no weighting needs it.
+            summary_BD: The student's own summary; for agglomeration's summary loss.
             gates_BTK: Gate of each expert per token, in the order of the heads without CLIP's; for ``gate``.
             has_image_B: bool, on the host; samples without an image take no part.
+            look: What student and teachers saw; None if both saw the same whole images.
 
         Raises:
             DataError: Tokens of a teacher are not finite; in training this may be noticed some steps later.
@@ -242,31 +258,51 @@ class Distillation(DistillationMonitor):
         if has_image_B is not None:
             keep = partial(imaged, has_image_B=has_image_B)
             student_BTD, gates_BTK = keep(student_BTD), None if gates_BTK is None else keep(gates_BTK)
+            summary_BD = None if summary_BD is None else keep(summary_BD)
             teachers = {name: tokens.mapped(keep) for name, tokens in teachers.items()}
             clip = None if clip is None else clip.mapped(keep)
         pairs = {name: head(student_BTD, teachers[name]) for name, head in self.heads.items()}
+        if look is not None:
+            pairs = {name: _shown_to_both(pair, self._grid_hw, look) for name, pair in pairs.items()}
         predictions = {name: pair.prediction_BTX for name, pair in pairs.items()}
         targets = {name: pair.target_BTX for name, pair in pairs.items()}
-        tokens_BT = None
-        if self.weighting.tokens == "attention":
-            tokens_BT = cls_token_weights(_given(clip).cls_logits_BHN, self.weighting.convention)
+        tokens_BT = self._token_weights(clip, look) if self.weighting.tokens == "attention" else None
         if self.weighting.teachers == "gate":
             assert gates_BTK is not None
             weights = self._beside_anchor(gates_BTK)
         else:
             weights = self._teacher_weights(targets, clip)
-        compare = gated_kd if weights.ndim == 3 else feature_kd
-        loss = compare(predictions, targets, weights, tokens_BT, self.weighting.convention)
+        variances = across_image_variances({STUDENT: student_BTD, **targets})
+        added: Mapping[str, Tensor] = {}
+        if self.agglomeration is not None:
+            errors_BK = feature_errors(predictions, targets, tokens_BT, self.weighting.convention)
+            found = self.agglomeration(errors_BK, weights, pairs, summary_BD=summary_BD, teachers=teachers)
+            loss, added = found.loss, found.watched
+        else:
+            compare = gated_kd if weights.ndim == 3 else feature_kd
+            loss = compare(predictions, targets, weights, tokens_BT, self.weighting.convention)
         weights = weights.detach()
         shares = {"teachers": self._beside(weights), "tokens": tokens_BT}
-        asked = self._asked(targets, weights)
-        watched = self.watch({STUDENT: student_BTD, **targets}, shares=shares, asked=asked)
-        watched |= self._mean_weights(weights, tokens_BT)
+        watched = self.watch(variances, shares=shares, asked=self._asked(targets, weights))
+        watched |= {**self._mean_weights(weights, tokens_BT), **added}
         return Distilled(loss, watched, {} if self.training else _distances(predictions, targets))
+
+    def kd_heads(self) -> dict[str, KDHead]:
+        """Return the heads by teacher."""
+        return {name: head for name, head in self.heads.items() if isinstance(head, KDHead)}
+
+    @property
+    def _grid_hw(self) -> tuple[int, int]:
+        """Grid of the tokens that are compared."""
+        return next(iter(self.kd_heads().values())).sizes.clip_grid
+
+    def trained_modules(self) -> list[nn.Module]:
+        """Return what trains: the heads, and those of summaries."""
+        return [self.heads, *([] if self.agglomeration is None else [self.agglomeration.summary_heads])]
 
     @torch.no_grad()
     def _asked(self, targets: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
-        """Return the weighted mean of the targets, if fixed maps give them another scale than CLIP's."""
+        """Return the weighted mean of the targets, if fixed maps give them a scale other than CLIP's."""
         if not self.starts or not any(getattr(head, "sets_scale", False) for head in self.heads.values()):
             return {}
         shares_BTK = weights if weights.ndim == 3 else weights[:, None]
@@ -281,7 +317,14 @@ class Distillation(DistillationMonitor):
             found["peak/tokens"] = tokens_BT.shape[1] * tokens_BT.amax(1).mean()
         return found
 
-    def _teacher_weights(self, targets: Mapping[str, Tensor], clip: ClsAttention | None) -> Tensor:
+    def _token_weights(self, clip: Saliency | None, look: Look | None) -> Tensor:
+        """Return the weight of each token that is compared, (B, T)."""
+        logits_BHN = _given(clip).logits_BHN
+        if look is not None:
+            logits_BHN = _scores_of_both(logits_BHN, self._grid_hw, look)
+        return cls_token_weights(logits_BHN, self.weighting.convention)
+
+    def _teacher_weights(self, targets: Mapping[str, Tensor], clip: Saliency | None) -> Tensor:
         """Return weights (B, K) in the order of the heads."""
         if self.weighting.teachers == "uniform":
             return uniform_teacher_weights(targets, clip_teacher_weight=self.clip_teacher_weight)
@@ -311,7 +354,21 @@ class Distillation(DistillationMonitor):
         return weights[..., others] / (1 - self.clip_teacher_weight) if self.clip_teacher_weight < 1 else None
 
 
-def _given(clip: ClsAttention | None) -> ClsAttention:
+def _shown_to_both(pair: KDPair, grid_hw: tuple[int, int], look: Look) -> KDPair:
+    """Return the tokens of student and teacher where their crops overlap."""
+    return KDPair(
+        overlapping(pair.prediction_BTX, grid_hw, look.student, look.teachers),
+        overlapping(pair.target_BTX, grid_hw, look.teachers, look.student),
+    )
+
+
+def _scores_of_both(logits_BHN: Tensor, grid_hw: tuple[int, int], look: Look) -> Tensor:
+    """Return the scores of [CLS], and of the patches of the teachers' crop that the student's shows, too."""
+    shown_BTH = overlapping(logits_BHN[..., 1:].mT, grid_hw, look.teachers, look.student)
+    return torch.cat([logits_BHN[..., :1], shown_BTH.mT], dim=-1)
+
+
+def _given(clip: Saliency | None) -> Saliency:
     if clip is None:
         raise ConfigError("Distillation: these weights come from CLIP's attention, but no CLIP was run; pass clip.")
     return clip

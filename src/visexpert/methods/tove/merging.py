@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import ClassVar
 
 import torch
 from peft import LoraConfig
@@ -16,52 +16,41 @@ from visexpert.errors import ConfigError
 from visexpert.experts import FeatureCache
 from visexpert.io.weights import cache_root
 from visexpert.losses import normalized_mse, token_distance
-from visexpert.losses.terms import RouterBalanceForm
 from visexpert.methods.base import Method
 from visexpert.methods.fusing import FusingMethod
 from visexpert.methods.parts import Part
-from visexpert.methods.settings import EvaluationSettings, MergeSettings, MergingOptimizer
-from visexpert.methods.step import Compared, LossTerm, RouterBalance, Seen
+from visexpert.methods.settings import BalanceSettings, EvaluationSettings, MergeSettings, MergingOptimizer
+from visexpert.methods.step import Compared, LossTerm, Seen
 from visexpert.metrics.tokens import TokenError
 from visexpert.names import EncoderName
 from visexpert.optim import ParameterGroup
+from visexpert.typed import typed
 from visexpert.types import Batch, ImageSource, VisionTokens, imaged
-from visexpert.vision import ClipEncoder, MoLESettings, TiledClipEncoder, add_mole, equipped_blocks
+from visexpert.vision import MoLESettings, VisionEncoder, add_mole, equipped_blocks
 
 
 @dataclass(frozen=True)
-class MergeStudent:
+class MergeStudent(BalanceSettings):
     """A student with MoLE, which learns with low-rank experts beside CLIP's own weights.
 
     Args:
         mole: The MoLE to add to CLIP's MLPs.
         mole_lr: Its peak learning rate; null is CLIP's.
-        balance_weight: Weight of the routers' balance loss (MoVE-KD's released code: 0.01). At 0 a router that learns
-            from nothing else (``top1``, ``released``) keeps its initial weights.
-        balance_form: ``pooled`` (released) or ``per_layer``.
 
     Raises:
         ConfigError: A weight or rate outside its range, or an unknown form.
     """
 
+    owner: ClassVar[str] = "MergeStudent"
     mole: MoLESettings = field(default_factory=MoLESettings)
     mole_lr: float | None = None
-    balance_weight: float = 0.01
-    balance_form: RouterBalanceForm = "pooled"
 
     def __post_init__(self) -> None:
-        if self.balance_weight < 0 or (self.mole_lr is not None and self.mole_lr <= 0):
-            raise ConfigError(
-                f"MergeStudent: balance_weight={self.balance_weight} must not be negative, and mole_lr={self.mole_lr} "
-                "must be above 0, or null for CLIP's."
-            )
-        if self.balance_form not in get_args(RouterBalanceForm):
-            raise ConfigError(
-                f"MergeStudent: balance_form={self.balance_form!r} is unknown; use one of "
-                f"{', '.join(get_args(RouterBalanceForm))}."
-            )
+        super().__post_init__()
+        if self.mole_lr is not None and self.mole_lr <= 0:
+            raise ConfigError(f"MergeStudent: mole_lr must be above 0, or null for CLIP's, got {self.mole_lr}.")
 
-    def group(self, clip: ClipEncoder, *, lr: float) -> ParameterGroup:
+    def group(self, clip: VisionEncoder, *, lr: float) -> ParameterGroup:
         """Return the trainable parts of MoLE, with their learning rate.
 
         Args:
@@ -72,15 +61,11 @@ class MergeStudent:
         parts = [part for mole in equipped_blocks(clip).values() for part in mole.learning_modules(balanced=balanced)]
         return ParameterGroup("mole", tuple(parts), lr if self.mole_lr is None else self.mole_lr)
 
-    @property
-    def router_balance(self) -> RouterBalance | None:
-        """How the routers are balanced; None at a weight of 0."""
-        return RouterBalance(self.balance_weight, self.balance_form) if self.balance_weight > 0 else None
-
 
 FUSED = EncoderName("teacher", "fused")
 
 
+@typed
 class Merging(Method):
     """ToVE's second half (arXiv 2504.00691, "knowledge merging"): student = a copy of CLIP, targets = t_fuse.
 
@@ -106,8 +91,8 @@ class Merging(Method):
         evaluation: EvaluationSettings = EvaluationSettings(),
     ) -> None:
         if student is None and merging.adaptation == "none":
-            raise ConfigError("Merging: adaptation='none' leaves a plain CLIP nothing to learn; use full or lora.")
-        if merging.targets == "store" and isinstance(teacher.clip, TiledClipEncoder):
+            raise ConfigError("Merging: adaptation='none' leaves a plain encoder nothing to learn; use full or lora.")
+        if merging.targets == "store" and teacher.clip.reads_tiles:
             raise ConfigError(
                 "Merging: targets='store' keeps tokens of whole images, but this CLIP reads images in tiles; use "
                 "targets: live."
@@ -134,6 +119,7 @@ class Merging(Method):
             self.lora = ClipLora(self.clip, rank=merging.lora_rank, alpha=merging.lora_alpha)
         self._stored: FeatureCache | None = None
         self.error = TokenError()
+        self.keep_pooled(merging.keep_pooled)
         self.settle_training()
 
     def view_tokens(self, batch: Batch) -> VisionTokens:
@@ -197,7 +183,15 @@ class Merging(Method):
             self.lora.merge()
             self.lora = None
         self.clip.requires_grad_(True)
-        return self.teacher.plain(self.clip, self.projector, self.language, clip_lr=self.lr)
+        kept = {} if self.kept is None else {"keep_pooled": self.kept.weight}
+        return self.teacher.plain(self.clip, self.projector, self.language, clip_lr=self.lr, **kept)
+
+    def check_pooled_teacher(self) -> None:
+        """Do nothing: the teacher's CLIP is there."""
+
+    def frozen_encoder(self) -> VisionEncoder:
+        """Return the teacher's encoder."""
+        return self.teacher.clip
 
     @property
     def feature_cache(self) -> FeatureCache | None:
@@ -206,13 +200,21 @@ class Merging(Method):
 
     def on_fit_start(self) -> None:
         """Open the teacher's store, or compute its tokens for the whole training set."""
+        stores = self.settings.targets == "store"
+        cache = self.teacher.feature_cache or (FeatureCache(cache_root() / "features") if stores else None)
+        if cache is not None:
+            why = "targets: store needs; use targets: live" if stores else "the teacher's store needs"
+            self.read_features(cache, self.image_sources(wanted_by=why))
+
+    def read_features(self, cache: FeatureCache, sources: Mapping[str, ImageSource]) -> None:
+        """Read the teacher's tokens of these images from the store, or those of its encoders; see :class:`Method`."""
         if self.settings.targets == "store":
-            self._store_targets(self.image_sources(wanted_by="targets: store needs; use targets: live"))
-        elif (cache := self.teacher.feature_cache) is not None:
-            self.teacher.read_features(cache, self.image_sources(wanted_by="the teacher's store needs"))
+            self._store_targets(cache, sources)
+        else:
+            self.teacher.read_features(cache, sources)
 
     def on_validation_epoch_start(self) -> None:
-        """Fresh scores."""
+        """Reset the scores."""
         super().on_validation_epoch_start()
         self.error.reset()
 
@@ -228,8 +230,10 @@ class Merging(Method):
         if self.settings.adaptation == "none":
             return ()
         if self.lora is not None:
-            return self.lora.modules()
-        return self.clip.read_modules() if self.student is None else self.clip.plain_modules()
+            return self.lora.modules(pooled=self.kept is not None)
+        if self.student is not None:
+            return self.clip.plain_modules(pooled=self.kept is not None)
+        return *self.clip.read_modules(), *(self.clip.pooled_modules() if self.kept is not None else ())
 
     @torch.no_grad()
     def _target(self, batch: Batch) -> Tensor:
@@ -239,9 +243,8 @@ class Merging(Method):
                 return stored
         return self.teacher.transferred(batch).tokens_BTD
 
-    def _store_targets(self, sources: Mapping[str, ImageSource]) -> None:
-        teacher, own = self.teacher, self.teacher.feature_cache
-        cache = FeatureCache(cache_root() / "features", dtype="float16" if own is None else own.dtype)
+    def _store_targets(self, cache: FeatureCache, sources: Mapping[str, ImageSource]) -> None:
+        teacher = self.teacher
 
         def encode(images_BCHW: Tensor) -> Tensor:
             rows = torch.arange(len(images_BCHW))
@@ -255,17 +258,14 @@ class Merging(Method):
                 fingerprint=teacher.fusion_fingerprint(),
                 encode=encode,
                 grid_hw=teacher.clip.grid_hw,
+                width=teacher.fused_width,
                 device=self.device,
             )
         self._stored = cache
 
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-"""Every linear layer of a CLIP block."""
-
-
 class ClipLora:
-    """Low-rank updates on every linear layer of a CLIP; its base weights are frozen.
+    """Low-rank updates on the linear layers of an encoder's blocks; its base weights are frozen.
 
     Args:
         clip: The encoder, changed in place.
@@ -276,19 +276,26 @@ class ClipLora:
         ConfigError: The rank is below 1.
     """
 
-    def __init__(self, clip: ClipEncoder, *, rank: int, alpha: float) -> None:
+    def __init__(self, clip: VisionEncoder, *, rank: int, alpha: float) -> None:
         if rank < 1:
             raise ConfigError(f"LoRA: rank must be at least 1, got {rank}.")
         clip.requires_grad_(False)
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS)  # type: ignore[arg-type]
+        targets = list(clip.linear_names())
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)  # type: ignore[arg-type]
         self._clip = clip
         self._lora = LoraModel(clip.model, config, "default")
 
-    def modules(self) -> tuple[nn.Module, ...]:
-        """Return the low-rank factors of the layers in use."""
-        read = [layer for part in self._clip.read_modules() for layer in part.modules() if isinstance(layer, LoraLayer)]
+    def modules(self, *, pooled: bool = False) -> tuple[nn.Module, ...]:
+        """Return the low-rank factors of the layers in use.
+
+        Args:
+            pooled: Whether the pooled output is in use, too; its norm stays frozen.
+        """
+        behind = self._clip.pooled_modules() if pooled else ()
+        parts = (*self._clip.read_modules(), *behind)
+        read = [layer for part in parts for layer in part.modules() if isinstance(layer, LoraLayer)]
         return tuple(part for layer in read for part in (layer.lora_A, layer.lora_B))
 
     def merge(self) -> None:
-        """Add the updates to the weights and remove every trace of LoRA: keys and shapes are CLIP's own again."""
+        """Add the updates to the weights and remove every trace of LoRA; keys and shapes are the encoder's own."""
         self._lora.merge_and_unload()

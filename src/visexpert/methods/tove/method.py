@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visexpert.errors import require_numbers
+from visexpert.errors import ConfigError, require_numbers
 from visexpert.experts import ExpertHub, FeatureCache, VisionExpert
 from visexpert.io.weights import weights_digest
 from visexpert.language import LanguageModel, Projector
@@ -25,12 +25,14 @@ from visexpert.names import CLIP, EncoderName
 from visexpert.optim import ParameterGroup
 from visexpert.transfer import GateOutput, GateSettings, ResidualTransfer, TokenAdapter, TokenGate
 from visexpert.transfer.gate import TransferMode
+from visexpert.typed import typed
 from visexpert.types import Batch, ImageSource, VisionTokens, imaged
-from visexpert.vision import ClipEncoder, MoLESettings
+from visexpert.vision import MoLESettings, VisionEncoder
 
 CLIP_TOKENS = EncoderName("clip", CLIP)
 
 
+@typed
 class ToVE(FusingMethod):
     """ToVE (arXiv 2504.00691, ICLR 2025): t_fuse = t_clip + sum_k g_k P_k(e_k), g = softmax of a gate on CLIP's token.
 
@@ -48,6 +50,8 @@ class ToVE(FusingMethod):
         fusion_space: ``language`` - fuse after the projector (paper); ``clip`` - before it.
         gate: Which experts each token listens to.
         transfer: ``residual`` (paper) or ``replacement`` (control: CLIP's own token is dropped).
+        keep_pooled: Weight of the loss that keeps CLIP's pooled output while it trains, see
+            :class:`~visexpert.methods.pooled.KeptPooled`.
         blind: Control: all vision tokens are zero, so only the text is left.
         store: Tokens of frozen encoders on disk.
         init_from: Checkpoint of an earlier run to start from. Experts are matched by name: those it lacks start fresh,
@@ -59,7 +63,7 @@ class ToVE(FusingMethod):
     def __init__(
         self,
         *,
-        clip: ClipEncoder,
+        clip: VisionEncoder,
         experts: dict[str, VisionExpert],
         language: LanguageModel,
         use: list[str] | None = None,
@@ -69,6 +73,7 @@ class ToVE(FusingMethod):
         fusion_space: FusionSpace = "language",
         gate: GateSettings = GateSettings(),
         transfer: TransferMode = "residual",
+        keep_pooled: float = 0.0,
         blind: bool = False,
         store: StoreSettings = StoreSettings(),
         init_from: str | None = None,
@@ -104,7 +109,18 @@ class ToVE(FusingMethod):
             "fusion_space": fusion_space,
             "evaluation": evaluation,
         }
+        if store.folder is not None and clip.reads_tiles:
+            raise ConfigError(
+                f"ToVE: store.folder={store.folder!r} holds tokens of whole images, but this CLIP reads images in "
+                "tiles; set it to null."
+            )
         self._cache = store.open()
+        if keep_pooled > 0 and (optimizer.clip_lr == 0 or blind or not self._needs_clip):
+            raise ConfigError(
+                f"ToVE: keep_pooled={keep_pooled:g} has nothing to keep, since CLIP does not train (clip_lr="
+                f"{optimizer.clip_lr:g}, blind={blind}) or is not read; set it to 0, or train CLIP."
+            )
+        self.keep_pooled(keep_pooled)
 
     def view_tokens(self, batch: Batch) -> VisionTokens:
         """Return tokens after the transfer, see :meth:`transferred`."""
@@ -176,10 +192,20 @@ class ToVE(FusingMethod):
         elif not kept:
             self.gate = None
 
-    def plain(self, clip: ClipEncoder, projector: Projector, language: LanguageModel, *, clip_lr: float) -> ToVE:
+    def plain(
+        self,
+        clip: VisionEncoder,
+        projector: Projector,
+        language: LanguageModel,
+        *,
+        clip_lr: float,
+        keep_pooled: float = 0.0,
+    ) -> ToVE:
         """Build a ToVE without experts, with a trainable CLIP."""
         optimizer = ToVEOptimizer(clip_lr=clip_lr, on_nan=self.on_nan)
-        model = ToVE(clip=clip, experts={}, language=language, optimizer=optimizer, **self._plain)
+        model = ToVE(
+            clip=clip, experts={}, language=language, optimizer=optimizer, keep_pooled=keep_pooled, **self._plain
+        )
         model.projector = projector
         model.mark_loaded()
         return model
@@ -205,11 +231,13 @@ class ToVE(FusingMethod):
         return self._derived_config(settings, self.hub.names) | {"gate": gate}
 
     def merged_config(
-        self, settings: Mapping[str, Any], *, clip_lr: float, mole: MoLESettings | None
+        self, settings: Mapping[str, Any], *, clip_lr: float, mole: MoLESettings | None, keep_pooled: float = 0.0
     ) -> dict[str, Any]:
         """Return arguments without experts, with CLIP's learning rate and MoLE."""
         changed = self._derived_config(settings, ())
         changed["optimizer"] = {**(settings.get("optimizer") or {}), "clip_lr": clip_lr}
+        if keep_pooled > 0:
+            changed["keep_pooled"] = keep_pooled
         if mole is not None:
             clip = settings["clip"]
             changed["clip"] = {**clip, "init_args": {**(clip.get("init_args") or {}), "mole": asdict(mole)}}
@@ -232,9 +260,11 @@ class ToVE(FusingMethod):
         parts = [Part.of("expert adapters", "transfer", self.adapters)]
         return parts if self.gate is None else [*parts, Part.of("gate", "transfer", self.gate)]
 
+    stores_test_images = True
+
     def stored_tokens(self) -> Mapping[str, StoredTokens]:
         """Store tokens of CLIP, if frozen, and of attached experts, with features on CLIP's grid."""
-        clip = {"CLIP": StoredTokens(math.prod(self.clip.grid_hw), self.clip.width)} if self._stores_clip else {}
+        clip = {"encoder": StoredTokens(math.prod(self.clip.grid_hw), self.clip.width)} if self._stores_clip else {}
         grids = self._stored_grids()
         return clip | {
             f"expert {name}": StoredTokens(math.prod(grids.get(name, expert.grid_hw)), expert.token_dim)
@@ -269,7 +299,8 @@ class ToVE(FusingMethod):
         if self.gate is not None and self.hub.attached and self._needs_clip:
             groups.append(ParameterGroup("gate", (self.gate,), self.gate_lr))
         if self.clip_lr > 0 and self._needs_clip:
-            groups.append(ParameterGroup("clip", self.clip.read_modules(), self.clip_lr))
+            behind = self.clip.pooled_modules() if self.kept is not None else ()
+            groups.append(ParameterGroup("clip", (*self.clip.read_modules(), *behind), self.clip_lr))
         return groups
 
     def on_fit_start(self) -> None:
@@ -297,6 +328,7 @@ class ToVE(FusingMethod):
                 fingerprint=self.clip.fingerprint(),
                 encode=lambda images: self.clip(images).tokens_BTD,
                 grid_hw=self.clip.grid_hw,
+                width=self.clip.width,
                 device=self.device,
             )
         self.hub.use_cache(cache, sources, resample=self._stored_grids())
@@ -306,7 +338,7 @@ class ToVE(FusingMethod):
         return self._needs_clip and self.clip_lr == 0
 
     def _stored_grids(self) -> dict[str, tuple[int, int]]:
-        """Grids of stored tokens that are not their own: features are stored on CLIP's grid, maps on their own."""
+        """Return the grid of stored features, which is CLIP's; maps are stored on their own."""
         experts = self.hub.attached_experts()
         return {name: self.clip.grid_hw for name, expert in experts.items() if expert.tokens == "features"}
 

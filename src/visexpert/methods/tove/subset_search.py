@@ -14,7 +14,7 @@ from typing import Literal
 from visexpert.errors import ConfigError
 
 Subset = tuple[str, ...]
-"""Names of attached experts in the hub's order; empty for CLIP alone."""
+"""Names of attached experts in the hub's order; empty for the encoder alone."""
 
 Measure = Literal["ms", "gflop"]
 Search = Literal["auto", "greedy", "exhaustive"]
@@ -60,7 +60,7 @@ class Criterion:
     Args:
         min_contribution: Detach experts whose removal raises the validation loss by less than this.
         keep: Number of experts to keep.
-        latency_budget: Largest cost as a multiple of plain CLIP's, at least 1.
+        latency_budget: Largest cost as a multiple of the encoder's alone, at least 1.
         measure: Unit of the budget, and what decides between equal losses: ``ms`` (depends on the machine and its
             load) or ``gflop`` (the same everywhere).
 
@@ -86,10 +86,10 @@ class Criterion:
                 f"min_contribution must be a finite rise of the loss, such as 0.01, got {self.min_contribution}."
             )
         if self.keep is not None and self.keep < 0:
-            raise ConfigError(f"keep must be at least 0 (CLIP alone), got {self.keep}.")
+            raise ConfigError(f"keep must be at least 0 (the encoder alone), got {self.keep}.")
         if self.latency_budget is not None and not 1 <= self.latency_budget < math.inf:
             raise ConfigError(
-                f"latency_budget must be a finite multiple of plain CLIP's cost, at least 1, such as 1.5, got "
+                f"latency_budget must be a finite multiple of the encoder's own cost, at least 1, such as 1.5, got "
                 f"{self.latency_budget}."
             )
 
@@ -175,7 +175,7 @@ def check(experts: Subset, criterion: Criterion, search: str) -> None:
     if search not in ("auto", "greedy", "exhaustive"):
         raise ConfigError(f"The search {search!r} is unknown; use 'auto', 'greedy' or 'exhaustive'.")
     if not experts:
-        raise ConfigError("There is no expert to detach: the model is CLIP alone; give a run that uses experts.")
+        raise ConfigError("There is no expert to detach: the model is its encoder alone; give a run that uses experts.")
     if criterion.keep is not None and criterion.keep > len(experts):
         raise ConfigError(f"keep is {criterion.keep}, but the model has {len(experts)} experts: {', '.join(experts)}.")
 

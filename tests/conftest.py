@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import inspect
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported, hence before it
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+gc.disable()  # while modules are imported and tests collected: what these make stays
 
 TESTS = Path(__file__).parent
 
@@ -29,6 +34,20 @@ def _quick_speeds() -> None:
     given = inspect.unwrap(cost.measure_cost).__kwdefaults__
     assert given is not None
     given["seconds"] = 0.0
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting() -> Iterator[None]:
+    """Leave files to the system, which a disk makes wait for some forty times a fit, and ask git once for the commit.
+
+    That files are forced to disk before they get their names, and what git says, is tested by calls.
+    """
+    from visexpert.callbacks import run_folder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr(run_folder, "git_commit", functools.cache(run_folder.git_commit))
+        yield
 
 
 PAINTED = (
@@ -60,6 +79,47 @@ def _dot(_: object, target: BinaryIO, **__: object) -> None:
     Image.new("RGB", (1, 1)).save(target, format="png")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _no_java(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Score captions without METEOR, which starts Java for ten seconds a run; tests/metrics has its tests."""
+    if "metrics" in request.path.relative_to(TESTS).parts:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("visexpert.metrics.java.has_java", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def _fresh_process() -> Any:
+    from visexpert.export import verify
+
+    return verify._fresh_process
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _exports_are_read_here(_fresh_process: Any) -> Iterator[None]:
+    """Read exports back by the same code in this process: a fresh one takes seconds of imports (``read_afresh``)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("visexpert.export.verify._fresh_process", _read_here)
+        yield
+
+
+@pytest.fixture
+def read_afresh(_exports_are_read_here: None, _fresh_process: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read exports back in a fresh process, as users' exports are; each format has a test that does."""
+    monkeypatch.setattr("visexpert.export.verify._fresh_process", _fresh_process)
+
+
+def _read_here(
+    name: str, folder: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    from visexpert.export import reload
+
+    found = reload.RUNS[name](folder, {key: value.numpy() for key, value in tensors.items()}, facts)
+    return {key: torch.from_numpy(np.array(value)) for key, value in found.items()}, reload.versions()
+
+
 SLOWEST = (
     "test_config_headers.py",
     "test_configs_train.py",
@@ -67,6 +127,8 @@ SLOWEST = (
     "test_run_life.py",
     "test_precision.py",
     "test_in_two_processes.py",
+    "test_pages.py",
+    "test_notebooks.py",
     "test_detach.py",
     "test_trust.py",
     "test_merge.py",
@@ -95,3 +157,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Spare Python's garbage collector the half million objects that imports and collection leave."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()

@@ -19,7 +19,7 @@ TIMM = "test_vit.r160_in1k"
 """timm's own small ViT: 64 wide, 6 blocks, made for tests."""
 
 EXPERT_SIZE = 32
-COLOURS = ("red", "green", "blue")
+COLORS = ("red", "green", "blue")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def write_captions(root: Path) -> Any:
     """COCO in Karpathy's form and two shards of CC3M; settings that train on both and score COCO."""
     splits = [("train", "train2014")] * 5 + [("restval", "val2014"), ("val", "val2014"), ("test", "val2014")]
     images = [
-        (split, folder, COLOURS[number % 3], [f"a {COLOURS[number % 3]} square.", f"all {COLOURS[number % 3]}"])
+        (split, folder, COLORS[number % 3], [f"a {COLORS[number % 3]} square.", f"all {COLORS[number % 3]}"])
         for number, (split, folder) in enumerate(splits)
     ]
     write_karpathy(root / "coco", images)
@@ -109,12 +109,12 @@ def write_chats(root: Path, name: str, *, style: str, images: str = ".", count: 
     for number in range(count):
         image = {} if number % 2 and style != "plain" else {"image": f"coco/{number}.jpg"}
         mark = "<image>\n" if image else ""
-        said = [("human", f"{mark}what colour is it?"), ("gpt", COLOURS[number % 3])]
+        said = [("human", f"{mark}what colour is it?"), ("gpt", COLORS[number % 3])]
         said += [] if style == "plain" else [("human", "are you sure?"), ("gpt", "yes, I am.")]
         turns = [{"from": who, "value": text} for who, text in said]
         records.append({"id": str(number), **image, "conversations": turns})
         if image:
-            write_jpeg(root / images / image["image"], COLOURS[number % 3])
+            write_jpeg(root / images / image["image"], COLORS[number % 3])
     write_json(root / name, records)
 
 

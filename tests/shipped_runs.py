@@ -1,15 +1,16 @@
 """Runs of the files under configs/ as they are shipped, in two optimizer steps: one parser, one cache, one folder.
 
 Only sizes, devices and numbers of steps are replaced, and METEOR is off, which needs Java. Data lie where the files
-say, under a folder of the test's own; published models lie in a hub cache by their names, with few and random weights.
-Figures are built but not painted.
+say, under a folder of the test's own; published models lie in a Hugging Face Hub cache under their names, small and
+with random weights. Figures are built but not painted.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from torch.optim import Optimizer
 
 from tests.io.hub import put_in_cache
 from tests.tiny_configs import CONFIGS, write_data, write_models
+from visexpert.callbacks import Phase
 from visexpert.methods.checkpointed import CheckpointedModule
 from visexpert.training import VisexpertCLI, build_cli
 
@@ -160,6 +162,7 @@ class Watch(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         end = _must_stay(pl_module)
         self.changed = {name for name, value in self._start.items() if not torch.equal(value, end[name])}
+        self._start, self._before = {}, {}
 
 
 def _must_stay(module: L.LightningModule) -> dict[str, Tensor]:
@@ -187,7 +190,7 @@ class Run:
         folder: Its folder.
         steps: Optimizer steps.
         finished: Whether the trainer says that it is done.
-        callbacks: All that took part.
+        phases: Names of the phases that took part.
         watch: What was seen of its steps.
         clip: What the configuration clips gradients to; None for nothing.
     """
@@ -195,9 +198,34 @@ class Run:
     folder: Path
     steps: int
     finished: bool
-    callbacks: Sequence[Callback]
+    phases: Sequence[str]
     watch: Watch
     clip: float | None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Two steps that were taken without a run around them.
+
+    Args:
+        losses: Logged losses.
+        watch: What was seen of the steps.
+        clip: What the configuration clips gradients to; None for nothing.
+    """
+
+    losses: Mapping[str, float]
+    watch: Watch
+    clip: float | None
+
+
+BARE: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "limit_val_batches": 0,
+    "num_sanity_val_steps": 0,
+}
+"""Settings of a trainer that takes steps and does nothing else."""
 
 
 class OneParser(VisexpertCLI):
@@ -223,6 +251,17 @@ class OneParser(VisexpertCLI):
         self.trainer.callbacks.append(watch)  # type: ignore[attr-defined]
         super()._run_subcommand("fit")
 
+    def bare_steps(self, config: Namespace, watch: Watch) -> dict[str, float]:
+        """Train by Lightning's own trainer with the configuration's settings, and return the logged losses."""
+        self.config, self.subcommand = config, "fit"
+        self._set_seed()
+        given = Namespace(model=config["fit.model"], data=config["fit.data"])  # type: ignore[no-untyped-call]
+        parts = self.parser.instantiate_classes(Namespace(fit=given))  # type: ignore[no-untyped-call]
+        trainer = L.Trainer(**{**config["fit.trainer"].as_dict(), **BARE, "callbacks": [watch]})
+        trainer.fit(parts["fit.model"], datamodule=parts["fit.data"])
+        assert trainer.global_step == 2 and trainer.state.finished
+        return {name: float(value) for name, value in trainer.callback_metrics.items() if "loss" in name}
+
 
 class ShippedRuns:
     """Carries out files under configs/ laid over each other, each chain once, and first what it starts from.
@@ -237,6 +276,8 @@ class ShippedRuns:
         self, root: Path, patch: pytest.MonkeyPatch, start_of: Callable[[tuple[str, ...]], tuple[tuple[str, ...], str]]
     ) -> None:
         self._start_of, self._done = start_of, dict[tuple[str, ...], Run]()
+        self._settings = dict[tuple[str, ...], Mapping[str, Any]]()
+        self._parsed = dict[tuple[str, ...], Namespace]()
         self._begun = 0
         patch.setenv("PL_GLOBAL_SEED", "0")
         patch.setenv("VISEXPERT_CACHE", str(root / "cache"))
@@ -247,6 +288,7 @@ class ShippedRuns:
                 put_in_cache(patch, root / "hub", name, Path(place))
         write_data(root / "data")
         _leave_one_batch_of_text(root / "data" / "llava-instruct" / "llava_v1_5_mix665k.json")
+        (root / "src" / "visexpert").mkdir(parents=True, exist_ok=True)  # configs/zoo writes into a checkout
         patch.chdir(root)
         for stage in (2, 3):
             patch.setitem(StrategyRegistry[f"deepspeed_stage_{stage}"], "strategy", EngineLike)
@@ -264,8 +306,39 @@ class ShippedRuns:
             self._done[chain] = self._fit(chain)
         return self._done[chain]
 
-    def _fit(self, chain: tuple[str, ...]) -> Run:
-        config = self._cli.parsed(chain)
+    def steps(self, files: Sequence[str]) -> Steps:
+        """Take two steps without what surrounds them: no file is written, and no callback but the watch takes part."""
+        chain = tuple(files)
+        given = self._shrunk(chain)
+        watch, environment = Watch(), dict(os.environ)
+        try:
+            losses = self._cli.bare_steps(given, watch)
+        finally:
+            _clean_up(environment)
+        return Steps(losses, watch, given["fit"]["trainer"]["gradient_clip_val"])
+
+    def settings(self, files: Sequence[str]) -> Mapping[str, Any]:
+        """All settings of these files, before they are cut down; without a fit."""
+        chain = tuple(files)
+        if chain not in self._settings:
+            self._parsed[chain] = self._cli.parsed(chain)
+            self._settings[chain] = _settings_of(self._parsed[chain])
+        return self._settings[chain]
+
+    def is_known(self, files: Sequence[str]) -> bool:
+        """Whether a run was carried out whose settings differ in the model's alone, and which had no callbacks.
+
+        All that a run has around its steps is then tried: trainer, data, checkpoints, tables and figures.
+        """
+        around = _around(self.settings(files))
+        return (
+            any(_around(self._settings[done]) == around for done in self._done) and not around["trainer"]["callbacks"]
+        )
+
+    def _shrunk(self, chain: tuple[str, ...]) -> Namespace:
+        """The configuration, cut down, whose run starts from one that was carried out."""
+        self.settings(chain)
+        config = self._parsed.pop(chain, None) or self._cli.parsed(chain)
         given = config["fit"]
         if given["model"]["init_args"].get("init_from"):
             start, place = self._start_of(chain)
@@ -275,16 +348,18 @@ class ShippedRuns:
             given["model"]["init_args"]["evaluation"]["meteor"] = False  # phases score, and this one needs Java
         given["trainer"]["accelerator"], given["trainer"]["log_every_n_steps"] = "cpu", 1
         given["test_after_fit"] = False
+        return config
+
+    def _fit(self, chain: tuple[str, ...]) -> Run:
+        config = self._shrunk(chain)
+        given = config["fit"]
         self._begun += 1
         given["run"] = f"runs/{self._begun}"
         watch, environment = Watch(), dict(os.environ)
         try:
             self._cli.carry_out(config, watch)
         finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            os.environ.clear()
-            os.environ.update(environment)
+            _clean_up(environment)
         trainer = self._cli.trainer
         assert isinstance(trainer, L.Trainer)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -292,10 +367,28 @@ class ShippedRuns:
             Path(given["run"]).absolute(),
             trainer.global_step,
             trainer.state.finished,
-            callbacks,
+            [callback.name for callback in callbacks if isinstance(callback, Phase)],  # callbacks hold models
             watch,
             given["trainer"]["gradient_clip_val"],
         )
+
+
+def _clean_up(environment: Mapping[str, str]) -> None:
+    """End the process group of a run, and take back what it set in the environment."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def _settings_of(config: Namespace) -> Mapping[str, Any]:
+    """What ``fit`` is given, but for the names of its files; a copy, since a configuration is cut down in place."""
+    return copy.deepcopy({name: value for name, value in config["fit"].as_dict().items() if name != "config"})
+
+
+def _around(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings but the model's own and the folder's name."""
+    return {**settings, "model": settings["model"]["class_path"], "run": None}
 
 
 def _leave_one_batch_of_text(path: Path) -> None:
@@ -337,6 +430,11 @@ def _shrink_published(given: Any) -> None:
             given[name] = None
 
 
+def _shrink_published_timm(given: Any) -> None:
+    if given.get("source"):
+        given["model"], given["image_size"] = None, None
+
+
 def _shrink_images(given: Any) -> None:
     given["image_size"] = 64
     if given.get("max_tokens"):
@@ -352,6 +450,9 @@ SHRUNK: dict[str, Callable[[Any], None]] = {
     "TransformersExpert": _shrink_published,
     "DepthExpert": _shrink_published,
     "ClipEncoder": _shrink_published,
+    "TransformersEncoder": _shrink_published,
+    "TimmEncoder": _shrink_published_timm,
+    "ImageTable": _shrink_images,
     "TiledClipEncoder": _shrink_published,
     "KorniaEdges": _shrink_images,
     "LLaVAInstruct": _shrink_images,

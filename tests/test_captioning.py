@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ def test_the_default_prompt_is_the_one_of_training(tmp_path: Path) -> None:
     other = LightningDataModule()
     other.tokenizer = caption.run.tokenizer  # type: ignore[attr-defined]
     stranger = Captioner(SavedRun(tmp_path, {}, caption.run.model, other, 0))
-    with pytest.raises(ConfigError, match=r"trained on LightningDataModule, for which no caption prompt .* --prompt"):
+    with pytest.raises(ConfigError, match=r"trained on LightningDataModule, for which no caption prompt .* the prompt"):
         _ = stranger.default_prompt
 
 
@@ -229,3 +230,12 @@ def test_images_are_framed_as_in_training(resize: Resize, tmp_path: Path) -> Non
     trained = data.settings.reader().read(str(tmp_path / "wide.png"), name="wide")
     torch.testing.assert_close(picture.image_CHW, trained.image_CHW / 255.0)
     assert picture.original_hw == trained.original_hw == (20, 50)
+
+
+def test_what_is_printed_of_an_answer_and_a_run_is_short() -> None:
+    gates = np.broadcast_to(np.array([0.25, 0.75]), (4, 4, 2))
+    answer = Answer("a red cube", ("depth", "edges"), gates, np.zeros((8, 8, 3)))
+    assert repr(answer) == "Answer('a red cube', image 8x8, depth 0.25, edges 0.75)"
+    assert repr(replace(answer, gates_HWK=None)) == "Answer('a red cube', image 8x8, depth, edges)"
+    run = SavedRun(Path("runs/tove"), {"model": {}}, tiny_tove(), LightningDataModule(), 1200)
+    assert repr(run) == "SavedRun('runs/tove', ToVE, LightningDataModule, 1,200 steps)"

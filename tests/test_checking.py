@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI
 
 from tests.data.formats import write_json
-from visexpert.checking import check_machine, check_run, check_settings
+from visexpert.checking import PROFILERS, check_machine, check_run, check_settings
 from visexpert.cli import main
 from visexpert.errors import ConfigError
 
@@ -63,13 +66,13 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("run", "", ["run is ''", "folder"]),
         ("trainer.max_steps", "-1", ["max_steps is -1", "max_epochs"]),
         ("trainer.max_steps", "0", ["max_steps is 0", "at least 1"]),
-        ("trainer.accelerator", "tpux", ["tpux", "cpu"]),
-        ("trainer.devices", "0", ["devices='0'"]),
-        ("trainer.precision", "fp8", ["fp8", "bf16-mixed"]),
-        ("trainer.strategy", "foo", ["foo", "ddp"]),
-        ("trainer.gradient_clip_algorithm", "foo", ["foo", "norm"]),
+        ("trainer.accelerator", "gpuu", ["trainer.accelerator is 'gpuu'", "auto, gpu, cpu, cuda", "mean 'gpu'"]),
+        ("trainer.devices", "0", ["trainer.devices is '0'", "from 1"]),
+        ("trainer.precision", "bf17", ["trainer.precision is 'bf17'", "32, 16, transformer-engine", "mean 'bf16'"]),
+        ("trainer.strategy", "dpp", ["trainer.strategy is 'dpp'", "ddp, ", "deepspeed_stage_2", "mean 'ddp'"]),
+        ("trainer.gradient_clip_algorithm", "foo", ["gradient_clip_algorithm is 'foo'", "norm, value"]),
         ("trainer.val_check_interval", "2.5", ["val_check_interval is 2.5", "(0, 1]", "whole number of batches"]),
-        ("trainer.max_time", "abc", ["abc", "DD:HH:MM:SS"]),
+        ("trainer.max_time", "abc", ["trainer.max_time is 'abc'", "DD:HH:MM:SS"]),
         ("trainer.barebones", "true", ["barebones"]),
     ],
 )
@@ -94,16 +97,20 @@ def test_a_setting_that_cannot_be_is_one_sentence(
         ("num_sanity_val_steps", -5, "at least -1"),
         ("limit_train_batches", 0, "above 0"),
         ("min_steps", -1, "at least 0"),
+        ("num_nodes", 0, "at least 1"),
+        ("devices", "x", "auto, a number from 1"),
+        ("devices", "1;2", "auto, a number from 1"),
+        ("profiler", "simpel", "simple, advanced, pytorch, xla"),
         ("max_steps", -5, "-1"),
         ("max_epochs", 0, "at least 1"),
         ("max_epochs", -2, "-1"),
     ],
 )
-def test_numbers_that_the_trainer_trips_over_are_refused(name: str, value: float, allowed: str) -> None:
+def test_what_the_trainer_trips_over_is_refused(name: str, value: float | str, allowed: str) -> None:
     run = {"seed_everything": 0, "run": "runs/a", "checkpoint_every": 5}
     trainer = {"max_steps": 10, "num_sanity_val_steps": -1, "limit_val_batches": 0, "check_val_every_n_epoch": None}
     check_run({**run, "trainer": trainer}, trains=True)
-    with pytest.raises(ConfigError, match=f"{name} is {value}.*{allowed}"):
+    with pytest.raises(ConfigError, match=f"{name} is '?{value}'?.*{allowed}"):
         check_run({**run, "trainer": {**trainer, name: value}}, trains=True)
 
 
@@ -174,7 +181,7 @@ def test_what_is_no_file_is_no_configuration(tmp_path: Path, capsys: pytest.Capt
     for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
         for command in (["fit", "--config"], ["plan", "--config"], ["data", "check"]):
             line = refused([*command, str(path)], capsys)
-            assert str(path) in line and "not a regular file" in line
+            assert str(path) in line and ("a folder" if path.is_dir() else "not a regular file") in line
 
 
 def test_a_config_of_utf8_with_a_mark_is_read(tmp_path: Path) -> None:
@@ -284,3 +291,60 @@ def test_a_command_without_its_part_of_the_data_is_one_sentence(
     (tmp_path / "data.yaml").write_text(yaml.safe_dump({"data": source}))
     line = refused([command, "--config", str(SMOKE), "--config", str(tmp_path / "data.yaml")], capsys)
     assert f"{command} scores the {part} part" in line and "LLaVAInstruct has none" in line
+
+
+def test_the_profilers_are_those_that_lightning_names() -> None:
+    with pytest.raises(MisconfigurationException) as error:
+        L.Trainer(profiler="zzz", logger=False, enable_checkpointing=False)
+    assert tuple(re.findall(r"'(\w+)'", str(error.value))) == PROFILERS
+
+
+LOGGER = "lightning.pytorch.loggers.MLFlowLogger"
+
+
+@pytest.fixture
+def _no_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.pytorch.loggers import mlflow
+    from lightning_utilities.core.imports import RequirementCache
+
+    for name in [each for each in vars(mlflow) if each.startswith("_MLFLOW_") and each.endswith("AVAILABLE")]:
+        monkeypatch.setattr(mlflow, name, RequirementCache("no-such-package>=1.0"))
+
+
+@pytest.mark.usefixtures("_no_mlflow")
+@pytest.mark.parametrize("given", [[{"class_path": LOGGER}], {"class_path": LOGGER}], ids=["in a list", "alone"])
+def test_a_missing_package_of_a_class_is_named(
+    given: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_json(tmp_path / "logger.yaml", {"trainer": {"logger": given}})
+    line = refused(["fit", "--config", str(SMOKE), "--config", "logger.yaml"], capsys)
+    for part in (LOGGER, "no-such-package>=1.0", "pip install"):
+        assert part in line
+
+
+@pytest.mark.parametrize("text", ["import no_such_package.inner", "from no_such_package import x"])
+def test_a_missing_package_that_a_module_of_the_user_imports_is_named(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = f"needy_{len(text)}"
+    (tmp_path / f"{module}.py").write_text(f"{text}\n\nclass Watch:\n    pass\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    line = refused(["fit", "--config", str(SMOKE), f"--trainer.callbacks+={module}.Watch"], capsys)
+    assert f"{module}.Watch needs the module no_such_package" in line
+    assert "pip install" not in line  # the name may be misspelled, and someone else's on an index
+
+
+def test_a_class_in_a_list_that_refuses_its_settings_is_told_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = """from lightning.pytorch.callbacks import Callback
+
+class Watch(Callback):
+    def __init__(self, every: int) -> None:
+        raise ValueError(f"every is {every}, but must be even")
+"""
+    (tmp_path / "watching.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    given = ["--trainer.callbacks+=watching.Watch", "--trainer.callbacks.every=3"]
+    line = refused(["fit", "--config", str(SMOKE), *given], capsys)
+    assert "watching.Watch" in line and "every is 3, but must be even" in line

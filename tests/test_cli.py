@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -17,9 +18,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tests.io.test_checkpoints import DAMAGED
 from tests.sharded_parts import as_deepspeed, as_fsdp, copy_run
 from visexpert import training
-from visexpert.cli import NOISE, _quieten, main
+from visexpert.cli import _quieten, main
 from visexpert.io.checkpoints import load_checkpoint
 from visexpert.methods.start import start_from
+from visexpert.noise import NOISE
 from visexpert.parse_errors import explain
 from visexpert.report import read_metrics
 from visexpert.runs import load_run
@@ -36,7 +38,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("VISEXPERT_CACHE", str(folder))
         patch.setenv("PL_GLOBAL_SEED", "0")
         patch.setattr("sys.argv", ["visexpert"])
-        patch.setattr("visexpert.metrics.java.has_java", lambda: False)  # METEOR alone takes longer than all the rest
         yield folder
 
 
@@ -196,7 +197,7 @@ def edited(tmp_path: Path, old: str, new: str) -> list[str]:
             "visexpert.tabletop.TabletopData: num_train is 'many', but must be a whole number.",
         ),
         ("num_train: 32", "num_train: 0", "TabletopData.num_train is 0, but must be at least 1"),
-        ("layer: -2", "layer: -9", "ClipEncoder: layer=-9 is outside -3..-1 of a CLIP with 2 layers"),
+        ("layer: -2", "layer: -9", "ClipEncoder: layer=-9 is outside -3..-1 of an encoder with 2 layers"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(
@@ -229,6 +230,48 @@ def test_a_wrong_command_line_is_one_sentence(tmp_path: Path, capsys: pytest.Cap
     message = refused(["fit", "--config", str(tmp_path / "absent.yaml")], capsys)
     assert "absent.yaml" in message and "visexpert configs list" in message
     assert "did you mean 'trainer.max_steps'" in refused(["fit", "--trainer.max_stepz", "3"], capsys)
+
+
+def test_the_commands_that_are_proposed_work_when_typed(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "a run"
+    shutil.copytree(run, folder)
+    asked, words = ["detach", "merge", "export", "try"], ["detach", str(folder)]
+    quick = {"detach": ["--min_contribution", "-1"], "merge": ["--steps", "1"]}
+    for command in asked:
+        main([*words, *quick.get(command, [])])
+        told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Next: "))
+        proposed = [shlex.split(each)[1:] for each in told.removeprefix("Next: ").split(", or ")]
+        following = dict(zip(asked, asked[1:], strict=False)).get(command)
+        words = next((each for each in proposed if each[0] == following), [])
+        assert words or following is None, told
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (["fit", "--config="], ("--config", "empty", "visexpert configs list")),
+        (["fit", "--config", str(SMOKE), "--config", ""], ("--config", "empty")),
+        (["fit", "--config", "{run}"], ("'{run}'", "folder", "{run}/config.yaml")),
+        (["fit", "--config", "{run}/checkpoints"], ("'{run}/checkpoints'", "folder")),
+        (["fit", "--config", str(SMOKE), "--trainer.max_steps="], ("trainer.max_steps is ''", "a whole number")),
+        (["test", "tove/smoke"], ("'tove/smoke'", "configuration", "visexpert fit --config tove/smoke")),
+        (["caption", "configs/tove/smoke.yaml", "a.png"], ("configuration", "visexpert fit --config tove/smoke")),
+        (["export", "{run}/config.yaml", "--format", "hf", "--out", "{run}/x"], ("is a file", "'{run}'")),
+        (["merge", "{run}", "--config", "tove/nothing"], ("tove/nothing", "visexpert configs list")),
+        (["merge", "{run}", "--config", "tove/smoke"], ("tove/smoke.yaml", "model and trainer", "steps", "merging")),
+        (["detach", "{run}", "--config", "tove/smoke"], ("model and trainer", "min_contribution", "leave it out")),
+        (["detach", "{run}", "--config="], ("--config", "empty")),
+        (["fit", "--version"], ("version", "visexpert --version")),
+    ],
+)
+def test_one_thing_given_for_another_names_what_was_meant(
+    run: Path, line: list[str], told: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused([word.replace("{run}", str(run)) for word in line], capsys)
+    assert [words for words in told if words.replace("{run}", str(run)) not in said] == [], said
+    assert "<class" not in said
 
 
 def test_a_report_with_every_kind_of_noise_becomes_one_sentence() -> None:

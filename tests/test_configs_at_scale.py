@@ -1,7 +1,7 @@
 """The papers' configurations, whole and on ``meta``: every file builds, and its numbers fit the models and data.
 
-Nothing is downloaded. Encoders are built from what the files themselves say of them; of language models, which a file
-names by a hub id alone, the published ``config.json`` is written down below and put into a cache of the test's own.
+Nothing is downloaded. Encoders are built from what the files themselves say of them. A file names a language model by
+its Hugging Face id alone: the published ``config.json`` is written below and put into a cache of the test's own.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ CLIPS = {
 
 @pytest.fixture(scope="module")
 def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VisexpertCLI]:
-    """One parser for all files, and a hub cache that has the language models' configurations."""
+    """One parser for all files, and a Hugging Face Hub cache that has the language models' configurations."""
     root = tmp_path_factory.mktemp("hub")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PL_GLOBAL_SEED", "0")
@@ -196,6 +196,32 @@ def test_tove_with_vicuna(cli: VisexpertCLI, stage: int, size: int, rates: tuple
     template = built.settings.data.init_args.template
     assert template.class_path.endswith(LlavaTemplate.__name__)
     assert template.init_args.style == {1: "plain", 2: "vicuna_v1"}[stage]
+
+
+def test_distillation_of_dinov3_siglip_2_and_sam_into_a_vit_b(cli: VisexpertCLI) -> None:
+    built = build(cli, "distill/dinov3-siglip2-sam")
+    clip, hub = built.model.clip, built.model.hub
+    assert (clip.width, clip.depth, clip.grid_hw) == (768, 12, (16, 16)) and millions(clip) == pytest.approx(
+        86, rel=0.02
+    )
+    sizes = {name: (expert.token_dim, expert.grid_hw) for name, expert in hub.experts.items()}
+    assert sizes == {"dinov3": (1024, (14, 14)), "siglip2": (1152, (27, 27)), "sam": (256, (64, 64))}
+    assert built.model.reads_text is False
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_movekd_into_siglip_2(cli: VisexpertCLI, stage: int) -> None:
+    built = build(cli, f"movekd/llava/stage{stage}", "hubs/movekd-v1.0", "movekd/llava/siglip2")
+    clip = built.model.clip
+    assert (clip.width, clip.grid_hw, clip.prefix, clip.saliency) == (1152, (27, 27), 0, "pool")
+    added = sum(millions(part) for mole in clip.mole_layers() for part in mole.added_modules())
+    assert added > 1 and millions(clip) - added == pytest.approx(428, rel=0.02)
+
+
+def test_tove_on_siglip_2(cli: VisexpertCLI) -> None:
+    built = build(cli, "tove/paper/vit-b16", "hubs/tove", "tove/siglip2-b16")
+    assert (built.model.clip.width, built.model.clip.grid_hw) == (768, (14, 14))
+    assert millions(built.model.clip) == pytest.approx(93, rel=0.02)  # with its pooling head
 
 
 @pytest.mark.parametrize("name", CLIPS)

@@ -29,8 +29,8 @@ def test_the_data_set_is_read_and_what_is_broken_is_skipped(tmp_path: Path) -> N
         {"image": "b.jpg", "question": "what colour is it ?", "answer": "blue"},
     ]
     write_json_lines(tmp_path / "test.jsonl", records)
-    for name, colour in (("a", "red"), ("b", "blue")):
-        write_jpeg(tmp_path / "images" / f"{name}.jpg", colour)
+    for name, color in (("a", "red"), ("b", "blue")):
+        write_jpeg(tmp_path / "images" / f"{name}.jpg", color)
     words = tokenizer_folder(tmp_path / "words")
     more = {"tokenizer": words, "image_size": 8, "num_workers": 0, "max_broken": 0.5}
     data = example("Signs")(root=str(tmp_path), eval_batch_size=2, **more)

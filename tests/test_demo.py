@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from visexpert import demo
+from visexpert import demo, interruption
 from visexpert.cli import main
 
 SCORES = {"clip-only": 2.0, "tove": 1.0}
@@ -56,3 +56,18 @@ def test_the_smoke_scale_lies_over_the_others(fits: list[Sequence[str]], capsys:
     main(["demo", "--smoke", "--run", "mine"])
     assert [Path(path).stem for path in configs(fits[1])] == ["tabletop", "demo", "smoke"]
     assert "mean nothing" in capsys.readouterr().out and Path("mine/tove/metrics.json").is_file()
+
+
+def test_a_stopped_demo_names_no_option_that_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    def stopped(arguments: Sequence[str]) -> None:
+        with interruption.stoppable(go_on="go on with --ckpt_path last"):  # as every fit does
+            told.append(interruption.hint())
+        raise interruption.Interrupted(2)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("visexpert.training.run_lightning", stopped)
+    with pytest.raises(interruption.Interrupted):
+        demo.run([])
+    assert told and "--ckpt_path" not in told[0] and "same command" in told[0]

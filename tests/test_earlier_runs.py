@@ -82,6 +82,7 @@ COMMANDS: dict[str, Callable[[Path], list[str]]] = {
     "detach": lambda run: ["detach", str(run), "--keep", "1"],
     "export": lambda run: ["export", str(run), "--format", "hf", "--out", str(run / "out")],
     "plan": lambda run: ["plan", "--config", str(run / "config.yaml")],
+    "extract": lambda run: ["extract", "plan", "--config", str(run / "config.yaml")],
     "data": lambda run: ["data", "check", str(run / "config.yaml")],
     "fit": lambda run: ["fit", "--config", str(run / "config.yaml"), "--run", str(run.parent / "new")],
 }

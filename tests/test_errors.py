@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import logging
 import os
+import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+import visexpert
 from visexpert import cli
+from visexpert.callbacks import ShipLanguage
 from visexpert.cli import ShownFormatter, main
-from visexpert.errors import ConfigError, DataError, UserError, next_step, require_numbers, shown, told_by_machine
+from visexpert.errors import (
+    ConfigError,
+    DataError,
+    UserError,
+    next_step,
+    require_checkout,
+    require_numbers,
+    shown,
+    told_by_machine,
+)
+from visexpert.tabletop.zoo.ship import ShipWeights
 
 HOSTILE = "a\x1b]0;owned\x07\x1b[2J\n\x9b31m\u202egnp\udcff.png"
 """A title, a cleared screen, a new line, a C1 sequence, reversed text and a byte that is no text."""
@@ -119,3 +134,52 @@ def test_numbers_outside_a_range_are_refused_with_value_and_range(value: float) 
 def test_numbers_inside_a_range_pass() -> None:
     require_numbers("Owner", least=0, lr=0, other=2.5)
     require_numbers("Owner", above=0, most=1, beta=1)
+
+
+def test_what_writes_into_the_source_is_refused_outside_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    require_checkout("A", "weights/a.safetensors", str(tmp_path / "src" / "visexpert"))
+    makes: tuple[Callable[[], object], ...] = (
+        lambda: ShipWeights(name="clip"),
+        lambda: ShipLanguage(out=f"{SOURCE}/a.safetensors", cards="c", trained_on="x"),
+    )
+    for make in makes:
+        with pytest.raises(ConfigError, match=f"src/visexpert/.*{tmp_path}"):
+            make()
+    Path("src/visexpert").mkdir(parents=True)
+    ShipWeights(name="clip")
+
+
+SOURCE = "src/visexpert/tabletop/zoo/weights"
+
+
+PACKAGE = Path(visexpert.__file__).parent
+
+FRONT = {"app", "cli", "commands", "demo", "training"} | {
+    "checking",
+    "overlays",
+    "parse_errors",
+    "run_arguments",
+    "shipped",
+    "trust",
+}
+"""Rooms and files that commands alone call, or that read what a command line names."""
+
+HARNESS = "integrations"
+"""What lmms-eval calls, by its own options."""
+
+
+def test_messages_of_the_library_name_arguments_instead_of_options() -> None:
+    """Whoever calls from Python has no options; a whole command in backticks may have some."""
+    told = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.relative_to(PACKAGE).parts[0].removesuffix(".py") in FRONT | {HARNESS}:
+            continue
+        for raised in (node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Raise)):
+            parts = [node.value for node in ast.walk(raised) if isinstance(node, ast.Constant)]
+            text = re.sub("`[^`]*`", "", "".join(part for part in parts if isinstance(part, str)))
+            if option := re.search(r"(?<![\w-])--[a-z]\w+", text):
+                told[f"{path.name}:{raised.lineno}"] = option[0]
+    assert told == {}

@@ -13,6 +13,7 @@ import pytest
 
 from tests.data.formats import tokenizer_folder
 from visexpert import errors
+from visexpert.data import HuggingFaceData
 from visexpert.data.needs import load_tokenizer
 from visexpert.errors import ConfigError, WeightsError, require_package
 from visexpert.language.lora import quantized
@@ -43,6 +44,13 @@ def test_every_extra_is_named_where_it_is_missed_and_no_other() -> None:
     ]
     named = set(re.findall(r"visexpert\[([\w-]+)\]|extra=\"([\w-]+)\"", "\n".join(texts)))
     assert {one or other for one, other in named} == set(EXTRAS)
+
+
+def test_the_quickstart_lists_every_extra() -> None:
+    text = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    assert set(
+        re.findall(r"^\| `([\w-]+)` \|", text.partition("| extra |")[2].partition("\n\n")[0], re.MULTILINE)
+    ) == set(EXTRAS)
 
 
 def test_only_functions_import_packages_of_extras() -> None:
@@ -76,7 +84,9 @@ def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """None of the packages is there."""
 
     def find(name: str) -> Any:
-        return None if name in {"scipy", "gradio", "bitsandbytes", "sentencepiece"} else util.find_spec(name)
+        return (
+            None if name in {"scipy", "gradio", "bitsandbytes", "sentencepiece", "datasets"} else util.find_spec(name)
+        )
 
     monkeypatch.setattr(errors, "find_spec", find)
     monkeypatch.setattr("visexpert.language.lora.find_spec", find)
@@ -90,6 +100,7 @@ def test_what_is_missing_is_one_sentence_with_the_extra(tmp_path: Path) -> None:
         (lambda: compare.run([str(tmp_path), "--out", str(tmp_path)]), "scipy", "compare"),
         (lambda: serve.run([str(tmp_path)]), "gradio", "app"),
         (lambda: quantized("nf4", None), "bitsandbytes", "quantization"),  # type: ignore[arg-type]
+        (lambda: HuggingFaceData(root=str(tmp_path)), "datasets", "datasets"),
     ):
         with pytest.raises(ConfigError) as caught:
             call()

@@ -42,7 +42,7 @@ def test_every_name_says_what_it_is() -> None:
 
 
 def test_an_encoder_is_exported_in_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reload in a fresh process is that of `visexpert export`, which the notebook goes through."""
+    """The reload is that of `visexpert export`, which tests/export is about."""
     monkeypatch.setattr("visexpert.export.exporter.verify", lambda source, *rest, **options: source)
     monkeypatch.setattr("visexpert.export.exporter.write_reports", lambda *given: None)
     mole = vx.MoLESettings(rank=2)

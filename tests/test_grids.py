@@ -41,7 +41,7 @@ def test_shrinking_by_two_is_the_mean_of_four() -> None:
 def test_shrinking_by_three_is_the_mean_of_nine() -> None:
     map_HW = [[float(9 * row + column) for column in range(6)] for row in range(6)]
     out = resample_tokens(tokens(map_HW), (6, 6), (2, 2))
-    # Centres of the blocks: rows 1 and 4, columns 1 and 4 (the map is linear).
+    # Centers of the blocks: rows 1 and 4, columns 1 and 4 (the map is linear).
     assert out.flatten().tolist() == [10.0, 13.0, 37.0, 40.0]
 
 

@@ -25,21 +25,25 @@ EVERYWHERE = frozenset(
         "precision",
         "overlays",
         "parse_errors",
+        "run_arguments",
         "timing",
+        "typed",
         "names",
+        "noise",
         "version",
         "shipped",
     }
 )
 """What any room may import; these import nothing but one another, and ``io`` the errors alone."""
 
-STAGES = frozenset({"types", "data", "experts", "vision", "transfer", "language", "losses"})
+STAGES = frozenset({"types", "networks", "data", "experts", "vision", "transfer", "language", "losses"})
 
 LAW: dict[str, frozenset[str]] = {
     "types": frozenset(),
     "data": frozenset({"types"}),
-    "experts": frozenset({"types", "vision", "store"}),
-    "vision": frozenset({"types"}),
+    "networks": frozenset(),
+    "experts": frozenset({"types", "networks", "vision", "store"}),
+    "vision": frozenset({"types", "networks"}),
     "transfer": frozenset({"types", "losses"}),
     "language": frozenset({"types"}),
     "losses": frozenset({"types"}),

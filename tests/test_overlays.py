@@ -65,8 +65,8 @@ def test_data_of_another_class_take_no_settings_over(
     assert isinstance(data, COCOCaptions) and data.settings == plain.settings and data.root == plain.root
     checked = build_data(paths)
     assert isinstance(checked, COCOCaptions) and checked.settings == data.settings
-    (told,) = [record.getMessage() for record in caplog.records if "takes the place" in record.getMessage()]
-    assert told.startswith("COCOCaptions takes the place of LLaVAInstruct")
+    (told,) = [record.getMessage() for record in caplog.records if "replaces" in record.getMessage()]
+    assert told.startswith("COCOCaptions replaces LLaVAInstruct")
     assert all(part in told for part in ("num_val=8", "batch_size=3", "max_broken=0.5")) and "root" not in told
 
 

@@ -35,7 +35,7 @@ from visexpert.optim import adamw
 from visexpert.precision import ClippedModule, clip_gradients, convert_records
 from visexpert.tabletop.zoo.base import ZooModule
 from visexpert.transfer.gate import TokenGate
-from visexpert.transfer.kd_heads import Standardize
+from visexpert.transfer.standardize import Standardize
 from visexpert.types import Batch, StepCounts, TextBatch, TextItem, VisionTokens
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -107,7 +107,7 @@ def test_what_meets_weights_is_cast_to_theirs() -> None:
     projector = Projector(in_dim=4, out_dim=3, kind="linear", norm=True).bfloat16()
     assert projector(torch.rand(1, 2, 4)).dtype == torch.bfloat16
     gate = TokenGate(dim=4, num_experts=2).bfloat16()  # tokens that are read from the store are float32
-    assert gate(torch.rand(1, 2, 4), torch.ones(2, dtype=torch.bool)).gates_BTK.shape == (1, 2, 2)
+    assert gate(torch.rand(1, 2, 4), [True, True]).gates_BTK.shape == (1, 2, 2)
 
 
 def test_statistics_over_a_run_stay_float32_in_a_model_of_16_bits() -> None:

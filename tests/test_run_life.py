@@ -18,11 +18,11 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from visexpert import training
-from visexpert.callbacks import RunFigures
+from visexpert.callbacks import RunFigures, predictions
 from visexpert.cli import main
 from visexpert.io.run_folder import OWN, PREVIOUS, SIDECAR, hold, holds_run
 from visexpert.methods import Method, ToVE
-from visexpert.methods.evaluation import decode
+from visexpert.methods.evaluation import decode, write_all
 from visexpert.methods.step import FILE as NOT_FINITE
 from visexpert.report import read_metrics
 from visexpert.runs import load_run
@@ -38,7 +38,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("VISEXPERT_CACHE", str(folder))
         patch.setenv("PL_GLOBAL_SEED", "0")
         patch.setattr("sys.argv", ["visexpert"])
-        patch.setattr("visexpert.metrics.java.has_java", lambda: False)
         callbacks = [each for each in training.default_callbacks() if not isinstance(each, RunFigures)]  # slow to draw
         patch.setattr(training, "default_callbacks", lambda: [type(each)() for each in callbacks])
         yield folder
@@ -336,6 +335,67 @@ def test_predict_writes_one_line_for_each_text_of_the_test_images(
     assert [line["text"] for line in lines[: len(alone)]] == [decode(ids, saved.tokenizer) for ids in alone]
     assert read(whole / "environment.json")["predict"]["outcome"] == "finished"
     assert not list(whole.glob(".*part"))
+    written = (whole / "predictions.jsonl").read_bytes()
+    said = refused(["predict", str(whole)], capsys)  # they took hours, perhaps
+    assert f"'{whole / 'predictions.jsonl'}'" in said and "--overwrite" in said
+    assert (whole / "predictions.jsonl").read_bytes() == written
+    main(["predict", str(whole), "--overwrite"])
+    assert (whole / "predictions.jsonl").read_bytes() == written
+
+
+def test_a_predict_that_was_killed_goes_on_from_its_whole_lines(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for path in run.glob("*predictions*"):
+        path.unlink()
+    command = ["predict", str(run), "--data.init_args.eval_batch_size", "2"]
+    main(command)
+    file, part = run / "predictions.jsonl", run / ".predictions.jsonl.part"
+    right, counts = file.read_bytes(), []
+    lines = right.splitlines(keepends=True)
+    part.write_bytes(b"of another call\n")  # --overwrite begins anew
+    part.with_name(f"{part.name}.json").write_text("{}", encoding="utf-8")
+
+    def counted(*arguments: Any) -> Any:
+        counts.append(len(arguments[0].items))
+        if len(counts) == 3 and dies:
+            raise Kill
+        return write_all(*arguments)
+
+    monkeypatch.setattr("visexpert.methods.base.write_all", counted)
+    dies = True
+    with pytest.raises(Kill):
+        main([*command, "--overwrite"])
+    kept = part.read_bytes()
+    assert file.read_bytes() == right and right.startswith(kept) and {2, 3} & {json.loads(kept.splitlines()[-1])["row"]}
+    dies = False
+
+    with part.open("ab") as file_of_part:  # as kill -9 may leave it: a batch begun, a line cut
+        file_of_part.write(lines[kept.count(b"\n")] + b'{"source": "", "spl')
+    for changed, told in (
+        (["--model.init_args.evaluation.caption_images", "2"], ("model.init_args.evaluation.caption_images", "'1'")),
+        (["--data.init_args.num_test", "6"], ("data.init_args.num_test", "'8'", "'6'")),
+    ):
+        said = refused([*command, *changed], capsys)
+        assert all(word in said for word in (*told, "--overwrite", str(part)))
+    left = part.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(predictions, "_digest", lambda model: "other")
+        with pytest.raises(SystemExit):
+            main(command)
+        assert "weights" in capsys.readouterr().err
+    part.write_bytes(kept.replace(b'"row": 0', b'"row": 5', 1))
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "row of line 1" in capsys.readouterr().err
+    part.write_bytes(left)
+
+    counts.clear()
+    main(["predict", str(run), "--data.init_args.eval_batch_size", "3"])  # other batches answer the same
+    assert file.read_bytes() == right and counts == [3, 2]
+    assert not list(run.glob(".predictions*"))
 
 
 def test_predict_without_a_language_model_or_a_test_part_is_one_sentence(

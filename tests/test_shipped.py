@@ -85,7 +85,7 @@ def test_every_command_that_takes_configurations_takes_names(capsys: pytest.Capt
     planned = read_configs(["movekd/smoke", "scales/smoke"])
     assert planned.trainer["max_steps"] == 3 and type(planned.method).__name__ == "MoVEKD"
     main(["data", "check", "tove/smoke", "configs/scales/smoke.yaml", "--no_weights"])
-    assert "Nothing is missing." in capsys.readouterr().out
+    assert "Done: nothing is missing." in capsys.readouterr().out
     assert isinstance(build_data([shipped.find("tove/smoke")]), TabletopData)
 
 

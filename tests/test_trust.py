@@ -160,6 +160,7 @@ COMMANDS = {
     "caption": ["RUN", "IMAGE"],
     "serve": ["RUN"],
     "plan": ["--config", "RUN/config.yaml"],
+    "extract": ["--config", "RUN/config.yaml"],
     "data": ["check", "RUN/config.yaml"],
     "export": ["RUN", "--format", "hf", "--out", "OUT"],
 }

@@ -16,13 +16,13 @@ from visexpert.runs import load_run
 CONFIGS = Path(__file__).parents[1] / "configs" / "tove"
 
 
+@pytest.mark.usefixtures("read_afresh")
 def test_from_fit_to_caption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("VISEXPERT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setattr("sys.argv", ["visexpert"])
-    monkeypatch.setattr("visexpert.metrics.java.has_java", lambda: False)
     run = tmp_path / "run"
     configs = ["--config", str(CONFIGS / "smoke.yaml"), "--config", str(CONFIGS / "smoke-merge.yaml")]
     main(["fit", *configs, "--run", str(run)])

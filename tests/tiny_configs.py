@@ -13,6 +13,9 @@ from safetensors.torch import save_file
 from transformers import (
     DepthAnythingConfig,
     DepthAnythingForDepthEstimation,
+    DINOv3ViTConfig,
+    DINOv3ViTImageProcessor,
+    DINOv3ViTModel,
     DPTImageProcessor,
     RobertaConfig,
     RobertaForMaskedLM,
@@ -32,13 +35,25 @@ from tests.data.formats import (
     write_shards,
     write_vqa,
 )
-from tests.end_to_end_parts import COLOURS, EXPERT_SIZE, TIMM, write_chats, write_parts
+from tests.end_to_end_parts import COLORS, EXPERT_SIZE, TIMM, write_chats, write_parts
 from tests.experts.tiny_models import DEPTH, SAM
+from tests.tiny_encoders import write_siglip
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 CONVNEXT = "test_convnext.r160_in1k"
 """timm's own small ConvNeXt, made for tests."""
+
+SIGLIPS = ("google/siglip2-so400m-patch14-384", "google/siglip2-base-patch16-224")
+
+DINOV3 = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
 
 STEPS = 2
 
@@ -70,7 +85,7 @@ LIMITS: dict[str, int] = {
 
 METHODS = ("visexpert.methods.ToVE", "visexpert.methods.MoVEKD")
 
-GIVEN = ("architecture", "config", "processor")
+GIVEN = ("architecture", "config", "processor", "model")
 """What a configuration says of models that are not there yet; the tiny ones say it themselves."""
 
 
@@ -85,6 +100,13 @@ def write_models(root: Path) -> dict[str, str]:
     DPTImageProcessor(size={"height": 56, "width": 56}, keep_aspect_ratio=True, ensure_multiple_of=14).save_pretrained(
         root / "depth"
     )
+    write_siglip(root / "siglip")
+    dinov3 = {**_fields(DINOV3), "num_register_tokens": 4}
+    DINOv3ViTModel(DINOv3ViTConfig(**dinov3)).save_pretrained(root / "dinov3")
+    DINOv3ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(root / "dinov3")
+    tiny: dict[str, Any] = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    student = timm.create_model("vit_base_patch16_dinov3", num_classes=0, **tiny)
+    timm.models.save_for_hf(student, str(root / "student"), model_args=tiny, safe_serialization=True)
     tokenizer_folder(root / "roberta")  # whole words, so that questions fit into 40 tokens
     roberta = RobertaConfig(
         vocab_size=64,
@@ -104,6 +126,9 @@ def write_models(root: Path) -> dict[str, str]:
         **dict.fromkeys(("lmsys/vicuna-7b-v1.5", "lmsys/vicuna-13b-v1.5"), parts.llama),
         "FacebookAI/roberta-base": str(root / "roberta"),
         "facebook/sam-vit-large": str(root / "sam"),
+        **dict.fromkeys(SIGLIPS, str(root / "siglip")),
+        "facebook/dinov3-vitl16-pretrain-lvd1689m": str(root / "dinov3"),
+        "timm/vit_base_patch16_dinov3.lvd1689m": str(root / "student"),
         "depth-anything/Depth-Anything-V2-Small-hf": str(root / "depth"),
         TIMM: parts.expert,
         CONVNEXT: str(root / "convnext.safetensors"),
@@ -119,12 +144,14 @@ def write_data(root: Path) -> None:
     write_chats(root / "llava-pretrain", "blip_laion_cc_sbu_558k.json", style="plain", images="images")
     write_chats(root / "llava-instruct", "llava_v1_5_mix665k.json", style="vicuna_v1", count=8)
     splits = [("train", "train2014")] * 4 + [("restval", "val2014"), ("val", "val2014"), ("test", "val2014")]
-    images = [(part, folder, COLOURS[place % 3], ["a square.", "it is"]) for place, (part, folder) in enumerate(splits)]
+    images = [(part, folder, COLORS[place % 3], ["a square.", "it is"]) for place, (part, folder) in enumerate(splits)]
     write_karpathy(root / "coco", images)
     write_shards(root / "cc3m", (3, 3))
     write_jpeg(root / "nocaps" / "val" / "1.jpg", "red")
     nocaps = [{"id": 1, "file_name": "1.jpg", "width": 12, "height": 8, "domain": "in-domain", "open_images_id": "1"}]
     write_coco(root / "nocaps" / "nocaps_val_4500_captions.json", nocaps, [(1, "a square.")])
+    for name in "abcdefgh":
+        write_jpeg(root / "images" / "train" / f"{name}.jpg", "red")
     _write_questions(root)
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
         POPE,
         VSR,
         COCOCaptions,
+        HuggingFaceData,
+        ImageShards,
         ImageTable,
         LLaVAInstruct,
         MixedData,
@@ -37,7 +39,16 @@ if TYPE_CHECKING:
         VisionExpert,
     )
     from visexpert.export import export_encoder
-    from visexpert.language import BertDecoder, CrossAttentionDecoder, LanguageModel, NoLanguage, PrefixLM
+    from visexpert.language import (
+        BertDecoder,
+        CrossAttentionDecoder,
+        LanguageModel,
+        LoRASettings,
+        NoLanguage,
+        PrefixLM,
+        Projector,
+        ProjectorSettings,
+    )
     from visexpert.losses import (
         cls_token_weights,
         feature_kd,
@@ -48,6 +59,8 @@ if TYPE_CHECKING:
         token_distance,
     )
     from visexpert.methods import (
+        AgglomerationSettings,
+        AuxiliarySettings,
         EvaluationSettings,
         FusingMethod,
         HeadSettings,
@@ -57,6 +70,7 @@ if TYPE_CHECKING:
         Method,
         MoVEKD,
         MoVEKDOptimizer,
+        OptimizerSettings,
         StoreSettings,
         ToVE,
         ToVEOptimizer,
@@ -64,23 +78,35 @@ if TYPE_CHECKING:
     )
     from visexpert.metrics import CaptionScores, POPEScores, RidgeProbe, TokenNLL, VQAAccuracy, VSRAccuracy
     from visexpert.runs import SavedRun, load_run
-    from visexpert.tabletop import TabletopData, TinyExpert
+    from visexpert.tabletop import TabletopData, TinyExpert, tabletop_tokenizer
     from visexpert.transfer import GateSettings
-    from visexpert.types import Batch
+    from visexpert.types import Batch, VisionTokens
     from visexpert.vision import (
         ClipEncoder,
         MoLEFeedForward,
         MoLESettings,
+        OpenClipEncoder,
         TiledClipEncoder,
+        TimmEncoder,
+        TransformersEncoder,
+        VisionEncoder,
         add_mole,
         collect_routing,
+        vision_encoder,
     )
 
 __all__ = [
+    "VisionTokens",
+    "OptimizerSettings",
+    "ProjectorSettings",
+    "Projector",
+    "LoRASettings",
     "CC3M",
     "POPE",
     "VSR",
+    "AgglomerationSettings",
     "Answer",
+    "AuxiliarySettings",
     "Batch",
     "BertDecoder",
     "COCOCaptions",
@@ -96,6 +122,8 @@ __all__ = [
     "FusingMethod",
     "GateSettings",
     "HeadSettings",
+    "HuggingFaceData",
+    "ImageShards",
     "ImageTable",
     "KorniaEdges",
     "LLaVAInstruct",
@@ -112,6 +140,7 @@ __all__ = [
     "NoCaps",
     "NoLanguage",
     "NormalsFromDepth",
+    "OpenClipEncoder",
     "OpenClipExpert",
     "POPEScores",
     "PrefixLM",
@@ -121,16 +150,19 @@ __all__ = [
     "StoreSettings",
     "TabletopData",
     "TiledClipEncoder",
+    "TimmEncoder",
     "TimmExpert",
     "TinyExpert",
     "ToVE",
     "ToVEOptimizer",
     "TokenNLL",
+    "TransformersEncoder",
     "TransformersExpert",
     "UserError",
     "VQAAccuracy",
     "VQAv2",
     "VSRAccuracy",
+    "VisionEncoder",
     "VisionExpert",
     "WeightingSettings",
     "WeightsError",
@@ -145,27 +177,33 @@ __all__ = [
     "load_run",
     "read_image",
     "router_balance",
+    "tabletop_tokenizer",
     "teacher_weights",
     "token_distance",
+    "vision_encoder",
 ]
 
 _NAMES = {
     "captioning": "Answer Captioner",
-    "data": "CC3M POPE VSR COCOCaptions ImageTable LLaVAInstruct MixedData NoCaps VQAv2 read_image",
+    "data": "CC3M POPE VSR COCOCaptions HuggingFaceData ImageShards ImageTable LLaVAInstruct MixedData NoCaps VQAv2 "
+    "read_image",
     "errors": "ConfigError DataError UserError WeightsError",
     "experts": "DepthExpert ExpertHub KorniaEdges NormalsFromDepth OpenClipExpert SegmentationExpert TimmExpert "
     "TransformersExpert VisionExpert",
     "export": "export_encoder",
-    "language": "BertDecoder CrossAttentionDecoder LanguageModel NoLanguage PrefixLM",
+    "language": "BertDecoder CrossAttentionDecoder LanguageModel LoRASettings NoLanguage PrefixLM Projector "
+    "ProjectorSettings",
     "losses": "cls_token_weights feature_kd gate_balance gated_kd router_balance teacher_weights token_distance",
-    "methods": "EvaluationSettings FusingMethod HeadSettings MergeSettings Merging MergingOptimizer Method MoVEKD "
-    "MoVEKDOptimizer StoreSettings ToVE ToVEOptimizer WeightingSettings",
+    "methods": "AgglomerationSettings AuxiliarySettings EvaluationSettings FusingMethod HeadSettings MergeSettings "
+    "Merging MergingOptimizer Method MoVEKD MoVEKDOptimizer OptimizerSettings StoreSettings ToVE ToVEOptimizer "
+    "WeightingSettings",
     "metrics": "CaptionScores POPEScores RidgeProbe TokenNLL VQAAccuracy VSRAccuracy",
     "runs": "SavedRun load_run",
-    "tabletop": "TabletopData TinyExpert",
+    "tabletop": "TabletopData TinyExpert tabletop_tokenizer",
     "transfer": "GateSettings",
-    "types": "Batch",
-    "vision": "ClipEncoder MoLEFeedForward MoLESettings TiledClipEncoder add_mole collect_routing",
+    "types": "Batch VisionTokens",
+    "vision": "ClipEncoder MoLEFeedForward MoLESettings OpenClipEncoder TiledClipEncoder TimmEncoder "
+    "TransformersEncoder VisionEncoder add_mole collect_routing vision_encoder",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 

@@ -22,8 +22,9 @@ from visexpert.errors import ConfigError, DataError, shown
 from visexpert.experts import VisionExpert
 from visexpert.language import Decoding
 from visexpert.runs import SavedRun
+from visexpert.typed import typed
 from visexpert.types import Batch, TextEncoder
-from visexpert.vision import ClipEncoder
+from visexpert.vision import VisionEncoder
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Answer:
             return None
         return dict(zip(self.experts, self.gates_HWK.mean(axis=(0, 1)).tolist(), strict=True))
 
+    def __repr__(self) -> str:
+        told = ", ".join(f"{name} {share:.2f}" for name, share in (self.shares or {}).items())
+        height, width = self.image_HW3.shape[:2]
+        return f"Answer({self.text!r}, image {height}x{width}, {told or ', '.join(self.experts) or 'no experts'})"
+
 
 @dataclass(frozen=True)
 class Captioned:
@@ -59,11 +65,12 @@ class Captioned:
     error: str | None = None
 
 
+@typed
 class Captioner:
     """Answers prompts about images by a finished run, whole, with detached experts, or merged; threads may share it.
 
     Images of any size become one batch of squares as in the run's training (``resize`` and ``image_size`` of its
-    data). Data that say nothing of it get squares of ``side`` px, the largest input among CLIP and the experts:
+    data). Data that say nothing of it get squares of ``side`` px, the largest input among the encoder and the experts:
     bicubic, antialiased, the whole image, its aspect ratio not kept. Each encoder then resizes to its own input.
 
     Args:
@@ -79,7 +86,7 @@ class Captioner:
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}, but must be at least 1.")
         self.run, self.batch_size = run, batch_size
-        self._device = _device(device)
+        self._device = device_of(device)
         self._model = run.model.to(self._device).eval()
         self._encoder = text_encoder_of(run)
         self._hub = self._model.hub
@@ -87,9 +94,13 @@ class Captioner:
         modules = self._model.modules()
         settings = getattr(run.data, "settings", None)
         self._reader = settings.reader() if isinstance(settings, Settings) else None
-        largest = max(part.image_size for part in modules if isinstance(part, ClipEncoder | VisionExpert))
+        largest = max(part.image_size for part in modules if isinstance(part, VisionEncoder | VisionExpert))
         self.side = largest if self._reader is None else self._reader.size
         self._lock = Lock()
+
+    def __repr__(self) -> str:
+        experts = f"experts {', '.join(self.experts)}" if self.experts else "no experts"
+        return f"Captioner({self.run.folder}, {type(self._model).__name__}, {experts}, {self.side} px, {self._device})"
 
     @property
     def default_prompt(self) -> str:
@@ -102,7 +113,7 @@ class Captioner:
             return prompt
         raise ConfigError(
             f"'{self.run.folder}' was trained on {type(self.run.data).__name__}, for which no caption prompt is known; "
-            "give the words that asked for captions there with --prompt."
+            "give the words that asked for captions there as the prompt."
         )
 
     def unknown_words(self, prompt: str) -> list[str]:
@@ -267,7 +278,12 @@ def text_encoder_of(run: SavedRun) -> TextEncoder:
     return encoder
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """Return the device of a name; None for a GPU, if there is one.
+
+    Raises:
+        ConfigError: It cannot be used here.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

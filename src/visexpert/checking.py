@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 import traceback
 import types
 import typing
@@ -16,7 +17,18 @@ from typing import Any, TypeVar
 
 import yaml
 
-from visexpert.errors import ConfigError, UserError, causes, first_line, require_numbers, told_by_machine, user_error_in
+from visexpert.errors import (
+    ConfigError,
+    UserError,
+    causes,
+    did_you_mean,
+    first_line,
+    missing_package,
+    nearest,
+    require_numbers,
+    told_by_machine,
+    user_error_in,
+)
 from visexpert.io.reading import read_text, read_yaml
 
 T = TypeVar("T")
@@ -43,6 +55,10 @@ def check_config_file(path: Path) -> None:
     except FileNotFoundError:
         raise ConfigError(f"The configuration '{path}' does not exist; correct the path.") from None
     except OSError as error:
+        if path.is_dir():
+            inside = path / "config.yaml"
+            meant = f"that of this run is {inside}" if inside.is_file() else "name a YAML file"
+            raise ConfigError(f"The configuration '{path}' is a folder; {meant}.") from None
         raise ConfigError(f"The configuration '{path}' cannot be read ({error.strerror}); name a YAML file.") from None
     except ValueError as error:
         raise ConfigError(f"The configuration '{path}' cannot be read as YAML ({error}); mend it.") from None
@@ -119,8 +135,10 @@ def check_run(config: Mapping[str, Any], *, trains: bool) -> None:
     every = config.get("checkpoint_every")
     if not isinstance(every, int) or every < 1:
         raise ConfigError(f"checkpoint_every is {every}, but must be at least 1 step.")
-    trainer = config.get("trainer")
-    _check_trainer(trainer if isinstance(trainer, Mapping) else vars(trainer) if trainer else {}, trains=trains)
+    given = config.get("trainer")
+    trainer = given if isinstance(given, Mapping) else vars(given) if given else {}
+    _check_trainer(trainer, trains=trains)
+    _check_trainer_words(trainer)
 
 
 def check_machine(trainer: Mapping[str, Any]) -> None:
@@ -166,14 +184,27 @@ def built(build: Callable[[], T], *, who: str = "A setting") -> T:
 
 
 def _refused(error: BaseException, who: str) -> str:
-    """What class refused its settings, and why."""
+    """What class refused its settings, or misses a package, and why."""
     chain = list(causes(error))
-    wrappers = ("Problem with given class_path", "Does not validate against", "Parser key")
-    told = next((cause for cause in chain if not str(cause).strip().startswith(wrappers)), chain[-1])
-    text = first_line(told).rstrip(".")
-    return (
-        f"{_constructor(told) or who} cannot be built from its settings ({type(told).__name__}: {text}); change them."
-    )
+    wrappers = ("Problem with given class_path", "Does not validate against", "Parser key", "Not a valid subclass")
+    told = next((cause for cause in chain if not str(cause).strip().startswith(wrappers)), None)
+    named = _named_in(error)
+    owner = (_constructor(told) if told else None) or (named[0] if named else who)
+    if missed := missing_package(error):
+        return f"{owner} {missed}"
+    text = f"{type(told).__name__}: {first_line(told)}" if told else named[1] if named else first_line(chain[-1])
+    return f"{owner} cannot be built from its settings ({text.rstrip('.')}); change them."
+
+
+def _named_in(error: BaseException) -> tuple[str, str] | None:
+    """The innermost class that a parser names in its report, and what it says of it.
+
+    Of a class in a list, such as one logger of several, the report is all that is left of the constructor's error.
+    """
+    wrapped = r"(?!Problem with|Does not|Parser key|- )"
+    pattern = rf"Problem with given class_path '([^']+)':\s*\n\s+{wrapped}(.+)"
+    found = [pair for cause in causes(error) for pair in re.findall(pattern, str(cause))]
+    return found[-1] if found else None
 
 
 def _constructor(error: BaseException) -> str | None:
@@ -210,12 +241,55 @@ def check_has_part(data: object, part: str, *, command: str) -> None:
         )
 
 
+PROFILERS = ("simple", "advanced", "pytorch", "xla")
+"""Names that Lightning's trainer takes for a profiler, which it keeps inside a function."""
+
+
+def _check_trainer_words(trainer: Mapping[str, Any]) -> None:
+    """Words that Lightning answers at length, or without the name of the setting.
+
+    Raises:
+        ConfigError: A word is none of those that Lightning registers, or no number of devices or time.
+    """
+    words = [name for name in ("accelerator", "strategy", "profiler", "gradient_clip_algorithm") if trainer.get(name)]
+    for name in words:
+        value, allowed = trainer[name], _trainer_words(name)
+        if isinstance(value, str) and value not in allowed and "." not in value:
+            near = did_you_mean(nearest(value, allowed))
+            raise ConfigError(
+                f"trainer.{name} is {value!r}, but must be one of {', '.join(allowed)}{f'; {near}' if near else '.'}"
+            )
+    devices, time = trainer.get("devices"), trainer.get("max_time")
+    ids = isinstance(devices, str) and re.fullmatch(r"auto|-1|[1-9]\d*|\d+(,\d+)*,?", devices.replace(" ", ""))
+    if devices == 0 or devices == "0" or (isinstance(devices, str) and not ids):
+        raise ConfigError(
+            f"trainer.devices is {devices!r}, but must be auto, a number from 1, or the numbers of single devices, "
+            "such as [0, 1]."
+        )
+    if isinstance(time, str) and not re.fullmatch(r"\s*\d+:\d\d:\d\d:\d\d\s*", time):
+        raise ConfigError(f"trainer.max_time is {time!r}, but must be DD:HH:MM:SS, such as 00:12:00:00.")
+
+
+def _trainer_words(name: str) -> list[str]:
+    """Return what Lightning registers for a setting of its trainer, in order."""
+    from lightning.pytorch.accelerators import AcceleratorRegistry  # heavy: what reads a configuration alone needs none
+    from lightning.pytorch.strategies import StrategyRegistry
+    from lightning.pytorch.utilities import GradClipAlgorithmType
+
+    if name == "accelerator":
+        return ["auto", "gpu", *sorted(AcceleratorRegistry.available_accelerators())]
+    if name == "strategy":
+        return ["auto", *sorted(StrategyRegistry.available_strategies())]
+    return list(PROFILERS) if name == "profiler" else sorted(GradClipAlgorithmType.supported_types())
+
+
 def _check_trainer(trainer: Mapping[str, Any], *, trains: bool) -> None:
     """Numbers that Lightning takes without a word and trips over later, or that mean no training at all."""
     least = {
         "accumulate_grad_batches": 1,
         "check_val_every_n_epoch": 1,
         "log_every_n_steps": 0,
+        "num_nodes": 1,
         "gradient_clip_val": 0,
         "num_sanity_val_steps": -1,
         "min_steps": 0,

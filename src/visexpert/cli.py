@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import sys
-import warnings
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers do not fork threads under our workers
@@ -17,6 +16,7 @@ from visexpert import trust
 from visexpert.commands.catalog import find, overview
 from visexpert.errors import UserError, shown, told_by_machine
 from visexpert.interruption import Interrupted
+from visexpert.noise import hide_noise
 from visexpert.version import __version__
 
 USAGE_ERROR = 2
@@ -84,25 +84,9 @@ def _dispatch(arguments: list[str]) -> None:
     find(arguments[0])(arguments[1:])
 
 
-NOISE = (
-    (r".*does not have many workers", r"lightning\.pytorch\."),
-    (r".*Checkpoint directory .* exists and is not empty", r"lightning\.pytorch\.callbacks\.model_checkpoint"),
-    (r"The ``compute`` method of metric .* was called before the ``update``", r"torchmetrics\.utilities\.prints"),
-    (r".*isinstance.treespec, LeafSpec", r"lightning\.pytorch\.utilities\._pytree"),
-    (r"LightningCLI's args parameter", r"lightning\.pytorch\.cli"),  # we complete them, see training.py
-    (r".*module.s. in eval mode at the start of training", r"lightning\.pytorch\.loops\.fit_loop"),  # frozen parts
-    (
-        r"It is recommended to use `self.log\(.*sync_dist=True",
-        r"lightning\.pytorch\.",
-    ),  # scores are the same everywhere
-)
-"""Warnings that a user can do nothing about: how they begin, and the module that gives them."""
-
-
 def _quieten() -> None:
     """Hide what a user can do nothing about; errors and other warnings of the same libraries are shown."""
-    for message, module in NOISE:
-        warnings.filterwarnings("ignore", message=message, module=module)
+    hide_noise()
     for name in ("httpx", "matplotlib", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     restoring = logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector")

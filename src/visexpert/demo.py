@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from visexpert.commands.ending import Ending
 from visexpert.commands.parser import Parser
-from visexpert.errors import next_step
 from visexpert.shipped import shipped
 
 if TYPE_CHECKING:
@@ -30,11 +30,12 @@ SCORES = {
 }
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> Ending:
     """Train and score both models, then say what came out."""
     options = parser().parse_args(arguments)
     from rich.console import Console
 
+    from visexpert.interruption import stoppable
     from visexpert.io.run_files import read_json
     from visexpert.tabletop.zoo.ship import CARDS
     from visexpert.training import run_lightning  # heavy: after --help
@@ -48,7 +49,8 @@ def run(arguments: list[str]) -> None:
     for name, folder in folders.items():
         console.rule(f"{name}: from {START}")
         extra = ["--model.init_args.use=[]"] if name == "CLIP only" else []
-        run_lightning(["fit", *base, *extra, "--run", str(folder), "--overwrite"])
+        with stoppable(go_on="the same command begins it anew"):  # the demo has no --ckpt_path
+            run_lightning(["fit", *base, *extra, "--run", str(folder), "--overwrite"])
     if options.smoke:
         console.print("The scores of --smoke mean nothing: they tell that everything runs.")
     scores = {name: read_json(folder / "metrics.json") for name, folder in folders.items()}
@@ -58,8 +60,8 @@ def run(arguments: list[str]) -> None:
         f"{CARDS / 'language.json'}); adapters, gate and projector are new. Most of the scores "
         "rests on that start and on the shipped encoders, the difference between the columns on the experts."
     )
-    console.print(f"Figures: {folders['ToVE'] / 'figures'}   ({time.perf_counter() - started:.0f} s in all)")
-    print(next_step(("caption", folders["ToVE"], "IMAGE"), ("merge", folders["ToVE"])))
+    made = f"{options.run}, figures in {folders['ToVE'] / 'figures'} ({time.perf_counter() - started:.0f} s in all)"
+    return Ending(made, (("caption", folders["ToVE"], "IMAGE"), ("merge", folders["ToVE"])))
 
 
 def comparison(scores: Mapping[str, Mapping[str, float]]) -> Table:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import errno
 import math
+import re
 import shlex
 from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from importlib.util import find_spec
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -48,6 +51,33 @@ def shown(text: object) -> str:
     Names of files, and what others wrote into them, may hold sequences that recolor, rewrite or retitle a terminal.
     """
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in str(text))
+
+
+def nearest(name: str, known: Iterable[str], *, most: int = 2) -> list[str]:
+    """Return what a name was probably meant to be: those that it abbreviates, else those that are spelled alike."""
+    names = list(known)
+    begun = [each for each in names if name.strip("-") and each.startswith(name)]
+    return (begun or get_close_matches(name, names, n=most, cutoff=0.6))[:most]
+
+
+def did_you_mean(near: Iterable[str]) -> str:
+    """Return the question that names what was probably meant; empty where there is nothing."""
+    names = " or ".join(map(repr, near))
+    return f"did you mean {names}?" if names else ""
+
+
+def require_checkout(owner: str, *paths: str) -> None:
+    """Check that what is written into the source of this package finds it there, before anything trains.
+
+    Raises:
+        ConfigError: A path leads into ``src/visexpert``, and the working directory holds no checkout.
+    """
+    for path in paths:
+        if Path(path).parts[:2] == ("src", "visexpert") and not Path("src", "visexpert").is_dir():
+            raise ConfigError(
+                f"{owner} writes to '{path}', but '{Path.cwd()}' is no checkout of visexpert; go to one, or name "
+                "another folder in the callback's settings."
+            )
 
 
 def next_step(*commands: Iterable[object]) -> str:
@@ -94,6 +124,22 @@ def require_numbers(
         )
         if not fits:
             raise ConfigError(f"{owner}: {name} is {value}, but must be a number {allowed}".rstrip() + ".")
+
+
+def missing_package(error: BaseException) -> str | None:
+    """Return what an import missed and what to do, as the end of a sentence, or None for other errors.
+
+    Args:
+        error: An ``ImportError``, lightning's report of a requirement, or whatever was raised from one.
+    """
+    for cause in causes(error):
+        if found := re.search(r"Requirement '([^']+)' not met", str(cause)):
+            return f"needs {found[1]}, which is not installed: pip install '{found[1]}'."
+        if found := re.search(r"(?:No module named|Module not found:) '?([\w.]+)", str(cause)):
+            module = found[1].partition(".")[0]  # packages are not always called like their modules
+            if find_spec(module) is None:  # else a module of a package that is there
+                return f"needs the module {module}, which is not installed; install its package, or correct the name."
+    return None
 
 
 def require_package(package: str, *, extra: str, what: str) -> None:

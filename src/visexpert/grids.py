@@ -1,8 +1,11 @@
-"""Tokens from one grid to another."""
+"""Tokens from one grid to another, and images resized once for all that read them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,3 +40,35 @@ def resample_tokens(tokens_BSE: Tensor, from_hw: tuple[int, int], to_hw: tuple[i
     else:
         resampled = F.interpolate(map_BEHW, size=to_hw, mode="bilinear", align_corners=False)
     return resampled.flatten(2).transpose(1, 2)
+
+
+_RESIZED: ContextVar[dict[tuple[Tensor, Hashable], Tensor] | None] = ContextVar("resized", default=None)
+"""What :func:`resized_once` has resized, by images (one tensor: tensors are hashed by identity) and form."""
+
+
+@contextmanager
+def resized_once() -> Iterator[None]:
+    """Resize the same images to the same form once, however many encoders ask for it within the ``with``."""
+    before = _RESIZED.set({})
+    try:
+        yield
+    finally:
+        _RESIZED.reset(before)
+
+
+def resized_to(images_BCHW: Tensor, form: Hashable, resize: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return images resized by a function, or what it returned before within :func:`resized_once`.
+
+    Do not change the result in place, as others may get it too.
+
+    Args:
+        images_BCHW: The images.
+        form: All that the result depends on besides the images: size, interpolation.
+        resize: Resizes them.
+    """
+    shared = _RESIZED.get()
+    if shared is None:
+        return resize(images_BCHW)
+    if (images_BCHW, form) not in shared:
+        shared[images_BCHW, form] = resize(images_BCHW)
+    return shared[images_BCHW, form]

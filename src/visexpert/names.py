@@ -34,7 +34,9 @@ class EncoderName(NamedTuple):
     name: str
 
     def __str__(self) -> str:
-        return self.name if self.role == self.name else f"{self.role} {self.name}"
+        if self.name == CLIP:  # of whatever family
+            return "encoder" if self.role == CLIP else "frozen encoder"
+        return f"{self.role} {self.name}"
 
 
 def reserved_among(names: Iterable[str]) -> list[str]:

@@ -51,7 +51,7 @@ def unrelated_settings_dropped() -> Iterator[None]:
         settings, given = _entries(prev_val["init_args"]), _entries(value.get("init_args") or {})
         if left := {name: kept for name, kept in settings.items() if name not in given and kept is not None}:
             told = ", ".join(f"{name}={str(kept)[:40]}" for name, kept in left.items())
-            said[f"{_name(now)} takes the place of {_name(before)} and none of its settings ({told})."] = None
+            said[f"{_name(now)} replaces {_name(before)}, whose settings are not taken over ({told})."] = None
         settings.clear()
 
     discard.drops_unrelated = True  # type: ignore[attr-defined]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
+from importlib import import_module
 from inspect import Parameter, signature
 from typing import Any
 
+from visexpert.errors import did_you_mean, missing_package, nearest
 from visexpert.overlays import load_path
+from visexpert.trust import may_import
 
 EARLIER = {
     "adapter_hidden": "hidden",
@@ -94,17 +96,17 @@ _PLACES = {
 
 _KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "list": "a list"}
 
-_NO_SETTINGS = ("help", "==SUPPRESS==", "print_shtab", "print_config")
-
 
 def _unknown(message: str, classes: list[str], known: Iterable[str]) -> str | None:
     """The sentence for a setting that does not exist."""
     unknown = re.search(
-        r"[Oo]ption '([^']+)' is not accepted|not accept option '([^']+)'|unrecognized arguments: --([\w.]+)", message
+        r"[Oo]ption '([^']+)' is not accepted|not accept option '([^']+)'|unrecognized arguments: --([\w.-]+)", message
     )
     if unknown is None:
         return None
     name = next(group for group in unknown.groups() if group)
+    if not classes and name == "version":
+        return "--version is of no command; type visexpert --version."
     if not classes:
         return f"There is no setting '{name}'; {_hint(name, known)}"
     known_there = _settings_of(load_path(classes[-1]))
@@ -117,6 +119,8 @@ def _no_class(message: str, classes: list[str]) -> str | None:
     """The sentence for a class that does not exist, named in full or by its last name alone."""
     if classes and load_path(classes[-1]) is None:
         module, _, name = classes[-1].rpartition(".")
+        if missed := _missed_by(module):
+            return f"{classes[-1]} {missed}"
         return f"There is no class '{classes[-1]}'; {_hint(name, getattr(load_path(module), '__all__', ()))}"
     bare = re.search(r"Expected a dot import path string: (\S+)", message)
     if bare is None:
@@ -125,6 +129,16 @@ def _no_class(message: str, classes: list[str]) -> str | None:
     places = next((_PLACES[part] for part in reversed(path.split(".")) if part in _PLACES), ())
     names = [name for place in places for name in _classes_of(place)]
     return f"{path}: there is no class '{bare[1]}'; {_hint(bare[1], names)}"
+
+
+def _missed_by(module: str) -> str | None:
+    """What a module misses that cannot be imported: a package that it imports, or itself."""
+    try:
+        if module and may_import(module):
+            import_module(module)
+    except ImportError as error:
+        return missing_package(error)
+    return None
 
 
 def _missing(message: str, classes: list[str]) -> str | None:
@@ -143,15 +157,18 @@ def _not_allowed(message: str, classes: list[str]) -> str | None:
         for part in each.split(",")
     ]
     kinds = [_KINDS[kind] for kind in re.findall(r"Expected an? <class '(\w+)'>", message) if kind in _KINDS]
-    value = re.search(r"Got value: (.+)$|Given value: (.{1,80})$", message, flags=re.MULTILINE)
+    value = re.search(r"Got value: ?(.*)$|Given value: (.{1,80})$", message, flags=re.MULTILINE)
     if value is None or not (choices or kinds):
         return None
     allowed = list(dict.fromkeys(choices))
+    if any(choice.isdigit() for choice in allowed):  # numbers are among the choices
+        kinds = [kind for kind in kinds if kind != _KINDS["int"]]
     words = f"one of {', '.join(allowed)}" if len(allowed) > 1 else "".join(allowed)
     told = " or ".join(dict.fromkeys(part for part in (words, *kinds) if part))
     owner = f"{classes[-1]}: " if classes else ""
-    given = next(group for group in value.groups() if group)
-    return f"{owner}{_key_in(message)} is {given!r}, but must be {told}."
+    given = next((group for group in value.groups() if group), "")
+    near = did_you_mean(nearest(given, allowed))
+    return f"{owner}{_key_in(message)} is {given!r}, but must be {told}{f'; {near}' if near else '.'}"
 
 
 def _key_in(message: str) -> str:
@@ -183,19 +200,16 @@ def _group_as_value(message: str, classes: list[str]) -> str | None:
 
 def _hint(name: str, known: Iterable[str]) -> str:
     """What was probably meant: by a name of old, by the last part of a dotted name, or by all of it."""
-    names = sorted({key for key in known if key not in _NO_SETTINGS})
+    names = sorted(set(known))
     leaves: dict[str, list[str]] = {}
     for key in names:
         leaves.setdefault(key.rpartition(".")[2], []).append(key)
     leaf = name.rpartition(".")[2]
     near = (
-        leaves.get(leaf)
-        or _renamed(leaf, leaves)
-        or [key for close in get_close_matches(leaf, leaves, n=2, cutoff=0.6) for key in leaves[close]]
+        leaves.get(leaf) or _renamed(leaf, leaves) or [key for close in nearest(leaf, leaves) for key in leaves[close]]
     )
-    near = near[:2] or get_close_matches(name, names, n=2, cutoff=0.6)
-    if near:
-        return f"did you mean {' or '.join(map(repr, near))}?"
+    if hint := did_you_mean(near[:2] or nearest(name, names)):
+        return hint
     return f"known are {', '.join(names)}." if 0 < len(names) <= 40 else "see --help for what is allowed."
 
 

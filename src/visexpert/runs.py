@@ -21,8 +21,9 @@ from visexpert.io.reading import read_yaml
 from visexpert.io.run_folder import blamed_on_version
 from visexpert.methods import Method
 from visexpert.parse_errors import explain
-from visexpert.training import checkpoint_of, config_of
+from visexpert.run_arguments import checkpoint_of, config_of
 from visexpert.trust import guarded, refuse_strangers
+from visexpert.typed import typed
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,12 @@ class SavedRun:
         """The tokenizer of the run's data."""
         return self.data.tokenizer  # type: ignore[attr-defined]
 
+    def __repr__(self) -> str:
+        parts = f"{type(self.model).__name__}, {type(self.data).__name__}, {self.steps:,} steps"
+        return f"SavedRun({str(self.folder)!r}, {parts})"
 
+
+@typed
 def load_run(folder: str | Path, *, trust: Sequence[str] = ()) -> SavedRun:
     """Build what a run's ``config.yaml`` names and fill it from ``checkpoints/last.ckpt``.
 

@@ -74,8 +74,10 @@ def find(text: str | Path) -> Path:
         text: A path or a name.
 
     Raises:
-        ConfigError: There is neither.
+        ConfigError: There is neither, or the text is empty.
     """
+    if not str(text):
+        raise ConfigError("--config is empty; name a YAML file, or one of `visexpert configs list`.")
     path = Path(text)
     given = next((each for each in (path, Path(f"{path}{SUFFIX}")) if each.is_file()), None)
     if given is not None:
@@ -111,6 +113,21 @@ def summary_of(path: Path) -> str:
     return sentence[1] if sentence else ""
 
 
+def commands_of(path: Path) -> list[list[str]]:
+    """Return the words of each command in a header.
+
+    Raises:
+        OSError, ValueError: See :func:`header_of`.
+    """
+    text = "\n".join(header_of(path)).replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("visexpert ")]
+
+
+def configs_in(words: Sequence[str]) -> list[str]:
+    """Return the configurations that a command names."""
+    return [value for option, value in pairwise(words) if option in OPTIONS]
+
+
 def layers_of(path: Path) -> list[list[str]]:
     """Return the configurations of each command in a header, as they are written there, in their order.
 
@@ -119,9 +136,9 @@ def layers_of(path: Path) -> list[list[str]]:
     Raises:
         OSError, ValueError: See :func:`header_of`.
     """
+    commands = commands_of(path)
+    layers = [configs_in(words) for words in commands]
     text = "\n".join(header_of(path)).replace("\\\n", " ")
-    commands = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("visexpert ")]
-    layers = [[value for option, value in pairwise(words) if option in OPTIONS] for words in commands]
     over = re.search(rf"^Over (.*?{re.escape(SUFFIX)}'?)\.$", text, flags=re.MULTILINE | re.DOTALL)
     if not commands and over:
         layers = [[*(word.strip(",") for word in shlex.split(over[1])), str(path)]]

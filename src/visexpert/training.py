@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
@@ -20,9 +19,11 @@ from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
+from visexpert import shipped
 from visexpert.callbacks import (
     CostReport,
     MetricsContinuation,
+    NearestNeighbors,
     Phase,
     Predictions,
     RunFigures,
@@ -30,11 +31,12 @@ from visexpert.callbacks import (
     RunLogger,
     SaveRunConfig,
     StopOnSignal,
+    TextAlignment,
     ThroughputMonitor,
     TrainingProgress,
 )
 from visexpert.callbacks.checkpoint_io import RunTrainer, use_whole_files
-from visexpert.callbacks.predictions import check_writes
+from visexpert.callbacks.predictions import check_replaces, check_writes
 from visexpert.callbacks.run_folder import is_finished
 from visexpert.checking import (
     SCORED,
@@ -48,12 +50,12 @@ from visexpert.checking import (
 from visexpert.data import MixedData, SourceData
 from visexpert.errors import ConfigError, UserError, first_line
 from visexpert.interruption import stoppable
-from visexpert.io.checkpoints import FOLDER, LAST, checked_checkpoint, is_checkpoint, newest_checkpoint
+from visexpert.io.checkpoints import FOLDER, LAST, checked_checkpoint, newest_checkpoint
 from visexpert.io.run_folder import blamed_on_version, hold, holds_run, is_of_run, set_run_aside
 from visexpert.methods import Method
 from visexpert.overlays import MissingBaseError, load_path, parts_without_class, unrelated_settings_dropped
 from visexpert.parse_errors import classes_in, explain
-from visexpert.shipped import in_arguments
+from visexpert.run_arguments import CHECKPOINT_WORDS, complete_from_run, config_files, last_checkpoint, option_of
 from visexpert.trust import UntrustedError, guarded, refuse_strangers
 from visexpert.version import __version__
 
@@ -63,9 +65,6 @@ DESCRIPTION = (
     "Every setting of this command. Settings may be given here or in YAML files (--config); what this machine would "
     "use is shown by --print_config. `visexpert --help` lists all commands."
 )
-SCORING = ("validate", "test", "predict")
-CHECKPOINT_WORDS = ("last", "best", "hpc", "registry")
-"""What Lightning takes for ``--ckpt_path`` beside a file."""
 
 
 class VisexpertCLI(LightningCLI):
@@ -79,12 +78,22 @@ class VisexpertCLI(LightningCLI):
     reads_only = False
     """Whether nothing is run, as for a plan."""
 
-    def __init__(self, *args: Any, held: ExitStack | None = None, **kwargs: Any) -> None:
+    def __init__(self, *, held: ExitStack | None = None, **kwargs: Any) -> None:
         self._held = held
         self._overwrite = False
-        kwargs["args"] = in_arguments(kwargs.get("args") or ())
+        kwargs["args"] = shipped.in_arguments(kwargs.get("args") or ())
         self._asked = next(iter(kwargs["args"]), None)
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            parser_class=RunParser,
+            parser_kwargs={"parser_mode": "omegaconf", "description": DESCRIPTION, "version": __version__},
+            auto_configure_optimizers=False,
+            **kwargs,
+        )
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Give arguments to the subcommand that is asked for; the others, a tenth of a second each, stay names."""
@@ -94,7 +103,7 @@ class VisexpertCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Arguments of our own."""
+        """Add the options that Lightning does not have."""
         parser.add_argument(
             "--run",
             type=str,
@@ -107,7 +116,8 @@ class VisexpertCLI(LightningCLI):
         parser.add_argument(
             "--overwrite",
             action="store_true",
-            help="fit: in a folder that holds a run, begin anew; what that run wrote is moved to previous.1 in it.",
+            help="fit: in a folder that holds a run, begin anew; what that run wrote is moved to previous.1 in it. "
+            "predict: replace the predictions that are there, or those of a call that was stopped.",
         )
         parser.add_argument(
             "--test_after_fit", type=bool, default=True, help="Score the test split when training is done."
@@ -115,7 +125,7 @@ class VisexpertCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and refuse what the parser lets through and nothing can use."""
-        for path in _config_files(args or ()):
+        for path in config_files(args or ()):
             check_config_file(path)
         foreign = self._foreign_config(args or ())
         if foreign is not None:
@@ -126,11 +136,11 @@ class VisexpertCLI(LightningCLI):
         except OmegaConfBaseException as error:
             raise ConfigError(f"The configuration cannot be filled in ({first_line(error)}); mend it.") from error
         except MissingBaseError as error:
-            raise error.beside(_config_files(args or ())) from error
+            raise error.beside(config_files(args or ())) from error
         except UntrustedError:
             raise
         except ConfigError as error:
-            raise blamed_on_version(error, _config_files(args or ())) from error
+            raise blamed_on_version(error, config_files(args or ())) from error
         subcommand = self.config.get("subcommand")
         if foreign is not None:  # a part may have come from another file that it names
             refuse_strangers(self.config[subcommand] if subcommand else self.config, foreign)
@@ -181,9 +191,9 @@ class VisexpertCLI(LightningCLI):
         """A configuration that may be anyone's: a run's own, but for a fit, whose ``--config`` the user chose."""
         if arguments and arguments[0] == "fit" and not self.reads_only:
             return None
-        run = _option(list(arguments), "--run")
+        run = option_of(list(arguments), "--run")
         folders = () if run is None else (Path(run),)
-        return next((path for path in _config_files(arguments) if path.parent in folders or is_of_run(path)), None)
+        return next((path for path in config_files(arguments) if path.parent in folders or is_of_run(path)), None)
 
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; a user's error comes out as itself, not inside the parser's."""
@@ -262,7 +272,13 @@ class VisexpertCLI(LightningCLI):
     def before_predict(self) -> None:
         """See that there is something to write, then as for the other commands that score."""
         check_writes(self.model)
+        check_replaces(self.run_folder, overwrite=self._overwrite)
         self.before_validate()
+        config = self.config[self.subcommand]
+        settings = {key: str(value) for key, value in config.items() if _decides_answers(key)}
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Predictions):
+                callback.go_on(self.run_folder, settings, anew=self._overwrite)
 
     def _occupy(self) -> None:
         """Lock the run's folder, before anything is written.
@@ -386,17 +402,9 @@ def build_cli(arguments: list[str], *, run: bool = True, held: ExitStack | None 
         ConfigError: An argument or a key of a configuration file that does not fit.
     """
     return VisexpertCLI(
-        L.LightningModule,
-        L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=0,
         save_config_callback=SaveRunConfig,
         trainer_class=RunTrainer,
         trainer_defaults={"enable_model_summary": False},
-        parser_class=RunParser,
-        parser_kwargs={"parser_mode": "omegaconf", "description": DESCRIPTION, "version": __version__},
-        auto_configure_optimizers=False,
         args=arguments,
         run=run,
         held=held,
@@ -406,8 +414,12 @@ def build_cli(arguments: list[str], *, run: bool = True, held: ExitStack | None 
 class RunParser(LightningArgumentParser):
     """Lightning's parser, whose errors are one sentence instead of the whole usage.
 
-    A class that takes the place of an unrelated one takes none of its settings over (:mod:`visexpert.overlays`).
+    Options are given in full. A class that takes the place of an unrelated one takes none of its settings over
+    (:mod:`visexpert.overlays`).
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def parse_args(self, args: Any = None, *others: Any, **kwargs: Any) -> Any:
         """Parse a command line with its configuration files."""
@@ -432,81 +444,18 @@ class RunParser(LightningArgumentParser):
         for action in parser._actions:
             if not action.option_strings and action.metavar:  # a positional is known by what help calls it
                 message = message.replace(f"are required: {action.dest}", f"are required: {action.metavar}")
-        raise ConfigError(explain(message, [action.dest for action in parser._actions])) from ex
+        raise ConfigError(explain(message, _settings_of(parser))) from ex
 
 
-def complete_from_run(arguments: list[str]) -> list[str]:
-    """Fill in ``--run``, ``--config`` and ``--ckpt_path`` from RUN, for commands that score: ``test RUN ...``.
-
-    Raises:
-        ConfigError: RUN is given as ``--run``, as in version 0.1, is not a run, or has no such checkpoint.
-    """
-    checkpoint = _option(arguments, "--ckpt_path")
-    if checkpoint is not None and not _is_checkpoint(checkpoint):
-        raise ConfigError(f"There is no checkpoint '{checkpoint}'; give a .ckpt file, or 'last' to continue a run.")
-    if arguments[:1] == ["fit"] and len(arguments) > 1 and not arguments[1].startswith("-"):
-        raise ConfigError(
-            f"visexpert fit: '{arguments[1]}' is no option; name the folder to write by --run {arguments[1]}, and "
-            "configurations by --config."
-        )
-    if not arguments or arguments[0] not in SCORING:
-        return arguments
-    arguments = _with_run_as_option(arguments)
-    if arguments[0] != "predict" and _option(arguments, "--verbose") is None:
-        arguments = [*arguments, "--verbose", "false"]  # Lightning's own table beside RunFolder's
-    run = _option(arguments, "--run")
-    overlays = _option(arguments, "--config") or _option(arguments, "-c")
-    if run is None and not overlays and "--help" not in arguments:
-        raise ConfigError(f"visexpert {arguments[0]} reads a run; name it first: visexpert {arguments[0]} RUN.")
-    if run is None or (overlays and (checkpoint is not None or not (Path(run) / "config.yaml").is_file())):
-        return arguments
-    completed = [arguments[0], "--config", str(config_of(Path(run))), *arguments[1:]]
-    if checkpoint is None:
-        completed += ["--ckpt_path", str(checkpoint_of(Path(run)))]
-    return completed
+def _settings_of(parser: ArgumentParser) -> list[str]:
+    """Settings that a user can give, as they stand in a file: neither positionals nor what only prints."""
+    names = [name[2:] for action in parser._actions for name in action.option_strings if name.startswith("--")]
+    names = [name for name in names if name not in _PRINTING and not name.endswith(".help")]
+    groups = {name.rpartition(".")[0] for name in names}
+    return [name for name in names if name not in groups]
 
 
-def _with_run_as_option(arguments: list[str]) -> list[str]:
-    command, *others = arguments
-    if (run := _option(others, "--run")) is not None:
-        raise ConfigError(f"{command}: --run is gone; name the run right after the command: visexpert {command} {run}.")
-    if others and not others[0].startswith("-"):
-        return [command, "--run", *others]
-    return arguments
-
-
-def config_of(run: Path) -> Path:
-    """The configuration of a run's folder.
-
-    Raises:
-        ConfigError: The folder is not a run.
-    """
-    config = run / "config.yaml"
-    if not config.is_file():
-        raise ConfigError(
-            f"'{run}' is not a run: it has no config.yaml; give the folder that `visexpert fit --run` wrote."
-        )
-    return config
-
-
-def last_checkpoint(run: Path) -> Path:
-    """Where the newest weights of a run lie, once it has some."""
-    return run / "checkpoints" / "last.ckpt"
-
-
-def checkpoint_of(run: Path) -> Path:
-    """The newest whole checkpoint of a run's folder.
-
-    Raises:
-        ConfigError: There is none.
-        WeightsError: None of them can be read.
-    """
-    newest = newest_checkpoint(run / FOLDER)
-    if newest is None:
-        raise ConfigError(
-            f"The run '{run}' has no checkpoint {run / FOLDER / LAST}; let `visexpert fit --run {run}` finish first."
-        )
-    return newest
+_PRINTING = ("help", "version", "print_config", "print_shtab")
 
 
 def is_first_process() -> bool:
@@ -514,27 +463,17 @@ def is_first_process() -> bool:
     return not getattr(rank_zero_only, "rank", 0)
 
 
+def _decides_answers(key: str) -> bool:
+    """Whether a setting has a say in what ``predict`` writes for an image."""
+    part, _, rest = key.partition(".")
+    name = rest.rpartition(".")[2]
+    if name in ("batch_size", "eval_batch_size", "num_workers"):
+        return False
+    return part in ("model", "data", "seed_everything") or key == "trainer.precision"
+
+
 def _lies_in(path: str, folder: Path) -> bool:
     return "://" not in path and Path(path).resolve().is_relative_to(folder.resolve())
-
-
-def _is_checkpoint(value: str) -> bool:
-    return value in CHECKPOINT_WORDS or "://" in value or is_checkpoint(Path(value))
-
-
-def _config_files(arguments: Sequence[str]) -> list[Path]:
-    """The files that ``--config`` or ``-c`` names, in order."""
-    named = [value for option, value in pairwise(arguments) if option in ("--config", "-c")]
-    return [Path(value) for value in named + [each[9:] for each in arguments if each.startswith("--config=")]]
-
-
-def _option(arguments: list[str], name: str) -> str | None:
-    for index, argument in enumerate(arguments):
-        if argument == name and index + 1 < len(arguments):
-            return arguments[index + 1]
-        if argument.startswith(f"{name}="):
-            return argument.split("=", 1)[1]
-    return None
 
 
 def default_callbacks() -> list[L.Callback]:
@@ -547,6 +486,8 @@ def default_callbacks() -> list[L.Callback]:
         CostReport(),
         RunFigures(),
         Predictions(),
+        NearestNeighbors(),
+        TextAlignment(),
     ]
 
 

@@ -95,6 +95,19 @@ def grant(granted: Granted) -> None:
         os.environ.pop(PIPE, None)
 
 
+def require_pipe(shard: str) -> None:
+    """Check that shards may be commands.
+
+    Raises:
+        ConfigError: Nobody has allowed it.
+    """
+    if not pipe_allowed():
+        raise ConfigError(
+            f"The shard {shard!r} would run a command; if you trust it, add --allow_pipe true to the command line (in "
+            "Python: visexpert.trust.grant(visexpert.trust.Granted(pipe=True))); a configuration cannot."
+        )
+
+
 def pipe_allowed() -> bool:
     """Whether shards may be commands."""
     return os.environ.get(PIPE) == "1"
@@ -125,7 +138,7 @@ class UntrustedError(ConfigError):
 def _refusal(path: Path, name: str) -> UntrustedError:
     return UntrustedError(
         f"{path} names {name!r}, which is no class of visexpert or Lightning and could run anything; if you trust it, "
-        f"add  --trust {name.rpartition('.')[0] or name}."
+        f"add  --trust {(module := name.rpartition('.')[0] or name)}  (in Python: load_run(..., trust=[{module!r}]))."
     )
 
 
@@ -212,8 +225,8 @@ def _content(value: str, folder: Path) -> Any:
             if path.is_file() and path.stat().st_size <= MOST_YAML:
                 found = yaml.safe_load(path.read_text(encoding="utf-8"))
                 return found if isinstance(found, dict | list) else None
-        except (OSError, ValueError, yaml.YAMLError, RecursionError):
-            continue
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError, RecursionError):
+            continue  # a parser cannot read it either
     return None
 
 

@@ -1,4 +1,4 @@
-"""The seams between the rooms: what data, experts, vision, language and methods hand to each other.
+"""The contracts between packages: what data, experts, vision, language and methods pass to each other.
 
 Shape legend, used in every name: B batch · T CLIP patch tokens · S expert tokens · D CLIP width · E expert width ·
 K experts · R LoRA rank · H heads (or image height beside W) · L text length · N packed text length · V vocabulary.
@@ -31,7 +31,7 @@ IMAGE_TOKEN = -200
 """Id that stands in a text where its image goes (LLaVA's convention); it is in no vocabulary."""
 
 Unit = Literal["token", "image"]
-"""What a loss is a mean over: supervised tokens, or samples that have an image."""
+"""What a loss averages over: supervised tokens, or samples that have an image."""
 
 UNITS: tuple[Unit, ...] = ("token", "image")
 
@@ -93,11 +93,11 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor], within: Callable[[An
 
 
 def imaged(values: Tensor, has_image_B: Tensor | None) -> Tensor:
-    """Rows of samples that have an image.
+    """Return the rows of samples that have an image.
 
     Args:
         values: One row for each sample.
-        has_image_B: bool, on the host, else the device is waited for; None where all have one.
+        has_image_B: bool, on the host (on a device, this waits for it); None if all have one.
     """
     there = None if has_image_B is None else has_image_B.tolist()
     if there is None or all(there):
@@ -107,10 +107,18 @@ def imaged(values: Tensor, has_image_B: Tensor | None) -> Tensor:
 
 
 class CaptionTruth(Protocol):
-    """What is known of an image's content, for data that can judge a caption without references."""
+    """The true content of an image, for data that can judge a caption without references."""
+
+    @property
+    def caption(self) -> str:
+        """A caption that names what the image shows, for retrieval."""
+
+    @property
+    def label(self) -> str:
+        """The image's class."""
 
     def judge(self, caption: str) -> Mapping[str, bool]:
-        """Say by name what holds of a caption. It is correct where all does; a name may be left out of some."""
+        """Return by name which of a caption's statements hold; it is correct if all do; names may differ."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +132,10 @@ class TextItem:
         family: Finer kind for reports (``colour``, ``distance``, ``left-right``, ``adversarial``, ...).
         references: All accepted texts, for caption metrics and human answers; empty means ``(answer,)``.
         history: Earlier (prompt, answer) turns of a conversation; their answers are learned like the last one's.
-        generate: Score what the model writes by itself; else its choice at each token given the true ones before it,
-            which says the same where only one wording is right.
+        generate: Score what the model generates; else its choice at each token given the true ones before it, which is
+            the same if only one wording is right.
         scored_as: How the answer is scored: ``caption`` (written in any case), ``vqa``, ``vsr``, ``pope`` or ``slots``
-            (word by word); empty where ``kind`` says so.
+            (word by word); empty if ``kind`` is one of these.
     """
 
     kind: str
@@ -160,7 +168,7 @@ class EncodedText:
 
 @dataclass(frozen=True)
 class FrameTokens:
-    """Ids that open, end and fill texts.
+    """Ids that begin, end and pad texts.
 
     Args:
         bos: Opens a text: ``<bos>``, else BERT's ``[CLS]``, else ``eos``.
@@ -174,11 +182,11 @@ class FrameTokens:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, *, purpose: str) -> FrameTokens:
-        """Look them up.
+        """Look the ids up in a tokenizer.
 
         Args:
-            tokenizer: A fast one, which knows the character at which a token stands.
-            purpose: What needs them, for the message.
+            tokenizer: A fast one, which knows each token's position in the text.
+            purpose: What needs the ids, for the message.
 
         Raises:
             ConfigError: The tokenizer is a slow one, or no token of it can end an answer.
@@ -263,9 +271,9 @@ class Skipped:
     """A record that was left out.
 
     Args:
-        key: What names it in its source: an image file, a line, a member of a shard.
-        reason: One sentence that says why.
-        whole: The record is out of use; else only a part of it, such as one of several captions.
+        key: Its name in its source: an image file, a line, a member of a shard.
+        reason: The reason, in one sentence.
+        whole: Whether the whole record is left out, and not only a part, such as one of several captions.
     """
 
     key: str
@@ -296,7 +304,7 @@ class TextBatch(TensorRecord):
     def facts(self) -> TextFacts:
         """What the host must know before it can run a step; counted once, and kept by :meth:`to`.
 
-        Counted where the tensors are: on a device that is waited for.
+        If the tensors are on a device, counting waits for it.
         """
         return TextFacts.of(self)
 
@@ -316,6 +324,8 @@ class TextFacts(TensorRecord):
         lengths_BI: Tokens of each item, 0 where a row has fewer items; numpy's, hence on the host.
         markers_BI: How many of them are :data:`IMAGE_TOKEN`; likewise.
         longest: Tokens of the longest item.
+        lowest: Smallest id, labels included, apart from :data:`IMAGE_TOKEN` and :data:`IGNORE_INDEX`; 0 of no text.
+        highest: Largest id, labels included; 0 of no text.
         has_markers: Whether any item says where its image goes.
         opens_supervised: Whether the first token of a row is supervised, which nothing can predict.
     """
@@ -324,16 +334,29 @@ class TextFacts(TensorRecord):
     lengths_BI: npt.NDArray[np.int64]
     markers_BI: npt.NDArray[np.int64]
     longest: int
+    lowest: int
+    highest: int
     has_markers: bool
     opens_supervised: bool
 
     @classmethod
     def of(cls, text: TextBatch) -> TextFacts:
-        """Count."""
+        """Count the tokens of packed text.
+
+        Raises:
+            DataError: Its fields are not int64 tensors of one shape (B, N).
+        """
+        for name, values in ((each.name, getattr(text, each.name)) for each in fields(text)):
+            if values.dtype != torch.int64 or values.ndim != 2 or values.shape != text.ids_BN.shape:
+                raise DataError(
+                    f"TextBatch: {name} is {_brief(values)}, but must be int64 (B, N), as all its fields; build it "
+                    "with visexpert.data.pack."
+                )
         ids_BN, labels_BN, segments_BN = (
             values.cpu().numpy() for values in (text.ids_BN, text.labels_BN, text.segments_BN)
         )
         wanted_BN = labels_BN != IGNORE_INDEX
+        known = np.concatenate([ids_BN[ids_BN != IMAGE_TOKEN], labels_BN[wanted_BN]])
         num_rows, num_items = len(ids_BN), int(segments_BN.max(initial=0))
         cell_BN = np.arange(num_rows)[:, None] * (num_items + 1) + segments_BN
 
@@ -347,19 +370,21 @@ class TextFacts(TensorRecord):
             lengths_BI=lengths_BI,
             markers_BI=markers_BI,
             longest=int(lengths_BI.max(initial=0)),
+            lowest=int(known.min(initial=0)),
+            highest=int(known.max(initial=0)),
             has_markers=bool(markers_BI.any()),
             opens_supervised=bool(wanted_BN[:, :1].any()),
         )
 
     @property
     def num_supervised(self) -> int:
-        """M."""
+        """Number of supervised tokens, M."""
         return len(self.places_M)
 
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What a batch counts, and all batches of its optimizer step together, in this process.
+    """Counts of a batch, and of all batches of its optimizer step together, in this process.
 
     Args:
         batch: Of the batch: supervised tokens, and samples that have an image.
@@ -393,6 +418,7 @@ class Batch(TensorRecord):
         skipped: Records that this batch would have had, but that cannot be read.
         step: What this batch and its whole optimizer step count; None outside training.
         keys: What names each image in its source, such as its file; empty in training, and where rows have no names.
+        labels: Class of each image, for probes, empty for an image without; empty in training, and without classes.
     """
 
     of_host = frozenset({"index_B", "has_image_B", "original_hw_B2"})
@@ -411,6 +437,7 @@ class Batch(TensorRecord):
     skipped: tuple[Skipped, ...] = ()
     step: StepCounts | None = None
     keys: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.images_BCHW.shape[0]
@@ -424,6 +451,9 @@ class Batch(TensorRecord):
         """The images as encoders take them: (B, 3, H, W), in [0, 1], float32 or better; scaled once a batch.
 
         Encoders resize and normalize at this precision and cast to that of their weights last.
+
+        Raises:
+            DataError: They are no dense tensor (B, 3, H, W) of uint8 or floats, or hold no pixel.
         """
         return self._unit_images
 
@@ -432,38 +462,47 @@ class Batch(TensorRecord):
         return _scaled(self.images_BCHW)
 
 
-_IMAGES_ARE_CHECKED: ContextVar[bool] = ContextVar("images_are_checked", default=False)
+IMAGES_ARE_CHECKED: ContextVar[bool] = ContextVar("images_are_checked", default=False)
+"""Whether :func:`images_are_checked` is active."""
 
 
 @contextmanager
 def images_are_checked() -> Iterator[None]:
-    """Say that the images of this context come from a data module, so that no encoder waits for the device to look."""
-    token = _IMAGES_ARE_CHECKED.set(True)
+    """Declare that images in this context come from a data module, so that encoders need not wait to check values."""
+    token = IMAGES_ARE_CHECKED.set(True)
     try:
         yield
     finally:
-        _IMAGES_ARE_CHECKED.reset(token)
+        IMAGES_ARE_CHECKED.reset(token)
 
 
-def check_images(images_BCHW: Tensor, *, owner: str) -> None:
-    """Check that images are (B, 3, H, W) floats in [0, 1].
+def no_batch(value: object, *, owner: str) -> ConfigError:
+    """Return the error for something else than a batch, such as images alone."""
+    return ConfigError(f"{owner}: batch is a {type(value).__name__}, but must be a Batch; vx.Batch(images, ids, '').")
 
-    Values are looked at outside of :func:`images_are_checked` only, and never on ``meta`` or while a graph is traced.
+
+def check_images(images_BCHW: Tensor, *, owner: str, device: torch.device | None = None) -> None:
+    """Check that images are (B, 3, H, W) floats in [0, 1], at least one, on the device that computes.
+
+    Values are checked only outside of :func:`images_are_checked`, and never on ``meta`` or while a graph is traced.
 
     Args:
         images_BCHW: The images.
         owner: Who reads them, for the message.
+        device: Where it computes; None does not say.
 
     Raises:
         DataError: They are something else.
     """
-    if not isinstance(images_BCHW, Tensor) or images_BCHW.ndim != 4 or images_BCHW.shape[1] != 3:
-        found = tuple(images_BCHW.shape) if isinstance(images_BCHW, Tensor) else type(images_BCHW).__name__
-        raise DataError(f"{owner}: images must be a tensor (B, 3, H, W), got {found}; add the batch's axis, RGB first.")
+    check_form(images_BCHW, owner=owner)
     if not images_BCHW.is_floating_point():
         raise DataError(f"{owner}: images must be floats in [0, 1], got {images_BCHW.dtype}; divide bytes by 255.")
-    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    if _IMAGES_ARE_CHECKED.get() or images_BCHW.is_meta or traced or not images_BCHW.numel():
+    if device is not None and images_BCHW.device != device and not images_BCHW.is_meta:  # shapes alone run anywhere
+        raise DataError(
+            f"{owner}: images are on {images_BCHW.device}, but it computes on {device}; move them there with "
+            f".to('{device}')."
+        )
+    if IMAGES_ARE_CHECKED.get() or images_BCHW.is_meta or _traced():
         return
     least, most = (float(value) for value in torch.aminmax(images_BCHW.detach()))
     if not (least >= -_ROUNDING and most <= 1 + _ROUNDING):
@@ -473,13 +512,35 @@ def check_images(images_BCHW: Tensor, *, owner: str) -> None:
         )
 
 
+def check_form(images_BCHW: Tensor, *, owner: str) -> None:
+    """Check that images are a dense tensor (B, 3, H, W) that holds some pixels, of whatever dtype.
+
+    Raises:
+        DataError: They are something else.
+    """
+    if not isinstance(images_BCHW, Tensor) or images_BCHW.ndim != 4 or images_BCHW.shape[1] != 3:
+        found = tuple(images_BCHW.shape) if isinstance(images_BCHW, Tensor) else type(images_BCHW).__name__
+        raise DataError(f"{owner}: images must be a tensor (B, 3, H, W), got {found}; add the batch's axis, RGB first.")
+    if not _traced() and not images_BCHW.numel():
+        raise DataError(f"{owner}: images {tuple(images_BCHW.shape)} hold no pixel; give at least one image.")
+    if images_BCHW.layout != torch.strided:
+        raise DataError(f"{owner}: images must be dense, got {images_BCHW.layout}; call .to_dense().")
+
+
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
 _ROUNDING = 1e-3
-"""What resizing may exceed [0, 1] by."""
+"""By how much resizing may leave [0, 1]."""
 
 
 def _scaled(images: Tensor) -> Tensor:
+    check_form(images, owner="Batch")
     if images.dtype == torch.uint8:
         return images.to(torch.float32) / 255.0
+    if not images.is_floating_point():  # whose range nothing tells
+        raise DataError(f"Batch: images must be uint8 in 0-255 or floats in [0, 1], got {images.dtype}; convert them.")
     return images.to(torch.promote_types(images.dtype, torch.float32))
 
 
@@ -490,10 +551,12 @@ class ExpertTokens(TensorRecord):
     Args:
         tokens_BSE: Tokens in row-major order of the grid, S = height x width.
         grid_hw: The grid.
+        summary_BF: The expert's own summary of the image ([CLS] or pooled output), of any width; None without one.
     """
 
     tokens_BSE: Tensor
     grid_hw: tuple[int, int]
+    summary_BF: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -520,7 +583,7 @@ class VisionTokens(TensorRecord):
     newline_BT: Tensor | None = None
 
     def rows(self, chosen: Sequence[int]) -> VisionTokens:
-        """The same tokens of some images, without what is not one per image (``balance``)."""
+        """Return the tokens of some images, without fields that are not per image (``balance``)."""
         index = torch.as_tensor(list(chosen), dtype=torch.long, device=self.tokens_BTD.device)
         picked = {f.name: getattr(self, f.name) for f in fields(self)}
         picked = {name: value[index] for name, value in picked.items() if isinstance(value, Tensor) and value.ndim}
@@ -529,7 +592,7 @@ class VisionTokens(TensorRecord):
 
 
 class ImageSource(Protocol):
-    """All images of one split in row order: what the feature store is filled from."""
+    """All images of one split in row order, from which the feature store is filled."""
 
     @property
     def fingerprint(self) -> str:

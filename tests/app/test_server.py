@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from visexpert.app.session import Session
+from visexpert.commands.serve import run as main_of_serve
 from visexpert.errors import ConfigError
 
 gradio = pytest.importorskip("gradio", reason="the page needs the extra app")
@@ -132,12 +134,25 @@ def test_it_leaves_nothing_behind(session: Session, picture: Path, port: int) ->
     with server.serving(session, port=port) as url, httpx.Client(base_url=url, trust_env=False) as client:
         stored = Path(upload(client, picture))
         assert stored.is_file()
-        with pytest.raises(ConfigError, match=rf"cannot be served at 127.0.0.1:{port} .*take another --port"):
-            with server.serving(session, port=port):
-                pass
     assert not stored.exists() and os.environ.get("GRADIO_TEMP_DIR") == before
     with pytest.raises(httpx.ConnectError):
         httpx.get(url, trust_env=False)
+
+
+def test_a_taken_address_is_refused_before_a_model_is_read(session: Session, port: int, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(ConfigError) as refused:
+        main_of_serve([str(tmp_path / "no run"), "--port", str(port)])
+    said = str(refused.value)
+    assert f"127.0.0.1:{port}" in said and "in use" in said and "--port" in said and "GRADIO" not in said
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(ConfigError, match=str(port)):
+        with server.serving(session, port=port):
+            pass
+
+
+@pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70_000), ("192.0.2.1", 7860), ("no such host", 7860)])
+def test_an_address_that_cannot_be_bound_is_named(host: str, port: int) -> None:
+    with pytest.raises(ConfigError, match=f"{host}:{port}"):
+        server.check_address(host, port)
 
 
 def test_the_sentence_of_an_error_reaches_the_page(session: Session, picture: Path) -> None:

@@ -29,7 +29,7 @@ def test_every_model_answers_as_it_does_alone(session: Session, picture: Path) -
     assert reply.rows == (
         ("ToVE: all of its 3 experts", alone[0], "0.500"),
         ("detached: all of its 2 experts", alone[1], "0.250"),
-        ("merged: CLIP alone", alone[2], "not measured"),
+        ("merged: encoder alone", alone[2], "not measured"),
     )
     assert reply.text == alone[0] and reply.note == ""
     assert len(set(alone)) > 1

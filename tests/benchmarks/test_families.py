@@ -19,7 +19,7 @@ from benchmarks.families import (
     try_all,
     try_family,
 )
-from visexpert.commands.trial import Asked
+from visexpert.commands.trial import Request
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,11 +48,11 @@ def test_an_encoder_and_a_language_model_are_tried_as_the_command_does() -> None
 
 
 def test_a_recipe_that_fails_is_no_fault_of_the_package(tmp_path: Path) -> None:
-    def broken(_: Path) -> tuple[Asked, str]:
+    def broken(_: Path) -> tuple[Request, str]:
         raise ValueError("no such size")
 
-    def unknown(folder: Path) -> tuple[Asked, str]:
-        return Asked(str(folder)), ""
+    def unknown(folder: Path) -> tuple[Request, str]:
+        return Request(str(folder)), ""
 
     (row,) = try_family(Family("mine", "timm", ("expert",), broken)).rows
     assert (row.verdict, row.message) == ("not reached", "ValueError: no such size")

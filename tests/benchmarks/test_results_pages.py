@@ -20,6 +20,7 @@ PAGES = {
     "results_merge": "merge",
     "results_movekd": "movekd-tabletop",
     "results_comparison": "comparison",
+    "results_distill": "distill",
 }
 
 
@@ -36,7 +37,7 @@ def test_a_page_is_printed_again_from_its_rows(module: str, tmp_path: Path, monk
 
 def test_the_committed_rows_are_small_and_hold_a_row_per_variant_and_seed() -> None:
     files = [RESULTS / f"{name}.json" for name in PAGES.values()]
-    assert sum(file.stat().st_size for file in files) <= 300_000
+    assert sum(file.stat().st_size for file in files) <= 310_000
     for file in files:
         assert len(file.read_text(encoding="utf-8").splitlines()) == len(read_rows(file)) + 2
 

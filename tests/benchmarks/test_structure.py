@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,7 @@ import lightning as L
 import pytest
 import torch
 
+import visexpert as vx
 from benchmarks import structure
 from benchmarks.import_graph import circles, file_imports, folder_imports
 
@@ -61,6 +63,15 @@ def test_sizes_and_constructors_are_counted(tmp_path: Path) -> None:
     rows = dict(structure.source_rows(root))
     assert rows["source files"] == "3" and rows["lines of source"] == "4"
     assert rows["constructors above 16"] == "Wide 17" and rows["lines of a function: median, p90, max"] == "2, 2, 2"
+
+
+def test_no_constructor_has_more_parameters_than_allowed() -> None:
+    assert dict(structure.source_rows(structure.ROOT))[f"constructors above {structure.MANY}"] == "none"
+    public = {name: kind for name in vx.__all__ if isinstance(kind := getattr(vx, name), type)}
+    public = {name: kind for name, kind in public.items() if not issubclass(kind, Exception)}  # no signature
+    counts = {name: len(signature(kind).parameters) for name, kind in public.items()}  # inherited fields, too
+    assert counts["MoVEKD"] > 10
+    assert not {name: count for name, count in counts.items() if count > structure.MANY}
 
 
 @pytest.mark.parametrize(

@@ -95,13 +95,22 @@ def test_a_broken_image_stops_no_other(runs: Path, images: Path, capsys: pytest.
     assert ended.value.code == 1
     assert [line.split(": ")[0] for line in output.out.splitlines()] == [str(images / "a.png"), str(images / "c.gif")]
     errors = [line for line in output.err.splitlines() if line]
-    assert len(errors) == 2
+    assert len(errors) == 4 and errors[2] == "Done: 2 of 4 images answered" and errors[3].startswith("Next: visexpert ")
     assert errors[0].startswith(f"visexpert: The image {images / 'b.jpg'} cannot be read")
     assert errors[1] == f"visexpert: The image {images / 'gone.png'} does not exist; correct the path."
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         lines(capsys, runs / "tove", images / "b.jpg", "--json")
+    assert ended.value.code == 2  # not one was read
     record = json.loads(capsys.readouterr().out)[0]
     assert record["text"] is None and record["experts"] is None and "cannot be read" in record["error"]
+
+
+def test_an_empty_text_is_said_to_be_empty(
+    runs: Path, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("visexpert.language.CrossAttentionDecoder.generate", lambda self, vision, ids, **_: [[]] * 1)
+    assert lines(capsys, runs / "tove", images / "a.png") == [f"{images / 'a.png'}: (empty)"]
+    assert json.loads("\n".join(lines(capsys, runs / "tove", images / "a.png", "--json")))[0]["text"] == ""
 
 
 def test_unknown_words_are_named(
@@ -115,7 +124,7 @@ def test_unknown_words_are_named(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["https://a.org/b.png"], "https://a.org/b.png is an address"),
+        (["https://a.org/b.png"], "https://a.org/b.png"),
         (["a.png", "--seed", "3"], "--seed has no effect without --sample"),
         (["a.png", "--length_penalty", "0"], "--length_penalty has no effect without --beams"),
         (["a.png", "--beams", "0"], "Decoding.num_beams is 0, but must lie in"),

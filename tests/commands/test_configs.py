@@ -55,14 +55,40 @@ def test_what_is_shown_is_the_file(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("folder", ["mine", "my configs"])
 def test_a_copy_brings_what_it_needs_and_names_it(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(["configs", "copy", "hybrid/from-merged", folder])
-    *files, command = capsys.readouterr().out.splitlines()
+    *files, made, command = capsys.readouterr().out.splitlines()
+    assert made.startswith("Done: 3 copies")
     expected = ["hybrid/from-merged.yaml", "tove/tabletop.yaml", "movekd/tabletop-stage2.yaml"]
     assert files == [f"{folder}/{name}" for name in expected]
-    assert all(content(Path(folder, name)) == content(CONFIGS / name) for name in expected)
+    own = f"runs/{folder.replace(' ', '-')}"
+    texts = {name: Path(folder, name).read_text(encoding="utf-8").replace(f"{own}/", "runs/") for name in expected}
+    assert all(yaml.safe_load(texts[name]) == content(CONFIGS / name) for name in expected)
     given = shlex.split(command)[3:]
-    assert given == ["--config", files[2], "--config", files[0]]
-    assert shipped.layers_of(Path(files[0])) == [[files[1]], given[1::2]]  # the commands in its header, too
-    assert type(read_configs(given[1::2]).method).__name__ == "MoVEKD"
+    assert given == ["--config", files[2], "--config", files[0], "--run", f"{own}/hybrid-merged"]
+    layers = given[1:4:2]
+    assert shipped.layers_of(Path(files[0])) == [[files[1]], layers]  # the commands in its header, too
+    planned = read_configs(layers)
+    assert type(planned.method).__name__ == "MoVEKD"
+    assert planned.config["model"]["init_args"]["init_from"] == f"{own}/tove/merged/checkpoints/last.ckpt"
+
+
+def test_no_copy_writes_a_run_of_a_shipped_configuration() -> None:
+    """Nor reads one that a command of its header writes elsewhere now; runs of what is not copied stay."""
+    shipped_runs = {content(shipped.shipped(name)).get("run") for name in shipped.names()} - {None}  # type: ignore[attr-defined]
+    for name in shipped.names():
+        for path in copy(name, Path("mine"), overwrite=True):
+            assert content(path).get("run") not in shipped_runs, path  # type: ignore[attr-defined]
+        for words in shipped.commands_of(Path("mine", f"{name}.yaml")):
+            files = shipped.configs_in(words)
+            run = words[words.index("--run") + 1] if "--run" in words else None
+            if run and files and all(file.startswith("mine/") for file in files):
+                assert run.startswith("runs/mine/"), (name, words)
+    stage2 = Path("mine/movekd/tabletop-stage2.yaml")
+    for name, start in (
+        ("hybrid/from-merged", "runs/movekd-stage1"),
+        ("movekd/tabletop-stage2", "runs/mine/movekd-stage1"),
+    ):
+        copy(name, Path("mine"), overwrite=True)
+        assert f"init_from: {start}/" in stage2.read_text(encoding="utf-8")
 
 
 def test_an_edited_copy_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +112,7 @@ def test_nothing_is_overwritten_unasked() -> None:
         copy("tove/ablations/top1", Path("mine"))
     assert list(Path("mine").rglob("*.yaml")) == [own] and "max_steps: 1}" in own.read_text(encoding="utf-8")
     assert own in copy("tove/ablations/top1", Path("mine"), overwrite=True)
-    assert content(own) == content(CONFIGS / "tove" / "tabletop.yaml")
+    assert own.read_text(encoding="utf-8").count("max_steps: 1}") == 0 and "model" in yaml.safe_load(own.read_bytes())
 
 
 @pytest.mark.parametrize("method", ["tove", "movekd"])

@@ -58,9 +58,9 @@ def test_everything_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     check(config(tmp_path, tokenizer=tokenizer_folder(tmp_path / "words")), code=None)
     out = capsys.readouterr().out
     assert "coco (COCOCaptions): train, test" in out and "pope (POPE): test" in out
-    assert "train: 1 rows; 1 of 1 images looked for" in out
+    assert "train: 1 rows; images of 1 looked for" in out
     assert "train: 7 records in 2 shards" in out
-    assert "MISSING" not in out and "\nNothing is missing.\nNext: visexpert plan --config " in out
+    assert "MISSING" not in out and "\nDone: nothing is missing.\nNext: visexpert plan --config " in out
 
 
 def test_an_overlay_is_offered_with_a_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,7 +207,7 @@ def test_weights_are_listed_with_place_and_size(tmp_path: Path, capsys: pytest.C
     assert "(about 0.34 GB as float32)" in lines[0] and "hf download openai/clip-vit-base-patch16`" in lines[0]
     assert "(about 0.022 GB as float32)" in lines[2]
     assert "language:" in lines[3] and "config.json of 'some/language-model' is not in the cache" in lines[3]
-    assert lines[3].endswith("Its size is not known without its config.json.")
+    assert lines[3].endswith("Without its config.json its size is unknown.")
     assert "3 things that the data needs are missing" in told.err
     check(path, "--no_weights", code=None)
 
@@ -224,7 +224,7 @@ def test_an_experts_own_module_lies_beside_the_configuration(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
     check(path, code=None)
-    assert "pretrained weights\nNothing is missing.\n" in capsys.readouterr().out
+    assert "pretrained weights\nDone: nothing is missing.\n" in capsys.readouterr().out
 
 
 def write_tar(path: Path, names: list[str]) -> None:
@@ -250,7 +250,8 @@ def test_shards_are_read_as_in_training(
     write_tar(tmp_path / "00000.tar", names)
     if said is not None:
         (tmp_path / "00000_stats.json").write_text(f'{{"successes": {said}}}')
-    whole = {"class_path": "visexpert.data.CC3M", "init_args": {"root": str(tmp_path), "train": "00000.tar"}}
+    given = {"root": str(tmp_path), "train": "00000.tar", "tokenizer": tokenizer_folder(tmp_path / "words")}
+    whole = {"class_path": "visexpert.data.CC3M", "init_args": given}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"data": whole}))
     check(tmp_path / "c.yaml", code=USAGE_ERROR)
     broken = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  BROKEN")]

@@ -36,7 +36,7 @@ def test_links_to_folders_are_not_followed(folder: Path) -> None:
 
 
 def test_addresses_and_folders_without_images_are_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="https://a.org/b.png is an address; download the image"):
+    with pytest.raises(ConfigError, match="https://a.org/b.png is a URL"):
         find_images(["https://a.org/b.png"])
     with pytest.raises(ConfigError, match="There is no image .* or add --recursive"):
         find_images([str(tmp_path)])

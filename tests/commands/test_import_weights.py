@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_stage_1(release: Release, capsys: pytest.CaptureFixture[str]) -> None:
     folder = release.write_stage1()
     out = imported(release, folder, "--language", str(release.root / "vicuna"))
     told = capsys.readouterr().out
-    assert "config.json has no 'moe' entry: 3 experts of rank 4 are what the weights have, alpha 1 and top-1" in told
+    assert re.search("'moe'.* 3 experts of rank 4.* 1 .*top-1.*--alpha.*--dense", told)
     assert "config.json has no 'kd' entry" in told
     assert (
         yaml.safe_load((out / "config.yaml").read_text())["model"]["init_args"]["clip"]["init_args"]["mole"]["layers"]
@@ -155,7 +156,7 @@ def test_incomplete_and_foreign_files(release: Release) -> None:
         imported(release, folder, *vicuna)
     gone = "layers.1.mlp.moe_up.1.lora_B."
     torch.save({key: value for key, value in release.mole.items() if gone not in key}, folder / "mole_encoder.bin")
-    with pytest.raises(WeightsError, match=r"layers.1.mlp.fc2_experts there are experts \[0, 2\]"):
+    with pytest.raises(WeightsError, match=r"layers.1.mlp.fc2_experts .*\[0, 2\]"):
         imported(release, folder, *vicuna)
     torch.save({"model.other.weight": torch.zeros(1)}, folder / "mole_encoder.bin")
     with pytest.raises(WeightsError, match="'model.other.weight' is not a name that MoVE-KD writes"):

@@ -24,7 +24,7 @@ def test_later_configurations_and_arguments_lie_over_earlier_ones(
     run([*arguments, "--gpu", "v100", "--mfu", "0.5"])
     found = json.loads(capsys.readouterr().out)
     counts = {"batch_size": 4, "rows": 32, "samples": 4 * 3 * 5, "steps": 5}
-    assert found["amount"] == counts | {"per_step": 4 * 3, "by_steps": True}
+    assert found["amount"] == counts | {"per_step": 4 * 3, "by_steps": True, "epochs": None}
     assert [part["name"] for part in found["parts"] if part["role"] == "teachers"] == ["expert semantic"]
     assert found["asked"]["gpus"] == 3 and found["gpu"]["label"].startswith("NVIDIA V100")
     parts = sum(part["forward"] + part["backward"] for part in found["parts"])
@@ -36,7 +36,7 @@ def test_the_tables_name_the_parts_and_what_is_assumed(capsys: pytest.CaptureFix
     run(["--config", "configs/movekd/smoke.yaml", "--gpus", "2", "--mfu", "0.3", "--trainer.devices", "4"])
     shown = capsys.readouterr().out
     assert "asks for 4 GPUs" in shown
-    for words in ("MoLE", "KD heads", "expert edges", "frozen CLIP", "language model", "memory per GPU", "teachers"):
+    for words in ("MoLE", "KD heads", "expert edges", "frozen encoder", "language model", "memory per GPU", "teachers"):
         assert words in shown
     assert "reaches 30% of the peak" in shown
 

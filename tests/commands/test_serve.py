@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,10 @@ def test_without_gradio_it_says_what_to_install(
 
 def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gradio", reason="the page needs the extra app")
-    assert refused([str(tmp_path)], capsys).startswith(f"visexpert: '{tmp_path}' is not a run")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert refused([str(tmp_path), "--port", str(port)], capsys).startswith(f"visexpert: '{tmp_path}' is not a run")
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

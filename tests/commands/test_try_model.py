@@ -1,4 +1,4 @@
-"""``visexpert try`` on tiny folders in the real formats, one for each role, and on what it must refuse."""
+"""``visexpert try`` on tiny models in real formats, one per role, and on models that it must refuse."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.experts.tiny_models import CLIP_VISION, TEXT, randomized, saved
 from tests.io.hub import put_in_cache
 from tests.language.helpers import llama
 from tests.language.llava_models import randomize
+from tests.vision.test_choosing import CLASSES, folder
 from visexpert.cli import main
 from visexpert.commands.trial import roles
 from visexpert.experts import TransformersExpert
@@ -40,7 +41,7 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tried(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> list[dict[str, Any]]:
-    """What ``--json`` prints, with the exit code that is expected."""
+    """Return what ``--json`` prints, and check the exit code."""
     capsys.readouterr()
     if code:
         with pytest.raises(SystemExit) as caught:
@@ -58,9 +59,9 @@ def test_a_clip__expert_and_clip_but_no_language_model(clip_folder: Path, capsys
     assert (expert["class"], expert["facts"]["grid"]) == ("TransformersExpert", "4 x 4 = 16 tokens")
     assert (clip["class"], clip["facts"]["layer"], clip["facts"]["width"]) == ("ClipEncoder", "-2", "16")
     (seen,), (taught,) = expert["comparisons"], clip["comparisons"]
-    assert seen["with_"] == "transformers: its output, last_hidden_state, tokens 1 to 16 of 17"
+    assert seen["reference"] == "transformers: its output, last_hidden_state, tokens 1 to 16 of 17"
     assert (
-        taught["with_"] == "transformers: encoder.layers.1, tokens 1 to 16 of 17"
+        taught["reference"] == "transformers: encoder.layers.1, tokens 1 to 16 of 17"
     )  # of three: the one before the last
     assert max(seen["difference"], taught["difference"]) < 1e-5 and min(seen["scale"], taught["scale"]) > 0.1
     assert "is no causal language model" in language["message"]
@@ -76,7 +77,7 @@ def test_options_of_an_encoder(clip_folder: Path, capsys: pytest.CaptureFixture[
     expert, clip, _ = tried(capsys, clip_folder, "--image_size", 48, "--layer", -1)
     for row in (expert, clip):
         assert row["verdict"] == "works" and row["facts"]["grid"] == "6 x 6 = 36 tokens"
-        assert row["comparisons"][0]["with_"] == "transformers: its output, last_hidden_state, tokens 1 to 36 of 37"
+        assert row["comparisons"][0]["reference"] == "transformers: its output, last_hidden_state, tokens 1 to 36 of 37"
         assert "image_size: 48" in row["yaml"] and "layer: -1" in row["yaml"]
 
 
@@ -91,7 +92,7 @@ def test_a_language_model_is_held_against_rows_of_its_library(
     arguments = yaml.safe_load(language["yaml"])["model"]["init_args"]["language"]["init_args"]
     assert PrefixLM(**arguments).width == 16
     expert, clip = tried(capsys, llama_folder, "--as", "expert", code=2) + tried(
-        capsys, llama_folder, "--as", "clip", code=2
+        capsys, llama_folder, "--as", "encoder", code=2
     )
     assert expert["verdict"] == clip["verdict"] == "refused" and "model_type 'llama'" in clip["message"]
 
@@ -135,24 +136,46 @@ def test_what_nobody_foresaw_is_a_row_with_its_type(
     expert, clip, _ = tried(capsys, clip_folder)
     assert expert["verdict"] == "works"
     assert (clip["verdict"], clip["message"]) == ("error", "ZeroDivisionError: no such family")
-    monkeypatch.setattr(roles, "clip_arguments", broken)
-    (clip,) = tried(capsys, clip_folder, "--as", "clip", code=2)
+    monkeypatch.setattr(roles, "encoder_arguments", broken)
+    (clip,) = tried(capsys, clip_folder, "--as", "encoder", code=2)
     assert (clip["verdict"], clip["class"]) == ("error", "")
 
 
 def test_names_of_libraries(capsys: pytest.CaptureFixture[str]) -> None:
-    expert, clip, language = tried(capsys, "test_vit", "--weights", "random")
+    expert, encoder, language = tried(capsys, "test_vit", "--weights", "random")
     assert (expert["verdict"], expert["class"]) == ("works", "TimmExpert")
-    assert expert["comparisons"][0]["with_"].startswith("timm: ") and expert["comparisons"][0]["equal"]
-    assert clip["verdict"] == language["verdict"] == "refused" and "is timm's" in clip["message"]
+    assert expert["comparisons"][0]["reference"].startswith("timm: ") and expert["comparisons"][0]["equal"]
+    assert (encoder["verdict"], encoder["class"], language["verdict"]) == ("works", "TimmEncoder", "refused")
+    (convnet,) = tried(capsys, "test_convnext", "--weights", "random", "--as", "encoder", code=2)
+    assert convnet["verdict"] == "refused" and "test_convnext" in convnet["message"]
     (unnamed,) = tried(capsys, "ViT-B-16", "--as", "expert", code=2)
     assert "--weights TAG" in unnamed["message"] and "laion2b_s34b_b88k" in unnamed["message"]
 
 
-@pytest.mark.parametrize("role", ["expert", "clip", "language"])
+@pytest.mark.parametrize("role", ["expert", "encoder", "language"])
 def test_what_is_nowhere_says_what_fetches_it(role: str, capsys: pytest.CaptureFixture[str]) -> None:
     (row,) = tried(capsys, "org/nothing", "--as", role, code=2)
     assert row["verdict"] == "refused" and "`hf download org/nothing" in row["message"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reference"),
+    [
+        ("siglip", "transformers: encoder.layers.1"),
+        ("timm", "timm: blocks, tokens 1 to 4 of 5"),
+        ("open_clip", "open_clip: trunk.blocks.7, tokens 1 to 100 of 101"),
+    ],
+)
+def test_an_encoder_of_any_family_is_held_against_its_library(
+    kind: str, reference: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layer = ("--layer", -1) if kind == "timm" else ()
+    (row,) = tried(capsys, folder(kind, tmp_path), "--as", "encoder", *layer)
+    (compared,) = row["comparisons"]
+    assert (row["verdict"], row["class"], compared["reference"]) == ("works", CLASSES[kind].__name__, reference)
+    assert compared["difference"] < 1e-5 < compared["scale"]
+    written = yaml.safe_load(row["yaml"])["model"]["init_args"]["clip"]
+    assert written["class_path"] == f"visexpert.vision.{CLASSES[kind].__name__}"
 
 
 def test_weights_alone_are_no_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,15 +206,15 @@ def test_an_empty_name_is_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert "MODEL is empty" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("role", ["expert", "clip"])
-def test_a_misspelt_name_is_told_the_nearest(role: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("role", ["expert", "encoder"])
+def test_a_misspelled_name_is_told_the_nearest(role: str, capsys: pytest.CaptureFixture[str]) -> None:
     (row,) = tried(capsys, "resnet51", "--as", role, code=2)
     assert row["verdict"] == "refused"
     assert "'resnet50'" in row["message"]
 
 
 def changed(folder: Path, to: Path, *, weights: Any = None, **files: dict[str, Any]) -> Path:
-    """A copy of a model with other weights, or other entries in its JSON files."""
+    """Copy a model, and change weights or entries of its JSON files."""
     shutil.copytree(folder, to)
     if weights is not None:
         state = load_file(to / "model.safetensors")
@@ -206,16 +229,14 @@ def test_weights_of_a_compiled_model_are_held_against_the_same_weights(
     clip_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compiled = changed(clip_folder, tmp_path / "c", weights=lambda key, value: (f"_orig_mod.{key}", value))
-    (clip,) = tried(capsys, compiled, "--as", "clip")
+    (clip,) = tried(capsys, compiled, "--as", "encoder")
     assert clip["verdict"] == "works" and clip["comparisons"][0]["equal"], clip
     trained = changed(clip_folder, tmp_path / "t", weights=lambda key, value: (f"student.{key}", value))
-    (clip,) = tried(capsys, trained, "--as", "clip")
-    assert (
-        clip["verdict"] == "works" and not clip["comparisons"] and "under their names" in clip["facts"]["not compared"]
-    )
+    (clip,) = tried(capsys, trained, "--as", "encoder")
+    assert clip["verdict"] == "works" and not clip["comparisons"] and "transformers" in clip["facts"]["not compared"]
 
 
-@pytest.mark.parametrize("role", ["expert", "clip"])
+@pytest.mark.parametrize("role", ["expert", "encoder"])
 def test_numbers_that_spoil_every_token_are_named(
     role: str, clip_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,7 +250,7 @@ def test_numbers_that_spoil_every_token_are_named(
         assert str(next(iter(entries.values()))) in row["message"].replace("(", "[").replace(")", "]")
 
 
-@pytest.mark.parametrize("role", ["expert", "clip"])
+@pytest.mark.parametrize("role", ["expert", "encoder"])
 def test_a_field_that_its_configuration_cannot_take_is_named(
     role: str, clip_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,22 +1,19 @@
-"""Fenced blocks of a page, and how each is run: Python is executed, files are written, commands go to the parser.
+"""Fenced blocks of a page, and what hides from them.
 
-A block follows an HTML comment that says otherwise: ``<!-- not run: WHY -->``. A YAML or Python block that begins with
-a comment of one file name is that file. Blocks of one page share a folder and Python's names.
+A YAML or Python block that begins with a comment of one file name is that file.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from visexpert.cli import main
-
-FENCE = re.compile(r"(?:^<!-- not run: (?P<why>.+?) -->\n+)?^```(?P<kind>\w+)?\n(?P<text>.*?)^```$", re.M | re.S)
+FENCE = re.compile(r"^```(?P<kind>\w+)?\n(?P<text>.*?)^```$", re.M | re.S)
 FILE = re.compile(r"# (?P<name>[\w./-]+\.(?:py|ya?ml|csv|jsonl|sh))$")
+ITEM = re.compile(r"[-*] |\d+\. ")
+KINDS = ("bash", "python", "yaml", "text")
 
 
 @dataclass(frozen=True)
@@ -27,13 +24,11 @@ class Block:
         kind: Its language.
         text: What stands in it.
         line: Where, from 1.
-        why_not: Why it is not run; None where it is.
     """
 
     kind: str
     text: str
     line: int
-    why_not: str | None
 
     @property
     def file(self) -> str | None:
@@ -43,61 +38,36 @@ class Block:
 
     @property
     def commands(self) -> list[list[str]]:
-        """Commands of a shell block, one a line, continued lines joined, without comments."""
+        """Commands of a shell block, one a line or joined by &&, continued lines joined, without comments."""
         joined = self.text.replace("\\\n", " ")
-        return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
+        lines = [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
+        return [part for words in lines for part in _parts(words)]
+
+
+def _parts(words: list[str]) -> list[list[str]]:
+    if "&&" not in words:
+        return [words]
+    cut = words.index("&&")
+    return [words[:cut], *_parts(words[cut + 1 :])]
 
 
 def blocks_of(page: Path) -> list[Block]:
     """Return the fenced blocks of a page, in order."""
     text = page.read_text(encoding="utf-8")
     return [
-        Block(found["kind"] or "", found["text"], text.count("\n", 0, found.start("text")) + 1, found["why"])
+        Block(found["kind"] or "", found["text"], text.count("\n", 0, found.start("text")) + 1)
         for found in FENCE.finditer(text)
     ]
 
 
-def run_page(page: Path, smaller: Mapping[str, Sequence[str]]) -> int:
-    """Run the blocks of a page in the working directory; return how many were.
-
-    Args:
-        page: The page.
-        smaller: What is added to a command, by its name, so that it takes seconds.
-    """
-    names: dict[str, Any] = {"__name__": "page"}
-    ran = 0
-    for block in blocks_of(page):
-        if block.why_not is not None or block.kind in ("", "text"):
-            continue
-        ran += 1
-        try:
-            _run(block, names, smaller)
-        except (Exception, SystemExit) as error:
-            raise AssertionError(f"{page.name}:{block.line}: {type(error).__name__}: {error}") from error
-    return ran
-
-
-def _run(block: Block, names: dict[str, Any], smaller: Mapping[str, Sequence[str]]) -> None:
-    if block.file is not None:
-        Path(block.file).parent.mkdir(parents=True, exist_ok=True)
-        Path(block.file).write_text(block.text, encoding="utf-8")
-    elif block.kind == "python":
-        exec(compile(block.text, f"line {block.line}", "exec"), names)
-    elif block.kind in ("bash", "sh", "console"):
-        for command in block.commands:
-            _call(command, smaller)
-    else:
-        raise ValueError(f"a block of {block.kind!r} is neither a file, Python nor a command; say why it is not run")
-
-
-def _call(command: Sequence[str], smaller: Mapping[str, Sequence[str]]) -> None:
-    """Call a command of ours; a fit is parsed, all it names is found, and its settings are printed."""
-    program, name, *rest = command
-    if program != "visexpert":
-        raise ValueError(f"{program} is no command of ours; say why the block is not run")
-    fits = name == "fit" and not any(word == "--help" or ".help" in word for word in rest)
-    try:
-        main([name, *rest, *smaller.get(name, ()), *(["--print_config"] if fits else [])])
-    except SystemExit as end:  # of --help and --print_config
-        if end.code not in (0, None):
-            raise
+def hidden(page: Path) -> list[str]:
+    """Return code that no runner would see: indented instead of fenced, or fenced in a language that nobody runs."""
+    found = []
+    prose, before, in_list = FENCE.sub("", page.read_text(encoding="utf-8")), "", False
+    for line in prose.splitlines():
+        if line and not line.startswith(" "):
+            in_list = ITEM.match(line) is not None
+        if line.startswith("    ") and line.strip() and not before and not in_list:
+            found.append(f"indented: {line.strip()}")
+        before = line.strip()
+    return found + [f"line {block.line}: {block.kind!r}" for block in blocks_of(page) if block.kind not in KINDS]

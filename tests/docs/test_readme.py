@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.readme_table import PLACE, cell, main, table
-from tests.docs.test_pages import DOCS, ROOT
+from tests.docs.runner import DOCS, ROOT
 
 README = ROOT / "README.md"
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)(?:#[^)]*)?\)")

@@ -19,7 +19,7 @@ from visexpert.data import read_image
 from visexpert.errors import ConfigError, DataError
 from visexpert.language import Decoding
 
-COLOURS = ("red", "blue", "green", "white")
+COLORS = ("red", "blue", "green", "white")
 QUESTION = "<image>\nhow many objects are there ?"
 
 
@@ -53,7 +53,7 @@ def make(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     def build(**options: Any) -> Any:
         model = module.VisexpertModel("runs/tove", device="cpu", **options)
-        documents = [{"images": [Image.new("RGB", (40 + 8 * i, 48), name)]} for i, name in enumerate(COLOURS)]
+        documents = [{"images": [Image.new("RGB", (40 + 8 * i, 48), name)]} for i, name in enumerate(COLORS)]
         model.task_dict["tiny"] = {"test": [*documents, {"images": []}, {"images": documents[0]["images"] * 2}]}
         return model
 
@@ -78,7 +78,7 @@ def test_it_answers_as_the_run_does_in_the_order_of_the_questions(make: Callable
     model = make(batch_size="2")
     answers = model.generate_until(ask(2, 0, 3, 1, 0))
     own = captioner(tmp_path)
-    images = [Image.new("RGB", (40 + 8 * i, 48), COLOURS[i]) for i in (2, 0, 3, 1, 0)]
+    images = [Image.new("RGB", (40 + 8 * i, 48), COLORS[i]) for i in (2, 0, 3, 1, 0)]
     path = tmp_path / "image.png"
     expected = []
     for image in images:

@@ -1,4 +1,4 @@
-"""A hub cache on disk, as huggingface_hub lays it out."""
+"""A cache of the Hugging Face Hub on disk, as huggingface_hub lays it out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def put_in_cache(
     commit: str = COMMIT,
     refs: Sequence[str] = ("main",),
 ) -> Path:
-    """Copy a folder into a hub cache at ``cache`` as a commit of ``repo``, and make that cache the one in use.
+    """Copy a folder into a Hugging Face Hub cache at ``cache`` as a commit of ``repo``, and use that cache.
 
     Args:
         monkeypatch: Of the test.

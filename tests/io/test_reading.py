@@ -67,6 +67,28 @@ def test_a_key_that_comes_twice_is_refused_and_merged_mappings_are_not(tmp_path:
         read_yaml(path)
 
 
+LYING = ('!!int ""', '!!float ""', "!!bool x", "!!timestamp x", "!!set [a]", "!!omap {a: 1}", "!!binary é")
+"""Values that are not of the kind that their tag says."""
+
+
+@pytest.mark.parametrize("value", [*LYING, "&x [*x]", "&x {b: *x}"])
+def test_yaml_that_lies_is_a_value_error(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(f"a: {value}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"."):
+        read_yaml(path)
+
+
+def test_aliases_that_grow_are_refused_and_others_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    rows = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
+    path.write_text("\n".join(["a0: &a0 [x]", *rows]), encoding="utf-8")
+    with pytest.raises(ValueError, match="1,000,000"):
+        read_yaml(path)
+    path.write_text("a: &a [1, 2]\nb: [*a, *a]\n", encoding="utf-8")
+    assert read_yaml(path) == {"a": [1, 2], "b": [[1, 2], [1, 2]]}
+
+
 def test_json_for_people_is_plain_and_means_the_same() -> None:
     value = {"key": HOSTILE, "word": "Straße 🙂", "list": [1, None]}
     for indent in (None, 2):

@@ -142,7 +142,7 @@ def test_a_broken_config_is_refused(folder: Path, text: str) -> None:
 
 
 class FakeHub:
-    """A hub with one repository, which downloads into the cache and notes what it was asked for."""
+    """A Hugging Face Hub with one repository, which downloads into the cache and notes what it was asked for."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, cache: Path, files: Path) -> None:
         self.cache, self.files, self.asked = cache, files, list[tuple[str, str | None]]()

@@ -47,10 +47,11 @@ PATCHES = 2 * T * (3 * 8 * 8) * D
 
 
 def test_clip_is_counted_up_to_the_layer_that_is_read() -> None:
-    assert row(planned(TOVE), "CLIP").forward * 1e9 == pytest.approx(PATCHES + block(T + 1))
-    assert row(planned(TOVE), "CLIP").backward == 0
-    assert row(planned(MOVEKD), "frozen CLIP").forward * 1e9 == pytest.approx(PATCHES + 2 * block(T + 1))
-    student = row(planned(MOVEKD), "CLIP")
+    assert row(planned(TOVE), "encoder").forward * 1e9 == pytest.approx(PATCHES + block(T + 1))
+    assert row(planned(TOVE), "encoder").backward == 0
+    of_cls = 2 * (T + 1) * D  # the [CLS] token's scores, computed beside the fused attention
+    assert row(planned(MOVEKD), "frozen encoder").forward * 1e9 == pytest.approx(PATCHES + 2 * block(T + 1) + of_cls)
+    student = row(planned(MOVEKD), "encoder")
     assert student.forward * 1e9 == pytest.approx(PATCHES + 2 * block(T + 1))
     linear, attention = 4 * 2 * 17 * D * D + 2 * 2 * 17 * D * H, 2 * 2 * 17 * 17 * D
     # Pixels need no gradient, so patches have that of their weights alone; attention has two gradients per product.
@@ -99,7 +100,7 @@ def test_every_parameter_is_counted_once(config: str) -> None:
     assert sum(plan.shares.values()) + sum(r.training for r in plan.rows if not r.role) / plan.gflop == pytest.approx(1)
     frozen = {row.name for row in plan.rows if row.frozen and not row.trained}
     assert {name for name in frozen if name.startswith("expert ") and name != "expert adapters"} == {
-        row.name for row in plan.rows if row.role == "teachers" and row.name != "frozen CLIP"
+        row.name for row in plan.rows if row.role == "teachers" and row.name != "frozen encoder"
     }
 
 
@@ -117,7 +118,7 @@ def test_hours_and_samples_follow_from_steps_or_epochs() -> None:
 
 def test_a_store_moves_the_teachers_out_of_the_steps_onto_the_disk() -> None:
     live, stored = planned(TOVE), planned(TOVE, "--model.init_args.store.folder", "auto")
-    assert {row.name for row in stored.rows if row.is_stored} == {"CLIP", "expert semantic", "expert depth"}
+    assert {row.name for row in stored.rows if row.is_stored} == {"encoder", "expert semantic", "expert depth"}
     assert stored.gflop == pytest.approx(live.gflop * (1 - live.shares["teachers"] - live.shares["student"]))
     method = read(TOVE).method
     assert isinstance(method, ToVE)
@@ -126,7 +127,7 @@ def test_a_store_moves_the_teachers_out_of_the_steps_onto_the_disk() -> None:
     assert stored.disk.store == 32 * per_image
     assert live.disk.store == 0
     kept = planned(MOVEKD, "--model.init_args.store.folder", "auto")
-    assert row(kept, "frozen CLIP").is_stored and not row(kept, "CLIP").is_stored
+    assert row(kept, "frozen encoder").is_stored and not row(kept, "encoder").is_stored
     alone = planned(MOVEKD, "--model.init_args.store.folder", "auto", "--model.init_args.use", "[]")
     assert alone.disk.store == 32 * 2 * (T + 1) * (D + 2)  # hidden states and [CLS] attention of two heads, float16
 
@@ -151,10 +152,10 @@ def test_a_checkpoint_holds_what_trains_twice_over_and_no_teacher() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Asked(gpus=0), "--gpus .*got 0"),
-        (lambda: Asked(mfu=1.5), "--mfu .*got 1.5"),
+        (lambda: Asked(gpus=0), "gpus .*got 0"),
+        (lambda: Asked(mfu=1.5), "mfu .*got 1.5"),
         (lambda: make_plan(read(TOVE), Asked(gpu="abacus")), "abacus"),
-        (lambda: make_plan(read(TOVE), Asked(text_tokens=1)), "--text_tokens .*got 1 and 0"),
+        (lambda: make_plan(read(TOVE), Asked(text_tokens=1)), "text_tokens .*got 1 and 0"),
         (lambda: read("configs/zoo/clip.yaml"), "needs a method"),
     ],
 )
@@ -172,6 +173,33 @@ def test_steps_are_told_in_epochs(gpus: int, epochs: str, epoch: int) -> None:
     told = steps_in_epochs(plan)
     assert f"max_steps: 4 of {4 * gpus} samples ({gpus} GPUs) are {16 * gpus} samples, {epochs} epochs of 40" in told
     assert told.endswith(f"one epoch is max_steps: {epoch}.")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "trainer", "samples", "told"),
+    [
+        (2, ["max_steps=5"], 40, None),
+        (2, ["max_steps=5"], 44, None),  # the rest of an epoch may be dropped
+        (1, ["max_steps=5"], 40, ("max_steps: 5 reads 0.50 epochs of 40", "one epoch would be max_steps: 10")),
+        (4, ["max_steps=5"], 40, None),  # 2 epochs
+        (2, ["max_steps=7"], 40, ("1.40 epochs", "one epoch would be max_steps: 5")),
+        (2, ["max_steps=9"], 40, ("1.80 epochs", "2 epochs would be max_steps: 10")),
+        (2, ["max_steps=5", "max_epochs=2"], 40, ("1.00 epochs", "max_epochs is 2", "max_steps: 10")),
+        (2, ["max_steps=10", "max_epochs=2"], 40, None),
+        (2, ["max_steps=-1", "max_epochs=2"], 40, None),
+        (1, ["max_steps=5"], None, None),  # nobody asked for epochs
+    ],
+)
+def test_steps_that_are_not_what_is_asked_are_warned_of(
+    gpus: int, trainer: list[str], samples: int | None, told: tuple[str, ...] | None
+) -> None:
+    options = [f"--trainer.{option}" for option in trainer]
+    plan = make_plan(
+        read(TOVE, *options, "--data.init_args.batch_size=4"), Asked(gpus=gpus, samples=samples, text_tokens=TEXT)
+    )
+    assert plan.as_json()["warning"] == plan.warning
+    assert (plan.warning is None) == (told is None)
+    assert all(words in str(plan.warning) for words in told or ())
 
 
 @pytest.mark.parametrize(
@@ -199,7 +227,7 @@ def test_another_number_of_gpus_than_the_configurations_is_told_with_what_it_cha
     told = other_gpus(plan, plan.configured)
     assert "asks for 4 GPUs and 48 samples a step, not 1 and 12" in told
     assert "its 4 steps would read 192 samples, not 48 (4.80 epochs, not 1.20)" in told
-    assert told.endswith("--trainer.accumulate_grad_batches 12 keeps its batch.")
+    assert told.endswith("trainer.accumulate_grad_batches: 12 keeps its batch.")
     epochs = read(TOVE, *own, "--trainer.max_steps=-1", "--trainer.max_epochs=2")
     plan = make_plan(epochs, Asked(gpus=8, samples=40, text_tokens=TEXT))
     assert plan.configured is not None
@@ -212,4 +240,4 @@ def test_the_wrong_one_of_several_settings_is_named() -> None:
     with pytest.raises(ConfigError) as error:
         Asked(gpus=0)
     message = str(error.value)
-    assert "--gpus must be at least 1, got 0" in message and "mfu" not in message and "None" not in message
+    assert "gpus must be at least 1, got 0" in message and "mfu" not in message and "None" not in message

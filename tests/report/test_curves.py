@@ -13,7 +13,7 @@ from PIL import Image
 from visexpert.errors import DataError
 from visexpert.report import learning_curves, loss_curves, read_metrics
 from visexpert.report.curves import _of, _palette, distillation_curves, in_words, moving_mean
-from visexpert.report.palette import INK, OKABE_ITO, Floats
+from visexpert.report.palette import INK, OKABE_ITO, Floats, colors
 
 CSV = """epoch,step,train/loss,train/images_per_s,val/loss
 0,0,4.0,,
@@ -53,7 +53,7 @@ def _has(path: Path, color: str) -> bool:
         ("loss", "loss"),
     ],
 )
-def test_axes_are_labelled_in_words(key: str, words: str) -> None:
+def test_axes_are_labeled_in_words(key: str, words: str) -> None:
     assert in_words(key) == words
 
 
@@ -88,7 +88,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_metrics(tmp_path / "absent.csv")
 
 
-def test_themoving_mean_is_that_of_the_neighbours() -> None:
+def test_the_moving_mean_is_that_of_the_neighbors() -> None:
     values = np.array([1.0, 2.0, 4.0, 8.0])
     assert moving_mean(values) == pytest.approx([1.5, 7 / 3, 14 / 3, 6.0])
 
@@ -128,6 +128,14 @@ def test_variances_start_at_one_whatever_they_are(tmp_path: Path) -> None:
     middle = np.array_split(pixels[: int(pixels.shape[0] * 0.85)], 3, axis=1)[1]
     student, edges = _rows(middle, INK), _rows(middle, OKABE_ITO[1])
     assert student.mean() == pytest.approx(edges.mean(), abs=3)  # 4 and 8 do not change: one line over the other
+
+
+@pytest.mark.filterwarnings("error")
+def test_variances_that_stay_at_zero_are_drawn(tmp_path: Path) -> None:
+    out = distillation_curves(
+        _write(tmp_path, "step,train/variance/a,train/variance/b\n1,0,0\n2,0,0\n"), tmp_path / "a.png"
+    )
+    assert _has(out, colors(2)[0]) and _has(out, colors(2)[1])
 
 
 def test_values_that_are_not_finite_are_left_out() -> None:

@@ -27,7 +27,7 @@ from visexpert.report.palette import INK, OKABE_ITO, RIGHT, WRONG, Floats, color
 
 NAMES = ["depth", "edges"]
 
-GREY_IMAGE = np.full((1, 16, 16, 3), 0.5)
+GRAY_IMAGE = np.full((1, 16, 16, 3), 0.5)
 
 
 def _pixels(path: Path) -> Floats:
@@ -53,7 +53,7 @@ def test_each_experts_gate_has_a_map_on_one_scale_from_zero_to_the_greatest(tmp_
     gates = np.zeros((1, 4, 4, 2))
     gates[:, :, :2] = (0.2, 0.8)
     gates[:, :, 2:] = (0.4, 0.6)
-    pixels = _pixels(gate_maps(GREY_IMAGE, gates, NAMES, tmp_path / "gates.png"))
+    pixels = _pixels(gate_maps(GRAY_IMAGE, gates, NAMES, tmp_path / "gates.png"))
     middles = []
     for value in (0.25, 0.5, 1.0, 0.75):
         color = _heat(value)
@@ -171,7 +171,7 @@ def test_encoders_are_shown_side_by_side_on_one_scale(tmp_path: Path) -> None:
     """CLIP looks at the left half alone, at 2 times the mean; the student everywhere alike, at 1."""
     clip, student = np.zeros((1, 4, 4)), np.full((1, 4, 4), 1 / 16)
     clip[:, :, :2] = 1 / 8
-    path = cls_attention_maps(GREY_IMAGE, {"CLIP": clip, "student": student}, tmp_path / "new" / "cls.png")
+    path = cls_attention_maps(GRAY_IMAGE, {"CLIP": clip, "student": student}, tmp_path / "new" / "cls.png")
     pixels = _pixels(path)
     scale = colormaps[HEAT]
     top, mean, none = (_laid(np.array(scale(value)[:3]), 1.0) for value in (1.0, 0.5**0.5, 0.0))
@@ -194,7 +194,7 @@ def test_a_token_is_colored_by_the_expert_it_is_sent_to(tmp_path: Path) -> None:
     probs = np.zeros((1, 2, 4, 4, 2))
     probs[0, 0, :, :2, 0] = probs[0, 0, :, 2:, 1] = 1.0
     probs[0, 1] = (0.4999, 0.5001)
-    pixels = _pixels(router_maps(GREY_IMAGE, probs, (0, 3), tmp_path / "routing.png"))
+    pixels = _pixels(router_maps(GRAY_IMAGE, probs, (0, 3), tmp_path / "routing.png"))
     first, second = (np.array(to_rgb(color)) for color in OKABE_ITO[:2])
     (_, left), (_, right), (_, unsure) = (
         _places(pixels, color) for color in (_laid(first, 1.0), _laid(second, 1.0), _laid(second, 0.4))
@@ -207,7 +207,7 @@ def test_a_token_is_colored_by_the_expert_it_is_sent_to(tmp_path: Path) -> None:
 def test_of_many_layers_some_are_shown(tmp_path: Path, count: int, shown: int) -> None:
     probs = np.zeros((1, count, 2, 2, 2))
     probs[..., 0] = 1.0
-    path = router_maps(GREY_IMAGE, probs, tuple(range(count)), tmp_path / "routing.png")
+    path = router_maps(GRAY_IMAGE, probs, tuple(range(count)), tmp_path / "routing.png")
     row, columns = _places(_pixels(path), _laid(np.array(to_rgb(OKABE_ITO[0])), 1.0))
     filled = np.isin(np.arange(columns.max() + 2), columns[row == row.min() + 20])
     assert (np.diff(filled.astype(int)) == 1).sum() == shown

@@ -124,7 +124,7 @@ def test_a_model_without_a_gate_has_no_gate_bars(tmp_path: Path) -> None:
 
 
 def test_subsets_are_named_by_the_shorter_of_what_they_have_and_lack() -> None:
-    assert subset_label((), EXPERTS) == "CLIP alone"
+    assert subset_label((), EXPERTS) == "encoder alone"
     assert subset_label(("edges",), EXPERTS) == "edges"
     assert subset_label(("depth", "normals"), EXPERTS) == "all but edges"
     assert subset_label(EXPERTS, EXPERTS) == "all"
@@ -134,7 +134,7 @@ def test_subsets_are_named_by_the_shorter_of_what_they_have_and_lack() -> None:
 def test_the_table_has_a_row_for_each_subset() -> None:
     lines = subset_table(SCORES, front=ON_FRONT, kept=("depth",), experts=EXPERTS).splitlines()
     assert len(lines) == 2 + 4
-    assert lines[2] == "| CLIP alone | 0.8000 | 0.5000 | 2.000 | 1.00 | 1.0000 | 1.00 | yes |  |"
+    assert lines[2] == "| encoder alone | 0.8000 | 0.5000 | 2.000 | 1.00 | 1.0000 | 1.00 | yes |  |"
     assert lines[3] == "| depth | 0.5000 | 0.7000 | 3.000 | 1.50 | 4.0000 | 4.00 | yes | **kept** |"
     assert lines[4] == "| edges | 0.9000 | 0.4000 | 4.000 | 2.00 | 1.5000 | 1.50 |  |  |"
     assert len({line.count("|") for line in lines}) == 1

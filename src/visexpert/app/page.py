@@ -15,7 +15,7 @@ import gradio as gr
 from visexpert.app.session import Session, example_prompts
 from visexpert.errors import UserError
 
-HEADER = ("model", "answer", "GFLOP (vision)")
+HEADER = ("model", "answer", "GFLOP")
 FONT = ("system-ui", "sans-serif")
 KEEP_UPLOADS_S = 3600
 """Uploads and drawings are deleted after an hour."""
@@ -29,64 +29,76 @@ def build_page(session: Session, *, uploads: Path, examples: Sequence[Path] = ()
         uploads: Where gradio keeps uploads; no image from elsewhere is read.
         examples: Images to click.
     """
-    prompts = example_prompts(session.main.captioner)
     with gr.Blocks(title="visexpert", analytics_enabled=False, delete_cache=(KEEP_UPLOADS_S, KEEP_UPLOADS_S)) as page:
         gr.Markdown("## visexpert\nAsk about an image, and see how much each patch of it listens to each expert.")
         if session.warning:
             gr.Markdown(f"**{session.warning}**", elem_id="warning", elem_classes=["warning"])
         with gr.Row():
             with gr.Column(scale=2):
-                image = gr.Image(
-                    type="filepath",
-                    image_mode=None,
-                    sources=["upload", "clipboard"],
-                    label="image",
-                    elem_id="image",
-                    buttons=[],
-                    height=300,
-                )
-                if examples:
-                    gr.Examples([[str(path)] for path in examples], inputs=[image], label="or take a scene")
-                prompt = gr.Dropdown(
-                    list(prompts),
-                    value=prompts[0] if prompts else "",
-                    allow_custom_value=True,
-                    elem_id="prompt",
-                    label="prompt",
-                    info="words that ask for a caption, or a question",
-                )
-                experts = gr.CheckboxGroup(
-                    list(session.experts),
-                    value=list(session.experts),
-                    label="experts to listen to",
-                    elem_id="experts",
-                    visible=bool(session.experts),
-                )
-                button = gr.Button("ask", variant="primary", elem_id="ask")
+                button, asked = _question_column(session, examples)
             with gr.Column(scale=3):
-                answer = gr.Textbox(label="answer", elem_id="answer", interactive=False)
-                note = gr.Textbox(label="note", elem_id="note", interactive=False, visible=False)
-                table = gr.Dataframe(
-                    headers=list(HEADER),
-                    label="side by side",
-                    elem_id="table",
-                    interactive=False,
-                    wrap=True,
-                    column_widths=["36%", "44%", "20%"],
-                    buttons=[],
-                )
-                overlay = gr.Image(
-                    label="gate of each expert per patch",
-                    show_label=False,
-                    elem_id="overlay",
-                    format="png",
-                    interactive=False,
-                    visible=bool(session.experts),
-                    buttons=["fullscreen"],
-                )
-        _connect(session, uploads, button, [image, prompt, experts], [answer, note, table, overlay])
+                answers = _answer_column(session)
+        _connect(session, uploads, button, asked, answers)
     assert isinstance(page, gr.Blocks)
     return page
+
+
+def _question_column(session: Session, examples: Sequence[Path]) -> tuple[gr.Button, list[Any]]:
+    """Lay out the left column; return its button and the inputs: image, prompt, experts."""
+    prompts = example_prompts(session.main.captioner)
+    image = gr.Image(
+        type="filepath",
+        image_mode=None,
+        sources=["upload", "clipboard"],
+        label="image",
+        elem_id="image",
+        buttons=[],
+        height=300,
+    )
+    if examples:
+        gr.Examples([[str(path)] for path in examples], inputs=[image], label="or take a scene")
+    prompt = gr.Dropdown(
+        list(prompts),
+        value=prompts[0] if prompts else "",
+        allow_custom_value=True,
+        elem_id="prompt",
+        label="prompt",
+        info="words that ask for a caption, or a question",
+    )
+    experts = gr.CheckboxGroup(
+        list(session.experts),
+        value=list(session.experts),
+        label="experts to listen to",
+        elem_id="experts",
+        visible=bool(session.experts),
+    )
+    button = gr.Button("ask", variant="primary", elem_id="ask")
+    return button, [image, prompt, experts]
+
+
+def _answer_column(session: Session) -> list[Any]:
+    """Lay out the right column; return the outputs: answer, note, table, overlay."""
+    answer = gr.Textbox(label="answer", elem_id="answer", interactive=False)
+    note = gr.Textbox(label="note", elem_id="note", interactive=False, visible=False)
+    table = gr.Dataframe(
+        headers=list(HEADER),
+        label="side by side; GFLOP of the vision side per image",
+        elem_id="table",
+        interactive=False,
+        wrap=True,
+        column_widths=["36%", "44%", "20%"],
+        buttons=[],
+    )
+    overlay = gr.Image(
+        label="gate of each expert per patch",
+        show_label=False,
+        elem_id="overlay",
+        format="png",
+        interactive=False,
+        visible=bool(session.experts),
+        buttons=["fullscreen"],
+    )
+    return [answer, note, table, overlay]
 
 
 def _connect(session: Session, uploads: Path, button: gr.Button, inputs: list[Any], outputs: list[Any]) -> None:

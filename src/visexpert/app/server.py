@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +66,7 @@ def serving(session: Session, *, host: str = "127.0.0.1", port: int = 7860, max_
     Raises:
         ConfigError: The address cannot be bound.
     """
+    check_address(host, port)
     with TemporaryDirectory(prefix="visexpert-") as folder, _uploads_in(Path(folder) / "uploads") as uploads:
         examples = Path(folder) / "examples"
         examples.mkdir()
@@ -89,13 +91,28 @@ def serving(session: Session, *, host: str = "127.0.0.1", port: int = 7860, max_
                 app_kwargs={"middleware": _layers(host), "docs_url": None, "redoc_url": None},
             )
         except OSError as error:
-            raise ConfigError(
-                f"The page cannot be served at {host}:{port} ({error}); take another --port or --host."
-            ) from error
+            raise _refused(host, port, error) from error
         try:
             yield url
         finally:
             page.close(verbose=False)
+
+
+def check_address(host: str, port: int) -> None:
+    """Check that an address can be bound, which takes no model.
+
+    Raises:
+        ConfigError: It cannot, mostly because another program serves there.
+    """
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, OverflowError) as error:  # a port above 65535 overflows
+        raise _refused(host, port, error) from error
+
+
+def _refused(host: str, port: int, error: Exception) -> ConfigError:
+    reason = getattr(error, "strerror", None) or error
+    return ConfigError(f"The page cannot be served at {host}:{port} ({reason}); take another --port or --host.")
 
 
 def _layers(host: str) -> list[Middleware]:

@@ -149,7 +149,7 @@ def _model(name: str | None, run: Path, device: str | None) -> Model:
 
 def _chosen(model: Model, experts: Sequence[str]) -> str:
     if not model.captioner.experts:
-        return f"{model.name}: CLIP alone"
+        return f"{model.name}: encoder alone"
     if len(experts) == len(model.captioner.experts):
         return f"{model.name}: all of its {len(experts)} experts"
     return f"{model.name}: {', '.join(experts) or 'no expert'}"

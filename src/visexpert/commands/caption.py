@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from visexpert.commands.ending import Ending
 from visexpert.commands.image_files import find_images
 from visexpert.commands.parser import Parser
 from visexpert.errors import ConfigError, DataError, shown
@@ -18,11 +19,14 @@ if TYPE_CHECKING:
     from visexpert.captioning import Answer, Captioned, Captioner
     from visexpert.language import Decoding
 
-SOME_FAILED = 1
-"""Exit code when some images, or all, could not be read."""
+SOME_FAILED, NONE_READ = 1, 2
+"""Exit codes when some images could not be read, and when none could."""
 
 MOST_MAPS = 64
 """Images that one figure of gate maps has room for."""
+
+EMPTY = "(empty)"
+"""Shown where the model wrote nothing."""
 
 PROGRESS_FROM = 4
 """Batches from which on a progress bar is shown."""
@@ -30,14 +34,15 @@ PROGRESS_FROM = 4
 EPILOG = """\
 RUN may be a run of `visexpert fit`, or RUN/detached or RUN/merged inside it.
 
-Each answer is one line `FILE: TEXT` on stdout. An image that cannot be read is named on stderr in one sentence, the
-others are captioned all the same, and the exit code is 1 (0: all read; 2: nothing could be begun).
+Each answer is one line `FILE: TEXT` on stdout, with (empty) where the model wrote nothing; all else goes to stderr. An
+image that cannot be read is named in one sentence, the others are captioned all the same, and the exit code is 1 (0:
+all were read; 2: none was, or nothing could be begun).
 """
 
 log = logging.getLogger(__name__)
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> Ending:
     """Caption the images that the arguments name.
 
     Raises:
@@ -62,8 +67,17 @@ def run(arguments: list[str]) -> None:
     if unknown := captioner.unknown_words(prompt):
         log.warning("The vocabulary lacks %s: the model reads <unk> instead.", ", ".join(map(repr, unknown)))
     failed = _caption(captioner, paths, prompt, decoding, options)
-    if failed:
-        sys.exit(SOME_FAILED)
+    if failed == len(paths):
+        sys.exit(NONE_READ)
+    figure = "" if options.gates is None else f"; gates are drawn in {options.gates}"
+    drawing = ("caption", options.run, *options.images, "--gates", "gates.png")
+    then: tuple[tuple[object, ...], ...] = (("serve", options.run),)
+    return Ending(
+        f"{len(paths) - failed} of {len(paths)} images answered{figure}",
+        (drawing, *then) if captioner.experts and options.gates is None and len(paths) <= MOST_MAPS else then,
+        aside=True,
+        code=SOME_FAILED if failed else 0,
+    )
 
 
 def _caption(
@@ -81,7 +95,7 @@ def _caption(
         if entry.answer is None:
             tqdm.write(f"visexpert: {shown(entry.error)}", file=sys.stderr)
         elif not options.json:
-            tqdm.write(shown(f"{entry.path}: {entry.answer.text}"), file=sys.stdout)
+            tqdm.write(shown(f"{entry.path}: {entry.answer.text or EMPTY}"), file=sys.stdout)
         if entry.answer is not None and options.gates is not None:
             drawn.append(entry.answer)
         records.append(_record(entry, prompt))
@@ -164,16 +178,18 @@ def parser() -> Parser:
         "--json", action="store_true", help="one JSON list instead: image, prompt, text, experts, error"
     )
     output.add_argument("--gates", type=Path, metavar="OUT.png", help="draw which expert each image patch listens to")
-    writing = parser.add_argument_group("how to write", "greedily, unless one of the first two is given")
+    writing = parser.add_argument_group("decoding", "greedy, unless --beams or --sample is given")
     way = writing.add_mutually_exclusive_group()
     way.add_argument("--beams", type=int, metavar="N", help="search with N beams")
     way.add_argument("--sample", action="store_true", help="draw from the model's distribution")
     writing.add_argument(
-        "--length_penalty", type=float, help="of beams: 0 the likeliest text, 1 per token (default: 1)"
+        "--length_penalty",
+        type=float,
+        help="with --beams: 0 prefers the likeliest text, 1 per token (default: 1)",
     )
-    writing.add_argument("--temperature", type=float, help="of draws: below 1 likelier words (default: 1)")
+    writing.add_argument("--temperature", type=float, help="with --sample: below 1 prefers likelier words (default: 1)")
     writing.add_argument("--top_k", type=int, help="draw from the k likeliest words only (default: all)")
     writing.add_argument("--top_p", type=float, help="draw from the likeliest words of this probability (default: 1)")
-    writing.add_argument("--seed", type=int, help="of the draws (default: 0)")
+    writing.add_argument("--seed", type=int, help="seed of --sample (default: 0)")
     writing.add_argument("--max_new_tokens", type=int, default=32, help="longest answer in tokens (default: 32)")
     return parser

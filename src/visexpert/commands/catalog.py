@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING
 
-from visexpert.errors import ConfigError
+from visexpert.commands.wrapping import wrapped
+from visexpert.errors import ConfigError, did_you_mean, nearest
 
 if TYPE_CHECKING:
+    from visexpert.commands.ending import Ending
     from visexpert.commands.parser import Parser
 
 BEFORE, TRAIN, AFTER, INSPECT = "Before training", "Train and score", "After training", "Use and inspect"
@@ -24,7 +26,8 @@ class Command:
         group: Where ``visexpert --help`` lists it.
         summary: One line.
         module: Where it lies; imported when the command is typed.
-        run: Function of that module that carries it out, given the arguments after the name.
+        run: Function of that module that carries it out, given the arguments after the name, and returns how it ends;
+            None where nothing was made, such as by a rehearsal.
         parser: Function of that module that makes its parser without importing anything heavy.
     """
 
@@ -36,8 +39,10 @@ class Command:
     parser: str = "parser"
 
     def __call__(self, arguments: list[str]) -> None:
-        """Carry the command out."""
-        getattr(import_module(self.module), self.run)(arguments)
+        """Carry the command out, then print what it made and what to type next."""
+        ending: Ending | None = getattr(import_module(self.module), self.run)(arguments)
+        if ending is not None:
+            ending.tell()
 
     def make_parser(self) -> Parser:
         """Return its parser, for help and shell completion."""
@@ -59,11 +64,12 @@ COMMANDS = {
         Command("try", BEFORE, "check whether a model works here, and as what", "visexpert.commands.try_model"),
         Command("data", BEFORE, "check that a configuration's data is there", "visexpert.commands.data"),
         Command("plan", BEFORE, "estimate memory, disk and hours of a fit", "visexpert.commands.plan"),
+        Command("extract", BEFORE, "store the tokens of frozen encoders on disk", "visexpert.commands.extract"),
         Command("import", BEFORE, "turn released MoVE-KD weights into a run", "visexpert.commands.import_weights"),
         _trains("fit", "train, then score on the test images"),
         _trains("validate", "score a run on its validation images"),
         _trains("test", "score a run on its test images"),
-        _trains("predict", "write a run's captions and answers for its test images as JSON lines"),
+        _trains("predict", "write a run's captions and answers for its test images"),
         Command(
             "detach",
             AFTER,
@@ -75,14 +81,12 @@ COMMANDS = {
         Command(
             "merge",
             AFTER,
-            "merge CLIP and its experts into one plain CLIP",
+            "merge the encoder and its experts into one plain encoder",
             "visexpert.commands.phases",
             "merge",
             "merge_parser",
         ),
-        Command(
-            "export", AFTER, "write a run's CLIP for transformers, open_clip, ONNX ...", "visexpert.commands.export"
-        ),
+        Command("export", AFTER, "write a run's encoder for transformers, timm, ONNX ...", "visexpert.commands.export"),
         Command("caption", INSPECT, "caption your own images, or ask about them", "visexpert.commands.caption"),
         Command("serve", INSPECT, "open a page in the browser to try a run", "visexpert.commands.serve"),
         Command("compare", INSPECT, "compare many runs on one page", "visexpert.commands.compare"),
@@ -108,8 +112,7 @@ def find(name: str) -> Command:
         return COMMANDS[name]
     if name.startswith("-"):
         raise ConfigError(f"'{name}' stands before any command; give the command first: visexpert COMMAND {name} ...")
-    near = get_close_matches(name, COMMANDS, n=2, cutoff=0.6)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(COMMANDS)}."
+    hint = did_you_mean(nearest(name, COMMANDS)) or f"there are {', '.join(COMMANDS)}."
     raise ConfigError(f"There is no command '{name}'; {hint}")
 
 
@@ -124,12 +127,12 @@ def overview() -> str:
     for group in (BEFORE, TRAIN, AFTER, INSPECT):
         lines += ["", f"{group}:"]
         lines += [f"  {one.name:{width}}  {one.summary}" for one in COMMANDS.values() if one.group == group]
-    return "\n".join([*lines, "", *_FOOT])
+    return wrapped("\n".join([*lines, "", *_FOOT]), get_terminal_size().columns)
 
 
 _FOOT = (
     "visexpert COMMAND --help   show the options of a command",
     "visexpert --version        show the version",
     "",
-    "First time here? `visexpert demo` trains and scores both models and draws figures.",
+    "First time here? `visexpert demo` trains and scores two models in minutes.",
 )

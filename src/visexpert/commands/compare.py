@@ -1,4 +1,4 @@
-"""``visexpert compare RUN... --out DIR``: one page with scores, tests, costs and figures of many runs."""
+"""``visexpert compare RUN... --out DIR``: one page with the scores, tests, costs and figures of several runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import glob
 from pathlib import Path
 
+from visexpert.commands.ending import Ending
 from visexpert.commands.parser import Parser
 from visexpert.errors import ConfigError, require_package, shown
 
@@ -17,13 +18,13 @@ examples:
   visexpert compare runs/*/seed*/merged runs/* --out compare    RUN/merged and RUN/detached are runs, too
   visexpert compare runs/* --score caption/cider --scores vqa/accuracy caption/cider --out compare
 
-Runs of different data, tokenizer, metric version or evaluation settings are refused, and what differs is named. Runs
-that failed or are still going are left out and named. What an older run did not record says "not recorded".
+Runs that differ in data, tokenizer, metric version or evaluation settings are refused, and the difference is named.
+Runs that failed or are still running are left out and named. Values that an older run lacks read "not recorded".
 """
 
 
-def run(arguments: list[str]) -> None:
-    """Compare runs and say where the report is.
+def run(arguments: list[str]) -> Ending:
+    """Compare runs, and print where the report is.
 
     Raises:
         ConfigError: A folder does not exist, no run is finished, or the runs cannot be compared.
@@ -50,7 +51,10 @@ def run(arguments: list[str]) -> None:
         print(shown(f"left out: {record.folder}: {record.problem}"))
     runs = sum(len(variant.runs) for variant in comparison.variants)
     print(f"{len(comparison.variants)} variants of {runs} runs, against '{shown(comparison.baseline)}':")
-    print(f"{shown(options.out / 'report.html')}, report.md and results.csv beside it; open the page in a browser")
+    return Ending(
+        f"{options.out / 'report.html'}, report.md and results.csv beside it; open the page in a browser",
+        (("serve", comparison.variants[0].runs[0].folder),),
+    )
 
 
 def parser() -> Parser:
@@ -86,7 +90,7 @@ def parser() -> Parser:
 
 
 def _group(text: str) -> tuple[str, list[Path]]:
-    """A name and the paths that its pattern matches."""
+    """Return a group's name, and the paths that its pattern matches."""
     name, _, pattern = text.partition("=")
     if not name.strip() or not pattern:
         raise argparse.ArgumentTypeError(f"'{text}' is not NAME=GLOB, such as 'ToVE=runs/tove/seed*'")

@@ -7,10 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from visexpert.commands.catalog import COMMANDS
+from visexpert.commands.ending import Ending
 from visexpert.commands.parser import Parser
 from visexpert.errors import require_package
 
 SHELLS = ("bash", "zsh", "tcsh")
+
+_PLACES = {
+    "bash": 'add `eval "$(visexpert completion bash)"` to ~/.bashrc.',
+    "zsh": "write it to ~/.zfunc/_visexpert, where ~/.zfunc is in fpath.",
+    "tcsh": "write it to a file that ~/.tcshrc sources.",
+}
 
 EPILOG = """\
 examples:
@@ -19,7 +26,7 @@ examples:
 """
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> Ending:
     """Print the script.
 
     Raises:
@@ -30,6 +37,7 @@ def run(arguments: list[str]) -> None:
     import shtab
 
     print(shtab.complete(_all_commands(shtab.FILE), shell))
+    return Ending(f"the script for {shell}; {_PLACES[shell]}", (("--help",),), aside=True, terminal_only=True)
 
 
 def parser() -> Parser:

@@ -8,11 +8,13 @@ import re
 import shlex
 import shutil
 import sys
-from itertools import groupby
+from collections.abc import Iterator, Sequence
+from itertools import groupby, pairwise
 from pathlib import Path
 from textwrap import shorten
 
 from visexpert import shipped
+from visexpert.commands.ending import Ending
 from visexpert.commands.parser import Parser
 from visexpert.errors import ConfigError, DataError
 
@@ -25,11 +27,15 @@ GROUPS = {
     "movekd/llava": "MoVE-KD at the paper's scale",
     "movekd/ablations": "MoVE-KD, one thing changed each",
     "hybrid": "both methods together",
+    "distill": "any encoder taught by images alone",
     "hubs": "experts, over a configuration at the paper's scale",
     "scales": "lengths of a run, over any configuration of the embedded world",
     "zoo": "what the shipped models were trained with",
 }
 """Folders of the configurations, in the order in which they are listed, with what is in them."""
+
+RUNS = "runs"
+"""Folder of the runs that the shipped configurations write."""
 
 EPILOG = """\
 examples:
@@ -42,7 +48,7 @@ Every --config takes such a name, or a file of your own; a file that is there co
 """
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> Ending:
     """List, show or copy.
 
     Raises:
@@ -51,15 +57,19 @@ def run(arguments: list[str]) -> None:
     """
     options = parser().parse_args(arguments)
     if options.action == "show":
-        sys.stdout.write(shipped.shipped(options.name).read_text(encoding="utf-8"))
-    elif options.action == "copy":
-        _copy(shipped.name_of(options.name), options.folder, overwrite=options.overwrite)
-    else:
-        _list(options.folder)
+        path = shipped.shipped(options.name)
+        sys.stdout.write(path.read_text(encoding="utf-8"))
+        return Ending(f"this is {path}", (("configs", "copy", options.name, "DIR"),), aside=True)
+    if options.action == "copy":
+        return _copy(shipped.name_of(options.name), options.folder, overwrite=options.overwrite)
+    return _list(options.folder)
 
 
 def copy(name: str, folder: Path, *, overwrite: bool = False) -> list[Path]:
-    """Copy a configuration and those that the commands in its header use, which then name the copies.
+    """Copy a configuration and those that the commands in its header use; they name the copies and runs of their own.
+
+    ``run: runs/tove`` becomes ``run: runs/FOLDER/tove`` in the copies, wherever they mention it, so that their runs lie
+    beside those of the shipped configurations.
 
     Args:
         name: Of a shipped configuration.
@@ -78,11 +88,31 @@ def copy(name: str, folder: Path, *, overwrite: bool = False) -> list[Path]:
     there = [path for path in copies.values() if path.exists()]
     if there and not overwrite:
         raise DataError(f"'{there[0]}' is there already; name another folder, or replace it by --overwrite.")
+    texts = {each: shipped.shipped(each).read_text(encoding="utf-8") for each in names}
+    runs = list(dict.fromkeys(run for each in names for run in _runs_of(each, names)))
+    own = re.sub(r"[^\w.-]+", "-", folder.resolve().name) or "copies"
     for each, path in copies.items():
-        text = shipped.shipped(each).read_text(encoding="utf-8")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(_renamed(text, copies), encoding="utf-8")
+        path.write_text(_with_own_runs(_renamed(texts[each], copies), runs, own), encoding="utf-8")
     return list(copies.values())
+
+
+def _runs_of(name: str, copied: Sequence[str]) -> Iterator[str]:
+    """Yield the runs that a configuration writes, by itself or by a command of its header that names copies alone."""
+    path = shipped.shipped(name)
+    yield from re.findall(r"^run: *([\w./-]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    for words in shipped.commands_of(path):
+        files = [shipped.name_of(shipped.shown(each)) for each in shipped.configs_in(words)]
+        if files and set(files) <= set(copied):
+            yield from (value for option, value in pairwise(words) if option == "--run")
+
+
+def _with_own_runs(text: str, runs: Sequence[str], own: str) -> str:
+    """Return a configuration whose runs, and what lies in them, are in a folder of their own."""
+    if not runs:
+        return text
+    mention = re.compile(rf"(?<![\w./-])(?:{'|'.join(map(re.escape, sorted(runs, key=len, reverse=True)))})(?![\w])")
+    return mention.sub(lambda found: f"{RUNS}/{own}/{found[0].removeprefix(f'{RUNS}/')}", text)
 
 
 def _renamed(text: str, copies: dict[str, Path]) -> str:
@@ -97,15 +127,18 @@ def _renamed(text: str, copies: dict[str, Path]) -> str:
     return "".join(mention.sub(name, line) if line.startswith("#") else line for line in lines)
 
 
-def _copy(name: str, folder: Path, *, overwrite: bool) -> None:
+def _copy(name: str, folder: Path, *, overwrite: bool) -> Ending:
     copies = copy(name, folder, overwrite=overwrite)
     for path in copies:
         print(path)
+    made = f"{len(copies)} {'copy' if len(copies) == 1 else 'copies'} in {folder}, with runs of their own"
+    told = (words for words in shipped.commands_of(copies[0]) if str(copies[0]) in shipped.configs_in(words))
+    fits = (words[1:] for words in told if words[1] == "fit")
     layers = next((files for files in shipped.layers_of(copies[0]) if str(copies[0]) in files), [str(copies[0])])
-    print("Next: visexpert fit " + " ".join(f"--config {shlex.quote(each)}" for each in layers))
+    return Ending(made, (next(fits, ["fit", *(word for each in layers for word in ("--config", each))]),))
 
 
-def _list(folder: str | None) -> None:
+def _list(folder: str | None) -> Ending:
     """Print names and what they are for; on a terminal cut to its width."""
     asked = None if folder is None else shipped.name_of(folder).strip("/")
     names = [name for name in shipped.names() if asked is None or _lies_in(name, asked)]
@@ -119,6 +152,8 @@ def _list(folder: str | None) -> None:
         for name in groups[group]:
             summary = shipped.summary_of(shipped.shipped(name))
             print(f"  {name:{column}}" + shorten(summary, max(width - column - 2, 20), placeholder=" ..."))
+    made = f"{len(names)} configurations, which --config takes by these names"
+    return Ending(made, (("configs", "show", names[0]),), aside=True)
 
 
 def _lies_in(name: str, folder: str) -> bool:

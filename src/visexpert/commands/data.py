@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visexpert.checking import built, check_config_file, check_settings
+from visexpert.commands.ending import Ending
 from visexpert.commands.parser import Parser
-from visexpert.errors import ConfigError, DataError, UserError, next_step, shown
+from visexpert.errors import ConfigError, DataError, UserError, shown
 from visexpert.io.run_folder import blamed_on_version, is_of_run
 from visexpert.overlays import are_related
 from visexpert.shipped import find
@@ -20,6 +21,7 @@ from visexpert.shipped import shown as name_of
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
 
+    from visexpert.data.rows import RowData
     from visexpert.data.source import SourceData
 
 OK, MISSING, BROKEN = "ok", "MISSING", "BROKEN"
@@ -27,23 +29,20 @@ OK, MISSING, BROKEN = "ok", "MISSING", "BROKEN"
 SHARDS, RECORDS = 16, 16
 """Shards of each part that are looked into, unless all are asked for, and records read at the beginning of each."""
 
-SAMPLE = 2000
-"""Images of each part that are looked for, unless all are asked for."""
-
 EPILOG = """\
 Nothing is downloaded and nothing is started. Each thing that the data needs is listed with its place; what is missing
 comes with its source and size. Where the annotations are there, the images that they name are looked for, too: 2000 of
-each part, spread evenly, or every one with --images all. The pretrained weights of the model are listed, too. Of
-CC3M's shards here 16 of each part, or every one with --images all, are counted, and the first 16 records of each are
-read. Other image files may still be damaged: that shows in training, where they are skipped and listed in the run's
-folder (skipped.jsonl).
+each part, spread evenly, or every one with --images all; 100 are decoded. Images inside a data set of Hugging Face are
+decoded, 100 of each part or all. Of the shards here 16 of each part, or every one with --images all, are counted, and
+the first 16 records of each are read. The pretrained weights of the model are listed, too. Other images may still be
+damaged: that shows in training, where they are skipped and listed in the run's folder (skipped.jsonl).
 
   visexpert data check configs/tove/paper/vit-b16.yaml
   visexpert data check base.yaml overlay.yaml --parts test
 """
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> Ending:
     """List what is there and what is missing.
 
     Raises:
@@ -68,11 +67,10 @@ def run(arguments: list[str]) -> None:
     if missing:
         things = "1 thing that the data needs is" if missing == 1 else f"{missing} things that the data needs are"
         raise DataError(f"{things} missing or broken; get them as said above and check again.")
-    print("Nothing is missing.")
     is_overlay = not (isinstance(model, dict) and "class_path" in model)
     layers = [*(["BASE"] if is_overlay else []), *map(name_of, options.config)]
     names = [word for layer in layers for word in ("--config", layer)]
-    print(next_step(("plan", *names), ("fit", *names)))
+    return Ending("nothing is missing.", (("plan", *names), ("fit", *names)))
 
 
 def findings(source: SourceData, parts: Sequence[str], *, images: str) -> Iterator[tuple[str, str]]:
@@ -99,13 +97,12 @@ def findings(source: SourceData, parts: Sequence[str], *, images: str) -> Iterat
 
 def _of_part(source: SourceData, part: str, *, every: bool) -> Iterator[tuple[str, str]]:
     """Whether a part's annotations can be read and its images are there."""
-    from visexpert.data import CC3M
-    from visexpert.data.needs import missing_images
+    from visexpert.data import ImageShards
     from visexpert.data.rows import RowData
 
     before = len(source.fault_logs)
     source.open(part)
-    if isinstance(source, CC3M):
+    if isinstance(source, ImageShards):
         faults = source.faults_found(part, shards=None if every else SHARDS, records=RECORDS)
         for fault in faults:
             yield BROKEN, f"{part}: {fault}"
@@ -113,11 +110,7 @@ def _of_part(source: SourceData, part: str, *, every: bool) -> Iterator[tuple[st
             yield OK, f"{part}: {source.records(part)} records in {len(source.shards(part))} shards"
     if not isinstance(source, RowData):
         return
-    paths = [sample.image for sample in source.table(part) if sample.image]
-    looked_for = paths if every or len(paths) <= SAMPLE else [paths[n * len(paths) // SAMPLE] for n in range(SAMPLE)]
-    gone = missing_images(looked_for)
-    line = f"{part}: {len(source.table(part))} rows; {len(looked_for)} of {len(paths)} images looked for"
-    yield MISSING if gone else OK, line + (f", {len(gone)} not there, such as {gone[0]}" if gone else "")
+    yield from _images_of(source, part, every=every)
     for log in source.fault_logs[before:]:  # of an earlier part, that is told with it
         if len(log) or log.parts:
             parts = f", {log.parts} more in part" if log.parts else ""
@@ -125,6 +118,29 @@ def _of_part(source: SourceData, part: str, *, every: bool) -> Iterator[tuple[st
                 BROKEN if len(log) else OK,
                 f"{log.source}: {len(log)} of {log.total} records cannot be used{parts}: {log.last}",
             )
+
+
+def _images_of(source: RowData, part: str, *, every: bool) -> Iterator[tuple[str, str]]:
+    """Whether images of a part are there, and those of some rows can be used."""
+    total = len(source.table(part))
+    line = f"{part}: {total} rows"
+    if source.has_files:
+        few = _spread(total, None if every else source.looked_for)
+        gone = source.images_missing(part, few)
+        line += f"; images of {len(few)} looked for"
+        yield MISSING if gone else OK, line + (f", {len(gone)} not there, such as {gone[0]}" if gone else "")
+    few = _spread(total, None if every and not source.has_files else source.looked_into)
+    broken = source.images_broken(part, few)
+    if broken:
+        yield BROKEN, f"{part}: images of {len(few)} rows read, {len(broken)} cannot be used, such as: {broken[0]}"
+    elif not source.has_files:
+        yield OK, f"{line}; images of {len(few)} read"
+
+
+def _spread(total: int, most: int | None) -> list[int]:
+    """Return up to ``most`` rows of ``total``, spread evenly."""
+    few = total if most is None else min(total, most)
+    return [number * total // few for number in range(few)]
 
 
 def sources_of(data: LightningDataModule, parts: Sequence[str]) -> Iterator[tuple[str, SourceData, list[str]]]:
@@ -234,7 +250,8 @@ def parser() -> Parser:
         nargs="+",
         choices=["train", "val", "test"],
         default=["train", "val", "test"],
-        help="parts that you mean to use (default: all that the sources have)",
+        metavar="PART",
+        help="parts that you mean to use: train, val, test (default: all that the sources have)",
     )
     parser.add_argument(
         "--images",

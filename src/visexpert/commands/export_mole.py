@@ -1,4 +1,4 @@
-"""``visexpert export`` of a student with MoLE: kept, folded or flattened, format by format."""
+"""Keep, fold or flatten the MoLE of a student for ``visexpert export``, as each format requires."""
 
 from __future__ import annotations
 
@@ -6,27 +6,23 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import gettempdir
-from typing import Any
 
 import lightning as L
 
-from visexpert.callbacks import TrainingProgress
-from visexpert.callbacks.phase import saved_settings
-from visexpert.commands.export_images import Part, PartImages, with_images
+from visexpert.commands.export_images import Part, PartImages, run_on_images, with_images
 from visexpert.commands.export_source import source_of
 from visexpert.errors import ConfigError, DataError, UserError
 from visexpert.export import KEEP_MOLE, ExportSource, MoLEReport, Treatment, differences
 from visexpert.export.flattening import Flattening, RouterUse
 from visexpert.runs import SavedRun
-from visexpert.vision import ClipEncoder, RouterUsage, fold, mole_settings
+from visexpert.vision import RouterUsage, VisionEncoder, fold, mole_settings
 
 log = logging.getLogger(__name__)
 
 PARTS: tuple[Part, ...] = ("validation", "training")
 
 BATCHES = 8
-"""Batches of images that the use of experts and the errors are measured on."""
+"""Number of batches for measuring the use of experts and the errors."""
 
 
 def sources_of(
@@ -38,26 +34,26 @@ def sources_of(
     flatten: tuple[int, float],
     images: Path | None = None,
 ) -> dict[str, ExportSource]:
-    """What an opened run has to export, by format.
+    """Return what to export of a run, by format.
 
     Args:
-        saved: The run; its CLIP is exchanged where it is folded or flattened.
+        saved: The run; its encoder is replaced when it is folded or flattened.
         formats: Names of formats.
-        layers: Hidden states to compare; None for the one that is read and the last.
+        layers: Hidden states to compare; None for the layer that the run reads, and the last.
         treatment: What to do with MoLE; None keeps it where the format can, else folds it.
         flatten: Steps and peak learning rate of a flattening.
-        images: A folder or configuration that names other images than the run's own, for folding and flattening.
+        images: Folder or configuration with images for folding and flattening; None for the run's own.
 
     Raises:
-        ConfigError: A treatment that the run or a format has no use for.
-        DataError: The run's images are not at hand, and the treatment needs them.
+        ConfigError: The run or a format does not allow the treatment.
+        DataError: The treatment needs the run's images, and they cannot be read.
     """
     model = saved.model
     settings = mole_settings(model.clip)
     if settings is None and treatment is not None:
-        raise ConfigError(f"--mole {treatment}: the CLIP of '{saved.folder}' has no MoLE; leave --mole out.")
+        raise ConfigError(f"--mole {treatment}: the encoder of '{saved.folder}' has no MoLE; leave --mole out.")
     if settings is None and images is not None:
-        raise ConfigError(f"--data {images}: the CLIP of '{saved.folder}' has no MoLE to fold; leave --data out.")
+        raise ConfigError(f"--data {images}: the encoder of '{saved.folder}' has no MoLE to fold; leave --data out.")
     source = source_of(saved, layers, with_language="llava" in formats)
     if settings is None:
         return dict.fromkeys(formats, source)
@@ -67,27 +63,28 @@ def sources_of(
     others = [name for name in formats if name not in sources]
     if others:
         clip, report = _plain(with_images(saved, images), student, chosen[others[0]], flatten, named=images is not None)
-        model.clip = clip  # what the language model of the export is compared with
+        model.clip = clip  # the export's language model is compared with this one
         sources |= dict.fromkeys(others, replace(source, clip=clip, mole=report))
     return {name: sources[name] for name in formats}
 
 
 def _treatment_of(name: str, wanted: Treatment | None) -> Treatment:
-    """What a format does with MoLE.
+    """Return what a format does with MoLE.
 
     Raises:
-        ConfigError: It cannot do what is wanted.
+        ConfigError: The format cannot do what was asked for.
     """
     if wanted == "exact" and name not in KEEP_MOLE:
         raise ConfigError(
-            f"--mole exact: {name} has no place for MoLE; take --mole fold or flatten, or --format "
-            f"{', '.join(KEEP_MOLE)}."
+            f"--mole exact: {name} cannot hold MoLE; use --mole fold or flatten, or --format {', '.join(KEEP_MOLE)}."
         )
     if wanted in ("fold", "flatten") and name == "visexpert":
-        raise ConfigError(f"--mole {wanted} gives a plain CLIP, which --format hf is for: visexpert reads that, too.")
+        raise ConfigError(
+            f"--mole {wanted} makes a plain encoder; use --format hf or native for it, which visexpert also reads."
+        )
     if wanted is None and name not in KEEP_MOLE:
         log.warning(
-            "%s has no place for MoLE: its experts are folded into a plain CLIP (--mole fold); %s keep them.",
+            "%s cannot hold MoLE: its experts are folded into a plain encoder (--mole fold); %s keep them.",
             name,
             ", ".join(KEEP_MOLE),
         )
@@ -97,8 +94,8 @@ def _treatment_of(name: str, wanted: Treatment | None) -> Treatment:
 
 def _plain(
     saved: SavedRun, student: ExportSource, treatment: Treatment, flatten: tuple[int, float], *, named: bool
-) -> tuple[ClipEncoder, MoLEReport]:
-    """One plain CLIP, and how far it is from the student."""
+) -> tuple[VisionEncoder, MoLEReport]:
+    """Make one plain encoder of the student, and measure its error."""
     assert student.mole is not None
     settings = student.mole.settings
     usage, part = _usage(saved, student.clip)
@@ -123,52 +120,35 @@ def _plain(
     return plain, report
 
 
-def _usage(saved: SavedRun, student: ClipEncoder) -> tuple[RouterUsage, Part]:
-    """The use of experts on validation images; on training images where the data has no others."""
+def _usage(saved: SavedRun, student: VisionEncoder) -> tuple[RouterUsage, Part]:
+    """Measure the use of experts on the validation images, or on the training images if the data has no others."""
     for part in PARTS:
         use = RouterUse(student)
         _run(saved, use, "Measuring the use of experts", part=part)
         if use.meter.num_images:
             if part != "validation":
-                log.warning("The data has no validation images; training images are folded by (--data names others).")
+                log.warning("The data has no validation images, so training images are used (--data names others).")
             return use.meter.usage(), part
-    raise DataError(f"'{saved.folder}' has no images to fold by; name some with --data FOLDER.")
+    raise DataError(f"'{saved.folder}' has no images for folding; name some with --data FOLDER.")
 
 
 def _error(saved: SavedRun, work: Flattening, part: Part) -> dict[str, float]:
-    _run(saved, work, "Measuring the plain CLIP", part=part)
+    _run(saved, work, "Measuring the plain encoder", part=part)
     return work.error.compute()
 
 
 def _run(saved: SavedRun, module: L.LightningModule, what: str, *, steps: int = 0, part: Part = "validation") -> None:
-    """Train for so many steps, or validate; on one device of the run's kind, weights in float32.
+    """Train for ``steps`` steps, or validate if 0, see :func:`~visexpert.commands.export_images.run_on_images`.
 
     Raises:
-        DataError: The run's images are not at hand.
+        DataError: The run's images cannot be read.
     """
-    settings = saved_settings(saved.folder)
-    precision: Any = settings.precision if str(settings.precision).endswith("mixed") else "32-true"
-    trainer = L.Trainer(
-        accelerator=settings.accelerator,
-        devices=1,
-        precision=precision,
-        max_steps=max(steps, 1),
-        limit_val_batches=0 if steps else BATCHES,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        default_root_dir=gettempdir(),
-        callbacks=[TrainingProgress()],
-    )
     log.info("%s, on the run's images", what)
     try:
-        if steps:
-            trainer.fit(module, datamodule=saved.data)
-        else:
-            trainer.validate(module, datamodule=PartImages(saved.data, part), verbose=False)
+        data = saved.data if steps else PartImages(saved.data, part)
+        run_on_images(saved, module, data, steps=steps, batches=BATCHES)
     except UserError as error:
         raise DataError(
-            f"--mole fold and flatten need the run's own images, which could not be had ({error}); bring them back, "
-            f"name others with --data FOLDER, or take --mole exact with --format {', '.join(KEEP_MOLE)}."
+            f"--mole fold and flatten need the run's own images, which cannot be read ({error}); restore them, "
+            f"name others with --data FOLDER, or use --mole exact with --format {', '.join(KEEP_MOLE)}."
         ) from error

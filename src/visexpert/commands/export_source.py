@@ -1,4 +1,4 @@
-"""What ``visexpert export`` takes out of an opened run."""
+"""Collect from a run what ``visexpert export`` writes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from visexpert.language import Predictions, PrefixLM
 from visexpert.methods import Method
 from visexpert.runs import SavedRun
 from visexpert.types import IGNORE_INDEX, Batch, TextBatch
-from visexpert.vision import ClipEncoder
+from visexpert.vision import VisionEncoder
 
 log = logging.getLogger(__name__)
 
 FACTS = "merge.json"
-TOLD = (
+REPORTED = (
     "steps",
     "student",
     "distance",
@@ -35,36 +35,39 @@ TOLD = (
     "fusion_space",
     "teacher_steps",
 )
-"""Entries of ``merge.json`` that the report repeats."""
+"""Entries of ``merge.json`` that the report shows."""
 
 
 def source_of(saved: SavedRun, layers: Sequence[int] | None, *, with_language: bool) -> ExportSource:
-    """What an opened run has to export.
+    """Collect what to export of a run.
 
     Args:
         saved: The run.
-        layers: Hidden states to compare; None for the one that is read and the last.
-        with_language: Take the language model, too (for LLaVA).
+        layers: Hidden states to compare; None for the layer that the run reads, and the last.
+        with_language: Include the language model (for LLaVA).
 
     Raises:
-        ConfigError: A layer that the CLIP does not have, or a language model that LLaVA has no place for.
+        ConfigError: the encoder lacks one of the layers, or LLaVA cannot hold the language model.
     """
     model, clip = saved.model, saved.model.clip
     clip.requires_grad_(False)
-    depth = int(clip.config.num_hidden_layers)
+    depth = clip.depth
+    lowest = -depth - clip.returns_embeddings
     wanted = tuple(dict.fromkeys((clip.layer, -1) if layers is None else layers))
     for layer in wanted:
-        if not -depth - 1 <= layer <= -1:
-            raise ConfigError(f"--layers {layer} is outside -{depth + 1}..-1 of a CLIP with {depth} layers.")
+        if not lowest <= layer <= -1:
+            raise ConfigError(f"--layers {layer} is outside {lowest}..-1 of an encoder with {depth} layers.")
     path = saved.folder / FACTS
     facts = read_json(path) if path.is_file() else {}
     name = saved.folder.resolve()
     origin = {"run": f"{name.parent.name}/{name.name}", "optimizer steps in all": str(saved.steps)}
-    origin |= {f"merge: {key.replace('_', ' ')}": str(facts[key]) for key in TOLD if facts.get(key) is not None}
+    origin |= {f"merge: {key.replace('_', ' ')}": str(facts[key]) for key in REPORTED if facts.get(key) is not None}
     if model.beside_clip():
         origin["not exported"] = ", ".join(model.beside_clip())
-        log.warning("What its language model reads through beside CLIP is not exported: %s.", origin["not exported"])
-    start = _start_of(clip)
+        log.warning(
+            "Not exported, though the run's language model reads it beside the encoder: %s.", origin["not exported"]
+        )
+    start = start_of(clip)
     return ExportSource(
         clip,
         wanted,
@@ -77,38 +80,39 @@ def source_of(saved: SavedRun, layers: Sequence[int] | None, *, with_language: b
 
 
 def _licenses(model: Method, facts: Mapping[str, Any]) -> dict[str, str]:
-    """Of CLIP, and of the experts that were merged into it or, without a merge, trained beside it."""
+    """Return the licenses of the encoder and the experts merged into it; without a merge, of those beside it."""
     own = dict(model.licenses())
     experts = facts.get("experts")
     merged = own if experts is None else {f"expert {name}": str(license) for name, license in experts.items()}
     return merged | {"clip": str(facts.get("clip_license", own["clip"]))}
 
 
-def _start_of(clip: ClipEncoder) -> ClipEncoder | None:
-    """CLIP as its source has it, without MoLE; None for one that began at random."""
+def start_of(clip: VisionEncoder) -> VisionEncoder | None:
+    """Return the encoder with its source's weights and without MoLE; None if it started from random weights."""
     if clip.source is None:
         return None
-    start = clip.plain_copy()
+    start = clip.rebuilt()
     start.load_weights()
     return start
 
 
-def _pooled_trained(clip: ClipEncoder, start: ClipEncoder) -> bool:
-    """Whether the final LayerNorm, which the pooled output alone reads, has left the weights of CLIP's source."""
-    pairs = zip(start.model.post_layernorm.parameters(), clip.model.post_layernorm.parameters(), strict=True)
+def _pooled_trained(clip: VisionEncoder, start: VisionEncoder) -> bool:
+    """Return whether training changed the final norm or pooling head, which only the pooled output uses."""
+    before, after = (nn.ModuleList(encoder.anatomy.pooling(encoder.model)) for encoder in (start, clip))
+    pairs = zip(before.parameters(), after.parameters(), strict=True)
     return not all(torch.equal(old, new) for old, new in pairs)
 
 
-def _projection(start: ClipEncoder) -> Projection | None:
-    """What its source has beyond a ``CLIPVisionModel``."""
+def _projection(start: VisionEncoder) -> Projection | None:
+    """Return the projection of CLIP's source, which a ``CLIPVisionModel`` lacks; None if it has none."""
     return None if start.projection_dim is None else Projection(start.projection_dim, str(start.source))
 
 
 def _language_parts(saved: SavedRun) -> LanguageParts:
-    """The language model in LLaVA's form.
+    """Return the language model in LLaVA's form.
 
     Raises:
-        ConfigError: A setting of the run that LLaVA has no place for, by name.
+        ConfigError: LLaVA cannot hold a setting of the run, which the message names.
     """
     model = saved.model
     language, projector = model.language, model.projector
@@ -116,7 +120,9 @@ def _language_parts(saved: SavedRun) -> LanguageParts:
     if model.read_experts:
         problems.append(f"use: {list(model.read_experts)} (its language model reads experts: merge first)")
     if problems:
-        raise ConfigError(f"--format llava has no place for {problems[0]}; export '{saved.folder}' as hf, or train so.")
+        raise ConfigError(
+            f"--format llava cannot hold {problems[0]}; export '{saved.folder}' as hf, or train without it."
+        )
     layers = list(projector.layers.children())
     assert isinstance(language, PrefixLM)
     first, last = layers[0], layers[-1]
@@ -126,7 +132,7 @@ def _language_parts(saved: SavedRun) -> LanguageParts:
 
 
 def _logits(model: Method, images_BCHW: Tensor, ids_BN: Tensor) -> Tensor:
-    """Logits (B, N - 1, V) of one text per image, by the run's own forward."""
+    """Return logits (B, N - 1, V) of one text per image, from the run's own forward."""
     batch, length = ids_BN.shape
     labels_BN = ids_BN.clone()
     labels_BN[:, 0] = IGNORE_INDEX

@@ -10,24 +10,24 @@ from visexpert.errors import ConfigError, DataError
 from visexpert.io.reading import IMAGE_FORMATS
 
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
-"""Files of a folder that are taken for images; a file that is named itself may be called anything."""
+"""Suffixes by which images are found in a folder; a file that is named itself may have any."""
 
 
 def find_images(arguments: Sequence[str], *, recursive: bool = False) -> list[Path]:
-    """Files that a command line names: files as they are, folders as the images in them, sorted by name.
+    """Return the files that a command line names; a folder stands for the images in it, sorted by name.
 
     Args:
         arguments: Files and folders.
-        recursive: Take the images of subfolders, too; links to folders are not followed.
+        recursive: Include the images of subfolders; links to folders are not followed.
 
     Raises:
-        ConfigError: An argument is an address, or no image is left.
+        ConfigError: An argument is a URL, or no image is found.
         DataError: A folder cannot be listed.
     """
     found: list[Path] = []
     for argument in arguments:
         if "://" in argument:
-            raise ConfigError(f"{argument} is an address; download the image and give the file, nothing is fetched.")
+            raise ConfigError(f"{argument} is a URL, and nothing is fetched; download the image and give the file.")
         path = Path(argument)
         found += _images_in(path, recursive) if path.is_dir() else [path]
     if not found:
@@ -38,7 +38,7 @@ def find_images(arguments: Sequence[str], *, recursive: bool = False) -> list[Pa
 
 def _images_in(folder: Path, recursive: bool) -> list[Path]:
     def refuse(error: OSError) -> None:
-        raise DataError(f"The folder {folder} cannot be listed ({error.strerror}); allow it or leave it out.")
+        raise DataError(f"The folder {folder} cannot be listed ({error.strerror}); grant access, or leave it out.")
 
     found: list[Path] = []
     for parent, folders, names in os.walk(folder, onerror=refuse):

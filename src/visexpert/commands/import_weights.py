@@ -1,4 +1,4 @@
-"""``visexpert import FOLDER --clip SOURCE --out RUN``: MoVE-KD's released weights as a run."""
+"""``visexpert import FOLDER --clip SOURCE --out RUN``: turn MoVE-KD's released weights into a run."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from visexpert.commands.ending import Ending
 from visexpert.commands.parser import Parser
-from visexpert.errors import ConfigError, WeightsError, next_step, shown
+from visexpert.errors import ConfigError, WeightsError, shown
 
 if TYPE_CHECKING:
     from visexpert.commands.released import MoLEShape, Released
@@ -27,13 +28,13 @@ to RUN/start.safetensors beside student and projector: name it as init_from of a
 
 SAM = "sam"
 SAM_NOTE = (
-    "sam: its adapter is left out. The released code scrambles SAM's feature map before it (what it takes for a token "
-    "is two channels of two rows), so the adapter means nothing for SAM's true tokens; --keep_sam keeps it."
+    "sam: its adapter is left out. The released code scrambles SAM's feature map before the adapter (a token there is "
+    "two channels of two rows), so the adapter does not fit SAM's real tokens; --keep_sam keeps it."
 )
 
 
-def run(arguments: list[str]) -> None:
-    """Convert, write and say what was found.
+def run(arguments: list[str]) -> Ending:
+    """Convert the files, write the run, and print what was found.
 
     Raises:
         ConfigError: An option is missing or contradicts the files.
@@ -54,19 +55,19 @@ def run(arguments: list[str]) -> None:
     told += write_run(released, shape, mole, options)
     for line in told:
         print(f"- {shown(line)}")
-    print(shown(f"Imported {options.folder} as {options.out}."))
-    print(next_step(("caption", options.out, "IMAGE"), ("export", options.out, "--format", "llava", "--out", "DIR")))
+    then = (("caption", options.out, "IMAGE"), ("export", options.out, "--format", "llava", "--out", "DIR"))
+    return Ending(f"{options.out}, from {options.folder}", then)
 
 
 def settle(
     config: Mapping[str, Any], shape: MoLEShape | None, options: argparse.Namespace
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """Settings of MoLE from weights, ``config.json`` and options, and what is worth telling about them.
+    """Return the settings of MoLE from weights, ``config.json`` and options, and notes for the user.
 
     Args:
-        config: The release's ``config.json``, {} where there is none.
-        shape: What the weights say.
-        options: ``alpha`` and ``dense``, None and False where not given.
+        config: ``config.json`` of the release, {} if it has none.
+        shape: Sizes of MoLE from the weights.
+        options: Options of the command line: ``alpha`` (None if not given) and ``dense``.
 
     Raises:
         ConfigError: An option contradicts the file.
@@ -75,15 +76,15 @@ def settle(
     told: list[str] = []
     kept = config.get("moe")
     if "kd" not in config:
-        told.append("config.json has no 'kd' entry, so it does not say whether distillation was on; nothing needs it.")
+        told.append("config.json has no 'kd' entry to tell whether distillation was on; nothing depends on it.")
     if shape is None:
-        told.append("there is no MoLE in these files: the student is a plain CLIP.")
+        told.append("these files have no MoLE: the student is a plain CLIP.")
         return None, told
     if not isinstance(kept, Mapping):
         told.append(
-            f"config.json has no 'moe' entry: {shape.num_experts} experts of rank {shape.rank} are what the weights "
-            f"have, alpha {options.alpha or 1:g} and {'dense' if options.dense else 'top-1'} routing what the options "
-            "say (--alpha, --dense)."
+            f"config.json has no 'moe' entry: the weights have {shape.num_experts} experts of rank {shape.rank}; alpha "
+            f"{options.alpha or 1:g} and {'dense' if options.dense else 'top-1'} routing come from the options "
+            "--alpha and --dense."
         )
         kept = {}
     written = {"moe_encoder_num_experts": shape.num_experts, "moe_encoder_lora_rank": shape.rank}
@@ -134,20 +135,24 @@ def parser() -> Parser:
         "--clip",
         required=True,
         metavar="SOURCE",
-        help="the trained CLIP: folder or Hugging Face id (sizes, teacher)",
+        help="the CLIP that was trained: folder or Hugging Face id (gives sizes, and the frozen teacher)",
     )
     parser.add_argument("--language", metavar="SOURCE", help="language model of stage 1: folder or Hugging Face id")
-    parser.add_argument("--alpha", type=float, help="of MoLE, where config.json does not say (default: 1)")
-    parser.add_argument("--dense", action="store_true", help="MoLE is dense, where config.json does not say")
+    parser.add_argument("--alpha", type=float, help="MoLE's, if config.json does not give it (default: 1)")
+    parser.add_argument("--dense", action="store_true", help="MoLE routes densely, if config.json does not tell")
     parser.add_argument(
         "--chat",
         default="vicuna_v1",
         metavar="STYLE",
-        help="template that it was trained with: vicuna_v1, llama_2, mistral, plain (default: %(default)s)",
+        help="chat template of the training: vicuna_v1, llama_2, mistral, plain (default: %(default)s)",
     )
     parser.add_argument(
-        "--dtype", default="bfloat16", help="of the language model: float32, bfloat16, float16 (default: %(default)s)"
+        "--dtype",
+        default="bfloat16",
+        help="data type of the language model: float32, bfloat16, float16 (default: %(default)s)",
     )
-    parser.add_argument("--data", default="data/llava", metavar="DIR", help="LLaVA's data, to train on (%(default)s)")
-    parser.add_argument("--keep_sam", action="store_true", help="keep SAM's adapter, which fits no true SAM tokens")
+    parser.add_argument(
+        "--data", default="data/llava", metavar="DIR", help="LLaVA's data for further training (default: %(default)s)"
+    )
+    parser.add_argument("--keep_sam", action="store_true", help="keep SAM's adapter, which does not fit SAM's tokens")
     return parser

@@ -1,4 +1,4 @@
-"""Writes imported weights as the folder of a run: configuration, checkpoint, language model, start for trainings."""
+"""Write imported weights as a run's folder: configuration, checkpoint, language model, weights to train from."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LEGACY = {"rope_theta", "rope_scaling", "torch_dtype"}
 def write_run(
     released: Released, shape: MoLEShape | None, mole: dict[str, Any] | None, options: argparse.Namespace
 ) -> list[str]:
-    """Write the run's folder; what is worth telling.
+    """Write the run's folder, and return notes for the user.
 
     Raises:
         WeightsError: Weights are missing or do not fit the CLIP.
@@ -75,12 +75,12 @@ def _write(
 def run_config(
     mole: Mapping[str, Any] | None, layer: int, options: argparse.Namespace, *, language: str, image_size: int
 ) -> dict[str, Any]:
-    """The run's ``config.yaml``: the release's forms, by name.
+    """Return the run's ``config.yaml`` with the release's settings.
 
     Args:
         mole: Settings of MoLE.
-        layer: Hidden state of CLIP that is read.
-        options: Of the command line.
+        layer: Hidden state of CLIP to read.
+        options: Options of the command line.
         language: Folder or Hugging Face id of the language model.
         image_size: Side of CLIP's input, pixels.
     """
@@ -99,7 +99,7 @@ def run_config(
             "convention": "released",
         },
         "kd_weight": 0.5,
-        "balance_weight": 0.01,
+        "auxiliary": {"balance_weight": 0.01},
         "projector": {"kind": "mlp2x_gelu", "norm": False},
         "optimizer": {"lr": 2e-5, "clip_lr": 2e-5, "language_lr": 0.0},
     }
@@ -119,10 +119,10 @@ def run_config(
 
 
 def copy_language(source: Path, target: Path, config: Mapping[str, Any]) -> None:
-    """Write the language model of a stage-2 folder as one of its own, part by part.
+    """Write the language model of a stage-2 folder to a folder of its own, part by part.
 
     Raises:
-        WeightsError: ``config.json`` is not Llama's.
+        WeightsError: ``config.json`` does not describe a Llama.
     """
     target.mkdir(parents=True)
     files = weight_files(source)
@@ -149,7 +149,7 @@ def copy_language(source: Path, target: Path, config: Mapping[str, Any]) -> None
 
 
 def _filled(config: Mapping[str, Any], released: Released, out: Path) -> Method:
-    """The model of a configuration with the imported weights; the language model stays in its own folder."""
+    """Build a configuration's model with the imported weights; the language model stays in its own folder."""
     model, _ = build(config, out / "config.yaml")
     assert isinstance(model, Method)
     model.clip.load_weights()
@@ -163,12 +163,12 @@ def _filled(config: Mapping[str, Any], released: Released, out: Path) -> Method:
 
 
 def _is_unread(key: str, model: Method) -> bool:
-    """Whether it is of a MoLE that the model leaves out."""
+    """Return whether a key belongs to a MoLE layer that the model does not have."""
     return MOLE_KEY.search(key) is not None and key not in model.clip.model.state_dict()
 
 
 def _write_start(released: Released, model: Method, path: Path) -> str:
-    """Student, projector and adapters in one file, under the names of a training with teachers."""
+    """Write student, projector and adapters to one file, under the names of a training with teachers; return a note."""
     width, tokens = model.clip.width, model.clip.grid_hw[0] * model.clip.grid_hw[1]
     state = {f"clip.model.{key}": value for key, value in model.clip.model.state_dict().items()}
     state |= {f"projector.{key}": value for key, value in model.projector.state_dict().items()}

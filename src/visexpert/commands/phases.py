@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from visexpert.commands.ending import Ending
 from visexpert.commands.parser import Parser
 from visexpert.commands.source_settings import ClassSource
-from visexpert.errors import shown
+from visexpert.errors import ConfigError
+from visexpert.io.reading import read_yaml
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -22,7 +25,7 @@ PHASES = {
 }
 
 
-def _run(command: str, arguments: list[str]) -> None:
+def _run(command: str, arguments: list[str]) -> Ending | None:
     """Parse a phase's settings and carry it out on a finished run.
 
     Args:
@@ -41,13 +44,18 @@ def _run(command: str, arguments: list[str]) -> None:
     from visexpert.checking import check_seed
     from visexpert.interruption import stoppable
     from visexpert.methods.fusing import fusing
+    from visexpert.run_arguments import config_files
     from visexpert.runs import load_run
+    from visexpert.shipped import in_arguments
     from visexpert.training import leave_logs_to_root
 
     leave_logs_to_root()
     phase: type[Phase] = getattr(callbacks, PHASES[command].name)
     parser = _parser(command, phase)
-    built = parser.instantiate_classes(parser.parse_args(arguments))
+    given = in_arguments(arguments)
+    for path in config_files(given):
+        _refuse_a_fits(path, command, list(signature(phase).parameters))
+    built = parser.instantiate_classes(parser.parse_args(given))
     work = phase(**{name: built[name] for name in signature(phase).parameters})
     if built.seed is not None:
         check_seed("--seed", built.seed)
@@ -60,7 +68,25 @@ def _run(command: str, arguments: list[str]) -> None:
     model.count_steps(saved.steps)
     with stoppable(go_on="give the same command again"), kept_trainer(model, saved.data):
         out = work.carry_out(model, saved.data, run, saved_settings(run))
-    print(f"Done: {shown(out)}")
+    return Ending(f"{out} (scores in metrics.json)", work.next_commands(run, out))
+
+
+def _refuse_a_fits(path: Path, command: str, settings: Sequence[str]) -> None:
+    """Refuse the configuration of a fit in place of a phase's settings.
+
+    Raises:
+        ConfigError: The file is one.
+    """
+    try:
+        content = read_yaml(path)
+    except (OSError, ValueError):
+        return  # the parser tells
+    if foreign := [key for key in ("model", "trainer") if isinstance(content, dict) and key in content]:
+        raise ConfigError(
+            f"'{path}' is the configuration of a fit (it has {' and '.join(foreign)}), but `visexpert {command} "
+            f"--config` takes settings of {command} alone: {', '.join(settings)}; leave it out, since RUN has its "
+            "own."
+        )
 
 
 def _parser(command: str, phase: type[Phase]) -> ArgumentParser:

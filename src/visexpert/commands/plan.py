@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 from visexpert import shipped
+from visexpert.commands.ending import Ending
 from visexpert.commands.parser import Parser
-from visexpert.errors import ConfigError, next_step
+from visexpert.errors import ConfigError
 
 EPILOG = """\
 examples:
@@ -22,14 +23,16 @@ a folder with just that file also works: --model.init_args.language.init_args.so
 """
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> Ending:
     """Plan and print.
 
     Raises:
         ConfigError: A setting does not exist or has a value that is not allowed.
         WeightsError: The configuration of a pretrained model is not on this machine.
     """
-    options, overrides = parser().parse_known_args(arguments)
+    reader = parser()
+    options, overrides = reader.parse_known_args(arguments)
+    reader.refuse_abbreviations(overrides)
     if not options.config:
         raise ConfigError("visexpert plan: no configuration was given; name YAML files by --config.")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported, below
@@ -50,14 +53,15 @@ def run(arguments: list[str]) -> None:
     plan = make_plan(planned, asked)
     if options.json:
         print(json.dumps(plan.as_json(), indent=2))
-        return
-    from rich.console import Console
+    else:
+        from rich.console import Console
 
-    from visexpert.planning.show import show
+        from visexpert.planning.show import show
 
-    show(plan, Console())
+        show(plan, Console())
     names = [word for path in options.config for word in ("--config", shipped.shown(path))]
-    print(next_step(("data", "check", *map(shipped.shown, options.config)), ("fit", *names, *overrides)))
+    then = (("data", "check", *map(shipped.shown, options.config)), ("fit", *names, *overrides))
+    return Ending("the plan above; nothing was written.", then, aside=options.json)
 
 
 def parser() -> Parser:

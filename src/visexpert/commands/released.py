@@ -1,4 +1,4 @@
-"""MoVE-KD's released files (hey-cjj/MoVE-KD at c822da0) under our names; see docstrings for what maps to what."""
+"""Read MoVE-KD's released files (hey-cjj/MoVE-KD at c822da0), and rename their tensors to our names."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _EXPERT = re.compile(r"^(.*\.mlp)\.moe_(down|up)\.(\d+)\.lora_([AB])\.(weight|bi
 _NOT_WEIGHTS = re.compile(r"(\.rotary_emb\.inv_freq|embeddings\.position_ids)$")
 
 LAYERS = {"down": "fc1_experts", "up": "fc2_experts"}
-"""``moe_down`` stands beside CLIP's first linear layer (width to hidden), ``moe_up`` beside its second."""
+"""``moe_down`` is parallel to CLIP's first linear layer (width to hidden), ``moe_up`` to its second."""
 
 
 @dataclass
 class Released:
-    """Released weights, sorted.
+    """Released weights by part.
 
     Args:
         student: CLIP and MoLE under the names of ``CLIPVisionModel`` and :func:`visexpert.vision.add_mole`.
         projector: Under the names of :class:`~visexpert.language.Projector`.
         adapters: Encoder adapters by teacher, under the names of ``ReleasedAdapter``.
         config: ``config.json``, {} where there is none.
-        has_clip: Whether the student's own CLIP weights are there (stage 2).
+        has_clip: Whether the student's CLIP weights are included (stage 2).
         has_language: Whether the language model's are.
     """
 
@@ -52,10 +52,10 @@ class Released:
 
 
 def read_released(folder: Path) -> Released:
-    """Read all but the language model's weights.
+    """Read all weights but the language model's.
 
     Raises:
-        WeightsError: The folder holds neither stage's files, or tensors that are not MoVE-KD's.
+        WeightsError: The folder holds the files of neither stage, or tensors that are not MoVE-KD's.
     """
     found = Released(config=_read_config(folder))
     plain: dict[str, Tensor] = {}
@@ -68,10 +68,10 @@ def read_released(folder: Path) -> Released:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of stage 1, or all parts of a stage-2 checkpoint.
+    """Return the files of stage 1, or all parts of a stage-2 checkpoint.
 
     Raises:
-        WeightsError: There are none; a part is missing or lies elsewhere.
+        WeightsError: The folder has neither, or the list of parts names files outside of it.
     """
     whole = next((folder / name for name in STAGE_2 if (folder / name).is_file()), None)
     if whole is None:
@@ -91,17 +91,17 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def language_tensors(path: Path) -> dict[str, Tensor]:
-    """The language model's weights in one file, under the names of ``LlamaForCausalLM``."""
+    """Return the language model's weights in one file, under the names of ``LlamaForCausalLM``."""
     state = load_state(path, owner=OWNER)
     return {key: value for key, value in state.items() if _LANGUAGE.match(key) and not _NOT_WEIGHTS.search(key)}
 
 
 def stack_experts(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """MoLE's experts, each with two linear layers of its own, as the stacked tensors that we compute with.
+    """Stack the tensors of MoLE's experts, each of which has two linear layers of its own.
 
     ``lora_A.weight`` (R, in), ``lora_A.bias`` (R,), ``lora_B.weight`` (out, R) and ``lora_B.bias`` (out,) of E experts
     become ``A_weight`` (E, R, in), ``A_bias`` (E R,), ``B_weight`` (E, R, out) and ``B_bias`` (E out,). The scale
-    alpha / R is not part of them, here or there. Routers keep their names; what MoLE wraps loses ``original_module``.
+    alpha / R is in neither. Routers keep their names; the wrapped MLP's lose ``original_module``.
 
     Raises:
         WeightsError: An expert or a part of one is missing.
@@ -118,7 +118,7 @@ def stack_experts(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
         groups.setdefault((f"{mlp}.{LAYERS[side]}", f"{factor}_{kind}"), {})[int(number)] = turned
     for (layer, name), parts in groups.items():
         if sorted(parts) != list(range(len(parts))):
-            raise WeightsError(f"{OWNER}: of {layer} there are experts {sorted(parts)}; the files are not complete.")
+            raise WeightsError(f"{OWNER}: {layer} lacks experts, it has {sorted(parts)}; fetch the files again.")
         ordered = [parts[number] for number in range(len(parts))]
         stacked[f"{layer}.{name}"] = torch.stack(ordered) if name.endswith("weight") else torch.cat(ordered)
     return stacked
@@ -126,12 +126,12 @@ def stack_experts(plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class MoLEShape:
-    """What the weights say of MoLE.
+    """Sizes of MoLE, read from the weights.
 
     Args:
-        num_experts: E.
-        rank: R.
-        blocks: Blocks of CLIP that have it.
+        num_experts: Number of experts.
+        rank: Their rank.
+        blocks: Blocks of CLIP that have MoLE.
     """
 
     num_experts: int
@@ -140,17 +140,17 @@ class MoLEShape:
 
 
 def mole_shape(student: Mapping[str, Tensor]) -> MoLEShape | None:
-    """Sizes of MoLE; None where there is none.
+    """Return the sizes of MoLE; None if the student has none.
 
     Raises:
-        WeightsError: They differ from block to block.
+        WeightsError: The sizes differ between blocks.
     """
     factors = {key: value for key, value in student.items() if key.endswith(".mlp.fc1_experts.A_weight")}
     if not factors:
         return None
     sizes = {tuple(value.shape[:2]) for value in factors.values()}
     if len(sizes) > 1:
-        raise WeightsError(f"{OWNER}: MoLE has unlike sizes {sorted(sizes)} in its blocks, which it never has.")
+        raise WeightsError(f"{OWNER}: MoLE's blocks must have one size, got {sorted(sizes)}; fetch the files again.")
     ((num_experts, rank),) = sizes
     return MoLEShape(num_experts, rank, tuple(sorted(int(key.split(".")[2]) for key in factors)))
 
@@ -185,6 +185,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def absent_parts(adapter: Mapping[str, Tensor]) -> list[str]:
-    """Names that an encoder adapter lacks."""
+    """Return the names of tensors that an encoder adapter lacks."""
     wanted = {f"{layer}.{kind}" for layer in ("channels", "tokens") for kind in ("weight", "bias")}
     return sorted(wanted - set(adapter))

@@ -1,27 +1,28 @@
-"""``visexpert score import RUN RESULTS.json...``: scores of other harnesses beside a run's own."""
+"""``visexpert score import RUN RESULTS.json...``: store another harness's scores with a run's own."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from visexpert.commands.ending import Ending
 from visexpert.commands.parser import Parser
-from visexpert.errors import next_step, shown
+from visexpert.errors import shown
 
 EPILOG = """\
 examples:
   lmms-eval --model visexpert --model_args run=runs/tove/merged --tasks gqa,mme --output_path logs --log_samples
   visexpert score import runs/tove/merged logs/*_results.json --harness_version 0.7.3
 
-metrics.json gets lmms/TASK/METRIC; lmms.json beside it says by which harness, version, prompt and settings, on how
-many questions. docs/evaluation.md tells how to run lmms-eval on a run or on an exported LLaVA folder.
+metrics.json gets lmms/TASK/METRIC; lmms.json beside it records harness, version, prompt, settings and number of
+questions. docs/evaluation.md shows how to run lmms-eval on a run or on an exported LLaVA folder.
 """
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> Ending:
     """Store scores and print them.
 
     Raises:
-        ConfigError: The folder is not a run, or the scores may not be stored without an option.
+        ConfigError: The folder is not a run, or an option is needed to store the scores.
         DataError: A file cannot be read.
     """
     options = parser().parse_args(arguments)
@@ -38,9 +39,9 @@ def run(arguments: list[str]) -> None:
         )
         for key, value in stored.items():
             print(f"{shown(key)}: {value:.6g}")
-    kept, source = shown(options.run / "metrics.json"), shown(options.run / "lmms.json")
-    print(f"These scores are in {kept}, where they come from in {source}")
-    print(next_step(("compare", options.run, "--out", options.run / "compare")))
+    kept, source = options.run / "metrics.json", options.run / "lmms.json"
+    made = f"the scores are in {kept}, their origin in {source}"
+    return Ending(made, (("compare", options.run, "--out", options.run / "compare"),))
 
 
 def parser() -> Parser:
@@ -55,10 +56,10 @@ def parser() -> Parser:
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json", help="DATE_results.json of lmms-eval")
     parser.add_argument("--task", action="append", default=[], metavar="NAME", help="only this task; may be repeated")
     parser.add_argument(
-        "--harness_version", metavar="X", help="version of lmms-eval, where the file does not say (installed by pip)"
+        "--harness_version", metavar="X", help="version of lmms-eval, if the file does not record it (installed by pip)"
     )
     parser.add_argument(
-        "--limited", action="store_true", help="also store scores of a part of the questions (lmms-eval --limit)"
+        "--limited", action="store_true", help="also store scores on a subset of the questions (lmms-eval --limit)"
     )
     parser.add_argument("--replace", action="store_true", help="also replace scores from an earlier results file")
     return parser

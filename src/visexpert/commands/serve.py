@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from threading import Event
 
+from visexpert.commands.ending import Ending
 from visexpert.commands.parser import Parser
 from visexpert.errors import ConfigError, require_package
 
@@ -18,7 +19,7 @@ uploads in a temporary folder until it stops, for an hour at most.
 log = logging.getLogger(__name__)
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> Ending:
     """Serve until Ctrl-C.
 
     Raises:
@@ -29,9 +30,10 @@ def run(arguments: list[str]) -> None:
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} is {getattr(options, name)}, but must be at least 1.")
     require_package("gradio", extra="app", what="visexpert serve")
-    from visexpert.app.server import serving
+    from visexpert.app.server import check_address, serving
     from visexpert.app.session import open_session
 
+    check_address(options.host, options.port)  # before the model is read, which takes longer
     session = open_session(options.run, device=options.device, max_pixels=options.max_pixels)
     with serving(session, host=options.host, port=options.port, max_upload_mb=options.max_upload_mb) as url:
         log.info("'%s' is served at %s (Ctrl-C stops it).", options.run, url)
@@ -39,7 +41,8 @@ def run(arguments: list[str]) -> None:
         try:
             Event().wait()
         except KeyboardInterrupt:
-            log.info("Stopped.")
+            pass
+    return Ending("the page is closed, and its uploads are gone.", (("caption", options.run, "IMAGE"),))
 
 
 def parser() -> Parser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class ClassSource:
 
     def description(self) -> str:
         """Return the docstring up to its ``Args``, without the marks of reStructuredText."""
-        return _docstring(self._read()[1]).partition("\nArgs:")[0].strip().replace("``", "")
+        return plain(_docstring(self._read()[1]).partition("\nArgs:")[0].strip())
 
     def settings(self, prefix: str = "") -> list[Setting]:
         """Return the settings of the constructor, or the fields of a dataclass; those of groups by dotted names."""
@@ -117,4 +118,12 @@ def _arguments_told(docstring: str) -> dict[str, str]:
             told[name] = text.strip()
         elif line.strip():
             break
-    return {name: text.replace("``", "") for name, text in told.items()}
+    return {name: plain(text) for name, text in told.items()}
+
+
+def plain(text: str) -> str:
+    """Return a docstring's text without its markup: of a role such as ``:class:`~a.B``` the name, B."""
+    text = re.sub(
+        r":[a-z]+:`([^`]+)`", lambda found: found[1].rsplit(".", 1)[-1] if found[1][0] in "~." else found[1], text
+    )
+    return text.replace("``", "")

@@ -6,8 +6,8 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
+from visexpert.commands.ending import Ending
 from visexpert.commands.parser import Parser
-from visexpert.errors import next_step, shown
 
 if TYPE_CHECKING:
     from visexpert.training import VisexpertCLI
@@ -34,6 +34,14 @@ FIT_OPTIONS = (
 
 SCORE_OPTIONS = (("--ckpt_path CKPT", "other weights than the run's last checkpoint"),)
 
+PREDICT_OPTIONS = (
+    *SCORE_OPTIONS,
+    (
+        "--overwrite",
+        "replace the predictions that are there, or that a stopped call left; without it they are completed",
+    ),
+)
+
 ABOUT = {
     "fit": "Train, then score on the test images.",
     "validate": "Score a run on its validation images.",
@@ -52,7 +60,7 @@ EXAMPLES = {
 }
 
 
-def _run(command: str, arguments: list[str]) -> None:
+def _run(command: str, arguments: list[str]) -> Ending | None:
     """Show help, or hand over to LightningCLI; what it needs takes seconds to import."""
     if asked := [argument for argument in arguments if argument.split("=")[0] in ("-h", "--help")]:
         if "all" not in arguments and asked[0] != "--help=all":
@@ -62,11 +70,11 @@ def _run(command: str, arguments: list[str]) -> None:
     from visexpert.training import is_first_process, run_lightning
 
     cli = run_lightning([command, *arguments])
-    if is_first_process() and not cli.trainer.interrupted and not getattr(cli.trainer, "fast_dev_run", False):
-        print(_ending(command, cli), flush=True)
+    whole = is_first_process() and not cli.trainer.interrupted and not getattr(cli.trainer, "fast_dev_run", False)
+    return _ending(command, cli) if whole else None
 
 
-def _ending(command: str, cli: VisexpertCLI) -> str:
+def _ending(command: str, cli: VisexpertCLI) -> Ending:
     """Return what was made and what can be typed next."""
     from visexpert.methods import FusingMethod, Method
 
@@ -75,14 +83,22 @@ def _ending(command: str, cli: VisexpertCLI) -> str:
     if command == "fit" and isinstance(model, FusingMethod) and model.hub.attached:
         steps = [("detach", run, "--min_contribution", "0.01"), ("merge", run)]
     elif command == "fit" and isinstance(model, Method) and model.holds("clip"):
-        steps = [("export", run, "--format", "hf", "--out", run.with_name(f"{run.name}-hf"))]
+        steps = [("export", run, "--out", run.with_name(f"{run.name}-encoder"))]
     if isinstance(model, Method) and model.reads_text:
         steps.append(("caption", run, "IMAGE"))
     steps = steps or [("compare", run, "--out", run / "compare")]
-    made = (
-        f"Done: {shown(run)} (weights in checkpoints/, scores in metrics.json, figures/)\n" if command == "fit" else ""
-    )
-    return made + next_step(*steps)
+    return Ending(_MADE[command].format(run=run), tuple(steps))
+
+
+_MADE = {
+    "fit": "{run} (weights in checkpoints/, scores in metrics.json, figures/)",
+    "validate": "the scores are in {run}/metrics.json",
+    "test": "the scores are in {run}/metrics.json, figures in {run}/figures",
+    "predict": "{run}/predictions.jsonl, one line for each text of the test images",
+}
+
+
+OPTIONS = {"fit": FIT_OPTIONS, "predict": PREDICT_OPTIONS}
 
 
 def _parser(command: str) -> Parser:
@@ -96,7 +112,7 @@ def _parser(command: str) -> Parser:
     )
     if reads:
         parser.add_argument("run", metavar="RUN", help="folder of a run; its configuration and weights are read")
-    for option, text in (*(SCORE_OPTIONS if reads else FIT_OPTIONS), *RUN_OPTIONS):
+    for option, text in (*OPTIONS.get(command, SCORE_OPTIONS), *RUN_OPTIONS):
         name, _, value = option.partition(" ")
         if value:
             parser.add_argument(name, metavar=value, help=text)

@@ -1,4 +1,4 @@
-"""``visexpert try MODEL``: whether a model can be an expert, the CLIP that is taught, or the language model."""
+"""``visexpert try MODEL``: whether a model can be an expert, the encoder to train, or the language model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from visexpert.commands.ending import Ending
 from visexpert.commands.parser import Parser
 from visexpert.errors import ConfigError, shown
 
@@ -27,7 +28,7 @@ For a file of weights give the name of its network, and the file as --weights; `
 examples:
   visexpert try facebook/dinov2-large
   visexpert try facebook/dinov2-large --as expert --image_size 336
-  visexpert try openai/clip-vit-large-patch14-336 --as clip
+  visexpert try openai/clip-vit-large-patch14-336 --as encoder
   visexpert try Qwen/Qwen2.5-0.5B --as language
   visexpert try vit_base_patch16_224 --weights epoch_3.safetensors
   visexpert try eva02_large_patch14_448 --weights random        # sizes alone, without a download
@@ -39,14 +40,14 @@ Families that were tried are listed in docs/families.md. VISEXPERT_TRACEBACK=1 s
 """
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> Ending:
     """Try and print; exit code 2 where nothing works."""
     options = parser().parse_args(arguments)
     if not options.model.strip():
         raise ConfigError("MODEL is empty; name a folder ('.' for this one), a Hugging Face id or a model's name.")
-    from visexpert.commands.trial import ROLES, Asked, attempts  # heavy: after --help
+    from visexpert.commands.trial import ROLES, Request, attempts  # heavy: after --help
 
-    asked = Asked(
+    request = Request(
         model=options.model,
         weights=options.weights,
         image_size=options.image_size,
@@ -54,7 +55,7 @@ def run(arguments: list[str]) -> None:
         dtype=options.dtype,
     )
     found: list[Attempt] = []
-    for attempt in attempts(asked, ROLES if options.role == "all" else (options.role,)):
+    for attempt in attempts(request, ROLES if options.role == "all" else (options.role,)):
         found.append(attempt)
         if not options.json:
             print(text_of(attempt, options.model), flush=True)
@@ -62,10 +63,12 @@ def run(arguments: list[str]) -> None:
         print(json.dumps([_as_json(attempt, options.model) for attempt in found], indent=2))
     if not any(attempt.works for attempt in found):
         sys.exit(NOTHING_WORKS)
-    if not options.json:
-        print(
-            "Next: put such lines into a file FILE, and train with  visexpert fit --config tove/tabletop --config FILE"
-        )
+    works = ", ".join(attempt.role for attempt in found if attempt.works)
+    return Ending(
+        f"{options.model} works as {works}; put the lines for a configuration into a file, FILE.",
+        (("fit", "--config", "tove/tabletop", "--config", "FILE"),),
+        aside=options.json,
+    )
 
 
 def text_of(attempt: Attempt, model: str) -> str:
@@ -102,7 +105,7 @@ def parser() -> Parser:
     """Return the command's parser."""
     parser = Parser(
         prog="visexpert try",
-        description="Try a model in each role that the package has: as a frozen expert, as the CLIP that is taught, as "
+        description="Try a model in each role that the package has: as a frozen expert, as the encoder to train, as "
         "the language\nmodel. Weights are read and run on two images or texts, on the CPU.",
         epilog=EPILOG,
     )
@@ -111,7 +114,7 @@ def parser() -> Parser:
         "--as",
         dest="role",
         default="all",
-        choices=("expert", "clip", "language", "all"),
+        choices=("expert", "encoder", "language", "all"),
         help="role to try it in (default: %(default)s)",
     )
     parser.add_argument("--weights", metavar="W", help="for a name: file, folder, Hugging Face id or tag; or random")
@@ -120,7 +123,7 @@ def parser() -> Parser:
         "--layer",
         type=int,
         metavar="N",
-        help="whose tokens: -1 the last block's, ... (default: an expert's last features; -2 of CLIP)",
+        help="whose tokens: -1 the last block's, ... (default: an expert's last features; -2 of an encoder)",
     )
     parser.add_argument(
         "--dtype",

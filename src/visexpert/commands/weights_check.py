@@ -1,4 +1,4 @@
-"""Which pretrained weights a configuration needs: where they are, or what fetches them."""
+"""List the pretrained weights that a configuration needs: where they are, or how to fetch them."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from visexpert.checking import built
 from visexpert.errors import UserError, WeightsError
 from visexpert.experts.edges import DEXINED_FILE
 from visexpert.io.source import WEIGHT_FILES, ModelSource
+from visexpert.networks.open_clip import OPEN_CLIP_FILES
 from visexpert.planning.meta import weightless
 from visexpert.trust import UntrustedError, guarded, refuse_strangers
-from visexpert.vision.published import OPEN_CLIP_FILES
 
 
 def weight_findings(model: Mapping[str, Any], *, foreign: Path | None = None) -> Iterator[tuple[bool, str]]:
-    """Say of each part of a configuration's model whether its weights are here, and how large they are.
+    """Check for each part of a configuration's model whether its weights are on this machine, and how large they are.
 
     Args:
-        model: What a configuration says under ``model``.
-        foreign: Its file where that may be anyone's.
+        model: ``model`` of a configuration.
+        foreign: File of the configuration if it comes from someone else; None for a trusted one.
 
     Yields:
-        Whether they are there, and a line that says what they are.
+        Whether the weights are there, and a line that describes them.
 
     Raises:
-        UntrustedError: A stranger's configuration names classes that are not trusted.
+        UntrustedError: A foreign configuration names classes that are not trusted.
     """
     if foreign is not None:
         refuse_strangers(model, foreign)
@@ -40,8 +40,8 @@ def weight_findings(model: Mapping[str, Any], *, foreign: Path | None = None) ->
                 part = _built(settings, foreign)
         except UntrustedError:
             raise
-        except UserError as error:  # such as a language model whose config.json is not here
-            size = " Its size is not known without its config.json." if isinstance(error, WeightsError) else ""
+        except UserError as error:  # e.g. a language model whose config.json is not here
+            size = " Without its config.json its size is unknown." if isinstance(error, WeightsError) else ""
             yield False, f"{name}: {error}{size}"
             continue
         source = getattr(part, "weights_from", None)
@@ -51,7 +51,7 @@ def weight_findings(model: Mapping[str, Any], *, foreign: Path | None = None) ->
 
 
 def parts_of(model: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The encoders and the language model that a method is made of, by name, as far as they are in use."""
+    """Yield the encoders and the language model that a method uses, by name, with their settings."""
     arguments = model.get("init_args") or {}
     for name, value in arguments.items():
         if isinstance(value, Mapping) and "class_path" in value:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
@@ -13,11 +13,21 @@ from torch import Tensor, nn
 class ReadsWeights(nn.Module):
     """A part that is built with random weights and filled by ``load_weights``, at the latest by its first call.
 
-    Weights count as in place once ``load_weights`` has run or a state dict that holds some of the part was loaded.
+    A hook on the first call does that, and is gone once the weights are in place: later calls cost nothing more.
+
+    Weights count as in place once ``load_weights`` has run or state dicts that hold all of the part were loaded. What a
+    state lacks is read from the source at the first call, and what the state held is kept.
     Nothing is read for a call on the ``meta`` device.
     """
 
-    _in_place = False
+    weights_in_place = False
+    """Whether weights were read or loaded; a part without a source is in place after its first call."""
+    _filled: frozenset[str] = frozenset()
+    """Keys that state dicts have put in before the rest was read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._first_use = self.register_forward_pre_hook(_read_before_call, with_kwargs=True)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -30,14 +40,10 @@ class ReadsWeights(nn.Module):
     def load_weights(self) -> None:
         """Fill the network with its pretrained weights; see the class."""
 
-    @property
-    def weights_in_place(self) -> bool:
-        """Whether weights were read or loaded; a part without a source is in place after its first call."""
-        return self._in_place
-
     def mark_weights_in_place(self) -> None:
         """Say that something else has put the weights in, so that the first call reads none."""
-        self._in_place = True
+        self.weights_in_place = True
+        self._first_use.remove()
 
     def read_on_first_use(self, device: torch.device) -> None:
         """Read the weights now, where nothing has put them in.
@@ -48,23 +54,30 @@ class ReadsWeights(nn.Module):
         Raises:
             WeightsError: They are nowhere, or do not fit.
         """
-        if self._in_place or device.type == "meta":
+        if self.weights_in_place or device.type == "meta":
             return
         before = [parameter.device for parameter in self.parameters()]
+        held = {name: tensor.detach().clone() for name, tensor in self._tensors().items() if name in self._filled}
         self.load_weights()
-        self._in_place = True
+        self.mark_weights_in_place()
+        for name, tensor in self._tensors().items() if held else ():
+            if name in held:
+                tensor.data.copy_(held[name])
         if [parameter.device for parameter in self.parameters()] != before:  # built anew: large models are
             self.to(device)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._in_place and (device := _device_of(args)) is not None:
-            self.read_on_first_use(device)
-        return super().__call__(*args, **kwargs)
-
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if any(key.startswith(prefix) for key in state_dict):  # a checkpoint leaves frozen parts out
-            self._in_place = True
+        if self.weights_in_place:
+            return
+        # A checkpoint leaves frozen parts out, and may hold a LoRA without its base, as state_dict() itself then does.
+        own = {name for name, _ in self.named_parameters()}
+        self._filled |= {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
+        if own and own <= self._filled:
+            self.mark_weights_in_place()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
 
 def described(part: nn.Module, source: object, facts: Sequence[str]) -> str:
@@ -80,25 +93,26 @@ def _noted(load: Callable[..., None]) -> Callable[..., None]:
     @wraps(load)
     def load_weights(self: ReadsWeights) -> None:
         load(self)
-        self._in_place = True
+        self.mark_weights_in_place()
 
     return load_weights
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _read_before_call(part: ReadsWeights, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    part.read_on_first_use(_device_of((*args, *kwargs.values(), *part.parameters(), *part.buffers())))
 
 
 def _read_before(ask: Callable[..., str]) -> Callable[..., str]:
     @wraps(ask)
     def fingerprint(self: ReadsWeights) -> str:
-        device = next((tensor.device for tensor in (*self.parameters(), *self.buffers())), torch.device("cpu"))
-        self.read_on_first_use(device)
+        self.read_on_first_use(_device_of((*self.parameters(), *self.buffers())))
         return ask(self)
 
     return fingerprint
 
 
-def _device_of(args: tuple[Any, ...]) -> torch.device | None:
+def _device_of(values: Iterable[Any]) -> torch.device:
     """Device of the first tensor, or of the vision tokens that a language model reads."""
-    for value in args:
-        tensor = value if isinstance(value, Tensor) else getattr(value, "tokens_BTD", None)
-        if isinstance(tensor, Tensor):
-            return tensor.device
-    return None
+    tensors = (value if isinstance(value, Tensor) else getattr(value, "tokens_BTD", None) for value in values)
+    return next((tensor.device for tensor in tensors if isinstance(tensor, Tensor)), torch.device("cpu"))

@@ -108,10 +108,13 @@ def read_yaml(path: Path) -> Any:
 
     Raises:
         OSError: As :func:`read_text`.
-        ValueError: The text is not YAML, has a duplicate key, or is nested too deeply.
+        ValueError: The text is not YAML, has a duplicate key, is nested too deeply, or its aliases repeat it without
+            end.
     """
     try:
-        return yaml.load(read_text(path), Loader=_OnceLoader)
+        value = yaml.load(read_text(path), Loader=_OnceLoader)
+        _expanded(value, {})
+        return value
     except yaml.MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ValueError(f"{where}{error.problem or first_line(error)}") from None
@@ -119,6 +122,33 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(first_line(error)) from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except (LookupError, TypeError, AttributeError) as error:  # PyYAML's, for a value that belies its own tag
+        raise ValueError(f"a value does not fit its tag: {first_line(error)}") from None
+
+
+MOST_VALUES = 1_000_000
+"""Most values of a YAML file, with those that aliases repeat."""
+
+
+def _expanded(value: Any, known: dict[int, int | None]) -> int:
+    """Return the number of values in a decoded YAML file when aliases are written out.
+
+    Raises:
+        ValueError: An alias stands inside of what it names, or there are too many values.
+    """
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) in known:
+        if (count := known[id(value)]) is None:
+            raise ValueError("an alias stands inside of what it names")
+        return count
+    known[id(value)] = None
+    parts = [*value, *value.values()] if isinstance(value, dict) else value
+    found = 1 + sum(_expanded(part, known) for part in parts)
+    if found > MOST_VALUES:
+        raise ValueError(f"with its aliases written out it has more than {MOST_VALUES:,} values")
+    known[id(value)] = found
+    return found
 
 
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

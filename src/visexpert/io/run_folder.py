@@ -64,6 +64,7 @@ OWN = (
     "checkpoints",
     "hpc_ckpt_*.ckpt",
     "predictions*.jsonl",
+    ".predictions.jsonl.part*",
     "skipped*.jsonl",
     "not_finite*.jsonl",
     SIDECAR,

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from visexpert.data import MixedData, SourceData
 from visexpert.errors import ConfigError
 from visexpert.methods import Method
+from visexpert.store import StoreDtype, bytes_per_image
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Amount:
         steps: Optimizer steps; None if unknown.
         per_step: Samples per optimizer step over all processes.
         by_steps: Whether ``max_steps`` ends the fit, however many epochs that is.
+        epochs: ``max_epochs``, if it is given.
     """
 
     batch_size: int
@@ -33,6 +35,23 @@ class Amount:
     steps: int | None
     per_step: int = 1
     by_steps: bool = False
+    epochs: int | None = None
+
+    @property
+    def uneven(self) -> str | None:
+        """What is wrong with ``max_steps``, in one line; None if it reads ``max_epochs``, or whole epochs."""
+        if not self.by_steps or not self.rows or not self.steps:
+            return None
+        least, most = self.rows // self.per_step, math.ceil(self.rows / self.per_step)
+        read = f"max_steps: {self.steps} reads {self.steps * self.per_step / self.rows:.2f} epochs"
+        if self.epochs is not None:
+            if least * self.epochs <= self.steps <= most * self.epochs:
+                return None
+            return f"{read}, but max_epochs is {self.epochs}, which is max_steps: {most * self.epochs}."
+        whole = max(1, round(self.steps * self.per_step / self.rows))
+        if least * whole <= self.steps <= most * whole:
+            return None
+        return f"{read} of {self.rows:,} samples; {_epochs(whole)} would be max_steps: {most * whole}."
 
     @property
     def epoch_steps(self) -> int | None:
@@ -54,11 +73,16 @@ def amount_of(
     batch, rows = batch_size_of(data), training_rows(data) if samples is None else samples
     per_step = batch * gpus * int(trainer.get("accumulate_grad_batches") or 1)
     max_steps, epochs = trainer.get("max_steps"), trainer.get("max_epochs")
+    epochs = None if epochs is None or epochs < 0 else epochs
     if max_steps is not None and max_steps >= 0:
-        return Amount(batch, rows, max_steps * per_step, max_steps, per_step, by_steps=True)
-    if rows is None or epochs is None or epochs < 0:
+        return Amount(batch, rows, max_steps * per_step, max_steps, per_step, by_steps=True, epochs=epochs)
+    if rows is None or epochs is None:
         return Amount(batch, rows, None, None, per_step)
     return Amount(batch, rows, epochs * rows, epochs * math.ceil(rows / per_step), per_step)
+
+
+def _epochs(number: int) -> str:
+    return "one epoch" if number == 1 else f"{number} epochs"
 
 
 def configured_gpus(trainer: Mapping[str, Any]) -> int | None:
@@ -128,7 +152,6 @@ def data_needs(data: LightningDataModule) -> list[DataNeed]:
     return [DataNeed(what, size, is_here) for (what, size), is_here in found.items()]
 
 
-def stored_bytes(method: Method, *, dtype: str) -> dict[str, int]:
+def stored_bytes(method: Method, *, dtype: StoreDtype) -> dict[str, int]:
     """Return the bytes per image of the tokens in a feature store, by name of the part."""
-    size = 4 if dtype == "float32" else 2
-    return {name: kept.rows * kept.width * size for name, kept in method.stored_tokens().items()}
+    return {name: bytes_per_image(kept.rows, kept.width, dtype) for name, kept in method.stored_tokens().items()}

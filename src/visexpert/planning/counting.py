@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from visexpert.planning.autocast import MixedPrecision
 from visexpert.planning.meta import MetaMode, RealNumbers
 
 
@@ -42,7 +43,12 @@ class StepCost:
 
 
 def count_step(
-    step: Callable[[], Any], model: nn.Module, parts: Mapping[str, Sequence[nn.Module]], *, float_bytes: int = 4
+    step: Callable[[], Any],
+    model: nn.Module,
+    parts: Mapping[str, Sequence[nn.Module]],
+    *,
+    float_bytes: int = 4,
+    mixed: bool = False,
 ) -> StepCost:
     """Run a step on ``meta`` and count its operations and activations.
 
@@ -55,10 +61,12 @@ def count_step(
         model: The model, parameters on ``meta`` (see :func:`~visexpert.planning.meta.weightless`).
         parts: Modules by name of their part; one part may contain another.
         float_bytes: Bytes per floating-point activation.
+        mixed: Whether autocast chooses between 2 and 4 bytes instead, operation by operation.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     attribution, counter = Attribution(parts), FlopCounterMode(display=False)
-    live = LiveTensors(float_bytes=float_bytes, weights=[*model.parameters(), *model.buffers()])
+    live = LiveTensors(float_bytes=None if mixed else float_bytes, weights=[*model.parameters(), *model.buffers()])
+    casts = [MixedPrecision(trained, uncounted=live.paused)] if mixed else []
     spent: dict[bool, dict[str, int]] = {False: defaultdict(int), True: defaultdict(int)}
     before = [0]
 
@@ -74,7 +82,9 @@ def count_step(
     with ExitStack() as inside:
         for context in (_quiet(), _no_gradients_kept(trained), sdpa_kernel(SDPBackend.MATH), attribution.watching()):
             inside.enter_context(context)
-        for mode in (RealNumbers(), live.scores, counter, MetaMode(before=start, after=note)):
+        for function_mode in (RealNumbers(), live.scores, *casts):
+            inside.enter_context(function_mode)
+        for mode in (counter, MetaMode(before=start, after=note)):
             inside.enter_context(mode)
         result = step()
         if isinstance(result, Tensor) and result.requires_grad:
@@ -113,7 +123,7 @@ def _quiet() -> Iterator[None]:
 OTHER = "the rest"
 """Name under which operations outside all parts are counted, such as losses."""
 
-_KEY = "visexpert_part"
+_KEY, _KEPT = "visexpert_part", "visexpert_kept"
 
 
 class Attribution:
@@ -135,7 +145,7 @@ class Attribution:
     def now(self) -> str:
         """Name of the current part."""
         node = torch._C._current_autograd_node()
-        return self._running[-1] if node is None else _notes(node).get(_KEY, OTHER)
+        return self._running[-1] if node is None else str(_notes(node).get(_KEY, OTHER))
 
     @property
     def is_backward(self) -> bool:
@@ -180,9 +190,9 @@ def _own(tensors: Iterable[Tensor], part: str) -> None:
         waiting += [behind for behind, _ in node.next_functions if behind is not None]
 
 
-def _notes(node: Any) -> dict[str, str]:
+def _notes(node: Any) -> dict[str, Any]:
     """Return the metadata of an autograd node."""
-    notes: dict[str, str] = node.metadata
+    notes: dict[str, Any] = node.metadata
     return notes
 
 
@@ -204,15 +214,14 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 class LiveTensors:
     """Adds up the live results on ``meta`` and keeps their peak.
 
-    Gradients of weights are left out, since they are counted separately, and so are attention logits, which fused
-    attention never stores.
+    Gradients of weights are left out, since they are counted separately, and so is what fused attention never stores.
 
     Args:
-        float_bytes: Bytes per floating-point number.
+        float_bytes: Bytes per floating-point number; None for those of each tensor's dtype.
         weights: Parameters and buffers of the model; they must outlive this object.
     """
 
-    def __init__(self, *, float_bytes: int, weights: Iterable[Tensor]) -> None:
+    def __init__(self, *, float_bytes: int | None, weights: Iterable[Tensor]) -> None:
         held = list(weights)
         self.peak = 0
         self.scores = AttentionShapes()
@@ -221,6 +230,16 @@ class LiveTensors:
         self._held = {tensor.untyped_storage()._cdata for tensor in held}
         self._gradients = {tensor.numel() for tensor in held if tensor.requires_grad}
         self._float_bytes = float_bytes
+        self._is_paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing that is made in this context."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     def add(self, result: Any, *, is_backward: bool) -> None:
         """Count the results of an operation."""
@@ -233,8 +252,12 @@ class LiveTensors:
         key = storage._cdata
         if key in self._alive or key in self._held:
             return
-        numbers = storage.nbytes() // tensor.element_size()
-        size = numbers * (self._float_bytes if tensor.is_floating_point() else tensor.element_size())
+        if self._is_paused:
+            self._held.add(key)
+            return
+        own = tensor.element_size()
+        each = own if self._float_bytes is None or not tensor.is_floating_point() else self._float_bytes
+        size = storage.nbytes() // own * each
         self._alive[key] = weakref.ref(storage, partial(self._forget, key, size))
         self._now += size
         self.peak = max(self.peak, self._now)
@@ -244,13 +267,19 @@ class LiveTensors:
         self._now -= size
 
     def _is_left_out(self, tensor: Tensor, is_backward: bool) -> bool:
-        if (is_backward or self.scores.inside) and tensor.ndim > 2 and tuple(tensor.shape[-2:]) in self.scores.seen:
+        if self.scores.inside:
+            return True
+        if is_backward and tensor.ndim > 2 and tuple(tensor.shape[-2:]) in self.scores.seen:
             return True
         return is_backward and tensor.numel() in self._gradients
 
 
 class AttentionShapes(TorchFunctionMode):
-    """Records the logit shapes (queries, keys) of fused attention, and whether it is running."""
+    """Records the logit shapes (queries, keys) of fused attention, and whether it is running.
+
+    Its inputs and result stay until its backward pass, as fused attention keeps them: on ``meta`` it is computed in
+    parts, which keep scaled copies of the inputs and the logits instead.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,10 +291,21 @@ class AttentionShapes(TorchFunctionMode):
     ) -> Any:
         if func is not torch.nn.functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        named = dict(zip(("query", "key"), args, strict=False)) | dict(kwargs or {})
+        named = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | dict(kwargs or {})
         self.seen.add((named["query"].shape[-2], named["key"].shape[-2]))
         self.inside = True
         try:
-            return func(*args, **(kwargs or {}))
+            result: Tensor = func(*args, **(kwargs or {}))
+            if result.ndim == 4:  # fused attention puts the heads of a token side by side
+                result = result.transpose(1, 2).contiguous().transpose(1, 2)
         finally:
             self.inside = False
+        if result.grad_fn is not None:
+            notes = _notes(result.grad_fn)
+            notes[_KEPT] = (*named.values(), result.detach())
+
+            def release(*_: Any) -> None:
+                notes.pop(_KEPT, None)
+
+            result.grad_fn.register_hook(release)
+        return result.view_as(result)  # an operation outside, which counts the result

@@ -48,7 +48,7 @@ def gpu_named(name: str) -> Gpu:
         ConfigError: The name is not in the table.
     """
     if name.lower() not in GPUS:
-        raise ConfigError(f"--gpu {name} is not in the table; use one of {', '.join(GPUS)}.")
+        raise ConfigError(f"gpu is {name!r}, which is not in the table; use one of {', '.join(GPUS)}.")
     return GPUS[name.lower()]
 
 

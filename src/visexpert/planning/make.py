@@ -35,7 +35,8 @@ def make_plan(planned: Planned, asked: Asked) -> Plan:
     ready_to_train(method)
     trained, parts = trained_parameters(method), find_parts(method)
     side = image_size_of(planned.data) or method.clip.image_size
-    cost = _count(method, parts, asked, precision, side)
+    mixed = precision.mixed and strategy.engine != "deepspeed"  # which lowers everything, without autocast
+    cost = _count(method, parts, asked, precision, side, mixed=mixed)
     stored = {}
     if method.feature_cache is not None:
         stored = stored_bytes(method, dtype=method.feature_cache.dtype)
@@ -65,10 +66,12 @@ def make_plan(planned: Planned, asked: Asked) -> Plan:
     )
 
 
-def _count(method: Method, parts: list[Part], asked: Asked, precision: Precision, side: int) -> StepCost:
+def _count(
+    method: Method, parts: list[Part], asked: Asked, precision: Precision, side: int, *, mixed: bool
+) -> StepCost:
     batch = sample_of(method, text_tokens=asked.text_tokens, answer_tokens=asked.answer_tokens, image_size=side)
     modules = {part.name: part.modules for part in parts}
-    return count_step(lambda: method.step(batch).loss, method, modules, float_bytes=precision.compute)
+    return count_step(lambda: method.step(batch).loss, method, modules, float_bytes=precision.compute, mixed=mixed)
 
 
 def _rows(parts: list[Part], trained: list[nn.Parameter], cost: StepCost, stored: Mapping[str, int]) -> list[Row]:
@@ -168,8 +171,8 @@ def _text(tokens: int, answers: int | None, longest: int | None) -> TextBatch:
     answers = tokens // 2 if answers is None else answers
     if tokens < 2 or not 0 < answers < tokens:
         raise ConfigError(
-            f"--text_tokens must be at least 2, and --answer_tokens at least 1 and below --text_tokens; got {tokens} "
-            f"and {answers}."
+            f"text_tokens must be at least 2, and answer_tokens at least 1 and below text_tokens; got {tokens} and "
+            f"{answers}."
         )
     count = 1 if longest is None else -(-tokens // longest)
     ends = [round(tokens * (item + 1) / count) for item in range(count)]

@@ -37,9 +37,9 @@ class Asked:
 
     def __post_init__(self) -> None:
         wrong = {
-            f"--gpus must be at least 1, got {self.gpus}": self.gpus < 1,
-            f"--mfu must be in (0, 1], got {self.mfu}": not 0 < self.mfu <= 1,
-            f"--samples must be at least 1, got {self.samples}": self.samples is not None and self.samples < 1,
+            f"gpus must be at least 1, got {self.gpus}": self.gpus < 1,
+            f"mfu must be in (0, 1], got {self.mfu}": not 0 < self.mfu <= 1,
+            f"samples must be at least 1, got {self.samples}": self.samples is not None and self.samples < 1,
         }
         if told := [text for text, is_wrong in wrong.items() if is_wrong]:
             raise ConfigError(f"visexpert plan: {'; '.join(told)}.")
@@ -164,6 +164,12 @@ class Plan:
         return gflop / (self.asked.gpus * self.gpu.tflops[self.precision.peak_bits] * self.asked.mfu * 1e3) / 3600
 
     @property
+    def warning(self) -> str | None:
+        """What ``max_steps`` reads if that is not what ``max_epochs`` or ``samples`` asks; None if it is."""
+        is_asked = self.asked.samples is not None or self.amount.epochs is not None
+        return self.amount.uneven if is_asked else None
+
+    @property
     def fits(self) -> bool:
         """Whether the plan fits into the memory of a GPU."""
         return self.memory.total <= self.gpu.memory_bytes
@@ -188,5 +194,6 @@ class Plan:
             "precision": self.precision.name,
             "disk": asdict(self.disk),
             "hours": self.hours,
+            "warning": self.warning,
             "configured": None if self.configured is None else asdict(self.configured),
         }

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 from lightning.pytorch import LightningDataModule
 
 from visexpert.errors import ConfigError
 from visexpert.methods import Method
 from visexpert.planning.meta import weightless
 from visexpert.runs import build
-from visexpert.training import RunParser, VisexpertCLI
+from visexpert.training import VisexpertCLI
 
 
 @dataclass(frozen=True)
@@ -60,26 +59,48 @@ def read_configs(configs: Sequence[str | Path], overrides: Sequence[str] = ()) -
         ConfigError: A key or class does not exist, or the model is not a method.
         WeightsError: The configuration of a pretrained model is not on this machine.
     """
-    arguments = ["fit", *(part for path in configs for part in ("--config", str(path))), *overrides]
-    parsed = ConfigReader(
-        L.LightningModule,
-        L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        save_config_callback=None,
-        parser_class=RunParser,
-        parser_kwargs={"parser_mode": "omegaconf"},
-        auto_configure_optimizers=False,
-        args=arguments,
-    ).parsed
-    named = " ".join(map(str, configs))
-    if not {"model", "data"} <= {key for key, value in parsed.items() if value}:
-        raise ConfigError(f"{named} lacks model or data; `visexpert plan` needs both, as `visexpert fit` does.")
+    parsed = parse_configs(configs, overrides, command="plan")
     with weightless():
-        method, data = build(parsed, Path(str(configs[-1])) if configs else Path("the command line"))
+        method, data = build_parsed(parsed, configs, command="plan")
+    return Planned(parsed, method, data)
+
+
+def parse_configs(configs: Sequence[str | Path], overrides: Sequence[str], *, command: str) -> dict[str, Any]:
+    """Return the settings that ``visexpert fit`` would take from configurations; the seed is set, nothing is built.
+
+    Args:
+        configs: YAML files.
+        overrides: Further arguments of ``visexpert fit``.
+        command: Who asks, for messages.
+
+    Raises:
+        ConfigError: A key or class does not exist, or there is no model or no data.
+    """
+    arguments = ["fit", *(part for path in configs for part in ("--config", str(path))), *overrides]
+    parsed = ConfigReader(save_config_callback=None, args=arguments).parsed
+    if not {"model", "data"} <= {key for key, value in parsed.items() if value}:
+        named = " ".join(map(str, configs))
+        raise ConfigError(f"{named} lacks model or data; `visexpert {command}` needs both, as `visexpert fit` does.")
+    return dict(parsed)
+
+
+def build_parsed(
+    parsed: Mapping[str, Any], configs: Sequence[str | Path], *, command: str
+) -> tuple[Method, LightningDataModule]:
+    """Build method and data of parsed settings, without weights.
+
+    Args:
+        parsed: What :func:`parse_configs` returned.
+        configs: Their files, for messages.
+        command: Who asks, for messages.
+
+    Raises:
+        ConfigError: The model is not a method.
+    """
+    method, data = build(parsed, Path(str(configs[-1])) if configs else Path("the command line"))
     if not isinstance(method, Method):
         raise ConfigError(
-            f"{named} trains a {type(method).__name__}; `visexpert plan` needs a method (visexpert.methods.Method)."
+            f"{' '.join(map(str, configs))} trains a {type(method).__name__}; `visexpert {command}` needs a method "
+            "(visexpert.methods.Method)."
         )
-    return Planned(parsed, method, data)
+    return method, data

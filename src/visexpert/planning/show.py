@@ -64,13 +64,15 @@ def _compute(plan: Plan) -> str:
     amount, asked = plan.amount, plan.asked
     machine = f"{asked.gpus} x {plan.gpu.label} at {asked.mfu:.0%} of {_peak(plan):g} TFLOP/s"
     if plan.hours is None:
-        lines.append(f"Hours on {machine}: unknown without the number of images; set --samples.")
+        lines.append(f"Hours on {machine}: unknown without the number of images; give samples.")
     else:
         total = (plan.gflop * (amount.samples or 0) + plan.gflop_stored * (amount.rows or 0)) * 1e9
         read = f"{amount.samples:,} samples in {amount.steps:,} steps"
         lines.append(f"{read}: {total:.2e} FLOP, {duration(plan.hours)} on {machine}.")
     if amount.by_steps:
         lines.append(steps_in_epochs(plan))
+    if plan.warning is not None:
+        lines.append(f"Warning: {plan.warning}")
     if plan.configured is not None:
         lines.append(other_gpus(plan, plan.configured))
     return "\n".join(lines)
@@ -81,7 +83,7 @@ def steps_in_epochs(plan: Plan) -> str:
     amount, gpus = plan.amount, plan.asked.gpus
     each = f"max_steps: {amount.steps} of {amount.per_step} samples ({gpus} GPUs) are {amount.samples:,} samples"
     if amount.rows is None or amount.samples is None:
-        return f"{each}; set --samples to see how many epochs that is."
+        return f"{each}; give samples to see how many epochs that is."
     return (
         f"{each}, {amount.samples / amount.rows:.2f} epochs of {amount.rows:,}; one epoch is max_steps: "
         f"{amount.epoch_steps}."
@@ -104,7 +106,7 @@ def other_gpus(plan: Plan, configured: Configured) -> str:
         line += f"; the same epochs are {own.steps:,} steps there, not {amount.steps:,}"
     if own.per_step % amount.per_step == 0:
         accumulated = amount.per_step // (amount.batch_size * gpus) * own.per_step // amount.per_step
-        line += f"; --trainer.accumulate_grad_batches {accumulated} keeps its batch"
+        line += f"; trainer.accumulate_grad_batches: {accumulated} keeps its batch"
     return f"{line}."
 
 
@@ -125,7 +127,7 @@ def _disk(plan: Plan) -> str:
     disk = plan.disk
     lines = [f"Disk: 2 checkpoints of {size(disk.checkpoint)}; frozen weights {size(disk.frozen)}"]
     if disk.store is None:
-        lines[0] += "; feature store unknown without --samples"
+        lines[0] += "; feature store unknown without samples"
     elif disk.store:
         lines[0] += f"; feature store {size(disk.store)}"
     for need in disk.data:
@@ -144,11 +146,11 @@ def assumptions(plan: Plan) -> list[str]:
         "its weights. It is 2 times if only the inputs need a gradient, and once if neither does; gradient "
         "checkpointing adds a forward pass to the backward pass.",
         f"An image has {plan.image_size} x {plan.image_size} px and {asked.text_tokens} tokens of text, {answers} of "
-        "them supervised (--text_tokens, --answer_tokens).",
-        f"Training reaches {asked.mfu:.0%} of the peak of {plan.precision.peak_bits}-bit products (--mfu); data, "
+        "them supervised (text_tokens, answer_tokens).",
+        f"Training reaches {asked.mfu:.0%} of the peak of {plan.precision.peak_bits}-bit products (mfu); data, "
         "validation and tests take no time.",
         f"Activations are the peak memory of the results of operations ({size(plan.activation_bytes)} for one sample, "
-        f"{plan.precision.compute} bytes per number, fused attention) times the batch size; expect an error of 30 %.",
+        f"{_bytes(plan)} bytes per number, fused attention) times the batch size; expect an error of 30 %.",
         f"Overhead is {OVERHEAD / 2**30:g} GiB for CUDA, libraries and fragmentation; buffers are for communication "
         "and for the 16-bit copies of autocast.",
         f"'{OTHER}' is everything outside the parts, such as losses."
@@ -171,6 +173,11 @@ def _strategy(plan: Plan) -> str:
         if is_shared
     ]
     return f"{kind.engine} ({', '.join(shared)} shared by {kind.shares(plan.asked.gpus)})"
+
+
+def _bytes(plan: Plan) -> str:
+    autocast = plan.precision.mixed and plan.strategy.engine != "deepspeed"
+    return "2 or 4" if autocast else str(plan.precision.compute)
 
 
 def _peak(plan: Plan) -> float:

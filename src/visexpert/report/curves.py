@@ -218,10 +218,11 @@ def _draw(axes: Axes, start: str, curves: Curves, palette: Mapping[str, str]) ->
         thick = 1.5 + 1.5 * (len(curves) - 1 - place) / max(1, len(curves) - 1)
         axes.plot(steps, moving_mean(values), color=color, linewidth=thick)
     if start == "train/variance/":
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        if any((values > 0).any() for _, values in curves.values()):  # a logarithmic axis needs something above 0
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         _mark(axes, 1 / 3, "alarm", above=True)
     elif start == "train/entropy/":
         axes.set_ylim(-0.03, 1.03)

@@ -13,6 +13,7 @@ from typing import Any
 from visexpert.errors import ConfigError, DataError
 from visexpert.io.run_files import read_json, read_object, write_json
 from visexpert.io.run_folder import SIDECAR
+from visexpert.run_arguments import config_of
 
 LARGEST = sys.float_info.max
 
@@ -98,13 +99,13 @@ def read_lmms_results(path: Path, *, harness_version: str | None = None) -> dict
     if not isinstance(results, dict) or not isinstance(content.get("configs"), dict):
         raise DataError(
             f"{path} is not a results file of lmms-eval (it has no results and configs); give the "
-            "DATE_results.json that --output_path wrote."
+            "DATE_results.json that lmms-eval wrote."
         )
     version = _version(content) or harness_version
     if not version:
         raise ConfigError(
-            f"{path} does not say its version of lmms-eval, which was installed without git; give it by "
-            "--harness_version (`pip show lmms_eval` tells it)."
+            f"{path} does not say its version of lmms-eval, which was installed without git; give it as "
+            "harness_version (`pip show lmms_eval` tells it)."
         )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     tasks = {}
@@ -113,7 +114,9 @@ def read_lmms_results(path: Path, *, harness_version: str | None = None) -> dict
         if scores:
             tasks[name] = LmmsTask(name, scores, _provenance(content, name, version, path.name, digest))
     if not tasks:
-        raise DataError(f"{path} has no score that is a number; evaluate without --predict_only.")
+        raise DataError(
+            f"{path} has no score that is a number; let lmms-eval score the answers (`--predict_only` does not)."
+        )
     return tasks
 
 
@@ -133,7 +136,7 @@ def import_lmms(
         run: The run that was evaluated.
         tasks: Those to store; empty for all.
         harness_version: See :func:`read_lmms_results`.
-        limited: Also store scores of a part of the questions (``--limit``).
+        limited: Also store scores of a part of the questions (lmms-eval's ``--limit``).
         replace: Also store scores of tasks that the run has from another file.
 
     Returns:
@@ -143,10 +146,7 @@ def import_lmms(
         ConfigError: ``run`` is not a run, a task is not in the file, was answered in part, or is there already.
         DataError: The file cannot be read, or the folder not written.
     """
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(
-            f"'{run}' is not a run: it has no config.yaml; give the folder that `visexpert fit --run` wrote."
-        )
+    config_of(run)
     found = read_lmms_results(path, harness_version=harness_version)
     if absent := sorted(set(tasks) - found.keys()):
         raise ConfigError(f"{path} has no scores of {absent[0]!r}; it has {', '.join(found)}.")
@@ -168,12 +168,12 @@ def _check(task: LmmsTask, known: Mapping[str, Any] | None, run: Path, *, limite
     if not task.provenance.is_whole and not limited:
         raise ConfigError(
             f"{task.name} was answered for {samples.get('effective')} of {samples.get('original')} questions, so its "
-            "scores are not comparable; evaluate without --limit, or store them anyway with --limited."
+            "scores are not comparable; evaluate without lmms-eval's `--limit`, or store them anyway with limited."
         )
     if known is not None and known.get("sha256") != task.provenance.sha256 and not replace:
         raise ConfigError(
-            f"'{run}' has scores of {task.name} from {known.get('file')} ({known.get('harness_version')}); add "
-            "--replace to store these instead."
+            f"'{run}' has scores of {task.name} from {known.get('file')} ({known.get('harness_version')}); set "
+            "replace to store these instead."
         )
 
 

@@ -123,10 +123,10 @@ def contribution_figure(contributions: Sequence[Valued], gate_mass: Mapping[str,
 
 
 def subset_table(scores: Sequence[Scored], *, front: Collection[Subset], kept: Subset, experts: Subset) -> str:
-    """Make a Markdown table of all evaluated subsets: quality, cost, cost as a multiple of CLIP's, front, choice.
+    """Make a Markdown table of all evaluated subsets: quality, cost, multiple of the encoder's own, front, choice.
 
     Args:
-        scores: With the empty subset (CLIP alone) among them.
+        scores: With the empty subset (encoder alone) among them.
         front: Subsets on the front.
         kept: The chosen subset.
         experts: All experts.
@@ -146,7 +146,8 @@ def subset_table(scores: Sequence[Scored], *, front: Collection[Subset], kept: S
         ]
         for score in scores
     ]
-    heading = ["experts", "loss", "score", "ms/image", "x CLIP", "GFLOP/image", "x CLIP", "on the front", "choice"]
+    costs = ["ms/image", "x encoder", "GFLOP/image", "x encoder"]
+    heading = ["experts", "loss", "score", *costs, "on the front", "choice"]
     return _table(heading, rows)
 
 
@@ -175,10 +176,10 @@ def contribution_table(contributions: Sequence[Valued], gate_mass: Mapping[str, 
 
 
 def subset_label(subset: Subset, experts: Subset) -> str:
-    """Name a subset briefly: ``CLIP alone``, ``depth, edges``, ``all but edges``, ``all``."""
+    """Name a subset briefly: ``encoder alone``, ``depth, edges``, ``all but edges``, ``all``."""
     missing = [name for name in experts if name not in subset]
     if not subset:
-        return "CLIP alone"
+        return "encoder alone"
     if not missing:
         return "all"
     return f"all but {', '.join(missing)}" if len(missing) < len(subset) else ", ".join(subset)

@@ -26,7 +26,7 @@ class ResultRow:
         parameters: Trained parameters.
         gflop: Floating-point operations of one image's forward pass, in 10^9.
         images_per_s: Training throughput.
-        scores: Figures by flat key, such as ``test/vqa/accuracy``.
+        scores: Scores by flat key, such as ``test/vqa/accuracy``.
     """
 
     variant: str
@@ -39,7 +39,7 @@ class ResultRow:
 
     def value(self, key: str) -> float | None:
         """A score, or one of the row's own numbers (``steps``, ``parameters``, ...); None if it has neither."""
-        if key in _FIGURES:
+        if key in _OWN_NUMBERS:
             return float(getattr(self, key))
         return self.scores.get(key)
 
@@ -67,12 +67,12 @@ def markdown_table(rows: Sequence[ResultRow], columns: Sequence[Column]) -> str:
     """Make a Markdown table with one line per variant, in the order in which variants first appear.
 
     A cell is ``mean ± sd`` over the variant's seeds (sample standard deviation), the mean alone for a single seed or
-    seeds that agree, and a dash where the variant has no such figure.
+    seeds that agree, and a dash where the variant lacks the metric.
 
     Raises:
         ConfigError: A column's key is in no row.
     """
-    known = sorted({*_FIGURES, *(key for row in rows for key in row.scores)})
+    known = sorted({*_OWN_NUMBERS, *(key for row in rows for key in row.scores)})
     variants: dict[str, list[ResultRow]] = {}
     for row in rows:
         variants.setdefault(row.variant, []).append(row)
@@ -117,7 +117,7 @@ def read_rows(path: Path) -> list[ResultRow]:
     return rows
 
 
-_FIGURES = ("steps", "parameters", "gflop", "images_per_s")
+_OWN_NUMBERS = ("steps", "parameters", "gflop", "images_per_s")
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "variant": str,
     "seed": int,

@@ -11,12 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from visexpert.tabletop.datamodule import TabletopData
+    from visexpert.tabletop.texts import tabletop_tokenizer
     from visexpert.tabletop.tiny import TinyExpert
     from visexpert.tabletop.world import TabletopWorld
 
-__all__ = ["TabletopData", "TabletopWorld", "TinyExpert"]
+__all__ = ["TabletopData", "TabletopWorld", "TinyExpert", "tabletop_tokenizer"]
 
-_HOMES = {"TabletopData": "datamodule", "TabletopWorld": "world", "TinyExpert": "tiny"}
+_HOMES = {
+    "TabletopData": "datamodule",
+    "TabletopWorld": "world",
+    "TinyExpert": "tiny",
+    "tabletop_tokenizer": "texts",
+}
 
 
 def __getattr__(name: str) -> Any:

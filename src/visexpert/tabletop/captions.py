@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numpy.random import Generator
 
-from visexpert.tabletop.graph import RELATION_FAMILIES, Fact, ObjectNode, SceneGraph, facts_of
+from visexpert.tabletop.graph import RELATION_FAMILIES, Fact, SceneGraph, facts_of, with_article
 from visexpert.types import TextItem
 
 DENSE_PROMPT = "list objects"
@@ -85,7 +85,7 @@ def object_captions(graph: SceneGraph, rng: Generator, count: int) -> list[TextI
     limit = min(4, len(graph.objects))
     for _ in range(count):
         chosen = rng.permutation(len(graph.objects))[: rng.integers(1, limit + 1)]
-        answer = " and ".join(with_article(graph.objects[k]) for k in chosen)
+        answer = " and ".join(with_article(graph.objects[k].phrase) for k in chosen)
         captions.append(TextItem("objects", "", answer))
     return captions
 
@@ -95,17 +95,7 @@ def distance_word(depth: float) -> str:
     return "near" if depth < NEAR_UNTIL else "far" if depth >= FAR_FROM else "middle"
 
 
-def with_article(node: ObjectNode) -> str:
-    """Return ``a red cube``, ``an orange cube``."""
-    return f"{article(node.colour)} {node.phrase}"
-
-
-def article(word: str) -> str:
-    """Return the indefinite article of ``word``."""
-    return "an" if word[0] in "aeiou" else "a"
-
-
 def _wordings(graph: SceneGraph, fact: Fact) -> tuple[str, str]:
     """Word a fact from the side of its subject and from that of its other object."""
-    one, two = with_article(graph.objects[fact.subject]), with_article(graph.objects[fact.other])
+    one, two = (with_article(graph.objects[each].phrase) for each in (fact.subject, fact.other))
     return f"{one} {fact.relation.words} {two}", f"{two} {fact.relation.inverse} {one}"

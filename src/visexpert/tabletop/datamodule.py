@@ -6,11 +6,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from visexpert.data.base import DataModule
 from visexpert.data.loader import BatchLoader, StepLoader
 from visexpert.data.packing import TextPacker
 from visexpert.errors import ConfigError
@@ -21,8 +21,10 @@ from visexpert.tabletop.captions import DENSE_PROMPT, RELATION_PROMPT
 from visexpert.tabletop.dataset import SplitImages, TabletopDataset, TextTable
 from visexpert.tabletop.render import render
 from visexpert.tabletop.scenes import sample_scenes
+from visexpert.tabletop.text_tower import TabletopTextTower, text_tower
 from visexpert.tabletop.texts import POOL_SIZES, Pools, ensure_pools, tabletop_tokenizer
 from visexpert.tabletop.world import TabletopWorld
+from visexpert.typed import typed
 
 TRAIN_MIXTURE: dict[str, int] = {"dense": 1, "relation": 1, "vsr": 3, "vqa": 2, "pope": 1}
 EVAL_MIXTURE: dict[str, int] = {"dense": 1, "relation": 1, "vsr": 4, "vqa": 8, "pope": 3}
@@ -74,7 +76,8 @@ class RenderSettings:
     progress: bool = True
 
 
-class TabletopData(LightningDataModule):
+@typed
+class TabletopData(DataModule):
     """Tabletop: ray-cast scenes with exact truth, and captions, questions and statements written from it.
 
     Args:
@@ -158,6 +161,12 @@ class TabletopData(LightningDataModule):
         self._pools: dict[str, Pools] = {}
         self._datasets: dict[str, TabletopDataset] = {}
 
+    def described(self) -> list[str]:
+        """See :class:`~visexpert.data.base.DataModule`."""
+        share = [] if self.train_fraction == 1 else [f"{self.train_fraction:g} of {self.train_split}"]
+        parts = [f"{number:,} {split}" for split, number in self.sizes.items()]
+        return [*parts, *share, f"{self.image_size} px", f"batches of {self.batch_size}", f"seed {self.seed}"]
+
     @property
     def image_size(self) -> int:
         """Height and width of the images, pixels."""
@@ -177,6 +186,10 @@ class TabletopData(LightningDataModule):
         """Render scenes that no training or score uses: uint8 (H, W, 3) each."""
         scenes = sample_scenes(count, seed=EXAMPLE_SEED, world=self.world)
         return list(render(scenes, size=self.image_size).rgb_NHW3)
+
+    def text_tower(self, source: str | None) -> TabletopTextTower | None:
+        """Return the text tower of a shipped encoder, which reads these scenes' captions; None for others."""
+        return text_tower(source)
 
     def training_rows(self) -> int:
         """Return the number of training images."""

@@ -10,6 +10,14 @@ from typing import NamedTuple
 
 from visexpert.tabletop.world import SIZES
 
+MOST_NAMED = 4
+"""Objects that :attr:`SceneGraph.caption` names: the shipped text tower was trained on captions of one to four."""
+
+
+def with_article(phrase: str) -> str:
+    """Return ``a red cube`` for ``red cube``, ``an orange cube`` for ``orange cube``."""
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+
 
 @dataclass(frozen=True)
 class ObjectNode:
@@ -48,6 +56,19 @@ class SceneGraph:
     """The exact content of one image: its objects, in no particular order."""
 
     objects: tuple[ObjectNode, ...]
+
+    @property
+    def caption(self) -> str:
+        """The objects with the most visible pixels, four at most, largest first: ``a red cube and a blue sphere``."""
+        return " and ".join(with_article(node.phrase) for node in self._by_pixels()[:MOST_NAMED])
+
+    @property
+    def label(self) -> str:
+        """The scene's class: color and shape of the object with the most visible pixels."""
+        return self._by_pixels()[0].phrase
+
+    def _by_pixels(self) -> list[ObjectNode]:
+        return sorted(self.objects, key=lambda node: (-node.pixels, node.u))
 
     def judge(self, caption: str) -> dict[str, bool]:
         """Judge a caption ``a <colour> <shape> <relation> a <colour> <shape>``.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from numpy.random import Generator
 
-from visexpert.tabletop.captions import FAR_FROM, NEAR_UNTIL, article
+from visexpert.tabletop.captions import FAR_FROM, NEAR_UNTIL
 from visexpert.tabletop.graph import (
     LEADING,
     RELATION_FAMILIES,
@@ -18,6 +18,7 @@ from visexpert.tabletop.graph import (
     facts_of,
     leading_matrices,
     named_objects,
+    with_article,
 )
 from visexpert.tabletop.world import COLOURS, MATERIALS, SHAPES, SIZES
 from visexpert.types import TextItem
@@ -184,7 +185,7 @@ def probes(
         if choice is not None:
             (colour, shape), answer = choice
             used.add((colour, shape))
-            prompt = f"is there {article(colour)} {colour} {shape} in the image ?"
+            prompt = f"is there {with_article(f'{colour} {shape}')} in the image ?"
             items.append(TextItem("pope", prompt, answer, family=kind))
     return items
 
@@ -217,7 +218,7 @@ def _exist(graph: SceneGraph) -> Iterator[Candidate]:
             wanted.append(("material", f"{material} {shape}", any(node.material == material for node in of_shape)))
     wanted += [("colour", f"{colour} object", any(node.colour == colour for node in objects)) for colour in COLOURS]
     for template, name, true in wanted:
-        yield Candidate("exist", f"is there {article(name)} {name} ?", "yes" if true else "no", ("yes", "no"), template)
+        yield Candidate("exist", f"is there {with_article(name)} ?", "yes" if true else "no", ("yes", "no"), template)
 
 
 def _count(graph: SceneGraph) -> Iterator[Candidate]:

@@ -110,7 +110,7 @@ def generate_pools(graphs: Sequence[SceneGraph], *, split: str, seed: int, progr
 
 
 def tabletop_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the tokenizer: lower case, split at white space and punctuation, one id per word.
+    """Build Tabletop's tokenizer: lower case, split at white space and punctuation, one id per word.
 
     Returns:
         A tokenizer with ``<pad>`` = 0, ``<bos>`` = 1, ``<eos>`` = 2, ``<unk>`` = 3, ``<image>`` = 4.

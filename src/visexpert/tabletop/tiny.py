@@ -19,11 +19,13 @@ from visexpert.experts.base import TokenKind, VisionExpert
 from visexpert.io.reading import parse_json
 from visexpert.io.source import local_path, zoo_names
 from visexpert.io.weights import fill_module, load_safetensors, weights_digest
+from visexpert.typed import typed
 
 HEADER_KEY = "visexpert"
 """Key of the safetensors metadata that holds the architecture as JSON."""
 
 
+@typed
 class TinyExpert(VisionExpert):
     """A small expert (CNN or ViT), trained on Tabletop and shipped with the package.
 
@@ -107,7 +109,7 @@ def read_header(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise WeightsError(
             f"TinyExpert: no weights at {path}; shipped entries are {zoo_names()} (written 'zoo:NAME'), "
-            "others are trained with 'visexpert fit --config configs/zoo/NAME.yaml'."
+            "others are trained with `visexpert fit --config configs/zoo/NAME.yaml`."
         )
     try:
         with safe_open(path, framework="pt") as file:

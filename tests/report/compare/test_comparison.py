@@ -74,7 +74,7 @@ def test_mixed_worlds_are_refused_unless_allowed(tmp_path: Path) -> None:
 def test_the_baseline_is_the_one_that_is_named_or_looks_like_one() -> None:
     assert choose_baseline(["a", "x/clip-only"], None) == "x/clip-only"
     assert choose_baseline(["a", "b"], None) == "a" and choose_baseline(["a", "b"], "b") == "b"
-    with pytest.raises(ConfigError, match="--baseline 'c' is not a variant here; they are a, b"):
+    with pytest.raises(ConfigError, match="baseline is 'c', which is not a variant here; they are a, b"):
         choose_baseline(["a", "b"], "c")
 
 

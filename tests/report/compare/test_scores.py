@@ -110,3 +110,11 @@ def test_skills_are_grouped_by_task() -> None:
         "slots": ["test/slots/slot/color"],
         "probe": ["test/probe/depth"],
     }
+
+
+def test_neighbors_are_headlines_and_skills_as_the_alignment_is() -> None:
+    keys = ["test/alignment/student/image_to_text/R1", "test/knn/frozen", "test/knn/student", "test/knn/a/b"]
+    assert choose_scores(keys, [], split="test") == ["test/knn/student", "test/knn/frozen"]
+    assert skill_groups(keys, split="test") == {"alignment": keys[:1], "knn": keys[1:3]}
+    score = score_of("test/knn/student", [0.2, 0.9])
+    assert (score.title, score.better, score.percent) == ("kNN", 1, True)

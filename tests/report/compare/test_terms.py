@@ -63,7 +63,7 @@ def test_the_refusal_names_what_differs_and_who_has_it(tmp_path: Path) -> None:
         refuse_mixed(mismatches(_pair(tmp_path, data={"seed": 1, "num_test": 8}), split="test"))
     assert str(caught.value) == (
         "These runs cannot be compared: they differ in data: data.num_test is 16 in 'a' and 8 in 'b'; data: data.seed "
-        "is 0 in 'a' and 1 in 'b'; leave some out, or pass --allow_mixed to see them side by side anyway."
+        "is 0 in 'a' and 1 in 'b'; leave some out, or set allow_mixed to see them side by side anyway."
     )
 
 
@@ -98,3 +98,15 @@ def test_captions_of_other_numbers_of_images_are_not_compared(tmp_path: Path) ->
     runs = [Variant(path.name, (read_run(path),)) for path in made]
     found = mismatches(runs, split="test")
     assert [(one.kind, one.key) for one in found] == [("evaluation", "test/caption/images")]
+
+
+@pytest.mark.parametrize(("scores", "kinds"), [({}, []), ({"test/knn/student": 0.5}, ["model.evaluation.knn_images"])])
+def test_numbers_of_neighbors_matter_where_there_are_scores_of_them(
+    tmp_path: Path, scores: dict[str, float], kinds: list[str]
+) -> None:
+    made = [
+        make_run(tmp_path / name, metrics=scores, model={"evaluation": {"caption_images": 8, "knn_images": images}})
+        for name, images in (("a", 4), ("b", 8))
+    ]
+    found = mismatches([Variant(path.name, (read_run(path),)) for path in made], split="test")
+    assert [one.key for one in found] == kinds

@@ -57,7 +57,7 @@ def test_a_given_name_goes_before_all(tmp_path: Path) -> None:
 
 def test_a_seed_comes_once(tmp_path: Path) -> None:
     a, b = make_run(tmp_path / "a" / "seed0"), make_run(tmp_path / "a" / "seed1", seed=0)
-    with pytest.raises(ConfigError, match="are both 'a' with seed 0; .*separate names by --group"):
+    with pytest.raises(ConfigError, match="are both 'a' with seed 0; .*separate names by a group"):
         _grouped(a, b)
 
 

@@ -1,6 +1,6 @@
-"""What ``visexpert try`` does: load a model in each role that the package has, and hold it against its own library."""
+"""Load a model in each role for ``visexpert try``, and compare it with its own library."""
 
-from visexpert.commands.trial.attempt import ROLES, Asked, Attempt, Comparison, Role
+from visexpert.commands.trial.attempt import ROLES, Attempt, Comparison, Request, Role
 from visexpert.commands.trial.roles import attempts
 
-__all__ = ["ROLES", "Asked", "Attempt", "Comparison", "Role", "attempts"]
+__all__ = ["ROLES", "Request", "Attempt", "Comparison", "Role", "attempts"]

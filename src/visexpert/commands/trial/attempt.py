@@ -1,4 +1,4 @@
-"""What is asked of a model, and what came of it."""
+"""What to try, and the result of each attempt."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ import torch
 import yaml
 from torch import Tensor
 
-Role = Literal["expert", "clip", "language"]
-ROLES: tuple[Role, ...] = ("expert", "clip", "language")
+Role = Literal["expert", "encoder", "language"]
+ROLES: tuple[Role, ...] = ("expert", "encoder", "language")
 
 Verdict = Literal["works", "differs", "refused", "error"]
-"""``works`` - loads, and equals its own library wherever that can be asked; ``differs`` - loads, but does not;
-``refused`` - one of our sentences; ``error`` - anything else that was raised."""
+"""``works``: loads, and equals its own library wherever the two can be compared; ``differs``: loads, but does not equal
+it; ``refused``: raised one of our own errors; ``error``: raised any other."""
 
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest difference that passes for rounding, as a share of the largest value."""
+"""Largest difference that counts as rounding, relative to the largest value."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a user asks to be tried.
+class Request:
+    """A model to try, and how.
 
     Args:
         model: Folder, Hugging Face id, or a name of timm or open_clip.
-        weights: For a name: file, folder, Hugging Face id or tag; ``random`` for none. None for the name's own.
-        image_size: Side in pixels; None for the model's own.
-        layer: Which block's tokens; None for the role's default.
-        dtype: Of a language model's weights.
+        weights: Weights for a named network: file, folder, Hugging Face id, tag, or ``random``; None for its default.
+        image_size: Side in pixels; None for the model's default.
+        layer: Block whose tokens are taken; None for the role's default.
+        dtype: Data type of a language model's weights.
     """
 
     model: str
@@ -44,52 +44,58 @@ class Asked:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Our numbers held against those of the model's own library, on the same input.
+    """Difference between our output and that of the model's own library, on the same input.
 
     Args:
         what: What was compared.
-        with_: Where the library computes the same.
-        difference: Largest absolute difference.
-        scale: Largest absolute value there.
-        dtype: What was computed in.
+        reference: Where the library computes it.
+        difference: Largest absolute difference between the two.
+        scale: Largest absolute value of the library's.
+        dtype: Data type of the library's output.
     """
 
     what: str
-    with_: str
+    reference: str
     difference: float
     scale: float
     dtype: torch.dtype = torch.float32
 
     @classmethod
-    def of(cls, what: str, with_: str, ours: Tensor, theirs: Tensor) -> Comparison:
-        """Compare two tensors; other shapes or NaN differ without bound."""
+    def of(cls, what: str, reference: str, ours: Tensor, theirs: Tensor) -> Comparison:
+        """Compare two tensors; the difference is infinite where shapes differ, and NaN where one holds NaN."""
         dtype = theirs.dtype
         if ours.shape != theirs.shape:
-            return cls(f"{what} ({tuple(ours.shape)}, there {tuple(theirs.shape)})", with_, float("inf"), 0.0, dtype)
+            return cls(
+                f"{what} ({tuple(ours.shape)}, the library's {tuple(theirs.shape)})",
+                reference,
+                float("inf"),
+                0.0,
+                dtype,
+            )
         difference = float((ours.float() - theirs.float()).abs().max())
-        return cls(what, with_, difference, float(theirs.float().abs().max()), dtype)
+        return cls(what, reference, difference, float(theirs.float().abs().max()), dtype)
 
     @property
     def equal(self) -> bool:
-        """Whether the difference is rounding; NaN is not, and zeros that equal zeros say nothing."""
+        """Whether the difference is rounding: false for NaN, and for outputs that are all zero, which prove nothing."""
         return self.scale > 0 and self.difference <= TOLERANCE.get(self.dtype, 1e-4) * self.scale
 
     def __str__(self) -> str:
-        return f"{self.what} from {self.with_}: {self.difference:.2g}, where the largest value is {self.scale:.2g}"
+        return f"{self.what} from {self.reference}: {self.difference:.2g}, where the largest value is {self.scale:.2g}"
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """What came of one class in one role.
+    """Result of trying one class in one role.
 
     Args:
-        role: The role.
-        name: The class; empty where none was found.
+        role: Role that was tried.
+        name: Name of the class; empty if none fits.
         verdict: See :data:`Verdict`.
-        message: Why not; empty where it works.
-        facts: What a user wants to know of it, by name.
-        comparisons: With the model's own library.
-        settings: ``class_path`` and ``init_args`` for a configuration.
+        message: Why it does not work; empty if it does.
+        facts: Properties to show, by name.
+        comparisons: Comparisons with the model's own library.
+        settings: ``class_path`` and ``init_args`` for a configuration file.
     """
 
     role: Role
@@ -102,18 +108,18 @@ class Attempt:
 
     @property
     def works(self) -> bool:
-        """Whether it can be used."""
+        """Whether the model can be used in this role."""
         return self.verdict == "works"
 
     def yaml(self, model: str) -> str:
-        """The lines of a configuration that use it."""
-        place: dict[str, Any] = {self.role: dict(self.settings)}
+        """Return the lines of a configuration that use the model."""
+        place: dict[str, Any] = {"clip" if self.role == "encoder" else self.role: dict(self.settings)}
         if self.role == "expert":
             place = {"experts": {slug(model): dict(self.settings)}}
         return yaml.safe_dump({"model": {"init_args": place}}, sort_keys=False, width=1000)
 
 
 def slug(model: str) -> str:
-    """A name for an expert, from that of its model."""
+    """Return a name for an expert, made from the name of its model."""
     last = Path(model.rstrip("/").split(":")[-1]).name.partition("@")[0]
     return re.sub(r"\W+", "_", last).strip("_").lower() or "expert"

@@ -1,4 +1,4 @@
-"""A language model packed among images, against the rows that its own library reads one by one."""
+"""Compare a language model on packed texts with its own library, which reads one text per row."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from visexpert.commands.trial.attempt import Comparison
 from visexpert.data import pack
-from visexpert.experts.huggingface import quiet
 from visexpert.io.source import ModelSource
 from visexpert.language import BertDecoder, PrefixLM
+from visexpert.networks.huggingface import quiet
 from visexpert.types import VisionTokens
 
 GRID = (2, 2)
@@ -20,22 +20,22 @@ LENGTHS = (7, 5)
 PROMPT = 2
 NEW_TOKENS = 5
 
-Side = PrefixLM | BertDecoder
+LanguageModel = PrefixLM | BertDecoder
 
 
 class Probe:
-    """Two texts in one row, behind an image or without one, and what our side makes of them.
+    """Two texts packed into one row, with and without an image, and our model's output for them.
 
     Args:
-        side: The language model, weights loaded.
+        model: Language model with its weights loaded.
     """
 
-    def __init__(self, side: Side) -> None:
-        settings = side.settings.get_text_config(decoder=True)
+    def __init__(self, model: LanguageModel) -> None:
+        settings = model.settings.get_text_config(decoder=True)
         generator = torch.Generator().manual_seed(0)
         special = {
             value
-            for config in (side.settings, settings)
+            for config in (model.settings, settings)
             for name, value in config.to_dict().items()
             if name.endswith(("token_id", "token_index")) and isinstance(value, int)
         }
@@ -44,45 +44,53 @@ class Probe:
         self.eos = int(words[-1])
         self.items = [drawn[: LENGTHS[0]], drawn[LENGTHS[0] :]]
         self.text = pack([[(ids, PROMPT) for ids in self.items]], 0)
-        spread = side.model.get_input_embeddings().weight.float().std()
-        self.image_TD = torch.randn(GRID[0] * GRID[1], side.width, generator=generator) * spread
+        spread = model.model.get_input_embeddings().weight.float().std()
+        self.image_TD = torch.randn(GRID[0] * GRID[1], model.width, generator=generator) * spread
         with torch.no_grad():
-            self.ours = {seen: side(self.vision(seen), self.text).logits_MV for seen in (False, True)}
-        written = side.generate(self.vision(False), [self.items[0]], eos_id=self.eos, max_new_tokens=NEW_TOKENS)
-        self.written = written[0]
+            self.ours = {seen: model(self.vision(seen), self.text).logits_MV for seen in (False, True)}
+        answers = model.generate(self.vision(False), [self.items[0]], eos_id=self.eos, max_new_tokens=NEW_TOKENS)
+        self.answer = answers[0]
 
     def vision(self, seen: bool) -> VisionTokens:
-        """The image, or that there is none."""
+        """Return the image's tokens, or tokens of length 0."""
         return VisionTokens(self.image_TD[None], GRID, lengths=None if seen else (0,))
 
     def predicting(self, logits_LV: Tensor, length: int, *, before: int) -> Tensor:
-        """Logits of one item's supervised tokens in a row of the library's."""
+        """Return the logits that predict one text's supervised tokens, from a row of the library's.
+
+        Args:
+            logits_LV: Logits of the row.
+            length: Tokens of the text.
+            before: Tokens of the image in front of it.
+        """
         return logits_LV[before + PROMPT - 1 : before + length - 1].float()
 
 
-def compare_language(side: Side, probe: Probe, model: Any) -> tuple[Comparison, ...]:
-    """Logits of both texts, each in a row of its own, and a greedy answer.
+def compare_language(ours: LanguageModel, probe: Probe, theirs: Any) -> tuple[Comparison, ...]:
+    """Compare the logits of both texts, each in a row of its own, and a greedy answer.
 
     Args:
-        side: Ours.
-        probe: What it made of the texts.
-        model: The library's own.
+        ours: Our model.
+        probe: The texts, and our model's output for them.
+        theirs: The library's model.
     """
-    rows = prefix_rows if isinstance(side, PrefixLM) else decoder_rows
-    dtype = next(model.parameters()).dtype
+    rows = prefix_rows if isinstance(ours, PrefixLM) else decoder_rows
+    dtype = next(theirs.parameters()).dtype
     found = []
-    for seen, ours in probe.ours.items():
-        theirs = torch.cat(rows(model, probe, seen)).to(dtype)
+    for seen, our_logits in probe.ours.items():
+        their_logits = torch.cat(rows(theirs, probe, seen)).to(dtype)
         what = "logits, two packed texts behind an image" if seen else "logits, two packed texts"
-        found.append(Comparison.of(what, f"transformers: {type(model).__name__}, one text a row", ours, theirs))
-    if isinstance(side, PrefixLM):
-        found.append(compare_writing(probe, model))
+        found.append(
+            Comparison.of(what, f"transformers: {type(theirs).__name__}, one text per row", our_logits, their_logits)
+        )
+    if isinstance(ours, PrefixLM):
+        found.append(compare_answer(probe, theirs))
     return tuple(found)
 
 
 @torch.no_grad()
 def prefix_rows(model: Any, probe: Probe, seen: bool) -> list[Tensor]:
-    """Logits of each text by the library, from token ids, or from embeddings behind the image's."""
+    """Return the library's logits of each text: from token ids, or from embeddings that follow the image's."""
     image_TD = probe.image_TD
     found = []
     for ids in probe.items:
@@ -98,7 +106,7 @@ def prefix_rows(model: Any, probe: Probe, seen: bool) -> list[Tensor]:
 
 @torch.no_grad()
 def decoder_rows(model: Any, probe: Probe, seen: bool) -> list[Tensor]:
-    """Logits of each text by BERT's own forward, which attends to the image, or to zeros where there is none."""
+    """Return the logits of each text from BERT's own forward, which attends to the image, or to zeros without one."""
     memory = probe.image_TD[None].to(model.dtype) * seen
     return [
         probe.predicting(
@@ -108,8 +116,8 @@ def decoder_rows(model: Any, probe: Probe, seen: bool) -> list[Tensor]:
     ]
 
 
-def compare_writing(probe: Probe, model: Any) -> Comparison:
-    """A greedy answer, token by token."""
+def compare_answer(probe: Probe, model: Any) -> Comparison:
+    """Compare a greedy answer token by token."""
     prompt = torch.tensor([probe.items[0]])
     with torch.no_grad(), quiet():
         out = model.generate(
@@ -121,7 +129,7 @@ def compare_writing(probe: Probe, model: Any) -> Comparison:
             eos_token_id=probe.eos,
             pad_token_id=probe.eos,
         )
-    ours, theirs = probe.written, _until(out[0, prompt.shape[1] :].tolist(), probe.eos)
+    ours, theirs = probe.answer, _until(out[0, prompt.shape[1] :].tolist(), probe.eos)
     rows = [torch.nn.functional.pad(torch.tensor(ids), (0, NEW_TOKENS - len(ids)), value=-1) for ids in (ours, theirs)]
     what = f"ids of a greedy answer ({len(theirs)} tokens)"
     return Comparison.of(what, f"transformers: {type(model).__name__}.generate", rows[0].float(), rows[1].float())
@@ -131,18 +139,18 @@ def _until(ids: Sequence[int], eos: int) -> list[int]:
     return list(ids[: ids.index(eos)] if eos in ids else ids)
 
 
-def of_transformers(side: Side) -> Any:
-    """The library's own model, loaded by itself in place of ours.
+def of_transformers(ours: LanguageModel) -> Any:
+    """Load the library's model, and free ours.
 
-    A BertDecoder's own model stays: its cross-attention is fresh, in no file that could be read again.
+    A BertDecoder's model is returned as it is: its cross-attention is new, so no file holds it.
     """
     import transformers
 
-    if isinstance(side, BertDecoder):
-        return side.model
-    folder = ModelSource.parse(str(side.source)).folder("config.json", owner="visexpert try")
-    dtype = next(side.model.parameters()).dtype
-    side.model = None  # one copy in memory at a time
+    if isinstance(ours, BertDecoder):
+        return ours.model
+    folder = ModelSource.parse(str(ours.source)).folder("config.json", owner="visexpert try")
+    dtype = next(ours.model.parameters()).dtype
+    ours.model = None  # one copy in memory at a time
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     auto: Any = transformers.AutoModelForCausalLM
     if type(config) not in auto._model_mapping:

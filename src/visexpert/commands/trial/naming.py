@@ -1,4 +1,4 @@
-"""What a name of a model means: a file, a folder, a Hugging Face id, or a model of timm's or open_clip's list."""
+"""Resolve the name of a model: a file, a folder, a Hugging Face id, or a model that timm or open_clip lists."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from visexpert.commands.trial.attempt import Asked
+from visexpert.commands.trial.attempt import Request
 from visexpert.errors import ConfigError
 from visexpert.experts import (
     DepthExpert,
@@ -20,22 +20,19 @@ from visexpert.experts import (
     VisionExpert,
 )
 from visexpert.io.source import ZOO_PREFIX, ModelSource
+from visexpert.networks import RANDOM
+from visexpert.networks.open_clip import OPEN_CLIP_CONFIG, OPEN_CLIP_PREFIX
+from visexpert.networks.timm import is_timm
 from visexpert.tabletop import TinyExpert
 from visexpert.tabletop.tiny import HEADER_KEY
-from visexpert.vision.published import OPEN_CLIP_CONFIG, OPEN_CLIP_PREFIX
+from visexpert.vision import VisionEncoder
+from visexpert.vision.choosing import encoder_of
 
 Candidate = tuple[type[VisionExpert], dict[str, Any]]
 
 
-def is_timm(name: str) -> bool:
-    """Whether timm has a model of this name, tag or not."""
-    from timm.models import is_model
-
-    return "/" not in name and is_model(name.partition(".")[0])
-
-
 def open_clip_name(text: str) -> tuple[str, str | None] | None:
-    """Name and tag, if any, of ``open_clip:NAME/TAG``, ``NAME/TAG`` or ``NAME``; None where open_clip has no such."""
+    """Return name and tag, if any, of ``open_clip:NAME/TAG``, ``NAME/TAG`` or ``NAME``; None if open_clip lacks it."""
     from open_clip import list_models, list_pretrained_tags_by_model
 
     name, _, tag = text.removeprefix(OPEN_CLIP_PREFIX).partition("/")
@@ -45,37 +42,37 @@ def open_clip_name(text: str) -> tuple[str, str | None] | None:
     return None
 
 
-def expert_candidates(asked: Asked) -> list[Candidate]:
-    """Classes of experts that may read a model, with their arguments.
+def expert_candidates(request: Request) -> list[Candidate]:
+    """Return the classes of experts that may read a model, with their arguments.
 
     Raises:
-        ConfigError: The name does not say which network it is.
-        WeightsError: It is no name at all, or its files cannot be read.
+        ConfigError: The name does not tell which network it is.
+        WeightsError: The name means nothing, or its files cannot be read.
     """
-    sized = {"image_size": asked.image_size, "layer": asked.layer}
+    sized = {"image_size": request.image_size, "layer": request.layer}
     options = {key: value for key, value in sized.items() if value is not None}
-    if is_timm(asked.model):
-        return [(TimmExpert, {"model": asked.model, **_weights(asked), **options})]
-    named = open_clip_name(asked.model)
+    if is_timm(request.model):
+        return [(TimmExpert, {"model": request.model, **_weights(request), **options})]
+    named = open_clip_name(request.model)
     if named is not None:
-        return [(OpenClipExpert, {"model": named[0], "weights": _tag(asked, *named), **options})]
-    source = ModelSource.parse(asked.model)
-    _refuse_misspelt(asked.model, source)
-    if is_tiny(asked.model, source):
-        return [(TinyExpert, {"source": asked.model})]
+        return [(OpenClipExpert, {"model": named[0], "weights": _tag(request, *named), **options})]
+    source = ModelSource.parse(request.model)
+    _refuse_misspelled(request.model, source)
+    if is_tiny(request.model, source):
+        return [(TinyExpert, {"source": request.model})]
     if source.file is not None:
         raise ConfigError(
-            f"{source.file} holds weights alone; name their network instead and give the file as --weights: a name of "
-            "timm or open_clip (visexpert try vit_base_patch16_224 --weights FILE)."
+            f"{source.file} holds only weights; give the name of their network in timm or open_clip, and the file as "
+            "--weights (visexpert try vit_base_patch16_224 --weights FILE)."
         )
-    return [(kind, {**arguments, **options}) for kind, arguments in _published(asked.model, source)]
+    return [(kind, {**arguments, **options}) for kind, arguments in _published(request.model, source)]
 
 
-def _refuse_misspelt(text: str, source: ModelSource) -> None:
-    """Refuse a plain word that is almost the name of a model of timm or open_clip, and nothing on this machine.
+def _refuse_misspelled(text: str, source: ModelSource) -> None:
+    """Refuse a word that is close to the name of a model of timm or open_clip, and names nothing on this machine.
 
     Raises:
-        ConfigError: It is one.
+        ConfigError: The word is such a name.
     """
     if source.repo != text or "/" in text or source.find("config.json") is not None:
         return
@@ -84,25 +81,25 @@ def _refuse_misspelt(text: str, source: ModelSource) -> None:
 
     near = get_close_matches(text.partition(".")[0], [*of_timm(), *of_open_clip()], n=3, cutoff=0.8)
     if near:
-        raise ConfigError(f"'{text}' is no folder here and no model of timm or open_clip; the nearest are {near}.")
+        raise ConfigError(f"'{text}' is neither a folder here nor a model of timm or open_clip; closest are {near}.")
 
 
-def _weights(asked: Asked) -> dict[str, str]:
-    return {} if asked.weights is None else {"weights": asked.weights}
+def _weights(request: Request) -> dict[str, str]:
+    return {} if request.weights is None else {"weights": request.weights}
 
 
-def _tag(asked: Asked, name: str, tag: str | None) -> str:
-    found = tag or asked.weights
+def _tag(request: Request, name: str, tag: str | None) -> str:
+    found = tag or request.weights
     if found is None:
         from open_clip import list_pretrained_tags_by_model
 
         tags = list_pretrained_tags_by_model(name)
-        raise ConfigError(f"open_clip has many weights of {name}; add one of its tags, --weights TAG: {tags}.")
+        raise ConfigError(f"open_clip has several weights of {name}; choose one with --weights TAG: {tags}.")
     return found
 
 
 def is_tiny(text: str, source: ModelSource) -> bool:
-    """Whether it is an expert of the zoo, which brings its architecture in the header of its file."""
+    """Return whether the source is an expert of the zoo, whose file has its architecture in the header."""
     if text.startswith(ZOO_PREFIX):
         return not (source.path is not None and source.path.is_dir())
     if source.file is None or source.file.suffix != ".safetensors":
@@ -122,7 +119,7 @@ def _published(text: str, source: ModelSource) -> list[Candidate]:
         return [(OpenClipExpert, {"model": _last(text), "weights": place})]
     config = source.read_json("config.json", owner="visexpert try") or {}
     if "model_type" not in config and "architecture" in config:
-        return [(TimmExpert, {"model": _timm_model(config), "weights": text})]
+        return [(TimmExpert, {"weights": text})]
     if not config and source.repo is not None and source.repo.startswith("timm/") and is_timm(_last(text)):
         return [(TimmExpert, {"model": _last(text), "weights": text})]
     kind, options = _of_transformers(config)
@@ -135,16 +132,8 @@ def _last(text: str) -> str:
     return text.rstrip("/").rpartition("/")[2].partition("@")[0]
 
 
-def _timm_model(config: Mapping[str, Any]) -> str:
-    from timm import list_pretrained
-
-    name, cfg = str(config["architecture"]), config.get("pretrained_cfg") or {}
-    tagged = f"{name}.{cfg.get('tag')}"
-    return tagged if list_pretrained(tagged) else name
-
-
 def _of_transformers(config: Mapping[str, Any]) -> tuple[type[VisionExpert], dict[str, Any]]:
-    """The class for what a ``config.json`` of transformers says that its weights are of."""
+    """Return the expert class for the architecture that a ``config.json`` of transformers names, and its options."""
     written = " ".join(map(str, config.get("architectures") or ()))
     if "ForDepthEstimation" in written:
         return DepthExpert, {}
@@ -155,51 +144,51 @@ def _of_transformers(config: Mapping[str, Any]) -> tuple[type[VisionExpert], dic
     return TransformersExpert, {}
 
 
-def clip_arguments(asked: Asked) -> dict[str, Any]:
-    """Arguments of ``ClipEncoder``.
+def encoder_arguments(request: Request) -> tuple[type[VisionEncoder], dict[str, Any]]:
+    """Return the class of the encoder that reads a model, with its arguments.
 
     Raises:
-        ConfigError: The model is one of timm's.
+        ConfigError: It cannot be taught, or its name is misspelled or lacks a tag.
+        WeightsError: Nothing on this machine says what it is.
     """
-    sized = {"image_size": asked.image_size, "layer": asked.layer}
+    sized = {"image_size": request.image_size, "layer": request.layer}
     options = {key: value for key, value in sized.items() if value is not None}
-    if is_timm(asked.model):
-        raise ConfigError(f"'{asked.model}' is timm's, but clip takes CLIPs alone; it can be a teacher (--as expert).")
-    named = open_clip_name(asked.model)
+    if is_timm(request.model) and request.weights is not None:
+        source = None if request.weights == RANDOM else request.weights
+        return encoder_of(source, {"model": request.model, **options})
+    named = None if is_timm(request.model) else open_clip_name(request.model)
     if named is None:
-        _refuse_misspelt(asked.model, ModelSource.parse(asked.model))
-        return {"source": asked.model, **options}
+        _refuse_misspelled(request.model, ModelSource.parse(request.model))
+        return encoder_of(request.model, options)
     name, tag = named
-    from_list = tag or (asked.weights if asked.weights and open_clip_name(f"{name}/{asked.weights}") else None)
+    from_list = tag or (request.weights if request.weights and open_clip_name(f"{name}/{request.weights}") else None)
     if from_list is not None:
-        return {"source": f"{OPEN_CLIP_PREFIX}{name}/{from_list}", **options}
-    if asked.weights == "random":
-        return {"architecture": name, **options}
-    return {"source": _tag(asked, name, tag), "architecture": name, **options}
+        return encoder_of(f"{OPEN_CLIP_PREFIX}{name}/{from_list}", options)
+    return encoder_of(None if request.weights == RANDOM else _tag(request, name, tag), {"model": name, **options})
 
 
-def language_source(asked: Asked) -> str:
-    """What ``PrefixLM`` takes as ``source``.
+def language_source(request: Request) -> str:
+    """Return the ``source`` of ``PrefixLM`` or ``BertDecoder``.
 
     Raises:
-        ConfigError: It is no folder and no Hugging Face id.
+        ConfigError: The model is neither a folder nor a Hugging Face id.
     """
-    if is_timm(asked.model) or open_clip_name(asked.model) is not None:
-        raise ConfigError(f"'{asked.model}' encodes images; a language model is a folder or a Hugging Face id.")
-    source = ModelSource.parse(asked.model)
-    if source.file is not None or is_tiny(asked.model, source):
+    if is_timm(request.model) or open_clip_name(request.model) is not None:
+        raise ConfigError(f"'{request.model}' encodes images; as a language model give a folder or a Hugging Face id.")
+    source = ModelSource.parse(request.model)
+    if source.file is not None or is_tiny(request.model, source):
         raise ConfigError(
-            f"'{asked.model}' is a file of weights; a language model is a folder written by save_pretrained, or a "
-            "Hugging Face id."
+            f"'{request.model}' is a file of weights; as a language model give a folder that save_pretrained wrote, or "
+            "a Hugging Face id."
         )
-    return asked.model
+    return request.model
 
 
 def model_type(source: str) -> str | None:
-    """What the ``config.json`` of a folder or repository calls its family, where it is on this machine."""
+    """Return ``model_type`` of a source's ``config.json``; None where the file is absent or unreadable."""
     found = ModelSource.parse(source).find("config.json")
     try:
         written = {} if found is None else json.loads(found.read_text(encoding="utf-8"))
-    except ValueError:  # the class itself says what is wrong
+    except ValueError:  # the class reports what is wrong
         return None
     return written.get("model_type") if isinstance(written, dict) else None

@@ -1,4 +1,7 @@
-"""A model tried in each role: built, filled, run twice and held against its own library. Nothing is raised."""
+"""Try a model in each role: build it, load its weights, run it twice and compare it with its own library.
+
+Errors are results here; nothing is raised, but for VISEXPERT_TRACEBACK.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visexpert.commands.trial.attempt import Asked, Attempt, Comparison, Role
-from visexpert.commands.trial.encoders_library import compare_clip, compare_expert
-from visexpert.commands.trial.language import Probe, Side, compare_language, of_transformers
+from visexpert.commands.trial.attempt import Attempt, Comparison, Request, Role
+from visexpert.commands.trial.encoders import compare_encoder, compare_expert
+from visexpert.commands.trial.language import LanguageModel, Probe, compare_language, of_transformers
 from visexpert.commands.trial.naming import (
-    clip_arguments,
+    encoder_arguments,
     expert_candidates,
     language_source,
     model_type,
@@ -25,26 +28,26 @@ from visexpert.commands.trial.naming import (
 from visexpert.data.needs import find_tokenizer
 from visexpert.errors import UserError, first_line, told_by_machine
 from visexpert.experts import VisionExpert
-from visexpert.experts.huggingface import quiet
 from visexpert.experts.probe import probe_images
 from visexpert.language import BertDecoder, PrefixLM
 from visexpert.language.bert_decoder import FAMILIES
-from visexpert.vision import ClipEncoder
+from visexpert.networks.huggingface import quiet
+from visexpert.vision import VisionEncoder
 
 Found = tuple[dict[str, str], Sequence[Comparison], str]
-"""Facts, comparisons, and why there are none."""
+"""Facts, comparisons, and why there are no comparisons."""
 
 
-def attempts(asked: Asked, roles: Sequence[Role]) -> Iterator[Attempt]:
-    """Try a model in each role; a role may have several classes, or parts of one."""
+def attempts(request: Request, roles: Sequence[Role]) -> Iterator[Attempt]:
+    """Try a model in each role, with each class that may fit."""
     for role in roles:
-        yield from {"expert": _as_expert, "clip": _as_clip, "language": _as_language}[role](asked)
+        yield from {"expert": _as_expert, "encoder": _as_encoder, "language": _as_language}[role](request)
 
 
-def _as_expert(asked: Asked) -> Iterator[Attempt]:
+def _as_expert(request: Request) -> Iterator[Attempt]:
     try:
-        with hushed():
-            candidates = expert_candidates(asked)
+        with silenced():
+            candidates = expert_candidates(request)
     except Exception as error:
         yield _failed("expert", "", error)
         return
@@ -52,32 +55,32 @@ def _as_expert(asked: Asked) -> Iterator[Attempt]:
         yield _tried("expert", kind, arguments, _try_expert)
 
 
-def _as_clip(asked: Asked) -> Iterator[Attempt]:
+def _as_encoder(request: Request) -> Iterator[Attempt]:
     try:
-        with hushed():
-            arguments = clip_arguments(asked)
+        with silenced():
+            kind, arguments = encoder_arguments(request)
     except Exception as error:
-        yield _failed("clip", "", error)
+        yield _failed("encoder", "", error)
         return
-    yield _tried("clip", ClipEncoder, arguments, _try_clip)
+    yield _tried("encoder", kind, arguments, _try_encoder)
 
 
-def _as_language(asked: Asked) -> Iterator[Attempt]:
+def _as_language(request: Request) -> Iterator[Attempt]:
     try:
-        source = language_source(asked)
-        kind: type[Side] = BertDecoder if model_type(source) in FAMILIES else PrefixLM
+        source = language_source(request)
+        kind: type[LanguageModel] = BertDecoder if model_type(source) in FAMILIES else PrefixLM
     except Exception as error:
         yield _failed("language", "", error)
         return
-    arguments = {"source": source, **({} if asked.dtype == "float32" else {"dtype": asked.dtype})}
+    arguments = {"source": source, **({} if request.dtype == "float32" else {"dtype": request.dtype})}
     yield _tried("language", kind, arguments, _try_language)
 
 
 def _tried(role: Role, kind: type[nn.Module], arguments: dict[str, Any], attempt: Callable[[Any], Found]) -> Attempt:
-    """Build, fill and run one class; whatever is raised becomes the result."""
+    """Build one class, load its weights and run it; an exception becomes the result."""
     settings = {"class_path": f"{kind.__module__.rpartition('.')[0]}.{kind.__name__}", "init_args": arguments}
     try:
-        with hushed():
+        with silenced():
             part: Any = kind(**arguments)
             part.load_weights()
             facts, comparisons, silence = attempt(part.eval())
@@ -92,7 +95,7 @@ def _tried(role: Role, kind: type[nn.Module], arguments: dict[str, Any], attempt
 
 
 def _failed(role: Role, name: str, error: Exception, settings: dict[str, Any] | None = None) -> Attempt:
-    """A refusal is one of our sentences; anything else is told with its type."""
+    """Return a refusal for one of our own errors, and an error, with its type, for any other."""
     if os.environ.get("VISEXPERT_TRACEBACK"):
         raise error
     told = error if isinstance(error, UserError) else told_by_machine(error)
@@ -116,36 +119,38 @@ def _try_expert(expert: VisionExpert) -> Found:
     return (facts, (), found) if isinstance(found, str) else (facts, (found,), "")
 
 
-def _try_clip(encoder: ClipEncoder) -> Found:
+def _try_encoder(encoder: VisionEncoder) -> Found:
     images_BCHW = probe_images(encoder.image_size)
     with torch.no_grad():
         tokens_BTD, again_BTD = encoder(images_BCHW).tokens_BTD, encoder(images_BCHW).tokens_BTD
-        pixels_BCHW = (images_BCHW - encoder.mean) / encoder.std
-        found = compare_clip(encoder, encoder._given["architecture"], pixels_BCHW, tokens_BTD)  # type: ignore[arg-type]
+        found = compare_encoder(encoder, encoder.preprocess(images_BCHW), tokens_BTD)
     facts = _encoder_facts(encoder, encoder.grid_hw, encoder.width, torch.equal(tokens_BTD, again_BTD))
-    facts |= {"layer": str(encoder.layer), "activation": str(encoder.config.hidden_act), "license": encoder.license}
+    facts |= {"layer": str(encoder.layer), "saliency": encoder.saliency}
+    if encoder.activation is not None:
+        facts["activation"] = encoder.activation
+    facts["license"] = encoder.license
     return (facts, (), found) if isinstance(found, str) else (facts, (found,), "")
 
 
-def _try_language(side: Side) -> Found:
-    probe = Probe(side)
-    text = side.settings.get_text_config(decoder=True)
+def _try_language(model: LanguageModel) -> Found:
+    probe = Probe(model)
+    text = model.settings.get_text_config(decoder=True)
     positions = getattr(text, "max_position_embeddings", None)
     facts = {
-        "family": str(side.settings.model_type),
-        "width": str(side.width),
+        "family": str(model.settings.model_type),
+        "width": str(model.width),
         "vocabulary": str(text.vocab_size),
         **({} if positions is None else {"positions": str(positions)}),
-        "parameters": in_millions(side),
-        "tokenizer": _tokenizer_of(side),
+        "parameters": in_millions(model),
+        "tokenizer": _tokenizer_of(model),
     }
-    return facts, compare_language(side, probe, of_transformers(side)), ""
+    return facts, compare_language(model, probe, of_transformers(model)), ""
 
 
-def _tokenizer_of(side: Side) -> str:
-    """The file of the tokenizer that comes with a language model; what to do where none does."""
-    found = find_tokenizer(str(side.source))
-    return found.name if isinstance(found, Path) else "none comes with it; training needs one of the same vocabulary"
+def _tokenizer_of(model: LanguageModel) -> str:
+    """Return the name of a language model's tokenizer file, or what to do without one."""
+    found = find_tokenizer(str(model.source))
+    return found.name if isinstance(found, Path) else "none included; training needs one with the same vocabulary"
 
 
 def _encoder_facts(part: Any, grid_hw: tuple[int, int], width: int, same: bool) -> dict[str, str]:
@@ -164,7 +169,7 @@ def _encoder_facts(part: Any, grid_hw: tuple[int, int], width: int, same: bool) 
 
 
 def in_millions(module: nn.Module) -> str:
-    """Number of parameters."""
+    """Return the number of a module's parameters as text, such as ``304 M``."""
     count = sum(parameter.numel() for parameter in module.parameters())
     return f"{count / 1e6:.3g} M" if count >= 1e5 else str(count)
 
@@ -174,8 +179,8 @@ def _numbers(values: Tensor) -> str:
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
-    """Without what libraries print and warn of: the result says what there is to say."""
+def silenced() -> Iterator[None]:
+    """Silence what libraries print and warn about; the result reports what matters."""
     with quiet(), warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

@@ -173,7 +173,7 @@ def choose_baseline(names: Sequence[str], wanted: str | None) -> str:
     """
     if wanted is not None:
         if wanted not in names:
-            raise ConfigError(f"--baseline '{wanted}' is not a variant here; they are {', '.join(names)}.")
+            raise ConfigError(f"baseline is '{wanted}', which is not a variant here; they are {', '.join(names)}.")
         return wanted
     return next((name for word in BASELINES for name in names if name.rpartition("/")[2].lower() == word), names[0])
 

@@ -25,6 +25,8 @@ HEADLINES = {
     "nll/kind/dense": "dense NLL",
     "nll/nll": "NLL",
     "probe/object_depth": "object depth probe",
+    "knn/student": "kNN",
+    "knn/frozen": "kNN, frozen encoder",
 }
 """Scores of the first table, by key without its split, in its order; of the two of POPE the first that is there."""
 
@@ -128,7 +130,10 @@ def choose_primary(scores: Sequence[str], wanted: str | None, known: Sequence[st
 
 
 def skill_groups(known: Sequence[str], *, split: str) -> dict[str, list[str]]:
-    """Keys of scores by skill, by task: ``vqa`` to ``test/vqa/family/size`` and the like, probes among them."""
+    """Keys of scores by skill, by task: ``vqa`` to ``test/vqa/family/size`` and the like.
+
+    Probes, nearest neighbors, and the alignment of encoder and text tower are skills, too.
+    """
     groups: dict[str, list[str]] = {}
     for key in known:
         parts = key.split("/")
@@ -136,8 +141,8 @@ def skill_groups(known: Sequence[str], *, split: str) -> dict[str, list[str]]:
             continue
         if len(parts) == 4 and parts[2] in ("family", "slot"):
             groups.setdefault(parts[1], []).append(key)
-        elif len(parts) == 3 and parts[1] == "probe":
-            groups.setdefault("probe", []).append(key)
+        elif parts[1] == "alignment" or (len(parts) == 3 and parts[1] in ("probe", "knn")):
+            groups.setdefault(parts[1], []).append(key)
     return groups
 
 

@@ -86,7 +86,7 @@ def _known(comparison: Comparison) -> Iterator[str]:
 
 def _warnings(comparison: Comparison) -> Iterator[Section]:
     if comparison.mixed:
-        told = "Shown side by side because --allow_mixed was given. Scores below do not measure the same thing."
+        told = "Shown side by side because allow_mixed was given. Scores below do not measure the same thing."
         yield Section("These runs are not comparable", (told,), (difference_table(comparison.mixed),), warning=True)
     if comparison.left_out:
         yield Section("Runs left out", tables=(left_out_table(comparison.left_out),), warning=True)

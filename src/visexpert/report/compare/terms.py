@@ -29,6 +29,9 @@ EVALUATION = (
     "trainer.fast_dev_run",
     "trainer.overfit_batches",
 )
+EVALUATION_OF = {"knn": "model.evaluation.knn_images", "alignment": "model.evaluation.alignment_images"}
+"""Settings that change the scores of a task alone, so that they matter only where some run has these."""
+
 SCHEDULE = (
     "trainer.max_steps",
     "trainer.max_epochs",
@@ -79,7 +82,9 @@ def mismatches(variants: Sequence[Variant], *, split: str) -> list[Difference]:
     wanted += [("tokenizer", "digest", lambda run: run.fact("tokenizer"))]
     wanted += [("metrics", "version", lambda run: run.fact("metrics_version"))]
     wanted += [("metrics", "pycocoevalcap", lambda run: run.fact("versions", "pycocoevalcap"))]
-    wanted += [("evaluation", key, _setting(key)) for key in EVALUATION]
+    tasks = {key.split("/")[1] for each in variants for run in each.runs for key in run.metrics if _is_of(key, split)}
+    judged = [*EVALUATION, *(key for task, key in EVALUATION_OF.items() if task in tasks)]
+    wanted += [("evaluation", key, _setting(key)) for key in judged]
     counts = sorted(
         {key for variant in variants for run in variant.runs for key in run.metrics if _is_count(key, split)}
     )
@@ -97,7 +102,7 @@ def refuse_mixed(found: Sequence[Difference]) -> None:
         more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
         raise ConfigError(
             f"These runs cannot be compared: they differ in {'; '.join(map(str, found[:3]))}{more}; leave some out, or "
-            "pass --allow_mixed to see them side by side anyway."
+            "set allow_mixed to see them side by side anyway."
         )
 
 
@@ -176,8 +181,12 @@ def _metric(key: str) -> Callable[[RunRecord], Any]:
     return lambda run: run.metrics.get(key)
 
 
+def _is_of(key: str, split: str) -> bool:
+    return key.startswith(f"{split}/")
+
+
 def _is_count(key: str, split: str) -> bool:
-    return key.startswith(f"{split}/") and is_count(key)
+    return _is_of(key, split) and is_count(key)
 
 
 def _machine(key: str) -> Callable[[RunRecord], Any]:

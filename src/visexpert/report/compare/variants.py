@@ -84,7 +84,7 @@ def _by_seed(variant: Variant) -> Variant:
         if run.seed is not None and run.seed in seen:
             raise ConfigError(
                 f"'{seen[run.seed].folder}' and '{run.folder}' are both '{variant.name}' with seed {run.seed}; give "
-                "one of them, or give them separate names by --group NAME=GLOB."
+                "one of them, or give them separate names by a group (NAME=GLOB)."
             )
         if run.seed is not None:
             seen[run.seed] = run

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from visexpert.errors import ConfigError
+from visexpert.errors import ConfigError, require_checkout
 from visexpert.tabletop import TabletopData
 from visexpert.tabletop.zoo.base import ZooModule
 
@@ -120,6 +120,7 @@ class ShipWeights(Callback):
     ) -> None:
         if not name.isidentifier():
             raise ConfigError(f"ShipWeights: name={name!r} must be one word, such as depth; it becomes a file name.")
+        require_checkout("ShipWeights", out_dir, cards_dir)
         self.name = name
         self.out_dir = Path(out_dir)
         self.cards_dir = Path(cards_dir)

@@ -31,8 +31,11 @@ def main() -> None:
         started = time.perf_counter()
         subprocess.run([sys.executable, "-m", "visexpert.cli", *arguments], check=True, env=environment)
         seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    computed, peak = used.ru_utime + used.ru_stime, used.ru_maxrss / 1e6
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     print(f"demo: {seconds:.0f} s, peak memory of one process {peak:.2f} GB (budget: 480 s, 4 GB)")
+    print(f"CPU time {computed:.0f} s; load of the machine over 1, 5 and 15 minutes at the end: {load}")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 import visexpert
 from benchmarks.family_encoders import Encoder, encoders
 from benchmarks.family_languages import families, write_language
-from visexpert.commands.trial import Asked, Attempt, Role, attempts
-from visexpert.commands.trial.roles import hushed
+from visexpert.commands.trial import Attempt, Request, Role, attempts
+from visexpert.commands.trial.roles import silenced
 
 OUT = Path("docs/families.md")
 KEPT = Path("runs/families")
@@ -35,7 +35,7 @@ class Row:
     """Result of trying a family in one role.
 
     Args:
-        role: ``expert``, ``clip`` or ``language``.
+        role: ``expert``, ``encoder`` or ``language``.
         name: Name of the class, with the kind of tokens.
         verdict: See :class:`~visexpert.commands.trial.Attempt`; ``not reached`` if no model could be made.
         message: Reason, if it does not work.
@@ -77,7 +77,7 @@ class Family:
     title: str
     library: str
     roles: tuple[Role, ...]
-    write: Callable[[Path], tuple[Asked, str]]
+    write: Callable[[Path], tuple[Request, str]]
 
 
 def all_families() -> list[Family]:
@@ -86,13 +86,13 @@ def all_families() -> list[Family]:
 
 
 def _seeing(encoder: Encoder) -> Family:
-    return Family(encoder.title, encoder.library, ("expert", "clip"), lambda folder: (encoder.write(folder), ""))
+    return Family(encoder.title, encoder.library, ("expert", "encoder"), lambda folder: (encoder.write(folder), ""))
 
 
 def _speaking(kind: str) -> Family:
-    def write(folder: Path) -> tuple[Asked, str]:
+    def write(folder: Path) -> tuple[Request, str]:
         broken = write_language(kind, folder)
-        return Asked(str(folder)), broken
+        return Request(str(folder)), broken
 
     return Family(kind, "transformers", ("language",), write)
 
@@ -101,12 +101,12 @@ def try_family(family: Family) -> Tried:
     """Write a model of a family and try it; whatever happens becomes a row."""
     with tempfile.TemporaryDirectory() as name:
         try:
-            with hushed():
-                asked, broken = family.write(Path(name))
+            with silenced():
+                request, broken = family.write(Path(name))
         except Exception as error:  # the recipe failed, not the package
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             return Tried(family.title, family.library, (Row(family.roles[0], "", "not reached", reason),))
-        found = [_row(attempt, name) for attempt in attempts(asked, family.roles)]
+        found = [_row(attempt, name) for attempt in attempts(request, family.roles)]
         if broken and found[0].verdict in ("error", "differs"):
             found = [Row(found[0].role, "", "not reached", f"its own library cannot run it ({broken})")]
         return Tried(family.title, family.library, tuple(found))
@@ -122,7 +122,7 @@ def _row(attempt: Attempt, folder: str) -> Row:
         name=attempt.name + (f", {kind}" if kind else ""),
         verdict=attempt.verdict,
         message=attempt.message.replace(folder, "FOLDER"),
-        equal=compared[0].with_ if compared else attempt.facts.get("not compared", ""),
+        equal=compared[0].reference if compared else attempt.facts.get("not compared", ""),
         difference=worst,
         tokens=f"{grid}, {width} wide" if grid else "",
     )
@@ -194,7 +194,7 @@ def page(found: Sequence[Tried]) -> str:
         f"## Encoders ({_counts(seeing)})",
         "",
         *_table(
-            ("family", "library", "as expert", "tokens", "equal to", "difference", "as CLIP"),
+            ("family", "library", "as expert", "tokens", "equal to", "difference", "as encoder"),
             (line for tried in seeing for line in _encoder_lines(tried)),
         ),
         "",
@@ -245,10 +245,12 @@ def best(tried: Tried) -> str:
 
 
 def _encoder_lines(tried: Tried) -> Iterable[tuple[str, ...]]:
-    clip = next((row for row in tried.rows if row.role == "clip"), None)
-    taught = "" if clip is None or clip.verdict == "refused" else f"{clip.verdict}, {_share(clip.difference)}"
+    found = next((row for row in tried.rows if row.role == "encoder"), None)
+    taught = "" if found is None or found.verdict == "refused" else f"{found.name}: {_share(found.difference)}"
+    if found is not None and found.verdict in ("differs", "error"):
+        taught = f"{found.verdict}, {taught}"
     for row in tried.rows:
-        if row.role == "clip":
+        if row.role == "encoder":
             continue
         if row.verdict == "works":
             yield tried.title, tried.library, row.name, row.tokens, _place(row), _share(row.difference), taught

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES  # type: ignore[attr-defined]
 
 from benchmarks.family_languages import shaken, small_fields
-from visexpert.commands.trial import Asked
+from visexpert.commands.trial import Request
 
 SIDE = 96
 """Side of the images for encoders with a coarse final grid."""
@@ -35,12 +35,12 @@ class Encoder:
 
     title: str
     library: str
-    write: Callable[[Path], Asked]
+    write: Callable[[Path], Request]
 
 
 def encoders() -> list[Encoder]:
     """Return all encoders, in the order of the table."""
-    return [*map(_of_transformers, TRANSFORMERS), *map(_of_timm, TIMM), *map(_of_open_clip, OPEN_CLIP)]
+    return [*map(_of_transformers, TRANSFORMERS), *map(of_timm, TIMM), *map(_of_open_clip, OPEN_CLIP)]
 
 
 # -- transformers -----------------------------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ TRANSFORMERS = [
 
 
 def _of_transformers(family: Published) -> Encoder:
-    def write(folder: Path) -> Asked:
+    def write(folder: Path) -> Request:
         torch.manual_seed(0)
         kind = CONFIG_MAPPING[family.kind]
         config = kind(**_merged(small_fields(kind()), family.fields))
@@ -340,7 +340,7 @@ def _of_transformers(family: Published) -> Encoder:
         processor = getattr(transformers, name.removesuffix("Fast").removesuffix("Pil"))
         sized = {} if family.size is None else {"size": {"height": family.size, "width": family.size}}
         processor(**sized).save_pretrained(folder)
-        return Asked(str(folder))
+        return Request(str(folder))
 
     return Encoder(f"{family.title} (`{family.kind}`)", "transformers", write)
 
@@ -356,7 +356,13 @@ def _merged(below: Options, above: Options) -> dict[str, Any]:
 
 # -- timm -------------------------------------------------------------------------------------------------------------
 
-SMALLER = {"vit_small_patch14_dinov2": 224, "vit_small_patch14_reg4_dinov2": 224, "sam2_hiera_tiny": 256}
+SMALLER = {
+    "vit_small_patch14_dinov2": 224,
+    "vit_small_patch14_reg4_dinov2": 224,
+    "vit_base_patch16_siglip_224": 64,
+    "beit_base_patch16_224": 64,
+    "sam2_hiera_tiny": 256,
+}
 """Sides of the input for models that are slow at their own."""
 
 TIMM: list[tuple[str, str]] = [
@@ -398,16 +404,17 @@ TIMM: list[tuple[str, str]] = [
 """Title and name of the smallest model of each family in timm."""
 
 
-def _of_timm(family: tuple[str, str]) -> Encoder:
+def of_timm(family: tuple[str, str]) -> Encoder:
+    """Return how a model of timm is written, from its title and name."""
     title, name = family
 
-    def write(folder: Path) -> Asked:
+    def write(folder: Path) -> Request:
         import timm
 
         torch.manual_seed(0)
         model = shaken(timm.create_model(name, pretrained=False))
         save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "model.safetensors")
-        return Asked(name, weights=str(folder / "model.safetensors"), image_size=SMALLER.get(name))
+        return Request(name, weights=str(folder / "model.safetensors"), image_size=SMALLER.get(name))
 
     return Encoder(f"{title} (`{name}`)", "timm", write)
 
@@ -463,7 +470,7 @@ OPEN_CLIP: list[tuple[str, dict[str, Any]]] = [
 def _of_open_clip(family: tuple[str, dict[str, Any]]) -> Encoder:
     title, changes = family
 
-    def write(folder: Path) -> Asked:
+    def write(folder: Path) -> Request:
         import open_clip
 
         torch.manual_seed(0)
@@ -476,6 +483,6 @@ def _of_open_clip(family: tuple[str, dict[str, Any]]) -> Encoder:
         save_file({key: value.contiguous() for key, value in state.items()}, folder / "open_clip_model.safetensors")
         written = {"model_cfg": settings, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
         (folder / "open_clip_config.json").write_text(json.dumps(written), encoding="utf-8")
-        return Asked(str(folder))
+        return Request(str(folder))
 
     return Encoder(title, "open_clip", write)

@@ -10,14 +10,13 @@ MLP's in the same round. ``per expert`` runs one expert after another: top-1 on 
 from __future__ import annotations
 
 import argparse
+import datetime
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig
@@ -28,6 +27,8 @@ from visexpert.vision import MoLEFeedForward
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 PLAIN = "plain MLP"
+VARIANTS = ("top-1, per expert", "top-1", "top-1, merged (inference)", "dense, per expert", "dense")
+"""What is compared with the plain MLP."""
 
 
 class PerExpert(nn.Module):
@@ -78,10 +79,10 @@ def make_variants(width: int, hidden: int, dropout: float) -> dict[str, nn.Modul
     return {
         PLAIN: plain,
         "top-1, per expert": PerExpert(top1),
-        "top-1, stacked": top1,
+        "top-1": top1,
         "top-1, merged (inference)": top1.for_inference(),
         "dense, per expert": PerExpert(dense),
-        "dense, stacked": dense,
+        "dense": dense,
     }
 
 
@@ -110,40 +111,48 @@ def _once(module: nn.Module, x_BND: Tensor, clock: Callable[[], float], backward
     return taken
 
 
-def ratio(seconds: dict[str, list[float]], name: str) -> str:
-    """Return the median over rounds of a variant's time divided by the plain MLP's."""
-    pairs = zip(seconds[name], seconds[PLAIN], strict=True)
-    return f"{statistics.median(own / plain for own, plain in pairs):.2f}"
+def ratios(seconds: dict[str, list[float]], name: str) -> str:
+    """Return the median and quartiles, over rounds, of a variant's time divided by the plain MLP's."""
+    found = [own / plain for own, plain in zip(seconds[name], seconds[PLAIN], strict=True)]
+    low, middle, high = statistics.quantiles(found, n=4)
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 def main() -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=1024, help="token width (default: CLIP-L's 1024)")
-    parser.add_argument("--hidden", type=int, default=4096, help="hidden width of the MLP (default: 4096)")
-    parser.add_argument("--tokens", type=int, default=577, help="tokens per image, with [CLS] (default: 577)")
-    parser.add_argument("--batch", type=int, default=1, help="images (default: 1)")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of each variant (default: 7)")
-    parser.add_argument("--dropout", type=float, default=0.05, help="dropout in training (default: 0.05)")
-    parser.add_argument("--threads", type=int, default=1, help="threads (default: 1)")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="wall (default), or cpu for a busy machine")
-    options = parser.parse_args()
+    options = _parser().parse_args()
     torch.set_num_threads(options.threads)
-    variants = make_variants(options.width, options.hidden, options.dropout)
+    made = make_variants(options.width, options.hidden, options.dropout)
+    variants = {name: made[name] for name in made if name in (PLAIN, *options.variants)}
     x_BND = torch.randn(options.batch, options.tokens, options.width)
     clock = CLOCKS[options.clock]
     forward = measure(variants, x_BND, rounds=options.rounds, clock=clock, backward=False)
     trained = {name: module for name, module in variants.items() if "inference" not in name}
     both = measure(trained, x_BND, rounds=options.rounds, clock=clock, backward=True)
-    title = f"{options.batch} x {options.tokens} tokens, width {options.width}, fp32, {options.threads} thread(s)"
-    table = Table("variant", "forward, ms", "ratio", "forward + backward, ms", "ratio", title=title)
+    print(f"{describe_machine()}; {datetime.date.today()}, {options.rounds} rounds, {options.clock} time.")
+    print(f"{options.batch} x {options.tokens} tokens, width {options.width}, float32, dropout {options.dropout}.\n")
+    print("| variant | forward, ms | ratio (quartiles) | forward + backward, ms | ratio (quartiles) |")
+    print("|---|---:|---:|---:|---:|")
     for name in variants:
-        row = [name, f"{1000 * statistics.median(forward[name]):.1f}", ratio(forward, name)]
-        if name in both:
-            row += [f"{1000 * statistics.median(both[name]):.1f}", ratio(both, name)]
-        table.add_row(*row)
-    Console().print(describe_machine())
-    Console().print(table)
+        row = [name]
+        for seconds in (forward, both):
+            there = name in seconds
+            row += [f"{1000 * statistics.median(seconds[name]):.1f}", ratios(seconds, name)] if there else ["", ""]
+        print(f"| {' | '.join(row)} |")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=1024, help="token width (default: CLIP-L's 1024)")
+    parser.add_argument("--hidden", type=int, default=4096, help="hidden width of the MLP (default: 4096)")
+    parser.add_argument("--tokens", type=int, default=577, help="tokens per image, with [CLS] (default: 577)")
+    parser.add_argument("--batch", type=int, default=1, help="images (default: 1)")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of each variant, at least 2 (default: 15)")
+    parser.add_argument("--dropout", type=float, default=0.05, help="dropout in training (default: 0.05)")
+    parser.add_argument("--threads", type=int, default=1, help="threads (default: 1)")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="wall (default), or cpu for a busy machine")
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS, help="variants (default: all)")
+    return parser
 
 
 if __name__ == "__main__":

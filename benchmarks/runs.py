@@ -135,6 +135,7 @@ def _execute(run: Run) -> None:
         resume = begin if run.arguments[0] == "fit" else []
         command, *others = run.arguments
         if command in LIGHTNING:
-            others = [*["--run"] * (command == "fit"), str(run.folder), *others, *resume]
+            # Behind the configurations: their own `run` would win over one before them.
+            others = [*others, "--run", str(run.folder), *resume] if command == "fit" else [str(run.folder), *others]
         main([command, *others])
         (run.folder / DONE).write_text(f"{time.time() - started:.0f} s\n", encoding="utf-8")

@@ -50,8 +50,9 @@ BY_MASK: frozenset[Any] = frozenset(
 COPIES = frozenset({Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__})
 """Methods that copy a tensor to the host, without an operator of their own on a CPU."""
 
-OF_THE_HOST = (str(Path("torch", "optim")),)
-"""Code whose reads do not count: torch's optimizers keep their step counts in tensors on the host."""
+OF_THE_HOST = (str(Path("torch", "optim")), str(Path("store", "shard.py")), str(Path("vision", "mole_host.py")))
+"""Code whose reads do not count, because its tensors are on the host: the step counts of torch's optimizers, what the
+feature store maps from its files, and MoLE's functions for a CPU, which a GPU does not call."""
 
 
 @dataclass(frozen=True)

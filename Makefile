@@ -49,6 +49,10 @@ figures: $(STAMP) ## Draw the README's gate maps and captions again, from the de
 test: $(STAMP) ## Run the tests that need no GPU, no network and no patience
 	$(PY) -m pytest $(PYTEST_ARGS)
 
+.PHONY: test-long
+test-long: $(STAMP) ## Run the tests marked long: what the quick ones prove, at a larger scale (minutes)
+	$(PY) -m pytest $(PYTEST_ARGS) -m "long and not gpu and not network and not browser"
+
 .PHONY: coverage
 coverage: $(STAMP) ## Run the same tests and print what lines they miss (no gate; slower before Python 3.12)
 	$(PY) -m pytest $(PYTEST_ARGS) --cov --cov-report=term
@@ -63,7 +67,7 @@ check: $(STAMP) ## Lint, format, types, import law
 .PHONY: wheel
 wheel: $(STAMP) ## Build wheel and sdist into dist/ and check what they say of themselves
 	rm -rf dist
-	$(PY) -m build
+	$(PY) -m build --no-isolation # hatchling is among the tools; two environments for it alone take longer than the rest
 	$(PY) -m twine check --strict dist/*
 
 .PHONY: check-wheel
@@ -72,7 +76,7 @@ check-wheel: wheel ## Install the wheel outside the clone, and run demo, fit, ex
 
 .PHONY: docs
 docs: $(STAMP) ## Build the documentation into site/ (a broken link or an undocumented public name fails)
-	@$(PY) -m mkdocs --version > /dev/null 2>&1 || $(PY) -m pip install -e '.[docs]'
+	@$(PY) -c 'import latex2mathml, material, mkdocstrings' 2> /dev/null || $(PY) -m pip install -e '.[docs]'
 	$(PY) -m mkdocs build --strict
 
 .PHONY: check-tag
@@ -86,6 +90,10 @@ check-tag: ## Check that TAG=vX.Y.Z is the version of the package, of CITATION.c
 .PHONY: check-quickstart
 check-quickstart: $(STAMP) ## Follow the quickstart with images of one's own, from training to export, and print the times
 	$(PY) -m tests.docs.follow "$(BIN)"
+
+.PHONY: check-pages
+check-pages: $(STAMP) ## Run every block of README and docs at smoke scale, to its end (minutes)
+	$(PY) -m pytest tests/docs/check_pages.py -n auto --maxprocesses 2 --dist worksteal --durations=20
 
 .PHONY: format
 format: $(STAMP) ## Format the code and mend what the linter can mend

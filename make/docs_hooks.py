@@ -1,18 +1,23 @@
-"""Pages of the site that lie outside docs/: CONTRIBUTING.md and CHANGELOG.md, with links that lead from there."""
+"""Pages of the site that lie outside docs/ (CONTRIBUTING.md and CHANGELOG.md), and equations as MathML."""
 
 from __future__ import annotations
 
+import html
 import inspect
 import re
 from pathlib import Path
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File, Files
 
 log = get_plugin_logger("visexpert")
 
 ROOT = Path(__file__).parents[1]
+EQUATION = re.compile(
+    r'<(?P<tag>span|div) class="arithmatex">\\(?:\((?P<inline>.*?)\\\)|\[(?P<block>.*?)\\\])</(?P=tag)>', re.S
+)
 PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 
 
@@ -33,6 +38,24 @@ def on_pre_build(*, config: Any) -> None:
             log.warning("docs/api.md has no entry for visexpert.%s", name)
         if not inspect.getdoc(getattr(visexpert, name)):
             log.warning("visexpert.%s has no docstring", name)
+
+
+def on_page_content(text: str, *, page: Any, **_: Any) -> str:
+    """Return the page with its equations as MathML, which browsers draw without a script."""
+
+    def draw(found: re.Match[str]) -> str:
+        block = found["block"] is not None
+        latex = html.unescape(found["block"] if block else found["inline"]).strip()
+        try:
+            drawn = convert(latex, display="block" if block else "inline")
+        except Exception as error:  # its exceptions have no common class
+            log.warning("%s: cannot draw %r: %r", page.file.src_uri, latex, error)  # a warning fails the build
+            return found[0]
+        if unknown := re.findall(r"\\\w+", drawn):
+            log.warning("%s: cannot draw %s in %r", page.file.src_uri, unknown, latex)
+        return drawn
+
+    return EQUATION.sub(draw, text)
 
 
 def from_docs(text: str) -> str:

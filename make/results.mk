@@ -16,6 +16,10 @@ results-movekd: $(STAMP) ## Measure MoVE-KD on Tabletop: main rows, little text,
 	$(PY) -m benchmarks.tune_movekd --jobs $(JOBS)
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.results_movekd --jobs $(JOBS)
 
+.PHONY: results-distill
+results-distill: $(STAMP) ## Measure what agglomerative encoders add to distillation from images alone, three seeds (half an hour on two cores, resumable)
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.results_distill --jobs $(JOBS)
+
 .PHONY: results-comparison
 results-comparison: $(STAMP) ## Compare both methods and their mixes: the matrix at the default scale, shares of the scenes (about two hours on two cores, resumable)
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.results_comparison --jobs $(JOBS)

@@ -23,6 +23,7 @@ EVERYWHERE = frozenset(
         "interruption",
         "trust",
         "precision",
+        "processes",
         "overlays",
         "parse_errors",
         "run_arguments",

@@ -86,7 +86,7 @@ KINDS: dict[str, Callable[[Path], Method]] = {
     "tove, frozen bert": lambda _: reading(BertDecoder(config=BERT), language_lr=0.0),
     "movekd": lambda _: tiny_movekd(),
     "movekd, frozen language": lambda _: tiny_movekd(language_lr=0.0),
-    "movekd, language joins": lambda _: tiny_movekd(language_frozen_steps=2),
+    "movekd, language joins": lambda _: tiny_movekd(language_frozen_steps=2, alignment="to_student"),
     "movekd, first stage": lambda _: tiny_movekd(**PAPER, **STAGE_1),
     "movekd, no balance": lambda _: tiny_movekd(balance_weight=0.0),
     "movekd, scaled router": lambda _: tiny_movekd(balance_weight=0.0, mole={"router": "scaled"}),

@@ -18,8 +18,8 @@ from visexpert.methods import Method
 from visexpert.tabletop import TabletopData
 
 KINDS: dict[str, Callable[[], Method]] = {
-    "tove": lambda: shake(tiny_tove(caption_images=7, meteor=False, balance_weight=0.0)),
-    "movekd": lambda: shaken(tiny_movekd(caption_images=7, meteor=False, plain=True, alignment="to_student")),
+    "tove": lambda: shake(tiny_tove(caption_images=7, meteor=False)),
+    "movekd": lambda: shaken(tiny_movekd(caption_images=7, meteor=False, plain=True)),
     "merging": lambda: merging_of(
         teacher=shake(tiny_tove()), caption_images=3, meteor=False, lm_weight=0.5, language_lr=1e-3
     ),
@@ -37,7 +37,7 @@ class Losses(L.Callback):
 
 
 def scored(folder: Path, scenes: Path, kind: str, *, batch_size: int, **options: Any) -> dict[str, Any]:
-    """Metrics of validation and test, and the losses of two steps, of one kind."""
+    """The losses of two steps of one kind, then metrics of validation and test."""
     torch.manual_seed(0)
     model = KINDS[kind]()
     data = TabletopData(
@@ -50,18 +50,18 @@ def scored(folder: Path, scenes: Path, kind: str, *, batch_size: int, **options:
         eval_batch_size=4,
     )
     found: dict[str, Any] = {}
-    for stage in ("validate", "test"):
-        trainer = bare_trainer(folder, steps=2, limit_val_batches=1.0, **options)
-        getattr(trainer, stage)(model, datamodule=data, verbose=False)
-        found |= {name: float(value) for name, value in trainer.callback_metrics.items()}
     losses = Losses()
     bare_trainer(folder, steps=2, callbacks=[losses], log_every_n_steps=1, enable_checkpointing=False, **options).fit(
         model, datamodule=data
     )
     for step, row in enumerate(losses.rows):
-        # What a batch decides as a whole, such as variance across its images, is a mean over processes.
-        own = [name for name in row if "variance" in name or name in ("train/balance_loss", "train/nmse")]
+        # What is only watched, such as variance across images, is a mean over processes.
+        own = [name for name in row if "variance" in name or name == "train/nmse"]
         found |= {f"{name} of step {step}": value for name, value in row.items() if name not in own}
+    for stage in ("validate", "test"):
+        trainer = bare_trainer(folder, steps=2, limit_val_batches=1.0, **options)
+        getattr(trainer, stage)(model, datamodule=data, verbose=False)
+        found |= {name: float(value) for name, value in trainer.callback_metrics.items()}
     return found
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visexpert.errors import ConfigError
+from visexpert.processes import summed
 
 RelationForm = Literal["symmetric", "asymmetric"]
 
@@ -89,9 +90,13 @@ def kept_teachers(losses_BK: Tensor, drop: float, *, generator: torch.Generator 
 
 
 def rescaled(weights_BK: Tensor, kept_BK: Tensor) -> Tensor:
-    """Return ``weights_BK`` with those of dropped teachers at 0, the rest scaled to the same sum over the batch."""
+    """Return ``weights_BK`` with those of dropped teachers at 0, the rest scaled to the same sum over the batch.
+
+    The batch is that of all processes that train together.
+    """
     left_BK = weights_BK * kept_BK
-    return left_BK * (weights_BK.sum() / left_BK.sum().clamp_min(torch.finfo(left_BK.dtype).tiny))
+    before, after = summed(torch.stack([weights_BK.sum(), left_BK.sum()])).unbind()
+    return left_BK * (before / after.clamp_min(torch.finfo(left_BK.dtype).tiny))
 
 
 def loss_shares(means_K: Tensor, weights_K: Tensor) -> Tensor:

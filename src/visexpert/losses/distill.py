@@ -15,12 +15,13 @@ from torch import Tensor
 
 from visexpert.errors import ConfigError
 from visexpert.names import CLIP
+from visexpert.processes import summed
 from visexpert.types import imaged
 
 Convention = Literal["released", "paper"]
 
 DOMINANT = 0.8
-"""Batch-mean weight of a single teacher above which the released code flattens all weights."""
+"""Mean weight of a single teacher over a batch above which the released code flattens all weights."""
 
 
 def cls_token_weights(cls_logits_BHN: Tensor, convention: Convention = "paper", *, detach: bool = True) -> Tensor:
@@ -62,8 +63,9 @@ def teacher_weights(
 
     The anchor keeps ``clip_teacher_weight``; the others share the rest by the softmax of mean_m <cls, z_tm>, which
     ``paper`` divides by sqrt(D). ``released`` does not, and where one teacher's mean over the batch exceeds .8 it
-    applies softmax(u + .2) = softmax(u) to all weights u, so one image changes the weights of the others. If the anchor
-    is not among the targets, the others share the full weight; on its own it has weight 1.
+    applies softmax(u + .2) = softmax(u) to all weights u, so one image changes the weights of the others. Processes
+    that train together take the mean over the images of all. If the anchor is not among the targets, the others share
+    the full weight; on its own it has weight 1.
 
     Args:
         cls_BD: [CLS] token of CLIP, in the space of the targets.
@@ -100,7 +102,9 @@ def teacher_weights(
         weights_BU = (scores_BU / cls_BD.shape[-1] ** 0.5).softmax(-1)
     else:
         weights_BU = scores_BU.softmax(-1)
-        dominant = _mean_over_images(weights_BU.detach(), has_image_B).amax() > DOMINANT
+        seen_BU = imaged(weights_BU.detach(), has_image_B)
+        sums_2U = summed(torch.stack([seen_BU.sum(0), torch.full_like(seen_BU.sum(0), len(seen_BU))]))
+        dominant = (sums_2U[0] / sums_2U[1].clamp_min(1)).amax() > DOMINANT
         weights_BU = torch.where(dominant, (weights_BU + 0.2).softmax(-1), weights_BU)
     return _beside_anchor(weights_BU, targets, anchor, clip_teacher_weight)
 

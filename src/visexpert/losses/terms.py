@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visexpert.errors import ConfigError
+from visexpert.processes import summed
 from visexpert.types import imaged
 
 
@@ -50,7 +51,8 @@ def gate_balance(
     et al. 2017, eqs. 6-11. The counted load has no gradient; pass ``load_K`` (the smooth estimate of a noisy gate) to
     get one. ``switch``: K * sum_k f_k P_k with f the share of tokens won and P the mean gate (Fedus et al. 2021, eq.
     4). ToVE cites Shazeer's approach; the paper confirms neither weight nor form. Neither form is linear in the tokens:
-    where a step has several batches or processes, methods average their losses, weighted by the number of images.
+    processes that train together add up what both forms count, and where a step has several batches, methods average
+    their losses, weighted by the number of images.
 
     Args:
         gates_BTK: Gates, float, summing to one over attached experts.
@@ -61,22 +63,23 @@ def gate_balance(
 
     Returns:
         Scalar, float32 or better; 0 at perfect balance for ``cv``, 1 for ``switch``. With a single expert the value is
-        also 0 or 1, without a gradient.
+        also 0 or 1, without a gradient; 0 (with a graph) for no token.
     """
     if form not in ("cv", "switch"):
         raise ConfigError(f"gate_balance: form={form!r} is unknown; use 'cv' or 'switch'.")
     full = torch.promote_types(gates_BTK.dtype, torch.float32)
     # Masked sums keep the number of attached experts on the device, so that the host need not wait for it.
     gates_NK = gates_BTK.flatten(0, -2).to(full).masked_fill(~attached_K, 0.0)
-    if not gates_NK.numel():
-        return gates_NK.sum()
     ranked_NK = gates_NK.masked_fill(~attached_K, -1.0)
     won_N1 = ranked_NK.topk(min(top_k, gates_NK.shape[-1]), dim=-1).indices if top_k > 1 else _first_largest(ranked_NK)
     won_K = torch.zeros_like(gates_NK).scatter(-1, won_N1, 1.0).sum(0) * attached_K
+    load_K = won_K if load_K is None or form == "switch" else load_K.to(full)
+    counts_K = torch.full_like(won_K, len(gates_NK))
+    importance_K, load_K, counts_K = summed(torch.stack([gates_NK.sum(0), load_K, counts_K])).unbind()
     if form == "switch":
-        return attached_K.sum() * (won_K / won_K.sum().clamp_min(1) * gates_NK.mean(0)).sum()
-    load_K = won_K if load_K is None else load_K.to(full)
-    return _squared_variation(gates_NK.sum(0), attached_K) + _squared_variation(load_K, attached_K)
+        mean_K = importance_K / counts_K.clamp_min(1)
+        return attached_K.sum() * (load_K / load_K.sum().clamp_min(1) * mean_K).sum()
+    return _squared_variation(importance_K, attached_K) + _squared_variation(load_K, attached_K)
 
 
 def router_balance(

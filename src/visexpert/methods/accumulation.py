@@ -22,8 +22,9 @@ class StepShares:
     the step, in every precision and before clipping; likewise for images. This takes one sum over processes per step.
 
     It is exact for text, distillation, merging's distance and the routers' balance, which are means over tokens or
-    images. It is not for what depends on a whole batch: the balance of ToVE's gate (CV^2 per batch, averaged over
-    batches, weighted by images), the released rule for dominant teachers, and the running statistics that standardize
+    images. What depends on a whole batch takes that of all processes (:mod:`visexpert.processes`), but of one
+    accumulated batch at a time: the balance of ToVE's gate (CV^2 per batch, averaged over batches, weighted by images),
+    the released rule for dominant teachers, dropped and balanced teachers, and the running statistics that standardize
     teachers. With tiles, merging's distance and the routers' balance of a batch are means over its views.
     """
 

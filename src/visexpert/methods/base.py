@@ -40,6 +40,7 @@ from visexpert.methods.step import (
 )
 from visexpert.methods.views import EncoderViews
 from visexpert.optim import adamw_and_cosine
+from visexpert.processes import one_batch
 from visexpert.typed import typed
 from visexpert.types import Batch, ImageSource, Unit, VisionTokens, check_images, images_are_checked, no_batch
 from visexpert.vision import VisionEncoder, collect_routing
@@ -405,16 +406,17 @@ class Method(CheckpointedModule):
             The batch's share of the loss of its optimizer step. Over all batches and processes of the step, the text
             loss is a mean over supervised tokens, the other terms are means over images.
         """
-        output = self.step(batch)
+        together = self._trainer is not None and self.trainer.world_size > 1
+        with one_batch(together=together):
+            output = self.step(batch)
         loss = output.shared(self._batch_shares)
         if self._trainer is not None:
             self._finite.note(batch, output)
-        self._log_step(output, batch)
+        self._log_step(output, batch, together=together)
         return loss
 
-    def _log_step(self, output: StepOutput, batch: Batch) -> None:
+    def _log_step(self, output: StepOutput, batch: Batch, *, together: bool) -> None:
         """Log the loss of all processes, and its parts when a row is written."""
-        together = self._trainer is not None and self.trainer.world_size > 1
         is_row = self._trainer is not None and writes_row(self.trainer)
         counts = _counts(batch)
         loss = loss_over_processes(output, counts, together=together)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visexpert.errors import ConfigError
+from visexpert.processes import summed, together
 
 Standardization = Literal["channel", "phi_s"]
 
@@ -29,8 +30,8 @@ class Standardize(nn.Module):
     """Standardizes tokens to zero mean and unit variance per channel, with statistics over all tokens seen in training.
 
     Statistics are cumulative (each batch counts equally) instead of per batch or per token, so that an image's target
-    does not depend on its batch and settles with time. They are saved in the checkpoint; DDP uses those of rank 0.
-    Before any training, the statistics of the batch are used.
+    does not depend on its batch and settles with time. They are saved in the checkpoint. Processes that train together
+    count their batches as one. Before any training, the statistics of the batch are used.
 
     Args:
         dim: Number of channels.
@@ -55,10 +56,10 @@ class Standardize(nn.Module):
         statistics = self.statistics
         assert statistics.running_mean is not None and statistics.running_var is not None
         tokens_BTE = tokens_BTE.detach().to(statistics.running_mean.dtype)
+        if self.training and (tokens_BTE.numel() or together()):
+            self._learn(tokens_BTE.flatten(0, 1))
         if tokens_BTE.numel() == 0:
             return tokens_BTE
-        if self.training:
-            self._learn(tokens_BTE.flatten(0, 1))
         mean_E, var_E = statistics.running_mean, statistics.running_var
         if not self.training and not statistics.num_batches_tracked:
             var_E, mean_E = torch.var_mean(tokens_BTE, dim=(0, 1))
@@ -66,11 +67,10 @@ class Standardize(nn.Module):
 
     def _learn(self, tokens_ME: Tensor) -> None:
         """Update as BatchNorm1d does, but skip a batch that is not finite. The host does not wait for the device."""
-        statistics, seen = self.statistics, tokens_ME.new_zeros(2, tokens_ME.shape[1])
+        statistics, seen = self.statistics, _mean_and_variance(tokens_ME)
         assert statistics.running_mean is not None and statistics.running_var is not None
         tracked = statistics.num_batches_tracked
         assert tracked is not None
-        F.batch_norm(tokens_ME, seen[0], seen[1], training=True, momentum=1.0)  # the batch's mean and variance, fast
         fine = seen.isfinite().all()
         tracked.add_(fine.to(tracked.dtype))
         share = torch.where(fine, 1.0 / tracked.clamp_min(1), torch.zeros_like(seen[0, 0]))
@@ -87,7 +87,8 @@ class PhiS(nn.Module):
     squared error weighs what the teacher varies most in, and the original tokens can be restored.
 
     The map is computed once, because its eigenvectors would jump between batches: by :meth:`fit` before training, else
-    from the first finite batch of training. It is saved in the checkpoint. Before that, the batch's own is used.
+    from the first finite batch of training, that of all processes. It is saved in the checkpoint. Before that, the
+    batch's own is used.
 
     Args:
         dim: Number of channels E.
@@ -140,10 +141,10 @@ class PhiS(nn.Module):
     def forward(self, tokens_BTE: Tensor) -> Tensor:
         """Standardize tokens (B, T, E) of images; the result has no graph."""
         tokens_BTE = tokens_BTE.detach().to(self.mean_E.dtype)
+        if self.training and not self.ready() and (tokens_BTE.numel() or together()):
+            self.fit([tokens_BTE])
         if tokens_BTE.numel() == 0:
             return tokens_BTE
-        if self.training and not self.ready():
-            self.fit([tokens_BTE])
         mean_E, rotation_EE, scale = self.mean_E, self.rotation_EE, self.scale
         if not self.ready() and (own := _moments([tokens_BTE])) is not None:
             mean_E, rotation_EE, scale = (part.to(tokens_BTE) for part in _phi_s(*own))
@@ -216,24 +217,48 @@ def _is_prime(number: int) -> bool:
     return number > 1 and all(number % divisor for divisor in range(2, math.isqrt(number) + 1))
 
 
+def _mean_and_variance(tokens_ME: Tensor) -> Tensor:
+    """Return the mean and unbiased variance (2, E) of the tokens of all processes; not finite without any."""
+    count, own_2E = len(tokens_ME), tokens_ME.new_zeros(2, tokens_ME.shape[1])
+    if count > 1 or not together():
+        F.batch_norm(tokens_ME, own_2E[0], own_2E[1], training=True, momentum=1.0)  # fast
+    elif count:
+        own_2E[0] = tokens_ME[0]
+    if not together():
+        return own_2E
+    mean_E, total = _mean_over_processes(own_2E[0], count)
+    scatter_E = summed(own_2E[1] * max(count - 1, 0) + count * (own_2E[0] - mean_E).square())
+    return torch.stack([mean_E, scatter_E / (total - 1)])
+
+
+def _mean_over_processes(mean_E: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the mean of what each process has the mean and number of, and the number of all."""
+    sums = summed(torch.cat([mean_E * count, mean_E.new_full((1,), count)]))
+    return sums[:-1] / sums[-1], sums[-1]
+
+
 def _moments(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor] | None:
     """Return mean (E,) and covariance (E, E) of the rows of all finite batches, float64; None without any.
 
-    Batches are joined around their own means (Chan et al. 1979), so a mean far from zero costs no digits.
+    Batches, and processes that train together, are joined around their own means (Chan et al. 1979), so a mean far from
+    zero costs no digits.
     """
     count, mean_E, scatter_EE = 0, torch.zeros(()), torch.zeros(())
     for batch in batches:
         rows_ME = batch.detach().flatten(0, -2).double()
-        if not len(rows_ME) or not bool(rows_ME.isfinite().all()):
-            continue
-        own_E = rows_ME.mean(0)
+        rows_ME = rows_ME[: len(rows_ME) if bool(rows_ME.isfinite().all()) else 0]
+        own_E = rows_ME.sum(0) / max(len(rows_ME), 1)
         centered_ME = rows_ME - own_E
         apart_E = own_E - mean_E.to(own_E)
-        total = count + len(rows_ME)
+        total = max(count + len(rows_ME), 1)
         within_EE = centered_ME.T @ centered_ME
         between_EE = torch.outer(apart_E, apart_E) * (count * len(rows_ME) / total)
         scatter_EE = scatter_EE.to(own_E) + within_EE + between_EE
-        mean_E, count = mean_E.to(own_E) + apart_E * (len(rows_ME) / total), total
+        mean_E, count = mean_E.to(own_E) + apart_E * (len(rows_ME) / total), count + len(rows_ME)
+    if together():
+        own_E, (mean_E, counted) = mean_E, _mean_over_processes(mean_E, count)
+        scatter_EE = summed(scatter_EE + count * torch.outer(own_E - mean_E, own_E - mean_E))
+        count = int(counted)
     return (mean_E, scatter_EE / count) if count else None
 
 

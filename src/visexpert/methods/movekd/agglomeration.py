@@ -12,6 +12,7 @@ from visexpert.errors import ConfigError
 from visexpert.losses import kept_teachers, loss_shares, relation_errors, rescaled, summary_errors
 from visexpert.methods.settings import AgglomerationSettings
 from visexpert.precision import like_weights
+from visexpert.processes import summed
 from visexpert.transfer import KDPair, token_map
 from visexpert.types import ExpertTokens
 
@@ -98,7 +99,7 @@ class Agglomeration(nn.Module):
         """
         watched: dict[str, Tensor] = {}
         losses_BK = errors_BK + self._added(pairs, summary_BD, teachers, watched)
-        if self.training and len(losses_BK) and self.free:  # plain in validation, so that runs can be compared
+        if self.training and self.free:  # plain in validation, so that runs can be compared
             if self.settings.balance == "running_mean":
                 losses_BK = self._balanced(losses_BK, weights_BK, watched)
             if self.settings.drop > 0:
@@ -116,12 +117,14 @@ class Agglomeration(nn.Module):
     def _shares(self, losses_BU: Tensor, weights_BU: Tensor) -> Tensor:
         """Update the running means, and return the factor of each teacher's loss."""
         means = [self.get_buffer(_mean_of(self.names[index])) for index in self.free]
-        for mean, now in zip(means, losses_BU.mean(0), strict=True):
+        images_U = torch.full_like(losses_BU.sum(0), len(losses_BU))
+        losses_U, weights_U, images_U = summed(torch.stack([losses_BU.sum(0), weights_BU.sum(0), images_U])).unbind()
+        for mean, now in zip(means, losses_U / images_U, strict=True):  # NaN without any image, which is passed over
             moved = torch.where(
                 mean.isnan(), now.to(mean), torch.lerp(now.to(mean), mean, self.settings.balance_momentum)
             )
             mean.copy_(torch.where(now.isfinite(), moved, mean))
-        return loss_shares(torch.stack(means).to(losses_BU), weights_BU.mean(0))
+        return loss_shares(torch.stack(means).to(losses_BU), weights_U / images_U.clamp_min(1))
 
     def _balanced(self, losses_BK: Tensor, weights_BK: Tensor, watched: dict[str, Tensor]) -> Tensor:
         """Return the losses, each divided by its running mean; note the factors."""

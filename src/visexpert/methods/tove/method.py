@@ -150,12 +150,10 @@ class ToVE(FusingMethod):
         balance = self._balance(gate, batch.has_image_B)
         return VisionTokens(fused_BTD, clip.grid_hw, gates_BTK=gate.gates_BTK, balance=balance)
 
-    def _balance(self, gate: GateOutput, has_image_B: Tensor | None) -> Tensor | None:
-        """Return L_aux over samples with an image; None if none has one."""
+    def _balance(self, gate: GateOutput, has_image_B: Tensor | None) -> Tensor:
+        """Return L_aux over samples with an image."""
         assert self.gate is not None
         gates_BTK = imaged(gate.gates_BTK, has_image_B)
-        if not len(gates_BTK):
-            return None
         load_K = None if gate.load_BK is None else imaged(gate.load_BK, has_image_B).sum(0)
         return gate_balance(gates_BTK, gate.attached_K, self.balance_form, load_K=load_K, top_k=self.gate.top_k or 1)
 

@@ -1,0 +1,66 @@
+"""Sums over the processes of a training step, for what a batch decides as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_TOGETHER: ContextVar[bool] = ContextVar("one_batch", default=False)
+
+
+@contextmanager
+def one_batch(*, together: bool) -> Iterator[None]:
+    """Take the batches of all processes as one in this context: :func:`summed` adds up what each of them has.
+
+    Args:
+        together: Whether there are several processes; every one must then enter, and run the same code inside.
+    """
+    token = _TOGETHER.set(together)
+    try:
+        yield
+    finally:
+        _TOGETHER.reset(token)
+
+
+def together() -> bool:
+    """Return whether :func:`summed` adds up anything here."""
+    return _TOGETHER.get()
+
+
+def summed(values: Tensor) -> Tensor:
+    """Return the sum over processes within :func:`one_batch`, with a gradient; elsewhere the values themselves.
+
+    The gradient is a sum over processes, too: of a loss that each process computes from the sums and weights by its
+    share, as :class:`~visexpert.methods.accumulation.StepShares` does.
+
+    Args:
+        values: Float, of the same shape and dtype on every process.
+    """
+    if not _TOGETHER.get():
+        return values
+    total: Tensor = _Sum.apply(values)
+    return total
+
+
+class _Sum(torch.autograd.Function):
+    """The function of this name in torch.distributed.nn is deprecated, and what replaces it is private."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return _reduced(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _reduced(gradients[0])
+
+
+def _reduced(values: Tensor) -> Tensor:
+    total = values.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from visexpert.data.packing import IntArray
 from visexpert.errors import ConfigError, DataError
@@ -23,8 +23,18 @@ from visexpert.io.weights import cache_root
 from visexpert.trust import require_pipe
 from visexpert.types import Skipped
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Record = dict[str, Any]
 """What a shard holds of one sample: ``__key__`` and the bytes of each file by suffix (``jpg``, ``txt``, ``json``)."""
+
+MOST_BYTES = 2**29
+"""Most bytes of a record, headers included: an image of 16 bits that is not compressed stays below."""
+MOST_IN_HEADER = 2**20
+"""Most bytes of a name, or of an extended header, in a tar."""
+MOST_TIMES = 100
+"""Most times its own size that a compressed shard may unpack to."""
 
 
 class ShardReader:
@@ -125,12 +135,55 @@ def split_member(name: str) -> tuple[str, str] | None:
 
 def _files(stream: Any) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of each regular member of a tar, compressed or not."""
-    with tarfile.open(fileobj=stream, mode="r|*") as tar:
-        for member in tar:
-            file = tar.extractfile(member) if member.isreg() else None
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as tar:
+        for member in _regular(tar):
+            file = tar.extractfile(member)
             if file is not None:
                 yield member.name, file.read()
-            tar.members = []  # type: ignore[attr-defined]  # drop the headers already read
+
+
+def _regular(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the files of a tar, whose headers are dropped once they are read.
+
+    Raises:
+        tarfile.ReadError: A size is one that no shard has. That of an extended header is known only here.
+    """
+    for member in tar:
+        _check_size(member.size, MOST_BYTES)
+        if member.isreg():
+            yield member
+        tar.members = []  # type: ignore[attr-defined]
+
+
+class _Header(tarfile.TarInfo):
+    """A header that is checked before anything is read by it.
+
+    tarfile believes a size, even one below 0, and takes a damaged header for the end of the tar.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(str(error)) from error
+        _check_size(header.size, MOST_IN_HEADER if header.type in _ABOUT_ANOTHER else MOST_BYTES)
+        return header
+
+
+_ABOUT_ANOTHER = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+"""Types of members that say something of the next one, and are read into memory at once."""
+
+
+def _check_size(size: int, most: int) -> None:
+    if not 0 <= size <= most:
+        raise tarfile.ReadError(f"a header states {size:,} bytes, at most {most:,} are read")
 
 
 def _grouped(files: Iterable[tuple[str, bytes]], url: str) -> Iterator[Record | DataError]:
@@ -138,11 +191,17 @@ def _grouped(files: Iterable[tuple[str, bytes]], url: str) -> Iterator[Record | 
     members = ((*split, data) for name, data in files if (split := split_member(name)) is not None)
     for key, group in groupby(members, key=lambda member: member[0]):
         record: Record = {"__key__": key}
-        twice = ""
+        twice, size = "", 0
         for _, suffix, data in group:
+            size += tarfile.BLOCKSIZE + len(data)
             twice = suffix if suffix in record else twice
-            record[suffix] = data
-        if twice:
+            if size <= MOST_BYTES:
+                record[suffix] = data
+            else:
+                record.clear()
+        if size > MOST_BYTES:
+            yield DataError(f"The record {url}/{key} has more than {MOST_BYTES:,} bytes in the shard; leave it out.")
+        elif twice:
             yield DataError(f"The record {url}/{key} has several members {key}.{twice}; write each once.")
         else:
             yield record
@@ -286,19 +345,21 @@ def _counted(path: Path) -> int:
         number = _groups(path)
         with whole_file(note) as part:
             part.write_text(json.dumps(number), encoding="utf-8")
-    except (OSError, tarfile.TarError, ValueError) as error:
+    except Exception as error:  # decompressors raise many kinds
         raise DataError(f"The shard {path} cannot be counted ({told(error)}); fetch it again.") from error
     return number
 
 
 def _groups(path: Path) -> int:
     number, previous = 0, ""
-    with tarfile.open(path, "r:*") as tar:
-        for member in tar:
-            named = split_member(member.name) if member.isreg() else None
+    most = MOST_TIMES * path.stat().st_size
+    with tarfile.open(path, "r:*", tarinfo=_Header) as tar:
+        for member in _regular(tar):
+            if tar.offset > most:  # where the next header is
+                raise tarfile.ReadError(f"it unpacks to more than {MOST_TIMES} times its size")
+            named = split_member(member.name)
             if named is None:
                 continue
             number += named[0] != previous
             previous = named[0]
-            tar.members = []  # type: ignore[attr-defined]
     return number

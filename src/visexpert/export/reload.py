@@ -128,7 +128,7 @@ def run_transformers(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
     import torch
     from transformers import AutoImageProcessor, AutoModel
 
-    whole: Any = AutoModel.from_pretrained(folder, local_files_only=True).float().eval()
+    whole: Any = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False).float().eval()
     found = (getattr(whole, name, None) for name in ("vision_model", "vision_tower"))
     model = next((part for part in found if part is not None), whole)
     asked = inspect.signature(model.forward).parameters
@@ -145,7 +145,9 @@ def run_transformers(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
             for pixels in batches(inputs, "pixel_values")
         ]
     images = list(photos(inputs))
-    processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True) if images else None
+    processor: Any = (
+        AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False) if images else None
+    )
     return joined(runs) | {name: processor(images=image, return_tensors="np")["pixel_values"] for name, image in images}
 
 
@@ -219,8 +221,10 @@ def run_llava(folder: Path, inputs: Arrays, facts: Any) -> Arrays:
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(folder, local_files_only=True).float()
-    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    model = LlavaForConditionalGeneration.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    ).float()
+    processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     runs = []
     for pixels, ids in zip(batches(inputs, "pixel_values"), batches(inputs, "input_ids"), strict=True):
         pixels, ids = torch.from_numpy(pixels), torch.from_numpy(ids)

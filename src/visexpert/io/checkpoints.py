@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from visexpert.errors import WeightsError, first_line
+from visexpert.io.reading import check_unpacked
 from visexpert.io.sharded import is_sharded, read_facts, read_sharded
 
 log = logging.getLogger(__name__)
@@ -129,6 +130,7 @@ def _changed(path: Path) -> int:
 
 
 def _read(path: Path, *, lazily: bool = False) -> dict[str, Any]:
+    check_unpacked(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
     except RuntimeError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import stat
+import zipfile
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,26 @@ def check_regular(path: str | Path) -> None:
     """
     if not stat.S_ISREG(Path(path).stat().st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def check_unpacked(path: Path) -> None:
+    """Check that a zip holds its files as they are, as torch writes them: one that is packed may fill the memory.
+
+    Anything but a zip is left to its reader.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: The files take more bytes than the zip, or its list of them is damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError(str(error)) from None
+    if size > path.stat().st_size:
+        raise ValueError(f"it is a zip of {path.stat().st_size:,} bytes that unpacks to {size:,}")
 
 
 def read_text(path: Path) -> str:

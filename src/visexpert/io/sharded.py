@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visexpert.io.reading import check_unpacked
+
 INDEX, FACTS = ".metadata", "meta.pt"
 """Files of a folder that FSDP wrote through Lightning: the places of the shards, and everything but the weights."""
 
@@ -67,6 +69,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     for file in shards:
         if not zipfile.is_zipfile(file):
             raise ValueError(f"{file.name} is cut off")
+        check_unpacked(file)
         if foreign := set(torch.serialization.get_unsafe_globals_in_checkpoint(str(file))) - _DEEPSPEEDS:
             raise ValueError(f"{file.name} names {', '.join(sorted(foreign))}, which could run code")
     states = [file for file in shards if file.name.endswith("model_states.pt")]
@@ -194,6 +197,7 @@ def _weights_only() -> Iterator[None]:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    check_unpacked(path)
     loaded = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(loaded, dict):
         raise ValueError(f"{path.name} is not a dictionary")

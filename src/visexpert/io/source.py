@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, constants, hf_hub_download, snapshot_down
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from visexpert.errors import WeightsError
-from visexpert.io.reading import read_object
+from visexpert.io.reading import check_unpacked, read_object
 
 ZOO = Path(__file__).parents[1] / "tabletop" / "zoo" / "weights"
 """Folder of the shipped weights."""
@@ -131,12 +131,17 @@ class ModelSource:
         """Return the weights file as :meth:`fetch` does; for a split one, fetch all parts and return the index.
 
         Raises:
-            WeightsError: The file or a part is not available, or the index lists files outside its folder.
+            WeightsError: The file or a part is not available or damaged, or the index lists files outside its folder.
         """
         path = self.file or self.fetch(*names, owner=owner)
+        files = [path]
         if path.suffix == ".json":
-            for part in self.parts(path, owner=owner):
-                self.fetch(part, owner=owner)
+            files = [self.fetch(part, owner=owner) for part in self.parts(path, owner=owner)]
+        for file in files:
+            try:
+                check_unpacked(file)
+            except (OSError, ValueError) as error:
+                raise WeightsError(f"{owner}: {file} cannot be read ({error}); {FETCH_AGAIN}.") from error
         return path
 
     def folder(self, name: str, *, owner: str) -> Path:

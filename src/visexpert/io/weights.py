@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from visexpert.errors import WeightsError
+from visexpert.io.reading import check_unpacked
 from visexpert.io.source import WEIGHT_FILES, ZOO, ModelSource, zoo_names
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
@@ -106,6 +107,7 @@ def load_state(path: Path, *, owner: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(f"{owner}: no weights at {path}; check the path, or fetch them first.")
     try:
+        check_unpacked(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the reader raise anything
         raise unreadable(path, error, owner=owner) from error
@@ -152,6 +154,7 @@ def state_keys(path: Path) -> list[str] | None:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as opened:
                 return list(_unprefixed(dict.fromkeys(opened.keys())))
+        check_unpacked(path)
         state = _unwrapped(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception:  # load_state reports what is wrong
         return None

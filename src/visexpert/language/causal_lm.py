@@ -65,9 +65,14 @@ def text_part(settings: PretrainedConfig, *, owner: str) -> PretrainedConfig:
     Its weights are in the same files (Gemma-3, Llama-4, Mistral-3, LLaVA), under :data:`IN_WHOLE`.
 
     Raises:
-        ConfigError: The text part cannot stand alone (Qwen2-VL).
+        ConfigError: The text part cannot stand alone (Qwen2-VL), or is none.
     """
     text = settings.get_text_config(decoder=True)
+    if not isinstance(text, PretrainedConfig):
+        raise ConfigError(
+            f"{owner}: the text part of '{settings.model_type}' is {str(text)[:60]!r}, which its class takes for a plain "
+            "value; correct config.json."
+        )
     known = AutoModelForCausalLM._model_mapping
     whole = "" if text is settings else f", the text part of '{settings.model_type}',"
     if type(text) not in known:

@@ -156,6 +156,7 @@ class DescribedModel:
                     config=own,
                     dtype=torch.float32,
                     local_files_only=True,
+                    trust_remote_code=False,
                     output_loading_info=True,
                     key_mapping=self._key_mapping(path),
                     ignore_mismatched_sizes=True,  # its own error does not name shapes; refused below

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from visexpert.errors import ConfigError, WeightsError
+from visexpert.errors import ConfigError, WeightsError, first_line
 from visexpert.experts.base import TokenKind, VisionExpert
 from visexpert.io.reading import parse_json
 from visexpert.io.source import local_path, zoo_names
@@ -120,7 +120,7 @@ def read_header(path: Path) -> dict[str, Any]:
         ) from error
     try:
         header = parse_json(text or "")
-    except json.JSONDecodeError:
+    except ValueError:
         header = None
     if not isinstance(header, dict):
         raise WeightsError(
@@ -140,13 +140,13 @@ def build_network(header: Mapping[str, Any]) -> TinyNetwork:
     if absent:
         raise ConfigError(f"TinyExpert: the architecture lacks {absent}; it needs kind, image_size and network.")
     kind = header["kind"]
-    if kind not in NETWORKS:
+    if not isinstance(kind, str) or kind not in NETWORKS:
         raise ConfigError(f"TinyExpert: kind={kind!r} is unknown; use one of {sorted(NETWORKS)}.")
     build: Callable[..., TinyNetwork] = NETWORKS[kind]
     try:
         network = build(image_size=int(header["image_size"]), **header["network"])
-    except TypeError as error:
-        raise ConfigError(f"TinyExpert: {error}; see visexpert.tabletop.tiny for its arguments.") from error
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # RuntimeError: torch's, for sizes
+        raise ConfigError(f"TinyExpert: {first_line(error)}; see visexpert.tabletop.tiny for its arguments.") from error
     return network
 
 

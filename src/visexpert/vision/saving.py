@@ -163,6 +163,7 @@ def _whole(network: PreTrainedModel, source: ModelSource | None, *, owner: str) 
                 config=config,
                 dtype=torch.float32,
                 local_files_only=True,
+                trust_remote_code=False,
                 ignore_mismatched_sizes=True,  # positions of another image size, replaced next
                 output_loading_info=True,
             )

@@ -71,9 +71,9 @@ class TransformersTextTower(_PhotoTexts):
 
         try:
             model, report = AutoModel.from_pretrained(
-                folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+                folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
             )
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except BROKEN as error:
             reason = " ".join(str(error).split())[:200]
             raise WeightsError(f"The text tower in {folder} cannot be read ({reason}).") from error

@@ -124,7 +124,7 @@ def of_transformers(source: ModelSource, kind: type[VisionExpert] | None) -> tup
     elif kind is SegmentationExpert:
         auto = transformers.AutoModelForSemanticSegmentation
     folder = _folder(source, "config.json")
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if kind is SegmentationExpert and type(config) not in auto._model_mapping:
         auto = transformers.AutoModelForUniversalSegmentation
     options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
@@ -132,7 +132,9 @@ def of_transformers(source: ModelSource, kind: type[VisionExpert] | None) -> tup
         whole, report = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
         if kind is None and report["missing_keys"]:  # e.g. torch.compile's prefix, which our reader removes
             state = dict(read_source(source, owner="visexpert try", names=WEIGHT_FILES).tensors)
-            whole, report = type(whole).from_pretrained(None, config=whole.config, state_dict=state, **options)
+            whole, report = type(whole).from_pretrained(
+                None, config=whole.config, state_dict=state, trust_remote_code=False, **options
+            )
     part = vision_part(whole.eval()) if auto is transformers.AutoModel else whole
     needed = set(part.parameters())
     if kind is None and any(whole.get_parameter(key) in needed for key in report["missing_keys"]):

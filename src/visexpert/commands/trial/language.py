@@ -151,7 +151,7 @@ def of_transformers(ours: LanguageModel) -> Any:
     folder = ModelSource.parse(str(ours.source)).folder("config.json", owner="visexpert try")
     dtype = next(ours.model.parameters()).dtype
     ours.model = None  # one copy in memory at a time
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     auto: Any = transformers.AutoModelForCausalLM
     if type(config) not in auto._model_mapping:
         auto = transformers.AutoModelForImageTextToText

@@ -38,6 +38,7 @@ NORM = 10.0
 
 LIMITS: dict[str, float] = {
     "batch_size": 2,
+    "global_batch_size": 2,
     "eval_batch_size": 2,
     "num_workers": 0,
     "workers": 0,

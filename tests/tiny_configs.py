@@ -60,6 +60,7 @@ STEPS = 2
 LIMITS: dict[str, int] = {
     "map_size": 16,
     "batch_size": 2,
+    "global_batch_size": 2,
     "eval_batch_size": 2,
     "num_workers": 0,
     "workers": 0,

@@ -48,6 +48,7 @@ from visexpert.checking import (
     check_settings,
 )
 from visexpert.data import MixedData, SourceData
+from visexpert.data.base import DataModule
 from visexpert.errors import ConfigError, UserError, first_line
 from visexpert.interruption import stoppable
 from visexpert.io.checkpoints import FOLDER, LAST, checked_checkpoint, newest_checkpoint
@@ -252,7 +253,9 @@ class VisexpertCLI(LightningCLI):
         return [logger for logger in loggers if not isinstance(logger, RunLogger)]
 
     def before_fit(self) -> None:
-        """Settle the start; let phases (detachment, merging) wait for the scores of the whole model."""
+        """Settle step and start; let phases (detachment, merging) wait for the scores of the whole model."""
+        if isinstance(self.datamodule, DataModule):
+            self.datamodule.settle_accumulation(self.trainer)
         self.resolve_start()
         self._occupy()
         self._clear()
@@ -467,7 +470,7 @@ def _decides_answers(key: str) -> bool:
     """Whether a setting has a say in what ``predict`` writes for an image."""
     part, _, rest = key.partition(".")
     name = rest.rpartition(".")[2]
-    if name in ("batch_size", "eval_batch_size", "num_workers"):
+    if name in ("batch_size", "global_batch_size", "eval_batch_size", "num_workers"):
         return False
     return part in ("model", "data", "seed_everything") or key == "trainer.precision"
 

@@ -16,7 +16,7 @@ from visexpert.commands.ending import Ending
 from visexpert.commands.extraction import Extraction
 from visexpert.experts import FeatureCache
 from visexpert.names import EncoderName
-from visexpert.planning.amount import batch_size_of
+from visexpert.planning.amount import division_of
 from visexpert.planning.show import size as size_of
 from visexpert.store import EncodeRows, FeatureKey, stored_rows
 
@@ -89,7 +89,7 @@ def plan(extraction: Extraction, *, as_json: bool) -> Ending:
     opened = extraction.cache
     cache = PlanningCache(opened.root, dtype=opened.dtype, batch_size=opened.batch_size)
     extraction.use(cache)
-    batch = batch_size_of(extraction.data)
+    batch = division_of(extraction.data).batch_size
     if as_json:
         print(json.dumps(_as_json(cache, batch), indent=2))
     else:

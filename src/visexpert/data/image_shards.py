@@ -203,7 +203,7 @@ class ImageShards(SourceData):
         counts = tuple(all_counts[number] for number in chosen)
         starts = first_rows(all_counts)
         rank, world = self.process
-        batch_size = settings.batch_size if training else settings.eval_batch_size
+        batch_size = self.division().batch_size if training else settings.eval_batch_size
         return ShardLoader(
             shards=[shards[number] for number in chosen],
             first_rows=[starts[number] for number in chosen],

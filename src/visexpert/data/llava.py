@@ -124,7 +124,7 @@ class LLaVAInstruct(RowData):
             samples = [(words_of(sample), bool(sample.image)) for sample in table]
             lengths = np.array([length for length, _ in samples], dtype=np.int64)
             has_image = np.array([image for _, image in samples])
-        group = self.settings.batch_size * self.process[1]
+        group = self.division().step_size
         seed = self.settings.order_seed
         return lambda epoch: grouped_order(lengths, has_image, group=group, seed=(seed, epoch))
 
@@ -201,7 +201,7 @@ def grouped_order(
     Args:
         lengths: int64 (rows,), length of each row's text in any unit.
         has_image: bool (rows,), whether each row has an image.
-        group: Rows per step: batch size times number of processes.
+        group: Rows per optimizer step, over all processes.
         seed: Seed of the order.
         groups_sorted: Number of groups sorted together; more groups mean less padding and less randomness.
     """

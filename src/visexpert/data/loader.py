@@ -66,7 +66,8 @@ class BatchLoader:
         source: Builds a batch from a :class:`BatchKey`.
         batch_size: Images per batch and process.
         shuffle: Use a new order each epoch; otherwise rows in order.
-        drop_last: Drop the last batch if it is short, unless it is the only one.
+        drop_last: Drop what is left over at the end of an epoch, unless it is all there is: less than a step.
+        step_size: With ``drop_last``: images per optimizer step over all processes; None for one batch of each.
         seed: Seed of the order.
         rank: Rank of this process, from 0; processes take turns batch by batch.
         world_size: Number of processes.
@@ -85,6 +86,7 @@ class BatchLoader:
         batch_size: int,
         shuffle: bool = False,
         drop_last: bool = False,
+        step_size: int | None = None,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -99,6 +101,7 @@ class BatchLoader:
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.drop_last = drop_last
+        self.step_size = batch_size * world_size if step_size is None else step_size
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
@@ -177,8 +180,9 @@ class BatchLoader:
 
     def _rows_of_batches(self, order: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
         step = self.batch_size * self.world_size
-        if self.drop_last and len(order) >= step:
-            order = order[: len(order) // step * step]
+        for whole in (self.step_size, step) if self.drop_last else ():
+            if len(order) >= whole:
+                order = order[: len(order) // whole * whole]
         if self.world_size > 1 and not self.drop_last:
             # Each process gets the same number of batches, nearly equal in size: distributed forwards must match.
             batches = np.array_split(order, self.world_size * -(-len(order) // step))

@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from visexpert.data.base import DataModule
+from visexpert.data.division import StepSize
 from visexpert.data.images import Resize
 from visexpert.data.loader import Loader, StepLoader
 from visexpert.data.needs import AnyNeed
 from visexpert.data.source import PARTS, Settings, SourceData, Template, batches_done
 from visexpert.errors import ConfigError
-from visexpert.precision import convert_records
 from visexpert.typed import typed
 from visexpert.types import Batch, ImageSource, TextEncoder
 
@@ -29,6 +29,7 @@ SHARED = (
     "image_size",
     "resize",
     "batch_size",
+    "global_batch_size",
     "eval_batch_size",
     "num_workers",
     "max_broken",
@@ -54,6 +55,7 @@ class MixedData(DataModule):
         image_size: Side of the images, pixels.
         resize: How images become squares.
         batch_size: Images per training batch and process.
+        global_batch_size: Images per optimizer step over all processes.
         eval_batch_size: Images per evaluation batch.
         num_workers: Worker processes of each source.
         max_broken: Largest share of broken images or records.
@@ -75,6 +77,7 @@ class MixedData(DataModule):
         image_size: int | None = None,
         resize: Resize | None = None,
         batch_size: int | None = None,
+        global_batch_size: int | None = None,
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
         max_broken: float | None = None,
@@ -87,6 +90,7 @@ class MixedData(DataModule):
             image_size,
             resize,
             batch_size,
+            global_batch_size,
             eval_batch_size,
             num_workers,
             max_broken,
@@ -111,6 +115,22 @@ class MixedData(DataModule):
         used = [f"{part}: {' + '.join(names)}" for part, names in self.names.items() if names]
         return used or [" + ".join(self.sources), "no parts"]
 
+    def step_size(self) -> StepSize:
+        """Return what the training sources say about the size of an optimizer step.
+
+        Raises:
+            ConfigError: One has a ``global_batch_size`` that another has not.
+        """
+        sizes = {name: self.sources[name].step_size() for name in self.weights}
+        several = len(set(sizes.values())) > 1
+        if several and any(size.global_batch_size is not None for size in sizes.values()):
+            told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise ConfigError(
+                f"The training sources of MixedData have unlike steps ({told}); set global_batch_size and batch_size "
+                "on MixedData instead."
+            )
+        return next(iter(sizes.values()), StepSize())
+
     # -- Lightning hooks ------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
@@ -127,7 +147,7 @@ class MixedData(DataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read the annotations that ``stage`` needs."""
-        convert_records(self.trainer)
+        super().setup(stage)
         for name, parts in self._by_source(stage).items():
             source = self.sources[name]
             source.trainer = self.trainer

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from visexpert.data.annotations import slow
+from visexpert.data.division import Division
 from visexpert.data.images import ImageReader, Picture
 from visexpert.data.index import IndexRows
 from visexpert.data.loader import BatchKey, BatchLoader, BatchSource
@@ -115,15 +116,17 @@ class RowData(SourceData):
         training = part == "train" and not plain
         settings = self.settings
         rank, world = self.process
+        division = self.division() if training else Division(settings.eval_batch_size, world)
         table = self.table(part)
         dataset: BatchSource = self.dataset(part, plain=plain)
         if plain:
             dataset = ChosenRows(dataset, subset(len(table), share=1.0, most=most, seed=settings.seed))
         return BatchLoader(
             dataset,
-            batch_size=settings.batch_size if training else settings.eval_batch_size,
+            batch_size=division.batch_size,
             shuffle=training,
             drop_last=training,
+            step_size=division.step_size,
             seed=settings.order_seed,
             rank=rank,
             world_size=world,

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
 from visexpert.data.base import DataModule
+from visexpert.data.division import StepSize
 from visexpert.data.faults import FILE, FaultLog
 from visexpert.data.images import ImageReader, Resize
 from visexpert.data.loader import Loader, StepLoader
@@ -20,7 +21,6 @@ from visexpert.data.needs import AnyNeed, DatasetNeed, Need, TokenizerNeed, load
 from visexpert.data.packing import TextPacker
 from visexpert.data.workers import DEFAULT_WORKERS
 from visexpert.errors import ConfigError
-from visexpert.precision import convert_records
 from visexpert.typed import typed
 from visexpert.types import Batch, ImageSource, TextEncoder
 
@@ -55,7 +55,8 @@ class Settings:
     image_size: int
     resize: Resize
     augment: AugmentSettings
-    batch_size: int
+    batch_size: int | None
+    global_batch_size: int | None
     eval_batch_size: int
     train_fraction: float
     num_val: int | None
@@ -66,7 +67,8 @@ class Settings:
     max_broken: float
 
     def __post_init__(self) -> None:
-        least = {"batch_size": 1, "eval_batch_size": 1, "num_val": 1, "num_test": 1, "num_workers": 0, "max_tokens": 3}
+        least = dict.fromkeys(("batch_size", "global_batch_size", "eval_batch_size", "num_val", "num_test"), 1)
+        least |= {"num_workers": 0, "max_tokens": 3}
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and value < low:
@@ -119,7 +121,10 @@ class SourceData(DataModule):
         resize: ``crop`` (resize the shorter side, crop the center), ``stretch`` (the whole image, distorted) or
             ``pad``.
         augment: Random augmentation of training images.
-        batch_size: Images per training batch and process.
+        batch_size: Images per training batch and process; null for 32, or for what ``global_batch_size`` leaves.
+        global_batch_size: Images per optimizer step over all processes. What ``batch_size`` or the trainer's
+            ``accumulate_grad_batches`` do not say follows from the number of processes, whatever that is; null for no
+            fixed number.
         eval_batch_size: Images per batch of validation, test and prediction.
         train_fraction: Share of the training part to use, in (0, 1]; smaller shares are subsets of larger ones.
         num_val: Maximum number of images of the validation part; null for all.
@@ -146,7 +151,8 @@ class SourceData(DataModule):
         image_size: int = 224,
         resize: Resize = "crop",
         augment: AugmentSettings = AugmentSettings(),
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        global_batch_size: int | None = None,
         eval_batch_size: int = 64,
         train_fraction: float = 1.0,
         num_val: int | None = None,
@@ -167,6 +173,7 @@ class SourceData(DataModule):
             resize=resize,
             augment=augment,
             batch_size=batch_size,
+            global_batch_size=global_batch_size,
             eval_batch_size=eval_batch_size,
             train_fraction=train_fraction,
             num_val=num_val,
@@ -250,7 +257,7 @@ class SourceData(DataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read the annotations that ``stage`` needs (fit, validate, test, predict; None for all)."""
-        convert_records(self.trainer)
+        super().setup(stage)
         self.find_run_folder()
         for part in self.parts_of_stage(stage):
             self.open(part)
@@ -284,8 +291,18 @@ class SourceData(DataModule):
         settings = self.settings
         words = "no text" if settings.tokenizer is None else f"tokenizer {settings.tokenizer}"
         share = [] if settings.train_fraction == 1 else [f"{settings.train_fraction:g} of train"]
-        size, batches = f"{settings.image_size} px", f"batches of {settings.batch_size}"
-        return [str(self.root), " + ".join(self.parts), *share, size, batches, words]
+        return [
+            str(self.root),
+            " + ".join(self.parts),
+            *share,
+            f"{settings.image_size} px",
+            str(self.step_size()),
+            words,
+        ]
+
+    def step_size(self) -> StepSize:
+        """See :class:`~visexpert.data.base.DataModule`."""
+        return StepSize(self.settings.batch_size, self.settings.global_batch_size)
 
     @property
     def called(self) -> str:
@@ -345,11 +362,6 @@ class SourceData(DataModule):
         )
         self.fault_logs.append(log)
         return log
-
-    @property
-    def process(self) -> tuple[int, int]:
-        """Rank of this process and number of processes."""
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
 
 def batches_done(data: LightningDataModule) -> Callable[[], int] | None:

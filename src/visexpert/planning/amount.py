@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from visexpert.data import MixedData, SourceData
+from visexpert.data.base import DataModule
+from visexpert.data.division import Division
 from visexpert.errors import ConfigError
 from visexpert.methods import Method
 from visexpert.store import StoreDtype, bytes_per_image
@@ -36,6 +38,10 @@ class Amount:
     per_step: int = 1
     by_steps: bool = False
     epochs: int | None = None
+
+    def accumulated(self, gpus: int) -> int:
+        """Return the batches of each process that make a step."""
+        return self.per_step // (self.batch_size * gpus)
 
     @property
     def uneven(self) -> str | None:
@@ -69,9 +75,13 @@ def amount_of(
         trainer: Settings of the trainer: ``max_steps`` (optimizer steps), else ``max_epochs``.
         gpus: Number of processes.
         samples: Number of training images, if the data is not here to be counted.
+
+    Raises:
+        ConfigError: The data does not tell its batch size, or its ``global_batch_size`` does not fit so many GPUs.
     """
-    batch, rows = batch_size_of(data), training_rows(data) if samples is None else samples
-    per_step = batch * gpus * int(trainer.get("accumulate_grad_batches") or 1)
+    rows = training_rows(data) if samples is None else samples
+    division = division_of(data, gpus=gpus, accumulate=int(trainer.get("accumulate_grad_batches") or 1))
+    batch, per_step = division.batch_size, division.step_size
     max_steps, epochs = trainer.get("max_steps"), trainer.get("max_epochs")
     epochs = None if epochs is None or epochs < 0 else epochs
     if max_steps is not None and max_steps >= 0:
@@ -95,17 +105,23 @@ def configured_gpus(trainer: Mapping[str, Any]) -> int | None:
     return count * int(nodes) or None
 
 
-def batch_size_of(data: LightningDataModule) -> int:
-    """Return the images per training batch and process.
+def division_of(data: LightningDataModule, *, gpus: int = 1, accumulate: int = 1) -> Division:
+    """Return how the images of an optimizer step are divided.
+
+    Args:
+        data: The data.
+        gpus: Number of processes.
+        accumulate: The trainer's ``accumulate_grad_batches``.
 
     Raises:
-        ConfigError: The data does not tell.
+        ConfigError: The data does not tell its batch size, or its ``global_batch_size`` does not fit so many GPUs.
     """
-    first = next(iter(data.sources.values())) if isinstance(data, MixedData) else data
-    size = getattr(getattr(first, "settings", first), "batch_size", None)
+    if isinstance(data, DataModule):
+        return data.division(processes=gpus, accumulate=accumulate)
+    size = getattr(getattr(data, "settings", data), "batch_size", None)
     if not isinstance(size, int):
         raise ConfigError(f"{type(data).__name__} has no batch_size that plan can read; give it one as an attribute.")
-    return size
+    return Division(size, gpus, accumulate)
 
 
 def image_size_of(data: LightningDataModule) -> int | None:

@@ -15,7 +15,7 @@ def show(plan: Plan, console: Console) -> None:
     """Print a plan and its assumptions."""
     console.print(_parts(plan))
     console.print(_compute(plan), highlight=False, soft_wrap=True)
-    console.print(f"{_strategy(plan)}, {plan.precision.name}, batch {plan.amount.batch_size} per GPU:", highlight=False)
+    console.print(f"{_strategy(plan)}, {plan.precision.name}, {_batch(plan)}:", highlight=False)
     console.print(_memory(plan))
     console.print(_disk(plan), highlight=False, soft_wrap=True)
     console.print(
@@ -93,6 +93,8 @@ def steps_in_epochs(plan: Plan) -> str:
 def other_gpus(plan: Plan, configured: Configured) -> str:
     """Return a line on what this number of GPUs changes against the configured one: batch, steps, epochs."""
     amount, own, gpus = plan.amount, configured.amount, plan.asked.gpus
+    if own.per_step == amount.per_step:
+        return f"The configuration asks for {configured.gpus} GPUs; a step has {own.per_step} samples there, too."
     line = (
         f"The configuration asks for {configured.gpus} GPUs and {own.per_step} samples a step, not {gpus} and "
         f"{amount.per_step}"
@@ -105,7 +107,7 @@ def other_gpus(plan: Plan, configured: Configured) -> str:
     elif own.steps is not None and amount.steps is not None:
         line += f"; the same epochs are {own.steps:,} steps there, not {amount.steps:,}"
     if own.per_step % amount.per_step == 0:
-        accumulated = amount.per_step // (amount.batch_size * gpus) * own.per_step // amount.per_step
+        accumulated = amount.accumulated(gpus) * own.per_step // amount.per_step
         line += f"; trainer.accumulate_grad_batches: {accumulated} keeps its batch"
     return f"{line}."
 
@@ -157,6 +159,14 @@ def assumptions(plan: Plan) -> list[str]:
         if any(row.name == OTHER for row in plan.rows)
         else "AdamW keeps two numbers for each trained weight.",
     ]
+
+
+def _batch(plan: Plan) -> str:
+    """Return how a step is divided."""
+    amount, gpus = plan.amount, plan.asked.gpus
+    accumulated = amount.accumulated(gpus)
+    each = f"batch {amount.batch_size} per GPU"
+    return each if accumulated == 1 else f"{each}, {accumulated} accumulated ({amount.per_step} samples a step)"
 
 
 def _strategy(plan: Plan) -> str:

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from visexpert.data.base import DataModule
+from visexpert.data.division import StepSize
 from visexpert.data.loader import BatchLoader, StepLoader
 from visexpert.data.packing import TextPacker
 from visexpert.errors import ConfigError
 from visexpert.io.weights import cache_root
-from visexpert.precision import convert_records
 from visexpert.tabletop.cache import SplitCache, ensure_split
 from visexpert.tabletop.captions import DENSE_PROMPT, RELATION_PROMPT
 from visexpert.tabletop.dataset import SplitImages, TabletopDataset, TextTable
@@ -88,7 +88,10 @@ class TabletopData(DataModule):
         seed: Seed of the scenes and their texts.
         order_seed: Seed of the order of batches and of the choice of texts per epoch; null for the run's own
             (``seed_everything``), so that repeated runs also differ in their order.
-        batch_size: Images per training batch and process.
+        batch_size: Images per training batch and process; null for 32, or for what ``global_batch_size`` leaves.
+        global_batch_size: Images per optimizer step over all processes. What ``batch_size`` or the trainer's
+            ``accumulate_grad_batches`` do not say follows from the number of processes, whatever that is; null for no
+            fixed number.
         eval_batch_size: Images per batch of validation, test and prediction.
         texts: Which texts of a scene go into a batch.
         with_targets: Add the dense ground truth to each batch (see
@@ -113,7 +116,8 @@ class TabletopData(DataModule):
         num_test: int = 1000,
         seed: int = 0,
         order_seed: int | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        global_batch_size: int | None = None,
         eval_batch_size: int = 64,
         texts: TextSettings = TextSettings(),
         with_targets: bool = False,
@@ -136,19 +140,20 @@ class TabletopData(DataModule):
                 f"TabletopData.train_split is {train_split!r}, but must be one word other than val and test, "
                 "such as train or zoo."
             )
-        numbers = {"num_train": num_train, "num_val": num_val, "num_test": num_test}
-        numbers |= {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        numbers: dict[str, int | None] = {"num_train": num_train, "num_val": num_val, "num_test": num_test}
+        numbers |= {"batch_size": batch_size, "global_batch_size": global_batch_size}
+        numbers |= {"eval_batch_size": eval_batch_size}
         least = dict.fromkeys(numbers, 1) | {"num_workers": 0, "rendering.workers": 0}
         numbers |= {"num_workers": num_workers, "rendering.workers": rendering.workers}
         for name, number in numbers.items():
-            if number < least[name]:
+            if number is not None and number < least[name]:
                 raise ConfigError(f"TabletopData.{name} is {number}, but must be at least {least[name]}; raise it.")
         self.root = cache_root(root)
         self.sizes = {train_split: num_train, "val": num_val, "test": num_test}
         self.train_split = train_split
         self.seed = seed
         self.order_seed = int(os.environ.get("PL_GLOBAL_SEED", seed)) if order_seed is None else order_seed
-        self.batch_size = batch_size
+        self.batch_size, self.global_batch_size = batch_size, global_batch_size
         self.eval_batch_size = eval_batch_size
         self.with_targets = with_targets
         self.train_fraction = train_fraction
@@ -165,7 +170,11 @@ class TabletopData(DataModule):
         """See :class:`~visexpert.data.base.DataModule`."""
         share = [] if self.train_fraction == 1 else [f"{self.train_fraction:g} of {self.train_split}"]
         parts = [f"{number:,} {split}" for split, number in self.sizes.items()]
-        return [*parts, *share, f"{self.image_size} px", f"batches of {self.batch_size}", f"seed {self.seed}"]
+        return [*parts, *share, f"{self.image_size} px", str(self.step_size()), f"seed {self.seed}"]
+
+    def step_size(self) -> StepSize:
+        """See :class:`~visexpert.data.base.DataModule`."""
+        return StepSize(self.batch_size, self.global_batch_size)
 
     @property
     def image_size(self) -> int:
@@ -202,22 +211,25 @@ class TabletopData(DataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Map the splits that ``stage`` needs (fit, validate, test, predict; None for all) and tokenize their texts."""
-        convert_records(self.trainer)
+        super().setup(stage)
         for split in self._splits_of_stage(stage):
             if split not in self._datasets:
                 self._datasets[split] = self._build(split)
 
     def train_dataloader(self) -> StepLoader:
         """Return the training batches: shuffled per epoch, resumed in mid-epoch after an interruption."""
+        rank, world = self.process
+        division = self.division()
         batches = BatchLoader(
             self._datasets[self.train_split],
-            batch_size=self.batch_size,
+            batch_size=division.batch_size,
             shuffle=True,
             drop_last=True,
+            step_size=division.step_size,
             seed=self.order_seed,
             num_workers=self.num_workers,
-            rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1,
+            rank=rank,
+            world_size=world,
             position=self._batches_done if self.trainer else None,
         )
         return StepLoader(batches, trainer=self.trainer)
@@ -318,12 +330,13 @@ class TabletopData(DataModule):
         return max(1, round(share * self.sizes[split]))
 
     def _eval_loader(self, split: str) -> BatchLoader:
+        rank, world = self.process
         return BatchLoader(
             self._datasets[split],
             batch_size=self.eval_batch_size,
             num_workers=self.num_workers,
-            rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1,
+            rank=rank,
+            world_size=world,
         )
 
     def _batches_done(self) -> int:

@@ -232,11 +232,11 @@ def _images(run: RunRecord) -> float | None:
     """Steps times images a step, on one device."""
     phase = _phase(run)
     steps = run.metrics.get("cost/steps") if phase is None else run.settings.get(_OWN_STEPS[phase])
-    batch = run.settings.get("data.batch_size")
+    batch, images = (run.settings.get(f"data.{name}") for name in ("batch_size", "global_batch_size"))
     accumulated = run.settings.get("trainer.accumulate_grad_batches") or 1
-    if not steps or not isinstance(batch, int) or not isinstance(accumulated, int):
-        return None
-    return float(steps) * batch * accumulated
+    if images is None and isinstance(batch, int) and isinstance(accumulated, int):
+        images = batch * accumulated
+    return float(steps) * images if steps and isinstance(images, int) else None
 
 
 def _phase(run: RunRecord) -> str | None:

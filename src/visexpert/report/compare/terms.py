@@ -20,7 +20,7 @@ TRAINING_DATA = (
 )
 """Settings of the data that say what is trained on; all others say what world it is."""
 
-BATCH = ("data.batch_size", "trainer.accumulate_grad_batches")
+BATCH = ("data.batch_size", "data.global_batch_size", "trainer.accumulate_grad_batches")
 EVALUATION = (
     "model.evaluation.caption_images",
     "data.texts.eval",

@@ -160,7 +160,7 @@ class ShipWeights(Callback):
             "scores": {name: round(value, 3) for name, value in sorted(scores.items())},
             "data": data_facts(data),
             "steps": trainer.global_step,
-            "batch_size": data.batch_size,
+            "batch_size": data.division().batch_size,
             "training_seconds": round(seconds),
             "training_hardware": f"{torch.get_num_threads()} CPU thread(s)",
             "recipe": self.recipe,

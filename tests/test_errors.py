@@ -96,6 +96,7 @@ def test_a_log_line_escapes_names_and_keeps_its_own_lines() -> None:
         ),
         (RuntimeError("DataLoader worker (pid 77) is killed by signal: Killed. "), ["pid 77", "num_workers"]),
         (RuntimeError("DataLoader worker (pid(s) 5, 6) exited unexpectedly"), ["5, 6", "num_workers"]),
+        (RuntimeError("DataLoader timed out after 600.0 seconds"), ["600.0 s", "worker_timeout", "num_workers"]),
         (RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"), ["full", "data/1"]),
     ],
 )

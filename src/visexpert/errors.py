@@ -197,6 +197,11 @@ def told_by_machine(error: BaseException) -> UserError | None:
                 f"The memory does not suffice ({text or 'MemoryError'}); lower batch_size and raise "
                 "trainer.accumulate_grad_batches by as much, or lower num_workers."
             )
+        if found := re.match(r"DataLoader timed out after ([\d.]+) seconds", text):
+            return DataError(
+                f"The workers that read data have given nothing for {found[1]} s: the disk or network may hang; see "
+                "whether the files can be read, raise worker_timeout (0 waits without end), or set num_workers to 0."
+            )
         if "DataLoader worker" in text:
             return DataError(
                 f"A worker that reads data has died ({text}), mostly because memory ran out; lower num_workers "

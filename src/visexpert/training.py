@@ -470,7 +470,7 @@ def _decides_answers(key: str) -> bool:
     """Whether a setting has a say in what ``predict`` writes for an image."""
     part, _, rest = key.partition(".")
     name = rest.rpartition(".")[2]
-    if name in ("batch_size", "global_batch_size", "eval_batch_size", "num_workers"):
+    if name in ("batch_size", "global_batch_size", "eval_batch_size", "num_workers", "worker_timeout"):
         return False
     return part in ("model", "data", "seed_everything") or key == "trainer.precision"
 

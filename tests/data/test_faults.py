@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.data.formats import tokenizer_folder, write_karpathy
 from tests.data.recorder import Recorder, trainer
-from visexpert.data import COCOCaptions
+from visexpert.data import COCOCaptions, MixedData
 from visexpert.data.annotations import read_json, read_json_lines, read_json_list
 from visexpert.data.faults import FaultLog
 from visexpert.data.needs import TokenizerNeed, load_tokenizer, missing_images
-from visexpert.errors import DataError, WeightsError
+from visexpert.errors import ConfigError, DataError, WeightsError
 from visexpert.types import Skipped
 
 
@@ -129,3 +133,27 @@ def test_tokenizers_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(WeightsError, match="cannot be read"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_disk_that_hangs_ends_the_reading_after_worker_timeout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixed: bool
+) -> None:
+    """A worker that is stopped in the middle of an image, as one that waits for a network drive."""
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    data: Any = coco(tmp_path, max_broken=0.0, num_workers=1)
+    if mixed:
+        data = MixedData(sources={"coco": data}, train={"coco": None}, worker_timeout=0.5)
+    else:
+        data.settings = replace(data.settings, worker_timeout=0.5)
+    monkeypatch.setattr("visexpert.data.images.check_regular", lambda path: os.kill(os.getpid(), signal.SIGSTOP))
+    data.prepare_data()
+    data.setup("fit")
+    with pytest.raises(DataError, match=r"0\.5 s.*worker_timeout"):
+        next(iter(data.train_dataloader()))
+
+
+def test_a_time_to_wait_is_none_or_positive(tmp_path: Path) -> None:
+    for seconds in (-1.0, float("nan")):
+        with pytest.raises(ConfigError, match=f"worker_timeout is {seconds}"):
+            COCOCaptions(root=str(tmp_path), worker_timeout=seconds)

@@ -29,7 +29,7 @@ class Items(Dataset[int]):
 
     def __getitem__(self, index: int) -> int:
         if index == 3 and isinstance(self.error, int):
-            os.kill(os.getpid(), self.error)
+            os.kill(os.getpid(), self.error)  # SIGSTOP: a worker that hangs in a read
         if index == 3 and isinstance(self.error, BaseException):
             raise self.error
         return index
@@ -38,7 +38,7 @@ class Items(Dataset[int]):
 class Stream(IterableDataset[int]):
     """The same as a stream."""
 
-    def __init__(self, error: BaseException | None = None) -> None:
+    def __init__(self, error: BaseException | int | None = None) -> None:
         self.items = Items(error)
 
     def __iter__(self) -> Iterator[int]:
@@ -102,6 +102,16 @@ def test_workers_end_with_the_loading_though_the_error_is_kept(form: Any, error:
 def test_a_worker_that_is_killed_is_told_with_what_to_do() -> None:
     with pytest.raises(DataError, match=r"worker.*has died.*num_workers"):
         list(load(Items(int(signal.SIGKILL)), num_workers=1))
+
+
+@pytest.mark.parametrize("form", [Items, Stream])
+def test_a_worker_that_hangs_is_told_with_the_setting(form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is killed in the end: it answers no other signal, and would be waited for at exit."""
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)  # torch's wait for workers to end
+    others = set(multiprocessing.active_children())
+    with pytest.raises(DataError, match=r"0\.5 s.*worker_timeout.*num_workers"):
+        list(load(form(int(signal.SIGSTOP)), num_workers=1, timeout=0.5))
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_workers_that_cannot_be_started_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,6 +227,7 @@ class ImageShards(SourceData):
                 with_items=not training,
             ),
             num_workers=settings.num_workers,
+            worker_timeout=settings.worker_timeout,
             position=position,
             inspect=self.faults(part, total=sum(counts), shared=True).note,
         )

@@ -72,6 +72,7 @@ class BatchLoader:
         rank: Rank of this process, from 0; processes take turns batch by batch.
         world_size: Number of processes.
         num_workers: Worker processes that prefetch batches; 0 builds them in this process.
+        worker_timeout: Seconds to wait for a batch of the workers; 0 for no end.
         position: Returns how many batches of the sequence are done; an iteration then yields one epoch's number of
             batches from there. None yields the rest of an epoch, set by :meth:`set_epoch` and :meth:`load_state_dict`.
         order: Returns the rows of an epoch in a custom order.
@@ -91,6 +92,7 @@ class BatchLoader:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
+        worker_timeout: float = 0,
         position: Callable[[], int] | None = None,
         order: Callable[[int], npt.NDArray[np.int64]] | None = None,
         inspect: Callable[[Batch], None] | None = None,
@@ -106,6 +108,7 @@ class BatchLoader:
         self.rank = rank
         self.world_size = world_size
         self.num_workers = num_workers
+        self.worker_timeout = worker_timeout
         self.position = position
         self.order = order
         self.inspect = inspect
@@ -195,7 +198,7 @@ class BatchLoader:
             for key in keys:
                 yield self.source[key]
             return
-        yield from load(_Keyed(self.source, keys), num_workers=self.num_workers)
+        yield from load(_Keyed(self.source, keys), num_workers=self.num_workers, timeout=self.worker_timeout)
 
     def _order(self) -> dict[str, int]:
         return {

@@ -32,6 +32,7 @@ SHARED = (
     "global_batch_size",
     "eval_batch_size",
     "num_workers",
+    "worker_timeout",
     "max_broken",
 )
 
@@ -58,6 +59,7 @@ class MixedData(DataModule):
         global_batch_size: Images per optimizer step over all processes.
         eval_batch_size: Images per evaluation batch.
         num_workers: Worker processes of each source.
+        worker_timeout: Seconds to wait for a batch of the workers.
         max_broken: Largest share of broken images or records.
 
     Raises:
@@ -80,6 +82,7 @@ class MixedData(DataModule):
         global_batch_size: int | None = None,
         eval_batch_size: int | None = None,
         num_workers: int | None = None,
+        worker_timeout: float | None = None,
         max_broken: float | None = None,
     ) -> None:
         super().__init__()
@@ -93,6 +96,7 @@ class MixedData(DataModule):
             global_batch_size,
             eval_batch_size,
             num_workers,
+            worker_timeout,
             max_broken,
         )
         shared: dict[str, Any] = {name: value for name, value in zip(SHARED, given, strict=True) if value is not None}

@@ -131,6 +131,7 @@ class RowData(SourceData):
             rank=rank,
             world_size=world,
             num_workers=settings.num_workers,
+            worker_timeout=settings.worker_timeout,
             position=position,
             order=self.order(part) if training else None,
             inspect=self.faults(part, total=len(table), shared=True).note,

@@ -196,6 +196,7 @@ class ShardLoader:
         records: Decodes records.
         form: Settings common to all batches.
         num_workers: Worker processes; 0 reads in this one.
+        worker_timeout: Seconds to wait for a batch of the workers; 0 for no end.
         position: Returns how many batches of the endless sequence are done; None restarts each time.
         inspect: Called with each batch before it is yielded, to record missing samples.
     """
@@ -209,12 +210,14 @@ class ShardLoader:
         records: RecordReader,
         form: BatchForm,
         num_workers: int,
+        worker_timeout: float = 0,
         position: Callable[[], int] | None,
         inspect: Callable[[Batch], None],
     ) -> None:
         self.shards, self.plan, self.records, self.form = shards, plan, records, form
         self.first_rows = first_rows
-        self.num_workers, self.position, self.inspect = num_workers, position, inspect
+        self.num_workers, self.worker_timeout = num_workers, worker_timeout
+        self.position, self.inspect = position, inspect
         self._empty: set[int] = set()
 
     def __len__(self) -> int:
@@ -272,7 +275,7 @@ class ShardLoader:
         if not self.num_workers:
             yield from stream.worker(0)
             return
-        yield from load(stream, num_workers=self.num_workers)
+        yield from load(stream, num_workers=self.num_workers, timeout=self.worker_timeout)
 
     def _order(self) -> dict[str, Any]:
         plan = self.plan

@@ -19,8 +19,8 @@ from visexpert.data.images import ImageReader, Resize
 from visexpert.data.loader import Loader, StepLoader
 from visexpert.data.needs import AnyNeed, DatasetNeed, Need, TokenizerNeed, load_tokenizer, require
 from visexpert.data.packing import TextPacker
-from visexpert.data.workers import DEFAULT_WORKERS
-from visexpert.errors import ConfigError
+from visexpert.data.workers import DEFAULT_TIMEOUT, DEFAULT_WORKERS
+from visexpert.errors import ConfigError, require_numbers
 from visexpert.typed import typed
 from visexpert.types import Batch, ImageSource, TextEncoder
 
@@ -64,6 +64,7 @@ class Settings:
     seed: int
     order_seed: int
     num_workers: int
+    worker_timeout: float
     max_broken: float
 
     def __post_init__(self) -> None:
@@ -77,6 +78,7 @@ class Settings:
             value = getattr(self, name)
             if not 0 <= value <= 1 or (low_open and value == 0):
                 raise ConfigError(f"{name} must be in {'(' if low_open else '['}0, 1], got {value}.")
+        require_numbers("The data", least=0, worker_timeout=self.worker_timeout)
         self.reader()
 
     def reader(self) -> ImageReader:
@@ -132,6 +134,7 @@ class SourceData(DataModule):
         seed: Seed of the choice of rows for ``train_fraction``, ``num_val`` and ``num_test``.
         order_seed: Seed of the order of batches, of the choice of texts and of augmentation; null for the run's own.
         num_workers: Worker processes that read and decode; by default 4, or the number of cores if that is less.
+        worker_timeout: Seconds to wait for a batch of the workers before the run ends; 0 waits without end.
         max_broken: Largest share of broken images or records, in [0, 1]; they are skipped and listed in
             ``skipped.jsonl`` in the run's folder. Above it the run stops.
 
@@ -160,6 +163,7 @@ class SourceData(DataModule):
         seed: int = 0,
         order_seed: int | None = None,
         num_workers: int = DEFAULT_WORKERS,
+        worker_timeout: float = DEFAULT_TIMEOUT,
         max_broken: float = 0.01,
     ) -> None:
         super().__init__()
@@ -181,6 +185,7 @@ class SourceData(DataModule):
             seed=seed,
             order_seed=order_seed,
             num_workers=num_workers,
+            worker_timeout=worker_timeout,
             max_broken=max_broken,
         )
         self.label = ""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +22,9 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 DEFAULT_WORKERS = min(4, CORES)
 """Default number of worker processes: more workers than cores only slow each other down."""
 
+DEFAULT_TIMEOUT = 600.0
+"""Seconds to wait for a batch by default: a disk that takes longer is taken for one that hangs."""
+
 
 @dataclass(frozen=True)
 class _Failure:
@@ -29,26 +34,36 @@ class _Failure:
     sentence: str
 
 
-def load(dataset: Dataset[T_co], *, num_workers: int, generator: torch.Generator | None = None) -> Iterator[T_co]:
+def load(
+    dataset: Dataset[T_co], *, num_workers: int, timeout: float = 0, generator: torch.Generator | None = None
+) -> Iterator[T_co]:
     """Yield the items of a data set in order, read by workers.
 
     Args:
         dataset: Map-style or iterable; each item is a whole batch and is yielded as is.
         num_workers: Worker processes; 0 reads in this one.
+        timeout: Seconds to wait for an item of the workers; 0 for no end.
         generator: Generator that seeds the workers; None for torch's default.
 
     Raises:
         UserError: Raised by ``dataset`` in any process.
-        DataError: A worker could not be started, died, or ran out of memory or files.
+        DataError: A worker could not be started, died, hung, or ran out of memory or files.
     """
     told: Any = _ToldStream(dataset) if isinstance(dataset, IterableDataset) else _Told(dataset)
     loader: DataLoader[Any] = DataLoader(
-        told, batch_size=None, num_workers=num_workers, collate_fn=_as_is, generator=generator
+        told,
+        batch_size=None,
+        num_workers=num_workers,
+        timeout=timeout if num_workers else 0,
+        collate_fn=_as_is,
+        generator=generator,
     )
+    others = set(active_children())
     try:
         items = iter(loader)
     except (OSError, RuntimeError) as error:
         raise DataError(f"{num_workers} workers cannot be started ({first_line(error)}); lower num_workers.") from error
+    workers = set(active_children()) - others
     del loader  # so that the workers end with the loop, not with the traceback of an error
     try:
         while True:
@@ -66,6 +81,15 @@ def load(dataset: Dataset[T_co], *, num_workers: int, generator: torch.Generator
             yield item
     finally:
         del items
+        _kill(workers)
+
+
+def _kill(workers: Iterable[BaseProcess]) -> None:
+    """End the workers that torch's SIGTERM has not ended: one that hangs would make the whole process hang at exit."""
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+            worker.join(1)
 
 
 class _Told(Dataset[Any]):

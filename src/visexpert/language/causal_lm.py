@@ -70,8 +70,8 @@ def text_part(settings: PretrainedConfig, *, owner: str) -> PretrainedConfig:
     text = settings.get_text_config(decoder=True)
     if not isinstance(text, PretrainedConfig):
         raise ConfigError(
-            f"{owner}: the text part of '{settings.model_type}' is {str(text)[:60]!r}, which its class takes for a plain "
-            "value; correct config.json."
+            f"{owner}: the text part of '{settings.model_type}' is {str(text)[:60]!r}, which its class takes for a "
+            "plain value; correct config.json."
         )
     known = AutoModelForCausalLM._model_mapping
     whole = "" if text is settings else f", the text part of '{settings.model_type}',"

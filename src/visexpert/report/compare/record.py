@@ -30,8 +30,8 @@ IGNORED = frozenset(
     trainer.logger trainer.default_root_dir trainer.enable_progress_bar trainer.enable_checkpointing
     trainer.enable_model_summary trainer.log_every_n_steps trainer.val_check_interval trainer.check_val_every_n_epoch
     trainer.num_sanity_val_steps trainer.accelerator trainer.devices trainer.num_nodes trainer.strategy
-    model.store.folder data.root data.rendering.progress data.num_workers data.rendering.workers data.order_seed
-    data.eval_batch_size""".split()
+    model.store.folder data.root data.rendering.progress data.num_workers data.worker_timeout
+    data.rendering.workers data.order_seed data.eval_batch_size""".split()
 )
 """Settings that do not make another variant: seeds, places, logging, and the machine."""
 

@@ -22,7 +22,6 @@ from visexpert.callbacks.phase import (
     write_checkpoint,
     write_derived_config,
 )
-from visexpert.callbacks.progress import TrainingProgress
 from visexpert.callbacks.subsets import SubsetScoring, SubsetTiming
 from visexpert.errors import ConfigError
 from visexpert.io.run_files import read_json, set_aside, write_json, write_text
@@ -40,6 +39,7 @@ from visexpert.methods.tove.subset_search import (
     interpolated_cost,
     pareto_front,
 )
+from visexpert.processes import is_first, of_first
 from visexpert.report.palette import spared
 from visexpert.report.pareto import contribution_figure, contribution_table, pareto_figure, subset_label, subset_table
 from visexpert.timing import MARK, TOLD, UNSTEADY
@@ -132,7 +132,7 @@ class ExpertDetachment(Phase):
         """Search, detach, train on, score, save. See :meth:`Phase.apply`."""
         out = folder / self.name
         steps = model.trained_steps + self.retune_steps
-        kept = self._begun(model, out)
+        kept = of_first(lambda: self._begun(model, out))
         if kept is None:
             kept = self._find(model, data, folder, settings)
         model.drop_experts([name for name in model.hub.names if name not in kept])
@@ -141,16 +141,16 @@ class ExpertDetachment(Phase):
             log.info("%s is detached already; delete it, or give another name, to detach again.", out)
             start_from(model, str(finished))
             model.count_steps(steps)
-            print(self._outcome(folder, out), flush=True)
+            self._tell(folder, out)
             return out
         cost = CostReport()
         if not self._retune(model, data, out, settings, cost):
             return out
         model.count_steps(steps)
-        write_derived_config(folder, out, model.detached_config)
+        of_first(lambda: write_derived_config(folder, out, model.detached_config))
         settings.trainer(out, cost=cost).test(model, datamodule=data, verbose=False)
         write_checkpoint(model, out, steps=steps)
-        print(self._outcome(folder, out), flush=True)
+        self._tell(folder, out)
         return out
 
     def _begun(self, model: FusingMethod, out: Path) -> Subset | None:
@@ -173,7 +173,7 @@ class ExpertDetachment(Phase):
         return tuple(before["kept"])
 
     def _find(self, model: FusingMethod, data: LightningDataModule, folder: Path, settings: PhaseSettings) -> Subset:
-        """Search the subsets and write down all that was found."""
+        """Search the subsets and write down all that was found; times are those of the first process."""
         everything, weights = model.hub.attached, weights_identity(model)
         check(everything, self.criterion, self.search)
         scoring = SubsetScoring(model, images=self.images)
@@ -182,12 +182,12 @@ class ExpertDetachment(Phase):
         def measure(subsets: Sequence[Subset]) -> tuple[Mapping[Subset, float], Mapping[Subset, float]]:
             timing.subsets = tuple(dict.fromkeys(subsets))
             _validate(timing, data, settings, folder, limit_val_batches=1)
-            return dict(timing.milliseconds), dict(timing.unsteadiness)
+            return of_first(lambda: (dict(timing.milliseconds), dict(timing.unsteadiness)))
 
         def evaluate(subsets: Sequence[Subset]) -> list[SubsetScore]:
             scoring.subsets = tuple(subsets)
             _validate(scoring, data, settings, folder)
-            return [self._score(subset, scoring, milliseconds, unsteadiness) for subset in subsets]
+            return of_first(lambda: [self._score(subset, scoring, milliseconds, unsteadiness) for subset in subsets])
 
         try:
             milliseconds, unsteadiness = measure([(), *((name,) for name in everything), everything])
@@ -205,7 +205,8 @@ class ExpertDetachment(Phase):
             max(unsteady.values()),
         )
         name = self._score_name(next(iter(scoring.metrics.values())))  # all subsets have the same
-        found.write(folder / self.name, score_name=name, settings=self._settings(), weights=weights)
+        out = folder / self.name
+        of_first(lambda: found.write(out, score_name=name, settings=self._settings(), weights=weights))
         return choice.kept
 
     def _score(
@@ -253,8 +254,12 @@ class ExpertDetachment(Phase):
             trainer.fit(model, datamodule=data, ckpt_path=start, weights_only=True)
         return not trainer.interrupted
 
-    def _outcome(self, folder: Path, out: Path) -> str:
+    def _tell(self, folder: Path, out: Path) -> None:
         """Say what was kept, and how it scores against the whole run."""
+        if is_first():
+            print(self._outcome(folder, out), flush=True)
+
+    def _outcome(self, folder: Path, out: Path) -> str:
         facts = read_json(out / FACTS)
         asked = (self.score or usual_score(folder)).removeprefix("-")
         told = scores_told(folder, out, (f"test/{asked}", f"test/{self.loss}")) or ["The test data gives no score"]
@@ -377,15 +382,4 @@ def _validate(
     module: L.LightningModule, data: LightningDataModule, settings: PhaseSettings, folder: Path, **options: Any
 ) -> None:
     """Pass validation batches through a module as ``visexpert validate`` would; write nothing."""
-    own: dict[str, Any] = {
-        "accelerator": settings.accelerator,
-        "devices": 1,
-        "precision": settings.precision,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        "default_root_dir": folder,
-        "callbacks": [TrainingProgress()],
-    }
-    trainer = L.Trainer(**own, **options)
-    trainer.validate(module, datamodule=data, verbose=False)
+    settings.scorer(folder, **options).validate(module, datamodule=data, verbose=False)

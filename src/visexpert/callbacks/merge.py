@@ -28,6 +28,7 @@ from visexpert.errors import ConfigError
 from visexpert.io.run_files import read_json, set_aside, write_json
 from visexpert.methods import FusingMethod, MergeStudent, Merging
 from visexpert.methods.settings import MergeSettings, MergingOptimizer
+from visexpert.processes import is_first, of_first
 from visexpert.report import read_metrics
 
 log = logging.getLogger(__name__)
@@ -94,13 +95,13 @@ class KnowledgeMerging(Phase):
         """Train the student, score it, save it. See :meth:`Phase.apply`."""
         out = folder / self.name
         self.steps = self.wanted_steps or max(model.trained_steps, 1)
-        if self._is_done(model, out):
+        if of_first(lambda: self._is_done(model, out)):
             log.info("%s is merged already; delete it, or give another name, to merge again.", out)
-            print(self._outcome(folder, out), flush=True)
+            self._tell(folder, out)
             return out
         if not model.hub.attached:
             raise ConfigError(f"KnowledgeMerging: '{folder}' uses no experts, so there is nothing to merge.")
-        write_json(out / FACTS, self._facts(model, folder))
+        of_first(lambda: write_json(out / FACTS, self._facts(model, folder)))
         evaluation = model.evaluation
         if self.caption_images is not None:
             evaluation = replace(evaluation, caption_images=self.caption_images)
@@ -122,15 +123,19 @@ class KnowledgeMerging(Phase):
         mole = None if self.student is None else self.student.mole
         kept: dict[str, Any] = {"keep_pooled": self.merging.keep_pooled} if self.merging.keep_pooled > 0 else {}
         derived = partial(merged.merged_config, clip_lr=self.optimizer.lr, mole=mole, **kept)
-        write_derived_config(folder, out, derived)
+        of_first(lambda: write_derived_config(folder, out, derived))
         if self.test:
             settings.trainer(out, cost=cost).test(merged, datamodule=data, verbose=False)
         write_checkpoint(merged, out, steps=teacher_steps + self.steps)
-        print(self._outcome(folder, out), flush=True)
+        self._tell(folder, out)
         return out
 
-    def _outcome(self, folder: Path, out: Path) -> str:
+    def _tell(self, folder: Path, out: Path) -> None:
         """Say how far the student's tokens came, and how it scores against the whole run."""
+        if is_first():
+            print(self._outcome(folder, out), flush=True)
+
+    def _outcome(self, folder: Path, out: Path) -> str:
         curves = read_metrics(out / "metrics.csv")
         told = [
             f"{name} {values[0]:.4g} at the start, {values[-1]:.4g} at the end"

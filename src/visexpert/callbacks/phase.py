@@ -6,7 +6,7 @@ import copy
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import lightning as L
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from visexpert.callbacks.checkpoint_io import WholeFileIO, save_whole
@@ -30,6 +31,7 @@ from visexpert.io.run_folder import hold, stamped
 from visexpert.io.weights import weights_digest
 from visexpert.methods import FusingMethod, Method
 from visexpert.methods.fusing import fusing
+from visexpert.processes import joined, of_first
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +45,15 @@ class PhaseSettings:
 
     Args:
         accelerator: As the run's.
-        devices: Number of devices.
+        devices: Number of devices of this machine, each with a process of its own.
+        num_nodes: Number of machines.
         precision: Lightning's name of the precision.
         log_every_n_steps: Steps between two rows of ``metrics.csv``.
     """
 
     accelerator: str = "auto"
     devices: int = 1
+    num_nodes: int = 1
     precision: Any = "32-true"
     log_every_n_steps: int = 20
 
@@ -59,7 +63,40 @@ class PhaseSettings:
         name = getattr(type(trainer.accelerator), "name", None)
         accelerator = str(name()) if name is not None else "auto"
         rows = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        return cls(accelerator, trainer.num_devices, str(trainer.precision), rows)
+        return cls(accelerator, trainer.num_devices, trainer.num_nodes, str(trainer.precision), rows)
+
+    def start_processes(self) -> None:
+        """Start the other processes, which run the same command, and join them; once they are joined, do nothing."""
+        if self.devices * self.num_nodes == 1 or joined():
+            return
+        trainer = L.Trainer(**self._machine(), logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        launcher: Any = trainer.strategy.launcher
+        launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
+
+    def scorer(self, folder: Path, **options: Any) -> Trainer:
+        """Return a trainer that scores as ``visexpert validate`` would, and writes nothing.
+
+        Args:
+            folder: Folder of the run.
+            options: More of Lightning's own.
+        """
+        return L.Trainer(
+            **self._machine(),
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+            callbacks=[TrainingProgress()],
+            **options,
+        )
+
+    def _machine(self) -> dict[str, Any]:
+        return {
+            "accelerator": self.accelerator,
+            "devices": self.devices,
+            "num_nodes": self.num_nodes,
+            "precision": self.precision,
+        }
 
     def trainer(
         self,
@@ -98,9 +135,7 @@ class PhaseSettings:
                 )
             )
         return L.Trainer(
-            accelerator=self.accelerator,
-            devices=self.devices,
-            precision=self.precision,
+            **self._machine(),
             max_steps=max(steps, 1),
             logger=RunLogger(str(folder)),
             default_root_dir=folder,
@@ -138,14 +173,16 @@ class Phase(Callback):
         """Do the work, alone in the phase's folder. See :meth:`apply`.
 
         Raises:
-            ConfigError: Another process works there.
+            ConfigError: Another command works there.
         """
-        with hold(folder, self.name):
+        settings.start_processes()
+        with ExitStack() as held:
+            of_first(lambda: held.enter_context(hold(folder, self.name)))
             return self.apply(model, data, folder, settings)
 
     @abstractmethod
     def apply(self, model: FusingMethod, data: LightningDataModule, folder: Path, settings: PhaseSettings) -> Path:
-        """Do the work.
+        """Do the work; of several processes each calls this, and the first one writes and decides.
 
         Args:
             model: Trained, weights in place.
@@ -177,7 +214,7 @@ class Phase(Callback):
         """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check before a fit that its model, processes and validation images suit the phase that follows."""
+        """Check before a fit that its model, strategy and validation images suit the phase that follows."""
         if stage != "fit":
             return
         self.check_start(self._fitting(trainer, pl_module))
@@ -200,11 +237,12 @@ class Phase(Callback):
             self._run(trainer, pl_module)
 
     def _fitting(self, trainer: Trainer, model: LightningModule) -> FusingMethod:
-        """Return the model; check that the phase can work on it and that there is one process."""
-        if trainer.world_size > 1:
+        """Return the model; check that the phase can work on it and that each process has all of it."""
+        if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
             raise ConfigError(
-                f"{type(self).__name__} runs in one process, but this run has {trainer.world_size}; remove it, and "
-                "pass the finished run to `visexpert detach` or `visexpert merge`."
+                f"{type(self).__name__} needs the whole model on each device, but {type(trainer.strategy).__name__} "
+                "splits it; remove the callback, and pass the finished run to `visexpert detach` or `visexpert merge`, "
+                "or train with strategy ddp."
             )
         return fusing(model, wanted_by=type(self).__name__)
 
@@ -261,7 +299,7 @@ def weights_identity(model: Method) -> str:
 
 
 def write_checkpoint(model: Method, folder: Path, *, steps: int) -> None:
-    """Write ``checkpoints/last.ckpt`` whole or not at all; it marks a phase as finished.
+    """Write ``checkpoints/last.ckpt`` whole or not at all; it marks a phase as finished. Every process must call this.
 
     Raises:
         DataError: The disk is full or the folder cannot be written.
@@ -274,8 +312,12 @@ def write_checkpoint(model: Method, folder: Path, *, steps: int) -> None:
     }
     model.on_save_checkpoint(checkpoint)
     path = folder / "checkpoints" / "last.ckpt"
-    save_whole(checkpoint, path)
-    (path.parent / TRAINING).unlink(missing_ok=True)
+
+    def write() -> None:
+        save_whole(checkpoint, path)
+        (path.parent / TRAINING).unlink(missing_ok=True)
+
+    of_first(write)
 
 
 def write_derived_config(run: Path, folder: Path, derived: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
@@ -300,13 +342,11 @@ def write_derived_config(run: Path, folder: Path, derived: Callable[[Mapping[str
 
 
 def saved_settings(run: Path) -> PhaseSettings:
-    """Return how a finished run trained, from its ``config.yaml``."""
+    """Return how a finished run trained, from its ``config.yaml``, but for its number of processes."""
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     trainer = copy.copy(config.get("trainer") or {})
-    devices = trainer.get("devices")
     return PhaseSettings(
         accelerator=trainer.get("accelerator") or "auto",
-        devices=devices if isinstance(devices, int) else 1,
         precision=trainer.get("precision") or "32-true",
         log_every_n_steps=trainer.get("log_every_n_steps") or 20,
     )

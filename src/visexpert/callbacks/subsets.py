@@ -18,7 +18,9 @@ from visexpert.errors import ConfigError
 from visexpert.methods import FusingMethod
 from visexpert.methods.cost import count_vision_gflop, first_images
 from visexpert.methods.evaluation import Evaluator
+from visexpert.methods.step import sums_over_processes
 from visexpert.methods.tove.subset_search import Subset
+from visexpert.processes import is_first
 from visexpert.timing import Meanwhile, spread_of
 from visexpert.types import Batch
 
@@ -28,7 +30,7 @@ class SubsetScoring(L.LightningModule):
 
     Args:
         model: The trained model, with all experts attached that take part.
-        images: Validation images to score on; None takes all.
+        images: Validation images to score on; None takes all. Several processes have an equal share of them each.
     """
 
     def __init__(self, model: FusingMethod, *, images: int | None) -> None:
@@ -56,7 +58,8 @@ class SubsetScoring(L.LightningModule):
         if batch_idx == 0:
             self.gflop |= {subset: self._gflop(subset, batch) for subset in self.subsets}
         if self.images is not None:
-            left = max(0, self.images - self.seen)
+            rank, world = self.trainer.global_rank, self.trainer.world_size
+            left = max(0, (self.images + world - 1 - rank) // world - self.seen)
             batch = replace(first_images(batch, left), items=batch.items[:left])
         if not len(batch):
             return
@@ -73,10 +76,12 @@ class SubsetScoring(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Compute the scores and, where all experts were attached, each expert's mean gate."""
         self.metrics = {subset: evaluator.compute() for subset, evaluator in self._evaluators.items()}
-        if self._gates:
-            mass_K = torch.cat(self._gates).mean(0).tolist()
-            mass = dict(zip(self.model.hub.names, mass_K, strict=True))
-            self.gate_mass = {name: mass[name] for name in self.everything}
+        masses = torch.cat(self._gates) if self._gates else torch.zeros(0, len(self.model.hub.names))
+        mass = sums_over_processes(dict(zip(self.model.hub.names, masses.sum(0).tolist(), strict=True)))
+        counts = sums_over_processes({"gates": len(masses), "images": self.seen})
+        self.seen = int(counts["images"])
+        if counts["gates"]:
+            self.gate_mass = {name: mass[name] / counts["gates"] for name in self.everything}
 
     def _gflop(self, subset: Subset, batch: Batch) -> float:
         if batch.text is None:
@@ -107,7 +112,9 @@ class SubsetTiming(L.LightningModule):
         """By subset, the larger of the spread of its repeats and the share of the machine that other processes used."""
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Measure all subsets; the empty one must be among them."""
+        """Measure all subsets on the first process; the empty one must be among them."""
+        if not is_first():
+            return
         live = replace(first_images(batch, self.images), split="")  # no cache knows this split
         turns: list[dict[Subset, float]] = []
         meanwhile = Meanwhile()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from visexpert.commands.ending import Ending
 from visexpert.commands.parser import Parser
 from visexpert.commands.source_settings import ClassSource
-from visexpert.errors import ConfigError
+from visexpert.errors import ConfigError, require_numbers
 from visexpert.io.reading import read_yaml
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def _run(command: str, arguments: list[str]) -> Ending | None:
     from visexpert.checking import check_seed
     from visexpert.interruption import stoppable
     from visexpert.methods.fusing import fusing
+    from visexpert.processes import is_first
     from visexpert.run_arguments import config_files
     from visexpert.runs import load_run
     from visexpert.shipped import in_arguments
@@ -66,9 +68,11 @@ def _run(command: str, arguments: list[str]) -> Ending | None:
         int(saved.config.get("seed_everything") or 0) if built.seed is None else built.seed, verbose=False
     )
     model.count_steps(saved.steps)
+    require_numbers(f"visexpert {command}", least=1, devices=built.devices)
+    settings = replace(saved_settings(run), devices=built.devices)
     with stoppable(go_on="give the same command again"), kept_trainer(model, saved.data):
-        out = work.carry_out(model, saved.data, run, saved_settings(run))
-    return Ending(f"{out} (scores in metrics.json)", work.next_commands(run, out))
+        out = work.carry_out(model, saved.data, run, settings)
+    return Ending(f"{out} (scores in metrics.json)", work.next_commands(run, out)) if is_first() else None
 
 
 def _refuse_a_fits(path: Path, command: str, settings: Sequence[str]) -> None:
@@ -96,6 +100,7 @@ def _parser(command: str, phase: type[Phase]) -> ArgumentParser:
     parser.add_argument("folder", type=str, metavar="RUN", help=_RUN)
     parser.add_argument("--config", action="config", help=_CONFIG)
     parser.add_argument("--seed", type=int, default=None, help=_SEED)
+    parser.add_argument("--devices", type=int, default=1, help=_DEVICES)
     parser.add_class_arguments(phase)
     return parser
 
@@ -103,6 +108,7 @@ def _parser(command: str, phase: type[Phase]) -> ArgumentParser:
 _RUN = "folder of a finished run"
 _CONFIG = "settings from a YAML file"
 _SEED = "seed of order and noise (default: the run's own)"
+_DEVICES = "number of devices to use, each by a process of its own (default: 1)"
 
 
 def _light_parser(command: str) -> Parser:
@@ -116,6 +122,7 @@ def _light_parser(command: str) -> Parser:
     parser.add_argument("folder", metavar="RUN", help=_RUN)
     parser.add_argument("--config", metavar="YAML", help=_CONFIG)
     parser.add_argument("--seed", metavar="int", help=_SEED)
+    parser.add_argument("--devices", metavar="int", help=_DEVICES)
     for setting in source.settings():
         default = "null" if setting.default == "None" else setting.default
         text = f"{setting.help} (default: {default})".replace("%", "%%")

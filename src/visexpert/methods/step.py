@@ -270,7 +270,8 @@ class FiniteGuard:
         wrong = (~good.all()).float()
         trainer = module._trainer
         if trainer is not None and trainer.world_size > 1:
-            wrong = trainer.strategy.reduce(wrong, reduce_op="sum")
+            # A trainer that has ended leaves the weights on the host, which NCCL does not reach.
+            wrong = trainer.strategy.reduce(wrong.to(trainer.strategy.root_device), reduce_op="sum")
         if float(wrong):
             names = [name for name, fine in zip(trained, good.tolist(), strict=True) if not fine]
             raise DataError(

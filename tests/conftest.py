@@ -121,7 +121,6 @@ def _read_here(
 
 
 SLOWEST = (
-    "test_config_headers.py",
     "test_configs_train.py",
     "test_end_to_end.py",
     "test_run_life.py",

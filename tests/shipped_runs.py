@@ -1,5 +1,7 @@
 """Runs of the files under configs/ as they are shipped, in two optimizer steps: one parser, one cache, one folder.
 
+A run is named by the command that makes it, and made once: what another goes on from, or several tests look at.
+
 Only sizes, devices and numbers of steps are replaced, and METEOR is off, which needs Java. Data lie where the files
 say, under a folder of the test's own; published models lie in a Hugging Face Hub cache under their names, small and
 with random weights. Figures are built but not painted.
@@ -10,7 +12,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,11 +30,17 @@ from lightning.pytorch.trainer.connectors import accelerator_connector
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tests.header_commands import Command, needed_by
 from tests.io.hub import put_in_cache
-from tests.tiny_configs import CONFIGS, write_data, write_models
+from tests.tiny_configs import write_data, write_models
+from visexpert import shipped
 from visexpert.callbacks import Phase
+from visexpert.cli import main
 from visexpert.methods.checkpointed import CheckpointedModule
 from visexpert.training import VisexpertCLI, build_cli
+
+STEPS = 2
+"""Optimizer steps of a run."""
 
 NORM = 10.0
 """What gradients are scaled to before they are clipped, so that every clipping has something to do."""
@@ -45,14 +54,15 @@ LIMITS: dict[str, float] = {
     "num_train": 24,
     "num_val": 4,
     "num_test": 4,
-    "max_steps": 2,
-    "steps": 2,
-    "val_check_interval": 2,
-    "eval_every": 2,
-    "checkpoint_every": 2,
+    "max_steps": STEPS,
+    "steps": STEPS,
+    "val_check_interval": STEPS,
+    "eval_every": STEPS,
+    "checkpoint_every": STEPS,
     "warmup_steps": 1,
     "language_frozen_steps": 1,
     "map_size": 16,
+    "adapter_hidden": 32,
     "devices": 1,
     "num_nodes": 1,
     "caption_images": 2,
@@ -235,11 +245,9 @@ class OneParser(VisexpertCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Wait for :meth:`carry_out`."""
 
-    def parsed(self, files: Sequence[str]) -> Namespace:
-        """The configuration of ``fit`` with these files."""
-        self.parse_arguments(
-            self.parser, ["fit", *(part for file in files for part in ("--config", str(CONFIGS / file)))]
-        )
+    def parsed(self, command: Command) -> Namespace:
+        """The configuration of ``fit`` with these arguments."""
+        self.parse_arguments(self.parser, shipped.in_arguments(command))
         config: Namespace = self.config
         return config
 
@@ -260,26 +268,24 @@ class OneParser(VisexpertCLI):
         parts = self.parser.instantiate_classes(Namespace(fit=given))  # type: ignore[no-untyped-call]
         trainer = L.Trainer(**{**config["fit.trainer"].as_dict(), **BARE, "callbacks": [watch]})
         trainer.fit(parts["fit.model"], datamodule=parts["fit.data"])
-        assert trainer.global_step == 2 and trainer.state.finished
+        assert trainer.global_step == STEPS and trainer.state.finished
         return {name: float(value) for name, value in trainer.callback_metrics.items() if "loss" in name}
 
 
 class ShippedRuns:
-    """Carries out files under configs/ laid over each other, each chain once, and first what it starts from.
+    """Carries out commands on files under configs/, each once, and first what they go on from.
 
     Args:
         root: Empty folder; becomes the working directory.
         patch: Undoes all that is set here.
-        start_of: Files of the run that a chain starts from, and where in its folder that start is.
+        makers: By folder of a run, the command that makes it.
     """
 
-    def __init__(
-        self, root: Path, patch: pytest.MonkeyPatch, start_of: Callable[[tuple[str, ...]], tuple[tuple[str, ...], str]]
-    ) -> None:
-        self._start_of, self._done = start_of, dict[tuple[str, ...], Run]()
-        self._settings = dict[tuple[str, ...], Mapping[str, Any]]()
-        self._parsed = dict[tuple[str, ...], Namespace]()
-        self._begun = 0
+    def __init__(self, root: Path, patch: pytest.MonkeyPatch, makers: Mapping[str, Command]) -> None:
+        self._makers, self._done = makers, set[Command]()
+        self._runs = dict[Command, Run]()
+        self._settings = dict[Command, Mapping[str, Any]]()
+        self._parsed = dict[Command, Namespace]()
         patch.setenv("PL_GLOBAL_SEED", "0")
         patch.setenv("VISEXPERT_CACHE", str(root / "cache"))
         patch.setattr("sys.argv", ["visexpert"])
@@ -295,72 +301,74 @@ class ShippedRuns:
             patch.setitem(StrategyRegistry[f"deepspeed_stage_{stage}"], "strategy", EngineLike)
         patch.setattr(accelerator_connector, "DeepSpeedPrecision", EngineLikePrecision)
         patch.setattr("visexpert.training.check_machine", lambda trainer: None)  # which misses DeepSpeed itself
-        patch.setattr("visexpert.training.VisexpertCLI", OneParser)
-        cli = build_cli(["fit", "--config", str(CONFIGS / "tove" / "smoke.yaml")])
+        with pytest.MonkeyPatch.context() as building:
+            building.setattr("visexpert.training.VisexpertCLI", OneParser)
+            cli = build_cli(["fit", "--config", "tove/smoke"])
         assert isinstance(cli, OneParser)
         self._cli = cli
 
-    def run(self, files: Sequence[str]) -> Run:
-        """Fit two steps."""
-        chain = tuple(files)
-        if chain not in self._done:
-            self._done[chain] = self._fit(chain)
-        return self._done[chain]
+    def carry_out(self, command: Command) -> None:
+        """Run a command with few steps, unless it was run."""
+        if command in self._done:
+            return
+        needed = needed_by(command)
+        if needed is not None:
+            self.carry_out(self._makers[needed])
+        self._done.add(command)
+        if command[0] == "fit":
+            self._runs[command] = self._fit(command)
+            return
+        with _cleaned_up():
+            main(shortened(command))
 
-    def steps(self, files: Sequence[str]) -> Steps:
+    def run(self, command: Command) -> Run:
+        """What became of a ``fit``."""
+        self.carry_out(command)
+        return self._runs[command]
+
+    def steps(self, command: Command) -> Steps:
         """Take two steps without what surrounds them: no file is written, and no callback but the watch takes part."""
-        chain = tuple(files)
-        given = self._shrunk(chain)
-        watch, environment = Watch(), dict(os.environ)
-        try:
+        needed = needed_by(command)
+        if needed is not None:
+            self.carry_out(self._makers[needed])
+        given, watch = self._shrunk(command), Watch()
+        with _cleaned_up():
             losses = self._cli.bare_steps(given, watch)
-        finally:
-            _clean_up(environment)
         return Steps(losses, watch, given["fit"]["trainer"]["gradient_clip_val"])
 
-    def settings(self, files: Sequence[str]) -> Mapping[str, Any]:
-        """All settings of these files, before they are cut down; without a fit."""
-        chain = tuple(files)
-        if chain not in self._settings:
-            self._parsed[chain] = self._cli.parsed(chain)
-            self._settings[chain] = _settings_of(self._parsed[chain])
-        return self._settings[chain]
+    def settings(self, command: Command) -> Mapping[str, Any]:
+        """All settings of a ``fit``, before they are cut down; without a fit."""
+        if command not in self._settings:
+            self._parsed[command] = self._cli.parsed(command)
+            self._settings[command] = _settings_of(self._parsed[command])
+        return self._settings[command]
 
-    def is_known(self, files: Sequence[str]) -> bool:
+    def is_known(self, command: Command) -> bool:
         """Whether a run was carried out whose settings differ in the model's alone, and which had no callbacks.
 
         All that a run has around its steps is then tried: trainer, data, checkpoints, tables and figures.
         """
-        around = _around(self.settings(files))
+        around = _around(self.settings(command))
         return (
-            any(_around(self._settings[done]) == around for done in self._done) and not around["trainer"]["callbacks"]
+            any(_around(self._settings[done]) == around for done in self._runs) and not around["trainer"]["callbacks"]
         )
 
-    def _shrunk(self, chain: tuple[str, ...]) -> Namespace:
-        """The configuration, cut down, whose run starts from one that was carried out."""
-        self.settings(chain)
-        config = self._parsed.pop(chain, None) or self._cli.parsed(chain)
+    def _shrunk(self, command: Command) -> Namespace:
+        """The configuration, cut down."""
+        self.settings(command)
+        config = self._parsed.pop(command, None) or self._cli.parsed(command)
         given = config["fit"]
-        if given["model"]["init_args"].get("init_from"):
-            start, place = self._start_of(chain)
-            given["model"]["init_args"]["init_from"] = str(self.run(start).folder / place)
         shrink(given)
         if "evaluation" in given["model"]["init_args"]:
             given["model"]["init_args"]["evaluation"]["meteor"] = False  # phases score, and this one needs Java
         given["trainer"]["accelerator"], given["trainer"]["log_every_n_steps"] = "cpu", 1
-        given["test_after_fit"] = False
         return config
 
-    def _fit(self, chain: tuple[str, ...]) -> Run:
-        config = self._shrunk(chain)
+    def _fit(self, command: Command) -> Run:
+        config, watch = self._shrunk(command), Watch()
         given = config["fit"]
-        self._begun += 1
-        given["run"] = f"runs/{self._begun}"
-        watch, environment = Watch(), dict(os.environ)
-        try:
+        with _cleaned_up():
             self._cli.carry_out(config, watch)
-        finally:
-            _clean_up(environment)
         trainer = self._cli.trainer
         assert isinstance(trainer, L.Trainer)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -374,12 +382,33 @@ class ShippedRuns:
         )
 
 
-def _clean_up(environment: Mapping[str, str]) -> None:
+def shortened(command: Command) -> list[str]:
+    """A command on a run with few steps, where it has or would take many."""
+    if command[0] not in SHORT:
+        return list(command)
+    steps, others = SHORT[command[0]]
+    found = [str(STEPS) if flag == steps else word for flag, word in zip(("", *command), command, strict=False)]
+    return [*found, *(() if steps in command else (steps, str(STEPS))), *others]
+
+
+SHORT = {
+    "merge": ("--steps", ("--optimizer.warmup_steps", "1")),
+    "detach": ("--retune_steps", ("--timing_seconds", "0.01", "--timing_images", "1")),
+}
+"""Of commands that train by themselves, the option for their steps, and what else takes long."""
+
+
+@contextmanager
+def _cleaned_up() -> Iterator[None]:
     """End the process group of a run, and take back what it set in the environment."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(environment)
+    environment = dict(os.environ)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 def _settings_of(config: Namespace) -> Mapping[str, Any]:

@@ -25,7 +25,7 @@ BASE = ("tove/tabletop.yaml",)
 STAGE_2 = "movekd/tabletop-stage2.yaml"
 BASES = {
     "tove": BASE,
-    "movekd": ("movekd/tabletop-paper-stage1.yaml",),
+    "movekd": (STAGE_2,),
     "movekd/ablations": (STAGE_2, "movekd/one-stage.yaml"),
     "hybrid": (STAGE_2,),
     "distill": ("distill/tabletop.yaml",),

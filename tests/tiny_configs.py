@@ -1,4 +1,4 @@
-"""Files under configs/ at tiny size: random models, some records in the real formats, one CPU, few steps."""
+"""What the files under configs/ name, at tiny size: random models, some records in the real formats."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import timm
 import torch
-import yaml
 from safetensors.torch import save_file
 from transformers import (
     DepthAnythingConfig,
@@ -35,7 +34,7 @@ from tests.data.formats import (
     write_shards,
     write_vqa,
 )
-from tests.end_to_end_parts import COLORS, EXPERT_SIZE, TIMM, write_chats, write_parts
+from tests.end_to_end_parts import COLORS, TIMM, write_chats, write_parts
 from tests.experts.tiny_models import DEPTH, SAM
 from tests.tiny_encoders import write_siglip
 
@@ -54,40 +53,6 @@ DINOV3 = {
     "image_size": 32,
     "patch_size": 8,
 }
-
-STEPS = 2
-
-LIMITS: dict[str, int] = {
-    "map_size": 16,
-    "batch_size": 2,
-    "global_batch_size": 2,
-    "eval_batch_size": 2,
-    "num_workers": 0,
-    "workers": 0,
-    "num_train": 8,
-    "num_val": 4,
-    "num_test": 4,
-    "max_tokens": 384,
-    "warmup_steps": 1,
-    "caption_images": 2,
-    "adapter_hidden": 32,
-    "rank": 4,
-    "max_steps": STEPS,
-    "val_check_interval": STEPS,
-    "log_every_n_steps": 1,
-    "steps": STEPS,
-    "eval_every": STEPS,
-    "devices": 1,
-    "num_nodes": 1,
-    "timing_images": 1,
-    "timing_seconds": 0,
-}
-"""Settings that are cut down to these wherever they are larger."""
-
-METHODS = ("visexpert.methods.ToVE", "visexpert.methods.MoVEKD")
-
-GIVEN = ("architecture", "config", "processor", "model")
-"""What a configuration says of models that are not there yet; the tiny ones say it themselves."""
 
 
 def write_models(root: Path) -> dict[str, str]:
@@ -181,65 +146,3 @@ def _write_questions(root: Path) -> None:
         write_json_lines(
             root / "vsr" / "zeroshot" / f"{name}.jsonl", [{**line, "label": int(line["label"])} for line in said]
         )
-
-
-def shrunk(value: Any, models: Mapping[str, str]) -> Any:
-    """A configuration with tiny models and data, one CPU and few steps; all else, and what it lacks, as it was.
-
-    Args:
-        value: Content of a YAML file, or a part of it.
-        models: From :func:`write_models`.
-    """
-    if isinstance(value, list):
-        return [shrunk(entry, models) for entry in value]
-    if not isinstance(value, dict):
-        return models.get(value, value) if isinstance(value, str) else value
-    given = dict(value)
-    if given.get("source") in models:
-        given = {key: entry for key, entry in given.items() if key not in GIVEN}
-    if str(given.get("class_path", "")).endswith("TimmExpert"):
-        given["init_args"] = _timm(given["init_args"], models)
-        return given
-    found = {key: _limited(key, shrunk(entry, models)) for key, entry in given.items()}
-    if "trainer" in found:
-        found["trainer"] = _on_a_cpu(found["trainer"])
-    if found.get("class_path") in METHODS:
-        found["init_args"]["evaluation"] = {**found["init_args"].get("evaluation", {}), "meteor": False}  # Java
-    return found
-
-
-def _limited(key: str, value: Any) -> Any:
-    """The value, cut down where it is too large; ``train: "{00000..00331}.tar"`` becomes the shards that are there."""
-    if key == "train" and isinstance(value, str):
-        return value.replace("{00000..00331}", "{00000..00001}")
-    if key == "image_size" and value > 128:
-        return 64  # sizes of the zoo fit its own networks
-    limit = LIMITS.get(key)
-    return min(value, limit) if limit is not None and isinstance(value, int | float) else value
-
-
-def _on_a_cpu(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """The trainer without GPUs; precision, clipping, accumulation and callbacks are its own."""
-    found = dict(trainer)
-    if "accelerator" in found:
-        found["accelerator"] = "cpu"
-    if "strategy" in found:
-        found["strategy"] = "auto"
-    return found
-
-
-def _timm(given: Mapping[str, Any], models: Mapping[str, str]) -> dict[str, Any]:
-    """timm's own small ViT or ConvNeXt in the place of a large one."""
-    conv = "convnext" in given["model"]
-    name = CONVNEXT if conv else TIMM
-    kept = {key: value for key, value in given.items() if key not in ("model", "arguments", "image_size")}
-    return {**kept, "model": name, "weights": models[name], "image_size": 64 if conv else EXPERT_SIZE}
-
-
-def write_configs(root: Path, models: Mapping[str, str]) -> None:
-    """Write every file under configs/ at tiny size to the same place under ``root``."""
-    for path in CONFIGS.rglob("*.yaml"):
-        target = root / "configs" / path.relative_to(CONFIGS)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        content = shrunk(yaml.safe_load(path.read_text(encoding="utf-8")), models)
-        target.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")

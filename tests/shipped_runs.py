@@ -35,6 +35,7 @@ from tests.io.hub import put_in_cache
 from tests.tiny_configs import write_data, write_models
 from visexpert import shipped
 from visexpert.callbacks import Phase
+from visexpert.callbacks.subsets import SubsetTiming
 from visexpert.cli import main
 from visexpert.methods.checkpointed import CheckpointedModule
 from visexpert.training import VisexpertCLI, build_cli
@@ -301,6 +302,7 @@ class ShippedRuns:
             patch.setitem(StrategyRegistry[f"deepspeed_stage_{stage}"], "strategy", EngineLike)
         patch.setattr(accelerator_connector, "DeepSpeedPrecision", EngineLikePrecision)
         patch.setattr("visexpert.training.check_machine", lambda trainer: None)  # which misses DeepSpeed itself
+        patch.setitem(vars(SubsetTiming)["__init__"].__kwdefaults__, "turns", 1)
         with pytest.MonkeyPatch.context() as building:
             building.setattr("visexpert.training.VisexpertCLI", OneParser)
             cli = build_cli(["fit", "--config", "tove/smoke"])

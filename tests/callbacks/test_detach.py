@@ -156,7 +156,7 @@ def test_gate_mass_is_the_mean_gate_over_validation_tokens(done: Done) -> None:
 
 
 def test_gflop_are_those_of_the_model_with_the_others_detached(done: Done) -> None:
-    for attached in ((), ("semantic", "edges")):
+    for attached in ((), ("depth",), ("semantic", "edges"), NAMES):
         model = trained(detached=[name for name in NAMES if name not in attached]).eval()
         cost = measure_cost(model, first_images(noise_batch(size=32), 1), seconds=0.0)
         (row,) = (row for row in done.facts["scores"] if row["experts"] == list(attached))

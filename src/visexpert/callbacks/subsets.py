@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from visexpert.errors import ConfigError
 from visexpert.methods import FusingMethod
-from visexpert.methods.cost import count_vision_gflop, first_images
+from visexpert.methods.cost import first_images, inference_counter, live
 from visexpert.methods.evaluation import Evaluator
 from visexpert.methods.step import sums_over_processes
 from visexpert.methods.tove.subset_search import Subset
@@ -56,7 +56,7 @@ class SubsetScoring(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score one batch with each subset."""
         if batch_idx == 0:
-            self.gflop |= {subset: self._gflop(subset, batch) for subset in self.subsets}
+            self.gflop |= self._gflop(batch)
         if self.images is not None:
             rank, world = self.trainer.global_rank, self.trainer.world_size
             left = max(0, (self.images + world - 1 - rank) // world - self.seen)
@@ -83,11 +83,23 @@ class SubsetScoring(L.LightningModule):
         if counts["gates"]:
             self.gate_mass = {name: mass[name] / counts["gates"] for name in self.everything}
 
-    def _gflop(self, subset: Subset, batch: Batch) -> float:
+    def _gflop(self, batch: Batch) -> dict[Subset, float]:
+        """Count the GFLOP of the vision side with each subset for one image, encoders live; each runs once for all."""
         if batch.text is None:
             raise ConfigError("ExpertDetachment: the validation data has no text, so experts contribute nothing there.")
-        self.model.hub.attach_only(subset)
-        return count_vision_gflop(self.model, first_images(batch, 1))
+        image, found = live(first_images(batch, 1)), dict[Subset, float]()
+        self.model.hub.attach_only(self.everything)
+        with (
+            inference_counter() as counter,
+            run_once(self.model.subset_modules(), work=counter.get_total_flops) as spared,
+        ):
+            for subset in self.subsets:
+                spared.clear()
+                before = counter.get_total_flops()
+                self.model.hub.attach_only(subset)
+                self.model.encode(image)
+                found[subset] = (counter.get_total_flops() - before + sum(spared)) / 1e9
+        return found
 
 
 class SubsetTiming(L.LightningModule):
@@ -145,25 +157,38 @@ class SubsetTiming(L.LightningModule):
 
 
 @contextmanager
-def run_once(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Run each module at most once and return the same output on later calls: for one batch, without gradients."""
-    patched = list(modules)
+def run_once(modules: Iterable[nn.Module], work: Callable[[], int] = int) -> Iterator[list[int]]:
+    """Run each module at most once and return the same output on later calls: for one batch, without gradients.
+
+    Args:
+        modules: The modules, none inside another.
+        work: Reads how much work was done so far.
+
+    Yields:
+        The work that each later call would have done, in order.
+    """
+    patched, spared = list(modules), list[int]()
     for module in patched:
-        module.forward = _remembered(module.forward)
+        module.forward = _remembered(module.forward, work, spared)
     try:
-        yield
+        yield spared
     finally:
         for module in patched:
             del module.forward  # uncovers the class's own
 
 
-def _remembered(forward: Callable[..., Any]) -> Callable[..., Any]:
-    answers: list[Any] = []
+def _remembered(forward: Callable[..., Any], work: Callable[[], int], spared: list[int]) -> Callable[..., Any]:
+    answers: list[tuple[Any, int]] = []
 
     @functools.wraps(forward)
     def once(*inputs: Any, **named: Any) -> Any:
-        if not answers:
-            answers.append(forward(*inputs, **named))
-        return answers[0]
+        if answers:
+            answer, done = answers[0]
+            spared.append(done)
+            return answer
+        before = work()
+        answer = forward(*inputs, **named)
+        answers.append((answer, work() - before))
+        return answer
 
     return once

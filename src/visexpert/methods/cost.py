@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,12 +49,12 @@ def measure_cost(method: Method, batch: Batch, *, seconds: float = 1.0) -> dict[
         batch: A few images with text; its cache key is ignored.
         seconds: Time to spend on measuring the speed.
     """
-    live = _live(batch)
-    vision, vision_gflop = _counted(method, live)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as language_counter:
+    images = live(batch)
+    vision, vision_gflop = _counted(method, images)
+    with inference_counter() as language_counter:
         if method.reads_text and batch.text is not None:
             method.language(vision, batch.text)
-    times, others = _repeated(method, live, seconds)
+    times, others = _repeated(method, images, seconds)
     return {
         "gflop_vision": vision_gflop,
         "gflop_language": language_counter.get_total_flops() / len(batch) / 1e9,
@@ -63,32 +65,28 @@ def measure_cost(method: Method, batch: Batch, *, seconds: float = 1.0) -> dict[
     }
 
 
-@torch.no_grad()
-def count_vision_gflop(method: Method, batch: Batch) -> float:
-    """Return the GFLOP of the vision side for one image at inference, encoders live, as in :func:`measure_cost`.
-
-    Args:
-        method: In eval mode.
-        batch: A few images; its cache key is ignored.
-    """
-    return _counted(method, _live(batch))[1]
-
-
-def _counted(method: Method, live: Batch) -> tuple[VisionTokens, float]:
+def _counted(method: Method, images: Batch) -> tuple[VisionTokens, float]:
     """Return the output of the vision side, and its GFLOP per image."""
+    with inference_counter() as counter:
+        vision = method.encode(images)
+    return vision, counter.get_total_flops() / len(images) / 1e9
+
+
+@contextmanager
+def inference_counter() -> Iterator[FlopCounterMode]:
+    """Count the work of a model at inference, as :func:`measure_cost` does."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        vision = method.encode(live)
-    return vision, counter.get_total_flops() / len(live) / 1e9
+        yield counter
 
 
-def _repeated(method: Method, live: Batch, seconds: float) -> tuple[list[float], float | None]:
+def _repeated(method: Method, images: Batch, seconds: float) -> tuple[list[float], float | None]:
     """Time the vision side repeatedly; also return the share of the machine that other processes used meanwhile."""
     times: list[float] = []
     meanwhile = Meanwhile()
     while len(times) < (LEAST_REPEATS if seconds else 2) or sum(times) < seconds:
         started = time.perf_counter()
-        method.encode(live)
-        if live.images_BCHW.is_cuda:
+        method.encode(images)
+        if images.images_BCHW.is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return times, meanwhile.others_share()
@@ -109,13 +107,13 @@ def cached_gflop(method: Method, batch: Batch) -> float:
     method.eval()  # running statistics must not change
     try:
         with torch.random.fork_rng(devices=devices):
-            with step_counter() as live:
-                method.step(_live(batch))
+            with step_counter() as computed:
+                method.step(live(batch))
             with step_counter() as as_run:
                 method.step(batch)
     finally:
         method.train(mode)
-    saved: int = live.get_total_flops() - as_run.get_total_flops()
+    saved: int = computed.get_total_flops() - as_run.get_total_flops()
     return saved / len(batch) / 1e9
 
 
@@ -140,7 +138,7 @@ def first_images(batch: Batch, count: int) -> Batch:
     return Batch(batch.images_BCHW[:count], batch.index_B[:count], batch.split, text=cut)
 
 
-def _live(batch: Batch) -> Batch:
+def live(batch: Batch) -> Batch:
     """Return the same batch without a split, so that no store has its images."""
     return Batch(batch.images_BCHW, batch.index_B, split="", text=batch.text, has_image_B=batch.has_image_B)
 

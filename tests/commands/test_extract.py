@@ -104,6 +104,43 @@ def test_two_ranks_encode_each_image_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(list(verify(tmp_path))) > SHARDS and not any(found.fault for found in verify(tmp_path))
 
 
+COUNTING = """
+import os, time
+from visexpert.tabletop import TinyExpert
+
+class Counting(TinyExpert):
+    def encode(self, pixels_BCHW):
+        if len(pixels_BCHW) > 1:  # no check of weights
+            with open("calls.txt", "a") as calls:
+                calls.write(f"{os.getpid()} {len(pixels_BCHW)}\\n")
+            started = time.monotonic()  # holds its first shard until the other worker has one
+            while len({line.split()[0] for line in open("calls.txt")}) < 2 and time.monotonic() < started + 60:
+                time.sleep(0.1)
+        return super().encode(pixels_BCHW)
+"""
+
+
+@pytest.mark.long
+def test_two_workers_of_ray_encode_each_image_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "counting.py").write_text(COUNTING)
+    network = {"widths": [8, 16], "token_dim": 16, "outputs": {"depth": 1}}
+    arch = {"kind": "conv", "image_size": 32, "network": network}
+    expert = {"class_path": "counting.Counting", "init_args": {"arch": arch}}
+    (tmp_path / "mine.yaml").write_text(json.dumps({"model": {"init_args": {"experts": {"depth": expert}}}}))
+    config = [*SMOKE, "--config", "mine.yaml", "--store", "tokens", "--shard_mb", "0.0034"]
+    out = run(["--engine", "ray", "--workers", "2", *config], capsys)
+    calls = [line.split() for line in (tmp_path / "calls.txt").read_text().splitlines()]
+    assert sum(int(count) for _, count in calls) == 32 + 8 + 16 and len({pid for pid, _ in calls}) == 2
+    assert "Done: the tokens of 56 images are in tokens" in out
+    assert not any(found.fault for found in verify(tmp_path / "tokens"))
+    told = refused(["--engine", "ray", "--workers", "2", *SMOKE, "--store", "tokens", "--model.blind", "7"], capsys)
+    assert "blind" in told and "Traceback" not in told
+
+
 def count_in_a_fit(rank: int, folder: Path) -> int:
     """Fit on two processes with a store, and return how many images this one encoded for it."""
     counted: list[int] = []
@@ -188,6 +225,9 @@ def test_the_plan_counts_bytes_and_stores_nothing(tmp_path: Path, capsys: pytest
         ([*SMOKE, "--batch_size", "0"], ("batch_size", "0")),
         ([*SMOKE, "--device", "tpu9"], ("tpu9", "cpu")),
         (["--config", "movekd/smoke", "--model.init_args.kd_weight", "0"], ("MoVEKD", "stores no tokens")),
+        ([*SMOKE, "--workers", "2"], ("--workers", "--engine ray")),
+        (["plan", *SMOKE, "--engine", "ray"], ("--engine ray", "plan")),
+        ([*SMOKE, "--engine", "ray", "--workers", "0"], ("workers", "0")),
         ([*SMOKE, "--stor", "x"], ("--stor",)),
         ([*SMOKE, "--store", "s33://bucket/x"], ("s33://bucket/x", "s3://", "fsspec")),
         ([*SMOKE, "--model.init_args.store.folder", "gs://bucket"], ("gs://bucket", "visexpert[remote]")),

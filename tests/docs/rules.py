@@ -88,6 +88,11 @@ RULES = (
         "8 GPUs",
         instead=("visexpert", "extract"),
     ),
+    Rule(
+        "visexpert extract --engine ray --workers 8",
+        "Ray",
+        instead=("visexpert", "extract"),
+    ),
     Rule("srun visexpert extract", "Slurm", instead=("visexpert", "extract")),
     Rule("srun visexpert fit", "Slurm", (*STEPS, *ALONE, "--overwrite"), ("visexpert", "fit")),
     Rule("visexpert fit --config mine.yaml", "GPUs", (*STEPS, *ALONE, "--overwrite"), page="clusters.md"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,9 @@ from visexpert.errors import ConfigError, DataError, require_numbers, shown
 
 if TYPE_CHECKING:
     from visexpert.commands.extraction import Extraction
+    from visexpert.experts import FeatureCache
     from visexpert.store import Place
+    from visexpert.types import ImageSource
 
 ACTIONS = ("plan", "verify")
 
@@ -23,6 +25,7 @@ examples:
   visexpert extract plan --config tove/tabletop
   visexpert extract --config tove/tabletop
   torchrun --nproc_per_node 8 -m visexpert.cli extract --config movekd/llava/stage1 --store /scratch/tokens
+  visexpert extract --engine ray --workers 8 --config movekd/llava/stage1 --store s3://bucket/tokens
   visexpert extract verify --repair --config tove/tabletop
 
 Which encoders and images are stored follows from the configuration, as in `visexpert fit` with a store; any argument
@@ -49,19 +52,29 @@ def run(arguments: list[str]) -> Ending | None:
         raise ConfigError(
             f"visexpert extract: '{overrides[0]}' is neither plan nor verify; see visexpert extract --help."
         )
-    require_numbers("visexpert extract", above=0, batch_size=options.batch_size, shard_mb=options.shard_mb)
+    require_numbers(
+        "visexpert extract", above=0, batch_size=options.batch_size, shard_mb=options.shard_mb, workers=options.workers
+    )
     if options.repair and action != "verify":
         raise ConfigError("visexpert extract: --repair belongs to verify; type visexpert extract verify --repair.")
     if options.json and action != "plan":
         raise ConfigError("visexpert extract: --json belongs to plan; type visexpert extract plan --json.")
     if not options.config and (action != "verify" or options.repair):
         raise ConfigError("visexpert extract: no configuration was given; name YAML files by --config.")
+    if options.engine == "ray" and action is not None:
+        raise ConfigError(f"visexpert extract: --engine ray stores tokens, and does not {action}; leave it out.")
+    if options.workers is not None and options.engine != "ray":
+        raise ConfigError("visexpert extract: --workers belongs to --engine ray; add it, or start ranks by torchrun.")
     if action == "verify":
         return _verify(options, overrides)
     if action == "plan":
         from visexpert.commands.extract_plan import plan
 
         return plan(_extraction(options, overrides), as_json=options.json)
+    if options.engine == "ray":
+        from visexpert.commands.extract_ray import fill_by_ray
+
+        return fill_by_ray(_part, rest, workers=options.workers)
     return _fill(_extraction(options, overrides))
 
 
@@ -96,6 +109,15 @@ def _options() -> Parser:
     parser.add_argument(
         "--shard_mb", type=float, metavar="X", help="size of new shards in MB (default: the configuration's, 256)"
     )
+    parser.add_argument(
+        "--engine",
+        choices=("ranks", "ray"),
+        default="ranks",
+        help="who starts the processes: ranks of torchrun or Slurm, or Ray Data (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="ray: tasks at a time (default: one per GPU, or per CPU without any)"
+    )
     parser.add_argument("--repair", action="store_true", help="verify: make damaged shards again")
     parser.add_argument("--json", action="store_true", help="plan: print JSON instead of a table")
     return parser
@@ -110,13 +132,34 @@ def _extraction(options: Any, overrides: Sequence[str]) -> Extraction:
 def _fill(extraction: Extraction) -> Ending | None:
     """Store what no other process stores, then wait for the others."""
     cache = extraction.cache
-    cache.waits, cache.fill = False, True
-    sources = extraction.use(cache)
+    sources = _make(extraction, cache)
     if cache.unfinished:
         cache.waits = True
         extraction.method.read_features(cache, sources)
     if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0):
         return None  # the first one tells
+    return _ending(extraction, cache, sources)
+
+
+def _part(arguments: Sequence[str]) -> Ending | None:
+    """Store what no other process stores, without waiting; return how the command ends if the store is whole."""
+    from visexpert.store import processes
+
+    extraction = _extraction(*_options().parse_known_args(arguments))
+    cache = extraction.cache
+    sources = _make(extraction, cache)
+    is_last = not cache.unfinished and not (
+        cache.root.is_remote and processes()[0]
+    )  # only the first finishes its cards
+    return _ending(extraction, cache, sources) if is_last else None
+
+
+def _make(extraction: Extraction, cache: FeatureCache) -> Mapping[str, ImageSource]:
+    cache.waits, cache.fill = False, True
+    return extraction.use(cache)
+
+
+def _ending(extraction: Extraction, cache: FeatureCache, sources: Mapping[str, ImageSource]) -> Ending:
     names = ", ".join(extraction.method.stored_tokens())
     made = f"the tokens of {sum(map(len, sources.values())):,} images are in {cache.root} ({names})."
     folder = extraction.store.folder

@@ -13,15 +13,17 @@ from PIL import Image
 
 from tests.methods.helpers import bare_trainer, sorted_settings, tiny_experts
 from tests.methods.movekd.helpers import shaken, tiny_movekd
-from visexpert.callbacks import NearestNeighbors
+from visexpert.callbacks import NearestNeighbors, TextAlignment
 from visexpert.data import ImageTable, MixedData
 from visexpert.data.source import AugmentSettings
 from visexpert.language import NoLanguage
 from visexpert.methods import MoVEKD
 from visexpert.metrics.neighbors import knn_accuracy
+from visexpert.tabletop.text_tower import TabletopTextTower
 from visexpert.vision import ClipEncoder, VisionEncoder
 
-CLASSES = ("fine", "rough")
+CLASSES = ("red cube", "red sphere")
+"""Words that the shipped text tower knows."""
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,13 @@ def tree(root: Path, **options: Any) -> ImageTable:
 
 def movekd(**options: Any) -> MoVEKD:
     return shaken(tiny_movekd(language=NoLanguage(), lm_weight=0.0, **options), std=1.0)
+
+
+def uncopied() -> MoVEKD:
+    """A student whose frozen encoder is no teacher."""
+    settings = {"experts": tiny_experts(), "language": NoLanguage(), "lm_weight": 0.0, "tokens": "uniform"}
+    settings = sorted_settings(MoVEKD, {**settings, "clip_teacher_weight": None})
+    return MoVEKD(clip=ClipEncoder(source="zoo:clip"), **settings)
 
 
 def scores_of(folder: Path, model: MoVEKD, data: Any) -> dict[str, float]:
@@ -76,9 +85,7 @@ def test_student_and_frozen_encoder_are_scored_by_their_own_tokens(root: Path, t
 
 
 def test_a_frozen_encoder_that_no_teacher_keeps_is_read_from_its_source(root: Path, tmp_path: Path) -> None:
-    clip, source = (ClipEncoder(source="zoo:clip") for _ in range(2))
-    settings = {"experts": tiny_experts(), "language": NoLanguage(), "lm_weight": 0.0, "tokens": "uniform"}
-    model = MoVEKD(clip=clip, **sorted_settings(MoVEKD, {**settings, "clip_teacher_weight": None}))
+    model, source = uncopied(), ClipEncoder(source="zoo:clip")
     trainer = bare_trainer(tmp_path, steps=1, callbacks=[NearestNeighbors(), Disturb()])
     (found,) = trainer.test(model, datamodule=tree(root), verbose=False)
     source.load_weights()
@@ -93,6 +100,26 @@ class Disturb(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         for parameter in pl_module.clip.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
+
+
+def test_text_alignment_shares_the_frozen_encoder_that_neighbors_read(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[ClipEncoder] = []
+    copy = ClipEncoder.plain_copy
+
+    def counted(encoder: ClipEncoder) -> ClipEncoder:
+        read.append(encoder)
+        return copy(encoder)
+
+    monkeypatch.setattr(ClipEncoder, "plain_copy", counted)
+    model = uncopied()
+    trainer = bare_trainer(tmp_path, steps=1, callbacks=[NearestNeighbors(), TextAlignment()])
+    data = tree(root)
+    monkeypatch.setattr(data, "text_tower", TabletopTextTower, raising=False)
+    (found,) = trainer.test(model, datamodule=data, verbose=False)
+    assert {"test/knn/frozen", "test/alignment/frozen/zero_shot"} <= found.keys()
+    assert read == [model.clip]
 
 
 def test_data_without_classes_or_images_to_compare_have_no_such_scores(root: Path, tmp_path: Path) -> None:

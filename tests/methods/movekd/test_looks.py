@@ -15,6 +15,7 @@ from torch import Tensor
 from tests.methods.helpers import CLIP_FIELDS, bare_trainer, noise_batch
 from tests.methods.movekd.helpers import decoder, shaken, tiny_movekd, unit
 from visexpert.errors import ConfigError
+from visexpert.experts import resize_images
 from visexpert.grids import resample_tokens
 from visexpert.language import NoLanguage
 from visexpert.methods import AgglomerationSettings, MoVEKD
@@ -234,6 +235,20 @@ def test_a_shifted_step_crops_images_for_all_experts_and_text_stays() -> None:
     shifted = model.looks.cropped(model.looks.framed(batch), (0, 1))
     assert shifted.split == "" and torch.equal(shifted.images_BCHW, unit(batch)[..., :32, 8:])
     model.step(batch).loss.backward()  # all heads, on other grids than CLIP's
+
+
+def test_the_frame_of_a_step_is_resized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Student and teachers are cropped from the same pixels."""
+    sides: list[int] = []
+
+    def counted(images_BCHW: Tensor, side: int) -> Tensor:
+        sides.append(side)
+        return resize_images(images_BCHW, side)
+
+    monkeypatch.setattr("visexpert.methods.movekd.looks.resize_images", counted)
+    model = looking(alone(shift=1), Look(32, 1, (1, 0), (0, 0)))
+    model.step(noise_batch(size=33))
+    assert sides == [40]
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ examples:
   visexpert configs copy tove/tabletop my-configs
   visexpert fit --config tove/tabletop --config tove/ablations/top1
 
-Every --config takes such a name, or a file of your own; a file that is there comes first.
+Every --config takes such a name, or a file of your own; a file at that path comes first.
 """
 
 

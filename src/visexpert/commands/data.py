@@ -241,7 +241,7 @@ def merged(paths: Sequence[Path]) -> dict[str, Any]:
 def parser() -> Parser:
     """Return the command's parser."""
     parser = Parser(prog="visexpert data", description="Look for the data that a configuration needs.", epilog=EPILOG)
-    parser.add_argument("action", choices=["check"], help="what to do: check")
+    parser.add_argument("action", choices=["check"], help="look for records, images and weights")
     parser.add_argument(
         "config", nargs="+", type=find, metavar="CONFIG", help="YAML file or shipped name; later ones win"
     )

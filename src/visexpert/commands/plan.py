@@ -1,4 +1,4 @@
-"""``visexpert plan --config YAML``: parameters, compute, memory, disk and hours of a fit, before it is paid for."""
+"""``visexpert plan --config YAML``: parameters, compute, memory, disk and hours of a fit, before it starts."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def parser() -> Parser:
     """Return the command's parser."""
     parser = Parser(
         prog="visexpert plan",
-        description="Say what a fit will cost before it is paid for: parameters, GFLOP per sample by part, memory per "
+        description="Estimate what a fit costs before it starts: parameters, GFLOP per sample by part, memory per "
         "GPU,\ndisk and hours. Everything is counted on shapes; no weights, no download, no accelerator.",
         epilog=EPILOG,
     )

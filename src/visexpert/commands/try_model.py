@@ -123,13 +123,13 @@ def parser() -> Parser:
         "--layer",
         type=int,
         metavar="N",
-        help="whose tokens: -1 the last block's, ... (default: an expert's last features; -2 of an encoder)",
+        help="block whose output is read, -1 is the last (default: an expert's last features, an encoder's -2)",
     )
     parser.add_argument(
         "--dtype",
         default="float32",
         choices=("float32", "bfloat16", "float16"),
-        help="of a language model's weights (default: %(default)s)",
+        help="type of a language model's weights (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser

@@ -1,4 +1,4 @@
-"""Knowledge merging: teach one plain CLIP to produce the tokens that CLIP and experts gave together."""
+"""Knowledge merging: teach one plain encoder to give the tokens that encoder and experts gave together."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from visexpert.vision import MoLESettings, VisionEncoder, add_mole, equipped_blo
 
 @dataclass(frozen=True)
 class MergeStudent(BalanceSettings):
-    """A student with MoLE, which learns with low-rank experts beside CLIP's own weights.
+    """A student with MoLE, which learns with low-rank experts beside the encoder's own weights.
 
     Args:
-        mole: The MoLE to add to CLIP's MLPs.
-        mole_lr: Its peak learning rate; null is CLIP's.
+        mole: The MoLE to add to the encoder's MLPs.
+        mole_lr: Its peak learning rate; null is the encoder's.
 
     Raises:
         ConfigError: A weight or rate outside its range, or an unknown form.
@@ -48,14 +48,14 @@ class MergeStudent(BalanceSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mole_lr is not None and self.mole_lr <= 0:
-            raise ConfigError(f"MergeStudent: mole_lr must be above 0, or null for CLIP's, got {self.mole_lr}.")
+            raise ConfigError(f"MergeStudent: mole_lr must be above 0, or null for the encoder's, got {self.mole_lr}.")
 
     def group(self, clip: VisionEncoder, *, lr: float) -> ParameterGroup:
         """Return the trainable parts of MoLE, with their learning rate.
 
         Args:
             clip: The student, with MoLE.
-            lr: Learning rate of CLIP.
+            lr: Learning rate of the encoder.
         """
         balanced = self.balance_weight > 0
         parts = [part for mole in equipped_blocks(clip).values() for part in mole.learning_modules(balanced=balanced)]
@@ -67,7 +67,7 @@ FUSED = EncoderName("teacher", "fused")
 
 @typed
 class Merging(Method):
-    """ToVE's second half (arXiv 2504.00691, "knowledge merging"): student = a copy of CLIP, targets = t_fuse.
+    """ToVE's second half (arXiv 2504.00691, "knowledge merging"): student = a copy of the encoder, targets = t_fuse.
 
     Loss = token_weight * distance(student's tokens, t_fuse) + lm_weight * L_text, the latter through the same
     language model; + balance_weight * L_bal of the routers if the student has MoLE. Experts run only for the targets.
@@ -75,7 +75,7 @@ class Merging(Method):
 
     Args:
         teacher: A trained method that fuses experts, such as ToVE, with its weights loaded.
-        student: Merge into a CLIP with MoLE; null for a plain one.
+        student: Merge into an encoder with MoLE; null for a plain one.
         merging: What trains, and on which loss.
         optimizer: Rates and schedule.
         evaluation: What to score besides the loss and the answers.
@@ -94,7 +94,7 @@ class Merging(Method):
             raise ConfigError("Merging: adaptation='none' leaves a plain encoder nothing to learn; use full or lora.")
         if merging.targets == "store" and teacher.clip.reads_tiles:
             raise ConfigError(
-                "Merging: targets='store' keeps tokens of whole images, but this CLIP reads images in tiles; use "
+                "Merging: targets='store' keeps tokens of whole images, but this encoder reads images in tiles; use "
                 "targets: live."
             )
         optimizer = replace(optimizer, on_nan=teacher.on_nan)
@@ -123,7 +123,7 @@ class Merging(Method):
         self.settle_training()
 
     def view_tokens(self, batch: Batch) -> VisionTokens:
-        """Return tokens in the fusion space: CLIP's own, or projected ones if tokens are fused after the projector."""
+        """Return tokens in the fusion space: the encoder's, or projected ones if fused after the projector."""
         tokens: VisionTokens = self.clip(batch.images_01())
         return tokens if self.teacher.fusion_space == "clip" else super().to_language(tokens)
 
@@ -163,7 +163,7 @@ class Merging(Method):
         return [Part.of("teacher", "teachers", self.teacher)]
 
     def trained_groups(self) -> Sequence[ParameterGroup]:
-        """Return CLIP (or its low-rank updates), the projector if its output is compared, MoLE, the language model."""
+        """Return encoder (or its low-rank updates), projector if its output is compared, MoLE, language model."""
         modules = self._own_modules()
         if self.teacher.fusion_space == "language":
             modules = (*modules, self.projector)
@@ -187,7 +187,7 @@ class Merging(Method):
         return self.teacher.plain(self.clip, self.projector, self.language, clip_lr=self.lr, **kept)
 
     def check_pooled_teacher(self) -> None:
-        """Do nothing: the teacher's CLIP is there."""
+        """Do nothing: the teacher's encoder is there."""
 
     def frozen_encoder(self) -> VisionEncoder:
         """Return the teacher's encoder."""
@@ -226,7 +226,7 @@ class Merging(Method):
             self.log("val/nmse", error["nmse"], batch_size=1)
 
     def _own_modules(self) -> tuple[nn.Module, ...]:
-        """Return the trainable parts of CLIP itself, without MoLE."""
+        """Return the trainable parts of the encoder itself, without MoLE."""
         if self.settings.adaptation == "none":
             return ()
         if self.lora is not None:

@@ -52,8 +52,9 @@ def movekd(**options: Any) -> MoVEKD:
 def uncopied() -> MoVEKD:
     """A student whose frozen encoder is no teacher."""
     settings = {"experts": tiny_experts(), "language": NoLanguage(), "lm_weight": 0.0, "tokens": "uniform"}
-    settings = sorted_settings(MoVEKD, {**settings, "clip_teacher_weight": None})
-    return MoVEKD(clip=ClipEncoder(source="zoo:clip"), **settings)
+    return MoVEKD(
+        clip=ClipEncoder(source="zoo:clip"), **sorted_settings(MoVEKD, {**settings, "clip_teacher_weight": None})
+    )
 
 
 def scores_of(folder: Path, model: MoVEKD, data: Any) -> dict[str, float]:

@@ -39,7 +39,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def scenes(*, batch_size: int) -> TabletopData:
-    sizes: dict[str, Any] = {"num_train": 8, "num_val": 6, "num_test": 3, "batch_size": batch_size, "eval_batch_size": 2}
+    sizes: dict[str, Any] = {
+        "num_train": 8,
+        "num_val": 6,
+        "num_test": 3,
+        "batch_size": batch_size,
+        "eval_batch_size": 2,
+    }
     return TabletopData(rendering=QUIET, **sizes)
 
 

@@ -93,7 +93,7 @@ class VisexpertCLI(LightningCLI):
             parser_class=RunParser,
             parser_kwargs={"parser_mode": "omegaconf", "description": DESCRIPTION, "version": __version__},
             auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,  # writes the configuration once more, for hyperparameters no model saves
+            load_from_checkpoint_support=False,  # else the configuration is written twice
             **kwargs,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,13 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import Strategy
-from safetensors.torch import save_file
 
 from visexpert.callbacks.run_folder import environment
 from visexpert.errors import ConfigError, DataError, first_line, require_checkout
 from visexpert.io.checkpoints import load_checkpoint
 from visexpert.io.files import remove, take_place, whole_file
+from visexpert.io.run_files import write_json
+from visexpert.io.weights import write_weights
 from visexpert.methods import Method
 from visexpert.methods.checkpointed import saves_shards
 
@@ -120,9 +120,7 @@ class ShipLanguage(Callback):
         state = pl_module.language.state_dict()
         tied = {key for key in state if key == "head.weight"}
         weights = {key: value.half().contiguous() for key, value in state.items() if key not in tied}
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(weights, self.out)
-        self.out.chmod(0o644)  # safetensors writes files that only their owner may read
+        write_weights(weights, self.out)
         scores = {
             k: float(v) for k, v in trainer.callback_metrics.items() if torch.is_tensor(v) and k.startswith("val/")
         }
@@ -135,5 +133,4 @@ class ShipLanguage(Callback):
             "validation": {name: round(value, 4) for name, value in sorted(scores.items())},
             "seed": environment()["seed"],
         }
-        self.cards.mkdir(parents=True, exist_ok=True)
-        (self.cards / f"{self.out.stem}.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+        write_json(self.cards / f"{self.out.stem}.json", facts)

@@ -17,6 +17,7 @@ from visexpert import shipped
 from visexpert.commands.ending import Ending
 from visexpert.commands.parser import Parser
 from visexpert.errors import ConfigError, DataError
+from visexpert.io.run_files import write_text
 
 GROUPS = {
     "tove": "ToVE: train it",
@@ -92,8 +93,7 @@ def copy(name: str, folder: Path, *, overwrite: bool = False) -> list[Path]:
     runs = list(dict.fromkeys(run for each in names for run in _runs_of(each, names)))
     own = re.sub(r"[^\w.-]+", "-", folder.resolve().name) or "copies"
     for each, path in copies.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(_with_own_runs(_renamed(texts[each], copies), runs, own), encoding="utf-8")
+        write_text(path, _with_own_runs(_renamed(texts[each], copies), runs, own))
     return list(copies.values())
 
 

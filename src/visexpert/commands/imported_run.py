@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors.torch import save_file
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig
 
 from visexpert.callbacks.phase import write_checkpoint
 from visexpert.commands.released import OWNER, MoLEShape, Released, absent_parts, language_tensors, weight_files
 from visexpert.errors import WeightsError
+from visexpert.io.run_files import write_json, write_text
 from visexpert.io.run_folder import stamped
 from visexpert.io.source import SMALL_FILES
-from visexpert.io.weights import fill_module
+from visexpert.io.weights import fill_module, write_weights
 from visexpert.methods import Method
 from visexpert.runs import build
 from visexpert.vision.mole import MOLE_KEY
@@ -67,7 +66,7 @@ def _write(
     config = run_config(mole, layer, options, language=language, image_size=int(str(sizes.image_size)))
     model = _filled(config, released, out)
     told = [_write_start(released, model, out / START)] if released.adapters else []
-    (out / "config.yaml").write_text(stamped(yaml.safe_dump(config, sort_keys=False)), encoding="utf-8")
+    write_text(out / "config.yaml", stamped(yaml.safe_dump(config, sort_keys=False)))
     write_checkpoint(model, out, steps=0)
     return told
 
@@ -131,10 +130,10 @@ def copy_language(source: Path, target: Path, config: Mapping[str, Any]) -> None
         tensors = {key: value.contiguous() for key, value in language_tensors(path).items()}
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         if tensors:
-            save_file(tensors, target / name, metadata={"format": "pt"})
+            write_weights(tensors, target / name)
             places |= dict.fromkeys(tensors, name)
     index = {"metadata": {}, "weight_map": places}
-    (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(target / "model.safetensors.index.json", index)
     known = set(LlamaConfig().to_dict()) | _LEGACY
     fields = {
         key: value for key, value in config.items() if key in known and key not in ("model_type", "architectures")
@@ -181,7 +180,7 @@ def _write_start(released: Released, model: Method, path: Path) -> str:
                 f"{len(adapter['channels.bias'])}, but this CLIP has {tokens} of {width}; name its own by --clip."
             )
         state |= {f"distillation.heads.{teacher}.adapter.{key}": value.float() for key, value in adapter.items()}
-    save_file({key: value.contiguous() for key, value in state.items()}, path)
+    write_weights(state, path)
     return (
         f"adapters of {', '.join(released.adapters)}: in {path.name}, for init_from of a training with these teachers."
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from visexpert.errors import DataError, shown
 from visexpert.io.reading import dump_json, parse_json
+from visexpert.io.run_files import append_lines
 from visexpert.types import Batch, Skipped
 
 log = logging.getLogger(__name__)
@@ -75,13 +76,14 @@ class FaultLog:
             )
 
     def _write(self, new: Iterable[Skipped]) -> None:
+        """List faults; where that cannot be done, the run goes on."""
         if self.file is None:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf-8") as file:
-            for fault in new:
-                line = {"source": self.source, "key": fault.key, "reason": fault.reason}
-                file.write(dump_json(line) + "\n")
+        lines = [dump_json({"source": self.source, "key": fault.key, "reason": fault.reason}) for fault in new]
+        try:
+            append_lines(self.file, lines)
+        except DataError as error:
+            log.warning("%s", error)
 
 
 def _listed(file: Path, source: str) -> set[str]:

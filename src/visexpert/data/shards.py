@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
+import logging
 import os
 import re
 import tarfile
@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 from visexpert.data.packing import IntArray
 from visexpert.errors import ConfigError, DataError
-from visexpert.io.files import whole_file
 from visexpert.io.reading import read_json
+from visexpert.io.run_files import write_json
 from visexpert.io.weights import cache_root
 from visexpert.trust import require_pipe
 from visexpert.types import Skipped
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 """What a shard holds of one sample: ``__key__`` and the bytes of each file by suffix (``jpg``, ``txt``, ``json``)."""
@@ -343,10 +345,12 @@ def _counted(path: Path) -> int:
         if note.is_file():
             return int(read_json(note))
         number = _groups(path)
-        with whole_file(note) as part:
-            part.write_text(json.dumps(number), encoding="utf-8")
     except Exception as error:  # decompressors raise many kinds
         raise DataError(f"The shard {path} cannot be counted ({told(error)}); fetch it again.") from error
+    try:
+        write_json(note, number)
+    except DataError as error:
+        log.warning("%s The records are counted again next time; VISEXPERT_CACHE names the folder.", error)
     return number
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,24 @@ def write_bytes(path: Path, content: bytes) -> None:
     try:
         with whole_file(path) as part:
             part.write_bytes(content)
+    except OSError as error:
+        raise DataError(f"Cannot write {path} ({error.strerror}): free disk space, or use another folder.") from error
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Append lines to a file; one that a kill has cut is ended first.
+
+    Raises:
+        DataError: As :func:`write_text`; lines may be missing at the end.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            text = "".join(f"{line}\n" for line in lines).encode("utf-8")
+            if size := file.tell():
+                file.seek(size - 1)
+                text = text if file.read(1) == b"\n" else b"\n" + text
+            file.write(text)  # at the end, wherever was read
     except OSError as error:
         raise DataError(f"Cannot write {path} ({error.strerror}): free disk space, or use another folder.") from error
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from visexpert.errors import WeightsError
+from visexpert.errors import DataError, WeightsError, first_line
+from visexpert.io.files import whole_file
 from visexpert.io.reading import check_unpacked
 from visexpert.io.source import WEIGHT_FILES, ZOO, ModelSource, zoo_names
 
@@ -87,6 +88,29 @@ def load_safetensors(path: Path, *, owner: str) -> dict[str, Tensor]:
         return load_file(path)
     except Exception as error:  # a damaged file can make the reader raise anything
         raise WeightsError(f"{owner}: {path} is not a readable safetensors file ({error}); fetch it again.") from error
+
+
+def write_weights(state: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all, that every user may read (safetensors makes it private).
+
+    Args:
+        state: Weights by name; none shares its memory with another.
+        path: The file.
+        metadata: Further texts of its header.
+
+    Raises:
+        DataError: The disk is full or the folder cannot be written.
+    """
+    try:
+        with whole_file(path) as part:
+            save_file(
+                {key: value.contiguous() for key, value in state.items()}, part, {"format": "pt", **(metadata or {})}
+            )
+            part.chmod(0o644)
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"Cannot write {path} ({first_line(error)}): free disk space, or use another folder."
+        ) from error
 
 
 def load_state(path: Path, *, owner: str) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor, nn
 
 from visexpert.errors import ConfigError, DataError
+from visexpert.io.run_files import append_lines
 from visexpert.losses import router_balance
 from visexpert.losses.terms import RouterBalanceForm
 from visexpert.metrics.records import gathered
@@ -330,9 +331,7 @@ def _write(trainer: L.Trainer, batches: Iterable[Noted]) -> Path:
             }
         )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-    except OSError as error:
-        log.warning("%s cannot be written (%s).", path, error)
+        append_lines(path, map(json.dumps, lines))
+    except DataError as error:
+        log.warning("%s", error)
     return path

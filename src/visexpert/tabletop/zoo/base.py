@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from safetensors.torch import save_file
 from torch import Tensor
 
-from visexpert.io.files import whole_file
 from visexpert.optim import adamw, scheduled
 from visexpert.precision import ClippedModule
 from visexpert.types import Batch
@@ -76,13 +73,6 @@ def one_cycle(step: int, *, total: int, warmup: float, low: float = 0.04, final:
         return low + (1 - low) * (1 - math.cos(math.pi * step / top)) / 2
     fallen = min((step - top) / max(total - 1 - top, 1.0), 1.0)
     return final + (1 - final) * (1 + math.cos(math.pi * fallen)) / 2
-
-
-def write_weights(state: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file that every user of an installed package can read (safetensors makes it private)."""
-    with whole_file(path) as part:
-        save_file(dict(state), part, metadata={"format": "pt", **(metadata or {})})
-        part.chmod(0o644)
 
 
 def images_of(batch: Batch) -> Tensor:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visexpert.errors import ConfigError
+from visexpert.io.run_files import write_json, write_text
+from visexpert.io.weights import write_weights
 from visexpert.tabletop.texts import tabletop_tokenizer
 from visexpert.tabletop.tiny import half_state
-from visexpert.tabletop.zoo.base import ZooModule, images_of, parameter_count, write_weights
+from visexpert.tabletop.zoo.base import ZooModule, images_of, parameter_count
 from visexpert.types import Batch, TextBatch
 from visexpert.vision.clip import ClipEncoder
 
@@ -115,10 +117,9 @@ class ContrastiveCLIP(ZooModule):
     def ship(self, folder: Path, name: str) -> list[Path]:
         """Write the vision tower as a ``save_pretrained`` folder and the text tower beside it."""
         target = folder / name
-        target.mkdir(parents=True, exist_ok=True)
         # Weights are fp16 on disk; the config says float32, so that transformers computes in float32.
         config = {**self.clip.config.to_dict(), "architectures": ["CLIPVisionModel"], "dtype": "float32"}
-        (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_text(target / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         write_weights(half_state(self.clip.model), target / "model.safetensors")
         side = self.clip.image_size
         preprocessor = {
@@ -135,7 +136,7 @@ class ContrastiveCLIP(ZooModule):
             "image_std": list(CLIP_STD),
         }
         path = target / "preprocessor_config.json"
-        path.write_text(json.dumps(preprocessor, indent=2) + "\n", encoding="utf-8")
+        write_json(path, preprocessor)
         text_path = folder / f"{name}_text.safetensors"
         state = {f"text.{key}": value for key, value in half_state(self.text).items()}
         state["projection.weight"] = self.projection.weight.detach().half()

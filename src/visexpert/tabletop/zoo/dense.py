@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visexpert.errors import ConfigError
+from visexpert.io.weights import write_weights
 from visexpert.tabletop.tiny import TinyExpert, half_state, header_metadata
-from visexpert.tabletop.zoo.base import ZooModule, images_of, parameter_count, write_weights
+from visexpert.tabletop.zoo.base import ZooModule, images_of, parameter_count
 from visexpert.tabletop.zoo.heads import DenseTask, Ratio
 from visexpert.types import Batch
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from visexpert.grids import resample_tokens
+from visexpert.io.run_files import write_json, write_text
 from visexpert.metrics.tokens import ridge_accuracy, ridge_r2
 from visexpert.tabletop import TabletopData
 from visexpert.tabletop.datamodule import TextSettings
@@ -151,10 +151,9 @@ def write_results(rows: Mapping[str, Mapping[str, float]], page: Path, *, scenes
         own = {key: row for key, row in rows.items() if key.split(",")[0] == name}
         facts["probes"] = {key: {column: round(value, 2) for column, value in row.items()} for key, row in own.items()}
         path = cards / f"{name}.json"
-        path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_json(path, facts)
         write_card(path)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(page_text(rows, facts_by_name, scenes=scenes), encoding="utf-8")
+    write_text(page, page_text(rows, facts_by_name, scenes=scenes))
 
 
 def page_text(

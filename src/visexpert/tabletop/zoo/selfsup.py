@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from visexpert.errors import ConfigError
+from visexpert.io.weights import write_weights
 from visexpert.tabletop.tiny import TinyExpert, ViTNetwork, half_state, header_metadata
-from visexpert.tabletop.zoo.base import ZooModule, images_of, write_weights
+from visexpert.tabletop.zoo.base import ZooModule, images_of
 from visexpert.tabletop.zoo.dense import expert_facts
 from visexpert.types import Batch
 

@@ -12,6 +12,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from visexpert.errors import ConfigError, require_checkout
+from visexpert.io.run_files import write_json, write_text
 from visexpert.tabletop import TabletopData
 from visexpert.tabletop.zoo.base import ZooModule
 
@@ -41,7 +42,7 @@ def write_card(facts_path: Path) -> Path:
     """Write ``NAME.md`` beside ``NAME.json`` and return it."""
     facts = json.loads(facts_path.read_text(encoding="utf-8"))
     path = facts_path.with_suffix(".md")
-    path.write_text(card_text(facts), encoding="utf-8")
+    write_text(path, card_text(facts))
     return path
 
 
@@ -148,8 +149,6 @@ class ShipWeights(Callback):
         if not trainer.is_global_zero:
             return
         seconds = time.perf_counter() - self._started
-        for folder in (self.out_dir, self.cards_dir):
-            folder.mkdir(parents=True, exist_ok=True)
         files = pl_module.ship(self.out_dir, self.name)
         facts: dict[str, Any] = {
             "name": self.name,
@@ -167,7 +166,7 @@ class ShipWeights(Callback):
             "files": {str(path.relative_to(self.out_dir)): path.stat().st_size for path in files},
         }
         path = self.cards_dir / f"{self.name}.json"
-        path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_json(path, facts)
         write_card(path)
 
 

@@ -170,8 +170,9 @@ def test_a_run_that_dies_inside_a_step_goes_on_as_if_it_had_not(
 ) -> None:
     def fit(model: Method, *callbacks: L.Callback, ckpt_path: str | None = None) -> dict[str, Tensor]:
         options: dict[str, Any] = {"limit_val_batches": 1, "val_check_interval": 2} if validated else {}
+        options |= {"limit_train_batches": 4}  # of six, which are whole steps
         trainer = bare_trainer(tmp_path, steps=6, callbacks=callbacks, accumulate_grad_batches=3, **options)
-        trainer.fit(model, datamodule=data(), ckpt_path=ckpt_path, weights_only=True)
+        trainer.fit(model, datamodule=data(num_train=24), ckpt_path=ckpt_path, weights_only=True)
         assert trainer.global_step == 6
         return state(model)
 

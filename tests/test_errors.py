@@ -97,6 +97,21 @@ def test_a_log_line_escapes_names_and_keeps_its_own_lines() -> None:
         (RuntimeError("DataLoader worker (pid 77) is killed by signal: Killed. "), ["pid 77", "num_workers"]),
         (RuntimeError("DataLoader worker (pid(s) 5, 6) exited unexpectedly"), ["5, 6", "num_workers"]),
         (RuntimeError("DataLoader timed out after 600.0 seconds"), ["600.0 s", "worker_timeout", "num_workers"]),
+        (
+            RuntimeError(
+                "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [10.0.0.2]:552: Connection "
+                "reset by peer. This is typically caused by a remote worker hanging or bugs in the application. GLHF!"
+            ),
+            ["reached (Read error [10.0.0.2]:552: Connection reset by peer); see", "--ckpt_path last"],
+        ),
+        (
+            RuntimeError(
+                "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:129] Timed out waiting 20000ms for "
+                "send operation to complete"
+            ),
+            ["reached (Timed out waiting 20000ms for send operation to complete); see"],
+        ),
+        (torch.distributed.DistNetworkError("The client socket has timed out after 600000ms"), ["600000ms", "died"]),
         (RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"), ["full", "data/1"]),
     ],
 )

@@ -179,7 +179,7 @@ def require_channels(owner: str, *, mean: object, std: object) -> None:
 
 
 def told_by_machine(error: BaseException) -> UserError | None:
-    """One sentence for what is neither a setting nor a defect: disk, rights, memory, a worker that was killed.
+    """One sentence for what is neither a setting nor a defect: disk, rights, memory, a process that was killed.
 
     Args:
         error: What ended a command.
@@ -206,6 +206,12 @@ def told_by_machine(error: BaseException) -> UserError | None:
             return DataError(
                 f"A worker that reads data has died ({text}), mostly because memory ran out; lower num_workers "
                 "or batch_size."
+            )
+        if "DistError" in names or "gloo/transport" in text:
+            reason = re.sub(r"^\[\S+\] |\. This is typically.*", "", text)
+            return UserError(
+                f"Another process of this run has died, hangs or cannot be reached ({reason}); see what it printed "
+                "itself, and run the command again: a fit goes on with --ckpt_path last."
             )
         if isinstance(cause, OSError) or names & {"SafetensorError"} or "PytorchStreamWriter" in text:
             return _of_system(cause, text)

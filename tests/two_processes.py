@@ -1,4 +1,4 @@
-"""Run a function in two processes that are joined by gloo, as `torchrun --nproc-per-node 2` would on a CPU."""
+"""Run a function in some processes that are joined by gloo, as `torchrun --nproc-per-node N` would on a CPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ P = ParamSpec("P")
 Result = TypeVar("Result")
 
 LIMIT_S = 300.0
-"""A pair that takes longer hangs: one process waits for what the other never sends."""
+"""What takes longer hangs: one process waits for what another never sends."""
 
 _processes = multiprocessing.get_context("forkserver")
 # Imported once, in a process of its own that nothing was trained in: autograd survives no fork of one that trained.
@@ -29,12 +29,20 @@ _processes.set_forkserver_preload(["tests.preload"])
 def in_two_processes(
     work: Callable[Concatenate[int, P], Result], *arguments: P.args, **named: P.kwargs
 ) -> list[Result]:
-    """What ``work(rank, ...)`` returns on rank 0 and on rank 1.
+    """What ``work(rank, ...)`` returns on rank 0 and on rank 1; see :func:`in_processes`."""
+    return in_processes(2, work, *arguments, **named)
 
-    A ``Trainer(accelerator="cpu", devices=2, strategy="ddp")`` in it finds the two processes and joins them; any
+
+def in_processes(
+    count: int, work: Callable[Concatenate[int, P], Result], *arguments: P.args, **named: P.kwargs
+) -> list[Result]:
+    """What ``work(rank, ...)`` returns on each rank.
+
+    A ``Trainer(accelerator="cpu", devices=count, strategy="ddp")`` in it finds the processes and joins them; any
     number of them may run one after another. The first call costs the imports, later ones a second.
 
     Args:
+        count: Number of processes.
         work: A function of a module, since processes are given its name.
         arguments: What it gets beside its rank; must pickle.
         named: Likewise.
@@ -43,8 +51,8 @@ def in_two_processes(
         AssertionError: A process failed, hangs or died; with its traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        pipes = [_processes.Pipe(duplex=False) for _ in range(2)]
-        task = (Path(folder) / "rendezvous", dict(os.environ), work, arguments, named)
+        pipes = [_processes.Pipe(duplex=False) for _ in range(count)]
+        task = (count, Path(folder) / "rendezvous", dict(os.environ), work, arguments, named)
         started = [
             _processes.Process(target=_child, args=(sender, rank, *task)) for rank, (_, sender) in enumerate(pipes)
         ]
@@ -64,7 +72,7 @@ def _results(receivers: list[Connection]) -> list[Any]:
     while len(results) < len(receivers):
         waiting = [receiver for rank, receiver in enumerate(receivers) if rank not in results]
         ready = wait(waiting, timeout=LIMIT_S)
-        assert ready, f"the two processes gave nothing for {LIMIT_S:.0f} s"
+        assert ready, f"the processes gave nothing for {LIMIT_S:.0f} s"
         for receiver in ready:
             assert isinstance(receiver, Connection)
             rank = receivers.index(receiver)
@@ -80,19 +88,20 @@ def _results(receivers: list[Connection]) -> list[Any]:
 def _child(
     sender: Connection,
     rank: int,
+    count: int,
     rendezvous: Path,
     environment: dict[str, str],
     work: Callable[..., Any],
     arguments: tuple[Any, ...],
     named: dict[str, Any],
 ) -> None:
-    """One of the two; Lightning takes LOCAL_RANK for the sign that it need not start others."""
+    """One of them; Lightning takes LOCAL_RANK for the sign that it need not start others."""
     os.environ.update(environment)
-    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2", OMP_NUM_THREADS="1")
+    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(count), OMP_NUM_THREADS="1")
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
-        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=count)
         result = work(rank, *arguments, **named)
         dist.barrier()
         _send(sender, result, None)

@@ -107,8 +107,17 @@ def test_another_order_than_the_interrupted_one_is_told(tmp_path: Path) -> None:
     write_shards(tmp_path, COUNTS)
     state = loader(tmp_path).state_dict()
     loader(tmp_path).load_state_dict(state)
-    with pytest.warns(UserWarning, match="'workers': 1.*'workers': 2"):
-        loader(tmp_path, num_workers=2).load_state_dict(state)
+    with pytest.warns(UserWarning, match="'seed': 1.*'seed': 2"):
+        loader(tmp_path, order_seed=2).load_state_dict(state)
+
+
+def test_other_workers_go_on_in_the_order_of_the_interrupted_run(tmp_path: Path) -> None:
+    write_shards(tmp_path, COUNTS)
+    state, whole = loader(tmp_path, num_workers=2).state_dict(), rows(loader(tmp_path, num_workers=2, position=0))
+    alone = loader(tmp_path, position=0)
+    assert rows(alone) != whole
+    alone.load_state_dict(state)
+    assert rows(alone) == whole
 
 
 def test_shards_behind_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

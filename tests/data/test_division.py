@@ -19,6 +19,7 @@ from visexpert.data.base import DataModule
 from visexpert.data.division import Division, StepSize
 from visexpert.errors import ConfigError
 from visexpert.planning import Asked, make_plan, read_configs
+from visexpert.planning.amount import amount_of
 from visexpert.planning.show import other_gpus
 from visexpert.tabletop import TabletopData
 
@@ -149,16 +150,16 @@ def test_a_module_that_cannot_accumulate_is_refused(tmp_path: Path) -> None:
 def test_plan_counts_it_on_any_number_of_gpus() -> None:
     own = ("--trainer.devices=4", "--trainer.max_steps=5", "--data.init_args.global_batch_size=8")
     planned = read_configs([SMOKE], (*own, "--data.init_args.batch_size=2"))
-    alone, four = (make_plan(planned, Asked(gpus=gpus, text_tokens=60)) for gpus in (1, 4))
-    assert alone.amount.per_step == four.amount.per_step == 8
-    assert alone.amount.samples == four.amount.samples == 40
-    assert (alone.amount.accumulated(1), four.amount.accumulated(4)) == (4, 1)
+    alone, four = make_plan(planned, Asked(gpus=1, text_tokens=60)), amount_of(planned.data, planned.trainer, gpus=4)
+    assert alone.amount.per_step == four.per_step == 8
+    assert alone.amount.samples == four.samples == 40
+    assert (alone.amount.accumulated(1), four.accumulated(4)) == (4, 1)
     assert alone.configured is not None
     assert other_gpus(alone, alone.configured) == "The configuration asks for 4 GPUs; a step has 8 samples there, too."
     free = read_configs([SMOKE], (*own, "--data.init_args.batch_size=null"))
-    assert [make_plan(free, Asked(gpus=gpus, text_tokens=60)).amount.batch_size for gpus in (1, 2, 8)] == [8, 4, 1]
+    assert [amount_of(free.data, free.trainer, gpus=gpus).batch_size for gpus in (1, 2, 8)] == [8, 4, 1]
     with pytest.raises(ConfigError, match="multiple of 3"):
-        make_plan(free, Asked(gpus=3, text_tokens=60))
+        amount_of(free.data, free.trainer, gpus=3)
 
 
 def test_the_command_line_refuses_before_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

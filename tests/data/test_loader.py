@@ -125,7 +125,7 @@ def test_a_finished_epoch_is_not_continued() -> None:
     again = BatchLoader(Numbers(8), batch_size=4, shuffle=True)
     again.load_state_dict(loader.state_dict())
     assert seen(again) == whole
-    again.load_state_dict(loader.state_dict() | {"batch": 1})
+    again.load_state_dict(loader.state_dict() | {"images": 4})
     again.set_epoch(1)
     assert len(seen(again)) == 2
 
@@ -138,7 +138,7 @@ def test_an_iteration_from_within_an_epoch_runs_on_into_the_next() -> None:
 
 def test_another_order_than_the_interrupted_one_is_told() -> None:
     state = BatchLoader(Numbers(8), batch_size=4, shuffle=True).state_dict()
-    with pytest.warns(UserWarning, match="'batch_size': 4.*'batch_size': 2"):
+    with pytest.warns(UserWarning, match="'step_size': 4.*'step_size': 2"):
         BatchLoader(Numbers(8), batch_size=2, shuffle=True).load_state_dict(state)
 
 

@@ -22,9 +22,9 @@ PLAN = ShardPlan(counts=COUNTS, batch_size=3, shuffle=True, drop_last=True, seed
 Pairs = list[tuple[int, int]]
 
 
-def of_worker(plan: ShardPlan, epoch: int, worker: int, skip: int = 0) -> list[Pairs]:
+def of_reader(plan: ShardPlan, epoch: int, reader: int, *, lane: int = 0, skip: int = 0) -> list[Pairs]:
     batches = []
-    for lying, places in plan.windows(epoch, worker, skip=skip):
+    for lying, places in plan.windows(epoch, lane, reader, skip=skip):
         batches += [[(int(s), int(k)) for s, k in lying[chosen]] for chosen in places]
     return batches
 
@@ -33,44 +33,44 @@ def everything() -> set[tuple[int, int]]:
     return {(shard, place) for shard, count in enumerate(COUNTS) for place in range(count)}
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 1), (1, 3), (2, 1), (2, 4), (5, 2), (8, 3)])
-def test_ranks_times_workers_cover_every_record_exactly_once(world: int, workers: int) -> None:
-    plan = replace(PLAN, drop_last=False, world_size=world, workers=workers)
+@pytest.mark.parametrize(("lanes", "readers"), [(1, 1), (1, 3), (2, 1), (2, 4), (5, 2), (8, 3)])
+def test_lanes_times_readers_cover_every_record_exactly_once(lanes: int, readers: int) -> None:
+    plan = replace(PLAN, drop_last=False, lanes=lanes, readers=readers)
     for epoch in (0, 3):
         read = [
             pair
-            for rank, worker in product(range(world), range(workers))
-            for batch in of_worker(replace(plan, rank=rank), epoch, worker)
+            for lane, reader in product(range(lanes), range(readers))
+            for batch in of_reader(plan, epoch, reader, lane=lane)
             for pair in batch
         ]
         assert len(read) == sum(COUNTS) and set(read) == everything()
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 3), (4, 1)])
-def test_training_leaves_out_less_than_a_batch_per_process(world: int, workers: int) -> None:
-    plan = replace(PLAN, world_size=world, workers=workers)
+@pytest.mark.parametrize(("lanes", "readers"), [(1, 2), (2, 3), (4, 1)])
+def test_training_leaves_out_less_than_a_step(lanes: int, readers: int) -> None:
+    plan = replace(PLAN, lanes=lanes, readers=readers)
     left_out = []
     for epoch in range(6):
         read: Pairs = []
-        for rank in range(world):
-            batches = [of_worker(replace(plan, rank=rank), epoch, worker) for worker in range(workers)]
-            assert sum(map(len, batches)) == plan.num_batches == 86 // (3 * world)
+        for lane in range(lanes):
+            batches = [of_reader(plan, epoch, reader, lane=lane) for reader in range(readers)]
+            assert sum(map(len, batches)) == plan.num_steps == 86 // (3 * lanes)
             assert max(map(len, batches)) - min(map(len, batches)) <= 1
             assert all(len(batch) == 3 for part in batches for batch in part)
             read += [pair for part in batches for batch in part for pair in batch]
-        assert len(read) == len(set(read)) > sum(COUNTS) - 3 * world
+        assert len(read) == len(set(read)) > sum(COUNTS) - 3 * lanes
         left_out.append(frozenset(everything() - set(read)))
     assert len(set(left_out)) > 1  # not always the same ones
 
 
 def test_epochs_differ_and_repeat() -> None:
-    first, second = of_worker(PLAN, 0, 0), of_worker(PLAN, 1, 0)
-    assert first != second and first == of_worker(PLAN, 0, 0)
-    assert of_worker(replace(PLAN, seed=6), 0, 0) != first
+    first, second = of_reader(PLAN, 0, 0), of_reader(PLAN, 1, 0)
+    assert first != second and first == of_reader(PLAN, 0, 0)
+    assert of_reader(replace(PLAN, seed=6), 0, 0) != first
 
 
 def test_records_are_shuffled_within_a_window_only() -> None:
-    lying, batches = next(PLAN.windows(0, 0))
+    lying, batches = next(PLAN.windows(0, 0, 0))
     assert len(lying) == 12 and sorted(np.concatenate(batches).tolist()) == list(range(12))
     assert np.concatenate(batches).tolist() != list(range(12))
     shards = lying[:, 0].tolist()
@@ -79,12 +79,12 @@ def test_records_are_shuffled_within_a_window_only() -> None:
 
 def test_without_shuffling_records_come_as_they_lie() -> None:
     plan = replace(PLAN, shuffle=False, drop_last=False)
-    assert [pair for batch in of_worker(plan, 4, 0) for pair in batch] == sorted(everything())
+    assert [pair for batch in of_reader(plan, 4, 0) for pair in batch] == sorted(everything())
 
 
 @pytest.mark.parametrize("skip", [1, 4, 5, 11, 28])
 def test_it_goes_on_where_it_was(skip: int) -> None:
-    assert of_worker(PLAN, 2, 0, skip) == of_worker(PLAN, 2, 0)[skip:]
+    assert of_reader(PLAN, 2, 0, skip=skip) == of_reader(PLAN, 2, 0)[skip:]
 
 
 def test_a_reader_goes_on_from_shard_to_shard(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from visexpert.errors import ConfigError
 
@@ -83,6 +85,38 @@ class StepSize:
         if batch is None:
             return Division(images // at_once, processes, accumulate)
         return Division(batch, processes, images // (processes * batch))
+
+
+def convert_progress(fit_loop: Mapping[str, Any], old: Division, new: Division, *, whole: bool) -> None:
+    """Count the batches in a fit's progress as another number of processes would have: by the images they held.
+
+    Args:
+        fit_loop: Lightning's state of the fit loop in a checkpoint, changed in place.
+        old: The division of the fit that wrote it.
+        new: The division of the fit that goes on.
+        whole: Whether an epoch of the data is whole steps.
+
+    Raises:
+        ConfigError: Steps hold another number of images, or the position is not at the end of a step.
+    """
+    if old == new:
+        return
+    if old.step_size != new.step_size:
+        raise ConfigError(
+            f"The interrupted fit took {old.step_size} images a step ({old}), this one would take {new.step_size} "
+            f"({new}), so that images were repeated or lost; set the data's global_batch_size to {old.step_size}."
+        )
+    progress = fit_loop["epoch_loop.batch_progress"]
+    counters = (progress["total"], progress["current"])
+    if not whole or any(counts["processed"] % old.accumulate for counts in counters):
+        where = "inside an optimizer step" if whole else f"in data of less than a step ({old.step_size} images)"
+        raise ConfigError(
+            f"The interrupted fit stopped {where}, so that only {old} can go on with the same images; use as many."
+        )
+    for counts in counters:
+        steps = counts["processed"] // old.accumulate
+        shift = steps * new.accumulate - counts["processed"]
+        counts.update({name: count + shift for name, count in counts.items()})
 
 
 def _product(processes: int, batch: int | None, accumulate: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from visexpert.data.columns import check_val_share
+from visexpert.data.division import Division
 from visexpert.data.needs import Need
 from visexpert.data.samples import BatchForm, subset
 from visexpert.data.shard_loader import RecordReader, ShardLoader, ShardPlan
@@ -42,7 +44,8 @@ class ImageShards(SourceData):
     With a ``tokenizer`` each record needs a caption: ``.txt``, or ``caption`` in ``.json``; or a question and its
     answer in ``.json``. Without one images are read without texts, whether they have some or not. Shards are read
     sequentially and never unpacked. Each epoch reads each record once, for any number of processes and workers, except
-    for less than one leftover batch per process. An interrupted run continues with the records that it would have read.
+    for less than one leftover step. An interrupted run continues with the records that it would have read, also on
+    other processes and workers: each then reads the stretches of the shards that its images lie in.
     ``train_fraction`` selects whole shards.
 
     Args:
@@ -59,7 +62,7 @@ class ImageShards(SourceData):
             ``_stats.json`` beside local shards, and counts records if there is neither. Remote shards need it.
         prompt: Prompt for a caption.
         shuffle_window: Records shuffled together in each worker, in addition to the order of shards; a worker holds
-            this many encoded images in memory.
+            this many encoded images in memory. A run that goes on keeps to the windows that it began with.
         root: Folder of local shards; ``num_val`` does not apply.
         kwargs: See :class:`~visexpert.data.source.SourceData`.
     """
@@ -203,21 +206,13 @@ class ImageShards(SourceData):
         counts = tuple(all_counts[number] for number in chosen)
         starts = first_rows(all_counts)
         rank, world = self.process
-        batch_size = self.division().batch_size if training else settings.eval_batch_size
+        division = self.division() if training else Division(settings.eval_batch_size, world)
         return ShardLoader(
             shards=[shards[number] for number in chosen],
             first_rows=[starts[number] for number in chosen],
-            plan=ShardPlan(
-                counts=counts,
-                batch_size=batch_size,
-                shuffle=training,
-                drop_last=training,
-                seed=settings.order_seed,
-                window=-(-self.shuffle_window // batch_size),
-                rank=rank,
-                world_size=world,
-                workers=max(1, settings.num_workers),
-            ),
+            plan=self._plan(counts, division, training=training),
+            division=division,
+            rank=rank,
             records=self._reader(packer=packer, augment_seed=settings.order_seed if training else None),
             form=BatchForm(
                 split=self.split_of(part),
@@ -230,6 +225,21 @@ class ImageShards(SourceData):
             worker_timeout=settings.worker_timeout,
             position=position,
             inspect=self.faults(part, total=sum(counts), shared=True).note,
+        )
+
+    def _plan(self, counts: tuple[int, ...], division: Division, *, training: bool) -> ShardPlan:
+        """Return the plan of a new fit: a lane for each batch of a step, with memory for one window per worker."""
+        settings, batches = self.settings, division.accumulate
+        workers = max(1, settings.num_workers)
+        return ShardPlan(
+            counts=counts,
+            batch_size=division.batch_size,
+            shuffle=training,
+            drop_last=training,
+            seed=settings.order_seed,
+            window=-(-self.shuffle_window // (division.batch_size * batches)),
+            lanes=division.processes * batches,
+            readers=workers // math.gcd(workers, batches),
         )
 
     def _some(self, part: str, most: int | None) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -28,6 +28,23 @@ class Loader(Protocol):
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[Batch]: ...
+
+
+class TrainingLoader(Loader, Protocol):
+    """Training batches of a process, in an endless order that another number of processes can take up.
+
+    Where they are in it is counted by the trainer (``position``); the state holds what else determines the order.
+    """
+
+    @property
+    def has_whole_steps(self) -> bool:
+        """Whether an epoch is whole optimizer steps."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what determines the order, as plain values."""
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Keep to the order of an interrupted fit; warn if that cannot be."""
 
 
 class BatchKey(NamedTuple):
@@ -148,19 +165,19 @@ class BatchLoader:
         """Set the epoch of the next iteration, if there is no ``position``."""
         self.epoch = epoch
 
+    @property
+    def has_whole_steps(self) -> bool:
+        """Whether an epoch is whole optimizer steps."""
+        return len(self.source) >= self.step_size
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of batches yielded, and the settings that determine their order."""
-        return {"batch": self._next, "order": self._order()}
+        """Return the number of images done by all processes, and the settings that determine their order."""
+        return {"images": self._next * self.batch_size * self.world_size, "order": self._order()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`; warn if the order of batches differs from the interrupted run's."""
-        if state["order"] != self._order():
-            warnings.warn(
-                f"The interrupted run read its batches with {state['order']}, this one with {self._order()}: "
-                "it continues, but with other batches than the interrupted run would have seen.",
-                stacklevel=2,
-            )
-        self._restored = state["batch"]
+        """Continue from :meth:`state_dict`; warn if the order of images differs from the interrupted run's."""
+        warn_of_other_order(state["order"], self._order())
+        self._restored = state.get("images", 0) // (self.batch_size * self.world_size)
 
     def _is_fit(self, batch: Batch) -> bool:
         if self.inspect is None:
@@ -201,12 +218,24 @@ class BatchLoader:
         yield from load(_Keyed(self.source, keys), num_workers=self.num_workers, timeout=self.worker_timeout)
 
     def _order(self) -> dict[str, int]:
-        return {
-            "rows": len(self.source),
-            "batch_size": self.batch_size,
-            "world_size": self.world_size,
-            "seed": self.seed,
-        }
+        return {"rows": len(self.source), "step_size": self.step_size, "seed": self.seed}
+
+
+def warn_of_other_order(theirs: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+    """Warn if an interrupted run read its images by other settings; those that it did not note are no difference.
+
+    Returns:
+        Whether they differ.
+    """
+    unlike = {name: value for name, value in theirs.items() if name in own and own[name] != value}
+    if unlike:
+        mine = {name: own[name] for name in unlike}
+        warnings.warn(
+            f"The interrupted run read its images with {unlike}, this one with {mine}: it continues, but with other "
+            "images than the interrupted run would have seen.",
+            stacklevel=3,
+        )
+    return bool(unlike)
 
 
 class _Keyed(Dataset[Batch]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from visexpert.data.base import DataModule
 from visexpert.data.division import StepSize
 from visexpert.data.images import Resize
-from visexpert.data.loader import Loader, StepLoader
+from visexpert.data.loader import Loader, TrainingLoader, warn_of_other_order
 from visexpert.data.needs import AnyNeed
-from visexpert.data.source import PARTS, Settings, SourceData, Template, batches_done
+from visexpert.data.source import PARTS, Settings, SourceData, Template
 from visexpert.errors import ConfigError
 from visexpert.typed import typed
 from visexpert.types import Batch, ImageSource, TextEncoder
@@ -41,12 +40,12 @@ SHARED = (
 class MixedData(DataModule):
     """Several sources: a batch holds rows of one source; scores carry the source's name if there are several.
 
-    In training the sources alternate, evenly spread and in proportion to their weights; an epoch has as many batches
-    as all sources together. An exhausted source restarts.
+    In training the sources alternate from step to step, evenly spread and in proportion to their weights; an epoch has
+    as many steps as all sources together. An exhausted source restarts.
 
     Args:
         sources: Sources by name.
-        train: Sources to train on, with their weights; null for the source's number of batches.
+        train: Sources to train on, with their weights; null for the source's number of steps.
         val: Sources to validate on; null for none.
         test: Sources to test on; null for none.
         tokenizer: Passed to all sources, like the settings below; null keeps each source's own value. See
@@ -166,9 +165,10 @@ class MixedData(DataModule):
         mixed = MixedLoader(
             {name: self._train_loader_of(name) for name in self.weights},
             weights=self.weights,
-            position=batches_done(self),
+            position=self.batches_done(),
+            batches_per_turn=self.division().accumulate,
         )
-        return StepLoader(mixed, trainer=self.trainer)
+        return self.in_steps(mixed)
 
     def has_part(self, part: str) -> bool:
         """Return whether a part names any sources."""
@@ -261,7 +261,7 @@ class MixedData(DataModule):
                 by_source.setdefault(name, []).append(part)
         return by_source
 
-    def _train_loader_of(self, name: str) -> Callable[[Callable[[], int]], Loader]:
+    def _train_loader_of(self, name: str) -> Callable[[Callable[[], int]], TrainingLoader]:
         return lambda position: self.sources[name].loader("train", position=position)
 
     def _chained(self, part: str) -> ChainedLoader | list[Batch]:
@@ -295,28 +295,33 @@ class MixedLoader:
 
     Args:
         makers: Functions that build each source's loader, given a function that counts its finished batches.
-        weights: Relative weight of each source; None for its number of batches.
+        weights: Relative weight of each source; None for its number of turns in an epoch of its own.
         position: Returns how many batches of the whole sequence are done; None restarts each time.
+        batches_per_turn: Batches of an optimizer step, which are all of one source, so that the number of processes
+            does not change whose turn it is.
     """
 
     def __init__(
         self,
-        makers: Mapping[str, Callable[[Callable[[], int]], Loader]],
+        makers: Mapping[str, Callable[[Callable[[], int]], TrainingLoader]],
         *,
         weights: Mapping[str, float | None],
         position: Callable[[], int] | None,
+        batches_per_turn: int = 1,
     ) -> None:
         self._done = dict.fromkeys(makers, 0)
         self.loaders = {name: make(self._counter(name)) for name, make in makers.items()}
-        self.weights = {name: float(weight or len(self.loaders[name])) for name, weight in weights.items()}
-        self.position = position
+        self.weights = {
+            name: float(weight or len(self.loaders[name]) / batches_per_turn) for name, weight in weights.items()
+        }
+        self.position, self.batches_per_turn = position, batches_per_turn
 
     def __len__(self) -> int:
         return sum(map(len, self.loaders.values()))
 
     def __iter__(self) -> Iterator[Batch]:
         self._done.update(dict.fromkeys(self._done, 0))
-        turns = self.turns()
+        turns = (name for name in self.turns() for _ in range(self.batches_per_turn))
         for name in itertools.islice(turns, 0 if self.position is None else self.position()):
             self._done[name] += 1
         streams = {name: self._endless(name) for name in self.loaders}
@@ -336,24 +341,24 @@ class MixedLoader:
             credit[name] -= 1.0
             yield name
 
+    @property
+    def has_whole_steps(self) -> bool:
+        """Whether an epoch of each source is whole optimizer steps."""
+        return all(loader.has_whole_steps for loader in self.loaders.values())
+
     def state_dict(self) -> dict[str, Any]:
         """Return the settings that determine the order of batches."""
-        return {"sources": {name: loader.state_dict() for name, loader in self._stateful()}, "weights": self.weights}
+        return {
+            "sources": {name: loader.state_dict() for name, loader in self.loaders.items()},
+            "weights": self.weights,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Warn if the order differs from the interrupted run's; ``position`` says where to continue."""
-        if state["weights"] != self.weights:
-            warnings.warn(
-                f"The interrupted run mixed its sources by {state['weights']}, this one by {self.weights}: "
-                "it continues, but with other batches than the interrupted run would have seen.",
-                stacklevel=2,
-            )
+        if warn_of_other_order({"weights": state["weights"]}, {"weights": self.weights}):
             return
-        for name, loader in self._stateful():
+        for name, loader in self.loaders.items():
             loader.load_state_dict(state["sources"][name])
-
-    def _stateful(self) -> list[tuple[str, Any]]:
-        return [(name, loader) for name, loader in self.loaders.items() if hasattr(loader, "state_dict")]
 
     def _counter(self, name: str) -> Callable[[], int]:
         return lambda: self._done[name]

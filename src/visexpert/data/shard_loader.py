@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from visexpert.data.annotations import BROKEN, checked
 from visexpert.data.columns import question_item
+from visexpert.data.division import Division
 from visexpert.data.images import ImageReader
+from visexpert.data.loader import warn_of_other_order
 from visexpert.data.packing import IntArray
 from visexpert.data.samples import BatchForm, Loaded, encode_items, prompts_of
 from visexpert.data.shards import Record, ShardReader
 from visexpert.data.workers import load
-from visexpert.errors import DataError, first_line
+from visexpert.errors import ConfigError, DataError, first_line
 from visexpert.io.reading import IMAGE_FORMATS, parse_json
 from visexpert.types import Batch, Skipped, TextEncoder, TextItem
 
@@ -26,22 +29,23 @@ _IMAGES = tuple(suffix[1:] for suffixes in IMAGE_FORMATS.values() for suffix in 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Divides the records of all shards among processes and workers: each record goes to exactly one per epoch.
+    """Divides the records of all shards into lanes, and each lane among readers: each record is in one, every epoch.
 
-    Each epoch puts the shards in a random order and lines up their records. Every process gets an equal stretch of that
-    line, divided into the same number of batches; each of its workers gets a part of the stretch, so that it reads
-    shard after shard. Records are shuffled within stretches of ``window`` batches.
+    Each epoch puts the shards in a random order and lines up their records. Every lane is an equal stretch of that
+    line, divided into the same number of batches, one for each optimizer step; each of its readers, which take turns,
+    gets a part of the stretch, so that it reads shard after shard. Records are shuffled within stretches of ``window``
+    batches. None of this names a process: a fit begins with a lane for each batch of a step and a reader for each
+    worker, and keeps them if it goes on with other processes and workers.
 
     Args:
         counts: Number of records in each shard.
-        batch_size: Records per batch.
+        batch_size: Records of a lane per step.
         shuffle: Use a new order each epoch; otherwise the order of the shards.
         drop_last: Drop the remainder (a different one each epoch), so that all batches have ``batch_size`` records.
         seed: Seed of the order.
-        window: Number of batches whose records are shuffled together; a worker holds that many undecoded in memory.
-        rank: This process.
-        world_size: Number of processes.
-        workers: Workers of each process.
+        window: Number of batches whose records are shuffled together; a reader holds that many undecoded in memory.
+        lanes: Number of lanes.
+        readers: Readers of each lane.
     """
 
     counts: tuple[int, ...]
@@ -50,33 +54,39 @@ class ShardPlan:
     drop_last: bool
     seed: int
     window: int
-    rank: int = 0
-    world_size: int = 1
-    workers: int = 1
+    lanes: int = 1
+    readers: int = 1
 
     @property
-    def num_batches(self) -> int:
-        """Number of batches per epoch and process."""
-        step = self.batch_size * self.world_size
-        total = sum(self.counts)
+    def step_size(self) -> int:
+        """Records per step."""
+        return self.batch_size * self.lanes
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps per epoch."""
+        step, total = self.step_size, sum(self.counts)
         return total // step if self.drop_last and total >= step else -(-total // step)
 
-    def windows(self, epoch: int, worker: int, *, skip: int = 0) -> Iterator[tuple[IntArray, list[IntArray]]]:
-        """Yield the records that a worker reads in an epoch, window by window.
+    def windows(
+        self, epoch: int, lane: int, reader: int, *, skip: int = 0
+    ) -> Iterator[tuple[IntArray, list[IntArray]]]:
+        """Yield the records that a reader reads in an epoch, window by window.
 
         Args:
             epoch: Epoch, from 0.
-            worker: The worker, from 0.
+            lane: Its lane, from 0.
+            reader: The reader, from 0.
             skip: Number of its batches that are done.
 
         Yields:
             The window's records in reading order, int64 (n, 2) of shard and place in it; and the positions in the
             window of each batch that is not done.
         """
-        line = self._line(epoch)
+        line = self._line(epoch, lane)
         ends = self._batch_ends(len(line))
-        first = self._first_batch(worker)
-        last = self._first_batch(worker + 1)
+        first = self._first_batch(reader)
+        last = self._first_batch(reader + 1)
         for number, start in enumerate(range(first, last, self.window)):
             stop = min(start + self.window, last)
             if stop <= first + skip:
@@ -84,33 +94,33 @@ class ShardPlan:
             begin = int(ends[start])
             order = np.arange(int(ends[stop]) - begin)
             if self.shuffle:
-                order = np.random.default_rng([self.seed, epoch, self.rank, worker, number]).permutation(order)
+                order = np.random.default_rng([self.seed, epoch, lane, reader, number]).permutation(order)
             batches = [order[ends[b] - begin : ends[b + 1] - begin] for b in range(start, stop)]
             yield line[begin : int(ends[stop])], batches[max(0, first + skip - start) :]
 
-    def _line(self, epoch: int) -> IntArray:
-        """Return this process's records of an epoch in order, int64 (n, 2) of shard and place."""
+    def _line(self, epoch: int, lane: int) -> IntArray:
+        """Return a lane's records of an epoch in order, int64 (n, 2) of shard and place."""
         shards = np.arange(len(self.counts))
         if self.shuffle:
             shards = np.random.default_rng([self.seed, epoch]).permutation(shards)
         counts = np.asarray(self.counts, dtype=np.int64)[shards]
         total = int(counts.sum())
-        size = self.num_batches * self.batch_size
-        exact = self.drop_last and size * self.world_size <= total
-        bounds = [size * rank if exact else total * rank // self.world_size for rank in (self.rank, self.rank + 1)]
+        size = self.num_steps * self.batch_size
+        exact = self.drop_last and size * self.lanes <= total
+        bounds = [size * end if exact else total * end // self.lanes for end in (lane, lane + 1)]
         position = np.arange(*bounds)
         starts = np.cumsum(counts) - counts
         index = np.searchsorted(starts, position, side="right") - 1
         return np.stack([shards[index], position - starts[index]], axis=1)
 
     def _batch_ends(self, size: int) -> IntArray:
-        """Return the start of each batch in this process's stretch, and the end of the last one."""
-        return np.arange(self.num_batches + 1) * size // max(self.num_batches, 1)
+        """Return the start of each batch in a lane's stretch, and the end of the last one."""
+        return np.arange(self.num_steps + 1) * size // max(self.num_steps, 1)
 
-    def _first_batch(self, worker: int) -> int:
-        """Return a worker's first batch, given that workers yield in turn and each reads one stretch."""
-        full, over = divmod(self.num_batches, self.workers)
-        return worker * full + min(worker, over)
+    def _first_batch(self, reader: int) -> int:
+        """Return a reader's first batch, given that readers take turns and each reads one stretch."""
+        full, over = divmod(self.num_steps, self.readers)
+        return reader * full + min(reader, over)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,14 +195,18 @@ class RecordReader:
 class ShardLoader:
     """Iterates over the batches of this process, epoch after epoch; see :class:`~visexpert.data.loader.BatchLoader`.
 
-    Besides the seed, the order of batches depends only on the numbers of processes and workers. An iteration that
-    starts in mid-epoch opens the shard that is due and skips the records already read. Empty training batches (the rest
-    of a damaged shard) are skipped and replaced by the next epoch's, so every process yields the same number.
+    Besides the seed, the order of images depends only on the numbers of processes and workers that the fit began with,
+    which its state keeps: where it goes on with others, each process reads the lanes that its images lie in, some of
+    which it may share with another. An iteration that starts in mid-epoch opens the shard that is due and skips the
+    records already read. Empty training batches (the rest of a damaged shard) are skipped and replaced by the next
+    epoch's, so every process yields the same number.
 
     Args:
         shards: Paths or URLs.
         first_rows: Row of the first record of each shard in the split.
-        plan: Assignment of records to readers; its number of workers is this loader's.
+        plan: Assignment of records to readers.
+        division: Division of a step; its size is that of the plan.
+        rank: This process.
         records: Decodes records.
         form: Settings common to all batches.
         num_workers: Worker processes; 0 reads in this one.
@@ -207,6 +221,8 @@ class ShardLoader:
         shards: Sequence[str],
         first_rows: Sequence[int],
         plan: ShardPlan,
+        division: Division,
+        rank: int,
         records: RecordReader,
         form: BatchForm,
         num_workers: int,
@@ -215,13 +231,14 @@ class ShardLoader:
         inspect: Callable[[Batch], None],
     ) -> None:
         self.shards, self.plan, self.records, self.form = shards, plan, records, form
+        self.division, self.rank = division, rank
         self.first_rows = first_rows
         self.num_workers, self.worker_timeout = num_workers, worker_timeout
         self.position, self.inspect = position, inspect
         self._empty: set[int] = set()
 
     def __len__(self) -> int:
-        return self.plan.num_batches
+        return self.plan.num_steps * self.division.accumulate
 
     def __iter__(self) -> Iterator[Batch]:
         # A generator: nothing is read before the first batch is due (see BatchLoader).
@@ -240,20 +257,36 @@ class ShardLoader:
                 raise DataError(f"None of the records from {self.shards[0]} on can be read; see skipped.jsonl.")
             place += stop - skip
 
+    @property
+    def has_whole_steps(self) -> bool:
+        """Whether an epoch is whole optimizer steps."""
+        return sum(self.plan.counts) >= self.plan.step_size
+
     def state_dict(self) -> dict[str, Any]:
         """Return which batches of the sequence were empty, and the settings that determine their order."""
-        return {"empty": sorted(self._empty), "order": self._order()}
+        lanes = {name: getattr(self.plan, name) for name in ("batch_size", "window", "lanes", "readers")}
+        return {
+            "empty": sorted(self._empty),
+            "order": self._order(),
+            "lanes": lanes,
+            "division": asdict(self.division),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore which batches were empty; warn if the order differs from the interrupted run's."""
-        if state["order"] != self._order():
-            warnings.warn(
-                f"The interrupted run read its shards with {state['order']}, this one with {self._order()}: "
-                "it continues, but with other batches than the interrupted run would have seen.",
-                stacklevel=2,
-            )
+        """Keep to the lanes of the interrupted run and to what was empty; warn if other records are in them.
+
+        Raises:
+            ConfigError: Batches were empty, and the number of processes is another.
+        """
+        if warn_of_other_order(state["order"], self._order()) or "lanes" not in state:
             return
-        self._empty = set(state["empty"])
+        old = Division(**state["division"])
+        if state["empty"] and old != self.division:
+            raise ConfigError(
+                f"The interrupted fit left out batches, since shards are damaged, so that only {old} can go on with "
+                "the same images; use as many."
+            )
+        self.plan, self._empty = replace(self.plan, **state["lanes"]), set(state["empty"])
 
     def _place(self, done: int) -> int:
         """Return the index of the next batch in the endless sequence, after ``done`` non-empty ones."""
@@ -278,10 +311,29 @@ class ShardLoader:
         yield from load(stream, num_workers=self.num_workers, timeout=self.worker_timeout)
 
     def _order(self) -> dict[str, Any]:
-        plan = self.plan
-        counts = {"records": sum(plan.counts), "shards": len(plan.counts)}
-        names = ("batch_size", "window", "seed", "world_size", "workers")
-        return counts | {name: getattr(plan, name) for name in names}
+        counts = self.plan.counts
+        order = {"records": sum(counts), "shards": len(counts), "seed": self.plan.seed}
+        return order | {"step_size": self.plan.step_size}
+
+
+Lying: TypeAlias = tuple[int, int, Record | DataError]
+"""Shard, place in it, and the record that lies there or why it cannot be read."""
+
+
+class Piece(NamedTuple):
+    """What a batch holds of a lane.
+
+    Args:
+        step: Optimizer step of the epoch.
+        lane: The lane.
+        first: First of the lane's records in that step.
+        last: The one after the last.
+    """
+
+    step: int
+    lane: int
+    first: int
+    last: int
 
 
 class ShardStream(IterableDataset[Batch]):
@@ -296,36 +348,59 @@ class ShardStream(IterableDataset[Batch]):
 
     def __init__(self, loader: ShardLoader, epoch: int, skip: int, stop: int) -> None:
         self.shards, self.first_rows, self.plan = list(loader.shards), list(loader.first_rows), loader.plan
+        self.division, self.rank, self.workers = loader.division, loader.rank, max(1, loader.num_workers)
         self.records, self.form = loader.records, loader.form
         self.epoch, self.skip, self.stop = epoch, skip, stop
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
-        # Torch asks worker 0 first, so worker 0 takes the part that is due after `skip` batches.
-        return self.worker(((0 if info is None else info.id) + self.skip) % self.plan.workers)
+        return self.worker(0 if info is None else info.id)
 
     def worker(self, worker: int) -> Iterator[Batch]:
-        """Yield the batches of one worker: every ``workers``-th of the sequence."""
-        done, stop = (_turns(until, worker, self.plan.workers) for until in (self.skip, self.stop))
-        reader = ShardReader(self.shards, self.plan.counts)
-        left = stop - done
-        for lying, batches in self.plan.windows(self.epoch, worker, skip=done):
-            if left <= 0:
-                return
-            batches = batches[:left]
-            left -= len(batches)
-            wanted = set(np.concatenate(batches).tolist())
-            kept = {place: record for place, record in enumerate(reader.read(lying)) if place in wanted}
-            for places in batches:
-                batch = self._batch(lying, kept, places.tolist())
-                yield replace(batch, skipped=(*batch.skipped, *reader.surplus))
-                reader.surplus.clear()
+        """Yield the batches of one worker, the first of which is due first: every ``workers``-th from ``skip`` on."""
+        pieces = {number: self._pieces(number) for number in range(self.skip + worker, self.stop, self.workers)}
+        wanted: dict[tuple[int, int], list[Piece]] = {}
+        for piece in chain.from_iterable(pieces.values()):
+            wanted.setdefault((piece.lane, piece.step % self.plan.readers), []).append(piece)
+        streams = {(lane, reader): self._read(lane, reader, own) for (lane, reader), own in wanted.items()}
+        for own in pieces.values():
+            found = [next(streams[piece.lane, piece.step % self.plan.readers]) for piece in own]
+            batch = self._batch(list(chain.from_iterable(lying for lying, _ in found)))
+            yield replace(batch, skipped=(*batch.skipped, *chain.from_iterable(surplus for _, surplus in found)))
 
-    def _batch(self, lying: np.ndarray[Any, Any], kept: dict[int, Record | DataError], places: list[int]) -> Batch:
+    def _pieces(self, number: int) -> list[Piece]:
+        """Return what a batch of this process holds of each lane."""
+        size, division = self.plan.batch_size, self.division
+        step, part = divmod(number, division.accumulate)
+        first = (self.rank * division.accumulate + part) * division.batch_size
+        last = first + division.batch_size
+        return [
+            Piece(step, lane, max(first - lane * size, 0), min(last - lane * size, size))
+            for lane in range(first // size, -(-last // size))
+        ]
+
+    def _read(self, lane: int, reader: int, pieces: list[Piece]) -> Iterator[tuple[list[Lying], list[Skipped]]]:
+        """Yield the records of each piece, and the shards that turned out to hold more than expected."""
+        shards, readers, left = ShardReader(self.shards, self.plan.counts), self.plan.readers, deque(pieces)
+        done = pieces[0].step // readers
+        for lying, batches in self.plan.windows(self.epoch, lane, reader, skip=done):
+            due = []
+            while left and left[0].step // readers < done + len(batches):
+                piece = left.popleft()
+                due.append(batches[piece.step // readers - done][piece.first : piece.last].tolist())
+            done += len(batches)
+            wanted = set(chain.from_iterable(due))
+            read = enumerate(shards.read(lying)) if wanted else ()
+            kept = {place: record for place, record in read if place in wanted}
+            for places in due:
+                yield [(*lying[place].tolist(), kept.pop(place)) for place in places], list(shards.surplus)
+                shards.surplus.clear()
+            if not left:
+                return
+
+    def _batch(self, records: list[Lying]) -> Batch:
         loaded, skipped = [], []
-        for place in places:
-            shard, number = lying[place].tolist()
-            record = kept.pop(place)
+        for shard, number, record in records:
             key = f"{self.shards[shard]}:{number}"
             try:
                 if isinstance(record, DataError):
@@ -336,11 +411,6 @@ class ShardStream(IterableDataset[Batch]):
             except DataError as error:
                 skipped.append(Skipped(key, str(error)))
         return self.form.batch(loaded, skipped)
-
-
-def _turns(batches: int, worker: int, workers: int) -> int:
-    """Return how many of the first ``batches`` one worker yields."""
-    return max(0, -(-(batches - worker) // workers))
 
 
 def _caption_item(record: Record, name: str, prompt: str) -> TextItem:

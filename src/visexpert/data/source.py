@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
 from visexpert.data.base import DataModule
 from visexpert.data.division import StepSize
 from visexpert.data.faults import FILE, FaultLog
 from visexpert.data.images import ImageReader, Resize
-from visexpert.data.loader import Loader, StepLoader
+from visexpert.data.loader import Loader, TrainingLoader
 from visexpert.data.needs import AnyNeed, DatasetNeed, Need, TokenizerNeed, load_tokenizer, require
 from visexpert.data.packing import TextPacker
 from visexpert.data.workers import DEFAULT_TIMEOUT, DEFAULT_WORKERS
@@ -211,7 +210,7 @@ class SourceData(DataModule):
     @abstractmethod
     def loader(
         self, part: str, *, position: Callable[[], int] | None = None, plain: bool = False, most: int | None = None
-    ) -> Loader:
+    ) -> TrainingLoader:
         """Return this process's batches of an opened part: training batches are shuffled, others come once, in order.
 
         Args:
@@ -271,7 +270,7 @@ class SourceData(DataModule):
         """Return the training batches: shuffled per epoch, resumed in mid-epoch after an interruption."""
         if "train" not in self.parts:
             raise ConfigError(f"{self.called} has no training part; train on another source (see MixedData).")
-        return StepLoader(self.loader("train", position=batches_done(self)), trainer=self.trainer)
+        return self.in_steps(self.loader("train", position=self.batches_done()))
 
     def val_dataloader(self) -> Loader | list[Batch]:
         """Return the validation batches, in order, with strings; none if there is no such part."""
@@ -367,21 +366,6 @@ class SourceData(DataModule):
         )
         self.fault_logs.append(log)
         return log
-
-
-def batches_done(data: LightningDataModule) -> Callable[[], int] | None:
-    """Return a function that counts the trainer's finished training batches over all epochs; None without a trainer."""
-    trainer = data.trainer
-    if trainer is None:
-        return None
-
-    def done() -> int:
-        # With overfit_batches each epoch starts again with the same few batches.
-        if not trainer.training or getattr(trainer, "overfit_batches", False):
-            return 0
-        return int(trainer.fit_loop.epoch_loop.batch_progress.total.completed)
-
-    return done
 
 
 def no_fixed_images(source: str) -> ConfigError:

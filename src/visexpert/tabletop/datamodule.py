@@ -230,9 +230,9 @@ class TabletopData(DataModule):
             num_workers=self.num_workers,
             rank=rank,
             world_size=world,
-            position=self._batches_done if self.trainer else None,
+            position=self.batches_done(),
         )
-        return StepLoader(batches, trainer=self.trainer)
+        return self.in_steps(batches)
 
     def val_dataloader(self) -> BatchLoader:
         """Return the validation batches, in order, with strings and scene graphs."""
@@ -338,14 +338,6 @@ class TabletopData(DataModule):
             rank=rank,
             world_size=world,
         )
-
-    def _batches_done(self) -> int:
-        """Return how many training batches the trainer counts as finished, over all epochs."""
-        trainer = self.trainer
-        # With overfit_batches each epoch starts again with the same few batches.
-        if trainer is None or not trainer.training or getattr(trainer, "overfit_batches", False):
-            return 0
-        return int(trainer.fit_loop.epoch_loop.batch_progress.total.completed)
 
 
 def _checked_mixture(name: str, mixture: Mapping[str, int]) -> dict[str, int]:

@@ -511,8 +511,17 @@ class LastCheckpoint(ModelCheckpoint):
             every_n_train_steps=every_n_steps,
             enable_version_counter=False,  # what the next command reads has one name
         )
+        self._has_trained = False
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the final weights; Lightning saves at multiples of ``every_n_steps`` only."""
         super().on_train_end(trainer, pl_module)
+        self._has_trained = True
         trainer.save_checkpoint(f"{self.dirpath}/{LAST}")
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the weights of a fit that had no step left, if a kill came between their file and this one."""
+        super().on_fit_end(trainer, pl_module)
+        last = f"{self.dirpath}/{LAST}"
+        if not self._has_trained and trainer.ckpt_path is not None and str(trainer.ckpt_path) != last:
+            trainer.save_checkpoint(last)

@@ -151,6 +151,13 @@ def test_a_damaged_last_gives_way_to_the_newest_whole_one(tmp_path: Path, caplog
     assert "last.ckpt" in caplog.text and "step=500.ckpt, after 500 steps" in caplog.text
 
 
+def test_a_damaged_file_later_than_last_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    last = write(tmp_path / "last.ckpt", 20, at=10)
+    cut(write(tmp_path / "step=30.ckpt", 30, at=20))
+    assert newest_checkpoint(tmp_path) == last
+    assert "step=30.ckpt cannot be read" in caplog.text and f"Instead using {last}, after 20 steps" in caplog.text
+
+
 def test_where_none_is_whole_the_newest_is_named(tmp_path: Path) -> None:
     for name, at in (("step=250.ckpt", 10), ("last.ckpt", 20)):
         cut(write(tmp_path / name, 250, at=at))

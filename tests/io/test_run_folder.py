@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
+import filelock
 import pytest
 
 import visexpert
 from visexpert.errors import ConfigError
-from visexpert.io.run_folder import blamed_on_version, stamped, version_of
+from visexpert.io.run_folder import blamed_on_version, hold, stamped, version_of
 
 CAUSE = ConfigError("visexpert.methods.ToVE has no setting 'lr'; did you mean 'optimizer.lr'?")
 
@@ -63,3 +66,26 @@ def test_a_file_of_this_version_or_of_ones_own_keeps_its_error(
     config.write_text(text, encoding="utf-8")
     assert blamed_on_version(CAUSE, [config]) is CAUSE
     assert blamed_on_version(CAUSE, []) is CAUSE
+
+
+@pytest.mark.skipif(filelock.__version__ < "4", reason="earlier ones leave a lock to forked children")
+def test_a_lock_ends_with_its_holder_though_a_worker_of_it_lives_on(tmp_path: Path) -> None:
+    """A data worker inherits what its parent has open, and outlives one that is killed."""
+    read, write = os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        with hold(tmp_path):
+            worker = os.fork()
+            if worker:
+                os.write(write, f"{worker}\n".encode())
+            signal.pause()
+    worker = int(os.read(read, 20))
+    try:
+        with pytest.raises(ConfigError, match="Another visexpert process"), hold(tmp_path):
+            pass
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+        with hold(tmp_path):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)

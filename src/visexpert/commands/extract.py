@@ -11,6 +11,7 @@ from visexpert import shipped
 from visexpert.commands.ending import Ending
 from visexpert.commands.parser import Parser
 from visexpert.errors import ConfigError, DataError, require_numbers, shown
+from visexpert.interruption import stoppable
 
 if TYPE_CHECKING:
     from visexpert.commands.extraction import Extraction
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from visexpert.types import ImageSource
 
 ACTIONS = ("plan", "verify")
+
+GO_ON = "give the same command again, which makes what is missing"
 
 EPILOG = """\
 examples:
@@ -66,7 +69,8 @@ def run(arguments: list[str]) -> Ending | None:
     if options.workers is not None and options.engine != "ray":
         raise ConfigError("visexpert extract: --workers belongs to --engine ray; add it, or start ranks by torchrun.")
     if action == "verify":
-        return _verify(options, overrides)
+        with stoppable(go_on=GO_ON):
+            return _verify(options, overrides)
     if action == "plan":
         from visexpert.commands.extract_plan import plan
 
@@ -75,7 +79,8 @@ def run(arguments: list[str]) -> Ending | None:
         from visexpert.commands.extract_ray import fill_by_ray
 
         return fill_by_ray(_part, rest, workers=options.workers)
-    return _fill(_extraction(options, overrides))
+    with stoppable(go_on=GO_ON):
+        return _fill(_extraction(options, overrides))
 
 
 def parser() -> Parser:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from visexpert.store import (
     Filling,
     Place,
     StoreDtype,
+    finish_card,
     nearest,
     of_earlier_versions,
     open_features,
@@ -135,6 +137,9 @@ class FeatureCache:
             DataError: Some are missing and must not be computed; what is stored instead is named.
         """
         file = open_features(self.root, key)
+        if file is not None and not self.root.is_remote:
+            with suppress(OSError):  # a store that is only read
+                finish_card(self.root, key)  # which a kill behind the last shard has left as it was
         if file is None and not self.fill:
             raise self._missing(name, split, key)
         if file is None:

@@ -110,11 +110,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _preferred(found: list[Path]) -> list[Path]:
-    """Put the newest ``last*.ckpt`` first, unless a later file has more steps."""
+    """Put the newest ``last*.ckpt`` first, unless a later file has more steps, or cannot be read, which is told."""
     last = next((path for path in found if path.name.startswith("last")), None)
     if last is None:
         return found
-    later = [path for path in found[: found.index(last)] if _steps(path) > _steps(last)]
+    reached = _steps(last)
+    later = [path for path in found[: found.index(last)] if not 0 <= _steps(path) <= reached]
     return [*later, last, *(path for path in found if path != last and path not in later)]
 
 

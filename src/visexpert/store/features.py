@@ -168,7 +168,7 @@ def write_features(
         try:
             is_whole = _make_all(place, shards, encode, owner=owner, filling=filling)
             if is_whole and not (place.is_remote and filling.rank):
-                _finish_card(place, key, card, shards)
+                finish_card(place, key)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise _too_full(root, needed, f"cannot reserve them: {error.strerror}") from error
@@ -318,12 +318,22 @@ def read_card(place: Place, key: FeatureKey) -> dict[str, Any] | None:
     return found
 
 
-def _finish_card(place: Place, key: FeatureKey, card: dict[str, Any], shards: list[Shard]) -> None:
-    """Write the rounding error of all tokens into the card, relative to their root mean square."""
-    if (read_card(place, key) or card)["error"] is not None:
+def finish_card(place: Place, key: FeatureKey) -> None:
+    """Write the rounding error of all tokens into the card, relative to their root mean square, if it is not there.
+
+    Args:
+        place: The store, which has all shards of the key.
+        key: Provenance.
+
+    Raises:
+        OSError: The card cannot be written.
+    """
+    card = read_card(place, key)
+    if card is None or card.get("error") is not None:
         return
     facts = [
-        shard_facts(place.head(key.name, shard.name, HEADER), f"{place}/{key.name}/{shard.name}") for shard in shards
+        shard_facts(place.head(key.name, shard.name, HEADER), f"{place}/{key.name}/{shard.name}")
+        for shard in shards_of(key, card["rows_per_shard"])
     ]
     lost, size = (sum(float(each[name]) for each in facts) for name in ("lost", "size"))
     error = (lost / size) ** 0.5 if size else 0.0

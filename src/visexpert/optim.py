@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +31,20 @@ class ParameterGroup:
     lr: float
 
 
-def make_groups(groups: Sequence[ParameterGroup], *, weight_decay: float) -> list[dict[str, Any]]:
+def make_groups(
+    groups: Sequence[ParameterGroup], *, weight_decay: float, axes: Mapping[nn.Parameter, int] | None = None
+) -> list[dict[str, Any]]:
     """AdamW's groups: matrices with decay; biases, norms and embeddings without.
+
+    Args:
+        groups: What trains.
+        weight_decay: On matrices.
+        axes: Numbers of axes of parameters before a strategy flattened them, as FSDP does; None for those of now.
 
     Raises:
         ConfigError: Nothing trains.
     """
+    axes = axes or {}
     made: list[dict[str, Any]] = []
     for group in groups:
         plain: list[nn.Parameter] = []
@@ -45,7 +53,7 @@ def make_groups(groups: Sequence[ParameterGroup], *, weight_decay: float) -> lis
             for child in module.modules():
                 keep = isinstance(child, nn.Embedding | nn.LayerNorm)
                 for parameter in child.parameters(recurse=False):
-                    (plain if keep or parameter.ndim < 2 else decayed).append(parameter)
+                    (plain if keep or axes.get(parameter, parameter.ndim) < 2 else decayed).append(parameter)
         unique_plain = list(dict.fromkeys(plain))
         unique_decayed = [p for p in dict.fromkeys(decayed) if p not in set(unique_plain)]
         made += [
@@ -66,6 +74,7 @@ def adamw_and_cosine(
     weight_decay: float,
     warmup_steps: int,
     trainer: Trainer,
+    axes: Mapping[nn.Parameter, int] | None = None,
 ) -> OptimizerLRScheduler:
     """What ``configure_optimizers`` returns: AdamW over the groups, linear warm-up and a cosine to zero, by step.
 
@@ -76,10 +85,11 @@ def adamw_and_cosine(
         weight_decay: On matrices.
         warmup_steps: Steps of the warm-up.
         trainer: Knows the number of steps, and whether gradients are scaled.
+        axes: See :func:`make_groups`.
     """
     total = int(trainer.estimated_stepping_batches)
     factor = cosine_factor(warmup_steps=warmup_steps, total_steps=total)
-    made = make_groups(groups, weight_decay=weight_decay)
+    made = make_groups(groups, weight_decay=weight_decay, axes=axes)
     return scheduled(adamw(made, lr=lr, betas=betas, trainer=trainer), factor)
 
 

@@ -481,6 +481,7 @@ class Method(CheckpointedModule):
             weight_decay=self.weight_decay,
             warmup_steps=self.warmup_steps,
             trainer=self.trainer,
+            axes=self._axes,
         )
 
     # -- Evaluation -----------------------------------------------------------------------------------------------

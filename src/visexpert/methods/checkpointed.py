@@ -34,6 +34,7 @@ class CheckpointedModule(ClippedModule, ABC):
         self._loaded_steps = 0
         self._kept: frozenset[str] = frozenset()
         self._moving = MovingBuffers({})
+        self._axes: dict[nn.Parameter, int] = {}
 
     @abstractmethod
     def frozen_modules(self) -> Mapping[str, nn.Module]:
@@ -90,6 +91,7 @@ class CheckpointedModule(ClippedModule, ABC):
                 self.check_start()
             self.load_weights()
             self._loaded = True
+        self._axes = {parameter: self._axes.get(parameter, parameter.ndim) for parameter in self.parameters()}
         self.settle_training()
 
     def settle_training(self) -> None:
@@ -147,7 +149,7 @@ class CheckpointedModule(ClippedModule, ABC):
         refuse_other_model(own, state, path=self.trainer.ckpt_path)
         if self.trainer.state.fn == "fit":
             refuse_other_order(columns, theirs, path=self.trainer.ckpt_path)
-            groups = make_groups(self.trained_groups(), weight_decay=self.weight_decay)
+            groups = make_groups(self.trained_groups(), weight_decay=self.weight_decay, axes=self._axes)
             refuse_other_training(groups, checkpoint, path=self.trainer.ckpt_path)
 
     @property

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from torch import nn
 
 from visexpert.methods.accumulation import MovingBuffers, rewind_to_step
@@ -92,6 +92,9 @@ class CheckpointedModule(ClippedModule, ABC):
             self.load_weights()
             self._loaded = True
         self._axes = {parameter: self._axes.get(parameter, parameter.ndim) for parameter in self.parameters()}
+        if self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy):
+            for parameter in self.parameters():
+                parameter.data = parameter.data.contiguous()  # its shards can have no other layout
         self.settle_training()
 
     def settle_training(self) -> None:
@@ -115,13 +118,13 @@ class CheckpointedModule(ClippedModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out frozen parts, add the experts of the gate's columns, and rewind to the start of an optimizer step.
 
-        Engines that save shards keep the frozen parts.
+        Engines that fill the model by themselves get the frozen parts, too.
         """
         checkpoint[NAMES] = list(self.columns().names)
         state = checkpoint["state_dict"]
         if self._trainer is not None and rewind_to_step(checkpoint, self.trainer):
             self._moving.put_back(state)
-        if self._trainer is not None and saves_shards(self.trainer.strategy):
+        if self._trainer is not None and fills_itself(self.trainer.strategy):
             return
         for key in [key for key in state if self._is_frozen_key(key) and key not in self._kept]:
             del state[key]
@@ -163,6 +166,11 @@ class CheckpointedModule(ClippedModule, ABC):
 
     def _is_frozen_key(self, key: str) -> bool:
         return key.split(".", 1)[0] in self.frozen_modules()
+
+
+def fills_itself(strategy: Strategy) -> bool:
+    """Return whether a strategy reads checkpoints into the model before the model is asked to complete them."""
+    return saves_shards(strategy) or isinstance(strategy, FSDPStrategy)
 
 
 def saves_shards(strategy: Strategy) -> bool:

@@ -118,6 +118,17 @@ def check() -> None:
         raise Interrupted(signum)
 
 
+def reclaim() -> None:
+    """Take the signals back, inside :func:`stoppable`, from handlers that were put around ours.
+
+    Lightning's own for SIGTERM broadcasts from within the handler, at whatever point each process is: those that are in
+    another collective, or got no signal, then wait for each other without end.
+    """
+    if _state is not None and threading.current_thread() is threading.main_thread():
+        for signum in SIGNALS:
+            signal.signal(signum, _handle)
+
+
 def defer(deferred: bool) -> None:
     """Say whether work is under way that stops by itself at the next good moment once a signal is :func:`received`."""
     if _state is not None:

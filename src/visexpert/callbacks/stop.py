@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from visexpert.callbacks.cost import TrainingBudget
-from visexpert.interruption import Interrupted, defer, hint, received
+from visexpert.interruption import Interrupted, defer, hint, received, reclaim
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,11 @@ class StopOnSignal(Callback):
         self._step_loops: dict[str, Any] | None = None
         self._saving_step = False
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        reclaim()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        reclaim()
         defer(True)
 
     def on_train_batch_end(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -14,6 +15,8 @@ from visexpert.data.division import Division, StepSize, convert_progress
 from visexpert.data.loader import StepLoader, TrainingLoader
 from visexpert.errors import ConfigError
 from visexpert.precision import convert_records
+
+log = logging.getLogger(__name__)
 
 
 class DataModule(LightningDataModule):
@@ -59,6 +62,8 @@ class DataModule(LightningDataModule):
                 f"accumulates nothing; set batch_size to {division.batch_size * division.accumulate}."
             )
         trainer.accumulate_grad_batches = division.accumulate
+        if trainer.is_global_zero:
+            log.info("global_batch_size %d: %s", division.step_size, division)
 
     def division(self, *, processes: int | None = None, accumulate: int | None = None) -> Division:
         """Return how an optimizer step is divided.

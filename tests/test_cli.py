@@ -238,7 +238,7 @@ def test_the_commands_that_are_proposed_work_when_typed(
     folder = tmp_path / "a run"
     shutil.copytree(run, folder)
     asked, words = ["detach", "merge", "export", "try"], ["detach", str(folder)]
-    quick = {"detach": ["--min_contribution", "-1"], "merge": ["--steps", "1"]}
+    quick = {"detach": ["--min_contribution", "-1", "--retune_steps", "1"], "merge": ["--steps", "1"]}
     for command in asked:
         main([*words, *quick.get(command, [])])
         told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Next: "))

@@ -166,4 +166,5 @@ def pytest_collection_finish() -> None:
     """Spare Python's garbage collector the half million objects that imports and collection leave."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 10)  # it looks in vain at most of what a run makes
     gc.enable()

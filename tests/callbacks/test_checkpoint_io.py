@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from visexpert.callbacks.checkpoint_io import RunTrainer, WholeFileIO, save_whole, use_whole_files
 from visexpert.errors import DataError, WeightsError
 from visexpert.io.checkpoints import load_checkpoint
-from visexpert.methods.checkpointed import saves_shards
+from visexpert.methods.checkpointed import fills_itself, saves_shards
 
 
 def content(value: float) -> dict[str, Any]:
@@ -117,6 +117,11 @@ def test_a_user_s_own_writer_stays() -> None:
 def test_which_strategies_save_shards() -> None:
     assert saves_shards(FSDPStrategy(state_dict_type="sharded"))
     assert not saves_shards(FSDPStrategy(state_dict_type="full")) and not saves_shards(SingleDeviceStrategy())
+
+
+def test_which_strategies_read_a_checkpoint_before_it_is_completed() -> None:
+    assert fills_itself(FSDPStrategy(state_dict_type="sharded")) and fills_itself(FSDPStrategy(state_dict_type="full"))
+    assert not fills_itself(SingleDeviceStrategy())
 
 
 class Sharding(SingleDeviceStrategy):

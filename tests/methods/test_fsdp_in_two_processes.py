@@ -80,6 +80,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Fit]]:
     return in_two_processes(fit_all, tmp_path_factory.mktemp("together"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_sharded_weights_train_as_those_of_one_process(
     tmp_path: Path, together: list[dict[str, Fit]], kind: str

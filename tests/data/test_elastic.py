@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from tests.data.formats import tokenizer_folder, write_json, write_karpathy, write_shards
 from tests.data.recorder import Recorder, trainer
@@ -209,9 +210,9 @@ def test_the_order_does_not_depend_on_the_number_of_processes(
     assert shown[kind]["1"] == shown[kind]["2"]
 
 
-def go_on(root: Path, data: DataModule, *, start: Path, **options: Any) -> Shown:
+def go_on(root: Path, data: DataModule, *, start: Path, kind: type[Recorder] = Planner, **options: Any) -> Shown:
     """What this process is shown by a fit of other settings that goes on from a checkpoint."""
-    recorder = Planner()
+    recorder = kind()
     fitting = trainer(root / "run", **{"max_epochs": EPOCHS, "limit_val_batches": 0, **options})
     fitting.fit(recorder, data, ckpt_path=start, weights_only=True)
     return recorder.shown
@@ -226,6 +227,23 @@ def test_other_batches_of_the_same_step_go_on_where_max_steps_ended_a_fit(tmp_pa
     rest = go_on(tmp_path, coco(tmp_path, **FREE), start=tmp_path / "last.ckpt", max_epochs=-1, max_steps=8)
     assert [len(rows) for _, rows in rest] == [STEP] * (8 - steps)
     assert steps_of([first.shown]) + steps_of([rest]) == steps_of([whole])
+
+
+class LateStrategy(SingleDeviceStrategy):
+    """Restores a checkpoint when all is set up, as those do that shard the model."""
+
+    restore_checkpoint_after_setup = True
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("kind", [Recorder, Planner])
+def test_the_order_is_restored_whenever_the_loader_and_the_checkpoint_come(
+    tmp_path: Path, kind: type[Recorder], late: bool
+) -> None:
+    whole, first = fit(tmp_path, "shards"), fit(tmp_path, "shards", save=tmp_path / "last.ckpt")
+    options: dict[str, Any] = {"strategy": LateStrategy(torch.device("cpu"))} if late else {}
+    rest = go_on(tmp_path, cc3m(tmp_path, **FREE), start=tmp_path / "last.ckpt", kind=kind, **options)
+    assert steps_of([first]) + steps_of([rest]) == steps_of([whole])
 
 
 def test_another_step_is_refused(tmp_path: Path) -> None:

@@ -83,6 +83,18 @@ def test_processes_share_an_epoch_without_overlap() -> None:
     assert len(set(rows[0]) | set(rows[1])) == 16
 
 
+@pytest.mark.parametrize(("size", "lengths"), [(5, [2, 1, 1, 1]), (15, [4, 4, 4, 3]), (4, [1, 1, 1, 1])])
+def test_processes_share_less_than_a_batch_each(size: int, lengths: list[int]) -> None:
+    """None goes without: it would wait for the others at its end, and they for it."""
+    loaders = [
+        BatchLoader(Numbers(size), batch_size=4, shuffle=True, drop_last=True, rank=rank, world_size=4)
+        for rank in range(4)
+    ]
+    rows = [[rows for _, rows in seen(loader)] for loader in loaders]
+    assert [len(batches) for batches in rows] == [1] * 4 and [len(rows) for (rows,) in rows] == lengths
+    assert sorted(row for (rows,) in rows for row in rows) == list(range(size))
+
+
 @pytest.mark.parametrize(("size", "world"), [(22, 3), (9, 2), (64, 4)])
 def test_processes_evaluate_equally_many_batches_and_each_row_once(size: int, world: int) -> None:
     loaders = [BatchLoader(Numbers(size), batch_size=4, rank=rank, world_size=world) for rank in range(world)]

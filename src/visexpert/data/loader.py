@@ -203,7 +203,7 @@ class BatchLoader:
         for whole in (self.step_size, step) if self.drop_last else ():
             if len(order) >= whole:
                 order = order[: len(order) // whole * whole]
-        if self.world_size > 1 and not self.drop_last:
+        if self.world_size > 1 and (not self.drop_last or len(order) < step):
             # Each process gets the same number of batches, nearly equal in size: distributed forwards must match.
             batches = np.array_split(order, self.world_size * -(-len(order) // step))
         else:

@@ -63,7 +63,8 @@ def test_images_alone_distil_and_are_scored(make: Any, tmp_path: Path, monkeypat
         trainer = bare_trainer(tmp_path, steps=3, limit_val_batches=1.0, val_check_interval=1)
         trainer.fit(model, datamodule=make(tmp_path))
         losses.append(float(trainer.callback_metrics["val/kd_loss"]))
-    assert losses[0] == losses[1] and torch.isfinite(torch.tensor(losses[0]))
+    # Products of other sizes may round otherwise: the store encodes two images at a time.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6) and torch.isfinite(torch.tensor(losses[0]))
     assert any((tmp_path / "store").rglob("*"))
     if not isinstance(data, ImageShards):
         (found,) = bare_trainer(tmp_path, steps=1, callbacks=[NearestNeighbors()]).test(model, datamodule=data)

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from visexpert.app.session import Session
+from tests.captioners import captioner, lively
+from tests.methods.helpers import tiny_experts, tiny_tove
+from visexpert.app.session import Model, Session
 from visexpert.commands.serve import run as main_of_serve
 from visexpert.errors import ConfigError
 
@@ -196,3 +198,16 @@ def test_requests_that_name_an_address() -> None:
     assert server.names_an_address(b'{"a": [{"path": "https://a.org/b.png"}]}')
     assert not server.names_an_address(b'{"path": "/tmp/a.png", "url": "http://127.0.0.1/a.png", "prompt": "a://b"}')
     assert not server.names_an_address(b"no json") and server.names_an_address(b"[" * 200_000)
+
+
+def test_names_are_no_code_on_the_page(tmp_path: Path) -> None:
+    """Of what comes from a run, only texts, choices and cells hold names; none of these is Markdown or HTML."""
+    evil = "<img src=x onerror=alert(1)>"
+    model = lively(tiny_tove(experts={evil: tiny_experts()["edges"]}))
+    session = Session([Model("ToVE", captioner(tmp_path, model=model), None)])
+    parts = page.build_page(session, uploads=tmp_path).get_config_file()["components"]
+    holding = {part["type"] for part in parts if evil in json.dumps(part["props"], default=str)}
+    assert holding == {"checkboxgroup"}
+    tables = [part["props"]["datatype"] for part in parts if part["type"] == "dataframe"]
+    assert tables == ["str"]
+    assert all(part["props"]["sanitize_html"] for part in parts if part["type"] == "markdown")

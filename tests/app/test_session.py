@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.captioners import captioner
-from visexpert.app.session import Session, example_prompts, gate_overlay, open_session, write_examples
+from tests.captioners import captioner, lively
+from tests.methods.helpers import tiny_experts, tiny_tove
+from visexpert.app.session import Model, Session, example_prompts, gate_overlay, open_session, write_examples
 from visexpert.data import read_image
 from visexpert.errors import ConfigError, DataError
 from visexpert.methods import ToVE
@@ -97,3 +98,12 @@ def test_the_overlay_is_brightest_where_the_gate_is_greatest() -> None:
     assert columns.mean() / width == pytest.approx((1 + 2.5 / 4) / 3, abs=0.04)  # patch (1, 2) of 4 x 4
     flat = gate_overlay(image, np.full((4, 4, 2), 0.5), ["one", "two"])
     assert not np.array_equal(flat, pixels)
+
+
+def test_an_expert_may_be_called_what_it_likes(tmp_path: Path, picture: Path) -> None:
+    """Names come from the configuration of a run, which may be anyone's."""
+    evil = r"$\frac{<script>"
+    model = lively(tiny_tove(experts={evil: tiny_experts()["edges"]}))
+    session = Session([Model("ToVE", captioner(tmp_path, model=model), None)])
+    reply = session.ask(picture, "list objects", [evil])
+    assert reply.overlay is not None and session.experts == (evil,)

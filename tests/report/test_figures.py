@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +25,8 @@ from visexpert.report.figures import (
     router_maps,
     router_usage,
 )
-from visexpert.report.palette import INK, OKABE_ITO, RIGHT, WRONG, Floats, colors
+from visexpert.report.palette import INK, OKABE_ITO, RIGHT, WRONG, Floats, as_written, canvas, colors, save
+from visexpert.report.pareto import contribution_figure
 
 NAMES = ["depth", "edges"]
 
@@ -231,3 +234,25 @@ def test_a_router_of_many_layers_keeps_to_a_page(tmp_path: Path) -> None:
     even = np.full((23, 3), 1 / 3)
     with Image.open(router_usage(even, even, tuple(range(23)), tmp_path / "use.png", over="9 images")) as image:
         assert image.width <= 16 * 150
+
+
+HOSTILE = [r"$\frac{$", "<script>", "half \ud800"]
+
+
+def test_names_and_captions_are_shown_as_they_are(tmp_path: Path) -> None:
+    """A dollar sign begins no formula, and what is no text costs no figure."""
+    images = np.zeros((3, 8, 8, 3))
+    sample_captions(images, HOSTILE, [True] * 3, HOSTILE, tmp_path / "captions.png")
+    gate_maps(images, np.full((3, 2, 2, 3), 1 / 3), HOSTILE, tmp_path / "gates.png")
+    contributions: list[Any] = [SimpleNamespace(expert=name, loss=0.5) for name in HOSTILE]
+    contribution_figure(contributions, dict.fromkeys(HOSTILE, 1 / 3), tmp_path / "contributions.png")
+    figure = canvas(3, 2)
+    axes = figure.subplots()
+    axes.set_title("$5 and $x^2$")
+    as_written(figure)
+    plain = canvas(3, 2)
+    plain.subplots().set_title(r"\$5 and \$x^2\$")
+    plain.savefig(tmp_path / "b.png")  # as matplotlib writes dollar signs
+    assert save(figure, tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    axes.set_xscale("log")  # whose own labels are formulas
+    save(figure, tmp_path / "log.png")

@@ -18,7 +18,7 @@ from visexpert.data import read_image
 from visexpert.errors import DataError, UserError
 from visexpert.io.run_files import read_json
 from visexpert.report.figures import gate_figure
-from visexpert.report.palette import Floats
+from visexpert.report.palette import Floats, as_written
 from visexpert.report.world import training_sets, warning_for
 from visexpert.runs import load_run
 
@@ -174,7 +174,9 @@ def gate_overlay(image_HW3: Floats, gates_HWK: Floats, names: Sequence[str]) -> 
     Returns:
         uint8 RGB, (H, W, 3).
     """
-    drawing: Any = FigureCanvasAgg(gate_figure(image_HW3[None], gates_HWK[None], names))  # typed in part
+    figure = gate_figure(image_HW3[None], gates_HWK[None], names)
+    as_written(figure)
+    drawing: Any = FigureCanvasAgg(figure)  # typed in part
     drawing.draw()
     return np.asarray(drawing.buffer_rgba())[..., :3].copy()
 

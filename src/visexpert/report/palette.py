@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.text import Text
 from numpy.typing import NDArray
 
 from visexpert.errors import DataError, first_line, told_by_machine
@@ -75,6 +76,31 @@ def canvas(width: float, height: float, *, pad: float = 0.04) -> Figure:
     return Figure(figsize=(width, height), dpi=DPI, layout=layout, facecolor="white")
 
 
+def as_written(figure: Figure) -> None:
+    """Show the texts of a figure as they are: in names and captions a dollar sign begins no formula.
+
+    What is no Unicode, such as half a surrogate pair, is shown as a question mark. Labels of ticks stay: those of a
+    logarithmic axis are formulas.
+    """
+    axes = [axis for part in figure.axes for axis in (part.xaxis, part.yaxis)]
+    ticks = [tick for axis in axes for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())]
+    kept = {id(label) for tick in ticks for label in (tick.label1, tick.label2)}
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        if id(text) not in kept:
+            text.set_parse_math(False)
+            text.set_text(_unicode(text.get_text()))
+
+
+def tick_label(name: str) -> str:
+    """Return a name as the label of a tick, which is shown as it is."""
+    return _unicode(name).replace("$", r"\$")
+
+
+def _unicode(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def save(figure: Figure, out: Path) -> Path:
     """Write the figure as PNG and return its path; the folder is made where it is missing.
 
@@ -82,6 +108,7 @@ def save(figure: Figure, out: Path) -> Path:
         DataError: It cannot be written; an earlier figure stays as it was.
     """
     picture = BytesIO()
+    as_written(figure)
     figure.savefig(picture, format="png")
     write_bytes(out, picture.getvalue())
     return out

@@ -9,7 +9,7 @@ from typing import Protocol
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from visexpert.report.palette import GRAY, INK, OKABE_ITO, canvas, save, styled
+from visexpert.report.palette import GRAY, INK, OKABE_ITO, canvas, save, styled, tick_label
 from visexpert.timing import MARK, TOLD, UNSTEADY
 
 Subset = tuple[str, ...]
@@ -114,10 +114,11 @@ def contribution_figure(contributions: Sequence[Valued], gate_mass: Mapping[str,
     figure = canvas(7.2, 1.2 + 0.36 * len(names))
     left, right = figure.subplots(1, 2, sharey=True)
     styled(left, title="Contribution", xlabel="rise of the validation loss without it, nats per token")
-    left.barh(names, [contribution.loss for contribution in contributions][::-1], color=FRONT)
+    labels = [tick_label(name) for name in names]
+    left.barh(labels, [contribution.loss for contribution in contributions][::-1], color=FRONT)
     left.axvline(0, color=INK, linewidth=0.8)
     styled(right, title="Gate mass", xlabel="mean gate over validation tokens (0 to 1)")
-    right.barh(names, [gate_mass.get(name, 0.0) for name in names], color=OKABE_ITO[1])
+    right.barh(labels, [gate_mass.get(name, 0.0) for name in names], color=OKABE_ITO[1])
     right.axvline(1 / len(names), color=GRAY, linewidth=0.9, linestyle="--")
     return save(figure, out)
 

@@ -451,16 +451,31 @@ def test_a_run_without_loggers_of_the_user_says_so(cache: Path, tmp_path: Path, 
     assert (tmp_path / "metrics.csv").is_file() and not (tmp_path / "lightning_logs").exists()
 
 
+PHASES = {
+    "detach": ["--keep", "1", "--timing_seconds", "0", "--retune_steps", "2"],
+    "merge": ["--steps", "2"],
+}
+
+
+@pytest.fixture(scope="module", params=["merge", "detach"])
+def unbroken(request: pytest.FixtureRequest, whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A phase, and a run that nothing stopped in it."""
+    run = copied(whole, tmp_path_factory.mktemp(request.param) / "unbroken")
+    main([request.param, str(run), *PHASES[request.param], "--eval_every", "2", "--checkpoint_every", "2"])
+    return request.param, run
+
+
+def copied(whole: Path, run: Path) -> Path:
+    return Path(shutil.copytree(whole, run, ignore=shutil.ignore_patterns(".*", "figures")))
+
+
 @pytest.mark.parametrize("end", ["killed", "stopped"])
-@pytest.mark.parametrize("command", ["merge", "detach"])
 def test_a_phase_that_is_ended_and_given_again_has_all_its_metrics(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, end: str
+    whole: Path, unbroken: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
-    phase = ["--keep", "1", "--timing_seconds", "0", "--retune_steps"] if command == "detach" else ["--steps"]
-    phase += ["2", "--eval_every", "2", "--checkpoint_every", "2"]
-    runs = [tmp_path / "broken", tmp_path / "unbroken"]
-    for run in runs:
-        shutil.copytree(whole, run, ignore=shutil.ignore_patterns(".*", "figures"))
+    command, never_ended = unbroken
+    phase = [*PHASES[command], "--eval_every", "2", "--checkpoint_every", "2"]
+    runs = [copied(whole, tmp_path / "broken"), never_ended]
     with monkeypatch.context() as patch, pytest.raises((SystemExit, Kill)) as ended:
         if end == "killed":  # after the last step, before the scores
             patch.setattr(ToVE, "on_test_epoch_start", lambda self: killed())
@@ -471,9 +486,8 @@ def test_a_phase_that_is_ended_and_given_again_has_all_its_metrics(
     assert getattr(ended.value, "code", 143) == 143
     name = {"merge": "merged", "detach": "detached"}[command]
     assert not (runs[0] / name / "checkpoints" / "last.ckpt").exists()
-    for run in runs:
-        main([command, str(run), *phase])
-    broken, unbroken = (read(run / name / "metrics.json") for run in runs)
+    main([command, str(runs[0]), *phase])
+    broken, expected = (read(run / name / "metrics.json") for run in runs)
     unsure = {"cost/others_cpu_share"}  # needs times that are not too short
-    assert broken.keys() - unsure == unbroken.keys() - unsure
-    assert timeless(broken) == timeless(unbroken)
+    assert broken.keys() - unsure == expected.keys() - unsure
+    assert timeless(broken) == timeless(expected)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.vision.test_encoder_families import TIMM, TRANSFORMERS, Case, of_timm, of_transformers
 from tests.vision.test_open_clip_encoder import folder
-from visexpert.export import ExportSource, check_encoder
+from visexpert.export import ExportSource, check_encoder, graphs
 from visexpert.export.graphs import write_onnx, write_torch_export
 from visexpert.vision import OpenClipEncoder
 
@@ -65,6 +65,8 @@ def test_a_graph_gives_what_the_encoders_library_gives(
     for graph in ("onnx", "torch_export"):
         check_encoder(encoder, graph)
     source = ExportSource(encoder, (-1,), None, {})
+    traced = graphs.trace(source)
+    monkeypatch.setattr(graphs, "trace", lambda _: traced)
     write_torch_export(source, tmp_path)
     pixels = torch.randn(3, 3, encoder.image_size, encoder.image_size)
     with torch.no_grad():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from visexpert.export.source import ExportSource, outputs_of
 from visexpert.vision import VisionEncoder, equipped_blocks, merge_for_inference
@@ -35,24 +36,15 @@ INLINE_BYTES = 1_500_000_000
 
 def write_onnx(source: ExportSource, folder: Path) -> None:
     """Write ``model.onnx``, with the preprocessing of ``pixel_values`` in its metadata."""
-    network = NamedOutputs(for_inference(source.clip), source.layers).eval()
-    side = source.clip.image_size
-    # A batch of one would become a constant.
-    example = torch.zeros(2, 3, side, side)
     with _quiet(), torch.no_grad():
+        traced, names = trace(source)
         program = torch.onnx.export(
-            network,
-            (example,),
-            input_names=["pixel_values"],
-            output_names=list(network(example)),
-            dynamo=True,
-            dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
-            verbose=False,
+            traced, input_names=["pixel_values"], output_names=names, dynamo=True, verbose=False
         )
     assert program is not None
     program.model.metadata_props["preprocessing"] = json.dumps(source.preprocessing)
     program.model.metadata_props["patch_tokens_layer"] = str(source.clip.layer)
-    size = sum(parameter.nbytes for parameter in network.parameters())
+    size = sum(value.nbytes for value in traced.state_dict.values())
     program.save(str(folder / "model.onnx"), external_data=size > INLINE_BYTES)
 
 
@@ -83,14 +75,19 @@ tokens = encoder(torch.from_numpy(pixels))["patch_tokens"]"""
 
 def write_torch_export(source: ExportSource, folder: Path) -> None:
     """Write ``model.pt2``."""
+    torch.export.save(trace(source)[0], folder / "model.pt2")
+
+
+def trace(source: ExportSource) -> tuple[ExportedProgram, list[str]]:
+    """Return the encoder as a graph for any number of images, and the names of its outputs."""
+    network = NamedOutputs(for_inference(source.clip), source.layers).eval()
     side = source.clip.image_size
+    example = torch.zeros(2, 3, side, side)  # a batch of one would become a constant
     with torch.no_grad():
         program = torch.export.export(
-            NamedOutputs(for_inference(source.clip), source.layers).eval(),
-            (torch.zeros(2, 3, side, side),),
-            dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
+            network, (example,), dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}}
         )
-    torch.export.save(program, folder / "model.pt2")
+        return program, list(network(example))
 
 
 class NamedOutputs(nn.Module):

@@ -199,3 +199,16 @@ def test_messages_of_the_library_name_arguments_instead_of_options() -> None:
             if option := re.search(r"(?<![\w-])--[a-z]\w+", text):
                 told[f"{path.name}:{raised.lineno}"] = option[0]
     assert told == {}
+
+
+def test_ctrl_c_ends_every_command_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_dispatch", stop)
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 130 and "SIGINT" in line

@@ -37,6 +37,9 @@ def main(argv: list[str] | None = None) -> None:
     except Interrupted as stopped:
         print(f"visexpert: {shown(stopped)}", file=sys.stderr)
         sys.exit(stopped.exit_code)
+    except KeyboardInterrupt:  # where nothing is stopped between two steps
+        print(f"visexpert: {Interrupted(signal.SIGINT)}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # whoever read the output has enough, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)

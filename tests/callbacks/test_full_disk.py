@@ -162,3 +162,18 @@ def test_metrics_that_cannot_be_written_end_a_training_in_one_sentence(
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("visexpert: Cannot write") and "metrics.csv" in last and "No space left" in last
     assert (run / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.parametrize("cut", ["row", "header", "zeros"])
+def test_a_row_that_a_kill_cut_spoils_no_other(cut: str, tmp_path: Path) -> None:
+    """The next start goes on behind the last whole row."""
+    logger = RunLogger(str(tmp_path))
+    for step in (1, 2):
+        logged(logger, step, loss=0.5, nll=step)
+    path = tmp_path / "metrics.csv"
+    whole = path.read_bytes()
+    path.write_bytes({"row": whole[:-3], "header": whole[:4], "zeros": whole + bytes(512)}[cut])
+    logged(RunLogger(str(tmp_path)), 3, loss=0.25, nll=3)
+    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    expected = {"row": ["1", "3"], "header": ["3"], "zeros": ["1", "2", "3"]}[cut]
+    assert [row["step"] for row in rows] == expected and rows[-1]["loss"] == "0.25" and rows[-1]["nll"] == "3"

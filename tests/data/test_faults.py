@@ -157,3 +157,12 @@ def test_a_time_to_wait_is_none_or_positive(tmp_path: Path) -> None:
     for seconds in (-1.0, float("nan")):
         with pytest.raises(ConfigError, match=f"worker_timeout is {seconds}"):
             COCOCaptions(root=str(tmp_path), worker_timeout=seconds)
+
+
+def test_a_list_that_is_no_text_counts_for_nothing(tmp_path: Path) -> None:
+    """As a crash of the machine may leave it; and a line that a kill cut stays by itself."""
+    file = tmp_path / "skipped.jsonl"
+    file.write_bytes(b'{"source": "x", "key": "a", "reason": "r"}\n\xff\xfe\n' + b'{"source": "x", "ke')
+    FaultLog("x", total=100, limit=1.0, file=file).add(faults("a", "b"))
+    last = file.read_bytes().splitlines()[-1]
+    assert json.loads(last)["key"] == "b" and len(file.read_bytes().splitlines()) == 4

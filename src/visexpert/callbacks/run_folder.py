@@ -305,8 +305,18 @@ class _ContinuingWriter(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
         path = Path(self.metrics_file_path)
         if path.is_file():
+            _cut_last_line(path)
+        if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
                 self.metrics_keys = next(csv.reader(file), [])
+
+
+def _cut_last_line(path: Path) -> None:
+    """Take away what a kill left behind the last line that is whole; a file without any is removed."""
+    whole = path.read_bytes().rpartition(b"\n")
+    if whole[2]:
+        log.warning("%s: the last line was cut off, and is taken away.", path)
+        os.truncate(path, len(whole[0]) + len(whole[1])) if whole[1] else path.unlink()
 
 
 def score_identity(trainer: Trainer) -> dict[str, Any]:

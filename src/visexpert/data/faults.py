@@ -89,7 +89,7 @@ class FaultLog:
 def _listed(file: Path, source: str) -> set[str]:
     """Return the keys listed by an interrupted run; an unfinished line is ignored."""
     keys = set()
-    for line in file.read_text(encoding="utf-8").split("\n") if file.is_file() else ():
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else ():
         try:
             entry = parse_json(line)
         except ValueError:

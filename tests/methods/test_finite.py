@@ -157,6 +157,12 @@ def test_engines_that_step_by_themselves_cannot_skip() -> None:
     refuse_engines(strategies.DDPStrategy(), on_nan="skip", frozen_steps=0)
 
 
+def test_a_method_that_does_not_split_itself_needs_a_strategy_that_does() -> None:
+    with pytest.raises(ConfigError, match=r"ModelParallelStrategy.*configure_model.*use strategy fsdp"):
+        refuse_engines(strategies.ModelParallelStrategy(), on_nan="stop", frozen_steps=0)
+    refuse_engines(strategies.ModelParallelStrategy(), on_nan="stop", frozen_steps=0, splits_itself=True)
+
+
 def one_spoilt_rank(rank: int, folder: Path, cache: Path, on_nan: Any) -> tuple[list[Tensor], str]:
     """The second process alone has a batch without a number; weights of this one after each step, and its end."""
     data = TabletopData(num_train=16, num_val=4, num_test=4, batch_size=4, eval_batch_size=4, root=str(cache))

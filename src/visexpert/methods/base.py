@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -360,7 +361,12 @@ class Method(CheckpointedModule):
             ConfigError: In a fit, see :func:`~visexpert.methods.step.refuse_engines`.
         """
         if stage == "fit" and self._trainer is not None:
-            refuse_engines(self.trainer.strategy, on_nan=self.on_nan, frozen_steps=self.language_frozen_steps)
+            refuse_engines(
+                self.trainer.strategy,
+                on_nan=self.on_nan,
+                frozen_steps=self.language_frozen_steps,
+                splits_itself=is_overridden("configure_model", self),
+            )
         super().setup(stage)
 
     def train(self, mode: bool = True) -> Method:

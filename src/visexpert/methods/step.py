@@ -281,17 +281,23 @@ class FiniteGuard:
             )
 
 
-def refuse_engines(strategy: Strategy, *, on_nan: OnNan, frozen_steps: int) -> None:
-    """Check that gradients can be dropped, if the settings need it.
+def refuse_engines(strategy: Strategy, *, on_nan: OnNan, frozen_steps: int, splits_itself: bool = False) -> None:
+    """Check that the strategy can split the model, and that gradients can be dropped, if the settings need it.
 
     Args:
         strategy: The trainer's.
         on_nan: ``skip`` drops the gradients of a step.
         frozen_steps: Steps that drop the gradients of the language model.
+        splits_itself: Whether the method has a ``configure_model`` of its own.
 
     Raises:
-        ConfigError: They cannot: DeepSpeed and FSDP keep gradients to themselves.
+        ConfigError: It cannot, or they cannot: DeepSpeed and FSDP keep gradients to themselves.
     """
+    if isinstance(strategy, ModelParallelStrategy) and not splits_itself:
+        raise ConfigError(
+            "ModelParallelStrategy lets a method split itself (configure_model), which ours do not; use strategy fsdp, "
+            "or ddp."
+        )
     if not isinstance(strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
         return
     engine = type(strategy).__name__

@@ -10,7 +10,7 @@ import contextlib
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +91,12 @@ def read_all(*readers: Callable[[], Any], also: tuple[type[Exception], ...] = ()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     made = tmp_path_factory.mktemp("fuzz")
     tokenizer_folder(made / "words")
-    return made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["visexpert"])
+        yield made
 
 
 # -- Annotations ------------------------------------------------------------------------------------------------------

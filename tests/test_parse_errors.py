@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from jsonargparse import ArgumentParser
 
 from visexpert.cli import main
 from visexpert.errors import ConfigError
 from visexpert.methods.base import Method as Base
 from visexpert.parse_errors import explain
+from visexpert.planning.read import parse_configs
+from visexpert.shipped import shipped
 from visexpert.training import RunParser, build_cli
 
 TOVE, MOVEKD = "visexpert.methods.ToVE", "visexpert.methods.MoVEKD"
@@ -132,3 +135,39 @@ def test_an_unfinished_file_is_told_with_its_line(text: str, line: str, tmp_path
     with pytest.raises(ConfigError, match=line) as error:
         build_cli(["fit", "--config", str(path)])
     assert str(path) in str(error.value)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "model": {"model": {"class_path": "os.system", "init_args": {"command": "touch {}"}}},
+    "data": {"data": {"class_path": "subprocess.getoutput", "init_args": {"cmd": "touch {}"}}},
+    "callback": {
+        "trainer": {"callbacks": [{"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "{}"]}}]}
+    },
+    "strategy": {"trainer": {"strategy": {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "{}"]}}}},
+    "expert": {
+        "model": {
+            "class_path": "visexpert.methods.ToVE",
+            "init_args": {"experts": {"a": {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "{}"]}}}},
+        }
+    },
+    "settings": {
+        "model": {
+            "class_path": "visexpert.methods.ToVE",
+            "init_args": {"optimizer": {"class_path": "os.system", "init_args": {"command": "touch {}"}}},
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("where", OTHERS)
+def test_what_is_not_of_the_declared_type_is_refused_and_not_called(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a file of one's own, too, whose classes are not looked at beforehand."""
+    monkeypatch.setattr("sys.argv", ["visexpert"])
+    marker = tmp_path / "called"
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(OTHERS[where]).replace("{}", str(marker)), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"subprocess|os\.system|posix"):
+        parse_configs([shipped("tove/smoke"), path], [], command="plan")
+    assert not marker.exists()

@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from visexpert.errors import ConfigError, require_channels, require_numbers
-from visexpert.io.source import ZOO_PREFIX
+from visexpert.io.source import WEIGHT_FILES, ZOO_PREFIX
+from visexpert.networks.alone import Alone, folder_of, of_open_clip, of_transformers
+from visexpert.networks.open_clip import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES, OPEN_CLIP_PREFIX
 from visexpert.networks.positions import resize_positions
 from visexpert.networks.preprocessing import Preprocessing
 from visexpert.typed import typed
@@ -125,6 +127,25 @@ class ClipEncoder(VisionEncoder):
             found["open_clip"] = f"returns no tokens before the first block (layer {self.layer})"
             found["native"] = found["open_clip"] if self.published.settings is not None else found["native"]
         return found | dict.fromkeys(("llava", "onnx", "torch_export", "visexpert"))
+
+    def alone(self) -> Alone | str:
+        """See :meth:`VisionEncoder.alone`: by transformers or open_clip, whose the files are."""
+        files, architecture = self.published.source, self._given["architecture"]
+        if files is None:
+            return "random weights"
+        if self.published.elsewhere is not None:
+            return "weights in LLaVA's format, which no library here reads"
+        size = self.image_size if self.resized else None
+        if files.text.startswith(OPEN_CLIP_PREFIX):
+            name, _, tag = files.text.removeprefix(OPEN_CLIP_PREFIX).partition("/")
+            return of_open_clip(name, files.find(*OPEN_CLIP_FILES, *WEIGHT_FILES), size, tag=tag)
+        if architecture is not None:
+            return of_open_clip(architecture, files.file or files.find(*OPEN_CLIP_FILES, *WEIGHT_FILES), size)
+        if files.find(OPEN_CLIP_CONFIG) is not None:
+            return of_open_clip(f"local-dir:{folder_of(files, OPEN_CLIP_CONFIG)}", None, size)
+        if files.find("config.json") is not None:
+            return of_transformers(files)
+        return "weights without a configuration, which no library reads"
 
     def load_weights(self) -> None:
         """Read the weights of the source; a random encoder (no source) keeps its own.

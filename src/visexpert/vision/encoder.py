@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from visexpert.errors import ConfigError, require_channels
 from visexpert.io.first_use import ReadsWeights, described
 from visexpert.io.weights import fill_module, weights_digest
+from visexpert.networks.alone import Alone
 from visexpert.networks.preprocessing import Interpolation, Preprocessing
 from visexpert.typed import typed
 from visexpert.types import IMAGES_ARE_CHECKED, Batch, VisionTokens, check_images
@@ -133,6 +134,14 @@ class VisionEncoder(ReadsWeights):
     @abstractmethod
     def facts(self) -> Mapping[str, object]:
         """Return what the tokens depend on besides weights and image, in JSON's types, for the fingerprint."""
+
+    def alone(self) -> Alone | str:
+        """Return the network that its own library makes of the same files; or the reason why there is none.
+
+        Raises:
+            NotLoadedError: The library does not read them.
+        """
+        return "random weights" if self.source is None else "no other library implements this network"
 
     def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write files that the network's own library loads, with its other parts, such as a text tower.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from visexpert.errors import ConfigError, require_numbers
 from visexpert.io.source import ModelSource
 from visexpert.networks import RANDOM
+from visexpert.networks.alone import Alone, of_open_clip_source
 from visexpert.networks.open_clip import OPEN_CLIP_PREFIX, DescribedOpenClip
 from visexpert.networks.preprocessing import Interpolation
 from visexpert.typed import typed
@@ -137,6 +138,13 @@ class OpenClipEncoder(VisionEncoder):
     def width(self) -> int:
         """Token width D."""
         return int(self.model.get_submodule("trunk").embed_dim)  # type: ignore[arg-type]
+
+    def alone(self) -> Alone | str:
+        """See :meth:`VisionEncoder.alone`."""
+        source = self.described.source
+        if source is None:
+            return super().alone()
+        return of_open_clip_source(str(self.described.model), source, self.image_size)
 
     def load_weights(self) -> None:
         """Read the image tower of the weights; a random encoder keeps its own.

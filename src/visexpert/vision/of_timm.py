@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from visexpert.errors import ConfigError, require_numbers
 from visexpert.io.source import ModelSource
 from visexpert.io.weights import read_source
+from visexpert.networks.alone import Alone, of_timm
 from visexpert.networks.preprocessing import Interpolation
 from visexpert.networks.timm import DescribedTimm
 from visexpert.typed import typed
@@ -96,6 +97,11 @@ pixels = timm.data.create_transform(**data, is_training=False)(image)[None]
     def width(self) -> int:
         """Token width D."""
         return int(self.model.embed_dim)  # type: ignore[arg-type]
+
+    def alone(self) -> Alone | str:
+        """See :meth:`VisionEncoder.alone`."""
+        source = self.described.source
+        return super().alone() if source is None else of_timm(self.described, source, self.image_size)
 
     def load_weights(self) -> None:
         """Read the weights, which timm's own code fits to image and patch size; a random encoder keeps its own.

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from visexpert.errors import ConfigError, WeightsError, require_numbers
 from visexpert.io.source import ModelSource
+from visexpert.networks.alone import Alone, of_transformers
 from visexpert.networks.huggingface import DescribedModel
 from visexpert.networks.preprocessing import Interpolation, must_agree, preprocessing_of
 from visexpert.typed import typed
@@ -113,6 +114,11 @@ class TransformersEncoder(VisionEncoder):
     def width(self) -> int:
         """Token width D."""
         return int(self.model.config.hidden_size)
+
+    def alone(self) -> Alone | str:
+        """See :meth:`VisionEncoder.alone`."""
+        source = self.described.source
+        return super().alone() if source is None else of_transformers(source)
 
     def load_weights(self) -> None:
         """Read the weights of the source with transformers' own loader; a random encoder keeps its own.

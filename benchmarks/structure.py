@@ -38,7 +38,7 @@ from benchmarks.import_graph import circles, file_imports, folder_imports
 from benchmarks.waits import bare_trainer, waits_per_step
 
 ROOT = Path(visexpert.__file__).parent
-MANY = 16
+MANY = 18
 """Classes are listed if their constructor has more parameters."""
 
 

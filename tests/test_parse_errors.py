@@ -29,6 +29,17 @@ def refused(kind: str, setting: str, value: str) -> str:
 
 
 @pytest.mark.parametrize(
+    ("setting", "value", "told"),
+    [
+        ("agglomeration.image_sizes", "64", "agglomeration.image_sizes is '64', but must be a list, such as [1, 2]."),
+        ("experts", "5", "experts is '5', but must be a mapping, such as {name: value}."),
+    ],
+)
+def test_a_value_where_several_belong_is_told_their_form(setting: str, value: str, told: str) -> None:
+    assert refused(MOVEKD, setting, value).endswith(told)
+
+
+@pytest.mark.parametrize(
     ("kind", "setting", "meant"),
     [
         (TOVE, "gate_hidden", "gate.hidden"),

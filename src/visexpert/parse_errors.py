@@ -94,7 +94,15 @@ _PLACES = {
 }
 """Modules whose classes a setting of this name takes."""
 
-_KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "list": "a list"}
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "list": "a list",
+    "Sequence": "a list, such as [1, 2]",
+    "dict": "a mapping, such as {name: value}",
+}
 
 
 def _unknown(message: str, classes: list[str], known: Iterable[str]) -> str | None:
@@ -156,7 +164,9 @@ def _not_allowed(message: str, classes: list[str]) -> str | None:
         for each in re.findall(r"typing.Literal\[([^\]]+)\]", message)
         for part in each.split(",")
     ]
-    kinds = [_KINDS[kind] for kind in re.findall(r"Expected an? <class '(\w+)'>", message) if kind in _KINDS]
+    kinds = [
+        _KINDS[kind] for kind in re.findall(r"Expected an? <class '(?:[\w.]+\.)?(\w+)'>", message) if kind in _KINDS
+    ]
     value = re.search(r"Got value: ?(.*)$|Given value: (.{1,80})$", message, flags=re.MULTILINE)
     if value is None or not (choices or kinds):
         return None

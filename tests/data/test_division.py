@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from tests.data.formats import tokenizer_folder, write_karpathy, write_shards
 from tests.data.recorder import Recorder, trainer
@@ -145,6 +146,14 @@ def test_a_module_that_cannot_accumulate_is_refused(tmp_path: Path) -> None:
     module: LightningModule = Manual()
     with pytest.raises(ConfigError, match="Manual takes its steps itself.*set batch_size to 4"):
         trainer(tmp_path, max_epochs=1).fit(module, tabletop(tmp_path, batch_size=2, global_batch_size=4))
+
+
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_a_callback_that_changes_accumulation_is_refused(tmp_path: Path, batch_size: int) -> None:
+    data = tabletop(tmp_path, batch_size=batch_size, global_batch_size=4)
+    schedule = GradientAccumulationScheduler({0: 2})
+    with pytest.raises(ConfigError, match="global_batch_size is 4, but GradientAccumulationScheduler.*leave out one"):
+        trainer(tmp_path, max_epochs=1, callbacks=[schedule]).fit(Recorder(), data)
 
 
 def test_plan_counts_it_on_any_number_of_gpus() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from visexpert.data.division import Division, StepSize, convert_progress
 from visexpert.data.loader import StepLoader, TrainingLoader
@@ -49,9 +50,16 @@ class DataModule(LightningDataModule):
         """Set the trainer's ``accumulate_grad_batches`` to what follows from ``global_batch_size``.
 
         Raises:
-            ConfigError: ``global_batch_size`` does not fit the number of processes, or module or trainer accumulate
-                otherwise.
+            ConfigError: ``global_batch_size`` does not fit the number of processes, or module, trainer or a callback
+                accumulate otherwise.
         """
+        images = self.step_size().global_batch_size
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if images is not None and isinstance(callback, GradientAccumulationScheduler):
+                raise ConfigError(
+                    f"global_batch_size is {images}, but {type(callback).__name__} changes the images of a step from "
+                    f"epoch to epoch ({callback.scheduling}); leave out one of the two."
+                )
         division = self.division(processes=trainer.world_size, accumulate=trainer.accumulate_grad_batches)
         if division.accumulate == trainer.accumulate_grad_batches:
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from lightning.pytorch.cli import LightningCLI
 from tests.callbacks.tiny import TinyModule, loader, trainer
 from visexpert.callbacks import RunFolder, RunLogger, SaveRunConfig
 from visexpert.callbacks.run_folder import METRICS_VERSION, data_identity, git_commit, metrics_table, tokenizer_identity
+from visexpert.errors import ConfigError
 from visexpert.report import read_metrics
 from visexpert.tabletop.texts import tabletop_tokenizer
 
@@ -117,7 +119,7 @@ def test_a_fresh_fit_starts_a_new_curve_and_keeps_the_old(tmp_path: Path) -> Non
     assert len(read_metrics(tmp_path / "metrics.1.csv")["train/loss"][0]) == 8
 
 
-def _cli(folder: Path, *arguments: str) -> None:
+def _cli(folder: Path, *arguments: str, callbacks: Sequence[Callback] = ()) -> None:
     logger = {"class_path": "visexpert.callbacks.RunLogger", "init_args": {"folder": str(folder)}}
     quiet = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
     cli = LightningCLI(
@@ -125,7 +127,14 @@ def _cli(folder: Path, *arguments: str) -> None:
         run=False,
         args=list(arguments),
         save_config_callback=SaveRunConfig,
-        trainer_defaults={"accelerator": "cpu", "max_epochs": 1, "logger": logger, "log_every_n_steps": 1, **quiet},
+        trainer_defaults={
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "logger": logger,
+            "log_every_n_steps": 1,
+            "callbacks": list(callbacks),
+            **quiet,
+        },
     )
     cli.trainer.fit(cli.model, loader())
     cli.trainer.test(cli.model, loader(), verbose=False)
@@ -141,6 +150,25 @@ def test_the_configuration_is_saved_and_an_earlier_one_kept(tmp_path: Path, monk
     assert saved["seed_everything"] == 2
     assert saved["trainer"]["logger"]["init_args"]["folder"] == str(tmp_path)
     assert yaml.safe_load((tmp_path / "config.1.yaml").read_text(encoding="utf-8"))["seed_everything"] == 1
+
+
+class Refuses(Callback):
+    """Refuses a fit after the configuration was saved, as a checkpoint of other data does."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        raise ConfigError("no")
+
+
+def test_a_fit_refused_before_its_first_step_leaves_the_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["visexpert"])
+    _cli(tmp_path, "--seed_everything=1")
+    before = (tmp_path / "config.yaml").read_bytes()
+    for seed in (1, 2):
+        with pytest.raises(ConfigError):
+            _cli(tmp_path, f"--seed_everything={seed}", callbacks=[Refuses()])
+        assert {path.name: path.read_bytes() for path in tmp_path.glob("config*")} == {"config.yaml": before}
 
 
 def test_the_commit_is_that_of_the_repository_and_tells_changes(tmp_path: Path) -> None:

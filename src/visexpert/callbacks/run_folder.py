@@ -142,8 +142,12 @@ class SaveRunConfig(SaveConfigCallback):
     """Saves the resolved configuration of LightningCLI into the run's folder without losing an earlier one.
 
     A fit writes ``config.yaml``, another subcommand ``config.test.yaml`` and the like. A file that differs is kept as
-    ``config.1.yaml``, ``config.2.yaml``, ... Give it to LightningCLI as ``save_config_callback``.
+    ``config.1.yaml``, ``config.2.yaml``, ...; a fit that fails before it trains puts it back. Give it to LightningCLI
+    as ``save_config_callback``.
     """
+
+    _replaced: tuple[Path, Path] | None = None
+    """The configuration of a fit that does not train yet, and where the earlier one is."""
 
     def __init__(self, parser: Any, config: Any, **kwargs: Any) -> None:
         super().__init__(parser, config, **{**kwargs, "save_to_log_dir": False})
@@ -158,9 +162,20 @@ class SaveRunConfig(SaveConfigCallback):
         name = "config.yaml" if stage == "fit" else f"config.{_stage_name(trainer)}.yaml"
         path = self._folder / name
         text = stamped(self.parser.dump(self.config, skip_none=False))
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            set_aside(path)
+        if path.exists() and path.read_text(encoding="utf-8") != text and (kept := set_aside(path)) and stage == "fit":
+            self._replaced = (path, kept)
         write_text(path, text)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the new file stand."""
+        self._replaced = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Put the earlier file back where nothing was trained: it tells how the weights in the folder came about."""
+        if self._replaced is not None:
+            path, kept = self._replaced
+            kept.replace(path)
+            self._replaced = None
 
 
 def _outcome(exception: BaseException) -> dict[str, str]:

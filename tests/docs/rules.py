@@ -75,6 +75,12 @@ RULES = (
         "needs a run with a causal language model; tests/commands/test_export.py exports one",
         instead=(),
     ),
+    Rule(
+        "python -m benchmarks.stage1_step",
+        "minutes at true sizes, a GPU, or the released code; tests/benchmarks has it at tiny sizes",
+        instead=(),
+    ),
+    Rule("python -m benchmarks.whole_step", "minutes, and 15 GB", instead=()),
     # The nearest thing that runs on two cores without a network.
     Rule("make", "trains, or sets up an environment: make says what it would run", ("--dry-run",)),
     Rule(
@@ -109,6 +115,7 @@ RULES = (
     Rule("visexpert try facebook/dinov2-large", "says that the model is missing", code=2),
     Rule("visexpert serve", "runs until it is stopped: asked for its page once, or parsed where gradio is missing"),
     # The same command, with fewer steps and scenes.
+    Rule("python -m benchmarks.mole_speed", "minutes", ("--rounds", "1")),
     Rule("visexpert fit", "minutes", (*SMALL, CAPTIONS)),
     Rule("visexpert fit --config movekd/encoder-only", "minutes; it writes no captions", SMALL),
     Rule("visexpert fit --config adapter_tuning.yaml", "is small as it stands"),

@@ -115,7 +115,7 @@ RULES = (
     Rule("visexpert try facebook/dinov2-large", "says that the model is missing", code=2),
     Rule("visexpert serve", "runs until it is stopped: asked for its page once, or parsed where gradio is missing"),
     # The same command, with fewer steps and scenes.
-    Rule("python -m benchmarks.mole_speed", "minutes", ("--rounds", "1")),
+    Rule("python -m benchmarks.mole_speed", "minutes", ("--rounds", "2")),
     Rule("visexpert fit", "minutes", (*SMALL, CAPTIONS)),
     Rule("visexpert fit --config movekd/encoder-only", "minutes; it writes no captions", SMALL),
     Rule("visexpert fit --config adapter_tuning.yaml", "is small as it stands"),

@@ -71,7 +71,8 @@ def mixed(root: Path, **options: Any) -> MixedData:
 
 
 def tabletop(root: Path, **options: Any) -> TabletopData:
-    return TabletopData(root=str(root), num_train=IMAGES, num_val=1, num_test=1, rendering=QUIET, **options)
+    sizes = {"num_train": IMAGES, "num_val": 1, "num_test": 1, "order_seed": PLAIN["order_seed"]}
+    return TabletopData(root=str(root), rendering=QUIET, **(sizes | options))
 
 
 PLAIN: dict[str, Any] = {"image_size": 8, "num_workers": 0, "order_seed": 3}

@@ -72,7 +72,7 @@ class TextAlignment(Callback):
             log.info(
                 "Text alignment is not measured: the test images have neither captions nor classes, or all the same."
             )
-        else:
+        elif trainer.is_global_zero:
             log.info("Text alignment is measured on %d images by this process (alignment_images).", probe.num_images)
         for encoder, found in scores.items():
             # Some loggers, such as MLflow's, refuse "@" in names.
